@@ -1,0 +1,51 @@
+//! Compiles the preload object (src/preload), so that the umem binary can carry it inside itself.
+//!
+//! It has no dependencies, so that one call of the compiler does: the workspace's own build of the
+//! crate is for the lints and the editor.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::Command;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=src/preload/src");
+
+    let object = PathBuf::from(variable("OUT_DIR")).join("libumem_preload.so");
+    let mut compiler = Command::new(variable("RUSTC"));
+    compiler
+        .args([
+            "--crate-name",
+            "umem_preload",
+            "--crate-type",
+            "cdylib",
+            "--edition",
+            "2024",
+        ])
+        .args(["--target", &variable("TARGET")])
+        .args([
+            "-C",
+            "opt-level=2",
+            "-C",
+            "panic=abort",
+            "-C",
+            "strip=symbols",
+        ])
+        .args(["-C", "lto=fat", "-C", "codegen-units=1"])
+        .arg("-o")
+        .arg(&object)
+        .arg("src/preload/src/lib.rs");
+    if let Ok(linker) = env::var("RUSTC_LINKER") {
+        compiler.arg("-C").arg(format!("linker={linker}"));
+    }
+    match compiler.status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => panic!("compiling the preload object failed: {status}"),
+        Err(error) => panic!("the compiler for the preload object did not start: {error}"),
+    }
+}
+
+/// A variable that cargo always gives to build scripts.
+fn variable(name: &str) -> String {
+    env::var(name).unwrap_or_else(|error| panic!("{name}: {error}"))
+}

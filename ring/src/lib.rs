@@ -1,0 +1,72 @@
+//! io_uring for one thread at a time, and no protocol.
+//!
+//! # Thread
+//!
+//! A [`Ring`] lives on the thread that made it: it is set up with `SINGLE_ISSUER` and `DEFER_TASKRUN`,
+//! and is neither `Send` nor `Sync`. Nothing completes behind the thread's back: completions appear
+//! only during [`Ring::enter`], and are read with [`Ring::next`] afterwards.
+//!
+//! ```no_run
+//! # use umem_ring::{Config, Op, Ring, Wait};
+//! # fn main() -> Result<(), umem_ring::Error> {
+//! let mut ring = Ring::new(&Config::default())?;
+//! ring.submit(Op::nop(), 7)?;
+//! ring.enter(Wait::One)?;
+//! while let Some(completion) = ring.next() {
+//!     assert_eq!(completion.token, 7);
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! Other threads reach a ring in two ways, neither of them a lock: from a ring of their own through its
+//! [`Mailbox`] ([`Op::MsgRing`]), and without one through its [`Waker`].
+//!
+//! ```compile_fail
+//! fn must_be_send<T: Send>() {}
+//! must_be_send::<umem_ring::Ring>();
+//! ```
+//!
+//! # Ownership
+//!
+//! Whatever an operation reads or writes ([`Memory`]) and the descriptor it uses ([`Fd`]) move into the
+//! ring's table with [`Ring::submit`] and stay there until the *terminal* completion, the one with
+//! [`Completion::last`]. The memory comes back in it. What is terminal is the kernel's to say: for a
+//! zero-copy send it is the notification, or a result that announces none, be it an error.
+//!
+//! A [`Key`] names one operation and never a later one in the same slot. Who loses interest in an
+//! operation calls [`Ring::orphan`]: nothing more is reported, the table keeps the memory until the
+//! kernel is done with it, and drops it then.
+//!
+//! # Limits
+//!
+//! [`Config::ops_max`] operations are in flight at most; one more is [`Rejected`], and comes back.
+//! A full submission queue is not an error: it is handed to the kernel, and submission goes on.
+//!
+//! # Shutdown
+//!
+//! [`Ring::close`] cancels everything, waits for every terminal completion, and only then closes the
+//! ring, and only after that frees its memory. What the kernel does not let go of in time is leaked,
+//! and reported, rather than freed under its hands. Dropping a ring does the same, for
+//! [`DROP_PATIENCE`], and says nothing. Operations that were submitted and not yet entered are entered
+//! first.
+
+mod chain;
+mod completion;
+mod driver;
+mod error;
+mod key;
+mod mail;
+mod memory;
+mod op;
+mod setup;
+mod table;
+
+pub use chain::{CHAIN_MAX, Chain, Keys};
+pub use completion::{Completion, Outcome, TOKEN_MESSAGE, TOKEN_WAKE};
+pub use driver::{DROP_PATIENCE, FILES_MAX, Ring, Wait};
+pub use error::{Errno, Error, Rejected};
+pub use key::Key;
+pub use mail::{Mailbox, Waker};
+pub use memory::{Bytes, Memory, Span};
+pub use op::{Fd, OPERATION_BYTES_MAX, Op, PIECES_MAX};
+pub use setup::{Config, OPS_MAX};

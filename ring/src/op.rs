@@ -1,0 +1,801 @@
+//! The operations: what they own, what they need of the kernel, and how they look on the queue.
+
+use std::mem;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::types::{Fd as RawTarget, Fixed, TimeoutFlags, Timespec};
+use io_uring::{opcode, squeue};
+
+use crate::error::Error;
+use crate::key::{PAYLOAD_BITS, PAYLOAD_MASK, UserData};
+use crate::mail::Mailbox;
+use crate::memory::{Memory, Span};
+
+/// Bytes one operation moves at most: the kernel's `MAX_RW_COUNT`, 2 GiB less a page.
+pub const OPERATION_BYTES_MAX: usize = 0x7fff_f000;
+
+/// Pieces of one vectored send at most: the kernel's `IOV_MAX`.
+pub const PIECES_MAX: usize = 1024;
+
+/// The descriptor of an operation.
+#[derive(Clone, Debug)]
+pub enum Fd {
+    /// A descriptor; the table holds a share in it until the operation's last completion.
+    Owned(Arc<OwnedFd>),
+    /// A slot of [`Ring::register_files`](crate::Ring::register_files).
+    Fixed(u32),
+}
+
+impl From<Arc<OwnedFd>> for Fd {
+    fn from(fd: Arc<OwnedFd>) -> Fd {
+        Fd::Owned(fd)
+    }
+}
+
+impl From<OwnedFd> for Fd {
+    fn from(fd: OwnedFd) -> Fd {
+        Fd::Owned(Arc::new(fd))
+    }
+}
+
+/// One operation, with everything it needs for as long as it runs.
+///
+/// Sends never raise SIGPIPE. In a [`Chain`](crate::Chain) a send that has a successor waits for all of
+/// its bytes, asked or not: the successor would continue in the middle of a message.
+#[derive(Debug)]
+pub enum Op {
+    /// `recv(2)`.
+    Recv {
+        /// A connected socket.
+        fd: Fd,
+        /// Where the bytes go.
+        memory: Memory,
+        /// Fill all of the memory (`MSG_WAITALL`); less is then [`Outcome::Short`](crate::Outcome::Short).
+        wait_all: bool,
+    },
+    /// `send(2)`.
+    Send {
+        /// A connected socket.
+        fd: Fd,
+        /// What is sent.
+        memory: Memory,
+        /// More follows at once (`MSG_MORE`).
+        more: bool,
+        /// Send all of it (`MSG_WAITALL`); less is then [`Outcome::Short`](crate::Outcome::Short).
+        wait_all: bool,
+    },
+    /// `send(2)` without a copy. Two completions: the result, then
+    /// [`Outcome::Released`](crate::Outcome::Released) with the memory; only one if it fails early.
+    SendZc {
+        /// A connected socket.
+        fd: Fd,
+        /// What is sent; not to be changed by anybody before it is released.
+        memory: Memory,
+        /// More follows at once (`MSG_MORE`).
+        more: bool,
+        /// Send all of it (`MSG_WAITALL`); less is then [`Outcome::Short`](crate::Outcome::Short).
+        wait_all: bool,
+        /// The registered buffer that `memory` lies in, if it does.
+        fixed: Option<u16>,
+    },
+    /// `sendmsg(2)` of several pieces, all of their bytes (`MSG_WAITALL`).
+    SendVectored {
+        /// A connected socket.
+        fd: Fd,
+        /// 1 to [`PIECES_MAX`] pieces, none of them [`Memory::Pieces`]; they come back as that.
+        pieces: Vec<Memory>,
+        /// As in [`Op::SendZc`], with its two completions.
+        zero_copy: bool,
+        /// More follows at once (`MSG_MORE`).
+        more: bool,
+    },
+    /// `pread(2)`, or `read(2)` without an offset.
+    Read {
+        /// What to read.
+        fd: Fd,
+        /// Where the bytes go.
+        memory: Memory,
+        /// In bytes; none for the file's own position, and for what has none.
+        offset: Option<u64>,
+    },
+    /// [`Op::Read`] into a part of a registered buffer.
+    ReadFixed {
+        /// What to read.
+        fd: Fd,
+        /// The index of the buffer among those registered.
+        buffer: u16,
+        /// The part of that buffer.
+        span: Span,
+        /// In bytes; none for the file's own position, and for what has none.
+        offset: Option<u64>,
+    },
+    /// `pwrite(2)`, or `write(2)` without an offset.
+    Write {
+        /// What to write to.
+        fd: Fd,
+        /// What is written.
+        memory: Memory,
+        /// In bytes; none for the file's own position, and for what has none.
+        offset: Option<u64>,
+    },
+    /// `poll(2)` of one descriptor.
+    Poll {
+        /// What to watch.
+        fd: Fd,
+        /// `POLLIN` and so on; the answer has the same form.
+        events: u32,
+        /// Report again and again, until cancelled or the kernel ends it (a completion says `last`).
+        multishot: bool,
+    },
+    /// Completes with [`Outcome::Done`](crate::Outcome::Done) after a while.
+    Timeout {
+        /// How long, from submission.
+        after: Duration,
+    },
+    /// `splice(2)`; one of the two is a pipe.
+    Splice {
+        /// Where bytes come from.
+        from: Fd,
+        /// In bytes; none for a pipe, a socket, or the file's own position.
+        from_offset: Option<u64>,
+        /// Where they go.
+        to: Fd,
+        /// In bytes; none for a pipe, a socket, or the file's own position.
+        to_offset: Option<u64>,
+        /// At most this many bytes.
+        len: u32,
+        /// `SPLICE_F_MOVE` and so on.
+        flags: u32,
+    },
+    /// `madvise(2)`.
+    Madvise {
+        /// Whole pages.
+        span: Span,
+        /// `MADV_POPULATE_WRITE` and so on.
+        advice: i32,
+    },
+    /// `fallocate(2)`.
+    Fallocate {
+        /// The file.
+        fd: Fd,
+        /// `FALLOC_FL_PUNCH_HOLE` and so on.
+        mode: i32,
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u64,
+    },
+    /// A message to another ring, which reads it as [`Outcome::Message`](crate::Outcome::Message).
+    MsgRing {
+        /// Whom it is for.
+        to: Mailbox,
+        /// Anything.
+        value: u64,
+        /// Anything.
+        extra: u32,
+    },
+    /// Completes at once.
+    Nop,
+}
+
+/// The operations with their options off; the setters below turn them on.
+impl Op {
+    /// [`Op::Recv`] of what there is.
+    pub fn recv(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
+        Op::Recv {
+            fd: fd.into(),
+            memory: memory.into(),
+            wait_all: false,
+        }
+    }
+
+    /// [`Op::Send`] of as much as fits.
+    pub fn send(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
+        Op::Send {
+            fd: fd.into(),
+            memory: memory.into(),
+            more: false,
+            wait_all: false,
+        }
+    }
+
+    /// [`Op::SendZc`] of as much as fits, from memory that is not registered.
+    pub fn send_zc(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
+        Op::SendZc {
+            fd: fd.into(),
+            memory: memory.into(),
+            more: false,
+            wait_all: false,
+            fixed: None,
+        }
+    }
+
+    /// [`Op::SendVectored`], copied.
+    pub fn send_vectored(fd: impl Into<Fd>, pieces: Vec<Memory>) -> Op {
+        Op::SendVectored {
+            fd: fd.into(),
+            pieces,
+            zero_copy: false,
+            more: false,
+        }
+    }
+
+    /// [`Op::Read`] at the file's own position.
+    pub fn read(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
+        Op::Read {
+            fd: fd.into(),
+            memory: memory.into(),
+            offset: None,
+        }
+    }
+
+    /// [`Op::ReadFixed`] at the file's own position.
+    pub fn read_fixed(fd: impl Into<Fd>, buffer: u16, span: Span) -> Op {
+        Op::ReadFixed {
+            fd: fd.into(),
+            buffer,
+            span,
+            offset: None,
+        }
+    }
+
+    /// [`Op::Write`] at the file's own position.
+    pub fn write(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
+        Op::Write {
+            fd: fd.into(),
+            memory: memory.into(),
+            offset: None,
+        }
+    }
+
+    /// [`Op::Poll`], once.
+    pub fn poll(fd: impl Into<Fd>, events: u32) -> Op {
+        Op::Poll {
+            fd: fd.into(),
+            events,
+            multishot: false,
+        }
+    }
+
+    /// [`Op::Timeout`].
+    pub fn timeout(after: Duration) -> Op {
+        Op::Timeout { after }
+    }
+
+    /// [`Op::Splice`] without offsets or flags.
+    pub fn splice(from: impl Into<Fd>, to: impl Into<Fd>, len: u32) -> Op {
+        Op::Splice {
+            from: from.into(),
+            from_offset: None,
+            to: to.into(),
+            to_offset: None,
+            len,
+            flags: 0,
+        }
+    }
+
+    /// [`Op::Madvise`].
+    pub fn madvise(span: Span, advice: i32) -> Op {
+        Op::Madvise { span, advice }
+    }
+
+    /// [`Op::Fallocate`].
+    pub fn fallocate(fd: impl Into<Fd>, mode: i32, offset: u64, len: u64) -> Op {
+        Op::Fallocate {
+            fd: fd.into(),
+            mode,
+            offset,
+            len,
+        }
+    }
+
+    /// [`Op::MsgRing`].
+    pub fn msg_ring(to: Mailbox, value: u64, extra: u32) -> Op {
+        Op::MsgRing { to, value, extra }
+    }
+
+    /// [`Op::Nop`].
+    pub fn nop() -> Op {
+        Op::Nop
+    }
+
+    /// Moves all of its bytes. For receives and sends.
+    #[must_use]
+    pub fn wait_all(mut self) -> Op {
+        match &mut self {
+            Op::Recv { wait_all, .. } | Op::Send { wait_all, .. } | Op::SendZc { wait_all, .. } => {
+                *wait_all = true;
+            }
+            Op::SendVectored { .. } => (),
+            other => debug_assert!(false, "{} has no wait_all", other.name()),
+        }
+        self
+    }
+
+    /// Tells the kernel that more follows. For sends.
+    #[must_use]
+    pub fn more(mut self) -> Op {
+        match &mut self {
+            Op::Send { more, .. } | Op::SendZc { more, .. } | Op::SendVectored { more, .. } => {
+                *more = true;
+            }
+            other => debug_assert!(false, "{} has no more", other.name()),
+        }
+        self
+    }
+
+    /// Does not copy. For vectored sends.
+    #[must_use]
+    pub fn zero_copy(mut self) -> Op {
+        match &mut self {
+            Op::SendVectored { zero_copy, .. } => *zero_copy = true,
+            other => debug_assert!(false, "{} has no zero_copy", other.name()),
+        }
+        self
+    }
+
+    /// The memory lies in this registered buffer. For [`Op::SendZc`].
+    #[must_use]
+    pub fn fixed(mut self, buffer: u16) -> Op {
+        match &mut self {
+            Op::SendZc { fixed, .. } => *fixed = Some(buffer),
+            other => debug_assert!(false, "{} has no fixed", other.name()),
+        }
+        self
+    }
+
+    /// Starts at this byte of the file. For reads and writes.
+    #[must_use]
+    pub fn at(mut self, position: u64) -> Op {
+        match &mut self {
+            Op::Read { offset, .. } | Op::ReadFixed { offset, .. } | Op::Write { offset, .. } => {
+                *offset = Some(position);
+            }
+            other => debug_assert!(false, "{} has no offset", other.name()),
+        }
+        self
+    }
+
+    /// Reports again and again. For polls.
+    #[must_use]
+    pub fn multishot(mut self) -> Op {
+        match &mut self {
+            Op::Poll { multishot, .. } => *multishot = true,
+            other => debug_assert!(false, "{} has no multishot", other.name()),
+        }
+        self
+    }
+
+    /// The memory it has, taken out of it.
+    pub fn into_memory(self) -> Option<Memory> {
+        match self {
+            Op::Recv { memory, .. }
+            | Op::Send { memory, .. }
+            | Op::SendZc { memory, .. }
+            | Op::Read { memory, .. }
+            | Op::Write { memory, .. } => Some(memory),
+            Op::SendVectored { pieces, .. } => Some(Memory::Pieces(pieces)),
+            Op::ReadFixed { span, .. } | Op::Madvise { span, .. } => Some(Memory::Span(span)),
+            Op::Poll { .. }
+            | Op::Timeout { .. }
+            | Op::Splice { .. }
+            | Op::Fallocate { .. }
+            | Op::MsgRing { .. }
+            | Op::Nop => None,
+        }
+    }
+
+    /// What it is, for people.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Recv { .. } => "recv",
+            Op::Send { .. } => "send",
+            Op::SendZc { .. } => "send_zc",
+            Op::SendVectored { .. } => "send_vectored",
+            Op::Read { .. } => "read",
+            Op::ReadFixed { .. } => "read_fixed",
+            Op::Write { .. } => "write",
+            Op::Poll { .. } => "poll",
+            Op::Timeout { .. } => "timeout",
+            Op::Splice { .. } => "splice",
+            Op::Madvise { .. } => "madvise",
+            Op::Fallocate { .. } => "fallocate",
+            Op::MsgRing { .. } => "msg_ring",
+            Op::Nop => "nop",
+        }
+    }
+
+    pub(crate) fn is_multishot(&self) -> bool {
+        matches!(
+            self,
+            Op::Poll {
+                multishot: true,
+                ..
+            }
+        )
+    }
+
+    /// What no kernel could do, found before anything is submitted. `linked`: it has a successor.
+    pub(crate) fn check(&self, linked: bool) -> Result<(), Error> {
+        let invalid = |what| Err(Error::Invalid { what });
+        match self {
+            Op::Recv { memory, .. }
+            | Op::Send { memory, .. }
+            | Op::SendZc { memory, .. }
+            | Op::Read { memory, .. }
+            | Op::Write { memory, .. } => match memory {
+                Memory::Pieces(_) => invalid("only a vectored send takes pieces"),
+                _ if memory.len() > OPERATION_BYTES_MAX => invalid(TOO_LONG),
+                _ => Ok(()),
+            },
+            Op::SendVectored { pieces, .. } => check_pieces(pieces),
+            Op::ReadFixed { span, .. } | Op::Madvise { span, .. } => {
+                if span.len() > OPERATION_BYTES_MAX {
+                    invalid(TOO_LONG)
+                } else {
+                    Ok(())
+                }
+            }
+            Op::Poll {
+                multishot: true, ..
+            } if linked => invalid("a multishot poll has no end for a successor to wait for"),
+            Op::Poll { .. }
+            | Op::Timeout { .. }
+            | Op::Splice { .. }
+            | Op::Fallocate { .. }
+            | Op::MsgRing { .. }
+            | Op::Nop => Ok(()),
+        }
+    }
+
+    /// The number of bytes below which its success is [`Outcome::Short`](crate::Outcome::Short):
+    /// exactly where the kernel breaks a chain. It does for a transfer with MSG_WAITALL, and for every
+    /// read, write or splice that is not complete (io_uring/net.c, rw.c, splice.c: `req_set_fail`).
+    pub(crate) fn wanted(&self, linked: bool) -> Option<u32> {
+        let (len, all) = match self {
+            Op::Recv {
+                memory, wait_all, ..
+            } => (memory.len(), *wait_all),
+            Op::Send {
+                memory, wait_all, ..
+            }
+            | Op::SendZc {
+                memory, wait_all, ..
+            } => (memory.len(), *wait_all || linked),
+            Op::SendVectored { pieces, .. } => (pieces.iter().map(Memory::len).sum(), true),
+            Op::Read { memory, .. } | Op::Write { memory, .. } => (memory.len(), linked),
+            Op::ReadFixed { span, .. } => (span.len(), linked),
+            Op::Splice { len, .. } => return linked.then_some(*len),
+            Op::Poll { .. }
+            | Op::Timeout { .. }
+            | Op::Madvise { .. }
+            | Op::Fallocate { .. }
+            | Op::MsgRing { .. }
+            | Op::Nop => return None,
+        };
+        all.then_some(len as u32)
+    }
+
+    /// The queue entry, without user_data and links.
+    ///
+    /// It points into the operation's memory and into `aside`, both of which stay where they are until
+    /// the operation's last completion: the caller keeps them in the table.
+    pub(crate) fn encode(&mut self, aside: &mut Aside, linked: bool) -> squeue::Entry {
+        match self {
+            Op::Recv {
+                fd,
+                memory,
+                wait_all,
+            } => {
+                let flags = if *wait_all { libc::MSG_WAITALL } else { 0 };
+                on_fd!(fd, |t| opcode::Recv::new(
+                    t,
+                    memory.address(),
+                    length(memory)
+                )
+                .flags(flags)
+                .build())
+            }
+            Op::Send {
+                fd,
+                memory,
+                more,
+                wait_all,
+            } => {
+                let flags = send_flags(*more, *wait_all || linked);
+                on_fd!(fd, |t| opcode::Send::new(
+                    t,
+                    memory.address(),
+                    length(memory)
+                )
+                .flags(flags)
+                .build())
+            }
+            Op::SendZc {
+                fd,
+                memory,
+                more,
+                wait_all,
+                fixed,
+            } => {
+                let flags = send_flags(*more, *wait_all || linked);
+                on_fd!(fd, |t| opcode::SendZc::new(
+                    t,
+                    memory.address(),
+                    length(memory)
+                )
+                .flags(flags)
+                .zc_flags(SEND_ZC_REPORT_USAGE)
+                .buf_index(*fixed)
+                .build())
+            }
+            Op::SendVectored {
+                fd,
+                pieces,
+                zero_copy,
+                more,
+            } => {
+                let header = aside.vectored(pieces);
+                let flags = send_flags(*more, true) as u32;
+                if *zero_copy {
+                    on_fd!(fd, |t| opcode::SendMsgZc::new(t, header)
+                        .flags(flags)
+                        .ioprio(SEND_ZC_REPORT_USAGE)
+                        .build())
+                } else {
+                    on_fd!(fd, |t| opcode::SendMsg::new(t, header).flags(flags).build())
+                }
+            }
+            Op::Read { fd, memory, offset } => {
+                on_fd!(fd, |t| opcode::Read::new(
+                    t,
+                    memory.address(),
+                    length(memory)
+                )
+                .offset(position(*offset))
+                .build())
+            }
+            Op::ReadFixed {
+                fd,
+                buffer,
+                span,
+                offset,
+            } => {
+                on_fd!(fd, |t| opcode::ReadFixed::new(
+                    t,
+                    span.as_ptr(),
+                    span.len() as u32,
+                    *buffer
+                )
+                .offset(position(*offset))
+                .build())
+            }
+            Op::Write { fd, memory, offset } => {
+                on_fd!(fd, |t| opcode::Write::new(
+                    t,
+                    memory.address(),
+                    length(memory)
+                )
+                .offset(position(*offset))
+                .build())
+            }
+            Op::Poll {
+                fd,
+                events,
+                multishot,
+            } => {
+                on_fd!(fd, |t| opcode::PollAdd::new(t, *events)
+                    .multi(*multishot)
+                    .build())
+            }
+            Op::Timeout { after } => opcode::Timeout::new(aside.timespec(*after))
+                .flags(TimeoutFlags::ETIME_SUCCESS)
+                .build(),
+            Op::Splice {
+                from,
+                from_offset,
+                to,
+                to_offset,
+                len,
+                flags,
+            } => {
+                let (from_offset, to_offset) =
+                    (position(*from_offset) as i64, position(*to_offset) as i64);
+                on_fd!(from, |f| on_fd!(to, |t| opcode::Splice::new(
+                    f,
+                    from_offset,
+                    t,
+                    to_offset,
+                    *len
+                )
+                .flags(*flags)
+                .build()))
+            }
+            Op::Madvise { span, advice } => {
+                opcode::Madvise::new(span.as_ptr().cast(), span.len() as i64, *advice).build()
+            }
+            Op::Fallocate {
+                fd,
+                mode,
+                offset,
+                len,
+            } => {
+                on_fd!(fd, |t| opcode::Fallocate::new(t, *len)
+                    .offset(*offset)
+                    .mode(*mode)
+                    .build())
+            }
+            Op::MsgRing { value, extra, .. } => message(aside.recipient(), *value, *extra),
+            Op::Nop => opcode::Nop::new().build(),
+        }
+    }
+}
+
+/// What the kernel reads beside an operation's own memory. The table keeps it as long as that.
+#[derive(Debug, Default)]
+pub(crate) enum Aside {
+    #[default]
+    Nothing,
+    Vectored(Box<Vectored>),
+    Timespec(Box<Timespec>),
+    /// The ring that a message is for, kept open until it has arrived.
+    Recipient(Arc<OwnedFd>),
+}
+
+impl Aside {
+    fn vectored(&mut self, pieces: &mut [Memory]) -> *const libc::msghdr {
+        let mut vectored = match mem::take(self) {
+            Aside::Vectored(vectored) => vectored,
+            _ => Box::default(),
+        };
+        let header = vectored.describe(pieces);
+        *self = Aside::Vectored(vectored);
+        header
+    }
+
+    fn timespec(&mut self, after: Duration) -> *const Timespec {
+        *self = Aside::Timespec(Box::new(Timespec::from(after)));
+        match self {
+            Aside::Timespec(timespec) => &raw const **timespec,
+            _ => std::ptr::null(),
+        }
+    }
+
+    /// -1, which the kernel answers with EBADF, where there is none: never so, the ring looked it up.
+    fn recipient(&self) -> RawTarget {
+        match self {
+            Aside::Recipient(fd) => RawTarget(fd.as_raw_fd()),
+            _ => RawTarget(-1),
+        }
+    }
+}
+
+/// The header and vector of a vectored send. The storage is used again and again.
+#[derive(Debug)]
+pub(crate) struct Vectored {
+    header: libc::msghdr,
+    pieces: Vec<libc::iovec>,
+}
+
+impl Vectored {
+    fn describe(&mut self, pieces: &mut [Memory]) -> *const libc::msghdr {
+        self.pieces.clear();
+        self.pieces.extend(pieces.iter_mut().map(|m| libc::iovec {
+            iov_base: m.address().cast(),
+            iov_len: m.len(),
+        }));
+        self.header.msg_iov = self.pieces.as_mut_ptr();
+        self.header.msg_iovlen = self.pieces.len() as _;
+        &raw const self.header
+    }
+}
+
+impl Default for Vectored {
+    fn default() -> Vectored {
+        // SAFETY: a msghdr is integers and pointers, and all zeroes is an empty one. It has a private
+        // padding on some libcs, so it cannot be written out.
+        let header = unsafe { mem::zeroed() };
+        Vectored {
+            header,
+            pieces: Vec::new(),
+        }
+    }
+}
+
+/// A message as [`UserData::decode`] and the driver read it at the other end: the value's low bits in
+/// user_data, its high bits in the flags, `extra` as the result.
+///
+/// The kernel leaves the upper half of the flags to the sender. The lower half has meanings of its own
+/// (IORING_CQE_F_32 makes an entry two entries long), so it stays empty.
+pub(crate) fn message(to: RawTarget, value: u64, extra: u32) -> squeue::Entry {
+    let user_data = UserData::Message(value & PAYLOAD_MASK).encode();
+    let flags = ((value >> PAYLOAD_BITS) as u32) << MESSAGE_FLAGS_SHIFT;
+    opcode::MsgRingData::new(to, extra as i32, user_data, Some(flags)).build()
+}
+
+/// The value of a message, put together again.
+pub(crate) fn message_value(payload: u64, flags: u32) -> u64 {
+    payload | (u64::from(flags >> MESSAGE_FLAGS_SHIFT) << PAYLOAD_BITS)
+}
+
+/// `IORING_SEND_ZC_REPORT_USAGE` (linux/io_uring.h, since 6.2): the notification tells whether the
+/// kernel copied.
+pub(crate) const SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
+
+/// The opcodes used here, and the kernel version each came with (man io_uring_enter).
+pub(crate) const OPCODES: [(u8, &str, &str); 17] = [
+    (opcode::Nop::CODE, "IORING_OP_NOP", "5.1"),
+    (opcode::ReadFixed::CODE, "IORING_OP_READ_FIXED", "5.1"),
+    (opcode::PollAdd::CODE, "IORING_OP_POLL_ADD", "5.1"),
+    (opcode::SendMsg::CODE, "IORING_OP_SENDMSG", "5.3"),
+    (opcode::Timeout::CODE, "IORING_OP_TIMEOUT", "5.4"),
+    (opcode::AsyncCancel::CODE, "IORING_OP_ASYNC_CANCEL", "5.5"),
+    (opcode::Fallocate::CODE, "IORING_OP_FALLOCATE", "5.6"),
+    (opcode::Read::CODE, "IORING_OP_READ", "5.6"),
+    (opcode::Write::CODE, "IORING_OP_WRITE", "5.6"),
+    (opcode::Madvise::CODE, "IORING_OP_MADVISE", "5.6"),
+    (opcode::Send::CODE, "IORING_OP_SEND", "5.6"),
+    (opcode::Recv::CODE, "IORING_OP_RECV", "5.6"),
+    (opcode::Splice::CODE, "IORING_OP_SPLICE", "5.7"),
+    (opcode::MsgRingData::CODE, "IORING_OP_MSG_RING", "5.18"),
+    (opcode::AsyncCancel2::CODE, "IORING_OP_ASYNC_CANCEL", "5.5"),
+    (opcode::SendZc::CODE, "IORING_OP_SEND_ZC", "6.0"),
+    (opcode::SendMsgZc::CODE, "IORING_OP_SENDMSG_ZC", "6.1"),
+];
+
+/// Builds an entry for either kind of descriptor; the builders take each as a type of its own.
+macro_rules! on_fd {
+    ($fd:expr, |$target:ident| $build:expr) => {
+        match $fd {
+            Fd::Owned(fd) => {
+                let $target = RawTarget(fd.as_raw_fd());
+                $build
+            }
+            Fd::Fixed(slot) => {
+                let $target = Fixed(*slot);
+                $build
+            }
+        }
+    };
+}
+use on_fd;
+
+fn check_pieces(pieces: &[Memory]) -> Result<(), Error> {
+    let invalid = |what| Err(Error::Invalid { what });
+    if pieces.is_empty() || pieces.len() > PIECES_MAX {
+        return invalid("a vectored send has 1 to 1024 pieces");
+    }
+    if pieces
+        .iter()
+        .any(|piece| matches!(piece, Memory::Pieces(_)))
+    {
+        return invalid("a piece has no pieces of its own");
+    }
+    let total = pieces
+        .iter()
+        .try_fold(0, |sum: usize, piece| sum.checked_add(piece.len()));
+    if total.is_none_or(|total| total > OPERATION_BYTES_MAX) {
+        return invalid(TOO_LONG);
+    }
+    Ok(())
+}
+
+fn length(memory: &Memory) -> u32 {
+    memory.len() as u32
+}
+
+fn send_flags(more: bool, wait_all: bool) -> i32 {
+    let more = if more { libc::MSG_MORE } else { 0 };
+    let wait_all = if wait_all { libc::MSG_WAITALL } else { 0 };
+    libc::MSG_NOSIGNAL | more | wait_all
+}
+
+/// -1 is the file's own position, or none, to the kernel.
+fn position(offset: Option<u64>) -> u64 {
+    offset.unwrap_or(u64::MAX)
+}
+
+const MESSAGE_FLAGS_SHIFT: u32 = 16;
+const TOO_LONG: &str = "one operation moves at most 2 GiB less a page";

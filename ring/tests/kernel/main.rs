@@ -1,0 +1,13 @@
+//! The ring against the real kernel: every operation, every way to end one, and every limit.
+//!
+//! Nothing here sleeps. A wait has a limit only so that a lost completion fails the test instead of
+//! hanging it.
+
+mod cancel;
+mod chains;
+mod lifetime;
+mod limits;
+mod operations;
+mod threads;
+mod util;
+mod zero_copy;

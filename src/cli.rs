@@ -1,0 +1,396 @@
+//! The command line. Each subcommand's options become the options of the module that runs it.
+
+use std::path::PathBuf;
+
+use argh::FromArgs;
+
+use crate::error::{Error, Result};
+use crate::host::command::RamPath;
+use crate::uri::Uri;
+use crate::{demo, destination, host, source};
+
+/// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
+/// memory and io_uring.
+#[derive(FromArgs)]
+#[argh(
+    example = "See a guest move on this machine:\n  {command_name} demo",
+    example = "Receive a QEMU guest, on the destination:\n  {command_name} incoming tcp::4444 -- \
+               qemu-system-x86_64 -m 2G -machine memory-backend=ram0 \\\n    -object \
+               memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest …",
+    example = "Move it there, on the source:\n  {command_name} migrate -p --qmp /run/qmp.sock \
+               tcp:DESTINATION:4444"
+)]
+struct Arguments {
+    #[argh(subcommand)]
+    command: Command,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum Command {
+    Demo(Demo),
+    Incoming(Incoming),
+    Migrate(Migrate),
+    Guest(Guest),
+    Version(Version),
+}
+
+/// Move a guest of umem's own between processes on this machine, and check every page of it.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "demo")]
+struct Demo {
+    /// the guest's RAM, MiB (default 512)
+    #[argh(option, default = "512")]
+    size: u64,
+    /// memory kind: shared (the default)
+    #[argh(option, default = "String::from(\"shared\")")]
+    kind: String,
+    /// accesses of the guest that write, percent (default 30)
+    #[argh(option, default = "30")]
+    write_percent: u32,
+    /// pages that hold zeroes, percent (default 10)
+    #[argh(option, default = "10")]
+    zero_percent: u32,
+    /// pages that were never written, percent (default 10)
+    #[argh(option, default = "10")]
+    hole_percent: u32,
+    /// threads of the guest (default 2)
+    #[argh(option, default = "2")]
+    threads: usize,
+    /// bulk lanes (default 1)
+    #[argh(option, default = "1")]
+    lanes: u16,
+    /// send everything before the guest is switched over, to compare with
+    #[argh(switch)]
+    precopy: bool,
+    /// what the guest's memory is derived from (default: a new one each time, printed)
+    #[argh(option)]
+    seed: Option<u64>,
+    /// print JSON objects, the last of them the report
+    #[argh(switch)]
+    json: bool,
+}
+
+/// Receive a guest: listen at URI, start COMMAND (its monitor), fill its memory.
+#[derive(FromArgs)]
+#[argh(
+    subcommand,
+    name = "incoming",
+    note = "URI is tcp:HOST:PORT or unix:PATH. COMMAND is a QEMU whose RAM is a \
+            memory-backend-file with share=on, or another monitor that maps the files named with \
+            --ram. umem adds -incoming and a QMP socket to a QEMU's options itself.",
+    example = "{command_name} tcp::4444 -- qemu-system-x86_64 -m 2G -machine \
+               memory-backend=ram0 \\\n    -object \
+               memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest",
+    error_code(1, "The guest did not arrive, or not whole; stderr says why."),
+    error_code(2, "The command line is wrong.")
+)]
+struct Incoming {
+    /// memory kind: shared (the default)
+    #[argh(option, default = "String::from(\"shared\")")]
+    kind: String,
+    /// a RAM file of the guest, NAME=PATH; repeat for more (default: read from a QEMU's options)
+    #[argh(option)]
+    ram: Vec<RamPath>,
+    /// the monitor's QMP socket (default: one that umem gives a QEMU)
+    #[argh(option)]
+    qmp: Option<PathBuf>,
+    /// bulk lanes that a source may open at most (default 16)
+    #[argh(option, default = "16")]
+    lanes: u16,
+    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
+    #[argh(option, default = "CoreList::default()")]
+    cores: CoreList,
+    /// a preload object to use in place of the built-in one
+    #[argh(option)]
+    preload: Option<PathBuf>,
+    /// print JSON objects, the last of them the report
+    #[argh(switch)]
+    json: bool,
+    /// tcp:HOST:PORT or unix:PATH, where to listen
+    #[argh(positional)]
+    uri: Uri,
+    /// the guest's monitor and its arguments, after --
+    #[argh(positional, greedy)]
+    command: Vec<String>,
+}
+
+/// Move a guest away: stop it, switch over to the `umem incoming` at URI, send its memory.
+#[derive(FromArgs)]
+#[argh(
+    subcommand,
+    name = "migrate",
+    note = "URI is tcp:HOST:PORT or unix:PATH. Until the switchover any failure, and Ctrl-C, leave \
+            the guest running here; after it the guest never runs here again. With -n, Ctrl-C \
+            sends the rest.",
+    example = "{command_name} -p --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    error_code(1, "The guest did not move, or not whole; stderr says why."),
+    error_code(2, "The command line is wrong.")
+)]
+struct Migrate {
+    /// postcopy: switch over first and send pages after (default: send all before)
+    #[argh(switch, short = 'p')]
+    postcopy: bool,
+    /// send no page that was not asked for, to measure (needs -p)
+    #[argh(switch, short = 'n')]
+    no_background: bool,
+    /// a RAM file of the guest, NAME=PATH; repeat for more (default: asked of the monitor)
+    #[argh(option)]
+    ram: Vec<RamPath>,
+    /// the monitor's QMP socket
+    #[argh(option)]
+    qmp: Option<PathBuf>,
+    /// bulk lanes, connections that carry pages in the background (default 1)
+    #[argh(option, default = "1")]
+    lanes: u16,
+    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
+    #[argh(option, default = "CoreList::default()")]
+    cores: CoreList,
+    /// print JSON objects, the last of them the report
+    #[argh(switch)]
+    json: bool,
+    /// tcp:HOST:PORT or unix:PATH of the destination
+    #[argh(positional)]
+    uri: Uri,
+}
+
+/// The demo's guest: fills memory, reads and writes it, checks every word. Started by `umem demo`.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "guest")]
+struct Guest {
+    /// the socket to make for its monitor
+    #[argh(option)]
+    qmp: PathBuf,
+    /// its RAM, NAME=PATH
+    #[argh(option)]
+    ram: RamPath,
+    /// size of its RAM, MiB
+    #[argh(option)]
+    size: u64,
+    /// wait for a guest to come
+    #[argh(switch)]
+    incoming: bool,
+    /// threads that access memory (default 2)
+    #[argh(option, default = "2")]
+    threads: usize,
+    /// accesses that write, percent (default 30)
+    #[argh(option, default = "30")]
+    write_percent: u32,
+    /// pages that hold zeroes, percent (default 10)
+    #[argh(option, default = "10")]
+    zero_percent: u32,
+    /// pages that are never written, percent (default 10)
+    #[argh(option, default = "10")]
+    hole_percent: u32,
+    /// what its memory is derived from (default 1)
+    #[argh(option, default = "1")]
+    seed: u64,
+}
+
+/// Print umem's version and the protocol's.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "version")]
+struct Version {}
+
+/// `0,2,3`
+#[derive(Default)]
+struct CoreList(Vec<usize>);
+
+impl std::str::FromStr for CoreList {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<CoreList, String> {
+        let available: Vec<usize> = core_affinity::get_core_ids()
+            .unwrap_or_default()
+            .iter()
+            .map(|core| core.id)
+            .collect();
+        let cores: std::result::Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
+        let cores = cores.map_err(|_| format!("write core numbers such as 0,2,3, not {text:?}"))?;
+        match cores.iter().find(|core| !available.contains(core)) {
+            Some(core) => Err(format!(
+                "core {core} is not one of those umem may use: {available:?}"
+            )),
+            None => Ok(CoreList(cores)),
+        }
+    }
+}
+
+/// Runs the command line; the value is the process's exit status.
+pub fn main() -> i32 {
+    let strings: Vec<String> = std::env::args_os()
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    let words: Vec<&str> = strings.iter().map(String::as_str).collect();
+    let json = words.contains(&"--json");
+    let (name, rest) = words
+        .split_first()
+        .map_or(("umem", &[][..]), |(_, rest)| ("umem", rest));
+    let arguments = match Arguments::from_args(&[name], rest) {
+        Ok(arguments) => arguments,
+        Err(exit) => return early_exit(&exit),
+    };
+    let result = crate::inbox::block_signals().and_then(|()| run(arguments.command));
+    match result {
+        Ok(status) => status,
+        Err(error) => {
+            crate::report::Output { json }.failed(&error);
+            error.exit_status()
+        }
+    }
+}
+
+/// Help on stdout; a wrong command line is one line on stderr that says where help is.
+fn early_exit(exit: &argh::EarlyExit) -> i32 {
+    if exit.status.is_ok() {
+        println!("{}", exit.output);
+        return 0;
+    }
+    let lines: Vec<&str> = exit
+        .output
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    eprintln!(
+        "umem: {} (`umem --help` and `umem COMMAND --help` explain)",
+        lines.join(" ")
+    );
+    2
+}
+
+fn run(command: Command) -> Result<i32> {
+    match command {
+        Command::Demo(demo) => demo.run(),
+        Command::Incoming(incoming) => incoming.run(),
+        Command::Migrate(migrate) => migrate.run(),
+        Command::Guest(guest) => guest.run(),
+        Command::Version(_) => {
+            let protocol = umem_wire::PROTOCOL;
+            println!("umem {} (protocol {protocol})", env!("CARGO_PKG_VERSION"));
+            Ok(0)
+        }
+    }
+}
+
+fn check_kind(kind: &str) -> Result<()> {
+    if kind == "shared" {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "--kind {kind}: the memory kind umem knows is shared"
+    )))
+}
+
+fn check_percent(name: &str, percent: u32) -> Result<()> {
+    if percent <= 100 {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "--{name} is a share of 100, not {percent}"
+    )))
+}
+
+fn check_lanes(lanes: u16) -> Result<()> {
+    if (1..=umem_wire::limits::LANES_MAX).contains(&lanes) {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "--lanes is 1 to {}, not {lanes}",
+        umem_wire::limits::LANES_MAX
+    )))
+}
+
+impl Demo {
+    fn run(self) -> Result<i32> {
+        check_kind(&self.kind)?;
+        check_percent("write-percent", self.write_percent)?;
+        check_percent("zero-percent", self.zero_percent)?;
+        check_percent("hole-percent", self.hole_percent)?;
+        check_percent(
+            "zero-percent and --hole-percent",
+            self.zero_percent + self.hole_percent,
+        )?;
+        check_lanes(self.lanes)?;
+        if self.size == 0 || self.threads == 0 {
+            return Err(Error::Usage("--size and --threads are at least 1".into()));
+        }
+        demo::run(&demo::Options {
+            size_mib: self.size,
+            write_percent: self.write_percent,
+            zero_percent: self.zero_percent,
+            hole_percent: self.hole_percent,
+            threads: self.threads,
+            lanes: self.lanes,
+            postcopy: !self.precopy,
+            seed: self.seed,
+            json: self.json,
+        })
+    }
+}
+
+impl Incoming {
+    fn run(self) -> Result<i32> {
+        check_kind(&self.kind)?;
+        check_lanes(self.lanes)?;
+        // argh keeps the -- that separates COMMAND.
+        let mut command = self.command;
+        if command.first().is_some_and(|word| word == "--") {
+            command.remove(0);
+        }
+        destination::run(&destination::Options {
+            uri: self.uri,
+            ram: self.ram,
+            qmp: self.qmp,
+            lanes_max: self.lanes,
+            cores: self.cores.0,
+            preload: self.preload,
+            json: self.json,
+            command,
+        })
+    }
+}
+
+impl Migrate {
+    fn run(self) -> Result<i32> {
+        check_lanes(self.lanes)?;
+        if self.no_background && !self.postcopy {
+            return Err(Error::Usage(
+                "-n only makes sense with -p: write -p -n".into(),
+            ));
+        }
+        source::run(&source::Options {
+            uri: self.uri,
+            postcopy: self.postcopy,
+            background: !self.no_background,
+            ram: self.ram,
+            qmp: self.qmp,
+            lanes: self.lanes,
+            cores: self.cores.0,
+            json: self.json,
+        })?;
+        Ok(0)
+    }
+}
+
+impl Guest {
+    fn run(self) -> Result<i32> {
+        // The guest ends by its monitor's quit, or as any process does.
+        crate::inbox::unblock_signals().map_err(|errno| Error::System {
+            what: "unblocking signals".into(),
+            source: errno.into(),
+        })?;
+        host::guest::run(&host::guest::Options {
+            qmp: self.qmp,
+            ram: self.ram,
+            size_mib: self.size,
+            incoming: self.incoming,
+            threads: self.threads,
+            write_percent: self.write_percent,
+            zero_percent: self.zero_percent,
+            hole_percent: self.hole_percent,
+            seed: self.seed,
+        })?;
+        Ok(0)
+    }
+}

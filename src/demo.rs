@@ -1,0 +1,434 @@
+//! `umem demo`: source, destination and a guest of ours, as separate processes on this machine.
+//!
+//! The processes are those of a real migration, over TCP on the loopback address: two guests
+//! (`umem guest`), `umem migrate` and `umem incoming`. The guest reads and writes its memory on both
+//! sides and checks every word; the verdict is its own.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde_json::{Value, json};
+
+use crate::error::{Context, Error, Result};
+use crate::host::guest::Verdict;
+use crate::host::qmp::Qmp;
+use crate::inbox::{Inbox, Wake, unblock_signals};
+use crate::report::{Completed, Output};
+
+/// What the demo moves.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// MiB of guest RAM.
+    pub size_mib: u64,
+    /// Accesses of the guest that write, percent.
+    pub write_percent: u32,
+    /// Pages that hold zeroes, percent.
+    pub zero_percent: u32,
+    /// Pages that were never written, percent.
+    pub hole_percent: u32,
+    /// Threads of the guest.
+    pub threads: usize,
+    /// Bulk lanes.
+    pub lanes: u16,
+    /// Postcopy, or everything before the switchover.
+    pub postcopy: bool,
+    /// What the guest's memory is derived from; none for a new one.
+    pub seed: Option<u64>,
+    /// JSON events on stdout.
+    pub json: bool,
+}
+
+/// A child that says nothing for this long is stuck.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Runs the demo; the exit status is 0 when every page was right.
+///
+/// # Errors
+/// Anything that kept the guest from moving.
+pub fn run(options: &Options) -> Result<i32> {
+    let inbox = Inbox::new()?;
+    let output = Output { json: options.json };
+    let seed = options
+        .seed
+        .unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
+    let directory = Directory::new()?;
+    let ram = [guest_ram(options.size_mib)?, guest_ram(options.size_mib)?];
+    output.event(
+        "started",
+        json!({ "seed": seed, "size_mib": options.size_mib, "ram": ram[0].what }),
+        &format!(
+            "a guest of {} MiB ({}, seed {seed})",
+            options.size_mib, ram[0].what
+        ),
+    );
+    let mut demo = Demo {
+        inbox,
+        options,
+        seed,
+        directory,
+        ram,
+    };
+
+    let mut guest = demo.start_guest()?;
+    let mut incoming = demo.start_incoming()?;
+    let listening = incoming.event(&demo.inbox, "listening")?;
+    let uri = listening["uri"].as_str().unwrap_or_default().to_owned();
+    let mut migrate = demo.start_migrate(&uri)?;
+    let source = migrate.event(&demo.inbox, "completed")?;
+    let destination = incoming.event(&demo.inbox, "completed")?;
+    let verdict = demo.verdict()?;
+    migrate.finish(&demo.inbox)?;
+    demo.quit("source.qmp")?;
+    guest.finish(&demo.inbox)?;
+    demo.quit("destination.qmp")?;
+    incoming.finish(&demo.inbox)?;
+    demo.report(output, source, destination, &verdict)
+}
+
+fn now_nanos() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| u64::from(now.subsec_nanos()) ^ now.as_secs())
+}
+
+struct Demo<'a> {
+    inbox: Inbox<()>,
+    options: &'a Options,
+    seed: u64,
+    directory: Directory,
+    ram: [DemoRam; 2],
+}
+
+impl Demo<'_> {
+    fn start_guest(&mut self) -> Result<Process> {
+        let arguments = self.guest_arguments("source.qmp", 0, false);
+        let mut guest = Process::start("the source's guest", &arguments)?;
+        guest.event(&self.inbox, "ready")?;
+        Ok(guest)
+    }
+
+    fn guest_arguments(&self, socket: &str, ram: usize, incoming: bool) -> Vec<String> {
+        let options = self.options;
+        let mut arguments: Vec<String> = [
+            ("--qmp", self.directory.file(socket)),
+            ("--ram", format!("ram0={}", self.ram[ram].path())),
+            ("--size", options.size_mib.to_string()),
+            ("--threads", options.threads.to_string()),
+            ("--write-percent", options.write_percent.to_string()),
+            ("--zero-percent", options.zero_percent.to_string()),
+            ("--hole-percent", options.hole_percent.to_string()),
+            ("--seed", self.seed.to_string()),
+        ]
+        .into_iter()
+        .flat_map(|(option, value)| [option.to_owned(), value])
+        .collect();
+        arguments.insert(0, "guest".into());
+        if incoming {
+            arguments.push("--incoming".into());
+        }
+        arguments
+    }
+
+    fn start_incoming(&self) -> Result<Process> {
+        let mut arguments: Vec<String> =
+            ["incoming", "--json", "--qmp"].map(str::to_owned).to_vec();
+        arguments.push(self.directory.file("destination.qmp"));
+        arguments.push("--ram".into());
+        arguments.push(format!("ram0={}", self.ram[1].path()));
+        arguments.push("tcp:127.0.0.1:0".into());
+        arguments.push("--".into());
+        arguments.push(this_program()?.display().to_string());
+        arguments.extend(self.guest_arguments("destination.qmp", 1, true));
+        Process::start("umem incoming", &arguments)
+    }
+
+    fn start_migrate(&self, uri: &str) -> Result<Process> {
+        let mut arguments: Vec<String> = ["migrate", "--json", "--qmp"].map(str::to_owned).to_vec();
+        arguments.push(self.directory.file("source.qmp"));
+        arguments.push("--lanes".into());
+        arguments.push(self.options.lanes.to_string());
+        if self.options.postcopy {
+            arguments.push("-p".into());
+        }
+        arguments.push(uri.into());
+        Process::start("umem migrate", &arguments)
+    }
+
+    /// Lets the guest that arrived check all of its memory.
+    fn verdict(&self) -> Result<Verdict> {
+        let mut qmp = Qmp::connect(Path::new(&self.directory.file("destination.qmp")))?;
+        let verdict = qmp.execute("umem-verify", json!({}))?;
+        serde_json::from_value(verdict).map_err(|error| Error::Host(error.to_string()))
+    }
+
+    fn quit(&self, socket: &str) -> Result<()> {
+        let mut qmp = Qmp::connect(Path::new(&self.directory.file(socket)))?;
+        qmp.execute("quit", json!({})).map(drop)
+    }
+
+    fn report(
+        &self,
+        output: Output,
+        source: Value,
+        destination: Value,
+        verdict: &Verdict,
+    ) -> Result<i32> {
+        let read = |value: Value| -> Result<Completed> {
+            serde_json::from_value(value).map_err(|error| Error::Host(error.to_string()))
+        };
+        let (source, mut destination) = (read(source)?, read(destination)?);
+        // Both run on one clock here, and the source measures the whole of the downtime.
+        destination.downtime_ms = source.downtime_ms;
+        destination.zero_copy.clone_from(&source.zero_copy);
+        let good = verdict.bad_pages == 0
+            && verdict.guest_writes_lost == 0
+            && !verdict.registered
+            && verdict.verified_pages == (self.options.size_mib << 20) / 4096;
+        if output.json {
+            let mut object = serde_json::to_value(&destination).expect("plain fields");
+            let checked = serde_json::to_value(verdict).expect("plain fields");
+            if let (Value::Object(object), Value::Object(checked)) = (&mut object, checked) {
+                object.extend(checked);
+                object.insert("seed".into(), json!(self.seed));
+                object.insert(
+                    "source".into(),
+                    serde_json::to_value(&source).expect("plain"),
+                );
+            }
+            println!("{object}");
+        } else {
+            print!("{}", destination.summary());
+            println!(
+                "the guest read {} and wrote {} pages meanwhile; an access took {} µs in the \
+                 middle, {} µs at p99\n{}",
+                verdict.reads,
+                verdict.writes,
+                verdict.access_latency_us.p50,
+                verdict.access_latency_us.p99,
+                if good {
+                    format!(
+                        "all {} pages are right, and no write was lost",
+                        verdict.verified_pages
+                    )
+                } else {
+                    format!(
+                        "WRONG: {} pages are bad, {} writes were lost (seed {})",
+                        verdict.bad_pages, verdict.guest_writes_lost, self.seed
+                    )
+                }
+            );
+        }
+        Ok(i32::from(!good))
+    }
+}
+
+/// A directory for the monitors' sockets, removed at the end.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Result<Directory> {
+        let template = std::env::temp_dir().join("umem-demo-XXXXXX");
+        Ok(Directory(
+            nix::unistd::mkdtemp(&template).context(|| "making a directory")?,
+        ))
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.0.join(name).display().to_string()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// RAM for one guest: a file without a name, which goes when its last user does.
+struct DemoRam {
+    file: OwnedFd,
+    what: &'static str,
+}
+
+impl DemoRam {
+    /// How the children open it.
+    fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    }
+}
+
+/// A file in a tmpfs of our own with huge pages, where we may mount one; else a memfd.
+fn guest_ram(size_mib: u64) -> Result<DemoRam> {
+    if let Some(file) = huge_tmpfs_file(size_mib) {
+        return Ok(DemoRam {
+            file,
+            what: "tmpfs with huge pages",
+        });
+    }
+    let file = memfd_create(c"umem-demo", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?;
+    Ok(DemoRam {
+        file,
+        what: "memfd",
+    })
+}
+
+/// Makes a tmpfs that is mounted nowhere (fsopen(2)), so that nothing is left of it afterwards.
+fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
+    const FSOPEN_CLOEXEC: u32 = 1;
+    const FSCONFIG_SET_STRING: u32 = 1;
+    const FSCONFIG_CMD_CREATE: u32 = 6;
+    const FSMOUNT_CLOEXEC: u32 = 1;
+    let owned = |fd: libc::c_long| {
+        let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0)?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        Some(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    // SAFETY: a constant string and flags.
+    let fs = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC) })?;
+    let size = std::ffi::CString::new(format!("{}M", size_mib + 2)).ok()?;
+    for (key, value) in [
+        (c"huge", c"always"),
+        (c"size", size.as_c_str()),
+        (c"mode", c"0700"),
+    ] {
+        let (fd, set) = (fs.as_raw_fd(), FSCONFIG_SET_STRING);
+        // SAFETY: both strings end in zero and outlive the call.
+        let result =
+            unsafe { libc::syscall(libc::SYS_fsconfig, fd, set, key.as_ptr(), value.as_ptr(), 0) };
+        if result != 0 {
+            return None;
+        }
+    }
+    let null = std::ptr::null::<libc::c_char>();
+    // SAFETY: this command takes no strings.
+    let created = unsafe {
+        libc::syscall(
+            libc::SYS_fsconfig,
+            fs.as_raw_fd(),
+            FSCONFIG_CMD_CREATE,
+            null,
+            null,
+            0,
+        )
+    };
+    if created != 0 {
+        return None;
+    }
+    // SAFETY: descriptors and flags only.
+    let mount =
+        owned(unsafe { libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, 0) })?;
+    let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC;
+    // SAFETY: a constant name, relative to a mount that nobody else can reach.
+    let file = owned(libc::c_long::from(unsafe {
+        libc::openat(mount.as_raw_fd(), c"ram".as_ptr(), flags, 0o600)
+    }))?;
+    // The open file keeps the mount alive.
+    Some(file)
+}
+
+fn this_program() -> Result<PathBuf> {
+    std::env::current_exe().context(|| "finding umem's own executable")
+}
+
+/// A child of the demo, which reads its JSON events. Dropping it ends it.
+struct Process {
+    name: &'static str,
+    child: Child,
+    events: BufReader<ChildStdout>,
+    finished: bool,
+}
+
+impl Process {
+    fn start(name: &'static str, arguments: &[String]) -> Result<Process> {
+        use std::os::unix::process::CommandExt;
+        let mut command = Command::new(this_program()?);
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        // SAFETY: only prctl and sigprocmask run between fork and exec, both async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                // A demo that is killed takes its processes with it.
+                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+                Ok(unblock_signals()?)
+            });
+        }
+        let mut child = command.spawn().context(|| format!("starting {name}"))?;
+        let stdout = child.stdout.take().expect("piped above");
+        Ok(Process {
+            name,
+            child,
+            events: BufReader::new(stdout),
+            finished: false,
+        })
+    }
+
+    /// Reads events until one of this name comes.
+    fn event(&mut self, inbox: &Inbox<()>, name: &str) -> Result<Value> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut line = String::new();
+        loop {
+            self.wait_readable(inbox, deadline)?;
+            line.clear();
+            if self.events.read_line(&mut line).context(|| self.name)? == 0 {
+                return Err(Error::Host(format!(
+                    "{} ended early; its own message says why",
+                    self.name
+                )));
+            }
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            if event["event"] == name {
+                return Ok(event);
+            }
+            if event["event"] == "failed" {
+                return Err(Error::Host(format!("{} failed", self.name)));
+            }
+        }
+    }
+
+    fn wait_readable(&self, inbox: &Inbox<()>, deadline: Instant) -> Result<()> {
+        use std::os::fd::AsFd;
+        if !self.events.buffer().is_empty() {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        match inbox.wait(&[self.events.get_ref().as_fd()], Some(left))? {
+            Wake::Ready(_) | Wake::Message(()) => Ok(()),
+            Wake::Signal => Err(Error::Interrupted(
+                "the demo's processes have been ended".into(),
+            )),
+            Wake::Timeout => Err(Error::Host(format!("{} does not go on", self.name))),
+        }
+    }
+
+    /// Waits for its end, which must be a good one.
+    fn finish(&mut self, inbox: &Inbox<()>) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut rest = [0; 4096];
+        loop {
+            self.wait_readable(inbox, deadline)?;
+            if self.events.read(&mut rest).context(|| self.name)? == 0 {
+                break;
+            }
+        }
+        self.finished = true;
+        let status = self.child.wait().context(|| self.name)?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(Error::Host(format!("{} ended with {status}", self.name)))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}

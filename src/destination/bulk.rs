@@ -1,0 +1,116 @@
+//! A bulk lane at the destination: pages that nobody asked for, on a ring and a core of their own.
+
+use std::sync::Arc;
+
+use umem_ring::{Config, Mailbox, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
+use umem_wire::{Event, LaneRole, RegionTable};
+
+use super::Note;
+use super::guest::{GuestMemory, PageId};
+use super::reader::{Arrived, LaneReader, TOKEN_FREE};
+use crate::error::{Error, Result};
+use crate::inbox::Post;
+use crate::lane::Lane;
+use crate::report::Counters;
+
+const TOKEN_POSTED: u64 = TOKEN_FREE;
+
+/// What a bulk thread needs.
+pub(crate) struct BulkLane {
+    pub(crate) lane: Lane,
+    pub(crate) regions: RegionTable,
+    pub(crate) guest: Arc<GuestMemory>,
+    pub(crate) core: Option<usize>,
+    /// The demand thread's ring: it wakes vCPUs.
+    pub(crate) demand: Mailbox,
+    pub(crate) post: Post<Note>,
+}
+
+impl BulkLane {
+    /// Receives until the lane ends, fails or is woken to stop. Runs on the calling thread.
+    pub(crate) fn run(self, started: impl FnOnce(Waker)) {
+        let post = self.post.clone();
+        match self.receive(started) {
+            Ok(()) => post.send(Note::BulkEnded),
+            Err(error) => post.send(Note::Failed(error)),
+        }
+    }
+
+    fn receive(self, started: impl FnOnce(Waker)) -> Result<()> {
+        let mut ring = Ring::new(&Config {
+            name: self.lane.name.clone(),
+            core: self.core,
+            ..Config::default()
+        })?;
+        started(ring.waker()?);
+        let mut reader = LaneReader::new(
+            &self.lane,
+            LaneRole::Bulk,
+            &self.regions,
+            self.guest.clone(),
+        );
+        reader.arm(&mut ring)?;
+        let mut wanted = Vec::new();
+        let mut ended = false;
+        loop {
+            ring.enter(Wait::One)?;
+            while let Some(completion) = ring.next() {
+                match completion.token {
+                    TOKEN_WAKE => return Ok(()),
+                    TOKEN_POSTED => self.posted(completion.outcome)?,
+                    _ => reader.complete(
+                        &mut ring,
+                        completion,
+                        |page| wanted.push(page),
+                        |arrived| self.arrived(arrived, &mut ended),
+                    )?,
+                }
+            }
+            self.wake(&mut ring, &mut wanted)?;
+            if ended && ring.in_flight() <= 1 {
+                return Ok(());
+            }
+        }
+    }
+
+    fn arrived(&self, arrived: Arrived, ended: &mut bool) -> Result<()> {
+        match arrived {
+            Arrived::Run { range, last } => {
+                Counters::add(&self.guest.counters.pages_background, range.pages);
+                if last {
+                    self.post.send(Note::AllCached);
+                }
+            }
+            Arrived::Other(Event::LaneEnd) => *ended = true,
+            Arrived::Other(Event::Error(fault)) => {
+                return Err(Error::Peer {
+                    side: "source",
+                    code: fault.code,
+                    text: fault.text,
+                });
+            }
+            Arrived::Other(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Tells the demand thread which pages have come that a vCPU waits for.
+    fn wake(&self, ring: &mut Ring, wanted: &mut Vec<PageId>) -> Result<()> {
+        for page in wanted.drain(..) {
+            let message = Op::msg_ring(self.demand.clone(), page.pack(), 0);
+            ring.submit(message, TOKEN_POSTED)
+                .map_err(|rejected| Error::Ring(rejected.error))?;
+        }
+        Ok(())
+    }
+
+    /// A message that did not arrive would leave a vCPU waiting for a page that is there.
+    fn posted(&self, outcome: Outcome) -> Result<()> {
+        match outcome {
+            Outcome::Done(_) => Ok(()),
+            other => Err(Error::Host(format!(
+                "waking a vCPU through the demand ring: {other:?}"
+            ))),
+        }
+    }
+}

@@ -1,0 +1,703 @@
+//! The destination: `umem incoming`, the RFC's umemd.
+//!
+//! The control thread here prepares the guest, accepts the lanes, walks through the phases of
+//! [`umem_wire::destination`] and reports; it never blocks on anything but its inbox. The pages are
+//! moved by the threads of [`demand`] and [`bulk`] into [`guest`], and the monitor is waited for by
+//! a thread of its own.
+
+mod bulk;
+mod demand;
+mod guest;
+mod prepare;
+mod reader;
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use serde_json::json;
+use umem_ring::Waker;
+use umem_wire::destination::{Input, Mode, Phase};
+use umem_wire::{
+    Event, Fault, FaultCode, Frame, LaneRole, Receiver, RegionTable, Target, transmit,
+};
+
+use crate::cores::Cores;
+use crate::error::{Context, Error, Result};
+use crate::fault::handoff::Message;
+use crate::host::command::RamPath;
+use crate::host::thread::{Answer, HostThread};
+use crate::host::{DestinationHost, RunsItself};
+use crate::inbox::{Inbox, Wake};
+use crate::lane::{self, Lane, Listener};
+use crate::progress::{self, Progress};
+use crate::report::{Completed, CpuTime, Latency, Output};
+use crate::uri::Uri;
+
+use bulk::BulkLane;
+use demand::{Command, DemandLane, Reach};
+use guest::GuestMemory;
+use prepare::Prepared;
+
+/// What `umem incoming` is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where to listen.
+    pub uri: Uri,
+    /// The guest's RAM files; empty to read them from a QEMU's command line.
+    pub ram: Vec<RamPath>,
+    /// The monitor's QMP socket, where it has one of its own.
+    pub qmp: Option<PathBuf>,
+    /// The most bulk lanes that a source may open.
+    pub lanes_max: u16,
+    /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
+    pub cores: Vec<usize>,
+    /// The preload object to use in place of the built-in one.
+    pub preload: Option<PathBuf>,
+    /// JSON events on stdout.
+    pub json: bool,
+    /// The monitor to start, with its arguments.
+    pub command: Vec<String>,
+}
+
+/// What reaches the control thread.
+pub(crate) enum Note {
+    /// A control frame on the demand lane.
+    Received(Event),
+    /// The last page is cached.
+    AllCached,
+    /// A bulk lane has ended in order.
+    BulkEnded,
+    /// A worker could not go on.
+    Failed(Error),
+    /// The monitor has answered.
+    Host(Answer),
+}
+
+impl From<Answer> for Note {
+    fn from(answer: Answer) -> Note {
+        Note::Host(answer)
+    }
+}
+
+/// Receives one guest. Returns when it is complete and, where a command was started, has exited;
+/// the value is the process's exit status.
+///
+/// # Errors
+/// Anything that kept the guest from arriving; until the switchover nothing is left behind then.
+pub fn run(options: &Options) -> Result<i32> {
+    let output = Output { json: options.json };
+    let inbox = Inbox::new()?;
+    let listener = Listener::bind(&options.uri)?;
+    let mut prepared = prepare::guest(options, &inbox)?;
+    let uri = listener.uri(&options.uri);
+    output.event(
+        "listening",
+        json!({ "uri": uri.to_string(), "guest_pid": prepared.monitor.pid() }),
+        &format!("waiting for a source on {uri}"),
+    );
+    let lanes = accept(&listener, options, &inbox, &prepared)?;
+    drop(listener);
+    output.event(
+        "connected",
+        json!({ "lanes": lanes.bulk.len() }),
+        &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
+    );
+    let (receiver, table) = compare(&lanes.demand, &inbox, &mut prepared)?;
+    let report = Migration::start(
+        options,
+        output,
+        inbox,
+        lanes,
+        receiver,
+        table,
+        &mut prepared,
+    )?
+    .drive(&mut prepared)?;
+    output.completed(&report);
+    let status = prepared.monitor.wait()?;
+    Ok(status.code().unwrap_or(1))
+}
+
+/// The lanes of one session.
+struct Lanes {
+    demand: Lane,
+    bulk: Vec<Lane>,
+}
+
+/// Accepts the lanes of the first session that dials, demand lane first.
+fn accept(
+    listener: &Listener,
+    options: &Options,
+    inbox: &Inbox<Note>,
+    prepared: &Prepared,
+) -> Result<Lanes> {
+    let mut lanes: Option<(Lanes, umem_wire::Hello)> = None;
+    loop {
+        if let Some((lanes, hello)) =
+            lanes.take_if(|(lanes, hello)| lanes.bulk.len() == usize::from(hello.bulk_lanes))
+        {
+            debug_assert_eq!(hello.role, LaneRole::Demand);
+            return Ok(lanes);
+        }
+        match inbox.wait(&[listener.as_fd(), prepared.monitor.exited()], None)? {
+            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Ready(0) => {}
+            Wake::Ready(_) => return Err(exited()),
+            Wake::Message(Note::Failed(error)) => return Err(error),
+            Wake::Message(_) | Wake::Timeout => continue,
+        }
+        let (lane, hello) = match listener.accept()? {
+            Ok(accepted) => accepted,
+            Err(why) => {
+                eprintln!("umem: ignored a connection: {why}");
+                continue;
+            }
+        };
+        let expected = match &lanes {
+            None => hello.role == LaneRole::Demand,
+            Some((lanes, first)) => {
+                hello.role == LaneRole::Bulk
+                    && hello.session == first.session
+                    && usize::from(hello.index) == lanes.bulk.len() + 1
+            }
+        };
+        if !expected {
+            lane::refuse(
+                &lane,
+                FaultCode::Refused,
+                "another migration is being received",
+            )?;
+            continue;
+        }
+        if hello.bulk_lanes > options.lanes_max {
+            let text = format!(
+                "at most {} lanes here; use --lanes there",
+                options.lanes_max
+            );
+            lane::refuse(&lane, FaultCode::Refused, &text)?;
+            continue;
+        }
+        if lane::welcome(&lane, &hello).is_err() {
+            continue;
+        }
+        match &mut lanes {
+            None => {
+                lanes = Some((
+                    Lanes {
+                        demand: lane,
+                        bulk: Vec::new(),
+                    },
+                    hello,
+                ))
+            }
+            Some((lanes, _)) => lanes.bulk.push(lane),
+        }
+    }
+}
+
+fn exited() -> Error {
+    Error::Host("it exited before the guest arrived (its own messages say why)".into())
+}
+
+/// Reads the source's regions and puts ours in their order; an error is told to the source.
+fn compare(
+    demand: &Lane,
+    inbox: &Inbox<Note>,
+    prepared: &mut Prepared,
+) -> Result<(Receiver, RegionTable)> {
+    let mut receiver = Receiver::for_destination(LaneRole::Demand);
+    let compared = read_regions(demand, inbox, prepared, &mut receiver)
+        .and_then(|table| prepared.adopt(&table).map(|()| table));
+    match compared {
+        Ok(table) => Ok((receiver, table)),
+        Err(error) => {
+            tell(demand, &error);
+            Err(error)
+        }
+    }
+}
+
+/// Sends the reason why we give up, while no ring serves the lane; the source may have gone.
+fn tell(demand: &Lane, error: &Error) {
+    let mut bytes = Vec::new();
+    transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
+    let _ = demand
+        .blocking()
+        .map(|mut lane| std::io::Write::write_all(&mut lane, &bytes));
+}
+
+fn read_regions(
+    demand: &Lane,
+    inbox: &Inbox<Note>,
+    prepared: &Prepared,
+    receiver: &mut Receiver,
+) -> Result<RegionTable> {
+    let mut socket = demand.blocking()?;
+    let mut buffer = Vec::new();
+    loop {
+        match inbox.wait(&[socket.as_fd(), prepared.monitor.exited()], None)? {
+            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Ready(0) => {}
+            Wake::Ready(_) => return Err(exited()),
+            Wake::Message(_) | Wake::Timeout => continue,
+        }
+        let Target::Control { exact } = receiver.next_target() else {
+            return Err(Error::protocol(&demand.name, "pages before the regions"));
+        };
+        buffer.resize(exact, 0);
+        let count = socket.read(&mut buffer).context(|| demand.name.clone())?;
+        if count == 0 {
+            return Err(lost(demand, "the source closed it"));
+        }
+        receiver
+            .control(&buffer[..count])
+            .map_err(|error| Error::protocol(&demand.name, error))?;
+        match receiver.poll_event() {
+            None | Some(Event::Ping(_) | Event::Pong(_)) => {}
+            Some(Event::Regions(table)) => return Ok(table),
+            Some(Event::Error(fault)) => return Err(peer(fault)),
+            Some(other) => {
+                let what = format!("{} before the regions", other.name());
+                return Err(Error::protocol(&demand.name, what));
+            }
+        }
+    }
+}
+
+fn lost(lane: &Lane, what: &str) -> Error {
+    Error::Lost {
+        side: "source",
+        lane: lane.name.clone(),
+        what: what.into(),
+    }
+}
+
+fn peer(fault: Fault) -> Error {
+    Error::Peer {
+        side: "source",
+        code: fault.code,
+        text: fault.text,
+    }
+}
+
+/// When what happened; the source's stop is dated back from its switchover.
+#[derive(Default)]
+struct Times {
+    stopped: Option<Instant>,
+    switched: Option<Instant>,
+    running: Option<Instant>,
+    first_page: Option<Instant>,
+    cached: Option<Instant>,
+    downtime: Duration,
+}
+
+/// A migration with its lanes open: the control thread's state.
+struct Migration {
+    output: Output,
+    inbox: Inbox<Note>,
+    guest: Arc<GuestMemory>,
+    host: HostThread<dyn DestinationHost>,
+    phase: Phase,
+    mode: Mode,
+    state: Vec<u8>,
+    all_cached: bool,
+    commands: Sender<Command>,
+    demand: Waker,
+    bulk_wakers: Vec<Waker>,
+    demand_thread: Option<JoinHandle<Histogram<u64>>>,
+    bulk_threads: Vec<JoinHandle<()>>,
+    congestion: String,
+    times: Times,
+    progress: Progress,
+}
+
+impl Migration {
+    fn start(
+        options: &Options,
+        output: Output,
+        inbox: Inbox<Note>,
+        lanes: Lanes,
+        receiver: Receiver,
+        table: RegionTable,
+        prepared: &mut Prepared,
+    ) -> Result<Migration> {
+        let guest = Arc::new(GuestMemory::new(std::mem::take(&mut prepared.regions)));
+        let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
+        let host = HostThread::start(host, inbox.post())?;
+        let cores = Cores::choose(&options.cores, crate::cores::Role::Destination);
+        let congestion = lanes
+            .demand
+            .congestion
+            .clone()
+            .unwrap_or_else(|| "none".into());
+        let (commands, queue) = channel();
+        let demand = DemandLane {
+            lane: lanes.demand,
+            receiver,
+            guest: guest.clone(),
+            core: cores.demand(),
+            commands: queue,
+            post: inbox.post(),
+        };
+        let (started, reach) = channel();
+        let demand_thread = spawn("umem-demand", move || {
+            demand.run(move |reach: Reach| drop(started.send(reach)))
+        })?;
+        let reach = started_or_failed(&reach, &inbox)?;
+        let mut migration = Migration {
+            output,
+            guest,
+            host,
+            phase: Phase::new(),
+            mode: Mode {
+                postcopy: true,
+                background: true,
+            },
+            state: Vec::new(),
+            all_cached: false,
+            commands,
+            demand: reach.waker.clone(),
+            bulk_wakers: Vec::new(),
+            demand_thread: Some(demand_thread),
+            bulk_threads: Vec::new(),
+            congestion,
+            times: Times::default(),
+            progress: Progress::new(table.total_bytes()),
+            inbox,
+        };
+        migration.start_bulk(lanes.bulk, &table, &cores, &reach)?;
+        migration.step(Input::Received(&Event::Regions(table)))?;
+        migration.step(Input::GuestReady)?;
+        migration.send(&Frame::Ready);
+        Ok(migration)
+    }
+
+    fn start_bulk(
+        &mut self,
+        lanes: Vec<Lane>,
+        table: &RegionTable,
+        cores: &Cores,
+        reach: &Reach,
+    ) -> Result<()> {
+        for (index, lane) in lanes.into_iter().enumerate() {
+            let bulk = BulkLane {
+                lane,
+                regions: table.clone(),
+                guest: self.guest.clone(),
+                core: cores.bulk(index),
+                demand: reach.mailbox.clone(),
+                post: self.inbox.post(),
+            };
+            let (started, waker) = channel();
+            self.bulk_threads
+                .push(spawn(&format!("umem-bulk-{}", index + 1), move || {
+                    bulk.run(move |waker| drop(started.send(waker)));
+                })?);
+            self.bulk_wakers
+                .push(started_or_failed(&waker, &self.inbox)?);
+        }
+        Ok(())
+    }
+
+    /// Runs the phases to their end. After an error before the switchover the source is told, so
+    /// that its guest goes on there.
+    fn drive(mut self, prepared: &mut Prepared) -> Result<Completed> {
+        let driven = self.until_completed(prepared);
+        if let Err(error) = &driven {
+            self.send(&Frame::Error(error.to_fault()));
+        }
+        self.progress.phase("ending");
+        let latency = self.end();
+        driven.map_err(|error| self.explain(error))?;
+        prepared.release()?;
+        Ok(self.report(&latency))
+    }
+
+    fn until_completed(&mut self, prepared: &mut Prepared) -> Result<()> {
+        while !matches!(self.phase, Phase::Completed(_)) {
+            let extra = [prepared.monitor.exited(), prepared.handoff.stream().as_fd()];
+            match self.inbox.wait(&extra, Some(progress::INTERVAL))? {
+                Wake::Timeout => {}
+                Wake::Signal => self.interrupted()?,
+                Wake::Ready(0) => return Err(self.guest_exited(prepared)),
+                Wake::Ready(_) => {
+                    // Nothing is said here before the end; an end of file comes with the exit.
+                    if prepared.handoff.read()?.is_none() {
+                        return Err(self.guest_exited(prepared));
+                    }
+                }
+                Wake::Message(note) => self.note(note, prepared)?,
+            }
+            self.progress.update(&self.guest.counters);
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, note: Note, prepared: &mut Prepared) -> Result<()> {
+        match note {
+            Note::Received(event) => self.received(event, prepared),
+            Note::AllCached => {
+                self.all_cached = true;
+                self.times.cached = Some(Instant::now());
+                self.complete_if_done()
+            }
+            Note::BulkEnded => Ok(()),
+            Note::Failed(Error::Lost { .. }) if matches!(self.phase, Phase::Completing) => {
+                self.step(Input::Lost)
+            }
+            Note::Failed(error) => Err(error),
+            Note::Host(Answer::Loaded(result)) => {
+                result?;
+                self.step(Input::StateLoaded)?;
+                self.send(&Frame::Loaded);
+                Ok(())
+            }
+            Note::Host(Answer::Running(result)) => {
+                result?;
+                self.running()
+            }
+            Note::Host(_) => Ok(()),
+        }
+    }
+
+    fn received(&mut self, event: Event, prepared: &mut Prepared) -> Result<()> {
+        if let Event::Error(fault) = event {
+            return Err(peer(fault));
+        }
+        self.step(Input::Received(&event))?;
+        match event {
+            Event::Stopped {
+                postcopy,
+                background,
+            } => {
+                self.mode = Mode {
+                    postcopy,
+                    background,
+                };
+                self.times.stopped = Some(Instant::now());
+                self.times.first_page = self.times.stopped;
+                self.progress
+                    .phase(if postcopy { "switching" } else { "filling" });
+                self.output
+                    .event("stopped", json!({ "postcopy": postcopy }), "");
+            }
+            Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
+            Event::Load { .. } => self.host.load_state(std::mem::take(&mut self.state)),
+            Event::Switchover { stopped_us } => {
+                // From here on the guest is ours: its process stays, whatever happens to umem.
+                prepared.monitor.release();
+                let now = Instant::now();
+                self.times.switched = Some(now);
+                self.times.downtime = Duration::from_micros(stopped_us);
+                self.times.stopped = now.checked_sub(self.times.downtime).or(Some(now));
+                self.host.run();
+            }
+            Event::Ping(number) => self.send(&Frame::Pong(number)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn running(&mut self) -> Result<()> {
+        let now = Instant::now();
+        let since_switchover = self.times.switched.map_or(Duration::ZERO, |at| now - at);
+        self.times.running = Some(now);
+        self.times.downtime += since_switchover;
+        self.step(Input::GuestRunning)?;
+        let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
+        self.send(&Frame::Running {
+            us_since_switchover,
+        });
+        let downtime_ms = millis(self.times.downtime);
+        self.output.event(
+            "running",
+            json!({ "downtime_ms": downtime_ms }),
+            &format!("the guest runs here; it stood still for {downtime_ms:.1} ms"),
+        );
+        self.progress.phase("filling");
+        self.complete_if_done()
+    }
+
+    /// The end: every page is cached and the guest runs. It leaves its userfaultfds at once; the
+    /// source hears of it and says goodbye.
+    fn complete_if_done(&mut self) -> Result<()> {
+        if !self.all_cached || !matches!(self.phase, Phase::Running { .. }) {
+            return Ok(());
+        }
+        self.guest.unregister_all()?;
+        self.step(Input::AllCached)?;
+        self.send(&Frame::Complete(self.guest.counters.totals()));
+        Ok(())
+    }
+
+    fn interrupted(&mut self) -> Result<()> {
+        if !self.phase.may_run() {
+            return Err(Error::Interrupted("the guest stays at the source".into()));
+        }
+        eprintln!(
+            "umem: the guest runs here and still needs {} pages from the source; stopping now \
+             would stop it, so this goes on until they have come",
+            self.guest.pages_missing()
+        );
+        Ok(())
+    }
+
+    fn guest_exited(&self, prepared: &mut Prepared) -> Error {
+        let status = prepared.monitor.status().ok().flatten();
+        let how = status.map_or_else(String::new, |status| format!(" ({status})"));
+        if self.phase.may_run() {
+            Error::Host(format!(
+                "the guest's process ended{how} before all of its memory had come"
+            ))
+        } else {
+            Error::Host(format!("it exited{how} before the guest arrived"))
+        }
+    }
+
+    /// Adds what an error means for the guest.
+    fn explain(&self, error: Error) -> Error {
+        match error {
+            Error::Lost { side, lane, what } if self.phase.may_run() => Error::Lost {
+                side,
+                lane,
+                what: format!(
+                    "{what}; the guest runs here and waits for {} pages that only the source has: \
+                     do not start it there again",
+                    self.guest.pages_missing()
+                ),
+            },
+            other => other,
+        }
+    }
+
+    fn step(&mut self, input: Input<'_>) -> Result<()> {
+        let phase = std::mem::replace(
+            &mut self.phase,
+            Phase::Failed {
+                may_have_run: false,
+            },
+        );
+        match phase.step(input) {
+            Ok(phase) => {
+                self.phase = phase;
+                Ok(())
+            }
+            Err((phase, error)) => {
+                self.phase = phase;
+                Err(Error::protocol("demand lane", error))
+            }
+        }
+    }
+
+    fn send(&self, frame: &Frame) {
+        let mut bytes = Vec::new();
+        transmit::encode(frame, &mut bytes);
+        // The thread has ended where this fails, and its own note says why.
+        let _ = self.commands.send(Command::Send(bytes));
+        self.demand.wake();
+    }
+
+    /// Ends the threads; what was to be sent still goes out.
+    fn end(&mut self) -> Histogram<u64> {
+        let _ = self.commands.send(Command::End);
+        self.demand.wake();
+        self.bulk_wakers.iter().for_each(Waker::wake);
+        for thread in self.bulk_threads.drain(..) {
+            thread.join().expect("a bulk thread does not panic");
+        }
+        let demand = self.demand_thread.take().expect("ended once");
+        demand.join().expect("the demand thread does not panic")
+    }
+
+    fn report(&self, latency: &Histogram<u64>) -> Completed {
+        let totals = self.guest.counters.totals();
+        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
+            _ => 0.0,
+        };
+        let moving_s = seconds(self.times.first_page, self.times.cached);
+        let page_shift = self
+            .guest
+            .regions
+            .iter()
+            .map(|region| region.ram.page_shift)
+            .min()
+            .unwrap_or(12);
+        Completed {
+            event: "completed".into(),
+            role: "destination".into(),
+            kind: "shared".into(),
+            page_size: 1 << page_shift,
+            lanes: u16::try_from(self.bulk_wakers.len()).expect("at most 64"),
+            total_bytes: self.guest.total_bytes(),
+            data_bytes: totals.data_bytes,
+            zero_bytes: totals.zero_bytes,
+            hole_bytes: totals.hole_bytes,
+            pages_demand: totals.pages_demand,
+            pages_background: totals.pages_background,
+            downtime_ms: millis(self.times.downtime),
+            drain_s: seconds(self.times.running, self.times.cached),
+            total_s: seconds(self.times.stopped, self.times.cached),
+            gbps: if moving_s > 0.0 {
+                totals.data_bytes as f64 * 8e-9 / moving_s
+            } else {
+                0.0
+            },
+            fault_latency_us: Some(Latency::of(latency)),
+            cpu_s: CpuTime::of_this_process(),
+            zero_copy: "received into guest memory".into(),
+            release_bytes: 0,
+            congestion: self.congestion.clone(),
+        }
+    }
+}
+
+/// What a worker says when it has started, or why it has not.
+fn started_or_failed<T>(started: &std::sync::mpsc::Receiver<T>, inbox: &Inbox<Note>) -> Result<T> {
+    if let Ok(started) = started.recv() {
+        return Ok(started);
+    }
+    // The worker has dropped its end, after posting its error.
+    loop {
+        if let Wake::Message(Note::Failed(error)) = inbox.wait(&[], None)? {
+            return Err(error);
+        }
+    }
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .context(|| format!("starting thread {name}"))
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+impl Prepared {
+    /// The guest is complete: its process closes its userfaultfds and runs on alone.
+    fn release(&mut self) -> Result<()> {
+        self.handoff.release()?;
+        loop {
+            match self.handoff.read()? {
+                // The process ended meanwhile, as a guest may.
+                None => return Ok(()),
+                Some(messages) if messages.iter().any(|m| matches!(m, Message::Released)) => {
+                    return Ok(());
+                }
+                Some(_) => {}
+            }
+        }
+    }
+}

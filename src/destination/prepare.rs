@@ -1,0 +1,259 @@
+//! Before any lane: start the monitor, take over its memory, check that it can receive a guest.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use umem_wire::{PageSize, Region, RegionTable};
+
+use super::guest::GuestRegion;
+use super::{Note, Options};
+use crate::error::{Error, Result};
+use crate::fault::handoff::{Handed, HandoffSocket, Message};
+use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
+use crate::host::qemu::Qemu;
+use crate::host::qmp::Qmp;
+use crate::host::{DestinationHost, command::is_qemu};
+use crate::inbox::{Inbox, Wake};
+use crate::memory::region::RamFile;
+
+/// A monitor maps its RAM within a second of its start; a machine under load gets this long.
+const HANDOFF_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often a QMP socket that is not there yet is tried.
+const QMP_INTERVAL: Duration = Duration::from_millis(20);
+
+/// A guest that waits for its memory.
+pub(crate) struct Prepared {
+    pub(crate) monitor: Monitor,
+    pub(crate) handoff: HandoffSocket,
+    pub(crate) host: Option<Box<dyn DestinationHost>>,
+    /// In our order until [`Prepared::adopt`], in the source's then.
+    pub(crate) regions: Vec<GuestRegion>,
+}
+
+pub(crate) fn guest(options: &Options, inbox: &Inbox<Note>) -> Result<Prepared> {
+    let [program, arguments @ ..] = options.command.as_slice() else {
+        return Err(Error::Usage(
+            "no COMMAND: write the guest's monitor after --, such as `umem incoming tcp::4444 -- \
+             qemu-system-x86_64 …`"
+                .into(),
+        ));
+    };
+    let qemu = is_qemu(program);
+    let ram = match (options.ram.as_slice(), qemu) {
+        ([], true) => command::ram_of_qemu(arguments)?,
+        ([], false) => {
+            return Err(Error::Usage(format!(
+                "{program} is no QEMU whose options could be read: name its RAM files with --ram \
+                 NAME=PATH"
+            )));
+        }
+        (named, _) => {
+            if qemu {
+                command::ram_of_qemu(arguments)?;
+            }
+            named.to_vec()
+        }
+    };
+    let start = Start {
+        command: &options.command,
+        ram: &ram,
+        preload: options.preload.as_deref(),
+        add_qmp: qemu && options.qmp.is_none(),
+    };
+    let (monitor, sockets) = command::start(&start)?;
+    let Sockets { handoff, qmp } = sockets;
+    let mut handoff = HandoffSocket::new(handoff);
+    let handed = take_over(&ram, &monitor, &mut handoff, inbox)?;
+    let host = host(options, qmp, &monitor, inbox)?;
+    let regions = handed.into_iter().map(open_region).collect::<Result<_>>()?;
+    Ok(Prepared {
+        monitor,
+        handoff,
+        host,
+        regions,
+    })
+}
+
+/// Waits until each of the RAM files has been handed over.
+fn take_over(
+    ram: &[RamPath],
+    monitor: &Monitor,
+    handoff: &mut HandoffSocket,
+    inbox: &Inbox<Note>,
+) -> Result<Vec<Handed>> {
+    let mut missing: HashMap<&str, ()> = ram.iter().map(|ram| (ram.name.as_str(), ())).collect();
+    let mut handed = Vec::new();
+    let mut loaded = false;
+    let deadline = Instant::now() + HANDOFF_TIMEOUT;
+    while !missing.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let extra = [handoff.stream().as_fd(), monitor.exited()];
+        let messages = match inbox.wait(&extra, Some(left))? {
+            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Timeout => return Err(never_handed_over(loaded, &missing)),
+            Wake::Ready(0) => handoff.read()?,
+            Wake::Ready(_) if loaded => {
+                return Err(Error::Host(
+                    "it exited at once (its own messages say why)".into(),
+                ));
+            }
+            Wake::Ready(_) => return Err(never_handed_over(loaded, &missing)),
+            Wake::Message(_) => continue,
+        };
+        for message in messages.ok_or_else(|| never_handed_over(loaded, &missing))? {
+            match message {
+                Message::Loaded => loaded = true,
+                Message::Region(region) => {
+                    if missing.remove(region.name.as_str()).is_some() {
+                        handed.push(region);
+                    }
+                }
+                Message::Released => {}
+            }
+        }
+    }
+    Ok(handed)
+}
+
+fn never_handed_over(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
+    let names = missing.keys().copied().collect::<Vec<_>>().join(", ");
+    Error::Preload(if loaded {
+        format!(
+            "COMMAND never mapped RAM {names}: check that its mem-path is the file named here and \
+             that share=on"
+        )
+    } else {
+        "the preload object was not loaded into COMMAND: it must be a dynamically linked program \
+         that is neither setuid nor started through a program that clears LD_PRELOAD"
+            .into()
+    })
+}
+
+/// Connects to the monitor where it speaks QMP, and checks that it waits for a guest we can bring.
+fn host(
+    options: &Options,
+    inherited: Option<std::os::unix::net::UnixStream>,
+    monitor: &Monitor,
+    inbox: &Inbox<Note>,
+) -> Result<Option<Box<dyn DestinationHost>>> {
+    let qmp = match (inherited, &options.qmp) {
+        (Some(stream), _) => Qmp::open(stream, "QEMU's monitor")?,
+        (None, Some(path)) => loop {
+            match Qmp::connect(path) {
+                Ok(qmp) => break qmp,
+                Err(error) if path.exists() => return Err(error),
+                Err(_) => {}
+            }
+            match inbox.wait(&[monitor.exited()], Some(QMP_INTERVAL))? {
+                Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+                Wake::Ready(_) => {
+                    return Err(Error::Host(
+                        "it exited at once (its messages say why)".into(),
+                    ));
+                }
+                Wake::Message(_) | Wake::Timeout => {}
+            }
+        },
+        (None, None) => return Ok(None),
+    };
+    let mut qemu = Qemu::new(qmp);
+    qemu.check()?;
+    Ok(Some(Box::new(qemu)))
+}
+
+fn open_region(handed: Handed) -> Result<GuestRegion> {
+    let Handed {
+        name,
+        address,
+        bytes,
+        uffd,
+        file,
+    } = handed;
+    let ram = RamFile::from_handoff(&name, file)?;
+    if ram.bytes != bytes {
+        return Err(Error::Unsupported(format!(
+            "RAM {name}: the guest maps {bytes} bytes of a file of {} bytes; give the backend the \
+             size of its file",
+            ram.bytes
+        )));
+    }
+    Ok(GuestRegion::new(ram, uffd, address))
+}
+
+impl Prepared {
+    /// Compares the source's regions with ours, checks that they fit, and takes their order.
+    pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<()> {
+        let ours = self
+            .regions
+            .iter()
+            .map(|region| Region {
+                name: region.ram.name.clone(),
+                bytes: region.ram.bytes,
+                page_size: PageSize::from_shift(region.ram.page_shift).expect("a page size"),
+            })
+            .collect();
+        let ours = RegionTable::new(ours).map_err(|error| Error::Unsupported(error.to_string()))?;
+        let order = ours
+            .compare(theirs)
+            .map_err(|mismatch| Error::Unsupported(mismatch.to_string()))?;
+        check_space(&self.regions)?;
+        let mut regions: Vec<_> = self.regions.drain(..).map(Some).collect();
+        let take = |id: &umem_wire::RegionId| regions[usize::from(id.0)].take();
+        self.regions = order
+            .iter()
+            .map(take)
+            .map(|r| r.expect("ids are distinct"))
+            .collect();
+        Ok(())
+    }
+}
+
+/// The RAM files' file systems, and the machine, must have room for every page: the guest could
+/// not be brought back once it runs here.
+fn check_space(regions: &[GuestRegion]) -> Result<()> {
+    for region in regions {
+        let ram = &region.ram;
+        let free = ram.free_bytes()?;
+        let needed = ram.bytes - ram.allocated_bytes()?.min(ram.bytes);
+        if let Some(free) = free.filter(|&free| free < needed) {
+            return Err(Error::OutOfMemory(format!(
+                "RAM {} needs {} MiB and its file system at the destination has {} MiB free: make \
+                 room there (for /dev/shm: `mount -o remount,size=…`)",
+                ram.name,
+                needed >> 20,
+                free >> 20
+            )));
+        }
+    }
+    let needed: u64 = regions
+        .iter()
+        .filter(|r| !r.ram.on_hugetlb)
+        .map(|r| r.ram.bytes)
+        .sum();
+    let available = available_bytes();
+    if let Some(available) = available.filter(|&available| available < needed) {
+        return Err(Error::OutOfMemory(format!(
+            "the guest has {} MiB of RAM and the destination {} MiB of memory available: free some \
+             there",
+            needed >> 20,
+            available >> 20
+        )));
+    }
+    Ok(())
+}
+
+/// What the kernel thinks can be allocated without swapping (`MemAvailable`, proc(5)).
+fn available_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim()
+        .strip_suffix(" kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib << 10)
+}

@@ -1,0 +1,7 @@
+//! Where the guest's faults come from: its userfaultfd, and how that reaches us.
+//!
+//! - [`uffd`]: the ioctls and events of a userfaultfd
+//! - [`handoff`]: the message by which the guest side hands over userfaultfd and RAM file
+
+pub(crate) mod handoff;
+pub(crate) mod uffd;

@@ -1,0 +1,251 @@
+//! The demo guest's vCPUs: threads that read and write random pages and check every word.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
+
+use super::Verdict;
+use super::pattern::{Fill, Pattern, mix};
+use super::ram::GuestRam;
+use crate::error::Result;
+use crate::fault::uffd;
+use crate::report::{Latency, latency_histogram, record};
+
+/// Somebody is at work in the page.
+const LOCKED: u32 = 1 << 31;
+/// A wrong word has been found in the page.
+const BAD: u32 = 1 << 30;
+/// How often the page has been written.
+const GENERATION: u32 = BAD - 1;
+
+/// Before it is moved, the guest writes to this many pages only, so that what it must remember of
+/// them, its device state, stays small.
+const HOT_PAGES: u64 = 4096;
+
+/// One page in 16 is only ever read, by any number of threads at once: several of them wait for the
+/// same missing page.
+fn is_read_only(page: u64) -> bool {
+    page.is_multiple_of(16)
+}
+
+/// The guest's memory, what it must hold, and the threads' common state.
+pub(crate) struct Machine {
+    pub(crate) ram: GuestRam,
+    pattern: Mutex<Pattern>,
+    write_percent: u32,
+    pages: Box<[AtomicU32]>,
+    arrived: AtomicBool,
+    reads: AtomicU64,
+    writes: AtomicU64,
+    latency: Mutex<Histogram<u64>>,
+    run: Mutex<Run>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Run {
+    running: bool,
+    /// Threads that have not parked yet.
+    active: usize,
+}
+
+/// Something wrong in the device state that came.
+pub(crate) struct StateError;
+
+impl Machine {
+    pub(crate) fn new(ram: GuestRam, pattern: Pattern, write_percent: u32) -> Machine {
+        Machine {
+            pages: (0..ram.pages()).map(|_| AtomicU32::new(0)).collect(),
+            ram,
+            pattern: Mutex::new(pattern),
+            write_percent,
+            arrived: AtomicBool::new(false),
+            reads: AtomicU64::new(0),
+            writes: AtomicU64::new(0),
+            latency: Mutex::new(latency_histogram()),
+            run: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Writes every page for the first time.
+    pub(crate) fn fill(&self) {
+        let pattern = self.pattern();
+        for page in 0..self.ram.pages() {
+            if pattern.fill(page) != Fill::Hole {
+                self.ram.write(page, pattern.words(page, 0));
+            }
+        }
+    }
+
+    pub(crate) fn start_threads(self: &Arc<Self>, count: usize) -> Result<()> {
+        for index in 0..count {
+            let machine = self.clone();
+            super::thread(&format!("vcpu-{index}"), move || machine.vcpu(index as u64))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the threads run.
+    pub(crate) fn resume(&self) {
+        self.run.lock().expect("no vCPU panics").running = true;
+        self.changed.notify_all();
+    }
+
+    /// Stops the threads; each has finished its access when this returns.
+    pub(crate) fn stop(&self) {
+        let mut run = self.run.lock().expect("no vCPU panics");
+        run.running = false;
+        while run.active > 0 {
+            run = self.changed.wait(run).expect("no vCPU panics");
+        }
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.run.lock().expect("no vCPU panics").running
+    }
+
+    /// What the threads must know of their memory to go on elsewhere.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        let pattern = self.pattern();
+        let mut state = Vec::new();
+        state.extend(pattern.seed.to_le_bytes());
+        state.extend(pattern.zero_percent.to_le_bytes());
+        state.extend(pattern.hole_percent.to_le_bytes());
+        for (page, cell) in self.pages.iter().enumerate() {
+            let generation = cell.load(Ordering::Relaxed) & GENERATION;
+            if generation > 0 {
+                state.extend((page as u64).to_le_bytes());
+                state.extend(generation.to_le_bytes());
+            }
+        }
+        state
+    }
+
+    pub(crate) fn load(&self, state: &[u8]) -> std::result::Result<(), StateError> {
+        let (head, rest) = state.split_at_checked(16).ok_or(StateError)?;
+        let number = |bytes: &[u8]| -> u64 {
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |number, &byte| number << 8 | u64::from(byte))
+        };
+        let narrow = |number: u64| u32::try_from(number).map_err(|_| StateError);
+        *self.pattern.lock().expect("no vCPU panics") = Pattern {
+            seed: number(&head[..8]),
+            zero_percent: narrow(number(&head[8..12]))?,
+            hole_percent: narrow(number(&head[12..]))?,
+        };
+        for entry in rest.chunks(12) {
+            let (page, generation) = entry.split_at_checked(8).ok_or(StateError)?;
+            let page = usize::try_from(number(page)).map_err(|_| StateError)?;
+            let cell = self.pages.get(page).ok_or(StateError)?;
+            cell.store(narrow(number(generation))? & GENERATION, Ordering::Relaxed);
+        }
+        self.arrived.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn pattern(&self) -> Pattern {
+        *self.pattern.lock().expect("no vCPU panics")
+    }
+
+    fn vcpu(&self, index: u64) {
+        let mut random = mix(index ^ u64::from(std::process::id()));
+        let mut latency = latency_histogram();
+        let mut seen_running = false;
+        loop {
+            self.park(&mut seen_running, &mut latency);
+            let (pattern, arrived) = (self.pattern(), self.arrived.load(Ordering::Relaxed));
+            // Between two looks at the common state.
+            for _ in 0..64 {
+                random = mix(random);
+                self.access(pattern, arrived, random, &mut latency);
+            }
+        }
+    }
+
+    /// Waits while the guest is stopped.
+    fn park(&self, seen_running: &mut bool, latency: &mut Histogram<u64>) {
+        let mut run = self.run.lock().expect("no vCPU panics");
+        if run.running && *seen_running {
+            return;
+        }
+        if *seen_running {
+            *seen_running = false;
+            run.active -= 1;
+            let mut all = self.latency.lock().expect("no vCPU panics");
+            all.add(&*latency).expect("the same bounds");
+            latency.reset();
+            self.changed.notify_all();
+        }
+        while !run.running {
+            run = self.changed.wait(run).expect("no vCPU panics");
+        }
+        run.active += 1;
+        *seen_running = true;
+    }
+
+    fn access(&self, pattern: Pattern, arrived: bool, random: u64, latency: &mut Histogram<u64>) {
+        let page = random % self.ram.pages();
+        let cell = &self.pages[usize::try_from(page).expect("64-bit Linux")];
+        let read_only = is_read_only(page);
+        if !read_only && cell.fetch_or(LOCKED, Ordering::Acquire) & LOCKED != 0 {
+            // Another thread is at this page; there are enough others.
+            return;
+        }
+        let began = Instant::now();
+        self.ram.touch(page);
+        record(latency, began.elapsed());
+        let generation = cell.load(Ordering::Relaxed) & GENERATION;
+        if self
+            .ram
+            .check(page, pattern.words(page, generation))
+            .is_some()
+        {
+            cell.fetch_or(BAD, Ordering::Relaxed);
+        }
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        if read_only {
+            return;
+        }
+        let may_write = arrived || page < HOT_PAGES;
+        if may_write && (random >> 32) % 100 < u64::from(self.write_percent) {
+            self.ram.write(page, pattern.words(page, generation + 1));
+            cell.fetch_add(1, Ordering::Relaxed);
+            self.writes.fetch_add(1, Ordering::Relaxed);
+        }
+        cell.fetch_and(!LOCKED, Ordering::Release);
+    }
+
+    /// Stops the threads and checks every page.
+    pub(crate) fn verify(&self) -> Verdict {
+        self.stop();
+        let pattern = self.pattern();
+        let (mut verified_pages, mut bad_pages, mut guest_writes_lost) = (0, 0, 0);
+        for (page, cell) in (0..).zip(&self.pages) {
+            let cell = cell.load(Ordering::Relaxed);
+            let wrong = self.ram.check(page, pattern.words(page, cell & GENERATION));
+            if let Some((word, want, got)) = wrong {
+                eprintln!("umem guest: page {page} word {word} is {got:#x}, not {want:#x}");
+                guest_writes_lost += u64::from(cell & GENERATION > 0);
+            }
+            if wrong.is_some() || cell & BAD != 0 {
+                bad_pages += 1;
+            } else {
+                verified_pages += 1;
+            }
+        }
+        Verdict {
+            verified_pages,
+            bad_pages,
+            guest_writes_lost,
+            reads: self.reads.load(Ordering::Relaxed),
+            writes: self.writes.load(Ordering::Relaxed),
+            access_latency_us: Latency::of(&self.latency.lock().expect("no vCPU panics")),
+            registered: uffd::process_is_registered(std::process::id()).unwrap_or(true),
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! The guest's host process: whoever runs the vCPUs (QEMU, the demo's own guest).
+//!
+//! umem never touches a vCPU itself. It asks the monitor to stop, to save its device state into a
+//! socket, to load it on the other side and to run, over QMP:
+//! - [`qmp`]: the client
+//! - [`qemu`]: what is asked of a QEMU, and what its configuration must look like
+//! - [`command`]: the monitor that `umem incoming … -- COMMAND` starts, with the preload object
+//! - [`thread`]: the thread that waits for the monitor, so that nobody else has to
+//! - [`guest`]: the demo's guest, which speaks the same QMP
+
+pub(crate) mod command;
+pub mod guest;
+pub(crate) mod qemu;
+pub(crate) mod qmp;
+pub(crate) mod thread;
+
+use crate::error::Result;
+
+/// What the source asks of the guest's monitor.
+pub(crate) trait SourceHost: Send {
+    /// Stops every vCPU. From here on the guest's memory does not change.
+    fn stop(&mut self) -> Result<()>;
+    /// The device state of the stopped guest.
+    fn save_state(&mut self) -> Result<Vec<u8>>;
+    /// Undoes stop and save: the guest goes on here as if nothing had happened.
+    fn resume(&mut self) -> Result<()>;
+}
+
+/// What the destination asks of the guest's monitor.
+pub(crate) trait DestinationHost: Send {
+    /// Loads the device state. May touch guest memory, so faults are served meanwhile.
+    fn load_state(&mut self, state: Vec<u8>) -> Result<()>;
+    /// Starts the vCPUs.
+    fn run(&mut self) -> Result<()>;
+}
+
+/// A source without a monitor: only a RAM file, e.g. a snapshot. There is nothing to stop.
+pub(crate) struct FileOnly;
+
+impl SourceHost for FileOnly {
+    fn stop(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A destination whose guest runs by itself: there is nothing to load or start.
+pub(crate) struct RunsItself;
+
+impl DestinationHost for RunsItself {
+    fn load_state(&mut self, state: Vec<u8>) -> Result<()> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        Err(crate::Error::Host(format!(
+            "the source sends {} bytes of device state, and the guest here has no monitor to load \
+             them: give its QMP socket with --qmp",
+            state.len()
+        )))
+    }
+
+    fn run(&mut self) -> Result<()> {
+        Ok(())
+    }
+}

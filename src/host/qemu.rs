@@ -1,0 +1,358 @@
+//! What umem asks of a QEMU over QMP, and what its configuration must look like.
+//!
+//! The device state travels by QEMU's own migration with the capability `x-ignore-shared`, which
+//! leaves out RAM that is both shared and backed by a named file; that RAM is what umem moves. So
+//! every RAM backend must be a `memory-backend-file` with `share=on`: a memfd would be sent whole
+//! inside the device state, and private memory cannot be read from outside of QEMU.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use umem_wire::limits::STATE_BYTES_MAX;
+
+use super::qmp::{Qmp, socket_pair};
+use super::{DestinationHost, SourceHost};
+use crate::error::{Context, Error, Result};
+
+/// The options that give a guest RAM umem can move; quoted in errors.
+pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
+    size=SIZE,share=on,mem-path=/dev/shm/FILE -machine memory-backend=ram0`";
+
+/// What `getfd` calls the socket that carries the device state.
+const STATE_SOCKET: &str = "umem-state";
+
+/// How often a migration's status is asked for while it ends.
+const STATUS_INTERVAL: Duration = Duration::from_millis(1);
+
+/// QEMU's default of 128 MiB/s would hold back a guest with video memory; the device state goes
+/// through a local socket, so nothing is won by a limit. Bytes a second.
+const STATE_BANDWIDTH: u64 = 1 << 40;
+
+/// First byte of what we carry as device state, before QEMU's own stream: whether the guest was
+/// running when it was stopped, as one that its user had paused arrives paused.
+const GUEST_RUNS: u8 = 1;
+const GUEST_IS_PAUSED: u8 = 0;
+
+/// A RAM backend of a guest that can be moved.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Backend {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+}
+
+/// A QEMU with an open QMP connection.
+pub(crate) struct Qemu {
+    qmp: Qmp,
+    was_running: bool,
+    saved: Option<Settings>,
+}
+
+/// What we change in the source's QEMU, as it was.
+struct Settings {
+    ignore_shared: bool,
+    bandwidth: Option<u64>,
+}
+
+impl Qemu {
+    pub(crate) fn new(qmp: Qmp) -> Qemu {
+        Qemu {
+            qmp,
+            was_running: true,
+            saved: None,
+        }
+    }
+
+    /// Checks that this guest can be moved, and returns its RAM backends. Changes nothing.
+    pub(crate) fn check(&mut self) -> Result<Vec<Backend>> {
+        let backends = self.backends()?;
+        self.check_devices()?;
+        Ok(backends)
+    }
+
+    fn backends(&mut self) -> Result<Vec<Backend>> {
+        let mut backends = Vec::new();
+        for (name, kind) in self.qmp.children("/objects")? {
+            if let Some(kind) = kind.strip_prefix("memory-backend-") {
+                backends.push(self.backend(name, kind)?);
+            }
+        }
+        let main = self.qmp.property("/machine", "memory-backend")?;
+        // QEMU gives the backend's path in its object tree.
+        let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
+        let main = main.strip_prefix("/objects/").unwrap_or(main);
+        if !backends.iter().any(|backend| backend.name == main) {
+            return Err(Error::Unsupported(format!(
+                "the guest's RAM is QEMU's private memory, which nobody else can read: \
+                 {HOW_TO_START}"
+            )));
+        }
+        Ok(backends)
+    }
+
+    fn backend(&mut self, name: String, kind: &str) -> Result<Backend> {
+        let path = format!("/objects/{name}");
+        let mut get = |property: &str| -> Result<Value> {
+            Ok(self.qmp.property(&path, property)?.unwrap_or_default())
+        };
+        match kind {
+            "file" => {}
+            "memfd" => {
+                return Err(Error::Unsupported(format!(
+                    "RAM backend {name} is a memory-backend-memfd, which QEMU would send whole \
+                     while the guest stands still: {HOW_TO_START}"
+                )));
+            }
+            _ => {
+                return Err(Error::Unsupported(format!(
+                    "RAM backend {name} is a memory-backend-{kind}, which has no file: \
+                     {HOW_TO_START}"
+                )));
+            }
+        }
+        if get("share")? != json!(true) {
+            return Err(Error::Unsupported(format!(
+                "RAM backend {name} has share=off: its file does not hold what the guest writes; \
+                 add share=on to its -object option"
+            )));
+        }
+        let file = get("mem-path")?;
+        let file = file.as_str().unwrap_or_default();
+        if std::fs::metadata(file).is_ok_and(|metadata| metadata.is_dir()) {
+            return Err(Error::Unsupported(format!(
+                "RAM backend {name} has a directory as its mem-path, in which its file has no \
+                 name: let mem-path name a file, such as {file}/{name}"
+            )));
+        }
+        Ok(Backend {
+            name,
+            path: PathBuf::from(file),
+        })
+    }
+
+    fn check_devices(&mut self) -> Result<()> {
+        for place in ["/machine/peripheral", "/machine/peripheral-anon"] {
+            for (name, kind) in self.qmp.children(place)? {
+                if let Some(why) = unsupported_device(&kind) {
+                    return Err(Error::Unsupported(format!("device {name} ({kind}) {why}")));
+                }
+            }
+        }
+        let network = self.qmp.try_execute(
+            "human-monitor-command",
+            json!({ "command-line": "info network" }),
+        )?;
+        if network.is_ok_and(|text| {
+            text.as_str()
+                .is_some_and(|text| text.contains("vhost-user"))
+        }) {
+            return Err(Error::Unsupported(format!(
+                "a netdev of type vhost-user {VHOST_USER}"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Waits until the running migration has ended; an error tells QEMU's own reason.
+    fn wait_migrated(&mut self) -> Result<()> {
+        loop {
+            let status = self.qmp.execute("query-migrate", json!({}))?;
+            match status["status"].as_str().unwrap_or("none") {
+                "completed" => return Ok(()),
+                "failed" | "cancelled" => {
+                    let reason = status["error-desc"].as_str().unwrap_or("no reason given");
+                    return Err(Error::Host(format!("its device state: {reason}")));
+                }
+                _ => std::thread::sleep(STATUS_INTERVAL),
+            }
+        }
+    }
+
+    fn set_ignore_shared(&mut self, on: bool) -> Result<()> {
+        let capability = json!({ "capability": "x-ignore-shared", "state": on });
+        self.qmp
+            .execute(
+                "migrate-set-capabilities",
+                json!({ "capabilities": [capability] }),
+            )
+            .map(drop)
+    }
+
+    fn settings(&mut self) -> Result<Settings> {
+        let capabilities = self.qmp.execute("query-migrate-capabilities", json!({}))?;
+        let capabilities = capabilities.as_array().cloned().unwrap_or_default();
+        let is_on = |name: &str| {
+            capabilities
+                .iter()
+                .any(|c| c["capability"] == name && c["state"] == json!(true))
+        };
+        if is_on("postcopy-ram") {
+            return Err(Error::Unsupported(
+                "QEMU's own postcopy is switched on: switch off its capability postcopy-ram".into(),
+            ));
+        }
+        let ignore_shared = is_on("x-ignore-shared");
+        let parameters = self.qmp.execute("query-migrate-parameters", json!({}))?;
+        Ok(Settings {
+            ignore_shared,
+            bandwidth: parameters["max-bandwidth"].as_u64(),
+        })
+    }
+
+    fn restore_settings(&mut self) -> Result<()> {
+        let Some(saved) = self.saved.take() else {
+            return Ok(());
+        };
+        self.set_ignore_shared(saved.ignore_shared)?;
+        if let Some(bandwidth) = saved.bandwidth {
+            self.qmp.execute(
+                "migrate-set-parameters",
+                json!({ "max-bandwidth": bandwidth }),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn status(&mut self) -> Result<String> {
+        let status = self.qmp.execute("query-status", json!({}))?;
+        Ok(status["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    fn cancel_migration(&mut self) -> Result<()> {
+        self.qmp.execute("migrate_cancel", json!({}))?;
+        let started = Instant::now();
+        loop {
+            let status = self.qmp.execute("query-migrate", json!({}))?;
+            match status["status"].as_str().unwrap_or("none") {
+                "active" | "setup" | "cancelling" | "device" => {}
+                _ => return Ok(()),
+            }
+            if started.elapsed() > Duration::from_secs(10) {
+                return Err(Error::Host(
+                    "its migration does not end when cancelled".into(),
+                ));
+            }
+            std::thread::sleep(STATUS_INTERVAL);
+        }
+    }
+}
+
+impl SourceHost for Qemu {
+    fn stop(&mut self) -> Result<()> {
+        self.was_running = self.status()? == "running";
+        self.qmp.execute("stop", json!({})).map(drop)
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>> {
+        self.saved = Some(self.settings()?);
+        self.set_ignore_shared(true)?;
+        self.qmp.execute(
+            "migrate-set-parameters",
+            json!({ "max-bandwidth": STATE_BANDWIDTH }),
+        )?;
+        let (ours, theirs) = socket_pair()?;
+        self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
+        drop(theirs);
+        self.qmp
+            .execute("migrate", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
+        let mut state = vec![if self.was_running {
+            GUEST_RUNS
+        } else {
+            GUEST_IS_PAUSED
+        }];
+        ours.take(STATE_BYTES_MAX + 1)
+            .read_to_end(&mut state)
+            .context(|| "reading QEMU's device state")?;
+        if state.len() as u64 > STATE_BYTES_MAX {
+            return Err(Error::Unsupported(format!(
+                "QEMU's device state is larger than {} MiB: RAM outside of shared files is part of \
+                 it; {HOW_TO_START}",
+                STATE_BYTES_MAX >> 20
+            )));
+        }
+        self.wait_migrated()?;
+        Ok(state)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.cancel_migration()?;
+        self.restore_settings()?;
+        if self.was_running {
+            self.qmp.execute("cont", json!({}))?;
+        }
+        Ok(())
+    }
+}
+
+impl DestinationHost for Qemu {
+    fn load_state(&mut self, state: Vec<u8>) -> Result<()> {
+        let Some((&was_running, state)) = state.split_first() else {
+            return Err(Error::Host(
+                "the source sends no device state: a guest moved by its RAM file alone cannot \
+                 become a QEMU; give `umem migrate` the source's QMP socket with --qmp"
+                    .into(),
+            ));
+        };
+        self.was_running = was_running == GUEST_RUNS;
+        self.set_ignore_shared(true)?;
+        let (mut ours, theirs) = socket_pair()?;
+        self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
+        drop(theirs);
+        self.qmp.execute(
+            "migrate-incoming",
+            json!({ "uri": format!("fd:{STATE_SOCKET}") }),
+        )?;
+        // QEMU reads in its main loop and may refuse half-way: its own reason comes from the
+        // status then, so a broken pipe here is not yet the answer.
+        let written = ours.write_all(state);
+        drop(ours);
+        self.wait_migrated()?;
+        written.context(|| "giving QEMU its device state")
+    }
+
+    fn run(&mut self) -> Result<()> {
+        if !self.was_running {
+            return Ok(());
+        }
+        self.qmp.execute("cont", json!({})).map(drop)
+    }
+}
+
+const VHOST_USER: &str = "lets another process reach the guest's RAM without userfaultfd knowing: \
+    take it out before moving the guest";
+
+/// Why a device keeps its guest from being moved, judged by its type's name.
+fn unsupported_device(kind: &str) -> Option<&'static str> {
+    if kind.starts_with("vhost-user") {
+        Some(VHOST_USER)
+    } else if kind.starts_with("vfio") {
+        Some(
+            "reads and writes the guest's RAM past the kernel's page tables, so that pages cannot \
+             be fetched on demand: unplug it before moving the guest",
+        )
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_that_bypass_userfaultfd_are_known_by_type() {
+        for kind in [
+            "vhost-user-fs-pci",
+            "vhost-user-blk-pci",
+            "vfio-pci",
+            "vfio-pci-nohotplug",
+        ] {
+            assert!(unsupported_device(kind).is_some(), "{kind}");
+        }
+        for kind in ["virtio-net-pci", "virtio-balloon-pci", "e1000"] {
+            assert!(unsupported_device(kind).is_none(), "{kind}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! A QMP client: one JSON object a line, as `docs/interop/qmp-spec` of QEMU describes it.
+
+use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::{Value, json};
+
+use crate::error::{Context, Error, Result};
+
+/// A QMP socket greets as soon as it accepts; one that is held by another client never does.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connected client in command mode.
+pub(crate) struct Qmp {
+    reader: BufReader<UnixStream>,
+    line: String,
+}
+
+impl Qmp {
+    /// Connects to the socket that `-qmp unix:PATH,server=on` made.
+    pub(crate) fn connect(path: &Path) -> Result<Qmp> {
+        let stream = UnixStream::connect(path).map_err(|error| {
+            Error::Host(format!(
+                "cannot connect to the QMP socket {}: {error}; start QEMU with \
+                 `-qmp unix:{},server=on,wait=off`",
+                path.display(),
+                path.display()
+            ))
+        })?;
+        Qmp::open(stream, &path.display().to_string())
+    }
+
+    /// Waits for the greeting on a connected socket and enters command mode.
+    pub(crate) fn open(stream: UnixStream, name: &str) -> Result<Qmp> {
+        stream
+            .set_read_timeout(Some(GREETING_TIMEOUT))
+            .context(|| "the QMP socket")?;
+        let mut qmp = Qmp {
+            reader: BufReader::new(stream),
+            line: String::new(),
+        };
+        let greeting = qmp.read();
+        if !greeting
+            .as_ref()
+            .is_ok_and(|object| object.get("QMP").is_some())
+        {
+            return Err(Error::Host(format!(
+                "{name} does not greet as a QMP socket does; if another program is connected to \
+                 it, give umem a socket of its own with another -qmp option"
+            )));
+        }
+        qmp.reader
+            .get_ref()
+            .set_read_timeout(None)
+            .context(|| "the QMP socket")?;
+        qmp.execute("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// Runs a command and returns its `return` value.
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.try_execute(command, arguments)?
+            .map_err(|description| Error::Host(format!("{command}: {description}")))
+    }
+
+    /// Like [`Qmp::execute`], with the monitor's own refusal as the inner error.
+    pub(crate) fn try_execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<std::result::Result<Value, String>> {
+        let text = format!(
+            "{}\n",
+            json!({ "execute": command, "arguments": arguments })
+        );
+        self.reader
+            .get_mut()
+            .write_all(text.as_bytes())
+            .map_err(gone)?;
+        self.answer()
+    }
+
+    /// `getfd`: gives the monitor a descriptor that later commands call `fd:NAME`.
+    pub(crate) fn give_descriptor(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
+        let text = format!(
+            "{}\n",
+            json!({ "execute": "getfd", "arguments": { "fdname": name } })
+        );
+        let raw = [descriptor.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let socket = self.reader.get_ref().as_raw_fd();
+        let data = [IoSlice::new(text.as_bytes())];
+        let sent = sendmsg::<()>(socket, &data, &rights, MsgFlags::MSG_NOSIGNAL, None)
+            .map_err(|errno| gone(errno.into()))?;
+        self.reader
+            .get_mut()
+            .write_all(&text.as_bytes()[sent..])
+            .map_err(gone)?;
+        self.answer()?
+            .map(drop)
+            .map_err(|error| Error::Host(format!("getfd: {error}")))
+    }
+
+    /// A property of an object in QEMU's object tree, or `None` where it has none such.
+    pub(crate) fn property(&mut self, path: &str, property: &str) -> Result<Option<Value>> {
+        Ok(self
+            .try_execute("qom-get", json!({ "path": path, "property": property }))?
+            .ok())
+    }
+
+    /// Name and type of each child of an object; empty where there is no such object.
+    pub(crate) fn children(&mut self, path: &str) -> Result<Vec<(String, String)>> {
+        let list = self
+            .try_execute("qom-list", json!({ "path": path }))?
+            .unwrap_or_default();
+        let text = |item: &Value, key: &str| item[key].as_str().unwrap_or_default().to_owned();
+        let items = list.as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(items
+            .iter()
+            .filter_map(|item| {
+                let kind = text(item, "type");
+                let kind = kind.strip_prefix("child<")?.strip_suffix('>')?.to_owned();
+                Some((text(item, "name"), kind))
+            })
+            .collect())
+    }
+
+    fn answer(&mut self) -> Result<std::result::Result<Value, String>> {
+        loop {
+            let mut object = self.read()?;
+            if let Some(value) = object.get_mut("return") {
+                return Ok(Ok(value.take()));
+            }
+            if let Some(error) = object.get("error") {
+                return Ok(Err(error["desc"]
+                    .as_str()
+                    .unwrap_or("no reason given")
+                    .to_owned()));
+            }
+            // Anything else is an event; nothing here waits for one.
+        }
+    }
+
+    fn read(&mut self) -> Result<Value> {
+        self.line.clear();
+        if self.reader.read_line(&mut self.line).map_err(gone)? == 0 {
+            return Err(gone(io::ErrorKind::UnexpectedEof.into()));
+        }
+        serde_json::from_str(&self.line)
+            .map_err(|error| Error::Host(format!("its QMP answer is not JSON: {error}")))
+    }
+}
+
+fn gone(error: io::Error) -> Error {
+    Error::Host(match error.kind() {
+        io::ErrorKind::UnexpectedEof
+        | io::ErrorKind::BrokenPipe
+        | io::ErrorKind::ConnectionReset => {
+            "it has exited or closed its QMP socket (its own messages say why)".into()
+        }
+        _ => format!("its QMP socket: {error}"),
+    })
+}
+
+/// A connected pair of stream sockets: one end for the monitor, one for us.
+pub(crate) fn socket_pair() -> Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = UnixStream::pair().context(|| "socketpair")?;
+    Ok((ours, theirs.into()))
+}

@@ -1,0 +1,152 @@
+//! What wakes a control thread: messages of its worker threads, signals, other descriptors, time.
+//!
+//! Workers (rings, the host's thread) post messages; a bell (an eventfd) makes them visible to
+//! `poll`, beside SIGINT and SIGTERM, which are blocked in every thread and read from a signalfd.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::error::{Context, Result};
+
+/// Blocks the signals that end umem, in this thread and in all that it starts. Call it first.
+pub(crate) fn block_signals() -> Result<()> {
+    mask().thread_block().context(|| "blocking signals")
+}
+
+/// Undoes [`block_signals`] in a child process before it becomes the guest.
+pub(crate) fn unblock_signals() -> nix::Result<()> {
+    mask().thread_unblock()
+}
+
+fn mask() -> SigSet {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGINT);
+    mask.add(Signal::SIGTERM);
+    mask
+}
+
+/// Where workers post to.
+pub(crate) struct Post<T> {
+    sender: Sender<T>,
+    bell: Arc<EventFd>,
+}
+
+impl<T> Clone for Post<T> {
+    fn clone(&self) -> Self {
+        Post {
+            sender: self.sender.clone(),
+            bell: self.bell.clone(),
+        }
+    }
+}
+
+impl<T> Post<T> {
+    /// Posts a message. When the control thread has gone nobody needs it any more.
+    pub(crate) fn send(&self, message: T) {
+        if self.sender.send(message).is_ok() {
+            let _ = self.bell.write(1);
+        }
+    }
+}
+
+/// Why [`Inbox::wait`] returned.
+pub(crate) enum Wake<T> {
+    /// A worker posted this.
+    Message(T),
+    /// SIGINT or SIGTERM.
+    Signal,
+    /// `extra[i]` is readable or was closed.
+    Ready(usize),
+    /// The time is up.
+    Timeout,
+}
+
+/// The control thread's end.
+pub(crate) struct Inbox<T> {
+    sender: Sender<T>,
+    receiver: Receiver<T>,
+    bell: Arc<EventFd>,
+    signals: SignalFd,
+}
+
+impl<T> Inbox<T> {
+    pub(crate) fn new() -> Result<Inbox<T>> {
+        let (sender, receiver) = channel();
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let bell = Arc::new(EventFd::from_flags(flags).context(|| "eventfd")?);
+        let signals = SignalFd::with_flags(&mask(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .context(|| "signalfd")?;
+        Ok(Inbox {
+            sender,
+            receiver,
+            bell,
+            signals,
+        })
+    }
+
+    pub(crate) fn post(&self) -> Post<T> {
+        Post {
+            sender: self.sender.clone(),
+            bell: self.bell.clone(),
+        }
+    }
+
+    /// Waits for the first of: a message, a signal, one of `extra` readable, `timeout`.
+    pub(crate) fn wait(
+        &self,
+        extra: &[BorrowedFd<'_>],
+        timeout: Option<Duration>,
+    ) -> Result<Wake<T>> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            match self.receiver.try_recv() {
+                Ok(message) => return Ok(Wake::Message(message)),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => unreachable!("self holds a sender"),
+            }
+            let mut fds = vec![
+                PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ];
+            fds.extend(extra.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)));
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            match poll(&mut fds, poll_timeout(left)) {
+                Ok(0) => return Ok(Wake::Timeout),
+                Ok(_) => {}
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(errno).context(|| "poll"),
+            }
+            let ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+            if ready(&fds[0]) {
+                let _ = self.bell.read();
+            }
+            if ready(&fds[1]) && self.signals.read_signal().context(|| "signalfd")?.is_some() {
+                return Ok(Wake::Signal);
+            }
+            if !ready(&fds[0])
+                && let Some(index) = fds[2..].iter().position(ready)
+            {
+                return Ok(Wake::Ready(index));
+            }
+        }
+    }
+}
+
+/// Rounded up to whole milliseconds, so that a wait does not turn into a busy loop at its end.
+fn poll_timeout(left: Option<Duration>) -> PollTimeout {
+    match left {
+        None => PollTimeout::NONE,
+        Some(left) => {
+            let millis = left.as_micros().div_ceil(1000);
+            PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
+        }
+    }
+}

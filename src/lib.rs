@@ -1,0 +1,41 @@
+//! umem moves a running guest's memory to another host after the guest has moved.
+//!
+//! The guest starts on the destination with no memory at all. Each page it touches is fetched first,
+//! everything else streams in behind. A page's way from the source's socket into the guest, in seven
+//! steps:
+//!
+//! 1. A vCPU touches a page that is not there. The kernel reports it on the guest's userfaultfd,
+//!    which [`destination`]'s demand thread reads through its ring.
+//! 2. The page is *wanted* now; unless it is on its way already, a request for it leaves.
+//! 3. The [`source`]'s demand thread claims the page (every page leaves once) and answers at once:
+//!    a header, and the page straight from the guest's RAM file.
+//! 4. The destination receives the header, learns where the page belongs, moves it from Missing to
+//!    Landing, and receives the bytes directly into the guest's shared memory.
+//! 5. The page is Cached. It is marked so to the kernel (UFFDIO_CONTINUE), which wakes the vCPU.
+//! 6. Meanwhile bulk lanes do 3 and 4 for everything else, in runs of up to 2 MiB, beginning where
+//!    the last demand was. A complete 2 MiB block is unregistered from the userfaultfd.
+//! 7. When every page is cached the guest leaves its userfaultfd for good.
+//!
+//! The protocol is [`umem_wire`], without input or output; io_uring is [`umem_ring`], without a
+//! protocol. What is here puts them together:
+
+#![warn(missing_docs)]
+
+pub mod cli;
+mod cores;
+pub mod demo;
+pub mod destination;
+mod error;
+mod fault;
+pub mod host;
+mod inbox;
+mod lane;
+mod memory;
+mod progress;
+pub mod report;
+pub mod source;
+mod uri;
+
+pub use error::{Error, Result};
+pub use host::command::RamPath;
+pub use uri::Uri;

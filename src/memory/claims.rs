@@ -1,0 +1,244 @@
+//! The source's side of exactly once: a bit a page, set by whoever sends it.
+//!
+//! Every page leaves the source once, by the demand lane or by a bulk lane; whoever sets its bit
+//! sends it. Bulk lanes take whole blocks first (a bit a block), so that they do not walk in each
+//! other's steps, and then claim what the demand lane has left of a block, 64 pages at a time.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use umem_wire::{PageRange, RegionId};
+
+use super::block_pages;
+use super::pages::low_bits;
+
+/// The claims of one region.
+pub(crate) struct Claims {
+    pages: u64,
+    block_pages: u64,
+    claimed: Box<[AtomicU64]>,
+    taken: Box<[AtomicU64]>,
+}
+
+impl Claims {
+    pub(crate) fn new(pages: u64, page_shift: u8) -> Claims {
+        let block_pages = block_pages(page_shift);
+        Claims {
+            pages,
+            block_pages,
+            claimed: zeroed(pages.div_ceil(64)),
+            taken: zeroed(pages.div_ceil(block_pages).div_ceil(64)),
+        }
+    }
+
+    /// Claims one page; true when the caller is the one who sends it.
+    pub(crate) fn claim(&self, page: u64) -> bool {
+        let bit = 1 << (page % 64);
+        self.claimed[index(page / 64)].fetch_or(bit, Ordering::AcqRel) & bit == 0
+    }
+
+    /// Claims what is left of the `count` ≤ 64 pages from `first`, which lie in one word of 64;
+    /// a set bit `i` in the answer is page `first + i`, now the caller's to send.
+    pub(crate) fn claim_word(&self, first: u64, count: u64) -> u64 {
+        let offset = first % 64;
+        assert!(count <= 64 - offset && first + count <= self.pages);
+        let mask = low_bits(count) << offset;
+        let before = self.claimed[index(first / 64)].fetch_or(mask, Ordering::AcqRel);
+        (mask & !before) >> offset
+    }
+
+    /// Takes the first block at or after `from` that no lane has, going round once.
+    pub(crate) fn take_block(&self, from: u64) -> Option<u64> {
+        let blocks = self.blocks();
+        let from = if from < blocks { from } else { 0 };
+        self.take_in(from, blocks).or_else(|| self.take_in(0, from))
+    }
+
+    fn take_in(&self, from: u64, end: u64) -> Option<u64> {
+        let mut block = from;
+        while block < end {
+            let word = &self.taken[index(block / 64)];
+            let free = !word.load(Ordering::Relaxed) >> (block % 64);
+            if free == 0 {
+                block = (block / 64 + 1) * 64;
+                continue;
+            }
+            block += u64::from(free.trailing_zeros());
+            if block >= end {
+                return None;
+            }
+            let bit = 1 << (block % 64);
+            if word.fetch_or(bit, Ordering::AcqRel) & bit == 0 {
+                return Some(block);
+            }
+        }
+        None
+    }
+
+    pub(crate) fn blocks(&self) -> u64 {
+        self.pages.div_ceil(self.block_pages)
+    }
+
+    /// The block that `page` lies in.
+    pub(crate) fn block_of(&self, page: u64) -> u64 {
+        page / self.block_pages
+    }
+
+    /// First page and number of pages of a block; the last one may be short.
+    pub(crate) fn block_range(&self, block: u64) -> (u64, u64) {
+        let first = block * self.block_pages;
+        (first, self.block_pages.min(self.pages - first))
+    }
+}
+
+/// Where the last demand was, for bulk lanes to go on from.
+#[derive(Default)]
+pub(crate) struct Pivot(AtomicU64);
+
+/// Bits for the page number in a packed (region, page), as in a request on the wire.
+const PAGE_BITS: u32 = 48;
+
+impl Pivot {
+    pub(crate) fn set(&self, region: RegionId, page: u64) {
+        // Zero means "no demand yet", so that page 0 of region 0 needs another bit.
+        let packed = u64::from(region.0) << PAGE_BITS | page;
+        self.0.store(packed.wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// The last demand, when it is another one than `seen`, which is brought up to date.
+    pub(crate) fn moved(&self, seen: &mut u64) -> Option<(RegionId, u64)> {
+        let now = self.0.load(Ordering::Relaxed);
+        if now == *seen || now == 0 {
+            return None;
+        }
+        *seen = now;
+        let packed = now.wrapping_sub(1);
+        let region = u16::try_from(packed >> PAGE_BITS).expect("16 bits remain");
+        Some((RegionId(region), packed & low_bits(u64::from(PAGE_BITS))))
+    }
+}
+
+/// How a run of pages crosses the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RunKind {
+    /// With its bytes.
+    Data,
+    /// As a header: the pages are there and all zero.
+    Zero,
+    /// As a header: the file has nothing there.
+    Hole,
+}
+
+/// Pages that leave together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) kind: RunKind,
+    pub(crate) range: PageRange,
+}
+
+/// Appends a page to the last run when it continues it, or opens a new run.
+pub(crate) fn push_page(runs: &mut Vec<Run>, kind: RunKind, region: RegionId, page: u64, max: u64) {
+    if let Some(last) = runs.last_mut() {
+        let continues = last.kind == kind
+            && last.range.region == region
+            && last.range.first + last.range.pages == page
+            && (kind != RunKind::Data || last.range.pages < max);
+        if continues {
+            last.range.pages += 1;
+            return;
+        }
+    }
+    runs.push(Run {
+        kind,
+        range: PageRange {
+            region,
+            first: page,
+            pages: 1,
+        },
+    });
+}
+
+fn zeroed(words: u64) -> Box<[AtomicU64]> {
+    (0..words).map(|_| AtomicU64::new(0)).collect()
+}
+
+fn index(word: u64) -> usize {
+    usize::try_from(word).expect("claims are in memory, so their index fits")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_is_claimed_once_by_demand_and_bulk_together() {
+        const PAGES: u64 = 512 * 20 + 77;
+        let claims = Claims::new(PAGES, 12);
+        let sent: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
+        let count = |page: u64| sent[page as usize].fetch_add(1, Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            for lane in 0..3 {
+                let (claims, count) = (&claims, &count);
+                scope.spawn(move || {
+                    let mut cursor = lane * 7;
+                    while let Some(block) = claims.take_block(cursor) {
+                        let (first, pages) = claims.block_range(block);
+                        for word in (first..first + pages).step_by(64) {
+                            let won = claims.claim_word(word, 64.min(first + pages - word));
+                            (0..64).filter(|i| won >> i & 1 == 1).for_each(|i| {
+                                count(word + i);
+                            });
+                        }
+                        cursor = block + 1;
+                    }
+                });
+            }
+            scope.spawn(|| {
+                (0..PAGES)
+                    .rev()
+                    .step_by(3)
+                    .filter(|&page| claims.claim(page))
+                    .for_each(|page| {
+                        count(page);
+                    });
+            });
+        });
+        for (page, sent) in sent.iter().enumerate() {
+            assert_eq!(sent.load(Ordering::Relaxed), 1, "page {page}");
+        }
+    }
+
+    #[test]
+    fn blocks_go_round_from_the_cursor() {
+        let claims = Claims::new(512 * 5, 12);
+        let taken: Vec<_> = std::iter::from_fn(|| claims.take_block(3)).collect();
+        assert_eq!(taken, [3, 4, 0, 1, 2]);
+        assert_eq!(Claims::new(10, 12).block_range(0), (0, 10));
+    }
+
+    #[test]
+    fn a_pivot_is_seen_once() {
+        let pivot = Pivot::default();
+        let mut seen = 0;
+        assert_eq!(pivot.moved(&mut seen), None);
+        pivot.set(RegionId(0), 0);
+        assert_eq!(pivot.moved(&mut seen), Some((RegionId(0), 0)));
+        assert_eq!(pivot.moved(&mut seen), None);
+        pivot.set(RegionId(3), 99);
+        assert_eq!(pivot.moved(&mut seen), Some((RegionId(3), 99)));
+    }
+
+    #[test]
+    fn pages_grow_runs_of_their_kind() {
+        let mut runs = Vec::new();
+        for (kind, page) in [(RunKind::Data, 5), (RunKind::Data, 6), (RunKind::Data, 7)] {
+            push_page(&mut runs, kind, RegionId(0), page, 2);
+        }
+        push_page(&mut runs, RunKind::Zero, RegionId(0), 8, 2);
+        push_page(&mut runs, RunKind::Zero, RegionId(0), 10, 2);
+        let shape: Vec<_> = runs
+            .iter()
+            .map(|r| (r.range.first, r.range.pages))
+            .collect();
+        assert_eq!(shape, [(5, 2), (7, 1), (8, 1), (10, 1)]);
+    }
+}

@@ -1,0 +1,22 @@
+//! Guest memory on this machine: its files and mappings, what of it has come, what of it has gone.
+//!
+//! - [`region`]: a RAM file mapped into this process, pointers and lengths only
+//! - [`pages`]: the destination's page states (Missing → Landing → Cached) and who waits
+//! - [`blocks`]: which parts of a region are complete and can leave the userfaultfd
+//! - [`claims`]: the source's claim bitmap and the order in which pages leave
+//! - [`zero`]: is this page all zeroes
+
+pub(crate) mod blocks;
+pub(crate) mod claims;
+pub(crate) mod pages;
+pub(crate) mod region;
+pub(crate) mod zero;
+
+/// A block is what is completed and unregistered as one, and what a bulk lane takes as one: 2 MiB,
+/// the size of a huge page on x86-64, or one page where pages are larger.
+pub(crate) const BLOCK_BYTES: u64 = 2 << 20;
+
+/// Pages in a block for pages of `1 << page_shift` bytes.
+pub(crate) fn block_pages(page_shift: u8) -> u64 {
+    (BLOCK_BYTES >> page_shift).max(1)
+}

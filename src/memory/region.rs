@@ -1,0 +1,217 @@
+//! A RAM file mapped into this process.
+//!
+//! The bytes belong to a guest that may be writing them, so there is never a reference to them:
+//! only a pointer and a length, which go to the kernel ([`umem_ring::Span`]) or to raw reads.
+
+use std::fs::{File, OpenOptions};
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use umem_ring::Span;
+
+use crate::error::{Context, Error, Result};
+
+/// A file mapping, unmapped when its last holder (an operation in flight included) is gone.
+pub(crate) struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain memory for the kernel and for raw reads; no thread owns it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; there are no references into it, so nothing can alias wrongly.
+unsafe impl Sync for Mapping {}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: start and len are those of our own mmap, and the last holder has gone.
+        let unmapped = unsafe { munmap(self.start.cast(), self.len) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
+/// One region of guest memory: its file and our mapping of it.
+pub(crate) struct RamFile {
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
+    /// log2 of the page size: 12 (tmpfs, files) or what hugetlbfs gives.
+    pub(crate) page_shift: u8,
+    pub(crate) on_hugetlb: bool,
+    file: File,
+    mapping: Arc<Mapping>,
+}
+
+impl RamFile {
+    /// Opens a source's RAM file for reading only. It may be any file: a snapshot, or what QEMU
+    /// maps.
+    pub(crate) fn open_source(name: &str, path: &Path) -> Result<RamFile> {
+        let ram = |what: String| Error::Ram {
+            name: name.into(),
+            path: path.into(),
+            what,
+        };
+        let file =
+            OpenOptions::new()
+                .read(true)
+                .open(path)
+                .map_err(|error| match error.kind() {
+                    std::io::ErrorKind::NotFound => {
+                        ram("no such file; give the file that backs the guest's RAM".into())
+                    }
+                    std::io::ErrorKind::PermissionDenied => ram(
+                        "permission denied; run umem as the user that owns the guest's RAM file"
+                            .into(),
+                    ),
+                    _ => ram(format!("cannot be opened: {error}")),
+                })?;
+        let kind = file
+            .metadata()
+            .map_err(|error| ram(error.to_string()))?
+            .file_type();
+        if !kind.is_file() {
+            return Err(ram(
+                "is not a regular file; give the file that backs the guest's RAM".into(),
+            ));
+        }
+        RamFile::map(name, file, ProtFlags::PROT_READ).map_err(|what| ram(what.to_string()))
+    }
+
+    /// Takes over the RAM file that a guest handed to us, for landing pages in it.
+    pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
+        let ram = RamFile::map(name, file, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        // Only advice: a tmpfs mounted with huge=never or a kernel without it lands 4 KiB pages.
+        // SAFETY: the range is our own mapping; the advice changes no content.
+        let _ = unsafe {
+            madvise(
+                ram.mapping.start.cast(),
+                ram.mapping.len,
+                MmapAdvise::MADV_HUGEPAGE,
+            )
+        };
+        Ok(ram)
+    }
+
+    fn map(name: &str, file: File, protection: ProtFlags) -> Result<RamFile> {
+        let what = || format!("RAM {name}");
+        let metadata = file.metadata().context(what)?;
+        let statfs = nix::sys::statfs::fstatfs(&file).context(what)?;
+        let on_hugetlb = statfs.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC;
+        let page_bytes = if on_hugetlb { metadata.blksize() } else { 4096 };
+        let bytes = metadata.len();
+        if bytes == 0 || !bytes.is_multiple_of(page_bytes) {
+            return Err(Error::Unsupported(format!(
+                "its size, {bytes} bytes, is not a positive multiple of its page size, {page_bytes}"
+            )));
+        }
+        let len = usize::try_from(bytes).expect("64-bit Linux");
+        let length = NonZeroUsize::new(len).expect("checked above");
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }
+            .context(|| format!("mapping RAM {name}, {bytes} bytes"))?
+            .cast::<u8>();
+        let page_shift = u8::try_from(page_bytes.trailing_zeros()).expect("at most 64");
+        let mapping = Arc::new(Mapping { start, len });
+        Ok(RamFile {
+            name: name.into(),
+            bytes,
+            page_shift,
+            on_hugetlb,
+            file,
+            mapping,
+        })
+    }
+
+    pub(crate) fn pages(&self) -> u64 {
+        self.bytes >> self.page_shift
+    }
+
+    /// `len` bytes from `offset`, for the kernel to read or write.
+    pub(crate) fn span(&self, offset: u64, len: u64) -> Span {
+        assert!(offset + len <= self.bytes);
+        let offset = usize::try_from(offset).expect("64-bit Linux");
+        let len = usize::try_from(len).expect("64-bit Linux");
+        // SAFETY: inside the mapping (asserted above), which the Arc keeps mapped for as long as
+        // the span or an operation that holds it exists.
+        unsafe {
+            let start = self.mapping.start.add(offset);
+            Span::new(start, len, self.mapping.clone())
+        }
+    }
+
+    /// True when the page at `offset` reads as zeroes. It must not lie in a hole: reading a hole of
+    /// a shared memory file through a mapping would allocate it.
+    pub(crate) fn page_is_zero(&self, offset: u64) -> bool {
+        let len = 1u64 << self.page_shift;
+        assert!(offset + len <= self.bytes);
+        // SAFETY: one page inside our mapping, page aligned.
+        unsafe {
+            let start = self
+                .mapping
+                .start
+                .add(usize::try_from(offset).expect("64-bit Linux"));
+            super::zero::is_zero(start, usize::try_from(len).expect("64-bit Linux"))
+        }
+    }
+
+    /// Where the first data at or after `offset` begins; `None` when only a hole is left.
+    pub(crate) fn next_data(&self, offset: u64) -> Result<Option<u64>> {
+        self.seek(offset, libc::SEEK_DATA)
+    }
+
+    /// Where the hole after the data at `offset` begins.
+    pub(crate) fn next_hole(&self, offset: u64) -> Result<u64> {
+        Ok(self.seek(offset, libc::SEEK_HOLE)?.unwrap_or(self.bytes))
+    }
+
+    fn seek(&self, offset: u64, whence: i32) -> Result<Option<u64>> {
+        let offset = i64::try_from(offset).expect("file offsets fit");
+        // SAFETY: lseek touches no memory; the file is open for as long as self lives.
+        let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, whence) };
+        if let Ok(found) = u64::try_from(found) {
+            return Ok(Some(found.min(self.bytes)));
+        }
+        match std::io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            source => Err(Error::System {
+                what: format!("seeking in RAM {}", self.name),
+                source,
+            }),
+        }
+    }
+
+    /// Allocates the page at `offset`, all zeroes.
+    pub(crate) fn allocate_page(&self, offset: u64) -> Result<()> {
+        let flags = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let signed = |n: u64| i64::try_from(n).expect("file offsets fit");
+        nix::fcntl::fallocate(
+            self.file.as_fd(),
+            flags,
+            signed(offset),
+            signed(1 << self.page_shift),
+        )
+        .context(|| format!("allocating a page of RAM {}", self.name))
+    }
+
+    /// Bytes that the file holds in memory or on disk (holes not counted).
+    pub(crate) fn allocated_bytes(&self) -> Result<u64> {
+        let metadata = self
+            .file
+            .metadata()
+            .context(|| format!("RAM {}", self.name))?;
+        // st_blocks counts units of 512 bytes whatever the file system (stat(2)).
+        Ok(metadata.blocks() * 512)
+    }
+
+    /// Bytes that can still be allocated where the file lives; `None` where that has no limit
+    /// (a memfd).
+    pub(crate) fn free_bytes(&self) -> Result<Option<u64>> {
+        let stat = nix::sys::statvfs::fstatvfs(&self.file)
+            .context(|| format!("RAM {}: statvfs", self.name))?;
+        Ok((stat.blocks() > 0).then(|| stat.blocks_available() * stat.fragment_size()))
+    }
+}

@@ -1,0 +1,118 @@
+//! What umem told us through the environment, and taking it out of the environment again.
+
+use std::ffi::{CStr, OsStr, OsString};
+use std::mem::ManuallyDrop;
+use std::os::fd::FromRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Once, OnceLock};
+
+use crate::sys;
+
+const SOCKET: &str = "UMEM_PRELOAD_SOCKET";
+const RAM: &str = "UMEM_PRELOAD_RAM";
+
+static CONFIG: OnceLock<Config> = OnceLock::new();
+
+/// One line of `UMEM_PRELOAD_RAM`.
+#[derive(Clone)]
+pub(crate) struct RamFile {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+}
+
+pub(crate) struct Config {
+    pub(crate) socket: i32,
+    ram: Vec<RamFile>,
+}
+
+/// Reads the variables, once; without them the object stays a bystander.
+pub(crate) fn read_environment() {
+    let Some(socket) = std::env::var(SOCKET)
+        .ok()
+        .and_then(|number| number.parse().ok())
+    else {
+        return;
+    };
+    let ram = std::env::var_os(RAM)
+        .map(|list| parse_ram(&list))
+        .unwrap_or_default();
+    // Loaded twice into one process is possible (two paths to one object); the first one counts.
+    let _ = CONFIG.set(Config { socket, ram });
+}
+
+/// None until the constructor has run: mappings made before are none of ours.
+pub(crate) fn get() -> Option<&'static Config> {
+    CONFIG.get()
+}
+
+impl Config {
+    /// The RAM file behind an open descriptor. The path is looked up each time, because QEMU makes
+    /// the file itself, after we were loaded.
+    pub(crate) fn ram_file(&self, descriptor: i32) -> Option<RamFile> {
+        if self.ram.is_empty() {
+            return None;
+        }
+        // SAFETY: the descriptor is the caller's and stays so: ManuallyDrop never closes it.
+        let file = ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(descriptor) });
+        let opened = file.metadata().ok()?;
+        if !opened.is_file() {
+            return None;
+        }
+        let link = std::fs::read_link(format!("/proc/self/fd/{descriptor}")).ok();
+        let is_same = |path: &Path| match std::fs::metadata(path) {
+            Ok(named) => named.dev() == opened.dev() && named.ino() == opened.ino(),
+            Err(_) => link.as_deref() == Some(path),
+        };
+        self.ram.iter().find(|ram| is_same(&ram.path)).cloned()
+    }
+
+    /// Keeps socket and variables from whatever this program starts. The program that maps a RAM
+    /// file is the one that was meant; wrappers before it had to pass them on.
+    pub(crate) fn hide(&self) {
+        static HIDDEN: Once = Once::new();
+        HIDDEN.call_once(|| {
+            sys::set_close_on_exec(self.socket);
+            let preload =
+                std::env::var_os("LD_PRELOAD").and_then(|value| without_this_object(&value));
+            // SAFETY: QEMU makes its memory backends on the main thread while it starts up; it reads
+            // its environment there, and the threads it has by then do not.
+            unsafe {
+                std::env::remove_var(SOCKET);
+                std::env::remove_var(RAM);
+                match preload {
+                    Some(others) => std::env::set_var("LD_PRELOAD", others),
+                    None => std::env::remove_var("LD_PRELOAD"),
+                }
+            }
+        });
+    }
+}
+
+fn parse_ram(list: &OsStr) -> Vec<RamFile> {
+    let parse_line = |line: &[u8]| {
+        let equals = line.iter().position(|&byte| byte == b'=')?;
+        let (name, path) = line.split_at_checked(equals)?;
+        Some(RamFile {
+            name: String::from_utf8_lossy(name).into_owned(),
+            path: PathBuf::from(OsStr::from_bytes(path.strip_prefix(b"=")?)),
+        })
+    };
+    list.as_bytes()
+        .split(|&byte| byte == b'\n')
+        .filter_map(parse_line)
+        .collect()
+}
+
+/// The value of LD_PRELOAD less this object: what else the user preloads is theirs to pass on.
+fn without_this_object(value: &OsStr) -> Option<OsString> {
+    let own = sys::object_path(crate::mmap64 as *const ());
+    let is_separator = |byte: &u8| *byte == b':' || *byte == b' ';
+    let others: Vec<&[u8]> = value
+        .as_bytes()
+        .split(is_separator)
+        .filter(|entry| !entry.is_empty() && Some(*entry) != own.map(CStr::to_bytes))
+        .collect();
+    (!others.is_empty()).then(|| OsStr::from_bytes(&others.join(&b':')).to_owned())
+}

@@ -1,0 +1,161 @@
+//! The shared object that an unmodified QEMU is started with (`LD_PRELOAD`): it hands the guest's
+//! RAM to umem before the guest or QEMU can touch it.
+//!
+//! # What goes in
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `UMEM_PRELOAD_SOCKET` | number of an inherited descriptor, one end of a unix stream socket pair |
+//! | `UMEM_PRELOAD_RAM` | `name=path`, one a line: the RAM files to wait for |
+//!
+//! # What goes over the socket
+//!
+//! Every message is one line of JSON. A program that loads the object says
+//!
+//! ```text
+//! {"preload":1,"pid":4711,"program":"/usr/bin/qemu-system-x86_64"}
+//! ```
+//!
+//! and a wrapper (a shell script, `taskset`, `numactl`) says it as well, before QEMU does: the
+//! variables and the socket pass through programs until one maps a RAM file. From then on they are
+//! gone, so that nothing QEMU starts inherits them.
+//!
+//! When a named file is mapped shared and writable, one `sendmsg` carries
+//!
+//! ```text
+//! [{"name":"ram0","path":"/dev/shm/x","base_host_virt_addr":140737354133504,"size":268435456,
+//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711}]
+//! ```
+//!
+//! (on one line; addresses and sizes in bytes, `features` as `UFFDIO_API` granted them) and exactly
+//! two descriptors: the userfaultfd, registered MISSING and MINOR over the mapping, then the RAM
+//! file. One message for each RAM file, each with a userfaultfd of its own. There is no answer.
+//!
+//! What cannot be protected is not mapped: the mapping is undone, `mmap` fails, QEMU refuses to
+//! start, and the socket says why (the codes are [`report::Code`]):
+//!
+//! ```text
+//! {"error":"ram-in-use","name":"ram0","errno":16,"text":"…"}
+//! ```
+//!
+//! After the first hand-over a thread of ours reads command lines: `ping` is answered by
+//! `{"pong":1}`; `release`, which says that everything is unregistered, closes our userfaultfds, is
+//! answered by `{"released":N}` and ends the thread.
+//!
+//! # What must hold
+//!
+//! - The userfaultfds stay open in this process until `release`. A closed one would let the guest
+//!   read zeroes for pages that never arrived; an open one makes it wait, whatever became of umem.
+//! - No RAM file named to us is ever mapped writable and left unprotected.
+//! - A mapping that is none of ours costs a few comparisons: nothing is locked, nothing allocated.
+//! - Nothing here panics, and nothing but the C library is needed: the object is loaded into
+//!   programs that know nothing of it.
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("the preload object needs 64-bit Linux: it speaks its system calls and layouts");
+
+mod commands;
+mod config;
+mod handover;
+mod report;
+mod sys;
+mod uffd;
+
+use std::ffi::{c_int, c_long, c_void};
+
+/// Run by the dynamic linker when the object has been loaded, before `main`.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static INITIALISE: extern "C" fn() = initialise;
+
+extern "C" fn initialise() {
+    config::read_environment();
+    if let Some(config) = config::get() {
+        report::hello(config.socket);
+    }
+}
+
+/// `mmap64` of the C library, which is what Debian's QEMU calls.
+///
+/// # Safety
+///
+/// As for `mmap(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap64(
+    address: *mut c_void,
+    length: usize,
+    protection: c_int,
+    flags: c_int,
+    descriptor: c_int,
+    offset: i64,
+) -> *mut c_void {
+    if let Some(ram) = ram_file(protection, flags, descriptor) {
+        // SAFETY: the caller's own promises, passed on.
+        return unsafe {
+            handover::map(&ram, address, length, protection, flags, descriptor, offset)
+        };
+    }
+    // SAFETY: as above.
+    unsafe { sys::mmap(address, length, protection, flags, descriptor, offset) }
+}
+
+/// `mmap` of the C library; the same function where `off_t` has 64 bits.
+///
+/// # Safety
+///
+/// As for `mmap(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap(
+    address: *mut c_void,
+    length: usize,
+    protection: c_int,
+    flags: c_int,
+    descriptor: c_int,
+    offset: c_long,
+) -> *mut c_void {
+    // SAFETY: the caller's own promises, passed on.
+    unsafe { mmap64(address, length, protection, flags, descriptor, offset) }
+}
+
+/// `madvise` of the C library: passed on, but populating handed-over memory (`prealloc=on`) is
+/// refused. It would wait, for ever or for the whole migration, for pages that are still elsewhere.
+///
+/// # Safety
+///
+/// As for `madvise(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int {
+    let populates = advice == sys::MADV_POPULATE_READ || advice == sys::MADV_POPULATE_WRITE;
+    if populates && handover::refuse_populate(address as usize, length) {
+        sys::set_errno(sys::EFAULT);
+        return -1;
+    }
+    // SAFETY: the caller's own promises, passed on.
+    unsafe { sys::madvise(address, length, advice) }
+}
+
+/// `mlockall` of the C library: passed on, but locking handed-over memory (`mem-lock=on`) is refused,
+/// for the same reason. Locking pages as they come (`MCL_ONFAULT`) is fine.
+///
+/// # Safety
+///
+/// As for `mlockall(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mlockall(flags: c_int) -> c_int {
+    let populates = flags & sys::MCL_CURRENT != 0 && flags & sys::MCL_ONFAULT == 0;
+    if populates && handover::refuse_lock() {
+        sys::set_errno(sys::EFAULT);
+        return -1;
+    }
+    // SAFETY: the caller's own promises, passed on.
+    unsafe { sys::mlockall(flags) }
+}
+
+/// The RAM file that this mapping is of, if it is a writable mapping of one.
+fn ram_file(protection: c_int, flags: c_int, descriptor: c_int) -> Option<config::RamFile> {
+    let anonymous = flags & sys::MAP_ANONYMOUS != 0;
+    if anonymous || descriptor < 0 || protection & sys::PROT_WRITE == 0 {
+        return None;
+    }
+    config::get()?.ram_file(descriptor)
+}

@@ -1,0 +1,168 @@
+//! The lines we send to umem.
+
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
+
+use crate::config::RamFile;
+use crate::sys;
+
+/// Why a RAM file was not handed over: the value of `error`.
+#[derive(Clone, Copy)]
+pub(crate) enum Code {
+    /// This user may not use userfaultfd, or only for faults of user mode.
+    Permission,
+    /// The kernel has no userfaultfd, or gave none for another reason.
+    Unavailable,
+    /// The kernel's userfaultfd lacks what is needed.
+    Features,
+    /// UFFDIO_REGISTER failed.
+    Register,
+    /// The file had contents before it was mapped.
+    RamInUse,
+    /// The file got contents as it was mapped.
+    RamPopulated,
+    /// The same file was mapped a second time.
+    RamTwice,
+    /// The file is mapped privately.
+    ShareOff,
+    /// QEMU populates memory that was handed over; this one comes after the hand-over.
+    Prealloc,
+    /// QEMU locks memory that was handed over; this one too comes after the hand-over.
+    MemLock,
+    /// The socket failed; umem will hardly see this one.
+    Send,
+}
+
+impl Code {
+    fn as_str(self) -> &'static str {
+        match self {
+            Code::Permission => "userfaultfd-permission",
+            Code::Unavailable => "userfaultfd-unavailable",
+            Code::Features => "userfaultfd-features",
+            Code::Register => "register",
+            Code::RamInUse => "ram-in-use",
+            Code::RamPopulated => "ram-populated",
+            Code::RamTwice => "ram-twice",
+            Code::ShareOff => "share-off",
+            Code::Prealloc => "prealloc",
+            Code::MemLock => "mem-lock",
+            Code::Send => "send",
+        }
+    }
+}
+
+pub(crate) struct Failure {
+    code: Code,
+    /// What `mmap` fails with.
+    pub(crate) errno: i32,
+    text: String,
+}
+
+impl Failure {
+    pub(crate) fn new(code: Code, errno: i32, text: &str) -> Self {
+        Failure {
+            code,
+            errno,
+            text: text.to_owned(),
+        }
+    }
+}
+
+/// What the hand-over message says; addresses and sizes in bytes.
+pub(crate) struct Handover<'a> {
+    pub(crate) ram: &'a RamFile,
+    pub(crate) address: usize,
+    pub(crate) length: usize,
+    pub(crate) offset: i64,
+    pub(crate) page_size: usize,
+    pub(crate) features: u64,
+}
+
+pub(crate) fn hello(socket: i32) {
+    let program = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+    let line = format!(
+        "{{\"preload\":1,\"pid\":{},\"program\":{}}}\n",
+        std::process::id(),
+        json_string(program.as_os_str().as_bytes()),
+    );
+    // A wrapper may have closed the socket; that is told when RAM is mapped, not by every program.
+    let _ = send(socket, line.as_bytes(), &[]);
+}
+
+pub(crate) fn handover_line(handover: &Handover) -> String {
+    format!(
+        "[{{\"name\":{},\"path\":{},\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\
+         \"page_size\":{},\"kind\":\"shared\",\"features\":{},\"pid\":{}}}]\n",
+        json_string(handover.ram.name.as_bytes()),
+        json_string(handover.ram.path.as_os_str().as_bytes()),
+        handover.address,
+        handover.length,
+        handover.offset,
+        handover.page_size,
+        handover.features,
+        std::process::id(),
+    )
+}
+
+/// Tells umem, or, where it cannot be told, whoever reads QEMU's standard error.
+pub(crate) fn failure(socket: i32, name: &str, failure: &Failure) {
+    let line = format!(
+        "{{\"error\":\"{}\",\"name\":{},\"errno\":{},\"text\":{}}}\n",
+        failure.code.as_str(),
+        json_string(name.as_bytes()),
+        failure.errno,
+        json_string(failure.text.as_bytes()),
+    );
+    if send(socket, line.as_bytes(), &[]).is_err() {
+        sys::write_stderr(format!("umem: {name}: {}\n", failure.text).as_bytes());
+    }
+}
+
+pub(crate) fn pong(socket: i32) -> Result<(), i32> {
+    send(socket, b"{\"pong\":1}\n", &[])
+}
+
+pub(crate) fn released(socket: i32, count: usize) -> Result<(), i32> {
+    send(
+        socket,
+        format!("{{\"released\":{count}}}\n").as_bytes(),
+        &[],
+    )
+}
+
+/// Sends it all, the descriptors with the first byte. Fails with an errno.
+pub(crate) fn send(socket: i32, line: &[u8], descriptors: &[i32]) -> Result<(), i32> {
+    let mut rest = line;
+    let mut descriptors = descriptors;
+    while !rest.is_empty() {
+        match sys::send_message(socket, rest, descriptors) {
+            Ok(count) => {
+                rest = rest.get(count..).unwrap_or_default();
+                descriptors = &[];
+            }
+            Err(sys::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+/// A JSON string; bytes that are not UTF-8 become U+FFFD.
+fn json_string(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let mut quoted = String::with_capacity(text.len() + 2);
+    quoted.push('"');
+    for character in text.chars() {
+        match character {
+            '"' => quoted.push_str("\\\""),
+            '\\' => quoted.push_str("\\\\"),
+            control if control < ' ' => {
+                // Writing to a String does not fail.
+                let _ = write!(quoted, "\\u{:04x}", u32::from(control));
+            }
+            other => quoted.push(other),
+        }
+    }
+    quoted.push('"');
+    quoted
+}

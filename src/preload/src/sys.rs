@@ -1,0 +1,348 @@
+//! The C library and the kernel, as far as they are needed: declarations of our own, because the
+//! object is compiled by a build script, without any dependency. Errors are errno values.
+
+use std::ffi::{CStr, c_char, c_int, c_long, c_void};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+pub(crate) const PROT_WRITE: c_int = 0x2;
+/// Set in MAP_SHARED (1) and in MAP_SHARED_VALIDATE (3), not in MAP_PRIVATE (2).
+pub(crate) const MAP_SHARED: c_int = 0x1;
+pub(crate) const MAP_ANONYMOUS: c_int = 0x20;
+pub(crate) const MAP_FAILED: *mut c_void = std::ptr::without_provenance_mut(usize::MAX);
+
+pub(crate) const MADV_POPULATE_READ: c_int = 22;
+pub(crate) const MADV_POPULATE_WRITE: c_int = 23;
+pub(crate) const MCL_CURRENT: c_int = 1;
+pub(crate) const MCL_ONFAULT: c_int = 4;
+
+pub(crate) const EPERM: c_int = 1;
+pub(crate) const EINTR: c_int = 4;
+pub(crate) const EACCES: c_int = 13;
+pub(crate) const EFAULT: c_int = 14;
+pub(crate) const EBUSY: c_int = 16;
+pub(crate) const EINVAL: c_int = 22;
+
+const O_RDWR: c_int = 0o2;
+const O_NONBLOCK: c_int = 0o4000;
+const O_CLOEXEC: c_int = 0o2_000_000;
+/// What a userfaultfd is made with.
+pub(crate) const O_UFFD: c_int = O_CLOEXEC | O_NONBLOCK;
+
+const F_SETFD: c_int = 2;
+const FD_CLOEXEC: c_int = 1;
+const SC_PAGESIZE: c_int = 30;
+const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
+const SOL_SOCKET: c_int = 1;
+const SCM_RIGHTS: c_int = 1;
+const MSG_NOSIGNAL: c_int = 0x4000;
+const SIG_SETMASK: c_int = 2;
+
+#[cfg(target_arch = "x86_64")]
+mod number {
+    use std::ffi::c_long;
+    pub(super) const MMAP: c_long = 9;
+    pub(super) const MADVISE: c_long = 28;
+    pub(super) const MLOCKALL: c_long = 151;
+    pub(super) const USERFAULTFD: c_long = 323;
+}
+#[cfg(not(target_arch = "x86_64"))]
+mod number {
+    //! The generic table: aarch64, riscv64, loongarch64.
+    use std::ffi::c_long;
+    pub(super) const MMAP: c_long = 222;
+    pub(super) const MADVISE: c_long = 233;
+    pub(super) const MLOCKALL: c_long = 230;
+    pub(super) const USERFAULTFD: c_long = 282;
+}
+
+#[repr(C)]
+struct Iovec {
+    base: *const u8,
+    length: usize,
+}
+
+#[repr(C)]
+struct Msghdr {
+    name: *const c_void,
+    name_length: u32,
+    iov: *const Iovec,
+    iov_count: usize,
+    control: *const c_void,
+    control_length: usize,
+    flags: c_int,
+}
+
+/// A control message with room for the two descriptors of a hand-over.
+#[repr(C)]
+struct Rights {
+    length: usize,
+    level: c_int,
+    kind: c_int,
+    descriptors: [c_int; DESCRIPTORS_MAX],
+}
+
+const DESCRIPTORS_MAX: usize = 2;
+const RIGHTS_HEADER_SIZE: usize = std::mem::offset_of!(Rights, descriptors);
+
+/// `struct statfs` of 64-bit Linux; only its head is of interest.
+#[repr(C)]
+struct Statfs {
+    kind: i64,
+    block_size: i64,
+    rest: [u64; 16],
+}
+
+/// `Dl_info`.
+#[repr(C)]
+struct DlInfo {
+    object_path: *const c_char,
+    object_base: *mut c_void,
+    symbol_name: *const c_char,
+    symbol_address: *mut c_void,
+}
+
+/// `sigset_t` of glibc and musl: 1024 bits.
+type SignalSet = [u64; 16];
+
+mod c {
+    use super::{DlInfo, Msghdr, SignalSet, Statfs};
+    use std::ffi::{c_char, c_int, c_long, c_ulong, c_void};
+
+    unsafe extern "C" {
+        pub(super) fn syscall(number: c_long, ...) -> c_long;
+        pub(super) fn munmap(address: *mut c_void, length: usize) -> c_int;
+        pub(super) fn ioctl(descriptor: c_int, request: c_ulong, ...) -> c_int;
+        pub(super) fn open(path: *const c_char, flags: c_int, ...) -> c_int;
+        pub(super) fn fcntl(descriptor: c_int, command: c_int, ...) -> c_int;
+        pub(super) fn fstatfs(descriptor: c_int, statfs: *mut Statfs) -> c_int;
+        pub(super) fn sysconf(name: c_int) -> c_long;
+        pub(super) fn sendmsg(socket: c_int, message: *const Msghdr, flags: c_int) -> isize;
+        pub(super) fn read(descriptor: c_int, buffer: *mut c_void, size: usize) -> isize;
+        pub(super) fn write(descriptor: c_int, buffer: *const c_void, size: usize) -> isize;
+        pub(super) fn dladdr(address: *const c_void, info: *mut DlInfo) -> c_int;
+        pub(super) fn pthread_sigmask(
+            how: c_int,
+            new: *const SignalSet,
+            old: *mut SignalSet,
+        ) -> c_int;
+        pub(super) fn __errno_location() -> *mut c_int;
+    }
+}
+
+/// The system call itself, so that no other interposed `mmap` and not our own comes between.
+///
+/// # Safety
+///
+/// As for `mmap(2)`.
+pub(crate) unsafe fn mmap(
+    address: *mut c_void,
+    length: usize,
+    protection: c_int,
+    flags: c_int,
+    descriptor: c_int,
+    offset: i64,
+) -> *mut c_void {
+    // The kernel reads whole registers, so everything is widened before it is passed on.
+    // SAFETY: the caller's promises.
+    let result = unsafe {
+        c::syscall(
+            number::MMAP,
+            address,
+            length,
+            c_long::from(protection),
+            c_long::from(flags),
+            c_long::from(descriptor),
+            offset,
+        )
+    };
+    std::ptr::with_exposed_provenance_mut(result as usize)
+}
+
+/// # Safety
+///
+/// As for `madvise(2)`.
+pub(crate) unsafe fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int {
+    // SAFETY: the caller's promises.
+    unsafe { c::syscall(number::MADVISE, address, length, c_long::from(advice)) as c_int }
+}
+
+/// # Safety
+///
+/// As for `mlockall(2)`.
+pub(crate) unsafe fn mlockall(flags: c_int) -> c_int {
+    // SAFETY: the caller's promises.
+    unsafe { c::syscall(number::MLOCKALL, c_long::from(flags)) as c_int }
+}
+
+/// # Safety
+///
+/// As for `munmap(2)`.
+pub(crate) unsafe fn munmap(address: *mut c_void, length: usize) {
+    // SAFETY: the caller's promises. It fails only for a range that is no mapping.
+    unsafe { c::munmap(address, length) };
+}
+
+/// What a failing `mmap` returns, with errno set.
+pub(crate) fn map_failed(errno: c_int) -> *mut c_void {
+    set_errno(errno);
+    MAP_FAILED
+}
+
+pub(crate) fn set_errno(errno: c_int) {
+    // SAFETY: the C library gives each thread a valid place for its errno.
+    unsafe { *c::__errno_location() = errno };
+}
+
+/// # Safety
+///
+/// `argument` must point to what `request` takes.
+pub(crate) unsafe fn ioctl<T>(
+    descriptor: c_int,
+    request: u64,
+    argument: *mut T,
+) -> Result<(), c_int> {
+    // SAFETY: the caller's promise.
+    check(i64::from(unsafe {
+        c::ioctl(descriptor, request, argument)
+    }))
+    .map(|_| ())
+}
+
+/// An ioctl whose argument is a number and whose result is a descriptor.
+pub(crate) fn ioctl_value(
+    descriptor: c_int,
+    request: u64,
+    argument: c_int,
+) -> Result<c_int, c_int> {
+    // SAFETY: no memory is passed.
+    let result = unsafe { c::ioctl(descriptor, request, c_long::from(argument)) };
+    check(i64::from(result)).map(|_| result)
+}
+
+pub(crate) fn open_device(path: &CStr) -> Result<OwnedFd, c_int> {
+    // SAFETY: the path is a C string.
+    let descriptor = unsafe { c::open(path.as_ptr(), O_RDWR | O_CLOEXEC) };
+    check(i64::from(descriptor))?;
+    // SAFETY: just opened, and ours alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+pub(crate) fn userfaultfd(flags: c_int) -> Result<c_int, c_int> {
+    // SAFETY: no memory is passed.
+    let descriptor = unsafe { c::syscall(number::USERFAULTFD, c_long::from(flags)) };
+    check(descriptor).map(|_| descriptor as c_int)
+}
+
+pub(crate) fn set_close_on_exec(descriptor: c_int) {
+    // SAFETY: no memory is passed. A descriptor that is not open stays so.
+    unsafe { c::fcntl(descriptor, F_SETFD, FD_CLOEXEC) };
+}
+
+/// The page size of the hugetlbfs that the file is on; None elsewhere.
+pub(crate) fn hugetlbfs_page_size(descriptor: c_int) -> Option<usize> {
+    let mut statfs = Statfs {
+        kind: 0,
+        block_size: 0,
+        rest: [0; 16],
+    };
+    // SAFETY: the structure is at least as long as the C library's.
+    let result = unsafe { c::fstatfs(descriptor, &raw mut statfs) };
+    let is_hugetlbfs = result == 0 && statfs.kind as u32 == HUGETLBFS_MAGIC;
+    is_hugetlbfs.then_some(statfs.block_size as usize)
+}
+
+pub(crate) fn page_size() -> usize {
+    // SAFETY: no memory is passed.
+    let size = unsafe { c::sysconf(SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(4096)
+}
+
+/// One `sendmsg`, without SIGPIPE. Returns how many bytes went.
+pub(crate) fn send_message(
+    socket: c_int,
+    bytes: &[u8],
+    descriptors: &[c_int],
+) -> Result<usize, c_int> {
+    let iov = Iovec {
+        base: bytes.as_ptr(),
+        length: bytes.len(),
+    };
+    let mut rights = Rights {
+        length: RIGHTS_HEADER_SIZE + size_of_val(descriptors),
+        level: SOL_SOCKET,
+        kind: SCM_RIGHTS,
+        descriptors: [-1; DESCRIPTORS_MAX],
+    };
+    for (slot, descriptor) in rights.descriptors.iter_mut().zip(descriptors) {
+        *slot = *descriptor;
+    }
+    let has_rights = !descriptors.is_empty();
+    let message = Msghdr {
+        name: std::ptr::null(),
+        name_length: 0,
+        iov: &raw const iov,
+        iov_count: 1,
+        control: if has_rights {
+            (&raw const rights).cast()
+        } else {
+            std::ptr::null()
+        },
+        control_length: if has_rights { rights.length } else { 0 },
+        flags: 0,
+    };
+    // SAFETY: the message points to the bytes and to the rights, which live to the end of this
+    // function, with their own lengths.
+    check(unsafe { c::sendmsg(socket, &raw const message, MSG_NOSIGNAL) } as i64)
+}
+
+/// Returns 0 at the end of the stream.
+pub(crate) fn receive(socket: c_int, buffer: &mut [u8]) -> Result<usize, c_int> {
+    // SAFETY: the buffer is ours for the call and as long as said.
+    check(unsafe { c::read(socket, buffer.as_mut_ptr().cast(), buffer.len()) } as i64)
+}
+
+pub(crate) fn write_stderr(bytes: &[u8]) {
+    // SAFETY: the bytes are readable for the call. A failure leaves nowhere to tell it.
+    unsafe { c::write(2, bytes.as_ptr().cast(), bytes.len()) };
+}
+
+/// The path under which the object that holds `function` was loaded.
+pub(crate) fn object_path(function: *const ()) -> Option<&'static CStr> {
+    let mut info = DlInfo {
+        object_path: std::ptr::null(),
+        object_base: std::ptr::null_mut(),
+        symbol_name: std::ptr::null(),
+        symbol_address: std::ptr::null_mut(),
+    };
+    // SAFETY: the structure is the C library's; the address is only looked up.
+    let found = unsafe { c::dladdr(function.cast(), &raw mut info) };
+    if found == 0 || info.object_path.is_null() {
+        return None;
+    }
+    // SAFETY: a string of the dynamic linker, which keeps it as long as the object is loaded; this
+    // code is part of that object.
+    Some(unsafe { CStr::from_ptr(info.object_path) })
+}
+
+/// Runs `action` with all signals blocked, which a thread made in it inherits.
+pub(crate) fn with_signals_blocked<T>(action: impl FnOnce() -> T) -> T {
+    let all: SignalSet = [u64::MAX; 16];
+    let mut before: SignalSet = [0; 16];
+    // SAFETY: both sets are as long as the C library's.
+    let blocked = unsafe { c::pthread_sigmask(SIG_SETMASK, &raw const all, &raw mut before) } == 0;
+    let result = action();
+    if blocked {
+        // SAFETY: as above.
+        unsafe { c::pthread_sigmask(SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    }
+    result
+}
+
+/// A result of a system call: not negative, or errno.
+fn check(result: i64) -> Result<usize, c_int> {
+    usize::try_from(result).map_err(|_| {
+        std::io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(EINVAL)
+    })
+}

@@ -1,0 +1,176 @@
+//! Opening a userfaultfd that catches the kernel's faults too, and registering a mapping with it.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use crate::report::{Code, Failure};
+use crate::sys;
+
+const EVENT_REMOVE: u64 = 1 << 3;
+const MISSING_HUGETLBFS: u64 = 1 << 4;
+const MISSING_SHMEM: u64 = 1 << 5;
+const MINOR_HUGETLBFS: u64 = 1 << 9;
+const MINOR_SHMEM: u64 = 1 << 10;
+
+/// The names in linux/userfaultfd.h, for the error that says what this kernel lacks.
+const FEATURE_NAMES: [(u64, &str); 5] = [
+    (EVENT_REMOVE, "EVENT_REMOVE"),
+    (MISSING_HUGETLBFS, "MISSING_HUGETLBFS"),
+    (MISSING_SHMEM, "MISSING_SHMEM"),
+    (MINOR_HUGETLBFS, "MINOR_HUGETLBFS (Linux 5.13)"),
+    (MINOR_SHMEM, "MINOR_SHMEM (Linux 5.14)"),
+];
+
+const REGISTER_MODE_MISSING: u64 = 1 << 0;
+const REGISTER_MODE_MINOR: u64 = 1 << 2;
+const IOCTL_WAKE: u64 = 1 << 2;
+const IOCTL_CONTINUE: u64 = 1 << 7;
+
+const UFFD_API: u64 = 0xaa;
+const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
+const UFFDIO_API: u64 = 0xc018_aa3f;
+const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioRegister {
+    start: u64,
+    length: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+const _: () = assert!(size_of::<UffdioApi>() == 24 && size_of::<UffdioRegister>() == 32);
+
+/// What kind of file system the RAM file is on.
+#[derive(Clone, Copy)]
+pub(crate) struct Backing {
+    pub(crate) page_size: usize,
+    is_hugetlbfs: bool,
+}
+
+impl Backing {
+    pub(crate) fn of(descriptor: i32) -> Self {
+        match sys::hugetlbfs_page_size(descriptor) {
+            Some(page_size) => Backing {
+                page_size,
+                is_hugetlbfs: true,
+            },
+            None => Backing {
+                page_size: sys::page_size(),
+                is_hugetlbfs: false,
+            },
+        }
+    }
+
+    fn features(self) -> u64 {
+        let kind = if self.is_hugetlbfs {
+            MISSING_HUGETLBFS | MINOR_HUGETLBFS
+        } else {
+            MISSING_SHMEM | MINOR_SHMEM
+        };
+        kind | EVENT_REMOVE
+    }
+}
+
+/// A userfaultfd with the features that this backing needs, and those features.
+pub(crate) fn open(backing: Backing) -> Result<(OwnedFd, u64), Failure> {
+    let wanted = backing.features();
+    // Asking for a feature that the kernel lacks spoils the descriptor, so one is spent on asking.
+    let offered = handshake(&create()?, 0)?;
+    if wanted & !offered != 0 {
+        return Err(Failure::new(
+            Code::Features,
+            sys::EINVAL,
+            &missing_features(wanted & !offered),
+        ));
+    }
+    let uffd = create()?;
+    handshake(&uffd, wanted)?;
+    Ok((uffd, wanted))
+}
+
+/// Every first touch of the range, and every touch of a page nobody has marked cached, waits from
+/// here on.
+pub(crate) fn register(uffd: &OwnedFd, start: usize, length: usize) -> Result<(), Failure> {
+    let mut register = UffdioRegister {
+        start: start as u64,
+        length: length as u64,
+        mode: REGISTER_MODE_MISSING | REGISTER_MODE_MINOR,
+        ioctls: 0,
+    };
+    // SAFETY: the argument is the structure that UFFDIO_REGISTER takes, alive for the call.
+    let result = unsafe { sys::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+    if let Err(errno) = result {
+        return Err(Failure::new(
+            Code::Register,
+            errno,
+            "the guest's memory cannot be registered with userfaultfd: its file must be on tmpfs \
+             or hugetlbfs",
+        ));
+    }
+    let needed = IOCTL_WAKE | IOCTL_CONTINUE;
+    if register.ioctls & needed != needed {
+        return Err(Failure::new(
+            Code::Features,
+            sys::EINVAL,
+            "this kernel cannot continue minor faults on the guest's memory",
+        ));
+    }
+    Ok(())
+}
+
+/// The device first: its file permissions are the modern way to allow userfaultfd. Never user mode
+/// only: faults of KVM and of system calls come from the kernel.
+fn create() -> Result<OwnedFd, Failure> {
+    let number = sys::open_device(c"/dev/userfaultfd")
+        .and_then(|device| sys::ioctl_value(device.as_raw_fd(), USERFAULTFD_IOC_NEW, sys::O_UFFD))
+        .or_else(|_| sys::userfaultfd(sys::O_UFFD));
+    match number {
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        Ok(number) => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
+        Err(errno @ (sys::EPERM | sys::EACCES)) => Err(Failure::new(
+            Code::Permission,
+            errno,
+            "no permission for userfaultfd: let QEMU's user read and write /dev/userfaultfd, or set \
+             vm.unprivileged_userfaultfd=1, or run QEMU with CAP_SYS_PTRACE",
+        )),
+        Err(errno) => Err(Failure::new(
+            Code::Unavailable,
+            errno,
+            "this kernel gives no userfaultfd (CONFIG_USERFAULTFD)",
+        )),
+    }
+}
+
+/// UFFDIO_API; returns what the kernel offers.
+fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Failure> {
+    let mut api = UffdioApi {
+        api: UFFD_API,
+        features,
+        ioctls: 0,
+    };
+    // SAFETY: the argument is the structure that UFFDIO_API takes, alive for the call.
+    match unsafe { sys::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) } {
+        Ok(()) => Ok(api.features),
+        Err(errno) => Err(Failure::new(
+            Code::Features,
+            errno,
+            "this kernel refuses the userfaultfd features that are needed",
+        )),
+    }
+}
+
+fn missing_features(missing: u64) -> String {
+    let names: Vec<&str> = FEATURE_NAMES
+        .iter()
+        .filter(|(bit, _)| missing & bit != 0)
+        .map(|(_, name)| *name)
+        .collect();
+    format!("this kernel's userfaultfd lacks {}", names.join(", "))
+}

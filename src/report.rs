@@ -1,0 +1,249 @@
+//! What a migration tells at its end, and the events on the way, as JSON or for a person.
+
+use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// Counters that worker threads keep and the control thread reads.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) data_bytes: AtomicU64,
+    pub(crate) zero_bytes: AtomicU64,
+    pub(crate) hole_bytes: AtomicU64,
+    pub(crate) pages_demand: AtomicU64,
+    pub(crate) pages_background: AtomicU64,
+    /// Pages that are where they belong: cached at the destination, sent at the source.
+    pub(crate) pages_done: AtomicU64,
+    /// Bytes that zero-copy sends put on the wire without copying, and with.
+    pub(crate) zero_copied_bytes: AtomicU64,
+    pub(crate) copied_bytes: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Relaxed);
+    }
+
+    pub(crate) fn totals(&self) -> umem_wire::Totals {
+        umem_wire::Totals {
+            data_bytes: self.data_bytes.load(Relaxed),
+            zero_bytes: self.zero_bytes.load(Relaxed),
+            hole_bytes: self.hole_bytes.load(Relaxed),
+            pages_demand: self.pages_demand.load(Relaxed),
+            pages_background: self.pages_background.load(Relaxed),
+        }
+    }
+
+    /// How the pages left this process, in words.
+    pub(crate) fn zero_copy(&self) -> String {
+        let (zero_copied, copied) = (
+            self.zero_copied_bytes.load(Relaxed),
+            self.copied_bytes.load(Relaxed),
+        );
+        match (zero_copied, copied) {
+            (0, _) => "none: copied by the kernel".into(),
+            (_, 0) => "all".into(),
+            _ => format!(
+                "{:.0} %",
+                100.0 * zero_copied as f64 / (zero_copied + copied) as f64
+            ),
+        }
+    }
+}
+
+/// The last object of `--json`; §10 of the design.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Completed {
+    /// Always `completed`.
+    pub event: String,
+    /// `source` or `destination`.
+    pub role: String,
+    /// Memory kind, `shared`.
+    pub kind: String,
+    /// Bytes of a page, the smallest among the regions.
+    pub page_size: u64,
+    /// Bulk lanes.
+    pub lanes: u16,
+    /// The guest's RAM, bytes.
+    pub total_bytes: u64,
+    /// Bytes that crossed the wire as page contents.
+    pub data_bytes: u64,
+    /// Bytes of pages that were all zero and crossed as a header.
+    pub zero_bytes: u64,
+    /// Bytes of pages that the source's file did not have.
+    pub hole_bytes: u64,
+    /// Pages that were asked for.
+    pub pages_demand: u64,
+    /// Pages that came unasked.
+    pub pages_background: u64,
+    /// Source stopped → destination running, milliseconds. The source measures all of it; the
+    /// destination's figure lacks the switchover message's way through the network.
+    pub downtime_ms: f64,
+    /// Destination running → last page cached, seconds; 0 when all came before.
+    pub drain_s: f64,
+    /// Source stopped → last page cached, seconds.
+    pub total_s: f64,
+    /// Page contents over the time from the first page to the last, Gbit/s.
+    pub gbps: f64,
+    /// From reading a fault to waking the guest, at the destination; null at the source.
+    pub fault_latency_us: Option<Latency>,
+    /// Processor time of this umem process.
+    pub cpu_s: CpuTime,
+    /// How the pages left the source without being copied; at the destination, how they landed.
+    pub zero_copy: String,
+    /// Bytes released with MADV_REMOVE; nothing to release with kind `shared`.
+    pub release_bytes: u64,
+    /// Congestion control of the lanes, or `none` on unix sockets.
+    pub congestion: String,
+}
+
+/// A latency distribution in microseconds.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Latency {
+    /// Faults measured.
+    pub count: u64,
+    /// Median.
+    pub p50: u64,
+    /// 90th percentile.
+    pub p90: u64,
+    /// 99th percentile.
+    pub p99: u64,
+    /// 99.9th percentile.
+    pub p999: u64,
+    /// Worst.
+    pub max: u64,
+}
+
+impl Latency {
+    pub(crate) fn of(histogram: &Histogram<u64>) -> Latency {
+        Latency {
+            count: histogram.len(),
+            p50: histogram.value_at_quantile(0.5),
+            p90: histogram.value_at_quantile(0.9),
+            p99: histogram.value_at_quantile(0.99),
+            p999: histogram.value_at_quantile(0.999),
+            max: histogram.max(),
+        }
+    }
+}
+
+/// A histogram of microseconds up to an hour, three significant digits.
+pub(crate) fn latency_histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 3_600_000_000, 3).expect("constant bounds are valid")
+}
+
+/// Records a latency; one beyond the histogram's range counts as its maximum.
+pub(crate) fn record(histogram: &mut Histogram<u64>, latency: Duration) {
+    histogram.saturating_record(
+        u64::try_from(latency.as_micros())
+            .unwrap_or(u64::MAX)
+            .max(1),
+    );
+}
+
+/// Processor time of a process, seconds.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct CpuTime {
+    /// In user mode.
+    pub user: f64,
+    /// In the kernel.
+    pub system: f64,
+}
+
+impl CpuTime {
+    pub(crate) fn of_this_process() -> CpuTime {
+        use nix::sys::resource::{UsageWho, getrusage};
+        let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else {
+            return CpuTime::default();
+        };
+        let seconds =
+            |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+        CpuTime {
+            user: seconds(usage.user_time()),
+            system: seconds(usage.system_time()),
+        }
+    }
+}
+
+impl Completed {
+    /// The summary for a person: a few short lines.
+    pub fn summary(&self) -> String {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let mut text = format!(
+            "moved {:.0} MiB in {:.2} s: {:.0} MiB of data, {:.0} MiB of zeroes and holes\n\
+             downtime {:.1} ms; {:.2} Gbit/s; {} pages on demand, {} in the background\n",
+            mib(self.total_bytes),
+            self.total_s,
+            mib(self.data_bytes),
+            mib(self.zero_bytes + self.hole_bytes),
+            self.downtime_ms,
+            self.gbps,
+            self.pages_demand,
+            self.pages_background,
+        );
+        if let Some(latency) = self
+            .fault_latency_us
+            .as_ref()
+            .filter(|latency| latency.count > 0)
+        {
+            text += &format!(
+                "a fault took {} µs in the middle, {} µs at p99, {} µs at worst ({} faults)\n",
+                latency.p50, latency.p99, latency.max, latency.count
+            );
+        }
+        text
+    }
+}
+
+/// Where events go: JSON objects on stdout with `--json`, else sentences on stderr.
+#[derive(Clone, Copy)]
+pub(crate) struct Output {
+    pub(crate) json: bool,
+}
+
+impl Output {
+    /// An event on the way, with its sentence for a person.
+    pub(crate) fn event(self, name: &str, fields: serde_json::Value, sentence: &str) {
+        if self.json {
+            let mut object = serde_json::json!({ "event": name });
+            if let (Some(object), serde_json::Value::Object(fields)) =
+                (object.as_object_mut(), fields)
+            {
+                object.extend(fields);
+            }
+            self.line(&object.to_string());
+        } else if !sentence.is_empty() {
+            eprintln!("umem: {sentence}");
+        }
+    }
+
+    pub(crate) fn completed(self, report: &Completed) {
+        if self.json {
+            self.line(&serde_json::to_string(report).expect("plain numbers and strings"));
+        } else {
+            print!("{}", report.summary());
+            let _ = std::io::stdout().flush();
+        }
+    }
+
+    /// The one line that an error ends in.
+    pub(crate) fn failed(self, error: &Error) {
+        eprintln!("umem: {error}");
+        if self.json {
+            let object = serde_json::json!({ "event": "failed", "error": error.to_string() });
+            self.line(&object.to_string());
+        }
+    }
+
+    /// One line on stdout, at once; a reader that has gone is not our failure.
+    fn line(self, text: &str) {
+        let mut stdout = std::io::stdout().lock();
+        let _ = writeln!(stdout, "{text}");
+        let _ = stdout.flush();
+    }
+}

@@ -1,0 +1,293 @@
+//! A bulk lane at the source: pages that nobody asked for, on a ring and a core of their own.
+//!
+//! Runs leave in batches, one vectored send each: headers from a small buffer, pages from the
+//! mapping. While a batch is in the kernel the next one is gathered. Sends are zero-copy where the
+//! kernel really does not copy; the first notification tells.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
+use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Target, transmit};
+
+use super::Note;
+use super::memory::{SourceMemory, Walk};
+use crate::error::{Error, Result};
+use crate::inbox::Post;
+use crate::lane::Lane;
+use crate::memory::claims::{Run, RunKind};
+use crate::report::Counters;
+
+const TOKEN_SENT: u64 = 0;
+const TOKEN_RECEIVED: u64 = 1;
+
+/// A batch is sent when it holds this many bytes of pages, or [`BATCH_RUNS`] runs.
+const BATCH_BYTES: u64 = 1 << 20;
+/// Each run is two pieces at most, and a vectored send takes 1024.
+const BATCH_RUNS: usize = 256;
+
+/// What a bulk thread needs.
+pub(crate) struct BulkLane {
+    pub(crate) lane: Lane,
+    pub(crate) memory: Arc<SourceMemory>,
+    pub(crate) index: usize,
+    pub(crate) lanes: usize,
+    pub(crate) core: Option<usize>,
+    /// Try zero-copy sends: not on lanes that stay on this machine.
+    pub(crate) zero_copy: bool,
+    pub(crate) post: Post<Note>,
+}
+
+struct BulkThread {
+    name: String,
+    socket: Fd,
+    memory: Arc<SourceMemory>,
+    walk: Walk,
+    zero_copy: bool,
+    /// Runs gathered and not sent yet.
+    runs: Vec<Run>,
+    exhausted: bool,
+    /// A send is in the kernel (its result has not come).
+    sending: Option<Vec<Run>>,
+    spare: Vec<Run>,
+    lane_end_sent: bool,
+    in_flight: usize,
+}
+
+impl BulkLane {
+    /// Sends every page that is left, then the lane's end. Runs on the calling thread.
+    pub(crate) fn run(self, started: impl FnOnce(Waker)) {
+        let post = self.post.clone();
+        match self.send(started) {
+            Ok(true) => post.send(Note::BulkEnded),
+            Ok(false) => {}
+            Err(error) => post.send(Note::Failed(error)),
+        }
+    }
+
+    /// True when everything was sent, false when woken to stop.
+    fn send(self, started: impl FnOnce(Waker)) -> Result<bool> {
+        let mut ring = Ring::new(&Config {
+            name: self.lane.name.clone(),
+            core: self.core,
+            ..Config::default()
+        })?;
+        started(ring.waker()?);
+        let mut thread = BulkThread {
+            name: self.lane.name.clone(),
+            socket: Fd::from(self.lane.socket()),
+            walk: Walk::new(&self.memory, self.index, self.lanes),
+            memory: self.memory,
+            zero_copy: self.zero_copy,
+            runs: Vec::with_capacity(1024),
+            exhausted: false,
+            sending: None,
+            spare: Vec::with_capacity(1024),
+            lane_end_sent: false,
+            in_flight: 0,
+        };
+        let mut receiver = Receiver::for_source_bulk();
+        receiver.set_regions(&thread.memory.table()?);
+        thread.receive(&mut ring, &receiver)?;
+        loop {
+            thread.advance(&mut ring)?;
+            if thread.lane_end_sent && thread.in_flight == 0 {
+                return Ok(true);
+            }
+            ring.enter(Wait::One)?;
+            while let Some(completion) = ring.next() {
+                match completion.token {
+                    TOKEN_WAKE => return Ok(false),
+                    TOKEN_SENT => thread.sent(completion)?,
+                    _ => thread.received(&mut ring, &mut receiver, completion)?,
+                }
+            }
+        }
+    }
+}
+
+impl BulkThread {
+    /// Sends a batch if none is on its way, and gathers the next one.
+    fn advance(&mut self, ring: &mut Ring) -> Result<()> {
+        if self.runs.is_empty() {
+            self.gather()?;
+        }
+        if self.sending.is_none() && !self.lane_end_sent {
+            if self.runs.is_empty() {
+                self.lane_end_sent = true;
+                let mut frame = Vec::with_capacity(HEADER_BYTES);
+                transmit::encode(&Frame::LaneEnd, &mut frame);
+                self.submit(ring, Op::send(self.socket.clone(), frame).wait_all())?;
+            } else {
+                let op = self.batch();
+                self.submit(ring, op)?;
+            }
+            ring.enter(Wait::No)?;
+            self.gather()?;
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, ring: &mut Ring, op: Op) -> Result<()> {
+        ring.submit(op, TOKEN_SENT)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
+        self.in_flight += 1;
+        // A lane's end carries no run.
+        self.sending.get_or_insert_default();
+        Ok(())
+    }
+
+    /// Claims blocks until there is a batch, or nothing is left.
+    fn gather(&mut self) -> Result<()> {
+        while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered() < BATCH_BYTES {
+            self.exhausted = !self.walk.next_block(&self.memory, &mut self.runs)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of data in the gathered runs; capped, as only the comparison with a batch matters.
+    fn gathered(&self) -> u64 {
+        let mut bytes = 0;
+        for run in &self.runs {
+            if run.kind == RunKind::Data {
+                bytes += run.range.pages << self.memory.region(run.range.region).ram.page_shift;
+            }
+            if bytes >= BATCH_BYTES {
+                break;
+            }
+        }
+        bytes
+    }
+
+    /// The next runs as one send.
+    fn batch(&mut self) -> Op {
+        let mut sending = std::mem::take(&mut self.spare);
+        sending.clear();
+        let mut pieces = Vec::with_capacity(2 * BATCH_RUNS);
+        let mut bytes = 0;
+        let mut headers = Vec::new();
+        for run in &self.runs {
+            if sending.len() == BATCH_RUNS || bytes >= BATCH_BYTES {
+                break;
+            }
+            let header = match run.kind {
+                RunKind::Data => transmit::data_header(run.range),
+                RunKind::Zero => transmit::zero_header(run.range),
+                RunKind::Hole => transmit::hole_header(run.range),
+            };
+            headers.extend_from_slice(&header);
+            if run.kind == RunKind::Data {
+                let ram = &self.memory.region(run.range.region).ram;
+                let len = run.range.pages << ram.page_shift;
+                pieces.push(Memory::from(std::mem::take(&mut headers)));
+                pieces.push(Memory::from(
+                    ram.span(run.range.first << ram.page_shift, len),
+                ));
+                bytes += len;
+            }
+            sending.push(*run);
+        }
+        if !headers.is_empty() {
+            pieces.push(Memory::from(headers));
+        }
+        self.runs.drain(..sending.len());
+        self.sending = Some(sending);
+        let zero_copy =
+            self.zero_copy && bytes > 0 && !self.memory.zero_copy_is_copied.load(Relaxed);
+        Op::SendVectored {
+            fd: self.socket.clone(),
+            pieces,
+            zero_copy,
+            more: false,
+        }
+    }
+
+    fn sent(&mut self, completion: Completion) -> Result<()> {
+        match completion.outcome {
+            Outcome::Done(_) => {
+                let runs = self.sending.take().unwrap_or_default();
+                runs.iter().for_each(|run| self.memory.count(run));
+                let pages = runs.iter().map(|run| run.range.pages).sum();
+                Counters::add(&self.memory.counters.pages_background, pages);
+                let counters = &self.memory.counters;
+                let bytes: u64 = runs.iter().map(|run| self.data_bytes(run)).sum();
+                let counter = if completion.last {
+                    &counters.copied_bytes
+                } else {
+                    // Corrected by the notification if the kernel copied after all.
+                    &counters.zero_copied_bytes
+                };
+                Counters::add(counter, bytes);
+                self.spare = runs;
+            }
+            Outcome::Released { copied } => {
+                if copied {
+                    self.memory.zero_copy_is_copied.store(true, Relaxed);
+                    let bytes = completion.memory.map_or(0, |memory| memory.len() as u64);
+                    let counters = &self.memory.counters;
+                    let moved = bytes.min(counters.zero_copied_bytes.load(Relaxed));
+                    counters.zero_copied_bytes.fetch_sub(moved, Relaxed);
+                    Counters::add(&counters.copied_bytes, moved);
+                }
+            }
+            other => {
+                return Err(Error::Lost {
+                    side: "destination",
+                    lane: self.name.clone(),
+                    what: format!("sending: {}", super::outcome_text(other)),
+                });
+            }
+        }
+        if completion.last {
+            self.in_flight -= 1;
+        }
+        Ok(())
+    }
+
+    fn data_bytes(&self, run: &Run) -> u64 {
+        if run.kind != RunKind::Data {
+            return 0;
+        }
+        run.range.pages << self.memory.region(run.range.region).ram.page_shift
+    }
+
+    fn receive(&self, ring: &mut Ring, receiver: &Receiver) -> Result<()> {
+        let Target::Control { exact } = receiver.next_target() else {
+            unreachable!("no pages come to the source")
+        };
+        ring.submit(
+            Op::recv(self.socket.clone(), vec![0; exact]).wait_all(),
+            TOKEN_RECEIVED,
+        )
+        .map_err(|rejected| Error::Ring(rejected.error))?;
+        Ok(())
+    }
+
+    /// A destination says nothing on a bulk lane but why it gives up.
+    fn received(
+        &mut self,
+        ring: &mut Ring,
+        receiver: &mut Receiver,
+        completion: Completion,
+    ) -> Result<()> {
+        let lost = |what: String| Error::Lost {
+            side: "destination",
+            lane: self.name.clone(),
+            what,
+        };
+        let (Outcome::Done(count), Some(Memory::Bytes(bytes))) =
+            (completion.outcome, completion.memory)
+        else {
+            return Err(lost(super::outcome_text(completion.outcome)));
+        };
+        receiver
+            .control(&bytes.as_slice()[..count as usize])
+            .map_err(|error| Error::protocol(&self.name, error))?;
+        while let Some(event) = receiver.poll_event() {
+            if let Event::Error(fault) = event {
+                return Err(super::peer(fault));
+            }
+        }
+        self.receive(ring, receiver)
+    }
+}

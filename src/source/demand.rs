@@ -1,0 +1,214 @@
+//! The demand lane at the source: requests in, pages out, on a ring of its own.
+//!
+//! The thread that reads a request answers it: no queue and no other thread stand between. Control
+//! frames share the lane, behind the answers.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Acquire;
+use std::sync::mpsc::Receiver as Commands;
+
+use umem_ring::{
+    Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
+};
+use umem_wire::{Event, Receiver, RegionId, transmit};
+
+use super::Note;
+use super::memory::SourceMemory;
+use crate::error::{Error, Result};
+use crate::inbox::Post;
+use crate::lane::Lane;
+use crate::memory::claims::{Run, RunKind};
+use crate::report::Counters;
+
+const TOKEN_SENT: u64 = 0;
+const TOKEN_RECEIVED: u64 = 1;
+
+/// Requests are small; what is read at once is a few of them.
+const RECEIVE_BYTES: usize = 16 << 10;
+
+/// Answers that leave with one send: two pieces each, of the 1024 that a send takes.
+const ANSWERS_MAX: usize = 256;
+
+/// What the control thread tells the demand thread, followed by a wake.
+pub(crate) enum Command {
+    /// Send these bytes, whole frames.
+    Send(Vec<u8>),
+    /// End, once what was to be sent has been.
+    End,
+}
+
+/// What the demand thread needs.
+pub(crate) struct DemandLane {
+    pub(crate) lane: Lane,
+    /// May have read frames already.
+    pub(crate) receiver: Receiver,
+    pub(crate) memory: Arc<SourceMemory>,
+    pub(crate) core: Option<usize>,
+    pub(crate) commands: Commands<Command>,
+    pub(crate) post: Post<Note>,
+}
+
+struct DemandThread {
+    name: String,
+    socket: Fd,
+    receiver: Receiver,
+    memory: Arc<SourceMemory>,
+    commands: Commands<Command>,
+    post: Post<Note>,
+    answers: Vec<Run>,
+    outbox: Vec<u8>,
+    sending: bool,
+    ending: bool,
+}
+
+impl DemandLane {
+    /// Serves until told to end, or until the lane breaks.
+    pub(crate) fn run(self, started: impl FnOnce(Waker)) {
+        let post = self.post.clone();
+        let mut thread = DemandThread {
+            name: self.lane.name.clone(),
+            socket: Fd::from(self.lane.socket()),
+            receiver: self.receiver,
+            memory: self.memory,
+            commands: self.commands,
+            post: self.post,
+            answers: Vec::with_capacity(ANSWERS_MAX),
+            outbox: Vec::with_capacity(4096),
+            sending: false,
+            ending: false,
+        };
+        if let Err(error) = thread.serve(self.core, started) {
+            post.send(Note::Failed(error));
+        }
+    }
+}
+
+impl DemandThread {
+    fn serve(&mut self, core: Option<usize>, started: impl FnOnce(Waker)) -> Result<()> {
+        let mut ring = Ring::new(&Config {
+            name: self.name.clone(),
+            core,
+            ..Config::default()
+        })?;
+        started(ring.waker()?);
+        self.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
+        loop {
+            ring.enter(Wait::One)?;
+            while let Some(completion) = ring.next() {
+                match completion.token {
+                    TOKEN_WAKE => self.take_commands(),
+                    TOKEN_SENT => self.sent(completion)?,
+                    _ => self.received(&mut ring, completion)?,
+                }
+            }
+            self.send(&mut ring)?;
+            if self.ending && !self.sending {
+                return Ok(());
+            }
+        }
+    }
+
+    fn take_commands(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Send(bytes) => self.outbox.extend_from_slice(&bytes),
+                Command::End => self.ending = true,
+            }
+        }
+    }
+
+    fn receive(&self, ring: &mut Ring, buffer: Bytes) -> Result<()> {
+        ring.submit(Op::recv(self.socket.clone(), buffer), TOKEN_RECEIVED)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
+        Ok(())
+    }
+
+    fn received(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
+        let lost = |what: String| Error::Lost {
+            side: "destination",
+            lane: self.name.clone(),
+            what,
+        };
+        let (Outcome::Done(count), Some(Memory::Bytes(buffer))) =
+            (completion.outcome, completion.memory)
+        else {
+            return Err(lost(super::outcome_text(completion.outcome)));
+        };
+        if count == 0 {
+            return Err(lost("the destination closed it".into()));
+        }
+        let result = self.receiver.control(&buffer.as_slice()[..count as usize]);
+        while let Some(event) = self.receiver.poll_event() {
+            match event {
+                Event::Request(pages) => self.answer(&pages)?,
+                other => self.post.send(Note::Received(other)),
+            }
+        }
+        result.map_err(|error| Error::protocol(&self.name, error))?;
+        self.receive(ring, buffer)
+    }
+
+    fn answer(&mut self, pages: &[(RegionId, u64)]) -> Result<()> {
+        if !self.memory.stopped.load(Acquire) {
+            return Err(Error::protocol(
+                &self.name,
+                "a request before the guest had stopped",
+            ));
+        }
+        for &(region, page) in pages {
+            if let Some(run) = self.memory.claim_demanded(region, page)? {
+                self.answers.push(run);
+            }
+        }
+        if let Some(&(region, page)) = pages.last() {
+            self.memory.pivot.set(region, page);
+        }
+        Ok(())
+    }
+
+    /// Sends what there is, answers first, all in one.
+    fn send(&mut self, ring: &mut Ring) -> Result<()> {
+        if self.sending || (self.answers.is_empty() && self.outbox.is_empty()) {
+            return Ok(());
+        }
+        let count = self.answers.len().min(ANSWERS_MAX);
+        let mut pieces = Vec::with_capacity(2 * count + 1);
+        for run in self.answers.drain(..count) {
+            let header = match run.kind {
+                RunKind::Data => transmit::data_header(run.range),
+                RunKind::Zero => transmit::zero_header(run.range),
+                RunKind::Hole => transmit::hole_header(run.range),
+            };
+            pieces.push(Memory::from(header.to_vec()));
+            if run.kind == RunKind::Data {
+                let ram = &self.memory.region(run.range.region).ram;
+                let offset = run.range.first << ram.page_shift;
+                pieces.push(Memory::from(
+                    ram.span(offset, run.range.pages << ram.page_shift),
+                ));
+            }
+            self.memory.count(&run);
+            Counters::add(&self.memory.counters.pages_demand, run.range.pages);
+        }
+        if !self.outbox.is_empty() {
+            pieces.push(Memory::from(std::mem::take(&mut self.outbox)));
+        }
+        ring.submit(Op::send_vectored(self.socket.clone(), pieces), TOKEN_SENT)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
+        self.sending = true;
+        ring.enter(Wait::No)?;
+        Ok(())
+    }
+
+    fn sent(&mut self, completion: Completion) -> Result<()> {
+        let Outcome::Done(_) = completion.outcome else {
+            return Err(Error::Lost {
+                side: "destination",
+                lane: self.name.clone(),
+                what: format!("sending: {}", super::outcome_text(completion.outcome)),
+            });
+        };
+        self.sending = false;
+        Ok(())
+    }
+}

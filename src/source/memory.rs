@@ -1,0 +1,285 @@
+//! The guest's memory at the source: read only, its guest stopped, every page sent once.
+
+use std::sync::atomic::AtomicBool;
+
+use umem_wire::{PageRange, PageSize, Region, RegionId, RegionTable};
+
+use crate::error::{Error, Result};
+use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
+use crate::memory::region::RamFile;
+use crate::report::Counters;
+
+/// One region: its file and what of it has been claimed.
+pub(crate) struct SourceRegion {
+    pub(crate) ram: RamFile,
+    claims: Claims,
+}
+
+/// All regions, in the order of the table that went to the destination.
+pub(crate) struct SourceMemory {
+    pub(crate) regions: Vec<SourceRegion>,
+    pub(crate) counters: Counters,
+    /// The last demand: bulk lanes go on from there.
+    pub(crate) pivot: Pivot,
+    /// The guest has stopped: only from then on are its pages what the destination must get.
+    pub(crate) stopped: AtomicBool,
+    /// A zero-copy send was copied by the kernel: plain sends are cheaper then.
+    pub(crate) zero_copy_is_copied: AtomicBool,
+}
+
+impl SourceMemory {
+    pub(crate) fn new(files: Vec<RamFile>) -> SourceMemory {
+        let regions = files
+            .into_iter()
+            .map(|ram| SourceRegion {
+                claims: Claims::new(ram.pages(), ram.page_shift),
+                ram,
+            })
+            .collect();
+        SourceMemory {
+            regions,
+            counters: Counters::default(),
+            pivot: Pivot::default(),
+            stopped: AtomicBool::new(false),
+            zero_copy_is_copied: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn table(&self) -> Result<RegionTable> {
+        let regions = self
+            .regions
+            .iter()
+            .map(|region| Region {
+                name: region.ram.name.clone(),
+                bytes: region.ram.bytes,
+                page_size: PageSize::from_shift(region.ram.page_shift).expect("a page size"),
+            })
+            .collect();
+        RegionTable::new(regions).map_err(|error| Error::Usage(error.to_string()))
+    }
+
+    pub(crate) fn region(&self, id: RegionId) -> &SourceRegion {
+        &self.regions[usize::from(id.0)]
+    }
+
+    /// Claims a page that somebody waits for; `None` when it has left already.
+    pub(crate) fn claim_demanded(&self, id: RegionId, page: u64) -> Result<Option<Run>> {
+        let region = self.region(id);
+        if !region.claims.claim(page) {
+            return Ok(None);
+        }
+        let offset = page << region.ram.page_shift;
+        let kind = if region
+            .ram
+            .next_data(offset)?
+            .is_none_or(|data| data >= offset + region.page())
+        {
+            RunKind::Hole
+        } else if region.ram.page_is_zero(offset) {
+            RunKind::Zero
+        } else {
+            RunKind::Data
+        };
+        Ok(Some(Run {
+            kind,
+            range: PageRange {
+                region: id,
+                first: page,
+                pages: 1,
+            },
+        }))
+    }
+
+    /// Notes that a run has been handed to the kernel.
+    pub(crate) fn count(&self, run: &Run) {
+        let bytes = run.range.pages << self.region(run.range.region).ram.page_shift;
+        Counters::add(
+            match run.kind {
+                RunKind::Data => &self.counters.data_bytes,
+                RunKind::Zero => &self.counters.zero_bytes,
+                RunKind::Hole => &self.counters.hole_bytes,
+            },
+            bytes,
+        );
+        Counters::add(&self.counters.pages_done, run.range.pages);
+    }
+
+    pub(crate) fn total_bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.ram.bytes).sum()
+    }
+}
+
+impl SourceRegion {
+    fn page(&self) -> u64 {
+        1 << self.ram.page_shift
+    }
+}
+
+/// A bulk lane's way through the memory: block by block, after the last demand.
+pub(crate) struct Walk {
+    region: usize,
+    block: u64,
+    pivot_seen: u64,
+}
+
+impl Walk {
+    /// Lane `index` of `lanes` begins at its share of the first region, so that lanes do not
+    /// contend for neighbouring blocks.
+    pub(crate) fn new(memory: &SourceMemory, index: usize, lanes: usize) -> Walk {
+        let blocks = memory
+            .regions
+            .first()
+            .map_or(0, |region| region.claims.blocks());
+        Walk {
+            region: 0,
+            block: blocks * index as u64 / lanes.max(1) as u64,
+            pivot_seen: 0,
+        }
+    }
+
+    /// Appends the runs of the next block that nobody has taken; false when none is left.
+    pub(crate) fn next_block(
+        &mut self,
+        memory: &SourceMemory,
+        runs: &mut Vec<Run>,
+    ) -> Result<bool> {
+        if let Some((region, page)) = memory.pivot.moved(&mut self.pivot_seen) {
+            self.region = usize::from(region.0);
+            self.block = memory.region(region).claims.block_of(page);
+        }
+        for _ in 0..memory.regions.len() {
+            let region = &memory.regions[self.region];
+            if let Some(block) = region.claims.take_block(self.block) {
+                self.block = block + 1;
+                let id = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
+                claim_block(region, id, block, runs)?;
+                return Ok(true);
+            }
+            self.region = (self.region + 1) % memory.regions.len();
+            self.block = 0;
+        }
+        Ok(false)
+    }
+}
+
+/// Claims what is left of a block and sorts its pages into runs.
+fn claim_block(region: &SourceRegion, id: RegionId, block: u64, runs: &mut Vec<Run>) -> Result<()> {
+    let (ram, shift) = (&region.ram, region.ram.page_shift);
+    let run_pages_max = PageSize::from_shift(shift)
+        .expect("a page size")
+        .run_pages_max();
+    let (first, pages) = region.claims.block_range(block);
+    // The extent of data that contains or follows the page at hand, in bytes.
+    let (mut data, mut hole) = (0, 0);
+    let mut word = first;
+    while word < first + pages {
+        let count = (64 - word % 64).min(first + pages - word);
+        let mut won = region.claims.claim_word(word, count);
+        while won != 0 {
+            let page = word + u64::from(won.trailing_zeros());
+            won &= won - 1;
+            let offset = page << shift;
+            if offset >= hole {
+                data = ram.next_data(offset)?.unwrap_or(ram.bytes);
+                hole = if data < ram.bytes {
+                    ram.next_hole(data)?
+                } else {
+                    ram.bytes
+                };
+            }
+            let kind = if offset + region.page() <= data {
+                RunKind::Hole
+            } else if ram.page_is_zero(offset) {
+                RunKind::Zero
+            } else {
+                RunKind::Data
+            };
+            push_page(runs, kind, id, page, run_pages_max);
+        }
+        word += count;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek, SeekFrom, Write};
+
+    /// A file of 4 MiB + 3 pages: data in pages 5 to 9 and 600, zeroes written in page 7 and 601.
+    fn memory() -> SourceMemory {
+        let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        file.as_file().set_len((4 << 20) + 3 * 4096).unwrap();
+        for page in [5, 6, 7, 8, 9, 600, 601u64] {
+            file.seek(SeekFrom::Start(page * 4096)).unwrap();
+            let byte = if page == 7 || page == 601 { 0 } else { 0xa5 };
+            file.write_all(&[byte; 4096]).unwrap();
+        }
+        SourceMemory::new(vec![RamFile::open_source("ram0", file.path()).unwrap()])
+    }
+
+    fn all(memory: &SourceMemory) -> Vec<(RunKind, u64, u64)> {
+        let mut walk = Walk::new(memory, 0, 1);
+        let mut runs = Vec::new();
+        while walk.next_block(memory, &mut runs).unwrap() {}
+        runs.iter()
+            .map(|run| (run.kind, run.range.first, run.range.pages))
+            .collect()
+    }
+
+    #[test]
+    fn holes_and_zeroes_are_told_from_data() {
+        let expected = [
+            (RunKind::Hole, 0, 5),
+            (RunKind::Data, 5, 2),
+            (RunKind::Zero, 7, 1),
+            (RunKind::Data, 8, 2),
+            (RunKind::Hole, 10, 590),
+            (RunKind::Data, 600, 1),
+            (RunKind::Zero, 601, 1),
+            (RunKind::Hole, 602, 425),
+        ];
+        let memory = memory();
+        assert_eq!(all(&memory), expected);
+        assert_eq!(
+            memory.regions[0].ram.allocated_bytes().unwrap(),
+            7 * 4096,
+            "read no hole"
+        );
+    }
+
+    #[test]
+    fn a_demanded_page_leaves_once() {
+        let memory = memory();
+        let demand = |page| {
+            memory
+                .claim_demanded(RegionId(0), page)
+                .unwrap()
+                .map(|run| run.kind)
+        };
+        assert_eq!(demand(6), Some(RunKind::Data));
+        assert_eq!(demand(6), None);
+        assert_eq!(demand(7), Some(RunKind::Zero));
+        assert_eq!(demand(1000), Some(RunKind::Hole));
+        let left = all(&memory);
+        assert!(
+            !left
+                .iter()
+                .any(|&(_, first, pages)| (first..first + pages).contains(&6))
+        );
+        assert_eq!(
+            left.iter().map(|(_, _, pages)| pages).sum::<u64>(),
+            1024 + 3 - 3
+        );
+    }
+
+    #[test]
+    fn the_walk_goes_on_from_the_last_demand() {
+        let memory = memory();
+        let mut walk = Walk::new(&memory, 0, 1);
+        let mut runs = Vec::new();
+        memory.pivot.set(RegionId(0), 700);
+        walk.next_block(&memory, &mut runs).unwrap();
+        assert_eq!(runs[0].range.first, 512);
+    }
+}

@@ -1,0 +1,602 @@
+//! The source: `umem migrate`.
+//!
+//! The control thread here walks through the phases of [`umem_wire::source`]: connect while the
+//! guest still runs, compare, stop it, send its device state, switch over, and serve its pages until
+//! the destination has them all. Until the switchover leaves, any failure resumes the guest; from
+//! then on it never runs here again.
+
+mod bulk;
+mod demand;
+mod memory;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use umem_ring::{Outcome, Waker};
+use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
+use umem_wire::source::{Input, Phase};
+use umem_wire::{Event, Fault, Frame, LaneRole, Receiver, SessionId, Totals, transmit};
+
+use crate::cores::Cores;
+use crate::error::{Context, Error, Result};
+use crate::host::command::RamPath;
+use crate::host::qemu::Qemu;
+use crate::host::qmp::Qmp;
+use crate::host::thread::{Answer, HostThread};
+use crate::host::{FileOnly, SourceHost};
+use crate::inbox::{Inbox, Wake};
+use crate::lane::{self, Lane};
+use crate::memory::region::RamFile;
+use crate::progress::{self, Progress};
+use crate::report::{Completed, CpuTime, Output};
+use crate::uri::Uri;
+
+use bulk::BulkLane;
+use demand::{Command, DemandLane};
+use memory::SourceMemory;
+
+/// What `umem migrate` is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The destination.
+    pub uri: Uri,
+    /// Postcopy: switch over first, send pages after. Otherwise all go before.
+    pub postcopy: bool,
+    /// Send pages that nobody asked for.
+    pub background: bool,
+    /// The guest's RAM files; empty to ask its monitor.
+    pub ram: Vec<RamPath>,
+    /// The monitor's QMP socket.
+    pub qmp: Option<PathBuf>,
+    /// Bulk lanes.
+    pub lanes: u16,
+    /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
+    pub cores: Vec<usize>,
+    /// JSON events on stdout.
+    pub json: bool,
+}
+
+/// What reaches the control thread.
+pub(crate) enum Note {
+    /// A control frame on the demand lane.
+    Received(Event),
+    /// A bulk lane has sent all it found.
+    BulkEnded,
+    /// A worker could not go on.
+    Failed(Error),
+    /// The monitor has answered.
+    Host(Answer),
+}
+
+impl From<Answer> for Note {
+    fn from(answer: Answer) -> Note {
+        Note::Host(answer)
+    }
+}
+
+/// Moves one guest away.
+///
+/// # Errors
+/// Anything that kept the guest from moving; until the switchover it runs here as before then.
+pub fn run(options: &Options) -> Result<()> {
+    let output = Output { json: options.json };
+    let inbox = Inbox::new()?;
+    let (host, ram) = guest(options)?;
+    let files = ram
+        .iter()
+        .map(|ram| RamFile::open_source(&ram.name, &ram.path))
+        .collect::<Result<Vec<_>>>()?;
+    let memory = Arc::new(SourceMemory::new(files));
+    let lanes = dial(options, lane::new_session()?)?;
+    output.event(
+        "connected",
+        json!({ "uri": options.uri.to_string(), "lanes": options.lanes }),
+        &format!("connected to {}", options.uri),
+    );
+    let migration = Migration::start(options, output, inbox, lanes, memory, host)?;
+    let report = migration.drive()?;
+    output.completed(&report);
+    Ok(())
+}
+
+/// The guest's monitor, checked, and its RAM files.
+fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
+    let Some(path) = &options.qmp else {
+        if options.ram.is_empty() {
+            return Err(Error::Usage(
+                "nothing to move: give the guest's QMP socket with --qmp, or RAM files with --ram \
+                 NAME=PATH"
+                    .into(),
+            ));
+        }
+        return Ok((Box::new(FileOnly), options.ram.clone()));
+    };
+    let mut qemu = Qemu::new(Qmp::connect(path)?);
+    let found = qemu.check()?;
+    let ram = if options.ram.is_empty() {
+        found
+            .into_iter()
+            .map(|b| RamPath {
+                name: b.name,
+                path: b.path,
+            })
+            .collect()
+    } else {
+        options.ram.clone()
+    };
+    Ok((Box::new(qemu), ram))
+}
+
+/// Opens every lane, the demand lane first.
+fn dial(options: &Options, session: SessionId) -> Result<Vec<Lane>> {
+    (0..=options.lanes)
+        .map(|index| {
+            let role = if index == 0 {
+                LaneRole::Demand
+            } else {
+                LaneRole::Bulk
+            };
+            lane::dial(
+                &options.uri,
+                &lane::hello(session, role, index, options.lanes),
+            )
+        })
+        .collect()
+}
+
+/// Why a send or receive did not do what it had to.
+fn outcome_text(outcome: Outcome) -> String {
+    match outcome {
+        Outcome::Done(_) | Outcome::Short { .. } => "the destination closed it".into(),
+        Outcome::Failed(errno) => errno.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+fn peer(fault: Fault) -> Error {
+    Error::Peer {
+        side: "destination",
+        code: fault.code,
+        text: fault.text,
+    }
+}
+
+#[derive(Default)]
+struct Times {
+    stopped: Option<Instant>,
+    running: Option<Instant>,
+    first_page: Option<Instant>,
+    completed: Option<Instant>,
+}
+
+/// A migration with its lanes open: the control thread's state.
+struct Migration {
+    postcopy: bool,
+    background: bool,
+    lane_count: u16,
+    output: Output,
+    inbox: Inbox<Note>,
+    memory: Arc<SourceMemory>,
+    host: HostThread<dyn SourceHost>,
+    has_monitor: bool,
+    phase: Phase,
+    cores: Cores,
+    zero_copy: bool,
+    commands: Sender<Command>,
+    demand: Waker,
+    demand_thread: Option<JoinHandle<()>>,
+    /// Bulk lanes that are not sending yet.
+    idle: Vec<Lane>,
+    bulk_wakers: Vec<Waker>,
+    bulk_threads: Vec<JoinHandle<()>>,
+    bulk_ended: usize,
+    congestion: String,
+    times: Times,
+    progress: Progress,
+}
+
+impl Migration {
+    fn start(
+        options: &Options,
+        output: Output,
+        inbox: Inbox<Note>,
+        mut lanes: Vec<Lane>,
+        memory: Arc<SourceMemory>,
+        host: Box<dyn SourceHost>,
+    ) -> Result<Migration> {
+        let table = memory.table()?;
+        let idle = lanes.split_off(1);
+        let lane = lanes.pop().expect("the demand lane is there");
+        let congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
+        let cores = Cores::choose(&options.cores, crate::cores::Role::Source);
+        let mut receiver = Receiver::for_source();
+        receiver.set_regions(&table);
+        let (commands, queue) = channel();
+        let demand = DemandLane {
+            lane,
+            receiver,
+            memory: memory.clone(),
+            core: cores.demand(),
+            commands: queue,
+            post: inbox.post(),
+        };
+        let (started, waker) = channel();
+        let demand_thread = spawn("umem-demand", move || {
+            demand.run(move |waker| drop(started.send(waker)));
+        })?;
+        let waker = started_or_failed(&waker, &inbox)?;
+        let mut migration = Migration {
+            postcopy: options.postcopy,
+            background: options.background,
+            lane_count: options.lanes,
+            output,
+            host: HostThread::start(host, inbox.post())?,
+            has_monitor: options.qmp.is_some(),
+            phase: Phase::new(),
+            cores,
+            zero_copy: !lane::stays_local(&options.uri),
+            commands,
+            demand: waker,
+            demand_thread: Some(demand_thread),
+            idle,
+            bulk_wakers: Vec::new(),
+            bulk_threads: Vec::new(),
+            bulk_ended: 0,
+            congestion,
+            times: Times::default(),
+            progress: Progress::new(memory.total_bytes()),
+            memory,
+            inbox,
+        };
+        migration.step(Input::SentRegions)?;
+        migration.send(&Frame::Regions(table));
+        Ok(migration)
+    }
+
+    /// Runs the phases to their end; a failure before the switchover resumes the guest.
+    fn drive(mut self) -> Result<Completed> {
+        let driven = self.until_completed();
+        if let Err(error) = &driven {
+            self.send(&Frame::Error(error.to_fault()));
+        }
+        self.end();
+        match driven {
+            Ok(totals) => Ok(self.report(totals)),
+            Err(error) => Err(self.give_up(error)),
+        }
+    }
+
+    fn until_completed(&mut self) -> Result<Totals> {
+        loop {
+            if let Phase::Completed(totals) = self.phase {
+                return Ok(totals);
+            }
+            match self.inbox.wait(&[], Some(progress::INTERVAL))? {
+                Wake::Timeout | Wake::Ready(_) => {}
+                Wake::Signal => self.interrupted()?,
+                Wake::Message(Note::Received(event)) => self.received(event)?,
+                Wake::Message(Note::BulkEnded) => self.bulk_has_ended()?,
+                Wake::Message(Note::Failed(error)) => return Err(error),
+                Wake::Message(Note::Host(answer)) => self.answered(answer)?,
+            }
+            self.progress.update(&self.memory.counters);
+        }
+    }
+
+    fn received(&mut self, event: Event) -> Result<()> {
+        if let Event::Error(fault) = event {
+            return Err(peer(fault));
+        }
+        self.step(Input::Received(&event))?;
+        match event {
+            Event::Ready => {
+                self.times.stopped = Some(Instant::now());
+                self.host.stop();
+            }
+            Event::Loaded => self.switch_over()?,
+            Event::Running { .. } => self.running()?,
+            Event::Complete(_) => {
+                self.times.completed = Some(Instant::now());
+                self.send(&Frame::Complete(self.memory.counters.totals()));
+            }
+            Event::Ping(number) => self.send(&Frame::Pong(number)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self, answer: Answer) -> Result<()> {
+        match answer {
+            Answer::Stopped(result) => {
+                result?;
+                self.stopped()
+            }
+            Answer::Saved(result) => {
+                let state = result?;
+                self.send_state(&state)
+            }
+            Answer::Resumed(_) | Answer::Loaded(_) | Answer::Running(_) => Ok(()),
+        }
+    }
+
+    /// The guest stands still: its pages may leave.
+    fn stopped(&mut self) -> Result<()> {
+        let (postcopy, background) = (self.postcopy, self.background);
+        self.step(Input::GuestStopped {
+            postcopy,
+            background,
+        })?;
+        self.memory.stopped.store(true, Release);
+        self.output
+            .event("stopped", json!({ "postcopy": postcopy }), "");
+        self.send(&Frame::Stopped {
+            postcopy,
+            background,
+        });
+        if postcopy {
+            self.progress.phase("switching");
+            self.host.save_state();
+            return Ok(());
+        }
+        self.progress.phase("sending");
+        self.start_bulk()
+    }
+
+    fn send_state(&mut self, state: &[u8]) -> Result<()> {
+        let mut bytes = Vec::with_capacity(state.len() + state.len() / 1000 + 64);
+        for chunk in state.chunks(STATE_CHUNK_BYTES_MAX) {
+            self.step(Input::SentState {
+                bytes: chunk.len() as u64,
+            })?;
+            bytes.extend_from_slice(&transmit::device_state_header(chunk.len()));
+            bytes.extend_from_slice(chunk);
+        }
+        self.step(Input::SentLoad)?;
+        transmit::encode(
+            &Frame::Load {
+                state_bytes: state.len() as u64,
+            },
+            &mut bytes,
+        );
+        self.send_bytes(bytes);
+        Ok(())
+    }
+
+    /// The commit point: from here on the guest never runs at this side again.
+    fn switch_over(&mut self) -> Result<()> {
+        self.step(Input::SentSwitchover)?;
+        let stopped = self.times.stopped.map_or(Duration::ZERO, |at| at.elapsed());
+        let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
+        self.send(&Frame::Switchover { stopped_us });
+        Ok(())
+    }
+
+    fn running(&mut self) -> Result<()> {
+        let now = Instant::now();
+        self.times.running = Some(now);
+        let downtime_ms = self.downtime().as_secs_f64() * 1e3;
+        self.output.event(
+            "running",
+            json!({ "downtime_ms": downtime_ms }),
+            &format!("the guest runs at the destination; it stood still for {downtime_ms:.1} ms"),
+        );
+        self.progress.phase("sending");
+        if self.postcopy && self.background {
+            self.start_bulk()?;
+        }
+        Ok(())
+    }
+
+    fn downtime(&self) -> Duration {
+        match (self.times.stopped, self.times.running) {
+            (Some(stopped), Some(running)) => running - stopped,
+            _ => Duration::ZERO,
+        }
+    }
+
+    fn start_bulk(&mut self) -> Result<()> {
+        self.times.first_page.get_or_insert_with(Instant::now);
+        let lanes = self.idle.len();
+        for (index, lane) in std::mem::take(&mut self.idle).into_iter().enumerate() {
+            let bulk = BulkLane {
+                lane,
+                memory: self.memory.clone(),
+                index,
+                lanes,
+                core: self.cores.bulk(index),
+                zero_copy: self.zero_copy,
+                post: self.inbox.post(),
+            };
+            let (started, waker) = channel();
+            self.bulk_threads
+                .push(spawn(&format!("umem-bulk-{}", index + 1), move || {
+                    bulk.run(move |waker| drop(started.send(waker)));
+                })?);
+            self.bulk_wakers
+                .push(started_or_failed(&waker, &self.inbox)?);
+        }
+        Ok(())
+    }
+
+    fn bulk_has_ended(&mut self) -> Result<()> {
+        self.bulk_ended += 1;
+        if self.bulk_ended < usize::from(self.lane_count) {
+            return Ok(());
+        }
+        let precopying = matches!(self.phase, Phase::Precopying);
+        self.step(Input::PagesAllSent)?;
+        if precopying {
+            self.progress.phase("switching");
+            self.host.save_state();
+        }
+        Ok(())
+    }
+
+    /// Ctrl-C: gives up while the guest is still ours; afterwards the destination needs us. Without
+    /// background pages it means that the benchmark is over: the rest is sent.
+    fn interrupted(&mut self) -> Result<()> {
+        if self.phase.may_run() {
+            return Err(Error::Interrupted("the guest goes on here".into()));
+        }
+        if !self.background && matches!(self.phase, Phase::Serving) {
+            self.background = true;
+            eprintln!("umem: sending the pages that nobody has asked for, then ending");
+            return self.start_bulk();
+        }
+        let left = self.memory.total_bytes() - self.bytes_done();
+        eprintln!(
+            "umem: the guest runs at the destination and needs {} MiB more from here; going on \
+             until it has them",
+            left >> 20
+        );
+        Ok(())
+    }
+
+    fn bytes_done(&self) -> u64 {
+        let counters = &self.memory.counters;
+        counters.data_bytes.load(Relaxed)
+            + counters.zero_bytes.load(Relaxed)
+            + counters.hole_bytes.load(Relaxed)
+    }
+
+    /// After a failure: resumes the guest where that is still right, and says how things stand.
+    fn give_up(self, error: Error) -> Error {
+        if !self.phase.may_run() {
+            return match error {
+                Error::Lost { side, lane, what } => Error::Lost {
+                    side,
+                    lane,
+                    what: format!(
+                        "{what}; the guest may be running at the destination: do not start it here \
+                         again, and keep its RAM file"
+                    ),
+                },
+                other => other,
+            };
+        }
+        if self.times.stopped.is_none() {
+            return error;
+        }
+        self.host.resume();
+        loop {
+            match self.inbox.wait(&[], None) {
+                Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => return error,
+                Ok(Wake::Message(Note::Host(Answer::Resumed(Err(resume))))) => {
+                    return Error::Host(format!(
+                        "{error}; and the guest could not be resumed here: {resume}; resume it by \
+                         hand with the monitor command `cont`"
+                    ));
+                }
+                Ok(_) => {}
+                Err(inbox) => return inbox,
+            }
+        }
+    }
+
+    fn step(&mut self, input: Input<'_>) -> Result<()> {
+        let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_run: false });
+        match phase.step(input) {
+            Ok(phase) => {
+                self.phase = phase;
+                Ok(())
+            }
+            Err((phase, error)) => {
+                self.phase = phase;
+                Err(Error::protocol("demand lane", error))
+            }
+        }
+    }
+
+    fn send(&self, frame: &Frame) {
+        let mut bytes = Vec::new();
+        transmit::encode(frame, &mut bytes);
+        self.send_bytes(bytes);
+    }
+
+    fn send_bytes(&self, bytes: Vec<u8>) {
+        // The thread has ended where this fails, and its own note says why.
+        let _ = self.commands.send(Command::Send(bytes));
+        self.demand.wake();
+    }
+
+    /// Ends the threads; what was to be sent still goes out.
+    fn end(&mut self) {
+        let _ = self.commands.send(Command::End);
+        self.demand.wake();
+        self.bulk_wakers.iter().for_each(Waker::wake);
+        for thread in self.bulk_threads.drain(..).chain(self.demand_thread.take()) {
+            thread.join().expect("a lane's thread does not panic");
+        }
+    }
+
+    fn report(&self, totals: Totals) -> Completed {
+        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
+            _ => 0.0,
+        };
+        let times = &self.times;
+        let ours = self.memory.counters.totals();
+        let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
+        let page_shift = self
+            .memory
+            .regions
+            .iter()
+            .map(|region| region.ram.page_shift)
+            .min()
+            .unwrap_or(12);
+        if self.has_monitor && !self.output.json {
+            eprintln!("umem: the guest here is stopped and must not be resumed; quit its monitor");
+        }
+        Completed {
+            event: "completed".into(),
+            role: "source".into(),
+            kind: "shared".into(),
+            page_size: 1 << page_shift,
+            lanes: self.lane_count,
+            total_bytes: self.memory.total_bytes(),
+            data_bytes: totals.data_bytes,
+            zero_bytes: totals.zero_bytes,
+            hole_bytes: totals.hole_bytes,
+            pages_demand: ours.pages_demand,
+            pages_background: ours.pages_background,
+            downtime_ms: self.downtime().as_secs_f64() * 1e3,
+            drain_s: seconds(times.running, times.completed),
+            total_s: seconds(times.stopped, times.completed),
+            gbps: if moving_s > 0.0 {
+                totals.data_bytes as f64 * 8e-9 / moving_s
+            } else {
+                0.0
+            },
+            fault_latency_us: None,
+            cpu_s: CpuTime::of_this_process(),
+            zero_copy: self.memory.counters.zero_copy(),
+            release_bytes: 0,
+            congestion: self.congestion.clone(),
+        }
+    }
+}
+
+/// What a worker says when it has started, or why it has not.
+fn started_or_failed<T>(started: &std::sync::mpsc::Receiver<T>, inbox: &Inbox<Note>) -> Result<T> {
+    if let Ok(started) = started.recv() {
+        return Ok(started);
+    }
+    // The worker has dropped its end, after posting its error.
+    loop {
+        if let Wake::Message(Note::Failed(error)) = inbox.wait(&[], None)? {
+            return Err(error);
+        }
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .context(|| format!("starting thread {name}"))
+}

@@ -1,0 +1,194 @@
+//! `/init` of the Linux guest that the tests move: fills its memory with words that can be checked,
+//! reads and writes them at random for ever, and says on the console what it found.
+//!
+//! Every page has a generation. Its words follow from seed, page and generation alone, so a page
+//! that arrives wrong, twice, late or in the wrong place is seen, and so is a write that got lost.
+//!
+//! # Parameters, on the kernel's command line
+//!
+//! | parameter | meaning | default |
+//! |---|---|---|
+//! | `umem.mib=N` | memory to fill and check | 60 % of all memory |
+//! | `umem.threads=N` | threads that read and write | 2 |
+//! | `umem.seed=N` | seed of contents and choices | 1 |
+//! | `umem.write=N` | percentage of accesses that write | 30 |
+//! | `umem.mode=random\|sequential\|idle` | how pages are chosen; `idle` touches none | random |
+//! | `umem.sweep=0\|1` | one more thread checks all pages in order, again and again | 1 |
+//!
+//! # Lines on the console
+//!
+//! ```text
+//! umem-guest ready mib=256
+//! umem-guest beat=7 reads=8123 writes=3456 bad=0 pass=1 max_us=812 p50_us=3 p99_us=96 ms=700
+//! umem-guest BAD page=17 word=5 want=0123456789abcdef got=0000000000000000
+//! umem-guest failed: …
+//! ```
+//!
+//! A beat comes about every 100 ms of the guest's time. Its counts are totals: page checks and page
+//! writes of the threads, wrong words, completed sweeps. Its latencies are those of the first touch
+//! of a page since the beat before, in microseconds (the upper end of a bucket, at most 12 % high;
+//! `max_us` is exact). `ms` is the guest's clock since the memory was full. Only the first wrong
+//! word gets a BAD line.
+
+mod console;
+mod latency;
+mod memory;
+mod parameters;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use latency::Latencies;
+use memory::{Memory, Wrong};
+use parameters::{Mode, Parameters};
+
+const BEAT_INTERVAL: Duration = Duration::from_millis(100);
+
+fn main() {
+    // The kernel panics when init ends, so it never does.
+    if let Err(error) = run() {
+        console::line(&format!("umem-guest failed: {error}"));
+    }
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+fn run() -> Result<(), String> {
+    console::make_raw();
+    let parameters = Parameters::read()?;
+    let memory = Memory::new(parameters.mib, parameters.seed)?;
+    memory.fill();
+    console::line(&format!("umem-guest ready mib={}", parameters.mib));
+
+    let guest = Arc::new(Guest {
+        parameters,
+        memory,
+        counts: Counts::default(),
+    });
+    if parameters.mode != Mode::Idle {
+        for index in 0..parameters.threads {
+            start(&guest, move |guest| guest.work(index));
+        }
+        if parameters.sweep {
+            start(&guest, Guest::sweep);
+        }
+    }
+    guest.beat()
+}
+
+fn start(guest: &Arc<Guest>, run: impl FnOnce(&Guest) + Send + 'static) {
+    let guest = Arc::clone(guest);
+    std::thread::spawn(move || run(&guest));
+}
+
+struct Guest {
+    parameters: Parameters,
+    memory: Memory,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
+    reads: AtomicU64,
+    writes: AtomicU64,
+    bad: AtomicU64,
+    passes: AtomicU64,
+    latencies: Latencies,
+}
+
+impl Guest {
+    /// One thread of load, for ever.
+    fn work(&self, index: u64) {
+        let pages = self.memory.pages();
+        let mut random = Random::new(self.parameters.seed, index);
+        let mut next = pages / self.parameters.threads * index;
+        loop {
+            let page = match self.parameters.mode {
+                Mode::Random => random.below(pages),
+                _ => {
+                    next = (next + 1) % pages;
+                    next
+                }
+            };
+            self.access(page, random.below(100) < self.parameters.write_percent);
+        }
+    }
+
+    /// Checks all pages in order, for ever.
+    fn sweep(&self) {
+        loop {
+            for page in 0..self.memory.pages() {
+                let locked = self.memory.lock(page);
+                self.note(page, locked.check());
+            }
+            self.counts.passes.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn access(&self, page: u64, write: bool) {
+        let mut locked = self.memory.lock(page);
+        let before = Instant::now();
+        locked.touch();
+        self.counts.latencies.record(before.elapsed());
+
+        self.note(page, locked.check());
+        self.counts.reads.fetch_add(1, Relaxed);
+        if write {
+            locked.rewrite();
+            self.counts.writes.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn note(&self, page: u64, result: Result<(), Wrong>) {
+        let Err(wrong) = result else {
+            return;
+        };
+        if self.counts.bad.fetch_add(wrong.count, Relaxed) == 0 {
+            console::line(&format!(
+                "umem-guest BAD page={page} word={} want={:016x} got={:016x}",
+                wrong.word, wrong.want, wrong.got
+            ));
+        }
+    }
+
+    fn beat(&self) -> ! {
+        let start = Instant::now();
+        for beat in 1u64.. {
+            std::thread::sleep(BEAT_INTERVAL);
+            let counts = &self.counts;
+            let latency = counts.latencies.take();
+            console::line(&format!(
+                "umem-guest beat={beat} reads={} writes={} bad={} pass={} max_us={} p50_us={} \
+                 p99_us={} ms={}",
+                counts.reads.load(Relaxed),
+                counts.writes.load(Relaxed),
+                counts.bad.load(Relaxed),
+                counts.passes.load(Relaxed),
+                latency.max_us,
+                latency.p50_us,
+                latency.p99_us,
+                start.elapsed().as_millis(),
+            ));
+        }
+        unreachable!("2^64 beats take longer than any test")
+    }
+}
+
+/// xorshift64*: small, and good enough to choose pages.
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64, stream: u64) -> Self {
+        // Never zero, which would stay zero.
+        Random(memory::mix(seed ^ memory::mix(stream + 1)) | 1)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
+    }
+}

@@ -1,0 +1,548 @@
+//! How a lane opens: a hello from the source, a welcome or a refusal from the destination, 128
+//! bytes each way.
+//!
+//! ```text
+//!            0       8     10    12   13 14    16    18    24       32      48      80    128
+//! hello      UMEMLANE min   max   role 0 index lanes 0     capabil. session proof   0
+//! welcome    UMEMWELC version 0   0    0 0     0     0     capabil. session proof   0
+//! refusal    UMEMWELC 0     code  text, NUL padded ............................................
+//! ```
+//!
+//! The zeroes are checked. A version that needs more says so with a capability, never by what an
+//! older end would take for rubbish.
+
+use crate::bytes::{array, put, u16_at, u64_at};
+use crate::error::HelloError;
+use crate::fault::{FaultCode, parse_text, push_text};
+use crate::limits::*;
+use std::fmt;
+
+/// Bytes of a hello, a welcome or a refusal.
+pub const HELLO_BYTES: usize = 128;
+
+/// The versions of the protocol that this crate speaks.
+pub const PROTOCOL: VersionRange = VersionRange { min: 1, max: 1 };
+
+const HELLO_MAGIC: &[u8; 8] = b"UMEMLANE";
+const WELCOME_MAGIC: &[u8; 8] = b"UMEMWELC";
+
+mod field {
+    pub(super) const MAGIC: usize = 0;
+    pub(super) const VERSION_MIN: usize = 8;
+    pub(super) const VERSION_MAX: usize = 10;
+    pub(super) const ROLE: usize = 12;
+    pub(super) const RESERVED_ROLE: usize = 13;
+    pub(super) const INDEX: usize = 14;
+    pub(super) const BULK_LANES: usize = 16;
+    pub(super) const RESERVED_LANES: usize = 18;
+    pub(super) const CAPABILITIES: usize = 24;
+    pub(super) const SESSION: usize = 32;
+    pub(super) const PROOF: usize = 48;
+    pub(super) const RESERVED: usize = 80;
+
+    /// In a welcome.
+    pub(super) const VERSION: usize = VERSION_MIN;
+    pub(super) const RESERVED_VERSION: usize = VERSION_MAX;
+    /// In a refusal.
+    pub(super) const CODE: usize = VERSION_MAX;
+    pub(super) const TEXT: usize = ROLE;
+}
+
+const _: () = assert!(field::MAGIC + HELLO_MAGIC.len() == field::VERSION_MIN);
+const _: () = assert!(field::SESSION + size_of::<SessionId>() == field::PROOF);
+const _: () = assert!(field::PROOF + size_of::<[u8; 32]>() == field::RESERVED);
+const _: () = assert!(field::RESERVED <= HELLO_BYTES);
+const _: () = assert!(field::TEXT + REFUSAL_TEXT_BYTES_MAX == HELLO_BYTES);
+
+/// How the source opens a lane.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hello {
+    /// The versions that the source speaks.
+    pub versions: VersionRange,
+    /// What the source can do beyond its version.
+    pub capabilities: Capabilities,
+    /// The same on all lanes of one migration.
+    pub session: SessionId,
+    /// What this lane is for.
+    pub role: LaneRole,
+    /// 0 for the demand lane, 1 to [`Hello::bulk_lanes`] for the bulk lanes.
+    pub index: u16,
+    /// How many bulk lanes the session has, at most [`LANES_MAX`]. With 0 (a URI that is a single
+    /// connection) background pages share the demand lane.
+    pub bulk_lanes: u16,
+    /// Shows that the sender knows the session's secret; how is the caller's matter.
+    pub proof: [u8; 32],
+}
+
+impl Hello {
+    /// The bytes to send. What [`Hello::decode`] would refuse is a mistake at this end, and goes
+    /// out all the same.
+    pub fn encode(&self) -> [u8; HELLO_BYTES] {
+        let mut out = [0; HELLO_BYTES];
+        put(&mut out, field::MAGIC, HELLO_MAGIC);
+        put(
+            &mut out,
+            field::VERSION_MIN,
+            &self.versions.min.to_le_bytes(),
+        );
+        put(
+            &mut out,
+            field::VERSION_MAX,
+            &self.versions.max.to_le_bytes(),
+        );
+        out[field::ROLE] = self.role as u8;
+        put(&mut out, field::INDEX, &self.index.to_le_bytes());
+        put(&mut out, field::BULK_LANES, &self.bulk_lanes.to_le_bytes());
+        put(
+            &mut out,
+            field::CAPABILITIES,
+            &self.capabilities.0.to_le_bytes(),
+        );
+        put(&mut out, field::SESSION, &self.session.0);
+        put(&mut out, field::PROOF, &self.proof);
+        out
+    }
+
+    /// Reads and checks what a source sent. Whether the versions meet, the session is known and the
+    /// proof holds is for the caller; see [`Welcome::answer`] for the first.
+    pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, HelloError> {
+        if array(bytes, field::MAGIC) != *HELLO_MAGIC {
+            return Err(HelloError::NotUmem);
+        }
+        let versions = VersionRange {
+            min: u16_at(bytes, field::VERSION_MIN),
+            max: u16_at(bytes, field::VERSION_MAX),
+        };
+        if !versions.is_valid() {
+            return Err(HelloError::VersionRange(versions));
+        }
+        let reserved = [
+            &bytes[field::RESERVED_ROLE..field::INDEX],
+            &bytes[field::RESERVED_LANES..field::CAPABILITIES],
+            &bytes[field::RESERVED..],
+        ];
+        check_zero(&reserved)?;
+        let (role, index, bulk_lanes) = decode_lane(bytes)?;
+        Ok(Hello {
+            versions,
+            capabilities: Capabilities(u64_at(bytes, field::CAPABILITIES)),
+            session: SessionId(array(bytes, field::SESSION)),
+            role,
+            index,
+            bulk_lanes,
+            proof: array(bytes, field::PROOF),
+        })
+    }
+}
+
+fn decode_lane(bytes: &[u8; HELLO_BYTES]) -> Result<(LaneRole, u16, u16), HelloError> {
+    let role = match bytes[field::ROLE] {
+        1 => LaneRole::Demand,
+        2 => LaneRole::Bulk,
+        role => return Err(HelloError::Role(role)),
+    };
+    let index = u16_at(bytes, field::INDEX);
+    let bulk_lanes = u16_at(bytes, field::BULK_LANES);
+    if bulk_lanes > LANES_MAX {
+        return Err(HelloError::Lanes(bulk_lanes));
+    }
+    let fits = match role {
+        LaneRole::Demand => index == 0,
+        LaneRole::Bulk => (1..=bulk_lanes).contains(&index),
+    };
+    if fits {
+        Ok((role, index, bulk_lanes))
+    } else {
+        Err(HelloError::Index { index, bulk_lanes })
+    }
+}
+
+/// How the destination accepts a lane.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Welcome {
+    /// The version that both ends speak from here on.
+    pub version: u16,
+    /// What both ends can do.
+    pub capabilities: Capabilities,
+    /// The hello's session.
+    pub session: SessionId,
+    /// Shows that the destination knows the session's secret too.
+    pub proof: [u8; 32],
+}
+
+impl Welcome {
+    /// The answer to a hello: the highest common version and the common capabilities.
+    pub fn answer(
+        hello: &Hello,
+        ours: VersionRange,
+        capabilities: Capabilities,
+        proof: [u8; 32],
+    ) -> Result<Welcome, HelloError> {
+        let version = select_version(ours, hello.versions).ok_or(HelloError::NoCommonVersion {
+            ours,
+            theirs: hello.versions,
+        })?;
+        let capabilities = capabilities.intersection(hello.capabilities);
+        Ok(Welcome {
+            version,
+            capabilities,
+            session: hello.session,
+            proof,
+        })
+    }
+
+    /// Whether a source that sent `hello` can go on with this answer.
+    pub fn check(&self, hello: &Hello) -> Result<(), HelloError> {
+        if !(hello.versions.min..=hello.versions.max).contains(&self.version) {
+            return Err(HelloError::NotOffered("a version"));
+        }
+        if !hello.capabilities.contains(self.capabilities) {
+            return Err(HelloError::NotOffered("a capability"));
+        }
+        if self.session != hello.session {
+            return Err(HelloError::OtherSession);
+        }
+        Ok(())
+    }
+
+    /// The bytes to send.
+    pub fn encode(&self) -> [u8; HELLO_BYTES] {
+        let mut out = [0; HELLO_BYTES];
+        put(&mut out, field::MAGIC, WELCOME_MAGIC);
+        put(&mut out, field::VERSION, &self.version.to_le_bytes());
+        put(
+            &mut out,
+            field::CAPABILITIES,
+            &self.capabilities.0.to_le_bytes(),
+        );
+        put(&mut out, field::SESSION, &self.session.0);
+        put(&mut out, field::PROOF, &self.proof);
+        out
+    }
+
+    /// The bytes that refuse a lane; the source reads them as [`HelloError::Refused`]. The text is
+    /// cut to [`REFUSAL_TEXT_BYTES_MAX`] bytes.
+    pub fn refuse(code: FaultCode, text: &str) -> [u8; HELLO_BYTES] {
+        let mut out = Vec::with_capacity(HELLO_BYTES);
+        out.extend_from_slice(WELCOME_MAGIC);
+        out.extend_from_slice(&0u16.to_le_bytes());
+        out.extend_from_slice(&code.number().to_le_bytes());
+        push_text(&mut out, text, REFUSAL_TEXT_BYTES_MAX);
+        out.resize(HELLO_BYTES, 0);
+        array(&out, 0)
+    }
+
+    /// Reads and checks what a destination sent; a refusal is an error.
+    pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Welcome, HelloError> {
+        if array(bytes, field::MAGIC) != *WELCOME_MAGIC {
+            return Err(HelloError::NotUmem);
+        }
+        let version = u16_at(bytes, field::VERSION);
+        if version == 0 {
+            return Err(decode_refusal(bytes).unwrap_or(HelloError::RefusalUnreadable));
+        }
+        check_zero(&[
+            &bytes[field::RESERVED_VERSION..field::CAPABILITIES],
+            &bytes[field::RESERVED..],
+        ])?;
+        Ok(Welcome {
+            version,
+            capabilities: Capabilities(u64_at(bytes, field::CAPABILITIES)),
+            session: SessionId(array(bytes, field::SESSION)),
+            proof: array(bytes, field::PROOF),
+        })
+    }
+}
+
+fn decode_refusal(bytes: &[u8; HELLO_BYTES]) -> Option<HelloError> {
+    let code = FaultCode::from_number(u16_at(bytes, field::CODE))?;
+    let padded = &bytes[field::TEXT..];
+    let text_bytes = padded
+        .iter()
+        .rposition(|&byte| byte != 0)
+        .map_or(0, |last| last + 1);
+    let text = parse_text(&padded[..text_bytes])?.to_owned();
+    Some(HelloError::Refused { code, text })
+}
+
+fn check_zero(reserved: &[&[u8]]) -> Result<(), HelloError> {
+    match reserved
+        .iter()
+        .all(|bytes| bytes.iter().all(|&byte| byte == 0))
+    {
+        true => Ok(()),
+        false => Err(HelloError::Reserved),
+    }
+}
+
+/// Versions of the protocol, both ends included. Zero is not a version.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+pub struct VersionRange {
+    /// The oldest.
+    pub min: u16,
+    /// The newest.
+    pub max: u16,
+}
+
+impl VersionRange {
+    fn is_valid(self) -> bool {
+        1 <= self.min && self.min <= self.max
+    }
+}
+
+impl fmt::Display for VersionRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} to {}", self.min, self.max)
+    }
+}
+
+/// The newest version in both ranges.
+pub fn select_version(ours: VersionRange, theirs: VersionRange) -> Option<u16> {
+    let common = VersionRange {
+        min: ours.min.max(theirs.min),
+        max: ours.max.min(theirs.max),
+    };
+    common.is_valid().then_some(common.max)
+}
+
+/// What an end can do beyond its version, a bit each. Version 1 names none; unknown bits are kept
+/// until the intersection drops them.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Capabilities(pub u64);
+
+impl Capabilities {
+    /// Nothing beyond the version.
+    pub const NONE: Capabilities = Capabilities(0);
+
+    /// What both can do.
+    pub const fn intersection(self, other: Capabilities) -> Capabilities {
+        Capabilities(self.0 & other.0)
+    }
+
+    /// Whether everything in `other` is in `self`.
+    pub const fn contains(self, other: Capabilities) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// Names one migration; chosen at random by the source.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+pub struct SessionId(pub [u8; 16]);
+
+/// What a lane is for. Zero is never a role.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum LaneRole {
+    /// Requests, their answers, and control.
+    Demand = 1,
+    /// Pages that nobody waits for.
+    Bulk = 2,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello {
+            versions: VersionRange {
+                min: 1,
+                max: 0x0203,
+            },
+            capabilities: Capabilities(0x8877_6655_4433_2211),
+            session: SessionId([0x51; 16]),
+            role: LaneRole::Bulk,
+            index: 2,
+            bulk_lanes: 4,
+            proof: [0x9f; 32],
+        }
+    }
+
+    fn hello_bytes() -> [u8; HELLO_BYTES] {
+        let mut bytes = [0xa5; HELLO_BYTES];
+        bytes[..8].copy_from_slice(b"UMEMLANE");
+        bytes[8..24].copy_from_slice(&[1, 0, 3, 2, 2, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+        bytes[24..32].copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
+        bytes[32..48].fill(0x51);
+        bytes[48..80].fill(0x9f);
+        bytes[80..].fill(0);
+        bytes
+    }
+
+    fn welcome_bytes() -> [u8; HELLO_BYTES] {
+        let mut bytes = hello_bytes();
+        bytes[..8].copy_from_slice(b"UMEMWELC");
+        bytes[8..24].fill(0);
+        bytes[8] = 3;
+        bytes
+    }
+
+    fn welcome() -> Welcome {
+        Welcome {
+            version: 3,
+            capabilities: hello().capabilities,
+            session: hello().session,
+            proof: hello().proof,
+        }
+    }
+
+    /// What a hello with some of its bytes changed says.
+    fn with(at: usize, changed: &[u8]) -> Result<Hello, HelloError> {
+        let mut bytes = hello_bytes();
+        put(&mut bytes, at, changed);
+        Hello::decode(&bytes)
+    }
+
+    #[test]
+    fn a_hello_is_128_bytes() {
+        assert_eq!(hello().encode(), hello_bytes());
+        assert_eq!(Hello::decode(&hello_bytes()), Ok(hello()));
+        let demand = Hello {
+            role: LaneRole::Demand,
+            index: 0,
+            bulk_lanes: 0,
+            ..hello()
+        };
+        assert_eq!(Hello::decode(&demand.encode()), Ok(demand));
+    }
+
+    #[test]
+    fn a_hello_is_checked() {
+        assert_eq!(with(0, b"GET / HT"), Err(HelloError::NotUmem));
+        assert_eq!(
+            HelloError::NotUmem.to_string(),
+            "the peer does not speak umem"
+        );
+        for (min, max) in [(0, 1), (2, 1), (0, 0)] {
+            let versions = VersionRange { min, max };
+            let range = Err(HelloError::VersionRange(versions));
+            assert_eq!(with(8, &[min as u8, 0, max as u8, 0]), range);
+        }
+        for role in [0, 3, 255] {
+            assert_eq!(with(12, &[role]), Err(HelloError::Role(role)));
+        }
+        for at in [13, 18, 23, 80, 127] {
+            assert_eq!(with(at, &[1]), Err(HelloError::Reserved));
+        }
+        assert_eq!(with(16, &[65, 0]), Err(HelloError::Lanes(65)));
+        for index in [0, 5] {
+            assert_eq!(
+                with(14, &[index]),
+                Err(HelloError::Index {
+                    index: index.into(),
+                    bulk_lanes: 4
+                })
+            );
+        }
+        assert_eq!(
+            with(12, &[1]),
+            Err(HelloError::Index {
+                index: 2,
+                bulk_lanes: 4
+            })
+        );
+    }
+
+    #[test]
+    fn a_welcome_is_128_bytes() {
+        assert_eq!(welcome().encode(), welcome_bytes());
+        assert_eq!(Welcome::decode(&welcome_bytes()), Ok(welcome()));
+        assert_eq!(Welcome::decode(&hello_bytes()), Err(HelloError::NotUmem));
+        for at in [10, 12, 23, 80, 127] {
+            let mut bytes = welcome_bytes();
+            bytes[at] = 1;
+            assert_eq!(Welcome::decode(&bytes), Err(HelloError::Reserved));
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_why() {
+        let mut bytes = [0; HELLO_BYTES];
+        bytes[..8].copy_from_slice(b"UMEMWELC");
+        bytes[10] = 8;
+        bytes[12..16].copy_from_slice(b"full");
+        assert_eq!(Welcome::refuse(FaultCode::Refused, "full"), bytes);
+        let refused = HelloError::Refused {
+            code: FaultCode::Refused,
+            text: "full".into(),
+        };
+        assert_eq!(Welcome::decode(&bytes), Err(refused));
+
+        let long = "x".repeat(200);
+        let Err(HelloError::Refused { text, .. }) =
+            Welcome::decode(&Welcome::refuse(FaultCode::Other, &long))
+        else {
+            panic!("not refused");
+        };
+        assert_eq!(text, long[..REFUSAL_TEXT_BYTES_MAX]);
+
+        bytes[13] = 0;
+        assert_eq!(Welcome::decode(&bytes), Err(HelloError::RefusalUnreadable));
+        bytes[10] = 0;
+        assert_eq!(Welcome::decode(&bytes), Err(HelloError::RefusalUnreadable));
+    }
+
+    #[test]
+    fn the_newest_common_version_is_chosen() {
+        let select = |a, b, c, d| {
+            select_version(
+                VersionRange { min: a, max: b },
+                VersionRange { min: c, max: d },
+            )
+        };
+        assert_eq!(select(1, 1, 1, 1), Some(1));
+        assert_eq!(select(1, 3, 2, 9), Some(3));
+        assert_eq!(select(2, 9, 1, 3), Some(3));
+        assert_eq!(select(1, 1, 2, 2), None);
+        assert_eq!(select(0, 0, 0, 5), None);
+    }
+
+    #[test]
+    fn an_answer_fits_its_hello() {
+        let ours = VersionRange { min: 1, max: 3 };
+        let answer = Welcome::answer(&hello(), ours, Capabilities(0xff), [7; 32]).unwrap();
+        assert_eq!(
+            (answer.version, answer.capabilities),
+            (3, Capabilities(0x11))
+        );
+        assert_eq!(answer.check(&hello()), Ok(()));
+
+        let newer = VersionRange {
+            min: 0x0204,
+            max: 0x0204,
+        };
+        let theirs = hello().versions;
+        assert_eq!(
+            Welcome::answer(&hello(), newer, Capabilities::NONE, [7; 32]),
+            Err(HelloError::NoCommonVersion {
+                ours: newer,
+                theirs
+            })
+        );
+        let check = |welcome: Welcome| welcome.check(&hello());
+        let version = HelloError::NotOffered("a version");
+        assert_eq!(
+            check(Welcome {
+                version: 0x0204,
+                ..welcome()
+            }),
+            Err(version)
+        );
+        let capability = HelloError::NotOffered("a capability");
+        assert_eq!(
+            check(Welcome {
+                capabilities: Capabilities(2),
+                ..welcome()
+            }),
+            Err(capability)
+        );
+        let session = SessionId([0; 16]);
+        assert_eq!(
+            check(Welcome {
+                session,
+                ..welcome()
+            }),
+            Err(HelloError::OtherSession)
+        );
+    }
+}

@@ -1,0 +1,112 @@
+//! The umem migration protocol, version 1: what travels between the source and the destination of a
+//! migration, and in which order. This page is its specification.
+//!
+//! The crate does no input or output. It has no descriptors, clock or threads, and it never sees a
+//! page: it turns meanings into headers ([`transmit`]), says where the bytes that come belong and
+//! what they meant ([`Receiver`]), and knows what may happen next ([`source`], [`destination`]).
+//!
+//! # Lanes
+//!
+//! The source, which has the guest's pages, dials the destination. One session is one *demand lane*
+//! and up to [`LANES_MAX`](limits::LANES_MAX) *bulk lanes*, each a connection of its own:
+//!
+//! | lane | to the destination | to the source |
+//! |---|---|---|
+//! | demand, index 0 | control, device state, pages somebody waits for | control, requests |
+//! | bulk, index 1 to N | pages nobody waits for | acknowledgements |
+//!
+//! Every lane opens with a [`Hello`] from the source and a [`Welcome`] (or a refusal) from the
+//! destination, [`HELLO_BYTES`] each. After that everything is a frame. Lanes are not ordered
+//! against each other. A session without bulk lanes sends all pages on the demand lane.
+//!
+//! # Frames
+//!
+//! Integers are little-endian. A frame is a header of [`HEADER_BYTES`], its body if it has one,
+//! then, after a data header, the pages themselves; [`frame`] has the layout. Zero is never a tag,
+//! a code or a role, and what a frame does not use is zero: the receiver checks both.
+//!
+//! | tag | frame | way | lanes | says |
+//! |---:|---|---|---|---|
+//! | 1 | data | → | any | these pages follow, at most [`RUN_BYTES_MAX`](limits::RUN_BYTES_MAX) or one page |
+//! | 2 | zero | → | any | these pages hold zeroes only |
+//! | 3 | hole | → | any | these pages were never written |
+//! | 4 | request | ← | demand | somebody waits for these pages |
+//! | 5 | ack | ← | any | these pages are the destination's own |
+//! | 16 | regions | → | demand | the source's table of regions |
+//! | 17 | ready | ← | demand | the regions match and the guest is prepared |
+//! | 18 | stopped | → | demand | the source's guest has stopped; pages begin |
+//! | 19 | device state | → | demand | a piece of device state, opaque |
+//! | 20 | load | → | demand | that was all of it |
+//! | 21 | loaded | ← | demand | the guest has taken it |
+//! | 22 | switchover | → | demand | the guest is yours: the commit point |
+//! | 23 | running | ← | demand | it runs |
+//! | 24 | lane end | → | bulk | nothing more comes here, errors aside |
+//! | 25 | complete | both | demand | every page is cached; the source's answer is goodbye |
+//! | 32 | ping | both | any | please answer |
+//! | 33 | pong | both | any | the answer, with the ping's number |
+//! | 255 | error | both | any | the sender gives up: a code and a text |
+//!
+//! → to the destination, ← to the source. Region numbers are always the source's.
+//!
+//! # Order
+//!
+//! ```text
+//! source                       demand lane                      destination
+//!    | hello ------------------------------------------------------> |
+//!    | <---------------------------------------------------- welcome |
+//!    | regions ----------------------------------------------------> | compares, prepares
+//!    | <------------------------------------------------------ ready |
+//!  stops its guest                                                   |
+//!    | stopped ----------------------------------------------------> | pages come and may be
+//!    |    (without postcopy: every page, over the bulk lanes)        |   asked for from here on
+//!    | device state … ---------------------------------------------> |
+//!    | load -------------------------------------------------------> | loads, touching memory
+//!    | <----------------------------------------------------- loaded |
+//!    | switchover -------------------------------------------------> | runs its guest
+//!    | <---------------------------------------------------- running |
+//!    |    (with postcopy: pages, as asked for and in the background) |
+//!    | <--------------------------------------------------- complete | every page is cached
+//!    | complete ---------------------------------------------------> |
+//! ```
+//!
+//! Requests and their answers, acknowledgements and pages run through all of this from *stopped* to
+//! *complete*. Each page goes once, as data, zero or hole: a request for a page that is on its way
+//! already needs no other answer. Ping, pong and error may come any time after the welcome.
+//!
+//! The source's guest may run until the switchover frame is handed to the kernel, the destination's
+//! from the arrival of that frame: at no time both. [`source`] and [`destination`] draw the phases.
+//!
+//! # Limits
+//!
+//! All in [`limits`]. No limit depends on what a peer says, and memory for a body grows only with
+//! the bytes of it that have come.
+//!
+//! # Panics
+//!
+//! Nothing a peer sends makes anything here panic. Our own mistakes do where they would go out to
+//! the peer (a request for too many pages), and are typed errors where they would come in.
+#![forbid(unsafe_code)]
+
+mod bytes;
+pub mod destination;
+pub mod error;
+pub mod fault;
+pub mod frame;
+pub mod hello;
+pub mod limits;
+pub mod receive;
+pub mod region;
+pub mod source;
+pub mod transmit;
+
+pub use error::{Error, FrameError, HelloError, PhaseError, ReceiveError, RegionError};
+pub use fault::{Fault, FaultCode};
+pub use frame::{Frame, HEADER_BYTES, Kind, Totals};
+pub use hello::{
+    Capabilities, HELLO_BYTES, Hello, LaneRole, PROTOCOL, SessionId, VersionRange, Welcome,
+    select_version,
+};
+pub use receive::{Event, Receiver, RunTarget, Target};
+pub use region::{
+    PageRange, PageSize, Region, RegionDifference, RegionId, RegionMismatch, RegionTable,
+};

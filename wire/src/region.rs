@@ -1,0 +1,594 @@
+//! Regions of guest memory: how a table of them looks on the wire, which tables are valid, and what
+//! has to agree between the two ends.
+//!
+//! A region's number ([`RegionId`]) is its place in its own side's table. Only the *source's*
+//! numbers travel; the destination maps them to its own with [`RegionTable::compare`].
+
+use crate::bytes::{array, put, u64_at};
+use crate::error::RegionError;
+use crate::limits::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+/// Bytes of one region in a regions frame.
+pub const DESCRIPTOR_BYTES: usize = 80;
+
+/// A region's descriptor: name, NUL padded · length in bytes · page size's logarithm · zeroes.
+mod field {
+    pub(super) const NAME: usize = 0;
+    pub(super) const NAME_BYTES: usize = 64;
+    pub(super) const BYTES: usize = 64;
+    pub(super) const SHIFT: usize = 72;
+    pub(super) const RESERVED: usize = 73;
+    pub(super) const RESERVED_BYTES: usize = 7;
+}
+
+const _: () = assert!(field::NAME + field::NAME_BYTES == field::BYTES);
+const _: () = assert!(field::RESERVED + field::RESERVED_BYTES == DESCRIPTOR_BYTES);
+const _: () = assert!(field::NAME_BYTES == REGION_NAME_BYTES_MAX + 1);
+
+/// A region's place in the table of the side that numbers it.
+#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct RegionId(pub u16);
+
+/// Consecutive pages of one region.
+#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PageRange {
+    /// The region.
+    pub region: RegionId,
+    /// The first page's index in the region, in the region's own page size.
+    pub first: u64,
+    /// How many pages.
+    pub pages: u64,
+}
+
+impl fmt::Display for PageRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} pages from {} in region {}",
+            self.pages, self.first, self.region.0
+        )
+    }
+}
+
+/// The size of a region's pages: a power of two from 4 KiB to 1 GiB.
+#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PageSize {
+    shift: u8,
+}
+
+impl PageSize {
+    /// 4 KiB, everywhere.
+    pub const SIZE_4K: PageSize = PageSize { shift: 12 };
+    /// 2 MiB, hugetlbfs.
+    pub const SIZE_2M: PageSize = PageSize { shift: 21 };
+    /// 1 GiB, hugetlbfs.
+    pub const SIZE_1G: PageSize = PageSize { shift: 30 };
+
+    /// The page size of 2^`shift` bytes, for a shift from 12 to 30.
+    pub const fn from_shift(shift: u8) -> Option<PageSize> {
+        if shift < 12 || shift > 30 {
+            None
+        } else {
+            Some(PageSize { shift })
+        }
+    }
+
+    /// The page size of this many bytes, if it is one.
+    pub const fn from_bytes(bytes: u64) -> Option<PageSize> {
+        if !bytes.is_power_of_two() {
+            return None;
+        }
+        PageSize::from_shift(bytes.trailing_zeros() as u8)
+    }
+
+    /// The page size in bytes.
+    pub const fn bytes(self) -> u64 {
+        1 << self.shift
+    }
+
+    /// The base-2 logarithm of the page size in bytes.
+    pub const fn shift(self) -> u8 {
+        self.shift
+    }
+
+    /// The most pages that one data run may have: [`RUN_BYTES_MAX`] worth, or one larger page.
+    pub const fn run_pages_max(self) -> u64 {
+        let pages = RUN_BYTES_MAX >> self.shift;
+        if pages == 0 { 1 } else { pages }
+    }
+}
+
+impl fmt::Display for PageSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Bytes(self.bytes()).fmt(f)
+    }
+}
+
+/// A contiguous piece of guest RAM: what the ends compare.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Region {
+    /// The name by which the two sides' regions are matched.
+    pub name: String,
+    /// The length in bytes, a multiple of the page size.
+    pub bytes: u64,
+    /// The size of its pages.
+    pub page_size: PageSize,
+}
+
+impl Region {
+    /// The length in pages.
+    pub fn pages(&self) -> u64 {
+        self.bytes >> self.page_size.shift
+    }
+
+    fn check(&self, index: usize) -> Result<(), RegionError> {
+        let name_fits = (1..=REGION_NAME_BYTES_MAX).contains(&self.name.len());
+        if !name_fits || self.name.chars().any(char::is_control) {
+            return Err(RegionError::Name(index));
+        }
+        if self.bytes == 0 || !self.bytes.is_multiple_of(self.page_size.bytes()) {
+            return Err(RegionError::Bytes {
+                name: self.name.clone(),
+                bytes: self.bytes,
+            });
+        }
+        Ok(())
+    }
+
+    fn encode(&self) -> [u8; DESCRIPTOR_BYTES] {
+        let mut out = [0; DESCRIPTOR_BYTES];
+        put(&mut out, field::NAME, self.name.as_bytes());
+        put(&mut out, field::BYTES, &self.bytes.to_le_bytes());
+        out[field::SHIFT] = self.page_size.shift;
+        out
+    }
+
+    /// Reads one descriptor; what it says is checked with the rest of the table.
+    fn decode(bytes: &[u8; DESCRIPTOR_BYTES], index: usize) -> Result<Region, RegionError> {
+        let padded: [u8; field::NAME_BYTES] = array(bytes, field::NAME);
+        let name_bytes = padded.iter().position(|&byte| byte == 0);
+        let (name, padding) = padded.split_at(name_bytes.ok_or(RegionError::Name(index))?);
+        if padding.iter().any(|&byte| byte != 0) {
+            return Err(RegionError::Name(index));
+        }
+        let name = std::str::from_utf8(name).map_err(|_| RegionError::Name(index))?;
+        if bytes[field::RESERVED..].iter().any(|&byte| byte != 0) {
+            return Err(RegionError::Reserved(index));
+        }
+        let shift = bytes[field::SHIFT];
+        let page_size =
+            PageSize::from_shift(shift).ok_or(RegionError::PageSize { index, shift })?;
+        Ok(Region {
+            name: name.to_owned(),
+            bytes: u64_at(bytes, field::BYTES),
+            page_size,
+        })
+    }
+}
+
+/// A checked table: 1 to [`REGIONS_MAX`] regions with different printable names, each of whole
+/// pages, [`TOTAL_BYTES_MAX`] bytes at most in all. A clone shares the entries.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RegionTable {
+    regions: Arc<[Region]>,
+    total_bytes: u64,
+}
+
+impl RegionTable {
+    /// Checks the regions; their order gives them their numbers.
+    pub fn new(regions: Vec<Region>) -> Result<RegionTable, RegionError> {
+        if regions.is_empty() {
+            return Err(RegionError::Empty);
+        }
+        if regions.len() > REGIONS_MAX {
+            return Err(RegionError::TooMany(regions.len()));
+        }
+        let mut names = BTreeSet::new();
+        let mut total_bytes = 0u64;
+        for (index, region) in regions.iter().enumerate() {
+            region.check(index)?;
+            if !names.insert(region.name.as_str()) {
+                return Err(RegionError::Duplicate(region.name.clone()));
+            }
+            total_bytes = total_bytes
+                .checked_add(region.bytes)
+                .filter(|&total| total <= TOTAL_BYTES_MAX)
+                .ok_or(RegionError::Total)?;
+        }
+        Ok(RegionTable {
+            regions: regions.into(),
+            total_bytes,
+        })
+    }
+
+    /// The region of this number.
+    pub fn get(&self, id: RegionId) -> Option<&Region> {
+        self.regions.get(usize::from(id.0))
+    }
+
+    /// The regions in order of their numbers.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (RegionId, &Region)> {
+        self.regions
+            .iter()
+            .enumerate()
+            .map(|(index, region)| (RegionId(index as u16), region))
+    }
+
+    /// How many regions, at least one.
+    #[expect(clippy::len_without_is_empty, reason = "a table is never empty")]
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// The length of all regions, in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes
+    }
+
+    /// The length of a region, in its own pages; 0 for a region that does not exist.
+    pub fn pages(&self, id: RegionId) -> u64 {
+        self.get(id).map_or(0, Region::pages)
+    }
+
+    /// Whether all pages of a range exist, and there is at least one.
+    pub fn check(&self, range: PageRange) -> Result<(), RegionError> {
+        let region = self
+            .get(range.region)
+            .ok_or(RegionError::Unknown(range.region))?;
+        if range.pages == 0 {
+            return Err(RegionError::NoPages(range.region));
+        }
+        let region_pages = region.pages();
+        match range.first.checked_add(range.pages) {
+            Some(end) if end <= region_pages => Ok(()),
+            _ => Err(RegionError::Outside {
+                range,
+                region_pages,
+            }),
+        }
+    }
+
+    /// Matches the source's table (`theirs`) with the destination's (`self`) by name. The answer
+    /// holds, at each of the source's numbers, the number that the same region has here.
+    pub fn compare(&self, theirs: &RegionTable) -> Result<Vec<RegionId>, RegionMismatch> {
+        let mut ours: BTreeMap<&str, (RegionId, &Region)> = self
+            .iter()
+            .map(|(id, region)| (region.name.as_str(), (id, region)))
+            .collect();
+        let mut ids = Vec::with_capacity(theirs.len());
+        let mut differences = Vec::new();
+        for (_, theirs) in theirs.iter() {
+            match ours.remove(theirs.name.as_str()) {
+                None => differences.push(RegionDifference::MissingHere(theirs.clone())),
+                Some((id, ours)) if ours == theirs => ids.push(id),
+                Some((_, ours)) => differences.push(RegionDifference::Unlike {
+                    ours: ours.clone(),
+                    theirs: theirs.clone(),
+                }),
+            }
+        }
+        let unclaimed = ours.into_values().map(|(_, region)| region.clone());
+        differences.extend(unclaimed.map(RegionDifference::MissingThere));
+        if differences.is_empty() {
+            Ok(ids)
+        } else {
+            Err(RegionMismatch { differences })
+        }
+    }
+
+    /// Bytes that [`RegionTable::encode`] appends.
+    pub(crate) fn encoded_bytes(&self) -> usize {
+        self.len() * DESCRIPTOR_BYTES
+    }
+
+    /// Appends the body of a regions frame.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        for region in self.regions.iter() {
+            out.extend_from_slice(&region.encode());
+        }
+    }
+
+    /// Reads the body of a regions frame, whose length is a multiple of [`DESCRIPTOR_BYTES`].
+    pub(crate) fn decode(body: &[u8]) -> Result<RegionTable, RegionError> {
+        let (descriptors, rest) = body.as_chunks::<DESCRIPTOR_BYTES>();
+        assert!(rest.is_empty(), "the header's length was checked");
+        let regions = descriptors
+            .iter()
+            .enumerate()
+            .map(|(i, bytes)| Region::decode(bytes, i));
+        RegionTable::new(regions.collect::<Result<_, _>>()?)
+    }
+}
+
+/// Everything that differs between the two sides' memory, never nothing. Its text is one line, told
+/// by the destination.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub struct RegionMismatch {
+    /// Each difference: first the source's regions in order, then those only the destination has.
+    pub differences: Vec<RegionDifference>,
+}
+
+/// One way in which the two sides' memory differs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum RegionDifference {
+    /// The source has this region, the destination does not.
+    MissingHere(Region),
+    /// The destination has this region, the source does not.
+    MissingThere(Region),
+    /// Both have it, with another size or page size.
+    Unlike {
+        /// The destination's.
+        ours: Region,
+        /// The source's.
+        theirs: Region,
+    },
+}
+
+impl fmt::Display for RegionMismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// More than these would not be read.
+        const SHOWN_MAX: usize = 4;
+        f.write_str("the two sides' memory differs: ")?;
+        for (index, difference) in self.differences.iter().take(SHOWN_MAX).enumerate() {
+            let separator = if index == 0 { "" } else { "; " };
+            write!(f, "{separator}{difference}")?;
+        }
+        match self.differences.len().saturating_sub(SHOWN_MAX) {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
+        }
+    }
+}
+
+impl fmt::Display for RegionDifference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RegionDifference::MissingHere(region) => {
+                write!(
+                    f,
+                    "the destination has no '{}' ({})",
+                    region.name,
+                    Bytes(region.bytes)
+                )
+            }
+            RegionDifference::MissingThere(region) => {
+                write!(
+                    f,
+                    "the source has no '{}' ({})",
+                    region.name,
+                    Bytes(region.bytes)
+                )
+            }
+            RegionDifference::Unlike { ours, theirs } => write!(
+                f,
+                "'{}' is {} in {} pages at the source, {} in {} pages at the destination",
+                ours.name,
+                Bytes(theirs.bytes),
+                theirs.page_size,
+                Bytes(ours.bytes),
+                ours.page_size
+            ),
+        }
+    }
+}
+
+/// Bytes in the largest binary unit that divides them.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+        match units
+            .iter()
+            .find(|(shift, _)| self.0.is_multiple_of(1 << shift))
+        {
+            Some((shift, unit)) => write!(f, "{} {unit}", self.0 >> shift),
+            None => write!(f, "{} bytes", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(name: &str, bytes: u64, page_size: PageSize) -> Region {
+        Region {
+            name: name.into(),
+            bytes,
+            page_size,
+        }
+    }
+
+    fn table(regions: &[Region]) -> RegionTable {
+        RegionTable::new(regions.to_vec()).expect("a table")
+    }
+
+    /// 'ram0', two pages of 4 KiB.
+    fn descriptor() -> [u8; DESCRIPTOR_BYTES] {
+        let mut bytes = [0; DESCRIPTOR_BYTES];
+        bytes[..4].copy_from_slice(b"ram0");
+        bytes[64..].copy_from_slice(&[0, 0x20, 0, 0, 0, 0, 0, 0, 12, 0, 0, 0, 0, 0, 0, 0]);
+        bytes
+    }
+
+    /// The descriptor with one byte changed.
+    fn with(at: usize, byte: u8) -> Result<RegionTable, RegionError> {
+        let mut bytes = descriptor();
+        bytes[at] = byte;
+        RegionTable::decode(&bytes)
+    }
+
+    #[test]
+    fn a_descriptor_is_80_bytes() {
+        let ram0 = table(&[region("ram0", 8192, PageSize::SIZE_4K)]);
+        let mut out = Vec::with_capacity(100);
+        out.spare_capacity_mut()
+            .fill(std::mem::MaybeUninit::new(0xa5));
+        ram0.encode(&mut out);
+        assert_eq!(out, descriptor());
+        assert_eq!(RegionTable::decode(&descriptor()), Ok(ram0));
+    }
+
+    #[test]
+    fn a_descriptor_is_checked() {
+        assert_eq!(with(0, 0), Err(RegionError::Name(0)));
+        assert_eq!(with(0, 0x1b), Err(RegionError::Name(0)));
+        assert_eq!(with(0, 0xff), Err(RegionError::Name(0)));
+        assert_eq!(with(63, b'x'), Err(RegionError::Name(0)));
+        assert_eq!(
+            with(65, 0),
+            Err(RegionError::Bytes {
+                name: "ram0".into(),
+                bytes: 0
+            })
+        );
+        assert_eq!(
+            with(64, 1),
+            Err(RegionError::Bytes {
+                name: "ram0".into(),
+                bytes: 0x2001
+            })
+        );
+        assert_eq!(with(71, 1), Err(RegionError::Total));
+        assert_eq!(
+            with(72, 11),
+            Err(RegionError::PageSize {
+                index: 0,
+                shift: 11
+            })
+        );
+        assert_eq!(
+            with(72, 64),
+            Err(RegionError::PageSize {
+                index: 0,
+                shift: 64
+            })
+        );
+        assert_eq!(with(73, 1), Err(RegionError::Reserved(0)));
+        assert_eq!(with(79, 1), Err(RegionError::Reserved(0)));
+    }
+
+    #[test]
+    fn a_table_is_checked() {
+        let page = region("a", 4096, PageSize::SIZE_4K);
+        assert_eq!(RegionTable::new(vec![]), Err(RegionError::Empty));
+        assert_eq!(
+            RegionTable::new(vec![page.clone(), page.clone()]),
+            Err(RegionError::Duplicate("a".into()))
+        );
+        let many = |count| (0..count).map(|i| region(&i.to_string(), 4096, PageSize::SIZE_4K));
+        assert_eq!(table(&many(256).collect::<Vec<_>>()).len(), 256);
+        assert_eq!(
+            RegionTable::new(many(257).collect()),
+            Err(RegionError::TooMany(257))
+        );
+
+        let most = region("b", TOTAL_BYTES_MAX, PageSize::SIZE_1G);
+        assert_eq!(
+            table(std::slice::from_ref(&most)).total_bytes(),
+            TOTAL_BYTES_MAX
+        );
+        assert_eq!(
+            RegionTable::new(vec![most.clone(), page]),
+            Err(RegionError::Total)
+        );
+        let wraps = region("c", 0u64.wrapping_sub(1 << 30), PageSize::SIZE_1G);
+        assert_eq!(RegionTable::new(vec![most, wraps]), Err(RegionError::Total));
+
+        let long = region(&"n".repeat(64), 4096, PageSize::SIZE_4K);
+        assert_eq!(RegionTable::new(vec![long]), Err(RegionError::Name(0)));
+    }
+
+    #[test]
+    fn a_range_stays_inside_its_region() {
+        let table = table(&[region("a", 16384, PageSize::SIZE_4K)]);
+        let check = |region, first, pages| {
+            table.check(PageRange {
+                region: RegionId(region),
+                first,
+                pages,
+            })
+        };
+        assert_eq!(check(0, 0, 4), Ok(()));
+        assert_eq!(check(0, 3, 1), Ok(()));
+        assert_eq!(check(0, 0, 0), Err(RegionError::NoPages(RegionId(0))));
+        assert_eq!(check(1, 0, 1), Err(RegionError::Unknown(RegionId(1))));
+        for (first, pages) in [
+            (0, 5),
+            (4, 1),
+            (u64::MAX, 1),
+            (1, u64::MAX),
+            (u64::MAX, u64::MAX),
+        ] {
+            let range = PageRange {
+                region: RegionId(0),
+                first,
+                pages,
+            };
+            let outside = RegionError::Outside {
+                range,
+                region_pages: 4,
+            };
+            assert_eq!(check(0, first, pages), Err(outside));
+        }
+        assert_eq!((table.pages(RegionId(0)), table.pages(RegionId(1))), (4, 0));
+    }
+
+    #[test]
+    fn page_sizes() {
+        assert_eq!(PageSize::from_bytes(4096), Some(PageSize::SIZE_4K));
+        assert_eq!(PageSize::from_bytes(1 << 30), Some(PageSize::SIZE_1G));
+        for bytes in [0, 1, 2048, 4097, 1 << 31, u64::MAX] {
+            assert_eq!(PageSize::from_bytes(bytes), None);
+        }
+        let sizes = [PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G];
+        assert_eq!(sizes.map(PageSize::run_pages_max), [512, 1, 1]);
+        assert_eq!(
+            sizes.map(|size| size.to_string()),
+            ["4 KiB", "2 MiB", "1 GiB"]
+        );
+    }
+
+    #[test]
+    fn tables_are_matched_by_name() {
+        let (a, b) = (
+            region("a", 4096, PageSize::SIZE_4K),
+            region("b", 8192, PageSize::SIZE_4K),
+        );
+        let ours = table(&[a.clone(), b.clone()]);
+        let theirs = table(&[b, a]);
+        assert_eq!(ours.compare(&theirs), Ok(vec![RegionId(1), RegionId(0)]));
+        assert_eq!(ours.compare(&ours), Ok(vec![RegionId(0), RegionId(1)]));
+    }
+
+    #[test]
+    fn a_mismatch_is_told_in_one_line() {
+        let ours = table(&[
+            region("ram0", 1 << 31, PageSize::SIZE_4K),
+            region("ours", 4096, PageSize::SIZE_4K),
+        ]);
+        let theirs = table(&[
+            region("ram0", 1 << 30, PageSize::SIZE_2M),
+            region("theirs", 3 << 20, PageSize::SIZE_4K),
+        ]);
+        let mismatch = ours.compare(&theirs).unwrap_err();
+        assert_eq!(
+            mismatch.to_string(),
+            "the two sides' memory differs: 'ram0' is 1 GiB in 2 MiB pages at the source, 2 GiB in \
+             4 KiB pages at the destination; the destination has no 'theirs' (3 MiB); the source \
+             has no 'ours' (4 KiB)"
+        );
+        let many = (0..9)
+            .map(|i| region(&format!("m{i}"), 4096, PageSize::SIZE_4K))
+            .collect();
+        let mismatch = ours.compare(&RegionTable::new(many).unwrap()).unwrap_err();
+        assert!(
+            mismatch.to_string().ends_with("'m3' (4 KiB); and 7 more"),
+            "{mismatch}"
+        );
+    }
+}

@@ -1,0 +1,416 @@
+//! The phases of the source, from its hello to its goodbye.
+//!
+//! ```text
+//! Connected --SentRegions--> Comparing --Ready--> Ready --GuestStopped--+-- postcopy --> Saving
+//!                                                                      |                  ^
+//!                                               Precopying <--- not ---+                  |
+//!                                                    +----------- PagesAllSent -----------+
+//!
+//! Saving --SentLoad--> Loading --Loaded--> Loaded --SentSwitchover--> Committed
+//!                                                                         |
+//!              Completed <--Complete-- Serving <--Running-----------------+
+//!
+//! any but Completed --Lost, Error, what cannot happen--> Failed
+//! any before Committed --Cancel--> Failed
+//! ```
+//!
+//! Up to [`Phase::Loaded`] every failure leaves the source's guest as it was: it may be resumed. The
+//! *commit point* is [`Input::SentSwitchover`]: from there on it never runs again, because the
+//! destination's may. So this input is stepped before the frame's first byte is handed to the
+//! kernel: a frame whose sending failed may have arrived.
+
+use crate::error::PhaseError;
+use crate::frame::Totals;
+use crate::limits::STATE_BYTES_MAX;
+use crate::receive::Event;
+
+/// Where the source is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// The demand lane is open; the table of regions has not been sent.
+    Connected,
+    /// The destination compares the regions and prepares its guest.
+    Comparing,
+    /// Both guests are ready; ours runs.
+    Ready,
+    /// Ours has stopped, and every page goes before the device state.
+    Precopying,
+    /// Ours has stopped, and its device state goes.
+    Saving {
+        /// Bytes of device state sent.
+        state_bytes: u64,
+    },
+    /// The destination's guest takes the device state.
+    Loading {
+        /// Bytes of device state in all.
+        state_bytes: u64,
+    },
+    /// It has: nothing is missing but the switchover.
+    Loaded {
+        /// Bytes of device state in all.
+        state_bytes: u64,
+    },
+    /// The switchover is on its way; ours never runs again.
+    Committed,
+    /// The destination's guest runs, and its pages go.
+    Serving,
+    /// Every page is there.
+    Completed(Totals),
+    /// It did not work.
+    Failed {
+        /// Whether our guest may be resumed.
+        may_run: bool,
+    },
+}
+
+/// What moves the source on: what we did, what the peer said on the demand lane, or what went
+/// wrong.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Input<'a> {
+    /// The table of regions is about to be sent.
+    SentRegions,
+    /// Our guest has stopped, and a stopped frame is about to be sent.
+    GuestStopped {
+        /// Whether pages are sent after the switchover; if not, all go now.
+        postcopy: bool,
+        /// Whether pages are sent that nobody asked for.
+        background: bool,
+    },
+    /// A piece of device state is about to be sent.
+    SentState {
+        /// Its length.
+        bytes: u64,
+    },
+    /// The load frame is about to be sent; [`Phase::Saving`] knows its number.
+    SentLoad,
+    /// The switchover frame is about to be sent: the commit point.
+    SentSwitchover,
+    /// Every page has been sent once.
+    PagesAllSent,
+    /// The destination said this on the demand lane. Events of bulk lanes do not come here: they
+    /// are not ordered against the demand lane's.
+    Received(&'a Event),
+    /// A lane is gone.
+    Lost,
+    /// Somebody asked to stop. Too late from the commit point on, and without effect then.
+    Cancel,
+}
+
+impl Phase {
+    /// The demand lane has just opened.
+    #[expect(
+        clippy::new_without_default,
+        reason = "a phase is no default of anything"
+    )]
+    pub fn new() -> Phase {
+        Phase::Connected
+    }
+
+    /// Moves on. The answer is an error exactly if the new phase, which comes with it, is
+    /// [`Phase::Failed`].
+    pub fn step(self, input: Input<'_>) -> Result<Phase, (Phase, PhaseError)> {
+        let (name, may_run) = (self.name(), self.may_run());
+        self.advance(input).map_err(|stop| {
+            let error = stop.unwrap_or(PhaseError::Unexpected {
+                phase: name,
+                input: input.name(),
+            });
+            (Phase::Failed { may_run }, error)
+        })
+    }
+
+    /// Whether our guest may run, or be resumed after a failure.
+    pub fn may_run(&self) -> bool {
+        match self {
+            Phase::Connected
+            | Phase::Comparing
+            | Phase::Ready
+            | Phase::Precopying
+            | Phase::Saving { .. }
+            | Phase::Loading { .. }
+            | Phase::Loaded { .. } => true,
+            Phase::Committed | Phase::Serving | Phase::Completed(_) => false,
+            Phase::Failed { may_run } => *may_run,
+        }
+    }
+
+    /// Whether pages may be sent: our guest has stopped and they are still wanted.
+    pub fn may_send_pages(&self) -> bool {
+        self.has_stopped() && !matches!(self, Phase::Completed(_))
+    }
+
+    /// What the phase is called in messages, after "while".
+    pub fn name(&self) -> &'static str {
+        match self {
+            Phase::Connected => "connected",
+            Phase::Comparing => "comparing regions",
+            Phase::Ready => "ready",
+            Phase::Precopying => "sending pages before the switchover",
+            Phase::Saving { .. } => "sending device state",
+            Phase::Loading { .. } => "the destination loads device state",
+            Phase::Loaded { .. } => "about to switch over",
+            Phase::Committed => "switching over",
+            Phase::Serving => "serving pages",
+            Phase::Completed(_) => "completed",
+            Phase::Failed { .. } => "failed",
+        }
+    }
+
+    /// The step itself: `Err(None)` is an input that cannot happen here.
+    fn advance(self, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
+        match (self, input) {
+            (Phase::Failed { .. }, _) => Err(None),
+            (Phase::Completed(totals), input) => after_completion(totals, input),
+            (phase, Input::Lost) => Err(Some(PhaseError::Lost {
+                phase: phase.name(),
+            })),
+            (phase, Input::Cancel) if phase.may_run() => Err(Some(PhaseError::Cancelled {
+                phase: phase.name(),
+            })),
+            (phase, Input::Cancel) => Ok(phase),
+            (phase, Input::Received(event)) => phase.receive(event),
+
+            (Phase::Connected, Input::SentRegions) => Ok(Phase::Comparing),
+            (Phase::Ready, Input::GuestStopped { postcopy: true, .. }) => {
+                Ok(Phase::Saving { state_bytes: 0 })
+            }
+            (
+                Phase::Ready,
+                Input::GuestStopped {
+                    postcopy: false, ..
+                },
+            ) => Ok(Phase::Precopying),
+            (Phase::Precopying, Input::PagesAllSent) => Ok(Phase::Saving { state_bytes: 0 }),
+            (Phase::Saving { state_bytes }, Input::SentState { bytes }) => {
+                match state_bytes.saturating_add(bytes) {
+                    state_bytes if state_bytes <= STATE_BYTES_MAX => {
+                        Ok(Phase::Saving { state_bytes })
+                    }
+                    too_long => Err(Some(PhaseError::StateTooLong(too_long))),
+                }
+            }
+            (Phase::Saving { state_bytes }, Input::SentLoad) => Ok(Phase::Loading { state_bytes }),
+            (Phase::Loaded { .. }, Input::SentSwitchover) => Ok(Phase::Committed),
+            (phase, Input::PagesAllSent) if phase.has_stopped() => Ok(phase),
+            _ => Err(None),
+        }
+    }
+
+    fn receive(self, event: &Event) -> Result<Phase, Option<PhaseError>> {
+        match (self, event) {
+            (phase, Event::Ping(_) | Event::Pong(_)) => Ok(phase),
+            (phase, Event::Error(fault)) => Err(Some(PhaseError::Peer {
+                phase: phase.name(),
+                fault: fault.clone(),
+            })),
+            (phase, Event::Request(_) | Event::Ack(_)) if phase.has_stopped() => Ok(phase),
+            (Phase::Comparing, Event::Ready) => Ok(Phase::Ready),
+            (Phase::Loading { state_bytes }, Event::Loaded) => Ok(Phase::Loaded { state_bytes }),
+            (Phase::Committed, Event::Running { .. }) => Ok(Phase::Serving),
+            (Phase::Serving, Event::Complete(totals)) => Ok(Phase::Completed(*totals)),
+            _ => Err(None),
+        }
+    }
+
+    /// Whether our guest has been stopped for good or for now, and nothing has failed.
+    fn has_stopped(&self) -> bool {
+        match self {
+            Phase::Connected | Phase::Comparing | Phase::Ready | Phase::Failed { .. } => false,
+            Phase::Precopying
+            | Phase::Saving { .. }
+            | Phase::Loading { .. }
+            | Phase::Loaded { .. }
+            | Phase::Committed
+            | Phase::Serving
+            | Phase::Completed(_) => true,
+        }
+    }
+}
+
+/// After the end nothing can be lost any more; late acknowledgements and the closing of lanes are
+/// part of it.
+fn after_completion(totals: Totals, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
+    match input {
+        Input::Lost | Input::Cancel | Input::PagesAllSent => Ok(Phase::Completed(totals)),
+        Input::Received(Event::Ack(_) | Event::Ping(_) | Event::Pong(_) | Event::Error(_)) => {
+            Ok(Phase::Completed(totals))
+        }
+        _ => Err(None),
+    }
+}
+
+impl Input<'_> {
+    /// What the input is called in messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Input::SentRegions => "sending regions",
+            Input::GuestStopped { .. } => "stopping the guest",
+            Input::SentState { .. } => "sending device state",
+            Input::SentLoad => "sending load",
+            Input::SentSwitchover => "sending switchover",
+            Input::PagesAllSent => "the last page",
+            Input::Received(event) => event.name(),
+            Input::Lost => "a lost lane",
+            Input::Cancel => "cancelling",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::{Fault, FaultCode};
+
+    const STOP: Input<'_> = Input::GuestStopped {
+        postcopy: true,
+        background: true,
+    };
+    const STOP_PRECOPY: Input<'_> = Input::GuestStopped {
+        postcopy: false,
+        background: true,
+    };
+
+    /// Every phase, in order, each with the names of the inputs and events that it accepts besides
+    /// pings.
+    fn phases() -> [(Phase, &'static [&'static str]); 11] {
+        let totals = Totals {
+            data_bytes: 7,
+            ..Totals::default()
+        };
+        [
+            (Phase::Connected, &["sending regions"]),
+            (Phase::Comparing, &["ready"]),
+            (Phase::Ready, &["stopping the guest"]),
+            (Phase::Precopying, &["the last page", "request", "ack"]),
+            (
+                Phase::Saving { state_bytes: 5 },
+                &[
+                    "sending device state",
+                    "sending load",
+                    "the last page",
+                    "request",
+                    "ack",
+                ],
+            ),
+            (
+                Phase::Loading { state_bytes: 5 },
+                &["the last page", "request", "ack", "loaded"],
+            ),
+            (
+                Phase::Loaded { state_bytes: 5 },
+                &["sending switchover", "the last page", "request", "ack"],
+            ),
+            (
+                Phase::Committed,
+                &["the last page", "cancelling", "request", "ack", "running"],
+            ),
+            (
+                Phase::Serving,
+                &["the last page", "cancelling", "request", "ack", "complete"],
+            ),
+            (
+                Phase::Completed(totals),
+                &["the last page", "a lost lane", "cancelling", "ack", "error"],
+            ),
+            (Phase::Failed { may_run: true }, &[]),
+        ]
+    }
+
+    fn all(events: &[Event]) -> Vec<Input<'_>> {
+        let mut inputs = vec![
+            Input::SentRegions,
+            STOP,
+            Input::SentState { bytes: 1 },
+            Input::SentLoad,
+            Input::SentSwitchover,
+            Input::PagesAllSent,
+            Input::Lost,
+            Input::Cancel,
+        ];
+        inputs.extend(events.iter().map(Input::Received));
+        inputs
+    }
+
+    #[test]
+    fn every_pair_of_phase_and_input() {
+        let events = crate::receive::one_of_each();
+        for (phase, accepted) in phases() {
+            for input in all(&events) {
+                let pinged = matches!(input, Input::Received(Event::Ping(_) | Event::Pong(_)));
+                let failed = matches!(phase, Phase::Failed { .. });
+                let may_run = phase.may_run();
+                let expected = accepted.contains(&input.name()) || pinged && !failed;
+                match phase.clone().step(input) {
+                    Ok(next) => {
+                        assert!(expected, "{} accepted {}", phase.name(), input.name());
+                        assert!(!matches!(next, Phase::Failed { .. }));
+                        let commits = input == Input::SentSwitchover;
+                        assert_eq!(next.may_run(), may_run && !commits, "{next:?}");
+                    }
+                    Err((next, error)) => {
+                        assert!(!expected, "{error}");
+                        assert_eq!(next, Phase::Failed { may_run });
+                        assert!(error.to_string().contains(phase.name()), "{error}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn postcopy_saves_at_once_and_precopy_sends_its_pages_first() {
+        let next = |phase: Phase, input| phase.step(input).unwrap();
+        let saving = Phase::Saving { state_bytes: 0 };
+        assert_eq!(next(Phase::Ready, STOP), saving);
+        assert_eq!(next(Phase::Ready, STOP_PRECOPY), Phase::Precopying);
+        assert_eq!(next(Phase::Precopying, Input::PagesAllSent), saving);
+        let more = next(saving, Input::SentState { bytes: 9 });
+        assert_eq!(
+            next(more, Input::SentLoad),
+            Phase::Loading { state_bytes: 9 }
+        );
+    }
+
+    #[test]
+    fn pages_go_while_the_guest_stands_still() {
+        let sending = phases().map(|(phase, _)| phase.may_send_pages());
+        let expected = [
+            false, false, false, true, true, true, true, true, true, false, false,
+        ];
+        assert_eq!(sending, expected);
+    }
+
+    #[test]
+    fn device_state_has_a_limit() {
+        let full = Phase::Saving {
+            state_bytes: STATE_BYTES_MAX,
+        };
+        let (phase, error) = full.step(Input::SentState { bytes: 1 }).unwrap_err();
+        assert_eq!(phase, Phase::Failed { may_run: true });
+        assert_eq!(error, PhaseError::StateTooLong(STATE_BYTES_MAX + 1));
+    }
+
+    #[test]
+    fn a_failure_says_what_it_was() {
+        let fault = Fault::new(FaultCode::OutOfMemory, "no room");
+        let event = Event::Error(fault.clone());
+        let (_, error) = Phase::Ready.step(Input::Received(&event)).unwrap_err();
+        assert_eq!(
+            error,
+            PhaseError::Peer {
+                phase: "ready",
+                fault
+            }
+        );
+        let (_, error) = Phase::Ready.step(Input::Lost).unwrap_err();
+        assert_eq!(error, PhaseError::Lost { phase: "ready" });
+        let (_, error) = Phase::Ready.step(Input::Cancel).unwrap_err();
+        assert_eq!(error, PhaseError::Cancelled { phase: "ready" });
+        let (_, error) = Phase::Ready.step(Input::SentSwitchover).unwrap_err();
+        let unexpected = PhaseError::Unexpected {
+            phase: "ready",
+            input: "sending switchover",
+        };
+        assert_eq!(error, unexpected);
+    }
+}

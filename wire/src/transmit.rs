@@ -1,0 +1,115 @@
+//! Frames to bytes. What goes out often is an array on the stack; the rest is appended to a buffer
+//! of the caller's. A frame over a limit, or a page past every region, is a mistake at this end and
+//! panics.
+
+use crate::fault::{Fault, push_text};
+use crate::frame::{
+    Frame, HEADER_BYTES, Header, Kind, REQUEST_ENTRY_BYTES, Totals, request_entry, stopped_flags,
+};
+use crate::limits::*;
+use crate::region::{PageRange, RegionId, RegionTable};
+
+/// Appends a frame. After [`Frame::Data`] the caller sends the pages, after [`Frame::DeviceState`]
+/// the state; all other frames are whole.
+pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
+    let header = match frame {
+        Frame::Data(range) => Header::with_range(Kind::Data, *range),
+        Frame::Zero(range) => Header::with_range(Kind::Zero, *range),
+        Frame::Hole(range) => Header::with_range(Kind::Hole, *range),
+        Frame::Ack(range) => Header::with_range(Kind::Ack, *range),
+        Frame::Ready => Header::new(Kind::Ready),
+        Frame::Stopped {
+            postcopy,
+            background,
+        } => Header {
+            flags: stopped_flags(*postcopy, *background),
+            ..Header::new(Kind::Stopped)
+        },
+        Frame::Load { state_bytes } => Header::with_first(Kind::Load, *state_bytes),
+        Frame::Loaded => Header::new(Kind::Loaded),
+        Frame::Switchover { stopped_us } => Header::with_first(Kind::Switchover, *stopped_us),
+        Frame::Running {
+            us_since_switchover: us,
+        } => Header::with_first(Kind::Running, *us),
+        Frame::LaneEnd => Header::new(Kind::LaneEnd),
+        Frame::Ping(number) => Header::with_first(Kind::Ping, *number),
+        Frame::Pong(number) => Header::with_first(Kind::Pong, *number),
+        Frame::DeviceState { bytes } => {
+            out.extend_from_slice(&device_state_header(*bytes as usize));
+            return;
+        }
+        Frame::Request(pages) => return request(out, pages),
+        Frame::Regions(table) => return regions(out, table),
+        Frame::Complete(totals) => return complete(out, totals),
+        Frame::Error(fault) => return error(out, fault),
+    };
+    out.extend_from_slice(&header.encode());
+}
+
+/// A data run's header; `pages` × page size raw bytes must follow.
+pub fn data_header(range: PageRange) -> [u8; HEADER_BYTES] {
+    Header::with_range(Kind::Data, range).encode()
+}
+
+/// A zero run, whole.
+pub fn zero_header(range: PageRange) -> [u8; HEADER_BYTES] {
+    Header::with_range(Kind::Zero, range).encode()
+}
+
+/// A hole run, whole.
+pub fn hole_header(range: PageRange) -> [u8; HEADER_BYTES] {
+    Header::with_range(Kind::Hole, range).encode()
+}
+
+/// An acknowledgement, whole.
+pub fn ack_header(range: PageRange) -> [u8; HEADER_BYTES] {
+    Header::with_range(Kind::Ack, range).encode()
+}
+
+/// The header of 1 to [`STATE_CHUNK_BYTES_MAX`] bytes of device state, which must follow.
+pub fn device_state_header(bytes: usize) -> [u8; HEADER_BYTES] {
+    assert!(
+        (1..=STATE_CHUNK_BYTES_MAX).contains(&bytes),
+        "a state chunk of {bytes} bytes"
+    );
+    Header::with_body(Kind::DeviceState, bytes).encode()
+}
+
+/// Appends a request for 1 to [`REQUEST_ENTRIES_MAX`] pages, each as region (the source's number)
+/// and page index.
+pub fn request(out: &mut Vec<u8>, pages: &[(RegionId, u64)]) {
+    assert!(
+        (1..=REQUEST_ENTRIES_MAX).contains(&pages.len()),
+        "a request of {} pages",
+        pages.len()
+    );
+    let body_bytes = pages.len() * REQUEST_ENTRY_BYTES;
+    out.extend_from_slice(&Header::with_body(Kind::Request, body_bytes).encode());
+    for &(region, page) in pages {
+        out.extend_from_slice(&request_entry(region, page));
+    }
+}
+
+fn regions(out: &mut Vec<u8>, table: &RegionTable) {
+    let header = Header::with_body(Kind::Regions, table.encoded_bytes());
+    out.extend_from_slice(&header.encode());
+    table.encode(out);
+}
+
+fn complete(out: &mut Vec<u8>, totals: &Totals) {
+    let body = totals.encode();
+    out.extend_from_slice(&Header::with_body(Kind::Complete, body.len()).encode());
+    out.extend_from_slice(&body);
+}
+
+fn error(out: &mut Vec<u8>, fault: &Fault) {
+    let mut text = Vec::new();
+    push_text(&mut text, &fault.text, ERROR_TEXT_BYTES_MAX);
+    let first = u64::from(fault.code.number());
+    let header = Header {
+        first,
+        ..Header::with_body(Kind::Error, text.len())
+    };
+    out.extend_from_slice(&header.encode());
+    out.extend_from_slice(&text);
+}

@@ -1,0 +1,909 @@
+//! Two ends in one test: the real receivers and phase machines of a source and a destination, over
+//! lanes that are chopped at random and read in a random order, up to the last page or up to a
+//! lane's sudden end.
+//!
+//! Pages are virtual: on a pipe stands *which* bytes of which page come next, never the bytes, so
+//! gigabytes cost nothing, and a byte that would land in the wrong place is caught at once.
+//!
+//! Checked at every step: never may both guests run. At the end of a whole run: every page arrived
+//! exactly once, as what the source has. At the end of a broken one: both ends know a typed error
+//! or had finished, and the source may run exactly if it had not committed.
+
+mod support;
+
+use std::collections::VecDeque;
+use support::{Random, region, seeds};
+use umem_wire::*;
+
+/// More steps than any run takes; one that takes them is stuck.
+const STEPS_MAX: u64 = 1_000_000;
+
+#[test]
+fn whole_migrations() {
+    for seed in seeds(200) {
+        let mut world = World::new(Random(seed));
+        for step in 0.. {
+            assert!(
+                step < STEPS_MAX,
+                "stuck: {:?} {:?}",
+                world.source.phase,
+                world.destination.phase
+            );
+            world.step();
+            if world.is_completed() {
+                break;
+            }
+        }
+        world.assert_whole();
+    }
+}
+
+#[test]
+fn broken_migrations() {
+    let (mut resumed, mut lost, mut completed) = (0, 0, 0);
+    for seed in seeds(400) {
+        let mut world = World::new(Random(seed));
+        let steps_before_fault = world.random.below(3000);
+        for _ in 0..steps_before_fault {
+            world.step();
+        }
+        world.inject_fault();
+        for step in 0.. {
+            assert!(
+                step < STEPS_MAX,
+                "stuck: {:?} {:?}",
+                world.source.phase,
+                world.destination.phase
+            );
+            if world.is_over() {
+                break;
+            }
+            world.step();
+        }
+        world.assert_ended();
+        match world.source.phase {
+            source::Phase::Completed(_) => completed += 1,
+            _ if world.source.phase.may_run() => resumed += 1,
+            _ => lost += 1,
+        }
+    }
+    println!("{resumed} resumed at the source, {lost} not, {completed} completed");
+    let one_seed = std::env::var_os("UMEM_SEED").is_some();
+    assert!(one_seed || (resumed > 0 && lost > 0 && completed > 0));
+}
+
+/// What a page is at the source.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+enum Content {
+    Data,
+    Zero,
+    Hole,
+}
+
+/// What a page is at the destination.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+enum Page {
+    Missing,
+    Landing,
+    Cached(Content),
+}
+
+/// Why an end stopped.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Failure {
+    Hello(HelloError),
+    Receive(ReceiveError),
+    Phase(PhaseError),
+}
+
+struct World {
+    random: Random,
+    source: Source,
+    destination: Destination,
+    /// Lane 0 is the demand lane.
+    lanes: Vec<LanePipes>,
+}
+
+#[derive(Default)]
+struct LanePipes {
+    to_destination: Pipe,
+    to_source: Pipe,
+}
+
+impl World {
+    fn new(mut random: Random) -> World {
+        let regions = [
+            region("small", 1 + random.below(600), PageSize::SIZE_4K),
+            region("large", 1 + random.below(5), PageSize::SIZE_2M),
+            region("huge", 1 + random.below(2), PageSize::SIZE_1G),
+        ];
+        let reversed = regions.iter().rev().cloned().collect();
+        let bulk_lanes = random.below(4) as u16;
+        let source = Source::new(
+            RegionTable::new(regions.into()).unwrap(),
+            bulk_lanes,
+            &mut random,
+        );
+        let destination = Destination::new(RegionTable::new(reversed).unwrap(), bulk_lanes);
+        let lanes = (0..=bulk_lanes).map(|_| LanePipes::default()).collect();
+        World {
+            random,
+            source,
+            destination,
+            lanes,
+        }
+    }
+
+    /// One end does one thing, or reads once from one lane.
+    fn step(&mut self) {
+        let lane = self.random.index(self.lanes.len());
+        match self.random.below(4) {
+            0 => self.source.act(&mut self.lanes, &mut self.random),
+            1 => self.destination.act(&mut self.lanes, &mut self.random),
+            2 => self.source.read(lane, &mut self.lanes, &mut self.random),
+            _ => self
+                .destination
+                .read(lane, &mut self.lanes, &mut self.random),
+        }
+        assert!(
+            !(self.source.phase.may_run() && self.destination.phase.may_run()),
+            "both may run: {:?} {:?}",
+            self.source.phase,
+            self.destination.phase
+        );
+    }
+
+    /// Cuts a lane, loses an end, or has an end cancelled.
+    fn inject_fault(&mut self) {
+        let lane = self.random.index(self.lanes.len());
+        match self.random.below(4) {
+            0 => self.source.input(source::Input::Cancel),
+            1 => self.destination.input(destination::Input::Cancel),
+            2 => self.lanes[lane].cut(&mut self.random),
+            _ => self
+                .lanes
+                .iter_mut()
+                .for_each(|lane| lane.cut(&mut self.random)),
+        }
+    }
+
+    fn is_completed(&self) -> bool {
+        matches!(self.source.phase, source::Phase::Completed(_))
+            && matches!(
+                self.destination.phase,
+                destination::Phase::Completed(Some(_))
+            )
+            && self.lanes.iter().all(|lane| lane.to_destination.is_empty())
+    }
+
+    fn is_over(&self) -> bool {
+        self.source.is_over() && self.destination.is_over()
+    }
+
+    fn assert_whole(&self) {
+        assert_eq!(self.source.failure, None);
+        assert_eq!(self.destination.failure, None);
+        self.assert_pages();
+        let source::Phase::Completed(received) = self.source.phase else {
+            unreachable!()
+        };
+        assert_eq!(received, self.destination.totals);
+        let sent = destination::Phase::Completed(Some(self.source.totals));
+        assert_eq!(self.destination.phase, sent);
+        let of = |t: Totals| (t.data_bytes, t.zero_bytes, t.hole_bytes);
+        assert_eq!(of(received), of(self.source.totals));
+        assert_eq!(
+            received.data_bytes + received.zero_bytes + received.hole_bytes,
+            self.source.regions.total_bytes()
+        );
+    }
+
+    /// Every page is here, as what the source has.
+    fn assert_pages(&self) {
+        for (theirs, region) in self.source.regions.iter() {
+            let ours = self.destination.id(theirs);
+            for page in 0..region.pages() as usize {
+                let there = self.source.contents[usize::from(theirs.0)][page];
+                let here = self.destination.pages[usize::from(ours.0)][page];
+                assert_eq!(
+                    here,
+                    Page::Cached(there),
+                    "page {page} of '{}'",
+                    region.name
+                );
+            }
+        }
+    }
+
+    fn assert_ended(&self) {
+        let (source, destination) = (&self.source, &self.destination);
+        match source.phase {
+            source::Phase::Completed(_) => self.assert_pages(),
+            source::Phase::Failed { may_run } => {
+                assert_eq!(may_run, !source.committed);
+                assert_ne!(source.failure, None);
+            }
+            _ => panic!("{:?}", source.phase),
+        }
+        match destination.phase {
+            destination::Phase::Completed(_) => self.assert_pages(),
+            destination::Phase::Failed { .. } => assert_ne!(destination.failure, None),
+            _ => panic!("{:?}", destination.phase),
+        }
+        assert!(!(source.phase.may_run() && destination.phase.may_run()));
+    }
+}
+
+/// One direction of a lane: what was sent and not read.
+#[derive(Default)]
+struct Pipe {
+    pieces: VecDeque<Piece>,
+    closed: bool,
+}
+
+enum Piece {
+    /// Headers and bodies.
+    Control(VecDeque<u8>),
+    /// Bytes of pages, in the source's numbers.
+    Pages(RunTarget),
+}
+
+impl Pipe {
+    fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// A closed pipe swallows what is sent, as a socket does for a while.
+    fn send(&mut self, bytes: &[u8]) {
+        if self.closed {
+            return;
+        }
+        if let Some(Piece::Control(waiting)) = self.pieces.back_mut() {
+            return waiting.extend(bytes);
+        }
+        self.pieces
+            .push_back(Piece::Control(bytes.iter().copied().collect()));
+    }
+
+    fn send_pages(&mut self, run: RunTarget) {
+        if !self.closed {
+            self.pieces.push_back(Piece::Pages(run));
+        }
+    }
+
+    /// Reads control bytes, some of `most`. Pages where control bytes are wanted are a mistake.
+    fn read_control(&mut self, most: usize, random: &mut Random) -> Vec<u8> {
+        let Some(Piece::Control(waiting)) = self.pieces.front_mut() else {
+            panic!("control bytes were wanted, pages came");
+        };
+        let count = random.partial(most.min(waiting.len()) as u64) as usize;
+        let bytes = waiting.drain(..count).collect();
+        if waiting.is_empty() {
+            self.pieces.pop_front();
+        }
+        bytes
+    }
+
+    /// Reads bytes of pages, and checks that they belong where the reader puts them.
+    fn read_pages(&mut self, target: RunTarget, random: &mut Random) -> u64 {
+        let Some(Piece::Pages(run)) = self.pieces.front_mut() else {
+            panic!("pages were wanted, control bytes came");
+        };
+        assert_eq!(*run, target, "bytes land where they do not belong");
+        let count = random.partial(run.bytes);
+        run.byte_offset += count;
+        run.bytes -= count;
+        if run.bytes == 0 {
+            self.pieces.pop_front();
+        }
+        count
+    }
+
+    /// Ends here: some of what was not read is lost.
+    fn cut(&mut self, random: &mut Random) {
+        self.closed = true;
+        self.pieces.truncate(random.index(self.pieces.len() + 1));
+        if let Some(Piece::Control(waiting)) = self.pieces.back_mut() {
+            waiting.truncate(1 + random.index(waiting.len()));
+        }
+    }
+}
+
+impl LanePipes {
+    fn cut(&mut self, random: &mut Random) {
+        self.to_destination.cut(random);
+        self.to_source.cut(random);
+    }
+
+    fn close(&mut self) {
+        self.to_destination.closed = true;
+        self.to_source.closed = true;
+    }
+}
+
+/// A lane as one end has it.
+#[derive(Debug)]
+enum LaneEnd {
+    /// The peer's hello or welcome is arriving.
+    Opening(Vec<u8>),
+    Open(Receiver),
+    /// The peer closed it in order.
+    Closed,
+}
+
+impl LaneEnd {
+    /// Reads the next bytes of an opening; all of it, if it is whole.
+    fn open(&mut self, pipe: &mut Pipe, random: &mut Random) -> Option<[u8; HELLO_BYTES]> {
+        let LaneEnd::Opening(bytes) = self else {
+            return None;
+        };
+        let read = pipe.read_control(HELLO_BYTES - bytes.len(), random);
+        bytes.extend(read);
+        (**bytes).try_into().ok()
+    }
+}
+
+struct Source {
+    phase: source::Phase,
+    failure: Option<Failure>,
+    committed: bool,
+    regions: RegionTable,
+    contents: Vec<Vec<Content>>,
+    claimed: Vec<Vec<bool>>,
+    lanes: Vec<LaneEnd>,
+    hellos: Vec<Hello>,
+    postcopy: bool,
+    background: bool,
+    state_bytes: u64,
+    ended_lanes: bool,
+    totals: Totals,
+}
+
+impl Source {
+    fn new(regions: RegionTable, bulk_lanes: u16, random: &mut Random) -> Source {
+        let kinds = [Content::Data, Content::Data, Content::Zero, Content::Hole];
+        let contents: Vec<Vec<Content>> = regions
+            .iter()
+            .map(|(_, region)| {
+                // Stretches of one kind, so that runs have lengths.
+                let mut kind = Content::Data;
+                let mut page = || {
+                    if random.chance(10) {
+                        kind = kinds[random.index(kinds.len())];
+                    }
+                    kind
+                };
+                (0..region.pages()).map(|_| page()).collect()
+            })
+            .collect();
+        let hello = |index: u16| Hello {
+            versions: PROTOCOL,
+            capabilities: Capabilities::NONE,
+            session: SessionId([7; 16]),
+            role: if index == 0 {
+                LaneRole::Demand
+            } else {
+                LaneRole::Bulk
+            },
+            index,
+            bulk_lanes,
+            proof: [9; 32],
+        };
+        let postcopy = random.chance(80);
+        Source {
+            phase: source::Phase::new(),
+            failure: None,
+            committed: false,
+            claimed: contents
+                .iter()
+                .map(|pages| vec![false; pages.len()])
+                .collect(),
+            contents,
+            regions,
+            lanes: Vec::new(),
+            hellos: (0..=bulk_lanes).map(hello).collect(),
+            postcopy,
+            background: !postcopy || random.chance(70),
+            state_bytes: random.below(300_000),
+            ended_lanes: false,
+            totals: Totals::default(),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(
+            self.phase,
+            source::Phase::Completed(_) | source::Phase::Failed { .. }
+        )
+    }
+
+    fn input(&mut self, input: source::Input<'_>) {
+        self.phase = match std::mem::replace(&mut self.phase, source::Phase::new()).step(input) {
+            Ok(phase) => phase,
+            Err((phase, error)) => {
+                self.failure.get_or_insert(Failure::Phase(error));
+                phase
+            }
+        };
+    }
+
+    /// The lanes are no more: remembers why, and tells the phase.
+    fn lost(&mut self, failure: Failure) {
+        self.failure.get_or_insert(failure);
+        self.input(source::Input::Lost);
+    }
+
+    fn act(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        match self.phase {
+            source::Phase::Failed { .. } => return pipes.iter_mut().for_each(LanePipes::close),
+            source::Phase::Completed(_) => return self.say_goodbye(pipes),
+            _ => {}
+        }
+        if self.lanes.len() < self.hellos.len() {
+            let index = self.lanes.len();
+            pipes[index]
+                .to_destination
+                .send(&self.hellos[index].encode());
+            return self.lanes.push(LaneEnd::Opening(Vec::new()));
+        }
+        if !self
+            .lanes
+            .iter()
+            .all(|lane| matches!(lane, LaneEnd::Open(_)))
+        {
+            return;
+        }
+        if random.chance(2) {
+            self.say(pipes, &Frame::Ping(random.next()));
+        }
+        self.act_in_phase(pipes, random);
+        if self.phase.may_send_pages() && self.background && !self.ended_lanes {
+            self.send_background(pipes, random);
+        }
+    }
+
+    fn act_in_phase(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        match self.phase {
+            source::Phase::Connected => {
+                self.input(source::Input::SentRegions);
+                self.say(pipes, &Frame::Regions(self.regions.clone()));
+            }
+            source::Phase::Ready => {
+                let (postcopy, background) = (self.postcopy, self.background);
+                self.input(source::Input::GuestStopped {
+                    postcopy,
+                    background,
+                });
+                self.say(
+                    pipes,
+                    &Frame::Stopped {
+                        postcopy,
+                        background,
+                    },
+                );
+            }
+            source::Phase::Saving { state_bytes } if state_bytes < self.state_bytes => {
+                let most = limits::STATE_CHUNK_BYTES_MAX as u64;
+                let bytes = random
+                    .partial(most.min(self.state_bytes - state_bytes))
+                    .max(500);
+                let bytes = bytes.min(self.state_bytes - state_bytes);
+                self.input(source::Input::SentState { bytes });
+                self.say(
+                    pipes,
+                    &Frame::DeviceState {
+                        bytes: bytes as u32,
+                    },
+                );
+                pipes[0].to_destination.send(&vec![0xa5; bytes as usize]);
+            }
+            source::Phase::Saving { state_bytes } => {
+                self.input(source::Input::SentLoad);
+                self.say(pipes, &Frame::Load { state_bytes });
+            }
+            source::Phase::Loaded { .. } => {
+                self.input(source::Input::SentSwitchover);
+                self.committed = true;
+                self.say(pipes, &Frame::Switchover { stopped_us: 1000 });
+            }
+            _ => {}
+        }
+    }
+
+    fn say_goodbye(&mut self, pipes: &mut [LanePipes]) {
+        self.end_lanes(pipes);
+        self.say(pipes, &Frame::Complete(self.totals));
+        pipes.iter_mut().for_each(LanePipes::close);
+    }
+
+    fn say(&self, pipes: &mut [LanePipes], frame: &Frame) {
+        send(&mut pipes[0].to_destination, frame);
+    }
+
+    /// Sends the next run that nobody claimed, from a random place on; or ends the lanes.
+    fn send_background(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        let lane = if pipes.len() == 1 {
+            0
+        } else {
+            1 + random.index(pipes.len() - 1)
+        };
+        let start = random.index(self.claimed.len());
+        for region in (start..self.claimed.len()).chain(0..start) {
+            let unclaimed = |&(_, claimed): &(usize, &bool)| !claimed;
+            if let Some((first, _)) = self.claimed[region].iter().enumerate().find(unclaimed) {
+                let most = 1 + random.below(600);
+                let sent = self.send_run(&mut pipes[lane].to_destination, region, first, most);
+                self.totals.pages_background += sent;
+                return;
+            }
+        }
+        self.end_lanes(pipes);
+        self.input(source::Input::PagesAllSent);
+    }
+
+    fn end_lanes(&mut self, pipes: &mut [LanePipes]) {
+        if !std::mem::replace(&mut self.ended_lanes, true) {
+            for lane in &mut pipes[1..] {
+                send(&mut lane.to_destination, &Frame::LaneEnd);
+            }
+        }
+    }
+
+    /// Claims and sends the longest run of one kind that starts here, `most` pages at most.
+    fn send_run(&mut self, pipe: &mut Pipe, region: usize, first: usize, most: u64) -> u64 {
+        let id = RegionId(region as u16);
+        let page_size = self.regions.get(id).unwrap().page_size;
+        let kind = self.contents[region][first];
+        let most = if kind == Content::Data {
+            most.min(page_size.run_pages_max())
+        } else {
+            most
+        };
+        let (contents, claimed) = (&self.contents[region], &self.claimed[region]);
+        let fits = |&page: &usize| contents[page] == kind && !claimed[page];
+        let end = first + most as usize;
+        let pages = (first..end.min(contents.len())).take_while(fits).count();
+        assert!(pages > 0);
+        self.claimed[region][first..first + pages].fill(true);
+
+        let range = PageRange {
+            region: id,
+            first: first as u64,
+            pages: pages as u64,
+        };
+        let bytes = range.pages * page_size.bytes();
+        match kind {
+            Content::Data => {
+                pipe.send(&transmit::data_header(range));
+                let byte_offset = range.first * page_size.bytes();
+                pipe.send_pages(RunTarget {
+                    region: id,
+                    byte_offset,
+                    bytes,
+                });
+                self.totals.data_bytes += bytes;
+            }
+            Content::Zero => {
+                pipe.send(&transmit::zero_header(range));
+                self.totals.zero_bytes += bytes;
+            }
+            Content::Hole => {
+                pipe.send(&transmit::hole_header(range));
+                self.totals.hole_bytes += bytes;
+            }
+        }
+        range.pages
+    }
+
+    /// Reads ahead as it likes: nothing but control bytes ever comes.
+    fn read(&mut self, lane: usize, pipes: &mut [LanePipes], random: &mut Random) {
+        let over = matches!(self.phase, source::Phase::Failed { .. });
+        if over || lane >= self.lanes.len() || matches!(self.lanes[lane], LaneEnd::Closed) {
+            return;
+        }
+        let pipe = &mut pipes[lane].to_source;
+        if pipe.is_empty() {
+            if pipe.closed {
+                self.read_end(lane);
+            }
+            return;
+        }
+        let receiver = match &mut self.lanes[lane] {
+            LaneEnd::Open(receiver) => receiver,
+            opening => {
+                if let Some(welcome) = opening.open(pipe, random) {
+                    self.welcome(lane, &welcome);
+                }
+                return;
+            }
+        };
+        let bytes = pipe.read_control(1000, random);
+        let result = receiver.control(&bytes);
+        receiver.assert_invariants();
+        let events: Vec<Event> = std::iter::from_fn(|| receiver.poll_event()).collect();
+        for event in events {
+            self.handle(lane, &event, pipes);
+        }
+        if let Err(error) = result {
+            self.lost(Failure::Receive(error));
+        }
+    }
+
+    fn read_end(&mut self, lane: usize) {
+        let end = std::mem::replace(&mut self.lanes[lane], LaneEnd::Closed);
+        if let LaneEnd::Open(mut receiver) = end
+            && let Err(error) = receiver.closed()
+        {
+            return self.lost(Failure::Receive(error));
+        }
+        self.input(source::Input::Lost);
+    }
+
+    fn welcome(&mut self, lane: usize, bytes: &[u8; HELLO_BYTES]) {
+        let checked = Welcome::decode(bytes).and_then(|w| w.check(&self.hellos[lane]));
+        if let Err(error) = checked {
+            return self.lost(Failure::Hello(error));
+        }
+        let mut receiver = if lane == 0 {
+            Receiver::for_source()
+        } else {
+            Receiver::for_source_bulk()
+        };
+        receiver.set_regions(&self.regions);
+        self.lanes[lane] = LaneEnd::Open(receiver);
+    }
+
+    fn handle(&mut self, lane: usize, event: &Event, pipes: &mut [LanePipes]) {
+        if lane == 0 {
+            self.input(source::Input::Received(event));
+        }
+        if let source::Phase::Failed { .. } = self.phase {
+            return;
+        }
+        if let Event::Request(pages) = event {
+            for &(region, page) in pages {
+                let (region, page) = (usize::from(region.0), page as usize);
+                if !self.claimed[region][page] {
+                    let pipe = &mut pipes[0].to_destination;
+                    self.totals.pages_demand += self.send_run(pipe, region, page, 1);
+                }
+            }
+        }
+    }
+}
+
+struct Destination {
+    phase: destination::Phase,
+    failure: Option<Failure>,
+    regions: RegionTable,
+    /// Our number of each of the source's regions.
+    ids: Vec<RegionId>,
+    theirs: Option<RegionTable>,
+    pages: Vec<Vec<Page>>,
+    lanes: Vec<LaneEnd>,
+    totals: Totals,
+}
+
+impl Destination {
+    fn new(regions: RegionTable, bulk_lanes: u16) -> Destination {
+        let pages = |(_, region): (_, &Region)| vec![Page::Missing; region.pages() as usize];
+        Destination {
+            phase: destination::Phase::new(),
+            failure: None,
+            ids: Vec::new(),
+            theirs: None,
+            pages: regions.iter().map(pages).collect(),
+            regions,
+            lanes: (0..=bulk_lanes)
+                .map(|_| LaneEnd::Opening(Vec::new()))
+                .collect(),
+            totals: Totals::default(),
+        }
+    }
+
+    fn id(&self, theirs: RegionId) -> RegionId {
+        self.ids[usize::from(theirs.0)]
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(
+            self.phase,
+            destination::Phase::Completed(_) | destination::Phase::Failed { .. }
+        )
+    }
+
+    fn input(&mut self, input: destination::Input<'_>) {
+        let phase = std::mem::replace(&mut self.phase, destination::Phase::new());
+        self.phase = match phase.step(input) {
+            Ok(phase) => phase,
+            Err((phase, error)) => {
+                self.failure.get_or_insert(Failure::Phase(error));
+                phase
+            }
+        };
+    }
+
+    fn lost(&mut self, failure: Failure) {
+        self.failure.get_or_insert(failure);
+        self.input(destination::Input::Lost);
+    }
+
+    fn act(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        match self.phase {
+            destination::Phase::Failed { .. } => {
+                return pipes.iter_mut().for_each(LanePipes::close);
+            }
+            destination::Phase::Preparing => {
+                self.input(destination::Input::GuestReady);
+                send(&mut pipes[0].to_source, &Frame::Ready);
+            }
+            destination::Phase::Loading { .. } if random.chance(20) => {
+                self.input(destination::Input::StateLoaded);
+                send(&mut pipes[0].to_source, &Frame::Loaded);
+            }
+            destination::Phase::Switched { .. } => {
+                self.input(destination::Input::GuestRunning);
+                send(
+                    &mut pipes[0].to_source,
+                    &Frame::Running {
+                        us_since_switchover: 9,
+                    },
+                );
+            }
+            destination::Phase::Running { .. } if self.is_whole() => {
+                self.input(destination::Input::AllCached);
+                send(&mut pipes[0].to_source, &Frame::Complete(self.totals));
+            }
+            _ => {}
+        }
+        if self.phase.may_request_pages() && random.chance(20) {
+            self.request(&mut pipes[0].to_source, random);
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.pages
+            .iter()
+            .flatten()
+            .all(|page| matches!(page, Page::Cached(_)))
+    }
+
+    /// Asks for some pages that are missing, perhaps again.
+    fn request(&mut self, pipe: &mut Pipe, random: &mut Random) {
+        let mut wanted = Vec::new();
+        for theirs in 0..self.ids.len() {
+            let ours = usize::from(self.ids[theirs].0);
+            let pages = self.pages[ours].iter().enumerate();
+            let missing = pages.filter(|&(_, &page)| page == Page::Missing);
+            let wants = missing.map(|(page, _)| (RegionId(theirs as u16), page as u64));
+            wanted.extend(wants.filter(|_| random.chance(5)));
+        }
+        wanted.truncate(limits::REQUEST_ENTRIES_MAX);
+        if !wanted.is_empty() {
+            let mut out = Vec::new();
+            transmit::request(&mut out, &wanted);
+            pipe.send(&out);
+        }
+    }
+
+    /// Reads once, no further than the lane's target.
+    fn read(&mut self, lane: usize, pipes: &mut [LanePipes], random: &mut Random) {
+        let over = matches!(self.phase, destination::Phase::Failed { .. });
+        if over || matches!(self.lanes[lane], LaneEnd::Closed) {
+            return;
+        }
+        let LanePipes {
+            to_destination: pipe,
+            to_source: answers,
+        } = &mut pipes[lane];
+        if pipe.is_empty() {
+            if pipe.closed {
+                self.read_end(lane);
+            }
+            return;
+        }
+        let receiver = match &mut self.lanes[lane] {
+            LaneEnd::Open(receiver) => receiver,
+            opening => {
+                if let Some(hello) = opening.open(pipe, random) {
+                    self.hello(lane, &hello, answers);
+                }
+                return;
+            }
+        };
+        let result = match receiver.next_target() {
+            Target::Control { exact } => receiver.control(&pipe.read_control(exact, random)),
+            Target::Run(target) => receiver.landed(pipe.read_pages(target, random)),
+        };
+        receiver.assert_invariants();
+        let events: Vec<Event> = std::iter::from_fn(|| receiver.poll_event()).collect();
+        for event in events {
+            self.handle(lane, &event, answers, random);
+        }
+        if let Err(error) = result {
+            self.lost(Failure::Receive(error));
+        }
+    }
+
+    fn read_end(&mut self, lane: usize) {
+        let end = std::mem::replace(&mut self.lanes[lane], LaneEnd::Closed);
+        if let LaneEnd::Open(mut receiver) = end {
+            match receiver.closed() {
+                Ok(()) if receiver.is_ended() => return,
+                Ok(()) => {}
+                Err(error) => return self.lost(Failure::Receive(error)),
+            }
+        }
+        self.input(destination::Input::Lost);
+    }
+
+    fn hello(&mut self, lane: usize, bytes: &[u8; HELLO_BYTES], answers: &mut Pipe) {
+        let hello = Hello::decode(bytes).unwrap();
+        assert_eq!(usize::from(hello.index), lane);
+        let welcome = Welcome::answer(&hello, PROTOCOL, Capabilities::NONE, hello.proof).unwrap();
+        answers.send(&welcome.encode());
+        self.lanes[lane] = LaneEnd::Open(Receiver::for_destination(hello.role));
+    }
+
+    fn handle(&mut self, lane: usize, event: &Event, answers: &mut Pipe, random: &mut Random) {
+        if lane == 0 {
+            self.input(destination::Input::Received(event));
+        }
+        match event {
+            Event::Regions(theirs) => {
+                self.ids = self.regions.compare(theirs).unwrap();
+                self.theirs = Some(theirs.clone());
+                for lane in &mut self.lanes[1..] {
+                    let LaneEnd::Open(receiver) = lane else {
+                        panic!("pages before a welcome")
+                    };
+                    receiver.set_regions(theirs);
+                }
+            }
+            Event::RunBegins(range) => self.move_pages(*range, Page::Missing, Page::Landing),
+            Event::Data(range) => {
+                self.move_pages(*range, Page::Landing, Page::Cached(Content::Data));
+                self.totals.data_bytes += self.bytes(*range);
+                if random.chance(50) {
+                    answers.send(&transmit::ack_header(*range));
+                }
+            }
+            Event::Zero(range) => {
+                self.move_pages(*range, Page::Missing, Page::Cached(Content::Zero));
+                self.totals.zero_bytes += self.bytes(*range);
+            }
+            Event::Hole(range) => {
+                self.move_pages(*range, Page::Missing, Page::Cached(Content::Hole));
+                self.totals.hole_bytes += self.bytes(*range);
+            }
+            Event::Ping(number) => send(answers, &Frame::Pong(*number)),
+            _ => {}
+        }
+    }
+
+    fn bytes(&self, range: PageRange) -> u64 {
+        range.pages
+            * self
+                .regions
+                .get(self.id(range.region))
+                .unwrap()
+                .page_size
+                .bytes()
+    }
+
+    /// Each page takes each step once.
+    fn move_pages(&mut self, range: PageRange, from: Page, to: Page) {
+        let ours = usize::from(self.id(range.region).0);
+        let (first, pages) = (range.first as usize, range.pages as usize);
+        for page in &mut self.pages[ours][first..first + pages] {
+            assert_eq!(*page, from, "{range}");
+            *page = to;
+        }
+    }
+}
+
+fn send(pipe: &mut Pipe, frame: &Frame) {
+    let mut bytes = Vec::new();
+    transmit::encode(frame, &mut bytes);
+    pipe.send(&bytes);
+}

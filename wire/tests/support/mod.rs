@@ -1,0 +1,169 @@
+//! What the tests of this folder share: random numbers from a seed, and frames to send.
+#![allow(dead_code, reason = "each test uses its part")]
+
+use umem_wire::*;
+
+/// Random numbers (SplitMix64), the same for the same seed everywhere.
+#[derive(Clone)]
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From 0 to `end - 1`.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    pub(crate) fn index(&mut self, len: usize) -> usize {
+        self.below(len as u64) as usize
+    }
+
+    /// True `percent` times of 100.
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    /// How many of `most` bytes a read gives: often one, often all, else anything between.
+    pub(crate) fn partial(&mut self, most: u64) -> u64 {
+        match self.below(4) {
+            0 => 1,
+            1 => most,
+            _ => 1 + self.below(most),
+        }
+    }
+}
+
+/// The seeds to run: the one in UMEM_SEED, or `0..count`. The one that runs is printed, so that a
+/// failure shows it last.
+pub(crate) fn seeds(count: u64) -> impl Iterator<Item = u64> {
+    let only = std::env::var("UMEM_SEED").ok();
+    let only = only.map(|seed| seed.parse().expect("UMEM_SEED is a number"));
+    let seeds = only.map_or(0..count, |seed: u64| seed..seed + 1);
+    seeds.inspect(|seed| println!("UMEM_SEED={seed}"))
+}
+
+pub(crate) fn region(name: &str, pages: u64, page_size: PageSize) -> Region {
+    Region {
+        name: name.into(),
+        bytes: pages * page_size.bytes(),
+        page_size,
+    }
+}
+
+/// 300 pages of 4 KiB, 3 of 2 MiB, 2 of 1 GiB.
+pub(crate) fn table() -> RegionTable {
+    RegionTable::new(vec![
+        region("small", 300, PageSize::SIZE_4K),
+        region("large", 3, PageSize::SIZE_2M),
+        region("huge", 2, PageSize::SIZE_1G),
+    ])
+    .expect("a table")
+}
+
+/// One valid frame of every kind for [`table`], as bytes; device state with its state.
+pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
+    let range = PageRange {
+        region: RegionId(0),
+        first: 17,
+        pages: 5,
+    };
+    let totals = Totals {
+        data_bytes: 1,
+        zero_bytes: 2,
+        pages_demand: 3,
+        ..Totals::default()
+    };
+    let frames = [
+        Frame::Data(range),
+        Frame::Zero(range),
+        Frame::Hole(range),
+        Frame::Request(vec![(RegionId(0), 299), (RegionId(2), 1)]),
+        Frame::Ack(range),
+        Frame::Regions(table()),
+        Frame::Ready,
+        Frame::Stopped {
+            postcopy: true,
+            background: false,
+        },
+        Frame::DeviceState { bytes: 9 },
+        Frame::Load { state_bytes: 9 },
+        Frame::Loaded,
+        Frame::Switchover { stopped_us: 1000 },
+        Frame::Running {
+            us_since_switchover: 2000,
+        },
+        Frame::LaneEnd,
+        Frame::Complete(totals),
+        Frame::Ping(4),
+        Frame::Pong(5),
+        Frame::Error(Fault::new(FaultCode::HostFailed, "the guest is gone")),
+    ];
+    let encode = |frame: Frame| {
+        let mut bytes = Vec::new();
+        transmit::encode(&frame, &mut bytes);
+        if let Frame::DeviceState { bytes: state } = frame {
+            bytes.extend(std::iter::repeat_n(0xa5, state as usize));
+        }
+        bytes
+    };
+    frames.map(encode).into()
+}
+
+/// A receiver for each end of each kind of lane; all but the destination's demand lane know
+/// [`table`], which comes there as a frame.
+pub(crate) fn receivers() -> [Receiver; 4] {
+    let mut receivers = [
+        Receiver::for_destination(LaneRole::Demand),
+        Receiver::for_destination(LaneRole::Bulk),
+        Receiver::for_source(),
+        Receiver::for_source_bulk(),
+    ];
+    for receiver in &mut receivers[1..] {
+        receiver.set_regions(&table());
+    }
+    receivers
+}
+
+/// The frame that gives an event; nothing for the start of a run.
+pub(crate) fn frame(event: &Event) -> Option<Frame> {
+    Some(match event.clone() {
+        Event::RunBegins(_) => return None,
+        Event::Data(range) => Frame::Data(range),
+        Event::Zero(range) => Frame::Zero(range),
+        Event::Hole(range) => Frame::Hole(range),
+        Event::Request(pages) => Frame::Request(pages),
+        Event::Ack(range) => Frame::Ack(range),
+        Event::Regions(table) => Frame::Regions(table),
+        Event::Ready => Frame::Ready,
+        Event::Stopped {
+            postcopy,
+            background,
+        } => Frame::Stopped {
+            postcopy,
+            background,
+        },
+        Event::DeviceState(state) => Frame::DeviceState {
+            bytes: state.len() as u32,
+        },
+        Event::Load { state_bytes } => Frame::Load { state_bytes },
+        Event::Loaded => Frame::Loaded,
+        Event::Switchover { stopped_us } => Frame::Switchover { stopped_us },
+        Event::Running {
+            us_since_switchover,
+        } => Frame::Running {
+            us_since_switchover,
+        },
+        Event::LaneEnd => Frame::LaneEnd,
+        Event::Complete(totals) => Frame::Complete(totals),
+        Event::Ping(number) => Frame::Ping(number),
+        Event::Pong(number) => Frame::Pong(number),
+        Event::Error(fault) => Frame::Error(fault),
+    })
+}
