@@ -15,11 +15,12 @@ use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
 
 use crate::chain::{CHAIN_MAX, Chain, Keys};
 use crate::completion::{Completion, Outcome, TOKEN_MESSAGE, TOKEN_WAKE};
+use crate::encode::{Aside, message_value};
 use crate::error::{Errno, Error, Rejected, buffers_error};
 use crate::key::{Key, UserData};
 use crate::mail::{Mailbox, Waker};
 use crate::memory::Span;
-use crate::op::{Aside, Fd, Op, message_value};
+use crate::op::{Fd, Op};
 use crate::setup::{Config, setup};
 use crate::table::{Cqe, Next, Table};
 
@@ -134,7 +135,7 @@ impl Ring {
                 .insert_member(chain, op, token, aside, at < last);
             self.push(&entry);
         }
-        if members.capacity() > self.spare_chain.capacity() || self.spare_chain.capacity() == 0 {
+        if members.capacity() > self.spare_chain.capacity() {
             self.spare_chain = members;
         }
         Ok(self.held.table.chain_keys(chain))
@@ -514,16 +515,16 @@ impl Ring {
         if mem::take(&mut self.held.has_file_table) {
             submitter
                 .unregister_files()
-                .map_err(|source| Error::Register {
-                    what: "no files any more",
+                .map_err(|source| Error::Unregister {
+                    what: "files",
                     source,
                 })?;
         }
         if !self.held.buffers.is_empty() {
             submitter
                 .unregister_buffers()
-                .map_err(|source| Error::Register {
-                    what: "no buffers any more",
+                .map_err(|source| Error::Unregister {
+                    what: "buffers",
                     source,
                 })?;
         }

@@ -78,6 +78,14 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// Files or buffers could not be let go of. Closing the ring does it, some time later.
+    #[error("cannot unregister {what}")]
+    Unregister {
+        /// What was registered.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// A descriptor the ring needs for itself could not be made.
     #[error("cannot make {what}")]
     Descriptor {
@@ -113,6 +121,7 @@ impl Error {
             | Error::Core { source, .. }
             | Error::MemlockTooSmall { source, .. }
             | Error::Register { source, .. }
+            | Error::Unregister { source, .. }
             | Error::Descriptor { source, .. }
             | Error::Submit(source) => source.raw_os_error(),
             Error::Missing { .. }

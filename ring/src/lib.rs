@@ -53,6 +53,7 @@
 mod chain;
 mod completion;
 mod driver;
+mod encode;
 mod error;
 mod key;
 mod mail;

@@ -5,9 +5,9 @@ use std::io;
 
 use io_uring::{IoUring, Probe, cqueue, opcode, types};
 
+use crate::encode::{OPCODES, SEND_ZC_REPORT_USAGE, message};
 use crate::error::{Error, setup_error};
 use crate::key::UserData;
-use crate::op::{OPCODES, SEND_ZC_REPORT_USAGE, message};
 
 /// How a ring is made.
 #[derive(Clone, Debug)]

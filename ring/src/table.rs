@@ -21,9 +21,10 @@ use slab::Slab;
 
 use crate::chain::{Keys, Link, Links};
 use crate::completion::{Completion, Outcome};
+use crate::encode::Aside;
 use crate::error::Errno;
 use crate::key::{Generation, Key};
-use crate::op::{Aside, Op};
+use crate::op::Op;
 
 /// One completion queue entry.
 #[derive(Clone, Copy, Debug)]
@@ -423,3 +424,179 @@ const ERESTART_RESTARTBLOCK: i32 = 516;
 
 /// `IORING_NOTIF_USAGE_ZC_COPIED` (linux/io_uring.h).
 const NOTIF_USAGE_ZC_COPIED: u32 = 1 << 31;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Bytes;
+    use crate::op::Fd;
+
+    /// IORING_CQE_F_MORE and IORING_CQE_F_NOTIF (linux/io_uring.h).
+    const MORE: u32 = 1 << 1;
+    const NOTIF: u32 = 1 << 3;
+
+    fn send_zc() -> Op {
+        Op::send_zc(Fd::Fixed(0), Bytes::with_capacity(8)).wait_all()
+    }
+
+    fn chain_of(table: &mut Table, members: usize) -> Keys {
+        let chain = table.begin_chain(members);
+        for at in 0..members {
+            let linked = at + 1 < members;
+            table.insert_member(chain, send_zc(), at as u64, Aside::Nothing, linked);
+        }
+        table.chain_keys(chain)
+    }
+
+    fn complete(table: &mut Table, key: Key, result: i32, flags: u32) -> Vec<(u64, Outcome, bool)> {
+        let mut reports = VecDeque::new();
+        let cqe = Cqe {
+            user_data: key.user_data(),
+            result,
+            flags,
+        };
+        table.complete(key, cqe, &mut reports);
+        for report in &reports {
+            assert_eq!(report.memory.is_some(), report.last);
+        }
+        reports
+            .iter()
+            .map(|report| (report.token, report.outcome, report.last))
+            .collect()
+    }
+
+    #[test]
+    fn an_old_key_finds_nothing_in_its_slot() {
+        let mut table = Table::new(1);
+        let (old, _) = table.insert(send_zc(), 0, Aside::Nothing);
+        assert_eq!(
+            complete(&mut table, old, 8, 0),
+            [(0, Outcome::Done(8), true)]
+        );
+        let (new, _) = table.insert(send_zc(), 1, Aside::Nothing);
+        assert_eq!(new.slot(), old.slot());
+        assert!(complete(&mut table, old, 0, 0).is_empty());
+        assert!(!table.mark_cancelled(old));
+        assert_eq!(table.cancel_missed(old.payload()), Next::Nothing);
+        assert_eq!((table.len(), table.stale), (1, 1));
+    }
+
+    #[test]
+    fn held_members_wait_for_the_culprit_with_and_without_a_notification_to_come() {
+        let mut table = Table::new(4);
+        let keys = chain_of(&mut table, 4);
+        assert!(complete(&mut table, keys[0], -libc::ECANCELED, MORE).is_empty());
+        assert!(
+            complete(&mut table, keys[0], 0, NOTIF).is_empty(),
+            "held back, too"
+        );
+        assert!(complete(&mut table, keys[1], -libc::ECANCELED, MORE).is_empty());
+        let not_started = Outcome::NotStarted { failed: keys[2] };
+        assert_eq!(
+            complete(&mut table, keys[2], -libc::EINVAL, 0),
+            [
+                (0, not_started, true),
+                (1, not_started, false),
+                (2, Outcome::Failed(Errno::new(libc::EINVAL)), true)
+            ]
+        );
+        assert_eq!(
+            complete(&mut table, keys[3], -libc::ECANCELED, 0),
+            [(3, not_started, true)]
+        );
+        let released = Outcome::Released { copied: true };
+        let usage = NOTIF_USAGE_ZC_COPIED as i32;
+        assert_eq!(
+            complete(&mut table, keys[1], usage, NOTIF),
+            [(1, released, true)]
+        );
+        assert_eq!((table.len(), table.chains.len(), table.stale), (0, 0, 0));
+    }
+
+    #[test]
+    fn a_chain_that_the_kernel_cancelled_by_itself_blames_its_first() {
+        let mut table = Table::new(3);
+        let keys = chain_of(&mut table, 3);
+        assert_eq!(
+            complete(&mut table, keys[0], 8, 0),
+            [(0, Outcome::Done(8), true)]
+        );
+        assert!(complete(&mut table, keys[1], -libc::ECANCELED, 0).is_empty());
+        let not_started = Outcome::NotStarted { failed: keys[1] };
+        assert_eq!(
+            complete(&mut table, keys[2], -libc::ECANCELED, 0),
+            [
+                (1, Outcome::Failed(Errno::CANCELED), true),
+                (2, not_started, true)
+            ]
+        );
+        assert_eq!((table.len(), table.chains.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_short_member_with_a_notification_breaks_the_chain_at_once() {
+        let mut table = Table::new(2);
+        let keys = chain_of(&mut table, 2);
+        let short = Outcome::Short { done: 3, wanted: 8 };
+        assert_eq!(complete(&mut table, keys[0], 3, MORE), [(0, short, false)]);
+        let not_started = Outcome::NotStarted { failed: keys[0] };
+        assert_eq!(
+            complete(&mut table, keys[1], -libc::ECANCELED, 0),
+            [(1, not_started, true)]
+        );
+        let released = Outcome::Released { copied: false };
+        assert_eq!(
+            complete(&mut table, keys[0], 0, NOTIF),
+            [(0, released, true)]
+        );
+        assert_eq!((table.len(), table.chains.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_missed_cancellation_is_repeated_only_for_what_has_started_and_not_for_ever() {
+        let mut table = Table::new(3);
+        let keys = chain_of(&mut table, 2);
+        assert!(table.mark_cancelled(keys[1]));
+        assert_eq!(
+            table.cancel_missed(keys[1].payload()),
+            Next::Nothing,
+            "not its turn"
+        );
+        let mut reports = VecDeque::new();
+        let cqe = Cqe {
+            user_data: keys[0].user_data(),
+            result: 8,
+            flags: 0,
+        };
+        assert_eq!(
+            table.complete(keys[0], cqe, &mut reports),
+            Next::Cancel(keys[1])
+        );
+        for _ in 0..CANCEL_MISSES_MAX {
+            assert_eq!(
+                table.cancel_missed(keys[1].payload()),
+                Next::Cancel(keys[1])
+            );
+        }
+        assert_eq!(table.cancel_missed(keys[1].payload()), Next::Nothing);
+        complete(&mut table, keys[1], 8, MORE);
+        assert_eq!(
+            table.cancel_missed(keys[1].payload()),
+            Next::Nothing,
+            "it has its result"
+        );
+    }
+
+    #[test]
+    fn an_interrupted_worker_is_a_cancelled_operation() {
+        let mut table = Table::new(1);
+        for raw in [libc::EINTR, 512, 513, 514, 516] {
+            for (cancelled, errno) in [(true, libc::ECANCELED), (false, libc::EINTR)] {
+                let (key, _) = table.insert(send_zc(), 0, Aside::Nothing);
+                assert!(!cancelled || table.mark_cancelled(key));
+                let outcome = Outcome::Failed(Errno::new(errno));
+                assert_eq!(complete(&mut table, key, -raw, 0), [(0, outcome, true)]);
+            }
+        }
+    }
+}

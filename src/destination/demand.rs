@@ -238,9 +238,8 @@ impl DemandThread {
         for event in events {
             match uffd::Event::decode(event) {
                 uffd::Event::PageFault { address } => self.fault(ring, address, now)?,
-                // Discarded pages that are cached read as zeroes from now on by themselves: the
-                // next fault finds no page in the file. A missing one still comes from the source.
-                uffd::Event::Remove { .. } | uffd::Event::Other { .. } => {}
+                uffd::Event::Remove { start, end } => self.guest.discard(start, end),
+                uffd::Event::Other { .. } => {}
             }
         }
         self.read_faults(ring, region, buffer)?;
@@ -256,9 +255,11 @@ impl DemandThread {
         let first = pages.want(page.page);
         match pages.get(page.page) {
             PageState::Cached => return self.cached(ring, page),
-            PageState::Missing if first => self.ask.push((page.region, page.page)),
+            PageState::Missing | PageState::Discarded if first => {
+                self.ask.push((page.region, page.page));
+            }
             // On its way already, or asked for already: whoever lands it sees that it is wanted.
-            PageState::Missing | PageState::Landing => {}
+            PageState::Missing | PageState::Discarded | PageState::Landing => {}
         }
         self.waiting.entry(page).or_insert(now);
         Ok(())

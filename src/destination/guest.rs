@@ -128,7 +128,9 @@ impl GuestMemory {
         mut wake: impl FnMut(PageId),
     ) -> Result<bool> {
         let region = self.region(range.region);
-        region.pages.finish(range.first, range.pages);
+        region.pages.finish(range.first, range.pages, |page| {
+            region.ram.discard_page(region.byte_offset(page))
+        })?;
         self.count(region, range, kind);
         region.pages.each_wanted(range.first, range.pages, |page| {
             wake(PageId {
@@ -155,6 +157,20 @@ impl GuestMemory {
             RunKind::Hole => &self.counters.hole_bytes,
         };
         Counters::add(counter, region.byte_offset(range.pages));
+    }
+
+    /// The guest side has discarded a range of its addresses: what has not come of it yet is to read
+    /// as zeroes when it has.
+    pub(crate) fn discard(&self, start: u64, end: u64) {
+        for region in &self.regions {
+            let from = start.max(region.address);
+            let to = end.min(region.address + region.ram.bytes);
+            if from < to {
+                let first = (from - region.address) >> region.ram.page_shift;
+                let last = (to - region.address) >> region.ram.page_shift;
+                region.pages.discard(first, last - first);
+            }
+        }
     }
 
     /// Makes a cached page visible to the guest and wakes whoever waits for it. False when events

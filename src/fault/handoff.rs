@@ -184,7 +184,7 @@ fn explain(error: &ErrorMessage) -> Error {
             "RAM {name}: its file holds data already ({text}): it belongs to another guest or is \
              left from an earlier one; name a new file, or remove it if nobody uses it"
         ),
-        _ => format!("RAM {name}: the preload object failed ({code}): {text}"),
+        _ => format!("RAM {name}: {text} ({code})"),
     })
 }
 
@@ -233,7 +233,7 @@ mod tests {
             ("userfaultfd-permission", "setfacl"),
             ("userfaultfd-features", "Linux 5.14"),
             ("ram-in-use", "another guest"),
-            ("register", "failed (register)"),
+            ("register", "t (register)"),
         ] {
             let (mut guest, mut daemon) = pair();
             writeln!(

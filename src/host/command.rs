@@ -287,6 +287,20 @@ pub(crate) fn ram_of_qemu(arguments: &[String]) -> Result<Vec<RamPath>> {
             .map(|rest| rest.strip_prefix('-').unwrap_or(rest))
         {
             Some("object") => ram.extend(ram_of_object(options.next().unwrap_or_default())?),
+            Some("daemonize") => {
+                return Err(Error::Unsupported(
+                    "-daemonize hides QEMU from umem: leave it out; umem starts QEMU itself".into(),
+                ));
+            }
+            Some("incoming") => {
+                if options.next() != Some("defer") {
+                    return Err(Error::Unsupported(
+                        "QEMU's own -incoming would wait for another source: leave it out, umem \
+                         adds `-incoming defer`"
+                            .into(),
+                    ));
+                }
+            }
             Some("mem-prealloc") => return Err(prealloc("-mem-prealloc")),
             Some("overcommit") => {
                 if flag(options.next().unwrap_or_default(), "mem-lock") {
@@ -446,6 +460,11 @@ mod tests {
             (
                 format!("{file},share=on -netdev vhost-user,id=n"),
                 "vhost-user",
+            ),
+            (format!("{file},share=on -daemonize"), "-daemonize"),
+            (
+                format!("{file},share=on -incoming tcp::1"),
+                "-incoming defer",
             ),
             (
                 "-object memory-backend-memfd,id=ram0,size=1G,share=on".into(),

@@ -5,6 +5,10 @@
 //! from Missing to Landing and refuses if any of them is already beyond that, before a byte of them
 //! is received. [`PageStates::finish`] moves them on to Cached, after the last byte.
 //!
+//! A guest may also discard a page that is still missing (balloon, MADV_DONTNEED): it is *Discarded*
+//! then until it has come, and what came is thrown away before the page becomes Cached, as a page of
+//! zeroes. It still has to come: bytes that are on their way would land in it at any later time.
+//!
 //! Beside the state stands one bit a page, *wanted*: a vCPU waits for it. The two are read and
 //! written by different threads with this rule: who wants a page sets the bit and then looks at the
 //! state; who completes a page sets the state and then looks at the bit. Both are sequentially
@@ -19,6 +23,8 @@ pub(crate) enum PageState {
     Missing = 0b00,
     /// Its bytes are being received into guest memory.
     Landing = 0b01,
+    /// The guest discarded it before it came: what comes must not be seen.
+    Discarded = 0b10,
     /// Every byte is there (or it is a page of zeroes): the guest may see it.
     Cached = 0b11,
 }
@@ -38,10 +44,8 @@ pub(crate) struct PageStates {
 
 const STATES_PER_WORD: u64 = 32;
 const BITS_PER_WORD: u64 = 64;
-/// Bit 0 of each of the 32 states in a word.
-const LANDING_ALL: u64 = 0x5555_5555_5555_5555;
-/// Both bits of each of the 32 states in a word.
-const CACHED_ALL: u64 = u64::MAX;
+/// The lower bit of each of the 32 states in a word.
+const LOWER_ALL: u64 = 0x5555_5555_5555_5555;
 
 impl PageStates {
     /// All `pages` Missing, none wanted. Takes 3 bits of memory a page.
@@ -58,20 +62,22 @@ impl PageStates {
         match word >> (page % STATES_PER_WORD * 2) & 0b11 {
             0b00 => PageState::Missing,
             0b01 => PageState::Landing,
-            0b11 => PageState::Cached,
-            other => unreachable!("page state {other:#b}"),
+            0b10 => PageState::Discarded,
+            _ => PageState::Cached,
         }
     }
 
-    /// Missing → Landing for `first..first + pages`, all of them or none.
+    /// Missing → Landing for `first..first + pages`, all of them or none; Discarded pages stay so.
     pub(crate) fn begin(&self, first: u64, pages: u64) -> Result<(), AlreadyHere> {
         for (word, mask) in self.words(first, pages) {
             let cell = &self.states[index(word)];
-            let claimed = cell.fetch_update(SeqCst, SeqCst, |now| {
-                (now & mask == 0).then_some(now | (mask & LANDING_ALL))
+            // The lower bit is set in a page that lands or has come.
+            let begun = cell.fetch_update(SeqCst, SeqCst, |now| {
+                let discarded = (now >> 1) & LOWER_ALL;
+                (now & mask & LOWER_ALL == 0).then_some(now | (mask & LOWER_ALL & !discarded))
             });
-            if let Err(now) = claimed {
-                let slot = u64::from((now & mask).trailing_zeros()) / 2;
+            if let Err(now) = begun {
+                let slot = u64::from((now & mask & LOWER_ALL).trailing_zeros()) / 2;
                 let page = word * STATES_PER_WORD + slot;
                 self.undo_begin(first, (word * STATES_PER_WORD).saturating_sub(first));
                 return Err(AlreadyHere { page });
@@ -80,21 +86,58 @@ impl PageStates {
         Ok(())
     }
 
+    /// Landing → Missing again. A page that was discarded meanwhile stays so.
     fn undo_begin(&self, first: u64, pages: u64) {
         for (word, mask) in self.words(first, pages) {
-            self.states[index(word)].fetch_and(!mask, SeqCst);
+            self.states[index(word)].fetch_and(!(mask & LOWER_ALL), SeqCst);
         }
     }
 
-    /// Landing → Cached for `first..first + pages`. That they were Landing is ours to guarantee.
-    pub(crate) fn finish(&self, first: u64, pages: u64) {
+    /// Landing → Cached for `first..first + pages`. Calls `discard` with each page whose bytes must be
+    /// thrown away first; an error of it leaves that page, and those after it, as they are.
+    pub(crate) fn finish<E>(
+        &self,
+        first: u64,
+        pages: u64,
+        mut discard: impl FnMut(u64) -> Result<(), E>,
+    ) -> Result<(), E> {
         for (word, mask) in self.words(first, pages) {
-            let before = self.states[index(word)].fetch_or(mask & CACHED_ALL, SeqCst);
-            assert_eq!(
-                before & mask,
-                mask & LANDING_ALL,
-                "only a landing page becomes cached"
-            );
+            let cell = &self.states[index(word)];
+            let mut now = cell.load(SeqCst);
+            let mut thrown_away = 0;
+            loop {
+                let upper = (now >> 1) & LOWER_ALL & mask;
+                let lower = now & LOWER_ALL & mask;
+                assert_eq!(
+                    upper ^ lower,
+                    mask & LOWER_ALL,
+                    "only a landing page becomes cached"
+                );
+                let mut left = upper & !thrown_away;
+                while left != 0 {
+                    discard(word * STATES_PER_WORD + u64::from(left.trailing_zeros()) / 2)?;
+                    left &= left - 1;
+                }
+                thrown_away |= upper;
+                match cell.compare_exchange(now, now | mask, SeqCst, SeqCst) {
+                    Ok(_) => break,
+                    Err(changed) => now = changed,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest has discarded these pages: those that have not come are to read as zeroes.
+    pub(crate) fn discard(&self, first: u64, pages: u64) {
+        for (word, mask) in self.words(first, pages) {
+            // Missing and Landing become Discarded; Cached stays, the kernel has discarded it.
+            let _ = self.states[index(word)].fetch_update(SeqCst, SeqCst, |now| {
+                let cached = now & (now >> 1) & LOWER_ALL;
+                let cached = cached | cached << 1;
+                let discarded = mask & !cached & !LOWER_ALL;
+                Some(now & !(mask & !cached) | discarded)
+            });
         }
     }
 
@@ -160,6 +203,36 @@ fn index(word: u64) -> usize {
 mod tests {
     use super::*;
 
+    /// Finishes a range and returns the pages whose bytes were to be thrown away.
+    fn finish(states: &PageStates, first: u64, pages: u64) -> Vec<u64> {
+        let mut discarded = Vec::new();
+        let discard = |page| {
+            discarded.push(page);
+            Ok::<(), ()>(())
+        };
+        states.finish(first, pages, discard).unwrap();
+        discarded
+    }
+
+    #[test]
+    fn what_was_discarded_before_it_came_is_thrown_away_when_it_comes() {
+        let states = PageStates::new(200);
+        states.begin(0, 10).unwrap();
+        finish(&states, 0, 10);
+        states.begin(50, 10).unwrap();
+        // Cached 5..10, missing 10..50, landing 50..55.
+        states.discard(5, 50);
+        assert_eq!(states.get(7), PageState::Cached);
+        assert_eq!(states.get(20), PageState::Discarded);
+        assert_eq!(states.get(52), PageState::Discarded);
+        assert_eq!(states.get(55), PageState::Landing);
+        assert_eq!(finish(&states, 50, 10), [50, 51, 52, 53, 54]);
+        states.begin(40, 10).unwrap();
+        assert_eq!(finish(&states, 40, 10), (40..50).collect::<Vec<_>>());
+        assert_eq!(states.begin(45, 1), Err(AlreadyHere { page: 45 }));
+        assert_eq!(states.get(45), PageState::Cached);
+    }
+
     #[test]
     fn a_page_goes_through_its_states_once() {
         let states = PageStates::new(1000);
@@ -168,7 +241,7 @@ mod tests {
         assert_eq!(states.get(30), PageState::Landing);
         assert_eq!(states.get(99), PageState::Landing);
         assert_eq!(states.get(100), PageState::Missing);
-        states.finish(30, 70);
+        finish(&states, 30, 70);
         assert_eq!(states.get(99), PageState::Cached);
         assert_eq!(states.begin(99, 1), Err(AlreadyHere { page: 99 }));
     }
@@ -187,7 +260,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "only a landing page becomes cached")]
     fn finishing_what_did_not_begin_is_our_bug() {
-        PageStates::new(64).finish(3, 1);
+        finish(&PageStates::new(64), 3, 1);
     }
 
     #[test]

@@ -160,18 +160,9 @@ impl RamFile {
 
     /// Where the first data at or after `offset` begins; `None` when only a hole is left.
     pub(crate) fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        self.seek(offset, libc::SEEK_DATA)
-    }
-
-    /// Where the hole after the data at `offset` begins.
-    pub(crate) fn next_hole(&self, offset: u64) -> Result<u64> {
-        Ok(self.seek(offset, libc::SEEK_HOLE)?.unwrap_or(self.bytes))
-    }
-
-    fn seek(&self, offset: u64, whence: i32) -> Result<Option<u64>> {
         let offset = i64::try_from(offset).expect("file offsets fit");
         // SAFETY: lseek touches no memory; the file is open for as long as self lives.
-        let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, whence) };
+        let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, libc::SEEK_DATA) };
         if let Ok(found) = u64::try_from(found) {
             return Ok(Some(found.min(self.bytes)));
         }
@@ -182,6 +173,19 @@ impl RamFile {
                 source,
             }),
         }
+    }
+
+    /// Which 4 KiB pages of a range are in memory: a byte for each, its lowest bit set if so.
+    pub(crate) fn resident(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
+        let span = self.span(offset, len);
+        let mut resident = vec![0; span.len().div_ceil(4096)];
+        // SAFETY: the span is mapped, and the vector has a byte for each of its pages.
+        let result =
+            unsafe { libc::mincore(span.as_ptr().cast(), span.len(), resident.as_mut_ptr()) };
+        if result == 0 {
+            return Ok(resident);
+        }
+        Err(Error::last_os(format!("mincore of RAM {}", self.name)))
     }
 
     /// Allocates the page at `offset`, all zeroes.
@@ -195,6 +199,16 @@ impl RamFile {
             signed(1 << self.page_shift),
         )
         .context(|| format!("allocating a page of RAM {}", self.name))
+    }
+
+    /// Gives a page's memory back: it reads as zeroes then.
+    pub(crate) fn discard_page(&self, offset: u64) -> Result<()> {
+        let flags = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE
+            | nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+        let signed = |n: u64| i64::try_from(n).expect("file offsets fit");
+        let page = signed(1 << self.page_shift);
+        nix::fcntl::fallocate(self.file.as_fd(), flags, signed(offset), page)
+            .context(|| format!("discarding a page of RAM {}", self.name))
     }
 
     /// Bytes that the file holds in memory or on disk (holes not counted).

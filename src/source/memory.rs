@@ -169,8 +169,7 @@ fn claim_block(region: &SourceRegion, id: RegionId, block: u64, runs: &mut Vec<R
         .expect("a page size")
         .run_pages_max();
     let (first, pages) = region.claims.block_range(block);
-    // The extent of data that contains or follows the page at hand, in bytes.
-    let (mut data, mut hole) = (0, 0);
+    let mut holes = Holes::of(ram, first << shift, pages << shift)?;
     let mut word = first;
     while word < first + pages {
         let count = (64 - word % 64).min(first + pages - word);
@@ -179,15 +178,7 @@ fn claim_block(region: &SourceRegion, id: RegionId, block: u64, runs: &mut Vec<R
             let page = word + u64::from(won.trailing_zeros());
             won &= won - 1;
             let offset = page << shift;
-            if offset >= hole {
-                data = ram.next_data(offset)?.unwrap_or(ram.bytes);
-                hole = if data < ram.bytes {
-                    ram.next_hole(data)?
-                } else {
-                    ram.bytes
-                };
-            }
-            let kind = if offset + region.page() <= data {
+            let kind = if holes.covers(ram, offset)? {
                 RunKind::Hole
             } else if ram.page_is_zero(offset) {
                 RunKind::Zero
@@ -199,6 +190,42 @@ fn claim_block(region: &SourceRegion, id: RegionId, block: u64, runs: &mut Vec<R
         word += count;
     }
     Ok(())
+}
+
+/// Which pages of a block the file does not have.
+///
+/// SEEK_HOLE would tell, but it walks the whole extent of data, to the other end of the file when
+/// there is no hole: asked once a block it makes the work quadratic. So residency is asked for the
+/// block alone, and only a page that is not in memory is looked for in the file (it may be swapped
+/// out, or be on disk); SEEK_DATA is quick there, as it ends at the first data.
+struct Holes {
+    start: u64,
+    resident: Vec<u8>,
+    /// No data before this offset, as far as SEEK_DATA has been asked.
+    until: u64,
+}
+
+impl Holes {
+    fn of(ram: &RamFile, start: u64, len: u64) -> Result<Holes> {
+        Ok(Holes {
+            start,
+            resident: ram.resident(start, len)?,
+            until: 0,
+        })
+    }
+
+    fn covers(&mut self, ram: &RamFile, offset: u64) -> Result<bool> {
+        let small_page = usize::try_from((offset - self.start) / 4096).expect("inside a block");
+        if offset < self.until {
+            return Ok(true);
+        }
+        if self.resident[small_page] & 1 == 1 {
+            return Ok(false);
+        }
+        self.until =
+            ram.next_data(offset)?.unwrap_or(ram.bytes) >> ram.page_shift << ram.page_shift;
+        Ok(offset < self.until)
+    }
 }
 
 #[cfg(test)]

@@ -219,6 +219,26 @@ fn a_send_with_a_successor_sends_everything() {
 }
 
 #[test]
+fn a_send_with_a_successor_is_short_when_the_peer_goes() {
+    let mut ring = ring();
+    let (fd, peer) = pair();
+    let wanted = 4 << 20;
+    let chain = Chain::new()
+        .then(Op::send(fd, vec![7; wanted as usize]), 1)
+        .then(Op::nop(), 2);
+    let keys = ring.submit_chain(chain).expect("room");
+    assert!(poke(&mut ring).is_empty(), "more than the socket takes");
+    drop(peer);
+    let completions = collect(&mut ring, 2);
+    let Outcome::Short { done, wanted: of } = completions[0].outcome else {
+        panic!("{completions:?}");
+    };
+    assert!(of == wanted && 0 < done && done < wanted);
+    let failed = keys[0];
+    assert_eq!(completions[1].outcome, Outcome::NotStarted { failed });
+}
+
+#[test]
 fn the_first_is_cancelled() {
     let mut ring = ring();
     let (fd, _peer) = pair();

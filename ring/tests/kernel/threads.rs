@@ -25,6 +25,15 @@ fn message(ring: &mut Ring) -> (u64, u32) {
 }
 
 #[test]
+fn addresses_and_wakers_go_anywhere() {
+    fn goes_anywhere<T: Clone + Send + Sync + 'static>() {}
+    goes_anywhere::<Mailbox>();
+    goes_anywhere::<Waker>();
+    goes_anywhere::<umem_ring::Span>();
+    goes_anywhere::<umem_ring::Fd>();
+}
+
+#[test]
 fn rings_on_two_threads_play_ping_pong() {
     const ROUNDS: u64 = 500;
     let mut ring = ring();
