@@ -25,6 +25,7 @@ use crate::fault::uffd::{self, MESSAGE_BYTES};
 use crate::inbox::Post;
 use crate::lane::Lane;
 use crate::memory::pages::PageState;
+use crate::priority;
 use crate::report::{Counters, latency_histogram, record};
 
 const TOKEN_SENT: u64 = TOKEN_FREE;
@@ -127,6 +128,7 @@ impl DemandThread {
             ops_max: 64 + self.guest.regions.len() as u32,
             ..Config::default()
         })?;
+        priority::go_first();
         started(Reach {
             waker: ring.waker()?,
             mailbox: ring.mailbox(),

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
 use crate::memory::claims::{Run, RunKind};
+use crate::priority;
 use crate::report::Counters;
 
 const TOKEN_SENT: u64 = 0;
@@ -90,6 +91,7 @@ impl DemandThread {
             core,
             ..Config::default()
         })?;
+        priority::go_first();
         started(ring.waker()?);
         self.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
         loop {
