@@ -14,23 +14,9 @@ fn main() {
     let object = PathBuf::from(variable("OUT_DIR")).join("libumem_preload.so");
     let mut compiler = Command::new(variable("RUSTC"));
     compiler
-        .args([
-            "--crate-name",
-            "umem_preload",
-            "--crate-type",
-            "cdylib",
-            "--edition",
-            "2024",
-        ])
+        .args(["--crate-name", "umem_preload", "--crate-type", "cdylib", "--edition", "2024"])
         .args(["--target", &variable("TARGET")])
-        .args([
-            "-C",
-            "opt-level=2",
-            "-C",
-            "panic=abort",
-            "-C",
-            "strip=symbols",
-        ])
+        .args(["-C", "opt-level=2", "-C", "panic=abort", "-C", "strip=symbols"])
         .args(["-C", "lto=fat", "-C", "codegen-units=1"])
         .arg("-o")
         .arg(&object)

@@ -200,17 +200,14 @@ impl std::str::FromStr for CoreList {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<CoreList, String> {
-        let available: Vec<usize> = core_affinity::get_core_ids()
-            .unwrap_or_default()
-            .iter()
-            .map(|core| core.id)
-            .collect();
+        let available: Vec<usize> =
+            core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
         let cores: std::result::Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
         let cores = cores.map_err(|_| format!("write core numbers such as 0,2,3, not {text:?}"))?;
         match cores.iter().find(|core| !available.contains(core)) {
-            Some(core) => Err(format!(
-                "core {core} is not one of those umem may use: {available:?}"
-            )),
+            Some(core) => {
+                Err(format!("core {core} is not one of those umem may use: {available:?}"))
+            }
             None => Ok(CoreList(cores)),
         }
     }
@@ -218,14 +215,11 @@ impl std::str::FromStr for CoreList {
 
 /// Runs the command line; the value is the process's exit status.
 pub fn main() -> i32 {
-    let strings: Vec<String> = std::env::args_os()
-        .map(|argument| argument.to_string_lossy().into_owned())
-        .collect();
+    let strings: Vec<String> =
+        std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = strings.iter().map(String::as_str).collect();
     let json = words.contains(&"--json");
-    let (name, rest) = words
-        .split_first()
-        .map_or(("umem", &[][..]), |(_, rest)| ("umem", rest));
+    let (name, rest) = words.split_first().map_or(("umem", &[][..]), |(_, rest)| ("umem", rest));
     let arguments = match Arguments::from_args(&[name], rest) {
         Ok(arguments) => arguments,
         Err(exit) => return early_exit(&exit),
@@ -246,16 +240,9 @@ fn early_exit(exit: &argh::EarlyExit) -> i32 {
         println!("{}", exit.output);
         return 0;
     }
-    let lines: Vec<&str> = exit
-        .output
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
-    eprintln!(
-        "umem: {} (`umem --help` and `umem COMMAND --help` explain)",
-        lines.join(" ")
-    );
+    let lines: Vec<&str> =
+        exit.output.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    eprintln!("umem: {} (`umem --help` and `umem COMMAND --help` explain)", lines.join(" "));
     2
 }
 
@@ -277,28 +264,21 @@ fn check_kind(kind: &str) -> Result<()> {
     if kind == "shared" {
         return Ok(());
     }
-    Err(Error::Usage(format!(
-        "--kind {kind}: the memory kind umem knows is shared"
-    )))
+    Err(Error::Usage(format!("--kind {kind}: the memory kind umem knows is shared")))
 }
 
 fn check_percent(name: &str, percent: u32) -> Result<()> {
     if percent <= 100 {
         return Ok(());
     }
-    Err(Error::Usage(format!(
-        "--{name} is a share of 100, not {percent}"
-    )))
+    Err(Error::Usage(format!("--{name} is a share of 100, not {percent}")))
 }
 
 fn check_lanes(lanes: u16) -> Result<()> {
     if (1..=umem_wire::limits::LANES_MAX).contains(&lanes) {
         return Ok(());
     }
-    Err(Error::Usage(format!(
-        "--lanes is 1 to {}, not {lanes}",
-        umem_wire::limits::LANES_MAX
-    )))
+    Err(Error::Usage(format!("--lanes is 1 to {}, not {lanes}", umem_wire::limits::LANES_MAX)))
 }
 
 impl Demo {
@@ -307,10 +287,7 @@ impl Demo {
         check_percent("write-percent", self.write_percent)?;
         check_percent("zero-percent", self.zero_percent)?;
         check_percent("hole-percent", self.hole_percent)?;
-        check_percent(
-            "zero-percent and --hole-percent",
-            self.zero_percent + self.hole_percent,
-        )?;
+        check_percent("zero-percent and --hole-percent", self.zero_percent + self.hole_percent)?;
         check_lanes(self.lanes)?;
         if self.size == 0 || self.threads == 0 {
             return Err(Error::Usage("--size and --threads are at least 1".into()));
@@ -355,9 +332,7 @@ impl Migrate {
     fn run(self) -> Result<i32> {
         check_lanes(self.lanes)?;
         if self.no_background && !self.postcopy {
-            return Err(Error::Usage(
-                "-n only makes sense with -p: write -p -n".into(),
-            ));
+            return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
         }
         source::run(&source::Options {
             uri: self.uri,

@@ -19,35 +19,19 @@ impl Cores {
     /// destination choose from opposite ends, so that they do not meet when both run on one machine.
     pub(crate) fn choose(named: &[usize], role: Role) -> Cores {
         if let [demand, bulk @ ..] = named {
-            let bulk = if bulk.is_empty() {
-                vec![*demand]
-            } else {
-                bulk.to_vec()
-            };
-            return Cores {
-                demand: Some(*demand),
-                bulk,
-            };
+            let bulk = if bulk.is_empty() { vec![*demand] } else { bulk.to_vec() };
+            return Cores { demand: Some(*demand), bulk };
         }
-        let mut available: Vec<usize> = core_affinity::get_core_ids()
-            .unwrap_or_default()
-            .iter()
-            .map(|core| core.id)
-            .collect();
+        let mut available: Vec<usize> =
+            core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
         available.sort_unstable();
         if role == Role::Destination {
             available.reverse();
         }
         match available.as_slice() {
             // Nothing to choose from: the scheduler knows better.
-            [] | [_] => Cores {
-                demand: None,
-                bulk: Vec::new(),
-            },
-            [demand, bulk @ ..] => Cores {
-                demand: Some(*demand),
-                bulk: bulk.to_vec(),
-            },
+            [] | [_] => Cores { demand: None, bulk: Vec::new() },
+            [demand, bulk @ ..] => Cores { demand: Some(*demand), bulk: bulk.to_vec() },
         }
     }
 
@@ -69,19 +53,14 @@ mod tests {
     fn named_cores_are_taken_in_their_order() {
         let cores = Cores::choose(&[3, 1, 2], Role::Source);
         assert_eq!(cores.demand(), Some(3));
-        assert_eq!(
-            [0, 1, 2].map(|lane| cores.bulk(lane)),
-            [Some(1), Some(2), Some(1)]
-        );
+        assert_eq!([0, 1, 2].map(|lane| cores.bulk(lane)), [Some(1), Some(2), Some(1)]);
         assert_eq!(Cores::choose(&[5], Role::Destination).bulk(7), Some(5));
     }
 
     #[test]
     fn both_ends_on_one_machine_choose_apart() {
-        let (source, destination) = (
-            Cores::choose(&[], Role::Source),
-            Cores::choose(&[], Role::Destination),
-        );
+        let (source, destination) =
+            (Cores::choose(&[], Role::Source), Cores::choose(&[], Role::Destination));
         if source.demand().is_some() {
             assert_ne!(source.demand(), destination.demand());
         }

@@ -52,26 +52,15 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub fn run(options: &Options) -> Result<i32> {
     let inbox = Inbox::new()?;
     let output = Output { json: options.json };
-    let seed = options
-        .seed
-        .unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
+    let seed = options.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
     let directory = Directory::new()?;
     let ram = [guest_ram(options.size_mib)?, guest_ram(options.size_mib)?];
     output.event(
         "started",
         json!({ "seed": seed, "size_mib": options.size_mib, "ram": ram[0].what }),
-        &format!(
-            "a guest of {} MiB ({}, seed {seed})",
-            options.size_mib, ram[0].what
-        ),
+        &format!("a guest of {} MiB ({}, seed {seed})", options.size_mib, ram[0].what),
     );
-    let mut demo = Demo {
-        inbox,
-        options,
-        seed,
-        directory,
-        ram,
-    };
+    let mut demo = Demo { inbox, options, seed, directory, ram };
 
     let mut guest = demo.start_guest()?;
     let mut incoming = demo.start_incoming()?;
@@ -193,10 +182,7 @@ impl Demo<'_> {
             if let (Value::Object(object), Value::Object(checked)) = (&mut object, checked) {
                 object.extend(checked);
                 object.insert("seed".into(), json!(self.seed));
-                object.insert(
-                    "source".into(),
-                    serde_json::to_value(&source).expect("plain"),
-                );
+                object.insert("source".into(), serde_json::to_value(&source).expect("plain"));
             }
             println!("{object}");
         } else {
@@ -209,10 +195,7 @@ impl Demo<'_> {
                 verdict.access_latency_us.p50,
                 verdict.access_latency_us.p99,
                 if good {
-                    format!(
-                        "all {} pages are right, and no write was lost",
-                        verdict.verified_pages
-                    )
+                    format!("all {} pages are right, and no write was lost", verdict.verified_pages)
                 } else {
                     format!(
                         "WRONG: {} pages are bad, {} writes were lost (seed {})",
@@ -231,9 +214,7 @@ struct Directory(PathBuf);
 impl Directory {
     fn new() -> Result<Directory> {
         let template = std::env::temp_dir().join("umem-demo-XXXXXX");
-        Ok(Directory(
-            nix::unistd::mkdtemp(&template).context(|| "making a directory")?,
-        ))
+        Ok(Directory(nix::unistd::mkdtemp(&template).context(|| "making a directory")?))
     }
 
     fn file(&self, name: &str) -> String {
@@ -263,16 +244,10 @@ impl DemoRam {
 /// A file in a tmpfs of our own with huge pages, where we may mount one; else a memfd.
 fn guest_ram(size_mib: u64) -> Result<DemoRam> {
     if let Some(file) = huge_tmpfs_file(size_mib) {
-        return Ok(DemoRam {
-            file,
-            what: "tmpfs with huge pages",
-        });
+        return Ok(DemoRam { file, what: "tmpfs with huge pages" });
     }
     let file = memfd_create(c"umem-demo", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?;
-    Ok(DemoRam {
-        file,
-        what: "memfd",
-    })
+    Ok(DemoRam { file, what: "memfd" })
 }
 
 /// Makes a tmpfs that is mounted nowhere (fsopen(2)), so that nothing is left of it afterwards.
@@ -289,11 +264,7 @@ fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
     // SAFETY: a constant string and flags.
     let fs = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC) })?;
     let size = std::ffi::CString::new(format!("{}M", size_mib + 2)).ok()?;
-    for (key, value) in [
-        (c"huge", c"always"),
-        (c"size", size.as_c_str()),
-        (c"mode", c"0700"),
-    ] {
+    for (key, value) in [(c"huge", c"always"), (c"size", size.as_c_str()), (c"mode", c"0700")] {
         let (fd, set) = (fs.as_raw_fd(), FSCONFIG_SET_STRING);
         // SAFETY: both strings end in zero and outlive the call.
         let result =
@@ -305,14 +276,7 @@ fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
     let null = std::ptr::null::<libc::c_char>();
     // SAFETY: this command takes no strings.
     let created = unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            fs.as_raw_fd(),
-            FSCONFIG_CMD_CREATE,
-            null,
-            null,
-            0,
-        )
+        libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), FSCONFIG_CMD_CREATE, null, null, 0)
     };
     if created != 0 {
         return None;
@@ -345,10 +309,7 @@ impl Process {
     fn start(name: &'static str, arguments: &[String]) -> Result<Process> {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(this_program()?);
-        command
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
         // SAFETY: only prctl and sigprocmask run between fork and exec, both async-signal-safe.
         unsafe {
             command.pre_exec(|| {
@@ -359,12 +320,7 @@ impl Process {
         }
         let mut child = command.spawn().context(|| format!("starting {name}"))?;
         let stdout = child.stdout.take().expect("piped above");
-        Ok(Process {
-            name,
-            child,
-            events: BufReader::new(stdout),
-            finished: false,
-        })
+        Ok(Process { name, child, events: BufReader::new(stdout), finished: false })
     }
 
     /// Reads events until one of this name comes.
@@ -398,9 +354,7 @@ impl Process {
         let left = deadline.saturating_duration_since(Instant::now());
         match inbox.wait(&[self.events.get_ref().as_fd()], Some(left))? {
             Wake::Ready(_) | Wake::Message(()) => Ok(()),
-            Wake::Signal => Err(Error::Interrupted(
-                "the demo's processes have been ended".into(),
-            )),
+            Wake::Signal => Err(Error::Interrupted("the demo's processes have been ended".into())),
             Wake::Timeout => Err(Error::Host(format!("{} does not go on", self.name))),
         }
     }

@@ -120,18 +120,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// The current `errno` with the name of what failed.
     pub(crate) fn last_os(what: impl Into<String>) -> Error {
-        Error::System {
-            what: what.into(),
-            source: io::Error::last_os_error(),
-        }
+        Error::System { what: what.into(), source: io::Error::last_os_error() }
     }
 
     /// A protocol violation on `lane`.
     pub(crate) fn protocol(lane: &str, what: impl ToString) -> Error {
-        Error::Protocol {
-            lane: lane.to_owned(),
-            what: what.to_string(),
-        }
+        Error::Protocol { lane: lane.to_owned(), what: what.to_string() }
     }
 
     /// What the peer is told when this error ends the migration.
@@ -144,19 +138,12 @@ impl Error {
             Error::Ram { .. } => FaultCode::RegionMismatch,
             _ => FaultCode::Other,
         };
-        Fault {
-            code,
-            text: self.to_string(),
-        }
+        Fault { code, text: self.to_string() }
     }
 
     /// The process's exit status for this error: 2 for usage, 1 for all else.
     pub fn exit_status(&self) -> i32 {
-        if matches!(self, Error::Usage(_)) {
-            2
-        } else {
-            1
-        }
+        if matches!(self, Error::Usage(_)) { 2 } else { 1 }
     }
 }
 
@@ -168,18 +155,12 @@ pub(crate) trait Context<T> {
 
 impl<T> Context<T> for io::Result<T> {
     fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
-        self.map_err(|source| Error::System {
-            what: what().into(),
-            source,
-        })
+        self.map_err(|source| Error::System { what: what().into(), source })
     }
 }
 
 impl<T> Context<T> for nix::Result<T> {
     fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
-        self.map_err(|errno| Error::System {
-            what: what().into(),
-            source: errno.into(),
-        })
+        self.map_err(|errno| Error::System { what: what().into(), source: errno.into() })
     }
 }

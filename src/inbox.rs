@@ -41,10 +41,7 @@ pub(crate) struct Post<T> {
 
 impl<T> Clone for Post<T> {
     fn clone(&self) -> Self {
-        Post {
-            sender: self.sender.clone(),
-            bell: self.bell.clone(),
-        }
+        Post { sender: self.sender.clone(), bell: self.bell.clone() }
     }
 }
 
@@ -84,19 +81,11 @@ impl<T> Inbox<T> {
         let bell = Arc::new(EventFd::from_flags(flags).context(|| "eventfd")?);
         let signals = SignalFd::with_flags(&mask(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .context(|| "signalfd")?;
-        Ok(Inbox {
-            sender,
-            receiver,
-            bell,
-            signals,
-        })
+        Ok(Inbox { sender, receiver, bell, signals })
     }
 
     pub(crate) fn post(&self) -> Post<T> {
-        Post {
-            sender: self.sender.clone(),
-            bell: self.bell.clone(),
-        }
+        Post { sender: self.sender.clone(), bell: self.bell.clone() }
     }
 
     /// Waits for the first of: a message, a signal, one of `extra` readable, `timeout`.

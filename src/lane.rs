@@ -47,22 +47,13 @@ impl Lane {
 
     /// The same socket for blocking reads and writes.
     pub(crate) fn blocking(&self) -> Result<File> {
-        Ok(File::from(
-            self.socket.try_clone().context(|| self.name.clone())?,
-        ))
+        Ok(File::from(self.socket.try_clone().context(|| self.name.clone())?))
     }
 
     fn new(socket: OwnedFd, name: String, is_tcp: bool) -> Result<Lane> {
-        let congestion = if is_tcp {
-            Some(tune(socket.as_fd()).context(|| name.clone())?)
-        } else {
-            None
-        };
-        Ok(Lane {
-            socket: Arc::new(socket),
-            name,
-            congestion,
-        })
+        let congestion =
+            if is_tcp { Some(tune(socket.as_fd()).context(|| name.clone())?) } else { None };
+        Ok(Lane { socket: Arc::new(socket), name, congestion })
     }
 }
 
@@ -71,12 +62,7 @@ fn tune(socket: BorrowedFd<'_>) -> nix::Result<String> {
     setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
     setsockopt(&socket, sockopt::KeepAlive, &true)?;
     setsockopt(&socket, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS)?;
-    setsockopt_raw(
-        socket,
-        libc::IPPROTO_TCP,
-        libc::TCP_NOTSENT_LOWAT,
-        NOTSENT_LOWAT_BYTES,
-    )?;
+    setsockopt_raw(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)?;
     // A page lane wants the path's whole rate at once; cubic gives two to three times bbr's on
     // short paths. Where the administrator does not allow it, the system's own choice stays.
     let _ = setsockopt(&socket, sockopt::TcpCongestion, &"cubic".into());
@@ -110,19 +96,10 @@ pub(crate) fn lane_name(role: LaneRole, index: u16) -> String {
 /// Connects to a destination and opens a lane there.
 pub(crate) fn dial(uri: &Uri, hello: &Hello) -> Result<Lane> {
     let name = lane_name(hello.role, hello.index);
-    let failed = |source| Error::Connect {
-        uri: uri.to_string(),
-        source,
-    };
+    let failed = |source| Error::Connect { uri: uri.to_string(), source };
     let (socket, is_tcp) = match uri {
-        Uri::Tcp { host, port } => (
-            OwnedFd::from(connect_tcp(host, *port).map_err(failed)?),
-            true,
-        ),
-        Uri::Unix { path } => (
-            OwnedFd::from(UnixStream::connect(path).map_err(failed)?),
-            false,
-        ),
+        Uri::Tcp { host, port } => (OwnedFd::from(connect_tcp(host, *port).map_err(failed)?), true),
+        Uri::Unix { path } => (OwnedFd::from(UnixStream::connect(path).map_err(failed)?), false),
     };
     let lane = Lane::new(socket, name, is_tcp)?;
     greet(&lane, hello)?;
@@ -152,16 +129,10 @@ fn greet(lane: &Lane, hello: &Hello) -> Result<()> {
         let mut bytes = [0; HELLO_BYTES];
         socket.read_exact(&mut bytes).map_err(lost)?;
         let welcome = Welcome::decode(&bytes).map_err(|error| match error {
-            HelloError::Refused { code, text } => Error::Peer {
-                side: "destination",
-                code,
-                text,
-            },
+            HelloError::Refused { code, text } => Error::Peer { side: "destination", code, text },
             other => Error::protocol(&lane.name, other),
         })?;
-        welcome
-            .check(hello)
-            .map_err(|error| Error::protocol(&lane.name, error))
+        welcome.check(hello).map_err(|error| Error::protocol(&lane.name, error))
     })
 }
 
@@ -201,9 +172,7 @@ impl Listener {
         match uri {
             Uri::Tcp { host, port } => {
                 let host = if host.is_empty() { "0.0.0.0" } else { host };
-                Ok(Listener::Tcp(
-                    TcpListener::bind((host, *port)).map_err(failed)?,
-                ))
+                Ok(Listener::Tcp(TcpListener::bind((host, *port)).map_err(failed)?))
             }
             Uri::Unix { path } => {
                 // Made under a mask that leaves it to the owner alone; umask is per process, and
@@ -220,13 +189,8 @@ impl Listener {
     pub(crate) fn uri(&self, asked: &Uri) -> Uri {
         match (self, asked) {
             (Listener::Tcp(listener), Uri::Tcp { host, port }) => {
-                let port = listener
-                    .local_addr()
-                    .map_or(*port, |address| address.port());
-                Uri::Tcp {
-                    host: host.clone(),
-                    port,
-                }
+                let port = listener.local_addr().map_or(*port, |address| address.port());
+                Uri::Tcp { host: host.clone(), port }
             }
             _ => asked.clone(),
         }
@@ -236,14 +200,12 @@ impl Listener {
     /// dropped and reported as `Ok(Err(why))`: a port scanner must not end a migration.
     pub(crate) fn accept(&self) -> Result<std::result::Result<(Lane, Hello), String>> {
         let (socket, is_tcp) = match self {
-            Listener::Tcp(listener) => (
-                OwnedFd::from(listener.accept().context(|| "accepting a lane")?.0),
-                true,
-            ),
-            Listener::Unix(listener, _) => (
-                OwnedFd::from(listener.accept().context(|| "accepting a lane")?.0),
-                false,
-            ),
+            Listener::Tcp(listener) => {
+                (OwnedFd::from(listener.accept().context(|| "accepting a lane")?.0), true)
+            }
+            Listener::Unix(listener, _) => {
+                (OwnedFd::from(listener.accept().context(|| "accepting a lane")?.0), false)
+            }
         };
         let mut lane = Lane::new(socket, "new lane".into(), is_tcp)?;
         let hello = with_timeout(&lane, |mut socket| {
@@ -287,16 +249,12 @@ pub(crate) fn welcome(lane: &Lane, hello: &Hello) -> Result<()> {
             return Err(Error::protocol(&lane.name, error));
         }
     };
-    lane.blocking()?
-        .write_all(&welcome.encode())
-        .context(|| lane.name.clone())
+    lane.blocking()?.write_all(&welcome.encode()).context(|| lane.name.clone())
 }
 
 /// Answers a hello that does not fit.
 pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) -> Result<()> {
-    lane.blocking()?
-        .write_all(&Welcome::refuse(code, text))
-        .context(|| lane.name.clone())
+    lane.blocking()?.write_all(&Welcome::refuse(code, text)).context(|| lane.name.clone())
 }
 
 /// The hello of one lane of a new session.

@@ -41,17 +41,12 @@ impl Counters {
 
     /// How the pages left this process, in words.
     pub(crate) fn zero_copy(&self) -> String {
-        let (zero_copied, copied) = (
-            self.zero_copied_bytes.load(Relaxed),
-            self.copied_bytes.load(Relaxed),
-        );
+        let (zero_copied, copied) =
+            (self.zero_copied_bytes.load(Relaxed), self.copied_bytes.load(Relaxed));
         match (zero_copied, copied) {
             (0, _) => "none: copied by the kernel".into(),
             (_, 0) => "all".into(),
-            _ => format!(
-                "{:.0} %",
-                100.0 * zero_copied as f64 / (zero_copied + copied) as f64
-            ),
+            _ => format!("{:.0} %", 100.0 * zero_copied as f64 / (zero_copied + copied) as f64),
         }
     }
 }
@@ -139,11 +134,7 @@ pub(crate) fn latency_histogram() -> Histogram<u64> {
 
 /// Records a latency; one beyond the histogram's range counts as its maximum.
 pub(crate) fn record(histogram: &mut Histogram<u64>, latency: Duration) {
-    histogram.saturating_record(
-        u64::try_from(latency.as_micros())
-            .unwrap_or(u64::MAX)
-            .max(1),
-    );
+    histogram.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).max(1));
 }
 
 /// Processor time of a process, seconds.
@@ -163,10 +154,7 @@ impl CpuTime {
         };
         let seconds =
             |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
-        CpuTime {
-            user: seconds(usage.user_time()),
-            system: seconds(usage.system_time()),
-        }
+        CpuTime { user: seconds(usage.user_time()), system: seconds(usage.system_time()) }
     }
 }
 
@@ -186,11 +174,7 @@ impl Completed {
             self.pages_demand,
             self.pages_background,
         );
-        if let Some(latency) = self
-            .fault_latency_us
-            .as_ref()
-            .filter(|latency| latency.count > 0)
-        {
+        if let Some(latency) = self.fault_latency_us.as_ref().filter(|latency| latency.count > 0) {
             text += &format!(
                 "a fault took {} µs in the middle, {} µs at p99, {} µs at worst ({} faults)\n",
                 latency.p50, latency.p99, latency.max, latency.count

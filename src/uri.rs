@@ -32,12 +32,8 @@ impl FromStr for Uri {
             // sun_path holds 108 bytes with the terminating zero (unix(7)).
             return match path.len() {
                 0 => Err(format!("{text:?} names no socket: {FORMS}")),
-                1..=107 => Ok(Uri::Unix {
-                    path: PathBuf::from(path),
-                }),
-                _ => Err(format!(
-                    "the socket path in {text:?} is longer than 107 bytes"
-                )),
+                1..=107 => Ok(Uri::Unix { path: PathBuf::from(path) }),
+                _ => Err(format!("the socket path in {text:?} is longer than 107 bytes")),
             };
         }
         let Some(rest) = text.strip_prefix("tcp:") else {
@@ -49,18 +45,11 @@ impl FromStr for Uri {
         let port = port
             .parse()
             .map_err(|_| format!("{port:?} in {text:?} is not a port (0 to 65535): {FORMS}"))?;
-        let bracketed = host
-            .strip_prefix('[')
-            .and_then(|inner| inner.strip_suffix(']'));
+        let bracketed = host.strip_prefix('[').and_then(|inner| inner.strip_suffix(']'));
         if bracketed.is_none() && host.contains(':') {
-            return Err(format!(
-                "put the IPv6 address in brackets: tcp:[{host}]:{port}"
-            ));
+            return Err(format!("put the IPv6 address in brackets: tcp:[{host}]:{port}"));
         }
-        Ok(Uri::Tcp {
-            host: bracketed.unwrap_or(host).to_owned(),
-            port,
-        })
+        Ok(Uri::Tcp { host: bracketed.unwrap_or(host).to_owned(), port })
     }
 }
 
@@ -80,13 +69,8 @@ mod tests {
 
     #[test]
     fn reads_what_qemu_writes() {
-        for text in [
-            "tcp:localhost:4444",
-            "tcp:0:4444",
-            "tcp::0",
-            "tcp:[::1]:4444",
-            "unix:/run/m",
-        ] {
+        for text in ["tcp:localhost:4444", "tcp:0:4444", "tcp::0", "tcp:[::1]:4444", "unix:/run/m"]
+        {
             assert_eq!(text.parse::<Uri>().unwrap().to_string(), text);
         }
     }

@@ -66,10 +66,7 @@ pub struct Keys {
 }
 
 impl Keys {
-    pub(crate) const EMPTY: Keys = Keys {
-        keys: [Key::NONE; CHAIN_MAX],
-        len: 0,
-    };
+    pub(crate) const EMPTY: Keys = Keys { keys: [Key::NONE; CHAIN_MAX], len: 0 };
 
     pub(crate) fn push(&mut self, key: Key) {
         self.keys[usize::from(self.len)] = key;
@@ -99,12 +96,7 @@ pub(crate) struct Links {
 
 impl Links {
     pub(crate) fn new(members: usize) -> Links {
-        Links {
-            keys: Keys::EMPTY,
-            outstanding: members as u8,
-            succeeded: 0,
-            failed: None,
-        }
+        Links { keys: Keys::EMPTY, outstanding: members as u8, succeeded: 0, failed: None }
     }
 }
 

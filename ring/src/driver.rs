@@ -69,17 +69,12 @@ impl Ring {
     /// [`Error::Unavailable`], [`Error::Setup`] or [`Error::Missing`] say what this kernel or process
     /// lacks; [`Error::Core`] and [`Error::Invalid`] what is wrong with the configuration.
     pub fn new(config: &Config) -> Result<Ring, Error> {
-        let io = Io {
-            ring: setup(config)?,
-        };
+        let io = Io { ring: setup(config)? };
         let address = Arc::new(duplicate(&io)?);
         let cqes_max = io.ring.params().cq_entries() as usize;
         Ok(Ring {
             io,
-            held: Held {
-                table: Table::new(config.ops_max),
-                ..Held::default()
-            },
+            held: Held { table: Table::new(config.ops_max), ..Held::default() },
             address,
             reports: VecDeque::with_capacity(CHAIN_MAX),
             backlog: VecDeque::with_capacity(cqes_max),
@@ -129,10 +124,7 @@ impl Ring {
         };
         let chain = self.held.table.begin_chain(members.len());
         for (at, ((op, token), aside)) in members.drain(..).zip(asides).enumerate() {
-            let (_, entry) = self
-                .held
-                .table
-                .insert_member(chain, op, token, aside, at < last);
+            let (_, entry) = self.held.table.insert_member(chain, op, token, aside, at < last);
             self.push(&entry);
         }
         if members.capacity() > self.spare_chain.capacity() {
@@ -153,11 +145,7 @@ impl Ring {
     ///
     /// [`Error::Submit`] with the kernel's reason; operations not taken stay in the queue.
     pub fn enter(&mut self, wait: Wait) -> Result<(), Error> {
-        let wait = if self.reports.is_empty() && self.backlog.is_empty() {
-            wait
-        } else {
-            Wait::No
-        };
+        let wait = if self.reports.is_empty() && self.backlog.is_empty() { wait } else { Wait::No };
         self.io.enter(wait).map_err(Error::Submit)
     }
 
@@ -223,28 +211,19 @@ impl Ring {
     ///
     /// [`Error::Invalid`] beyond [`FILES_MAX`] in all, [`Error::Register`] with the kernel's reason.
     pub fn register_files(&mut self, files: &[Arc<OwnedFd>]) -> Result<Vec<Fd>, Error> {
-        let refused = |source| Error::Register {
-            what: "files",
-            source,
-        };
+        let refused = |source| Error::Register { what: "files", source };
         let first = self.held.files.len() as u32;
         if files.len() > (FILES_MAX - first) as usize {
-            return Err(Error::Invalid {
-                what: "a ring takes at most 64 registered files",
-            });
+            return Err(Error::Invalid { what: "a ring takes at most 64 registered files" });
         }
         let submitter = self.io.ring.submitter();
         if !self.held.has_file_table {
-            submitter
-                .register_files_sparse(FILES_MAX)
-                .map_err(refused)?;
+            submitter.register_files_sparse(FILES_MAX).map_err(refused)?;
             self.held.has_file_table = true;
         }
         let numbers: Vec<_> = files.iter().map(|file| file.as_raw_fd()).collect();
         // The kernel stops at the first one it refuses. That slot and those behind it stay free.
-        let done = submitter
-            .register_files_update(first, &numbers)
-            .map_err(refused)?;
+        let done = submitter.register_files_update(first, &numbers).map_err(refused)?;
         self.held.files.extend_from_slice(&files[..done]);
         if done < files.len() {
             return Err(refused(io::Error::from_raw_os_error(libc::EBADF)));
@@ -262,10 +241,7 @@ impl Ring {
     pub fn register_buffers(&mut self, buffers: Vec<Span>) -> Result<(), Error> {
         let vectors: Vec<libc::iovec> = buffers
             .iter()
-            .map(|span| libc::iovec {
-                iov_base: span.as_ptr().cast(),
-                iov_len: span.len(),
-            })
+            .map(|span| libc::iovec { iov_base: span.as_ptr().cast(), iov_len: span.len() })
             .collect();
         // SAFETY: the spans' owners keep the ranges mapped, and `held` keeps the owners until the
         // buffers are unregistered or the ring is closed.
@@ -309,9 +285,7 @@ impl Ring {
     /// Whether `op` may go in, with `count` slots to spare; and what to keep beside it.
     fn admit(&self, op: &Op, count: usize, linked: bool) -> Result<Aside, Error> {
         if self.held.table.room() < count {
-            return Err(Error::Full {
-                ops_max: self.ops_max,
-            });
+            return Err(Error::Full { ops_max: self.ops_max });
         }
         op.check(linked)?;
         match op {
@@ -323,14 +297,10 @@ impl Ring {
     fn admit_chain(&mut self, chain: &Chain, asides: &mut [Aside; CHAIN_MAX]) -> Result<(), Error> {
         let count = chain.len();
         if count > CHAIN_MAX {
-            return Err(Error::Invalid {
-                what: "a chain has at most 16 members",
-            });
+            return Err(Error::Invalid { what: "a chain has at most 16 members" });
         }
         if count > self.io.ring.submission().capacity() {
-            return Err(Error::Invalid {
-                what: "a chain has to fit the submission queue",
-            });
+            return Err(Error::Invalid { what: "a chain has to fit the submission queue" });
         }
         for (at, ((op, _), aside)) in chain.members().iter().zip(asides).enumerate() {
             *aside = self.admit(op, count, at + 1 < count)?;
@@ -391,10 +361,7 @@ impl Ring {
             }
             UserData::Message(payload) => {
                 let value = message_value(payload, cqe.flags);
-                let outcome = Outcome::Message {
-                    value,
-                    extra: cqe.result as u32,
-                };
+                let outcome = Outcome::Message { value, extra: cqe.result as u32 };
                 self.report_event(TOKEN_MESSAGE, outcome);
                 Next::Nothing
             }
@@ -435,13 +402,7 @@ impl Ring {
     }
 
     fn report_event(&mut self, token: u64, outcome: Outcome) {
-        let report = Completion {
-            key: Key::NONE,
-            token,
-            outcome,
-            memory: None,
-            last: false,
-        };
+        let report = Completion { key: Key::NONE, token, outcome, memory: None, last: false };
         self.reports.push_back(report);
     }
 
@@ -515,18 +476,12 @@ impl Ring {
         if mem::take(&mut self.held.has_file_table) {
             submitter
                 .unregister_files()
-                .map_err(|source| Error::Unregister {
-                    what: "files",
-                    source,
-                })?;
+                .map_err(|source| Error::Unregister { what: "files", source })?;
         }
         if !self.held.buffers.is_empty() {
             submitter
                 .unregister_buffers()
-                .map_err(|source| Error::Unregister {
-                    what: "buffers",
-                    source,
-                })?;
+                .map_err(|source| Error::Unregister { what: "buffers", source })?;
         }
         Ok(())
     }
@@ -570,10 +525,8 @@ impl Held {
         if self.wake_is_armed() {
             counts.push(("wake-up", 1));
         }
-        let texts: Vec<String> = counts
-            .iter()
-            .map(|(name, count)| format!("{name} {count}"))
-            .collect();
+        let texts: Vec<String> =
+            counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
         texts.join(", ")
     }
 }
@@ -593,18 +546,11 @@ impl Wake {
         let number = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if number < 0 {
             let source = io::Error::last_os_error();
-            return Err(Error::Descriptor {
-                what: "an eventfd to be woken by",
-                source,
-            });
+            return Err(Error::Descriptor { what: "an eventfd to be woken by", source });
         }
         // SAFETY: the descriptor was made just now, and nobody else knows of it.
         let eventfd = Arc::new(unsafe { File::from_raw_fd(number) });
-        Ok(Wake {
-            eventfd,
-            counter: Box::new([0; 8]),
-            armed: false,
-        })
+        Ok(Wake { eventfd, counter: Box::new([0; 8]), armed: false })
     }
 
     fn read(&mut self) -> squeue::Entry {
@@ -637,11 +583,7 @@ impl Io {
 
     fn reap(&mut self) -> Option<Cqe> {
         let cqe = self.ring.completion().next()?;
-        Some(Cqe {
-            user_data: cqe.user_data(),
-            result: cqe.result(),
-            flags: cqe.flags(),
-        })
+        Some(Cqe { user_data: cqe.user_data(), result: cqe.result(), flags: cqe.flags() })
     }
 
     /// Hands the queue to the kernel.
@@ -687,24 +629,15 @@ impl Io {
 fn duplicate(io: &Io) -> Result<OwnedFd, Error> {
     // SAFETY: the ring is open for the length of this call.
     let fd = unsafe { BorrowedFd::borrow_raw(io.ring.as_raw_fd()) };
-    fd.try_clone_to_owned().map_err(|source| Error::Descriptor {
-        what: "a second descriptor of the ring",
-        source,
-    })
+    fd.try_clone_to_owned()
+        .map_err(|source| Error::Descriptor { what: "a second descriptor of the ring", source })
 }
 
 fn memlock_limit_bytes() -> u64 {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes the two numbers during the call.
     let result = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, ptr::from_mut(&mut limit)) };
-    if result == 0 {
-        limit.rlim_cur
-    } else {
-        libc::RLIM_INFINITY
-    }
+    if result == 0 { limit.rlim_cur } else { libc::RLIM_INFINITY }
 }
 
 /// How long [`Ring::close`] waits before it asks the kernel to cancel everything once more.

@@ -19,36 +19,17 @@ impl Op {
     /// The queue entry, without user_data and links. `linked`: it has a successor.
     pub(crate) fn encode(&mut self, aside: &mut Aside, linked: bool) -> squeue::Entry {
         match self {
-            Op::Recv {
-                fd,
-                memory,
-                wait_all,
-            } => {
+            Op::Recv { fd, memory, wait_all } => {
                 let flags = if *wait_all { libc::MSG_WAITALL } else { 0 };
                 let (start, len) = place(memory);
-                on_fd!(fd, |t| opcode::Recv::new(t, start, len)
-                    .flags(flags)
-                    .build())
+                on_fd!(fd, |t| opcode::Recv::new(t, start, len).flags(flags).build())
             }
-            Op::Send {
-                fd,
-                memory,
-                more,
-                wait_all,
-            } => {
+            Op::Send { fd, memory, more, wait_all } => {
                 let flags = send_flags(*more, *wait_all || linked);
                 let (start, len) = place(memory);
-                on_fd!(fd, |t| opcode::Send::new(t, start, len)
-                    .flags(flags)
-                    .build())
+                on_fd!(fd, |t| opcode::Send::new(t, start, len).flags(flags).build())
             }
-            Op::SendZc {
-                fd,
-                memory,
-                more,
-                wait_all,
-                fixed,
-            } => {
+            Op::SendZc { fd, memory, more, wait_all, fixed } => {
                 let flags = send_flags(*more, *wait_all || linked);
                 let (start, len) = place(memory);
                 on_fd!(fd, |t| opcode::SendZc::new(t, start, len)
@@ -57,12 +38,7 @@ impl Op {
                     .buf_index(*fixed)
                     .build())
             }
-            Op::SendVectored {
-                fd,
-                pieces,
-                zero_copy,
-                more,
-            } => {
+            Op::SendVectored { fd, pieces, zero_copy, more } => {
                 let header = aside.vectored(pieces);
                 let flags = send_flags(*more, true) as u32;
                 if *zero_copy {
@@ -76,16 +52,9 @@ impl Op {
             }
             Op::Read { fd, memory, offset } => {
                 let (start, len) = place(memory);
-                on_fd!(fd, |t| opcode::Read::new(t, start, len)
-                    .offset(position(*offset))
-                    .build())
+                on_fd!(fd, |t| opcode::Read::new(t, start, len).offset(position(*offset)).build())
             }
-            Op::ReadFixed {
-                fd,
-                buffer,
-                span,
-                offset,
-            } => {
+            Op::ReadFixed { fd, buffer, span, offset } => {
                 let (start, len) = (span.as_ptr(), span.len() as u32);
                 on_fd!(fd, |t| opcode::ReadFixed::new(t, start, len, *buffer)
                     .offset(position(*offset))
@@ -93,30 +62,15 @@ impl Op {
             }
             Op::Write { fd, memory, offset } => {
                 let (start, len) = place(memory);
-                on_fd!(fd, |t| opcode::Write::new(t, start, len)
-                    .offset(position(*offset))
-                    .build())
+                on_fd!(fd, |t| opcode::Write::new(t, start, len).offset(position(*offset)).build())
             }
-            Op::Poll {
-                fd,
-                events,
-                multishot,
-            } => {
-                on_fd!(fd, |t| opcode::PollAdd::new(t, *events)
-                    .multi(*multishot)
-                    .build())
+            Op::Poll { fd, events, multishot } => {
+                on_fd!(fd, |t| opcode::PollAdd::new(t, *events).multi(*multishot).build())
             }
             Op::Timeout { after } => opcode::Timeout::new(aside.timespec(*after))
                 .flags(TimeoutFlags::ETIME_SUCCESS)
                 .build(),
-            Op::Splice {
-                from,
-                from_offset,
-                to,
-                to_offset,
-                len,
-                flags,
-            } => {
+            Op::Splice { from, from_offset, to, to_offset, len, flags } => {
                 let (from_offset, to_offset) =
                     (position(*from_offset) as i64, position(*to_offset) as i64);
                 on_fd!(from, |f| on_fd!(to, |t| opcode::Splice::new(
@@ -132,16 +86,8 @@ impl Op {
             Op::Madvise { span, advice } => {
                 opcode::Madvise::new(span.as_ptr().cast(), span.len() as i64, *advice).build()
             }
-            Op::Fallocate {
-                fd,
-                mode,
-                offset,
-                len,
-            } => {
-                on_fd!(fd, |t| opcode::Fallocate::new(t, *len)
-                    .offset(*offset)
-                    .mode(*mode)
-                    .build())
+            Op::Fallocate { fd, mode, offset, len } => {
+                on_fd!(fd, |t| opcode::Fallocate::new(t, *len).offset(*offset).mode(*mode).build())
             }
             Op::MsgRing { value, extra, .. } => message(aside.recipient(), *value, *extra),
             Op::Nop => opcode::Nop::new().build(),
@@ -198,10 +144,11 @@ pub(crate) struct Vectored {
 impl Vectored {
     fn describe(&mut self, pieces: &mut [Memory]) -> *const libc::msghdr {
         self.pieces.clear();
-        self.pieces.extend(pieces.iter_mut().map(|m| libc::iovec {
-            iov_base: m.address().cast(),
-            iov_len: m.len(),
-        }));
+        self.pieces.extend(
+            pieces
+                .iter_mut()
+                .map(|m| libc::iovec { iov_base: m.address().cast(), iov_len: m.len() }),
+        );
         self.header.msg_iov = self.pieces.as_mut_ptr();
         self.header.msg_iovlen = self.pieces.len() as _;
         &raw const self.header
@@ -213,10 +160,7 @@ impl Default for Vectored {
         // SAFETY: a msghdr is integers and pointers, and all zeroes is an empty one. It has a private
         // padding on some libcs, so it cannot be written out.
         let header = unsafe { mem::zeroed() };
-        Vectored {
-            header,
-            pieces: Vec::new(),
-        }
+        Vectored { header, pieces: Vec::new() }
     }
 }
 

@@ -228,24 +228,16 @@ pub(crate) fn setup_error(ring: &str, source: io::Error, disabled: Option<u8>) -
 pub(crate) fn buffers_error(source: io::Error, needed_bytes: u64, limit_bytes: u64) -> Error {
     match source.raw_os_error() {
         // Locked pages are summed over all of a user's rings, so it may be exhausted below the limit.
-        Some(libc::ENOMEM) if limit_bytes != libc::RLIM_INFINITY => Error::MemlockTooSmall {
-            needed_bytes,
-            limit_bytes,
-            source,
-        },
+        Some(libc::ENOMEM) if limit_bytes != libc::RLIM_INFINITY => {
+            Error::MemlockTooSmall { needed_bytes, limit_bytes, source }
+        }
         Some(libc::EOPNOTSUPP) => Error::Register {
             what: "buffers in a mapping of a file: only anonymous memory, shared memory and hugetlbfs \
                    can be pinned",
             source,
         },
-        Some(libc::EBUSY) => Error::Register {
-            what: "buffers twice",
-            source,
-        },
-        _ => Error::Register {
-            what: "buffers",
-            source,
-        },
+        Some(libc::EBUSY) => Error::Register { what: "buffers twice", source },
+        _ => Error::Register { what: "buffers", source },
     }
 }
 
@@ -259,10 +251,7 @@ fn setup_refusal(ring: &str, source: io::Error) -> Error {
         Some(libc::ENFILE) => "the system has no descriptor left; raise the sysctl fs.file-max",
         _ => "the kernel refuses",
     };
-    Error::Setup {
-        what: format!("{ring:?}: {what}").into(),
-        source,
-    }
+    Error::Setup { what: format!("{ring:?}: {what}").into(), source }
 }
 
 #[cfg(test)]
@@ -283,10 +272,7 @@ mod tests {
             (libc::EPERM, None, "seccomp"),
         ] {
             let error = setup_error("lane", os(raw), disabled);
-            assert!(
-                error.to_string().contains(expected),
-                "{raw} {disabled:?}: {error}"
-            );
+            assert!(error.to_string().contains(expected), "{raw} {disabled:?}: {error}");
             assert_eq!(error.raw_os_error(), Some(raw));
         }
     }

@@ -17,9 +17,7 @@ pub struct Mailbox {
 
 impl Mailbox {
     pub(crate) fn new(ring: &Arc<OwnedFd>) -> Mailbox {
-        Mailbox {
-            ring: Arc::downgrade(ring),
-        }
+        Mailbox { ring: Arc::downgrade(ring) }
     }
 
     /// The ring, kept open for as long as the answer is held; `None` once it has closed.

@@ -139,10 +139,7 @@ impl Bytes {
             "{range:?} of a buffer of {} bytes",
             self.storage.len()
         );
-        Bytes {
-            used: range,
-            ..self
-        }
+        Bytes { used: range, ..self }
     }
 
     /// The whole buffer's storage, whatever part was in use.
@@ -222,11 +219,7 @@ impl Span {
         // SAFETY: offset is within the span, which is one mapping of at most isize::MAX bytes that the
         // owner keeps mapped.
         let start = unsafe { self.start.add(offset) };
-        Some(Span {
-            start,
-            len,
-            owner: Arc::clone(&self.owner),
-        })
+        Some(Span { start, len, owner: Arc::clone(&self.owner) })
     }
 }
 
@@ -250,10 +243,7 @@ mod tests {
     fn a_part_of_a_span_stays_inside() {
         let whole = span(4096);
         assert_eq!(whole.sub(4096, 0).map(|s| s.len()), Some(0));
-        assert_eq!(
-            whole.sub(4095, 1).map(|s| s.as_ptr() as usize),
-            Some(1 + 4095)
-        );
+        assert_eq!(whole.sub(4095, 1).map(|s| s.as_ptr() as usize), Some(1 + 4095));
         assert!(whole.sub(4095, 2).is_none());
         assert!(whole.sub(usize::MAX, 2).is_none());
     }

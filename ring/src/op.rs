@@ -179,21 +179,12 @@ pub enum Op {
 impl Op {
     /// [`Op::Recv`] of what there is.
     pub fn recv(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
-        Op::Recv {
-            fd: fd.into(),
-            memory: memory.into(),
-            wait_all: false,
-        }
+        Op::Recv { fd: fd.into(), memory: memory.into(), wait_all: false }
     }
 
     /// [`Op::Send`] of as much as fits.
     pub fn send(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
-        Op::Send {
-            fd: fd.into(),
-            memory: memory.into(),
-            more: false,
-            wait_all: false,
-        }
+        Op::Send { fd: fd.into(), memory: memory.into(), more: false, wait_all: false }
     }
 
     /// [`Op::SendZc`] of as much as fits, from memory that is not registered.
@@ -209,49 +200,27 @@ impl Op {
 
     /// [`Op::SendVectored`], copied.
     pub fn send_vectored(fd: impl Into<Fd>, pieces: Vec<Memory>) -> Op {
-        Op::SendVectored {
-            fd: fd.into(),
-            pieces,
-            zero_copy: false,
-            more: false,
-        }
+        Op::SendVectored { fd: fd.into(), pieces, zero_copy: false, more: false }
     }
 
     /// [`Op::Read`] at the file's own position.
     pub fn read(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
-        Op::Read {
-            fd: fd.into(),
-            memory: memory.into(),
-            offset: None,
-        }
+        Op::Read { fd: fd.into(), memory: memory.into(), offset: None }
     }
 
     /// [`Op::ReadFixed`] at the file's own position.
     pub fn read_fixed(fd: impl Into<Fd>, buffer: u16, span: Span) -> Op {
-        Op::ReadFixed {
-            fd: fd.into(),
-            buffer,
-            span,
-            offset: None,
-        }
+        Op::ReadFixed { fd: fd.into(), buffer, span, offset: None }
     }
 
     /// [`Op::Write`] at the file's own position.
     pub fn write(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
-        Op::Write {
-            fd: fd.into(),
-            memory: memory.into(),
-            offset: None,
-        }
+        Op::Write { fd: fd.into(), memory: memory.into(), offset: None }
     }
 
     /// [`Op::Poll`], once.
     pub fn poll(fd: impl Into<Fd>, events: u32) -> Op {
-        Op::Poll {
-            fd: fd.into(),
-            events,
-            multishot: false,
-        }
+        Op::Poll { fd: fd.into(), events, multishot: false }
     }
 
     /// [`Op::Timeout`].
@@ -278,12 +247,7 @@ impl Op {
 
     /// [`Op::Fallocate`].
     pub fn fallocate(fd: impl Into<Fd>, mode: i32, offset: u64, len: u64) -> Op {
-        Op::Fallocate {
-            fd: fd.into(),
-            mode,
-            offset,
-            len,
-        }
+        Op::Fallocate { fd: fd.into(), mode, offset, len }
     }
 
     /// [`Op::MsgRing`].
@@ -403,13 +367,7 @@ impl Op {
     }
 
     pub(crate) fn is_multishot(&self) -> bool {
-        matches!(
-            self,
-            Op::Poll {
-                multishot: true,
-                ..
-            }
-        )
+        matches!(self, Op::Poll { multishot: true, .. })
     }
 
     /// What no kernel could do, found before anything is submitted. `linked`: it has a successor.
@@ -427,15 +385,11 @@ impl Op {
             },
             Op::SendVectored { pieces, .. } => check_pieces(pieces),
             Op::ReadFixed { span, .. } | Op::Madvise { span, .. } => {
-                if span.len() > OPERATION_BYTES_MAX {
-                    invalid(TOO_LONG)
-                } else {
-                    Ok(())
-                }
+                if span.len() > OPERATION_BYTES_MAX { invalid(TOO_LONG) } else { Ok(()) }
             }
-            Op::Poll {
-                multishot: true, ..
-            } if linked => invalid("a multishot poll has no end for a successor to wait for"),
+            Op::Poll { multishot: true, .. } if linked => {
+                invalid("a multishot poll has no end for a successor to wait for")
+            }
             Op::Poll { .. }
             | Op::Timeout { .. }
             | Op::Splice { .. }
@@ -450,15 +404,10 @@ impl Op {
     /// read, write or splice that is not complete (io_uring/net.c, rw.c, splice.c: `req_set_fail`).
     pub(crate) fn wanted(&self, linked: bool) -> Option<u32> {
         let (len, all) = match self {
-            Op::Recv {
-                memory, wait_all, ..
-            } => (memory.len(), *wait_all),
-            Op::Send {
-                memory, wait_all, ..
+            Op::Recv { memory, wait_all, .. } => (memory.len(), *wait_all),
+            Op::Send { memory, wait_all, .. } | Op::SendZc { memory, wait_all, .. } => {
+                (memory.len(), *wait_all || linked)
             }
-            | Op::SendZc {
-                memory, wait_all, ..
-            } => (memory.len(), *wait_all || linked),
             Op::SendVectored { pieces, .. } => (pieces.iter().map(Memory::len).sum(), true),
             Op::Read { memory, .. } | Op::Write { memory, .. } => (memory.len(), linked),
             Op::ReadFixed { span, .. } => (span.len(), linked),
@@ -479,15 +428,10 @@ fn check_pieces(pieces: &[Memory]) -> Result<(), Error> {
     if pieces.is_empty() || pieces.len() > PIECES_MAX {
         return invalid("a vectored send has 1 to 1024 pieces");
     }
-    if pieces
-        .iter()
-        .any(|piece| matches!(piece, Memory::Pieces(_)))
-    {
+    if pieces.iter().any(|piece| matches!(piece, Memory::Pieces(_))) {
         return invalid("a piece has no pieces of its own");
     }
-    let total = pieces
-        .iter()
-        .try_fold(0, |sum: usize, piece| sum.checked_add(piece.len()));
+    let total = pieces.iter().try_fold(0, |sum: usize, piece| sum.checked_add(piece.len()));
     if total.is_none_or(|total| total > OPERATION_BYTES_MAX) {
         return invalid(TOO_LONG);
     }

@@ -25,12 +25,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Config {
-        Config {
-            name: "ring".to_owned(),
-            ops_max: 256,
-            entries: 128,
-            core: None,
-        }
+        Config { name: "ring".to_owned(), ops_max: 256, entries: 128, core: None }
     }
 }
 
@@ -41,14 +36,10 @@ pub const OPS_MAX: u32 = (65536 - CQ_SLACK) / CQES_PER_OP;
 /// Binds the thread, makes the ring, and checks that the kernel has everything.
 pub(crate) fn setup(config: &Config) -> Result<IoUring, Error> {
     if config.ops_max == 0 || config.ops_max > OPS_MAX {
-        return Err(Error::Invalid {
-            what: "ops_max is 1 to 32704",
-        });
+        return Err(Error::Invalid { what: "ops_max is 1 to 32704" });
     }
     if config.entries == 0 {
-        return Err(Error::Invalid {
-            what: "entries is at least 1",
-        });
+        return Err(Error::Invalid { what: "entries is at least 1" });
     }
     if let Some(core) = config.core {
         bind(core)?;
@@ -70,18 +61,12 @@ const CQ_SLACK: u32 = 128;
 fn bind(core: usize) -> Result<(), Error> {
     // core_affinity sets a bit of a fixed set, and panics beyond it.
     if core >= libc::CPU_SETSIZE as usize {
-        return Err(Error::Core {
-            core,
-            source: io::Error::from_raw_os_error(libc::EINVAL),
-        });
+        return Err(Error::Core { core, source: io::Error::from_raw_os_error(libc::EINVAL) });
     }
     if core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
         return Ok(());
     }
-    Err(Error::Core {
-        core,
-        source: io::Error::last_os_error(),
-    })
+    Err(Error::Core { core, source: io::Error::last_os_error() })
 }
 
 fn build(config: &Config) -> Result<IoUring, Error> {
@@ -104,22 +89,10 @@ fn check_features(ring: &IoUring) -> Result<(), Error> {
     let params = ring.params();
     for (has, what, since) in [
         (params.is_feature_nodrop(), "IORING_FEAT_NODROP", "5.5"),
-        (
-            params.is_feature_submit_stable(),
-            "IORING_FEAT_SUBMIT_STABLE",
-            "5.5",
-        ),
+        (params.is_feature_submit_stable(), "IORING_FEAT_SUBMIT_STABLE", "5.5"),
         (params.is_feature_ext_arg(), "IORING_FEAT_EXT_ARG", "5.11"),
-        (
-            params.is_feature_skip_cqe_on_success(),
-            "IORING_FEAT_CQE_SKIP",
-            "5.17",
-        ),
-        (
-            params.is_feature_linked_file(),
-            "IORING_FEAT_LINKED_FILE",
-            "5.17",
-        ),
+        (params.is_feature_skip_cqe_on_success(), "IORING_FEAT_CQE_SKIP", "5.17"),
+        (params.is_feature_linked_file(), "IORING_FEAT_LINKED_FILE", "5.17"),
     ] {
         if !has {
             return Err(Error::Missing { what, since });
@@ -132,10 +105,7 @@ fn check_opcodes(ring: &IoUring) -> Result<(), Error> {
     let mut probe = Probe::new();
     ring.submitter()
         .register_probe(&mut probe)
-        .map_err(|source| Error::Register {
-            what: "a probe of the opcodes",
-            source,
-        })?;
+        .map_err(|source| Error::Register { what: "a probe of the opcodes", source })?;
     for (code, what, since) in OPCODES {
         if !probe.is_supported(code) {
             return Err(Error::Missing { what, since });
@@ -155,9 +125,8 @@ fn check_flags(ring: &mut IoUring) -> Result<(), Error> {
     ] {
         let entry = entry.user_data(UserData::Ignored.encode());
         // SAFETY: the entry has no descriptor and no memory that it could use.
-        unsafe { ring.submission().push(&entry) }.map_err(|_| Error::Invalid {
-            what: "no room in an empty submission queue",
-        })?;
+        unsafe { ring.submission().push(&entry) }
+            .map_err(|_| Error::Invalid { what: "no room in an empty submission queue" })?;
         let refused = try_one(ring).map_err(Error::Submit)?;
         if refused {
             return Err(Error::Missing { what, since });

@@ -99,11 +99,7 @@ impl Table {
         let link = Link { chain, position };
         let (key, entry) = self.insert_linked(op, token, aside, Some(link), linked);
         self.chains[chain as usize].keys.push(key);
-        if linked {
-            (key, entry.flags(squeue::Flags::IO_LINK))
-        } else {
-            (key, entry)
-        }
+        if linked { (key, entry.flags(squeue::Flags::IO_LINK)) } else { (key, entry) }
     }
 
     pub(crate) fn chain_keys(&self, chain: u32) -> Keys {
@@ -227,17 +223,12 @@ impl Table {
             cancel_misses: 0,
             has_result: false,
         });
-        let sqe = entry
-            .op
-            .encode(&mut entry.aside, linked)
-            .user_data(key.user_data());
+        let sqe = entry.op.encode(&mut entry.aside, linked).user_data(key.user_data());
         (key, sqe)
     }
 
     fn get_mut(&mut self, key: Key) -> Option<&mut Entry> {
-        self.entries
-            .get_mut(key.slot())
-            .filter(|entry| entry.key == key)
+        self.entries.get_mut(key.slot()).filter(|entry| entry.key == key)
     }
 
     /// The result of a chain's member: whose fault is it?
@@ -327,13 +318,7 @@ impl Table {
         let (token, orphan) = (entry.token, entry.orphan);
         let memory = if more { None } else { self.remove(key) };
         if !orphan {
-            reports.push_back(Completion {
-                key,
-                token,
-                outcome,
-                memory,
-                last: !more,
-            });
+            reports.push_back(Completion { key, token, outcome, memory, last: !more });
         }
     }
 
@@ -384,11 +369,7 @@ impl Entry {
     fn interrupted(&self, result: i32) -> i32 {
         match -result {
             libc::EINTR | ERESTARTSYS..=ERESTARTNOHAND | ERESTART_RESTARTBLOCK => {
-                if self.cancelled {
-                    -libc::ECANCELED
-                } else {
-                    -libc::EINTR
-                }
+                if self.cancelled { -libc::ECANCELED } else { -libc::EINTR }
             }
             _ => result,
         }
@@ -450,29 +431,19 @@ mod tests {
 
     fn complete(table: &mut Table, key: Key, result: i32, flags: u32) -> Vec<(u64, Outcome, bool)> {
         let mut reports = VecDeque::new();
-        let cqe = Cqe {
-            user_data: key.user_data(),
-            result,
-            flags,
-        };
+        let cqe = Cqe { user_data: key.user_data(), result, flags };
         table.complete(key, cqe, &mut reports);
         for report in &reports {
             assert_eq!(report.memory.is_some(), report.last);
         }
-        reports
-            .iter()
-            .map(|report| (report.token, report.outcome, report.last))
-            .collect()
+        reports.iter().map(|report| (report.token, report.outcome, report.last)).collect()
     }
 
     #[test]
     fn an_old_key_finds_nothing_in_its_slot() {
         let mut table = Table::new(1);
         let (old, _) = table.insert(send_zc(), 0, Aside::Nothing);
-        assert_eq!(
-            complete(&mut table, old, 8, 0),
-            [(0, Outcome::Done(8), true)]
-        );
+        assert_eq!(complete(&mut table, old, 8, 0), [(0, Outcome::Done(8), true)]);
         let (new, _) = table.insert(send_zc(), 1, Aside::Nothing);
         assert_eq!(new.slot(), old.slot());
         assert!(complete(&mut table, old, 0, 0).is_empty());
@@ -486,10 +457,7 @@ mod tests {
         let mut table = Table::new(4);
         let keys = chain_of(&mut table, 4);
         assert!(complete(&mut table, keys[0], -libc::ECANCELED, MORE).is_empty());
-        assert!(
-            complete(&mut table, keys[0], 0, NOTIF).is_empty(),
-            "held back, too"
-        );
+        assert!(complete(&mut table, keys[0], 0, NOTIF).is_empty(), "held back, too");
         assert!(complete(&mut table, keys[1], -libc::ECANCELED, MORE).is_empty());
         let not_started = Outcome::NotStarted { failed: keys[2] };
         assert_eq!(
@@ -500,16 +468,10 @@ mod tests {
                 (2, Outcome::Failed(Errno::new(libc::EINVAL)), true)
             ]
         );
-        assert_eq!(
-            complete(&mut table, keys[3], -libc::ECANCELED, 0),
-            [(3, not_started, true)]
-        );
+        assert_eq!(complete(&mut table, keys[3], -libc::ECANCELED, 0), [(3, not_started, true)]);
         let released = Outcome::Released { copied: true };
         let usage = NOTIF_USAGE_ZC_COPIED as i32;
-        assert_eq!(
-            complete(&mut table, keys[1], usage, NOTIF),
-            [(1, released, true)]
-        );
+        assert_eq!(complete(&mut table, keys[1], usage, NOTIF), [(1, released, true)]);
         assert_eq!((table.len(), table.chains.len(), table.stale), (0, 0, 0));
     }
 
@@ -517,18 +479,12 @@ mod tests {
     fn a_chain_that_the_kernel_cancelled_by_itself_blames_its_first() {
         let mut table = Table::new(3);
         let keys = chain_of(&mut table, 3);
-        assert_eq!(
-            complete(&mut table, keys[0], 8, 0),
-            [(0, Outcome::Done(8), true)]
-        );
+        assert_eq!(complete(&mut table, keys[0], 8, 0), [(0, Outcome::Done(8), true)]);
         assert!(complete(&mut table, keys[1], -libc::ECANCELED, 0).is_empty());
         let not_started = Outcome::NotStarted { failed: keys[1] };
         assert_eq!(
             complete(&mut table, keys[2], -libc::ECANCELED, 0),
-            [
-                (1, Outcome::Failed(Errno::CANCELED), true),
-                (2, not_started, true)
-            ]
+            [(1, Outcome::Failed(Errno::CANCELED), true), (2, not_started, true)]
         );
         assert_eq!((table.len(), table.chains.len()), (0, 0));
     }
@@ -540,15 +496,9 @@ mod tests {
         let short = Outcome::Short { done: 3, wanted: 8 };
         assert_eq!(complete(&mut table, keys[0], 3, MORE), [(0, short, false)]);
         let not_started = Outcome::NotStarted { failed: keys[0] };
-        assert_eq!(
-            complete(&mut table, keys[1], -libc::ECANCELED, 0),
-            [(1, not_started, true)]
-        );
+        assert_eq!(complete(&mut table, keys[1], -libc::ECANCELED, 0), [(1, not_started, true)]);
         let released = Outcome::Released { copied: false };
-        assert_eq!(
-            complete(&mut table, keys[0], 0, NOTIF),
-            [(0, released, true)]
-        );
+        assert_eq!(complete(&mut table, keys[0], 0, NOTIF), [(0, released, true)]);
         assert_eq!((table.len(), table.chains.len()), (0, 0));
     }
 
@@ -557,34 +507,16 @@ mod tests {
         let mut table = Table::new(3);
         let keys = chain_of(&mut table, 2);
         assert!(table.mark_cancelled(keys[1]));
-        assert_eq!(
-            table.cancel_missed(keys[1].payload()),
-            Next::Nothing,
-            "not its turn"
-        );
+        assert_eq!(table.cancel_missed(keys[1].payload()), Next::Nothing, "not its turn");
         let mut reports = VecDeque::new();
-        let cqe = Cqe {
-            user_data: keys[0].user_data(),
-            result: 8,
-            flags: 0,
-        };
-        assert_eq!(
-            table.complete(keys[0], cqe, &mut reports),
-            Next::Cancel(keys[1])
-        );
+        let cqe = Cqe { user_data: keys[0].user_data(), result: 8, flags: 0 };
+        assert_eq!(table.complete(keys[0], cqe, &mut reports), Next::Cancel(keys[1]));
         for _ in 0..CANCEL_MISSES_MAX {
-            assert_eq!(
-                table.cancel_missed(keys[1].payload()),
-                Next::Cancel(keys[1])
-            );
+            assert_eq!(table.cancel_missed(keys[1].payload()), Next::Cancel(keys[1]));
         }
         assert_eq!(table.cancel_missed(keys[1].payload()), Next::Nothing);
         complete(&mut table, keys[1], 8, MORE);
-        assert_eq!(
-            table.cancel_missed(keys[1].payload()),
-            Next::Nothing,
-            "it has its result"
-        );
+        assert_eq!(table.cancel_missed(keys[1].payload()), Next::Nothing, "it has its result");
     }
 
     #[test]

@@ -33,10 +33,7 @@ static ALLOCATOR: Counting = Counting;
 fn a_warm_data_path_allocates_nothing() {
     let mut ring = Ring::new(&Config::default()).expect("a ring");
     let (left, right) = UnixStream::pair().expect("a pair");
-    let (left, right) = (
-        Fd::from(OwnedFd::from(left)),
-        Fd::from(OwnedFd::from(right)),
-    );
+    let (left, right) = (Fd::from(OwnedFd::from(left)), Fd::from(OwnedFd::from(right)));
     let mut buffers = vec![Bytes::with_capacity(64), Bytes::with_capacity(64)];
     let mut pieces: Vec<Memory> = vec![Bytes::with_capacity(32).into(), vec![1; 32].into()];
     for _ in 0..10 {
@@ -58,32 +55,25 @@ fn rounds(
     pieces: &mut Vec<Memory>,
 ) {
     let mut take = || buffers.pop().expect("a buffer");
-    ring.submit(Op::send(left.clone(), take()), 0)
-        .expect("room");
-    ring.submit(Op::recv(right.clone(), take()).wait_all(), 0)
-        .expect("room");
+    ring.submit(Op::send(left.clone(), take()), 0).expect("room");
+    ring.submit(Op::recv(right.clone(), take()).wait_all(), 0).expect("room");
     reap(ring, 2, buffers, pieces);
 
     let mut take = || buffers.pop().expect("a buffer");
-    let (send, receive) = (
-        Op::send(left.clone(), take()),
-        Op::read(right.clone(), take()),
-    );
+    let (send, receive) = (Op::send(left.clone(), take()), Op::read(right.clone(), take()));
     let chain = ring.chain().then(send, 0).then(receive, 0);
     ring.submit_chain(chain).expect("room");
     reap(ring, 2, buffers, pieces);
 
     let send = Op::send_vectored(left.clone(), std::mem::take(pieces));
     ring.submit(send, 0).expect("room");
-    ring.submit(Op::recv(right.clone(), buffers.pop().expect("a buffer")), 0)
-        .expect("room");
+    ring.submit(Op::recv(right.clone(), buffers.pop().expect("a buffer")), 0).expect("room");
     reap(ring, 2, buffers, pieces);
 }
 
 fn reap(ring: &mut Ring, mut count: usize, buffers: &mut Vec<Bytes>, pieces: &mut Vec<Memory>) {
     while count > 0 {
-        ring.enter(Wait::OneFor(Duration::from_secs(10)))
-            .expect("enter");
+        ring.enter(Wait::OneFor(Duration::from_secs(10))).expect("enter");
         while let Some(completion) = ring.next() {
             assert_eq!(completion.outcome, Outcome::Done(64));
             match completion.memory.expect("memory") {

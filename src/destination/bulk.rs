@@ -43,12 +43,8 @@ impl BulkLane {
             ..Config::default()
         })?;
         started(ring.waker()?);
-        let mut reader = LaneReader::new(
-            &self.lane,
-            LaneRole::Bulk,
-            &self.regions,
-            self.guest.clone(),
-        );
+        let mut reader =
+            LaneReader::new(&self.lane, LaneRole::Bulk, &self.regions, self.guest.clone());
         reader.arm(&mut ring)?;
         let mut wanted = Vec::new();
         let mut ended = false;
@@ -83,11 +79,7 @@ impl BulkLane {
             }
             Arrived::Other(Event::LaneEnd) => *ended = true,
             Arrived::Other(Event::Error(fault)) => {
-                return Err(Error::Peer {
-                    side: "source",
-                    code: fault.code,
-                    text: fault.text,
-                });
+                return Err(Error::Peer { side: "source", code: fault.code, text: fault.text });
             }
             Arrived::Other(_) => {}
         }
@@ -98,8 +90,7 @@ impl BulkLane {
     fn wake(&self, ring: &mut Ring, wanted: &mut Vec<PageId>) -> Result<()> {
         for page in wanted.drain(..) {
             let message = Op::msg_ring(self.demand.clone(), page.pack(), 0);
-            ring.submit(message, TOKEN_POSTED)
-                .map_err(|rejected| Error::Ring(rejected.error))?;
+            ring.submit(message, TOKEN_POSTED).map_err(|rejected| Error::Ring(rejected.error))?;
         }
         Ok(())
     }
@@ -108,9 +99,7 @@ impl BulkLane {
     fn posted(&self, outcome: Outcome) -> Result<()> {
         match outcome {
             Outcome::Done(_) => Ok(()),
-            other => Err(Error::Host(format!(
-                "waking a vCPU through the demand ring: {other:?}"
-            ))),
+            other => Err(Error::Host(format!("waking a vCPU through the demand ring: {other:?}"))),
         }
     }
 }

@@ -129,10 +129,7 @@ impl DemandThread {
             ..Config::default()
         })?;
         priority::go_first();
-        started(Reach {
-            waker: ring.waker()?,
-            mailbox: ring.mailbox(),
-        });
+        started(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
         reader.arm(&mut ring)?;
         for region in 0..self.guest.regions.len() {
             let buffer = Bytes::with_capacity(EVENTS_MAX * MESSAGE_BYTES);
@@ -166,9 +163,7 @@ impl DemandThread {
                     |page| wanted.push(page),
                     |arrived| self.arrived(&guest, arrived),
                 )?;
-                wanted
-                    .into_iter()
-                    .try_for_each(|page| self.cached(ring, page))
+                wanted.into_iter().try_for_each(|page| self.cached(ring, page))
             }
             TOKEN_MESSAGE => match completion.outcome {
                 Outcome::Message { value, .. } => self.cached(ring, PageId::unpack(value)),
@@ -281,9 +276,7 @@ impl DemandThread {
     }
 
     fn mark_again(&mut self, ring: &mut Ring) -> Result<()> {
-        std::mem::take(&mut self.again)
-            .into_iter()
-            .try_for_each(|page| self.cached(ring, page))
+        std::mem::take(&mut self.again).into_iter().try_for_each(|page| self.cached(ring, page))
     }
 
     fn arm_retry(&mut self, ring: &mut Ring) -> Result<()> {
@@ -326,10 +319,7 @@ impl DemandThread {
                 what: format!("sending: {:?}", completion.outcome),
             });
         };
-        self.spare = completion
-            .memory
-            .and_then(Memory::into_bytes)
-            .map(Bytes::into_vec);
+        self.spare = completion.memory.and_then(Memory::into_bytes).map(Bytes::into_vec);
         Ok(())
     }
 }

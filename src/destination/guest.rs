@@ -66,21 +66,14 @@ impl PageId {
 
     pub(crate) fn unpack(value: u64) -> PageId {
         let region = RegionId(u16::try_from(value >> 48).expect("16 bits remain"));
-        PageId {
-            region,
-            page: value & ((1 << 48) - 1),
-        }
+        PageId { region, page: value & ((1 << 48) - 1) }
     }
 }
 
 impl GuestMemory {
     pub(crate) fn new(regions: Vec<GuestRegion>) -> GuestMemory {
         let pages_total = regions.iter().map(|region| region.ram.pages()).sum();
-        GuestMemory {
-            regions,
-            counters: Counters::default(),
-            pages_total,
-        }
+        GuestMemory { regions, counters: Counters::default(), pages_total }
     }
 
     pub(crate) fn total_bytes(&self) -> u64 {
@@ -98,25 +91,16 @@ impl GuestMemory {
         })?;
         let region = &self.regions[index];
         let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
-        Some(PageId {
-            region: id,
-            page: (address - region.address) >> region.ram.page_shift,
-        })
+        Some(PageId { region: id, page: (address - region.address) >> region.ram.page_shift })
     }
 
     /// Missing → Landing, before a byte of the range is received. A page that has come before is
     /// the peer's fault: it would overwrite what the guest has written since.
     pub(crate) fn begin(&self, range: PageRange, lane: &str) -> Result<()> {
-        self.region(range.region)
-            .pages
-            .begin(range.first, range.pages)
-            .map_err(|again| {
-                let name = &self.region(range.region).ram.name;
-                Error::protocol(
-                    lane,
-                    format!("page {} of RAM {name} came a second time", again.page),
-                )
-            })
+        self.region(range.region).pages.begin(range.first, range.pages).map_err(|again| {
+            let name = &self.region(range.region).ram.name;
+            Error::protocol(lane, format!("page {} of RAM {name} came a second time", again.page))
+        })
     }
 
     /// Landing → Cached, after the last byte. Calls `wake` with each page of the range that a vCPU
@@ -133,10 +117,7 @@ impl GuestMemory {
         })?;
         self.count(region, range, kind);
         region.pages.each_wanted(range.first, range.pages, |page| {
-            wake(PageId {
-                region: range.region,
-                page,
-            });
+            wake(PageId { region: range.region, page });
         });
         let mut left = Ok(());
         region.blocks.complete(range.first, range.pages, |pages| {

@@ -109,16 +109,8 @@ pub fn run(options: &Options) -> Result<i32> {
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
     let (receiver, table) = compare(&lanes.demand, &inbox, &mut prepared)?;
-    let report = Migration::start(
-        options,
-        output,
-        inbox,
-        lanes,
-        receiver,
-        table,
-        &mut prepared,
-    )?
-    .drive(&mut prepared)?;
+    let report = Migration::start(options, output, inbox, lanes, receiver, table, &mut prepared)?
+        .drive(&mut prepared)?;
     output.completed(&report);
     let status = prepared.monitor.wait()?;
     Ok(status.code().unwrap_or(1))
@@ -168,18 +160,11 @@ fn accept(
             }
         };
         if !expected {
-            lane::refuse(
-                &lane,
-                FaultCode::Refused,
-                "another migration is being received",
-            )?;
+            lane::refuse(&lane, FaultCode::Refused, "another migration is being received")?;
             continue;
         }
         if hello.bulk_lanes > options.lanes_max {
-            let text = format!(
-                "at most {} lanes here; use --lanes there",
-                options.lanes_max
-            );
+            let text = format!("at most {} lanes here; use --lanes there", options.lanes_max);
             lane::refuse(&lane, FaultCode::Refused, &text)?;
             continue;
         }
@@ -188,13 +173,7 @@ fn accept(
         }
         match &mut lanes {
             None => {
-                lanes = Some((
-                    Lanes {
-                        demand: lane,
-                        bulk: Vec::new(),
-                    },
-                    hello,
-                ))
+                lanes = Some((Lanes { demand: lane, bulk: Vec::new() }, hello));
             }
             Some((lanes, _)) => lanes.bulk.push(lane),
         }
@@ -227,9 +206,7 @@ fn compare(
 fn tell(demand: &Lane, error: &Error) {
     let mut bytes = Vec::new();
     transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
-    let _ = demand
-        .blocking()
-        .map(|mut lane| std::io::Write::write_all(&mut lane, &bytes));
+    let _ = demand.blocking().map(|mut lane| std::io::Write::write_all(&mut lane, &bytes));
 }
 
 fn read_regions(
@@ -255,9 +232,7 @@ fn read_regions(
         if count == 0 {
             return Err(lost(demand, "the source closed it"));
         }
-        receiver
-            .control(&buffer[..count])
-            .map_err(|error| Error::protocol(&demand.name, error))?;
+        receiver.control(&buffer[..count]).map_err(|error| Error::protocol(&demand.name, error))?;
         match receiver.poll_event() {
             None | Some(Event::Ping(_) | Event::Pong(_)) => {}
             Some(Event::Regions(table)) => return Ok(table),
@@ -271,19 +246,11 @@ fn read_regions(
 }
 
 fn lost(lane: &Lane, what: &str) -> Error {
-    Error::Lost {
-        side: "source",
-        lane: lane.name.clone(),
-        what: what.into(),
-    }
+    Error::Lost { side: "source", lane: lane.name.clone(), what: what.into() }
 }
 
 fn peer(fault: Fault) -> Error {
-    Error::Peer {
-        side: "source",
-        code: fault.code,
-        text: fault.text,
-    }
+    Error::Peer { side: "source", code: fault.code, text: fault.text }
 }
 
 /// When what happened; the source's stop is dated back from its switchover.
@@ -331,11 +298,7 @@ impl Migration {
         let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
         let host = HostThread::start(host, inbox.post())?;
         let cores = Cores::choose(&options.cores, crate::cores::Role::Destination);
-        let congestion = lanes
-            .demand
-            .congestion
-            .clone()
-            .unwrap_or_else(|| "none".into());
+        let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         let (commands, queue) = channel();
         let demand = DemandLane {
             lane: lanes.demand,
@@ -355,10 +318,7 @@ impl Migration {
             guest,
             host,
             phase: Phase::new(),
-            mode: Mode {
-                postcopy: true,
-                background: true,
-            },
+            mode: Mode { postcopy: true, background: true },
             state: Vec::new(),
             all_cached: false,
             commands,
@@ -395,12 +355,10 @@ impl Migration {
                 post: self.inbox.post(),
             };
             let (started, waker) = channel();
-            self.bulk_threads
-                .push(spawn(&format!("umem-bulk-{}", index + 1), move || {
-                    bulk.run(move |waker| drop(started.send(waker)));
-                })?);
-            self.bulk_wakers
-                .push(started_or_failed(&waker, &self.inbox)?);
+            self.bulk_threads.push(spawn(&format!("umem-bulk-{}", index + 1), move || {
+                bulk.run(move |waker| drop(started.send(waker)));
+            })?);
+            self.bulk_wakers.push(started_or_failed(&waker, &self.inbox)?);
         }
         Ok(())
     }
@@ -472,20 +430,12 @@ impl Migration {
         }
         self.step(Input::Received(&event))?;
         match event {
-            Event::Stopped {
-                postcopy,
-                background,
-            } => {
-                self.mode = Mode {
-                    postcopy,
-                    background,
-                };
+            Event::Stopped { postcopy, background } => {
+                self.mode = Mode { postcopy, background };
                 self.times.stopped = Some(Instant::now());
                 self.times.first_page = self.times.stopped;
-                self.progress
-                    .phase(if postcopy { "switching" } else { "filling" });
-                self.output
-                    .event("stopped", json!({ "postcopy": postcopy }), "");
+                self.progress.phase(if postcopy { "switching" } else { "filling" });
+                self.output.event("stopped", json!({ "postcopy": postcopy }), "");
             }
             Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
             Event::Load { .. } => self.host.load_state(std::mem::take(&mut self.state)),
@@ -511,9 +461,7 @@ impl Migration {
         self.times.downtime += since_switchover;
         self.step(Input::GuestRunning)?;
         let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
-        self.send(&Frame::Running {
-            us_since_switchover,
-        });
+        self.send(&Frame::Running { us_since_switchover });
         let downtime_ms = millis(self.times.downtime);
         self.output.event(
             "running",
@@ -552,9 +500,7 @@ impl Migration {
         let status = prepared.monitor.status().ok().flatten();
         let how = status.map_or_else(String::new, |status| format!(" ({status})"));
         if self.phase.may_run() {
-            Error::Host(format!(
-                "the guest's process ended{how} before all of its memory had come"
-            ))
+            Error::Host(format!("the guest's process ended{how} before all of its memory had come"))
         } else {
             Error::Host(format!("it exited{how} before the guest arrived"))
         }
@@ -577,12 +523,7 @@ impl Migration {
     }
 
     fn step(&mut self, input: Input<'_>) -> Result<()> {
-        let phase = std::mem::replace(
-            &mut self.phase,
-            Phase::Failed {
-                may_have_run: false,
-            },
-        );
+        let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_have_run: false });
         match phase.step(input) {
             Ok(phase) => {
                 self.phase = phase;
@@ -622,13 +563,8 @@ impl Migration {
             _ => 0.0,
         };
         let moving_s = seconds(self.times.first_page, self.times.cached);
-        let page_shift = self
-            .guest
-            .regions
-            .iter()
-            .map(|region| region.ram.page_shift)
-            .min()
-            .unwrap_or(12);
+        let page_shift =
+            self.guest.regions.iter().map(|region| region.ram.page_shift).min().unwrap_or(12);
         Completed {
             event: "completed".into(),
             role: "destination".into(),
@@ -644,11 +580,7 @@ impl Migration {
             downtime_ms: millis(self.times.downtime),
             drain_s: seconds(self.times.running, self.times.cached),
             total_s: seconds(self.times.stopped, self.times.cached),
-            gbps: if moving_s > 0.0 {
-                totals.data_bytes as f64 * 8e-9 / moving_s
-            } else {
-                0.0
-            },
+            gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: Some(Latency::of(latency)),
             cpu_s: CpuTime::of_this_process(),
             zero_copy: "received into guest memory".into(),

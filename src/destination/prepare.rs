@@ -11,7 +11,7 @@ use super::{Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffSocket, Message};
 use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
-use crate::host::qemu::Qemu;
+use crate::host::qemu::{HOW_TO_START, Qemu};
 use crate::host::qmp::Qmp;
 use crate::host::{DestinationHost, command::is_qemu};
 use crate::inbox::{Inbox, Wake};
@@ -41,21 +41,7 @@ pub(crate) fn guest(options: &Options, inbox: &Inbox<Note>) -> Result<Prepared> 
         ));
     };
     let qemu = is_qemu(program);
-    let ram = match (options.ram.as_slice(), qemu) {
-        ([], true) => command::ram_of_qemu(arguments)?,
-        ([], false) => {
-            return Err(Error::Usage(format!(
-                "{program} is no QEMU whose options could be read: name its RAM files with --ram \
-                 NAME=PATH"
-            )));
-        }
-        (named, _) => {
-            if qemu {
-                command::ram_of_qemu(arguments)?;
-            }
-            named.to_vec()
-        }
-    };
+    let ram = ram_files(options, program, arguments)?;
     let start = Start {
         command: &options.command,
         ram: &ram,
@@ -68,12 +54,24 @@ pub(crate) fn guest(options: &Options, inbox: &Inbox<Note>) -> Result<Prepared> 
     let handed = take_over(&ram, &monitor, &mut handoff, inbox)?;
     let host = host(options, qmp, &monitor, inbox)?;
     let regions = handed.into_iter().map(open_region).collect::<Result<_>>()?;
-    Ok(Prepared {
-        monitor,
-        handoff,
-        host,
-        regions,
-    })
+    Ok(Prepared { monitor, handoff, host, regions })
+}
+
+/// The guest's RAM files: as named, or as a QEMU's own options say. A QEMU's options are checked.
+fn ram_files(options: &Options, program: &str, arguments: &[String]) -> Result<Vec<RamPath>> {
+    let found = if is_qemu(program) { command::ram_of_qemu(arguments)? } else { Vec::new() };
+    match (options.ram.as_slice(), is_qemu(program)) {
+        ([], true) if found.is_empty() => Err(Error::Unsupported(format!(
+            "COMMAND has no RAM that can be filled from outside: {HOW_TO_START}, or name the files \
+             with --ram NAME=PATH"
+        ))),
+        ([], true) => Ok(found),
+        ([], false) => Err(Error::Usage(format!(
+            "{program} is no QEMU whose options could be read: name its RAM files with --ram \
+             NAME=PATH"
+        ))),
+        (named, _) => Ok(named.to_vec()),
+    }
 }
 
 /// Waits until each of the RAM files has been handed over.
@@ -95,9 +93,7 @@ fn take_over(
             Wake::Timeout => return Err(never_handed_over(loaded, &missing)),
             Wake::Ready(0) => handoff.read()?,
             Wake::Ready(_) if loaded => {
-                return Err(Error::Host(
-                    "it exited at once (its own messages say why)".into(),
-                ));
+                return Err(Error::Host("it exited at once (its own messages say why)".into()));
             }
             Wake::Ready(_) => return Err(never_handed_over(loaded, &missing)),
             Wake::Message(_) => continue,
@@ -149,9 +145,7 @@ fn host(
             match inbox.wait(&[monitor.exited()], Some(QMP_INTERVAL))? {
                 Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
                 Wake::Ready(_) => {
-                    return Err(Error::Host(
-                        "it exited at once (its messages say why)".into(),
-                    ));
+                    return Err(Error::Host("it exited at once (its messages say why)".into()));
                 }
                 Wake::Message(_) | Wake::Timeout => {}
             }
@@ -164,13 +158,7 @@ fn host(
 }
 
 fn open_region(handed: Handed) -> Result<GuestRegion> {
-    let Handed {
-        name,
-        address,
-        bytes,
-        uffd,
-        file,
-    } = handed;
+    let Handed { name, address, bytes, uffd, file } = handed;
     let ram = RamFile::from_handoff(&name, file)?;
     if ram.bytes != bytes {
         return Err(Error::Unsupported(format!(
@@ -195,17 +183,12 @@ impl Prepared {
             })
             .collect();
         let ours = RegionTable::new(ours).map_err(|error| Error::Unsupported(error.to_string()))?;
-        let order = ours
-            .compare(theirs)
-            .map_err(|mismatch| Error::Unsupported(mismatch.to_string()))?;
+        let order =
+            ours.compare(theirs).map_err(|mismatch| Error::Unsupported(mismatch.to_string()))?;
         check_space(&self.regions)?;
         let mut regions: Vec<_> = self.regions.drain(..).map(Some).collect();
         let take = |id: &umem_wire::RegionId| regions[usize::from(id.0)].take();
-        self.regions = order
-            .iter()
-            .map(take)
-            .map(|r| r.expect("ids are distinct"))
-            .collect();
+        self.regions = order.iter().map(take).map(|r| r.expect("ids are distinct")).collect();
         Ok(())
     }
 }
@@ -227,11 +210,7 @@ fn check_space(regions: &[GuestRegion]) -> Result<()> {
             )));
         }
     }
-    let needed: u64 = regions
-        .iter()
-        .filter(|r| !r.ram.on_hugetlb)
-        .map(|r| r.ram.bytes)
-        .sum();
+    let needed: u64 = regions.iter().filter(|r| !r.ram.on_hugetlb).map(|r| r.ram.bytes).sum();
     let available = available_bytes();
     if let Some(available) = available.filter(|&available| available < needed) {
         return Err(Error::OutOfMemory(format!(
@@ -247,13 +226,6 @@ fn check_space(regions: &[GuestRegion]) -> Result<()> {
 /// What the kernel thinks can be allocated without swapping (`MemAvailable`, proc(5)).
 fn available_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim()
-        .strip_suffix(" kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()
-        .map(|kib| kib << 10)
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }

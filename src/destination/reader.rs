@@ -65,11 +65,8 @@ impl LaneReader {
         match self.receiver.next_target() {
             Target::Control { exact } => {
                 let memory = self.buffer(exact);
-                ring.submit(
-                    Op::recv(self.socket.clone(), memory).wait_all(),
-                    TOKEN_CONTROL,
-                )
-                .map_err(|rejected| Error::Ring(rejected.error))?;
+                ring.submit(Op::recv(self.socket.clone(), memory).wait_all(), TOKEN_CONTROL)
+                    .map_err(|rejected| Error::Ring(rejected.error))?;
             }
             Target::Run(run) => {
                 let ram = &self.guest.region(run.region).ram;
@@ -77,12 +74,8 @@ impl LaneReader {
                 let header = self.buffer(HEADER_BYTES);
                 let chain = Chain::new()
                     .then(Op::recv(self.socket.clone(), pages).wait_all(), TOKEN_RUN)
-                    .then(
-                        Op::recv(self.socket.clone(), header).wait_all(),
-                        TOKEN_CONTROL,
-                    );
-                ring.submit_chain(chain)
-                    .map_err(|rejected| Error::Ring(rejected.error))?;
+                    .then(Op::recv(self.socket.clone(), header).wait_all(), TOKEN_CONTROL);
+                ring.submit_chain(chain).map_err(|rejected| Error::Ring(rejected.error))?;
             }
         }
         Ok(())
@@ -167,11 +160,7 @@ impl LaneReader {
 
     /// Why a receive did not bring what it had to.
     fn failed(&self, outcome: Outcome) -> Error {
-        let lost = |what: String| Error::Lost {
-            side: "source",
-            lane: self.name.clone(),
-            what,
-        };
+        let lost = |what: String| Error::Lost { side: "source", lane: self.name.clone(), what };
         match outcome {
             Outcome::Short { .. } | Outcome::Done(_) => lost("the source closed it".into()),
             // The kernel could not put the bytes into the page: its file system is full.

@@ -68,11 +68,7 @@ pub(crate) struct HandoffSocket {
 
 impl HandoffSocket {
     pub(crate) fn new(stream: UnixStream) -> HandoffSocket {
-        HandoffSocket {
-            stream,
-            bytes: Vec::new(),
-            descriptors: VecDeque::new(),
-        }
+        HandoffSocket { stream, bytes: Vec::new(), descriptors: VecDeque::new() }
     }
 
     pub(crate) fn stream(&self) -> &UnixStream {
@@ -98,9 +94,7 @@ impl HandoffSocket {
 
     /// Tells the guest side that every page is its own: it closes its userfaultfds.
     pub(crate) fn release(&mut self) -> Result<()> {
-        self.stream
-            .write_all(b"release\n")
-            .context(|| "the hand-over socket")
+        self.stream.write_all(b"release\n").context(|| "the hand-over socket")
     }
 
     fn receive(&mut self) -> io::Result<usize> {
@@ -113,9 +107,7 @@ impl HandoffSocket {
         for message in received.cmsgs()? {
             if let ControlMessageOwned::ScmRights(descriptors) = message {
                 // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
-                let owned = descriptors
-                    .into_iter()
-                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+                let owned = descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                 self.descriptors.extend(owned);
             }
         }
@@ -125,12 +117,8 @@ impl HandoffSocket {
 
     fn message(&mut self, line: &[u8], messages: &mut Vec<Message>) -> Result<()> {
         let text = || String::from_utf8_lossy(line).trim().to_owned();
-        let strange = || {
-            Error::Preload(format!(
-                "the hand-over message is not understood: {}",
-                text()
-            ))
-        };
+        let strange =
+            || Error::Preload(format!("the hand-over message is not understood: {}", text()));
         let value: serde_json::Value = serde_json::from_slice(line).map_err(|_| strange())?;
         if value.is_array() {
             let regions: Vec<RegionMessage> =
@@ -166,11 +154,7 @@ impl HandoffSocket {
 
 /// The preload object's error codes, with what to do about each.
 fn explain(error: &ErrorMessage) -> Error {
-    let ErrorMessage {
-        error: code,
-        name,
-        text,
-    } = error;
+    let ErrorMessage { error: code, name, text } = error;
     Error::Preload(match code.as_str() {
         "userfaultfd-permission" => "no permission for userfaultfd in the guest's process: allow \
             its user to open /dev/userfaultfd (`setfacl -m u:USER:rw /dev/userfaultfd`), or set \
@@ -207,22 +191,11 @@ mod tests {
             \"size\":8192,\"offset\":0,\"page_size\":4096,\"kind\":\"shared\",\"later\":1}]\n";
         let fds = [files[0].as_raw_fd(), files[1].as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&fds)];
-        sendmsg::<()>(
-            guest.as_raw_fd(),
-            &[IoSlice::new(text)],
-            &rights,
-            MsgFlags::empty(),
-            None,
-        )
-        .unwrap();
+        sendmsg::<()>(guest.as_raw_fd(), &[IoSlice::new(text)], &rights, MsgFlags::empty(), None)
+            .unwrap();
         let messages = daemon.read().unwrap().unwrap();
-        let [Message::Loaded, Message::Region(region)] = &messages[..] else {
-            panic!()
-        };
-        assert_eq!(
-            (region.name.as_str(), region.address, region.bytes),
-            ("ram0", 4096, 8192)
-        );
+        let [Message::Loaded, Message::Region(region)] = &messages[..] else { panic!() };
+        assert_eq!((region.name.as_str(), region.address, region.bytes), ("ram0", 4096, 8192));
         drop(guest);
         assert!(daemon.read().unwrap().is_none());
     }
@@ -255,11 +228,7 @@ mod tests {
             assert!(matches!(daemon.read(), Err(Error::Preload(_))), "{text}");
         }
         let (mut guest, mut daemon) = pair();
-        writeln!(
-            guest,
-            "[{{\"name\":\"r\",\"base_host_virt_addr\":1,\"size\":1}}]"
-        )
-        .unwrap();
+        writeln!(guest, "[{{\"name\":\"r\",\"base_host_virt_addr\":1,\"size\":1}}]").unwrap();
         assert!(matches!(daemon.read(), Err(Error::Preload(_))));
     }
 }

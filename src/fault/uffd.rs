@@ -31,10 +31,7 @@ impl Event {
         let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         match bytes[0] {
             EVENT_PAGEFAULT => Event::PageFault { address: word(16) },
-            EVENT_REMOVE => Event::Remove {
-                start: word(8),
-                end: word(16),
-            },
+            EVENT_REMOVE => Event::Remove { start: word(8), end: word(16) },
             kind => Event::Other { kind },
         }
     }
@@ -89,11 +86,7 @@ impl Uffd {
 
     /// Maps the page-cache page(s) of a shared file at `start..start + len` into the guest.
     pub(crate) fn mark_cached(&self, start: u64, len: u64) -> io::Result<Marked> {
-        let mut operation = RangeOperation {
-            range: Range { start, len },
-            mode: 0,
-            done: 0,
-        };
+        let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
         let result = unsafe { ioctl_continue(self.0.as_raw_fd(), &mut operation) };
         marked(result)
@@ -101,11 +94,7 @@ impl Uffd {
 
     /// Puts a page of zeroes at `start`, allocating it.
     pub(crate) fn mark_zero(&self, start: u64, len: u64) -> io::Result<Marked> {
-        let mut operation = RangeOperation {
-            range: Range { start, len },
-            mode: 0,
-            done: 0,
-        };
+        let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: as in mark_cached.
         let result = unsafe { ioctl_zeropage(self.0.as_raw_fd(), &mut operation) };
         marked(result)
@@ -154,9 +143,7 @@ pub(crate) fn process_is_registered(pid: u32) -> io::Result<bool> {
     let smaps = io::BufReader::new(File::open(format!("/proc/{pid}/smaps"))?);
     for line in smaps.lines() {
         if let Some(flags) = line?.strip_prefix("VmFlags:")
-            && flags
-                .split_whitespace()
-                .any(|flag| flag == "um" || flag == "ui")
+            && flags.split_whitespace().any(|flag| flag == "um" || flag == "ui")
         {
             return Ok(true);
         }
@@ -174,22 +161,11 @@ mod tests {
         bytes[0] = EVENT_PAGEFAULT;
         bytes[8..16].copy_from_slice(&1u64.to_ne_bytes());
         bytes[16..24].copy_from_slice(&0x7f00_0000_1000u64.to_ne_bytes());
-        assert_eq!(
-            Event::decode(&bytes),
-            Event::PageFault {
-                address: 0x7f00_0000_1000
-            }
-        );
+        assert_eq!(Event::decode(&bytes), Event::PageFault { address: 0x7f00_0000_1000 });
         bytes[0] = EVENT_REMOVE;
         bytes[8..16].copy_from_slice(&0x1000u64.to_ne_bytes());
         bytes[16..24].copy_from_slice(&0x3000u64.to_ne_bytes());
-        assert_eq!(
-            Event::decode(&bytes),
-            Event::Remove {
-                start: 0x1000,
-                end: 0x3000
-            }
-        );
+        assert_eq!(Event::decode(&bytes), Event::Remove { start: 0x1000, end: 0x3000 });
         bytes[0] = 0x14;
         assert_eq!(Event::decode(&bytes), Event::Other { kind: 0x14 });
     }

@@ -37,13 +37,10 @@ impl std::str::FromStr for RamPath {
 
     fn from_str(text: &str) -> std::result::Result<RamPath, String> {
         match text.split_once('=') {
-            Some((name, path)) if !name.is_empty() && !path.is_empty() => Ok(RamPath {
-                name: name.into(),
-                path: path.into(),
-            }),
-            _ => Err(format!(
-                "write NAME=PATH, such as ram0=/dev/shm/guest, not {text:?}"
-            )),
+            Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+                Ok(RamPath { name: name.into(), path: path.into() })
+            }
+            _ => Err(format!("write NAME=PATH, such as ram0=/dev/shm/guest, not {text:?}")),
         }
     }
 }
@@ -108,12 +105,8 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
             raw.iter().try_for_each(|&fd| inherit(fd))
         });
     }
-    let created: Vec<PathBuf> = start
-        .ram
-        .iter()
-        .filter(|ram| !ram.path.exists())
-        .map(|ram| ram.path.clone())
-        .collect();
+    let created: Vec<PathBuf> =
+        start.ram.iter().filter(|ram| !ram.path.exists()).map(|ram| ram.path.clone()).collect();
     let child = command.spawn().map_err(|error| {
         let program = program.to_owned();
         Error::Host(match error.kind() {
@@ -122,12 +115,7 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
         })
     })?;
     let exited = pidfd(&child)?;
-    let monitor = Monitor {
-        child,
-        exited,
-        created,
-        released: false,
-    };
+    let monitor = Monitor { child, exited, created, released: false };
     Ok((monitor, Sockets { handoff, qmp }))
 }
 
@@ -135,11 +123,7 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
 fn inherit(fd: i32) -> io::Result<()> {
     // SAFETY: fcntl on a descriptor number; no memory involved.
     let result = unsafe { libc::fcntl(fd, libc::F_SETFD, 0) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 enum Preload {
@@ -197,10 +181,7 @@ fn qemu_arguments(given: &[String], qmp_fd: i32) -> Vec<OsString> {
         "-mon".into(),
         "chardev=umem-qmp,mode=control".into(),
     ];
-    if !given
-        .iter()
-        .any(|argument| argument == "-incoming" || argument == "--incoming")
-    {
+    if !given.iter().any(|argument| argument == "-incoming" || argument == "--incoming") {
         added.extend(["-incoming".into(), "defer".into()]);
     }
     added
@@ -246,16 +227,12 @@ impl Monitor {
 
     /// Waits until the process ends.
     pub(crate) fn wait(&mut self) -> Result<ExitStatus> {
-        self.child
-            .wait()
-            .context(|| "waiting for the guest's monitor")
+        self.child.wait().context(|| "waiting for the guest's monitor")
     }
 
     /// Its exit status when it has ended by itself.
     pub(crate) fn status(&mut self) -> Result<Option<ExitStatus>> {
-        self.child
-            .try_wait()
-            .context(|| "waiting for the guest's monitor")
+        self.child.try_wait().context(|| "waiting for the guest's monitor")
     }
 }
 
@@ -282,46 +259,43 @@ pub(crate) fn ram_of_qemu(arguments: &[String]) -> Result<Vec<RamPath>> {
     let mut ram = Vec::new();
     let mut options = arguments.iter().map(String::as_str);
     while let Some(option) = options.next() {
-        match option
-            .strip_prefix('-')
-            .map(|rest| rest.strip_prefix('-').unwrap_or(rest))
-        {
+        match option.strip_prefix('-').map(|rest| rest.strip_prefix('-').unwrap_or(rest)) {
             Some("object") => ram.extend(ram_of_object(options.next().unwrap_or_default())?),
             Some("daemonize") => {
                 return Err(Error::Unsupported(
                     "-daemonize hides QEMU from umem: leave it out; umem starts QEMU itself".into(),
                 ));
             }
-            Some("incoming") => {
-                if options.next() != Some("defer") {
-                    return Err(Error::Unsupported(
-                        "QEMU's own -incoming would wait for another source: leave it out, umem \
-                         adds `-incoming defer`"
-                            .into(),
-                    ));
-                }
-            }
             Some("mem-prealloc") => return Err(prealloc("-mem-prealloc")),
-            Some("overcommit") => {
-                if flag(options.next().unwrap_or_default(), "mem-lock") {
-                    return Err(Error::Unsupported(
-                        "mem-lock=on makes QEMU fetch every page before it starts: take it out of \
-                         the destination's -overcommit option"
-                            .into(),
-                    ));
-                }
-            }
+            Some("incoming") => check_incoming(options.next().unwrap_or_default())?,
+            Some("overcommit") => check_overcommit(options.next().unwrap_or_default())?,
             Some("device" | "netdev") => check_device(options.next().unwrap_or_default())?,
             _ => {}
         }
     }
-    if ram.is_empty() {
-        return Err(Error::Unsupported(format!(
-            "COMMAND has no RAM that can be filled from outside: {HOW_TO_START}, or name the files \
-             with --ram NAME=PATH"
-        )));
-    }
     Ok(ram)
+}
+
+fn check_incoming(option: &str) -> Result<()> {
+    if option == "defer" {
+        return Ok(());
+    }
+    Err(Error::Unsupported(
+        "QEMU's own -incoming would wait for another source: leave it out, umem adds `-incoming \
+         defer`"
+            .into(),
+    ))
+}
+
+fn check_overcommit(option: &str) -> Result<()> {
+    if !flag(option, "mem-lock") {
+        return Ok(());
+    }
+    Err(Error::Unsupported(
+        "mem-lock=on makes QEMU fetch every page before it starts: take it out of the destination's \
+         -overcommit option"
+            .into(),
+    ))
 }
 
 fn check_device(option: &str) -> Result<()> {
@@ -338,10 +312,7 @@ fn check_device(option: &str) -> Result<()> {
 fn ram_of_object(option: &str) -> Result<Option<RamPath>> {
     let properties = object_properties(option);
     let get = |key: &str| {
-        properties
-            .iter()
-            .find(|(name, _)| name == key)
-            .map(|(_, value)| value.as_str())
+        properties.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     };
     let kind = get("qom-type").unwrap_or_default();
     let Some(backend) = kind.strip_prefix("memory-backend-") else {
@@ -368,13 +339,10 @@ fn ram_of_object(option: &str) -> Result<Option<RamPath>> {
             "RAM backend {name} has a directory as its mem-path: name a file in it, such as \
              {path}/{name}"
         ))),
-        Some(path) => Ok(Some(RamPath {
-            name,
-            path: path.into(),
-        })),
-        None => Err(Error::Unsupported(format!(
-            "RAM backend {name} has no mem-path: {HOW_TO_START}"
-        ))),
+        Some(path) => Ok(Some(RamPath { name, path: path.into() })),
+        None => {
+            Err(Error::Unsupported(format!("RAM backend {name} has no mem-path: {HOW_TO_START}")))
+        }
     }
 }
 
@@ -442,38 +410,19 @@ mod tests {
     fn refuses_what_cannot_work_and_says_why() {
         let file = "-object memory-backend-file,id=ram0,size=1G,mem-path=/dev/shm/x";
         for (line, hint) in [
-            ("-m 2G".to_owned(), "no RAM that can be filled"),
             (file.to_owned(), "share=off"),
-            (
-                format!("{file},share=on,prealloc=on"),
-                "prealloc=on of RAM backend ram0",
-            ),
+            (format!("{file},share=on,prealloc=on"), "prealloc=on of RAM backend ram0"),
             (format!("{file},share=on -mem-prealloc"), "-mem-prealloc"),
-            (
-                format!("{file},share=on -overcommit mem-lock=on"),
-                "mem-lock",
-            ),
-            (
-                format!("{file},share=on -device vfio-pci,host=1"),
-                "vfio-pci",
-            ),
-            (
-                format!("{file},share=on -netdev vhost-user,id=n"),
-                "vhost-user",
-            ),
+            (format!("{file},share=on -overcommit mem-lock=on"), "mem-lock"),
+            (format!("{file},share=on -device vfio-pci,host=1"), "vfio-pci"),
+            (format!("{file},share=on -netdev vhost-user,id=n"), "vhost-user"),
             (format!("{file},share=on -daemonize"), "-daemonize"),
-            (
-                format!("{file},share=on -incoming tcp::1"),
-                "-incoming defer",
-            ),
+            (format!("{file},share=on -incoming tcp::1"), "-incoming defer"),
             (
                 "-object memory-backend-memfd,id=ram0,size=1G,share=on".into(),
                 "memory-backend-memfd",
             ),
-            (
-                "-object memory-backend-file,id=r,share=on,mem-path=/dev/shm".into(),
-                "a directory",
-            ),
+            ("-object memory-backend-file,id=r,share=on,mem-path=/dev/shm".into(), "a directory"),
         ] {
             let error = ram_of_qemu(&words(&line)).unwrap_err().to_string();
             assert!(error.contains(hint), "{line}: {error}");
@@ -492,10 +441,6 @@ mod tests {
     fn incoming_is_added_unless_it_is_there() {
         let added = qemu_arguments(&words("-m 1G"), 9);
         assert!(added.iter().any(|a| a == "defer"));
-        assert!(
-            !qemu_arguments(&words("-incoming defer"), 9)
-                .iter()
-                .any(|a| a == "-incoming")
-        );
+        assert!(!qemu_arguments(&words("-incoming defer"), 9).iter().any(|a| a == "-incoming"));
     }
 }

@@ -58,11 +58,7 @@ struct Settings {
 
 impl Qemu {
     pub(crate) fn new(qmp: Qmp) -> Qemu {
-        Qemu {
-            qmp,
-            was_running: true,
-            saved: None,
-        }
+        Qemu { qmp, was_running: true, saved: None }
     }
 
     /// Checks that this guest can be moved, and returns its RAM backends. Changes nothing.
@@ -126,10 +122,7 @@ impl Qemu {
                  name: let mem-path name a file, such as {file}/{name}"
             )));
         }
-        Ok(Backend {
-            name,
-            path: PathBuf::from(file),
-        })
+        Ok(Backend { name, path: PathBuf::from(file) })
     }
 
     fn check_devices(&mut self) -> Result<()> {
@@ -140,17 +133,11 @@ impl Qemu {
                 }
             }
         }
-        let network = self.qmp.try_execute(
-            "human-monitor-command",
-            json!({ "command-line": "info network" }),
-        )?;
-        if network.is_ok_and(|text| {
-            text.as_str()
-                .is_some_and(|text| text.contains("vhost-user"))
-        }) {
-            return Err(Error::Unsupported(format!(
-                "a netdev of type vhost-user {VHOST_USER}"
-            )));
+        let network = self
+            .qmp
+            .try_execute("human-monitor-command", json!({ "command-line": "info network" }))?;
+        if network.is_ok_and(|text| text.as_str().is_some_and(|text| text.contains("vhost-user"))) {
+            return Err(Error::Unsupported(format!("a netdev of type vhost-user {VHOST_USER}")));
         }
         Ok(())
     }
@@ -173,10 +160,7 @@ impl Qemu {
     fn set_ignore_shared(&mut self, on: bool) -> Result<()> {
         let capability = json!({ "capability": "x-ignore-shared", "state": on });
         self.qmp
-            .execute(
-                "migrate-set-capabilities",
-                json!({ "capabilities": [capability] }),
-            )
+            .execute("migrate-set-capabilities", json!({ "capabilities": [capability] }))
             .map(drop)
     }
 
@@ -184,9 +168,7 @@ impl Qemu {
         let capabilities = self.qmp.execute("query-migrate-capabilities", json!({}))?;
         let capabilities = capabilities.as_array().cloned().unwrap_or_default();
         let is_on = |name: &str| {
-            capabilities
-                .iter()
-                .any(|c| c["capability"] == name && c["state"] == json!(true))
+            capabilities.iter().any(|c| c["capability"] == name && c["state"] == json!(true))
         };
         if is_on("postcopy-ram") {
             return Err(Error::Unsupported(
@@ -195,10 +177,7 @@ impl Qemu {
         }
         let ignore_shared = is_on("x-ignore-shared");
         let parameters = self.qmp.execute("query-migrate-parameters", json!({}))?;
-        Ok(Settings {
-            ignore_shared,
-            bandwidth: parameters["max-bandwidth"].as_u64(),
-        })
+        Ok(Settings { ignore_shared, bandwidth: parameters["max-bandwidth"].as_u64() })
     }
 
     fn restore_settings(&mut self) -> Result<()> {
@@ -207,10 +186,7 @@ impl Qemu {
         };
         self.set_ignore_shared(saved.ignore_shared)?;
         if let Some(bandwidth) = saved.bandwidth {
-            self.qmp.execute(
-                "migrate-set-parameters",
-                json!({ "max-bandwidth": bandwidth }),
-            )?;
+            self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }))?;
         }
         Ok(())
     }
@@ -230,9 +206,7 @@ impl Qemu {
                 _ => return Ok(()),
             }
             if started.elapsed() > Duration::from_secs(10) {
-                return Err(Error::Host(
-                    "its migration does not end when cancelled".into(),
-                ));
+                return Err(Error::Host("its migration does not end when cancelled".into()));
             }
             std::thread::sleep(STATUS_INTERVAL);
         }
@@ -248,20 +222,12 @@ impl SourceHost for Qemu {
     fn save_state(&mut self) -> Result<Vec<u8>> {
         self.saved = Some(self.settings()?);
         self.set_ignore_shared(true)?;
-        self.qmp.execute(
-            "migrate-set-parameters",
-            json!({ "max-bandwidth": STATE_BANDWIDTH }),
-        )?;
+        self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": STATE_BANDWIDTH }))?;
         let (ours, theirs) = socket_pair()?;
         self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
         drop(theirs);
-        self.qmp
-            .execute("migrate", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
-        let mut state = vec![if self.was_running {
-            GUEST_RUNS
-        } else {
-            GUEST_IS_PAUSED
-        }];
+        self.qmp.execute("migrate", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
+        let mut state = vec![if self.was_running { GUEST_RUNS } else { GUEST_IS_PAUSED }];
         ours.take(STATE_BYTES_MAX + 1)
             .read_to_end(&mut state)
             .context(|| "reading QEMU's device state")?;
@@ -300,10 +266,7 @@ impl DestinationHost for Qemu {
         let (mut ours, theirs) = socket_pair()?;
         self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
         drop(theirs);
-        self.qmp.execute(
-            "migrate-incoming",
-            json!({ "uri": format!("fd:{STATE_SOCKET}") }),
-        )?;
+        self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
         // QEMU reads in its main loop and may refuse half-way: its own reason comes from the
         // status then, so a broken pipe here is not yet the answer.
         let written = ours.write_all(state);
@@ -343,12 +306,7 @@ mod tests {
 
     #[test]
     fn devices_that_bypass_userfaultfd_are_known_by_type() {
-        for kind in [
-            "vhost-user-fs-pci",
-            "vhost-user-blk-pci",
-            "vfio-pci",
-            "vfio-pci-nohotplug",
-        ] {
+        for kind in ["vhost-user-fs-pci", "vhost-user-blk-pci", "vfio-pci", "vfio-pci-nohotplug"] {
             assert!(unsupported_device(kind).is_some(), "{kind}");
         }
         for kind in ["virtio-net-pci", "virtio-balloon-pci", "e1000"] {

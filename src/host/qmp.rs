@@ -36,27 +36,16 @@ impl Qmp {
 
     /// Waits for the greeting on a connected socket and enters command mode.
     pub(crate) fn open(stream: UnixStream, name: &str) -> Result<Qmp> {
-        stream
-            .set_read_timeout(Some(GREETING_TIMEOUT))
-            .context(|| "the QMP socket")?;
-        let mut qmp = Qmp {
-            reader: BufReader::new(stream),
-            line: String::new(),
-        };
+        stream.set_read_timeout(Some(GREETING_TIMEOUT)).context(|| "the QMP socket")?;
+        let mut qmp = Qmp { reader: BufReader::new(stream), line: String::new() };
         let greeting = qmp.read();
-        if !greeting
-            .as_ref()
-            .is_ok_and(|object| object.get("QMP").is_some())
-        {
+        if !greeting.as_ref().is_ok_and(|object| object.get("QMP").is_some()) {
             return Err(Error::Host(format!(
                 "{name} does not greet as a QMP socket does; if another program is connected to \
                  it, give umem a socket of its own with another -qmp option"
             )));
         }
-        qmp.reader
-            .get_ref()
-            .set_read_timeout(None)
-            .context(|| "the QMP socket")?;
+        qmp.reader.get_ref().set_read_timeout(None).context(|| "the QMP socket")?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
@@ -73,50 +62,32 @@ impl Qmp {
         command: &str,
         arguments: Value,
     ) -> Result<std::result::Result<Value, String>> {
-        let text = format!(
-            "{}\n",
-            json!({ "execute": command, "arguments": arguments })
-        );
-        self.reader
-            .get_mut()
-            .write_all(text.as_bytes())
-            .map_err(gone)?;
+        let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
+        self.reader.get_mut().write_all(text.as_bytes()).map_err(gone)?;
         self.answer()
     }
 
     /// `getfd`: gives the monitor a descriptor that later commands call `fd:NAME`.
     pub(crate) fn give_descriptor(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
-        let text = format!(
-            "{}\n",
-            json!({ "execute": "getfd", "arguments": { "fdname": name } })
-        );
+        let text = format!("{}\n", json!({ "execute": "getfd", "arguments": { "fdname": name } }));
         let raw = [descriptor.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&raw)];
         let socket = self.reader.get_ref().as_raw_fd();
         let data = [IoSlice::new(text.as_bytes())];
         let sent = sendmsg::<()>(socket, &data, &rights, MsgFlags::MSG_NOSIGNAL, None)
             .map_err(|errno| gone(errno.into()))?;
-        self.reader
-            .get_mut()
-            .write_all(&text.as_bytes()[sent..])
-            .map_err(gone)?;
-        self.answer()?
-            .map(drop)
-            .map_err(|error| Error::Host(format!("getfd: {error}")))
+        self.reader.get_mut().write_all(&text.as_bytes()[sent..]).map_err(gone)?;
+        self.answer()?.map(drop).map_err(|error| Error::Host(format!("getfd: {error}")))
     }
 
     /// A property of an object in QEMU's object tree, or `None` where it has none such.
     pub(crate) fn property(&mut self, path: &str, property: &str) -> Result<Option<Value>> {
-        Ok(self
-            .try_execute("qom-get", json!({ "path": path, "property": property }))?
-            .ok())
+        Ok(self.try_execute("qom-get", json!({ "path": path, "property": property }))?.ok())
     }
 
     /// Name and type of each child of an object; empty where there is no such object.
     pub(crate) fn children(&mut self, path: &str) -> Result<Vec<(String, String)>> {
-        let list = self
-            .try_execute("qom-list", json!({ "path": path }))?
-            .unwrap_or_default();
+        let list = self.try_execute("qom-list", json!({ "path": path }))?.unwrap_or_default();
         let text = |item: &Value, key: &str| item[key].as_str().unwrap_or_default().to_owned();
         let items = list.as_array().map(Vec::as_slice).unwrap_or_default();
         Ok(items
@@ -136,10 +107,7 @@ impl Qmp {
                 return Ok(Ok(value.take()));
             }
             if let Some(error) = object.get("error") {
-                return Ok(Err(error["desc"]
-                    .as_str()
-                    .unwrap_or("no reason given")
-                    .to_owned()));
+                return Ok(Err(error["desc"].as_str().unwrap_or("no reason given").to_owned()));
             }
             // Anything else is an event; nothing here waits for one.
         }

@@ -36,17 +36,12 @@ impl<H: ?Sized + Send + 'static> HostThread<H> {
                     post.send(job(&mut host).into());
                 }
             })
-            .map_err(|source| Error::System {
-                what: "starting a thread".into(),
-                source,
-            })?;
+            .map_err(|source| Error::System { what: "starting a thread".into(), source })?;
         Ok(HostThread { jobs })
     }
 
     fn ask(&self, job: impl FnOnce(&mut Box<H>) -> Answer + Send + 'static) {
-        self.jobs
-            .send(Box::new(job))
-            .expect("the thread ends after this sender");
+        self.jobs.send(Box::new(job)).expect("the thread ends after this sender");
     }
 }
 

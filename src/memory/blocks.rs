@@ -35,16 +35,8 @@ impl Blocks {
         let missing = (0..blocks)
             .map(|b| AtomicU32::new(u32::try_from(size(b)).expect("a block has at most 512 pages")))
             .collect();
-        let left = (0..blocks.div_ceil(64))
-            .map(|_| AtomicU64::new(0))
-            .collect();
-        Blocks {
-            pages,
-            block_pages,
-            missing,
-            left,
-            islands: AtomicU32::new(0),
-        }
+        let left = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Blocks { pages, block_pages, missing, left, islands: AtomicU32::new(0) }
     }
 
     /// Counts `first..first + pages` as cached and calls `leave` with each range of pages that the
@@ -118,7 +110,7 @@ mod tests {
         blocks.complete(512, 511, |range| left.push(range));
         assert_eq!(left, []);
         blocks.complete(1023, 1, |range| left.push(range));
-        assert_eq!(left, [512..1024]);
+        assert_eq!(left, vec![512..1024; 1]);
         blocks.complete(1024, 522, |range| left.push(range));
         assert_eq!(left, [512..1024, 1024..1536, 1536..1546]);
         assert!(blocks.has_left(1545) && !blocks.has_left(0));

@@ -147,14 +147,7 @@ pub(crate) fn push_page(runs: &mut Vec<Run>, kind: RunKind, region: RegionId, pa
             return;
         }
     }
-    runs.push(Run {
-        kind,
-        range: PageRange {
-            region,
-            first: page,
-            pages: 1,
-        },
-    });
+    runs.push(Run { kind, range: PageRange { region, first: page, pages: 1 } });
 }
 
 fn zeroed(words: u64) -> Box<[AtomicU64]> {
@@ -193,13 +186,9 @@ mod tests {
                 });
             }
             scope.spawn(|| {
-                (0..PAGES)
-                    .rev()
-                    .step_by(3)
-                    .filter(|&page| claims.claim(page))
-                    .for_each(|page| {
-                        count(page);
-                    });
+                (0..PAGES).rev().step_by(3).filter(|&page| claims.claim(page)).for_each(|page| {
+                    count(page);
+                });
             });
         });
         for (page, sent) in sent.iter().enumerate() {
@@ -235,10 +224,7 @@ mod tests {
         }
         push_page(&mut runs, RunKind::Zero, RegionId(0), 8, 2);
         push_page(&mut runs, RunKind::Zero, RegionId(0), 10, 2);
-        let shape: Vec<_> = runs
-            .iter()
-            .map(|r| (r.range.first, r.range.pages))
-            .collect();
+        let shape: Vec<_> = runs.iter().map(|r| (r.range.first, r.range.pages)).collect();
         assert_eq!(shape, [(5, 2), (7, 1), (8, 1), (10, 1)]);
     }
 }

@@ -108,11 +108,7 @@ impl PageStates {
             loop {
                 let upper = (now >> 1) & LOWER_ALL & mask;
                 let lower = now & LOWER_ALL & mask;
-                assert_eq!(
-                    upper ^ lower,
-                    mask & LOWER_ALL,
-                    "only a landing page becomes cached"
-                );
+                assert_eq!(upper ^ lower, mask & LOWER_ALL, "only a landing page becomes cached");
                 let mut left = upper & !thrown_away;
                 while left != 0 {
                     discard(word * STATES_PER_WORD + u64::from(left.trailing_zeros()) / 2)?;
@@ -188,11 +184,7 @@ fn zeroed(words: u64) -> Box<[AtomicU64]> {
 
 /// The lowest `count` bits set, for `count` up to 64.
 pub(crate) fn low_bits(count: u64) -> u64 {
-    if count >= 64 {
-        u64::MAX
-    } else {
-        (1 << count) - 1
-    }
+    if count >= 64 { u64::MAX } else { (1 << count) - 1 }
 }
 
 fn index(word: u64) -> usize {
@@ -290,10 +282,7 @@ mod tests {
             let threads: Vec<_> = (0..4)
                 .map(|_| scope.spawn(|| (0..PAGES).filter(|&p| states.begin(p, 1).is_ok()).count()))
                 .collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap() as u64)
-                .sum()
+            threads.into_iter().map(|thread| thread.join().unwrap() as u64).sum()
         });
         assert_eq!(won, PAGES);
     }

@@ -50,32 +50,22 @@ impl RamFile {
     /// Opens a source's RAM file for reading only. It may be any file: a snapshot, or what QEMU
     /// maps.
     pub(crate) fn open_source(name: &str, path: &Path) -> Result<RamFile> {
-        let ram = |what: String| Error::Ram {
-            name: name.into(),
-            path: path.into(),
-            what,
-        };
+        let ram = |what: String| Error::Ram { name: name.into(), path: path.into(), what };
         let file =
-            OpenOptions::new()
-                .read(true)
-                .open(path)
-                .map_err(|error| match error.kind() {
-                    std::io::ErrorKind::NotFound => {
-                        ram("no such file; give the file that backs the guest's RAM".into())
-                    }
-                    std::io::ErrorKind::PermissionDenied => ram(
-                        "permission denied; run umem as the user that owns the guest's RAM file"
-                            .into(),
-                    ),
-                    _ => ram(format!("cannot be opened: {error}")),
-                })?;
-        let kind = file
-            .metadata()
-            .map_err(|error| ram(error.to_string()))?
-            .file_type();
+            OpenOptions::new().read(true).open(path).map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => {
+                    ram("no such file; give the file that backs the guest's RAM".into())
+                }
+                std::io::ErrorKind::PermissionDenied => {
+                    ram("permission denied; run umem as the user that owns the guest's RAM file"
+                        .into())
+                }
+                _ => ram(format!("cannot be opened: {error}")),
+            })?;
+        let kind = file.metadata().map_err(|error| ram(error.to_string()))?.file_type();
         if !kind.is_file() {
             return Err(ram(
-                "is not a regular file; give the file that backs the guest's RAM".into(),
+                "is not a regular file; give the file that backs the guest's RAM".into()
             ));
         }
         RamFile::map(name, file, ProtFlags::PROT_READ).map_err(|what| ram(what.to_string()))
@@ -87,11 +77,7 @@ impl RamFile {
         // Only advice: a tmpfs mounted with huge=never or a kernel without it lands 4 KiB pages.
         // SAFETY: the range is our own mapping; the advice changes no content.
         let _ = unsafe {
-            madvise(
-                ram.mapping.start.cast(),
-                ram.mapping.len,
-                MmapAdvise::MADV_HUGEPAGE,
-            )
+            madvise(ram.mapping.start.cast(), ram.mapping.len, MmapAdvise::MADV_HUGEPAGE)
         };
         Ok(ram)
     }
@@ -116,14 +102,7 @@ impl RamFile {
             .cast::<u8>();
         let page_shift = u8::try_from(page_bytes.trailing_zeros()).expect("at most 64");
         let mapping = Arc::new(Mapping { start, len });
-        Ok(RamFile {
-            name: name.into(),
-            bytes,
-            page_shift,
-            on_hugetlb,
-            file,
-            mapping,
-        })
+        Ok(RamFile { name: name.into(), bytes, page_shift, on_hugetlb, file, mapping })
     }
 
     pub(crate) fn pages(&self) -> u64 {
@@ -150,10 +129,7 @@ impl RamFile {
         assert!(offset + len <= self.bytes);
         // SAFETY: one page inside our mapping, page aligned.
         unsafe {
-            let start = self
-                .mapping
-                .start
-                .add(usize::try_from(offset).expect("64-bit Linux"));
+            let start = self.mapping.start.add(usize::try_from(offset).expect("64-bit Linux"));
             super::zero::is_zero(start, usize::try_from(len).expect("64-bit Linux"))
         }
     }
@@ -168,10 +144,7 @@ impl RamFile {
         }
         match std::io::Error::last_os_error() {
             error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            source => Err(Error::System {
-                what: format!("seeking in RAM {}", self.name),
-                source,
-            }),
+            source => Err(Error::System { what: format!("seeking in RAM {}", self.name), source }),
         }
     }
 
@@ -213,10 +186,7 @@ impl RamFile {
 
     /// Bytes that the file holds in memory or on disk (holes not counted).
     pub(crate) fn allocated_bytes(&self) -> Result<u64> {
-        let metadata = self
-            .file
-            .metadata()
-            .context(|| format!("RAM {}", self.name))?;
+        let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         // st_blocks counts units of 512 bytes whatever the file system (stat(2)).
         Ok(metadata.blocks() * 512)
     }

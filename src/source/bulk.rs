@@ -129,8 +129,7 @@ impl BulkThread {
     }
 
     fn submit(&mut self, ring: &mut Ring, op: Op) -> Result<()> {
-        ring.submit(op, TOKEN_SENT)
-            .map_err(|rejected| Error::Ring(rejected.error))?;
+        ring.submit(op, TOKEN_SENT).map_err(|rejected| Error::Ring(rejected.error))?;
         self.in_flight += 1;
         // A lane's end carries no run.
         self.sending.get_or_insert_default();
@@ -180,9 +179,7 @@ impl BulkThread {
                 let ram = &self.memory.region(run.range.region).ram;
                 let len = run.range.pages << ram.page_shift;
                 pieces.push(Memory::from(std::mem::take(&mut headers)));
-                pieces.push(Memory::from(
-                    ram.span(run.range.first << ram.page_shift, len),
-                ));
+                pieces.push(Memory::from(ram.span(run.range.first << ram.page_shift, len)));
                 bytes += len;
             }
             sending.push(*run);
@@ -194,12 +191,7 @@ impl BulkThread {
         self.sending = Some(sending);
         let zero_copy =
             self.zero_copy && bytes > 0 && !self.memory.zero_copy_is_copied.load(Relaxed);
-        Op::SendVectored {
-            fd: self.socket.clone(),
-            pieces,
-            zero_copy,
-            more: false,
-        }
+        Op::SendVectored { fd: self.socket.clone(), pieces, zero_copy, more: false }
     }
 
     fn sent(&mut self, completion: Completion) -> Result<()> {
@@ -255,11 +247,8 @@ impl BulkThread {
         let Target::Control { exact } = receiver.next_target() else {
             unreachable!("no pages come to the source")
         };
-        ring.submit(
-            Op::recv(self.socket.clone(), vec![0; exact]).wait_all(),
-            TOKEN_RECEIVED,
-        )
-        .map_err(|rejected| Error::Ring(rejected.error))?;
+        ring.submit(Op::recv(self.socket.clone(), vec![0; exact]).wait_all(), TOKEN_RECEIVED)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
         Ok(())
     }
 
@@ -270,11 +259,8 @@ impl BulkThread {
         receiver: &mut Receiver,
         completion: Completion,
     ) -> Result<()> {
-        let lost = |what: String| Error::Lost {
-            side: "destination",
-            lane: self.name.clone(),
-            what,
-        };
+        let lost =
+            |what: String| Error::Lost { side: "destination", lane: self.name.clone(), what };
         let (Outcome::Done(count), Some(Memory::Bytes(bytes))) =
             (completion.outcome, completion.memory)
         else {

@@ -86,11 +86,7 @@ impl DemandLane {
 
 impl DemandThread {
     fn serve(&mut self, core: Option<usize>, started: impl FnOnce(Waker)) -> Result<()> {
-        let mut ring = Ring::new(&Config {
-            name: self.name.clone(),
-            core,
-            ..Config::default()
-        })?;
+        let mut ring = Ring::new(&Config { name: self.name.clone(), core, ..Config::default() })?;
         priority::go_first();
         started(ring.waker()?);
         self.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
@@ -126,11 +122,8 @@ impl DemandThread {
     }
 
     fn received(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
-        let lost = |what: String| Error::Lost {
-            side: "destination",
-            lane: self.name.clone(),
-            what,
-        };
+        let lost =
+            |what: String| Error::Lost { side: "destination", lane: self.name.clone(), what };
         let (Outcome::Done(count), Some(Memory::Bytes(buffer))) =
             (completion.outcome, completion.memory)
         else {
@@ -152,10 +145,7 @@ impl DemandThread {
 
     fn answer(&mut self, pages: &[(RegionId, u64)]) -> Result<()> {
         if !self.memory.stopped.load(Acquire) {
-            return Err(Error::protocol(
-                &self.name,
-                "a request before the guest had stopped",
-            ));
+            return Err(Error::protocol(&self.name, "a request before the guest had stopped"));
         }
         for &(region, page) in pages {
             if let Some(run) = self.memory.claim_demanded(region, page)? {
@@ -185,9 +175,7 @@ impl DemandThread {
             if run.kind == RunKind::Data {
                 let ram = &self.memory.region(run.range.region).ram;
                 let offset = run.range.first << ram.page_shift;
-                pieces.push(Memory::from(
-                    ram.span(offset, run.range.pages << ram.page_shift),
-                ));
+                pieces.push(Memory::from(ram.span(offset, run.range.pages << ram.page_shift)));
             }
             self.memory.count(&run);
             Counters::add(&self.memory.counters.pages_demand, run.range.pages);

@@ -31,10 +31,7 @@ impl SourceMemory {
     pub(crate) fn new(files: Vec<RamFile>) -> SourceMemory {
         let regions = files
             .into_iter()
-            .map(|ram| SourceRegion {
-                claims: Claims::new(ram.pages(), ram.page_shift),
-                ram,
-            })
+            .map(|ram| SourceRegion { claims: Claims::new(ram.pages(), ram.page_shift), ram })
             .collect();
         SourceMemory {
             regions,
@@ -69,25 +66,15 @@ impl SourceMemory {
             return Ok(None);
         }
         let offset = page << region.ram.page_shift;
-        let kind = if region
-            .ram
-            .next_data(offset)?
-            .is_none_or(|data| data >= offset + region.page())
-        {
-            RunKind::Hole
-        } else if region.ram.page_is_zero(offset) {
-            RunKind::Zero
-        } else {
-            RunKind::Data
-        };
-        Ok(Some(Run {
-            kind,
-            range: PageRange {
-                region: id,
-                first: page,
-                pages: 1,
-            },
-        }))
+        let kind =
+            if region.ram.next_data(offset)?.is_none_or(|data| data >= offset + region.page()) {
+                RunKind::Hole
+            } else if region.ram.page_is_zero(offset) {
+                RunKind::Zero
+            } else {
+                RunKind::Data
+            };
+        Ok(Some(Run { kind, range: PageRange { region: id, first: page, pages: 1 } }))
     }
 
     /// Notes that a run has been handed to the kernel.
@@ -126,15 +113,8 @@ impl Walk {
     /// Lane `index` of `lanes` begins at its share of the first region, so that lanes do not
     /// contend for neighbouring blocks.
     pub(crate) fn new(memory: &SourceMemory, index: usize, lanes: usize) -> Walk {
-        let blocks = memory
-            .regions
-            .first()
-            .map_or(0, |region| region.claims.blocks());
-        Walk {
-            region: 0,
-            block: blocks * index as u64 / lanes.max(1) as u64,
-            pivot_seen: 0,
-        }
+        let blocks = memory.regions.first().map_or(0, |region| region.claims.blocks());
+        Walk { region: 0, block: blocks * index as u64 / lanes.max(1) as u64, pivot_seen: 0 }
     }
 
     /// Appends the runs of the next block that nobody has taken; false when none is left.
@@ -165,9 +145,7 @@ impl Walk {
 /// Claims what is left of a block and sorts its pages into runs.
 fn claim_block(region: &SourceRegion, id: RegionId, block: u64, runs: &mut Vec<Run>) -> Result<()> {
     let (ram, shift) = (&region.ram, region.ram.page_shift);
-    let run_pages_max = PageSize::from_shift(shift)
-        .expect("a page size")
-        .run_pages_max();
+    let run_pages_max = PageSize::from_shift(shift).expect("a page size").run_pages_max();
     let (first, pages) = region.claims.block_range(block);
     let mut holes = Holes::of(ram, first << shift, pages << shift)?;
     let mut word = first;
@@ -207,11 +185,7 @@ struct Holes {
 
 impl Holes {
     fn of(ram: &RamFile, start: u64, len: u64) -> Result<Holes> {
-        Ok(Holes {
-            start,
-            resident: ram.resident(start, len)?,
-            until: 0,
-        })
+        Ok(Holes { start, resident: ram.resident(start, len)?, until: 0 })
     }
 
     fn covers(&mut self, ram: &RamFile, offset: u64) -> Result<bool> {
@@ -249,9 +223,7 @@ mod tests {
         let mut walk = Walk::new(memory, 0, 1);
         let mut runs = Vec::new();
         while walk.next_block(memory, &mut runs).unwrap() {}
-        runs.iter()
-            .map(|run| (run.kind, run.range.first, run.range.pages))
-            .collect()
+        runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
     }
 
     #[test]
@@ -268,36 +240,20 @@ mod tests {
         ];
         let memory = memory();
         assert_eq!(all(&memory), expected);
-        assert_eq!(
-            memory.regions[0].ram.allocated_bytes().unwrap(),
-            7 * 4096,
-            "read no hole"
-        );
+        assert_eq!(memory.regions[0].ram.allocated_bytes().unwrap(), 7 * 4096, "read no hole");
     }
 
     #[test]
     fn a_demanded_page_leaves_once() {
         let memory = memory();
-        let demand = |page| {
-            memory
-                .claim_demanded(RegionId(0), page)
-                .unwrap()
-                .map(|run| run.kind)
-        };
+        let demand = |page| memory.claim_demanded(RegionId(0), page).unwrap().map(|run| run.kind);
         assert_eq!(demand(6), Some(RunKind::Data));
         assert_eq!(demand(6), None);
         assert_eq!(demand(7), Some(RunKind::Zero));
         assert_eq!(demand(1000), Some(RunKind::Hole));
         let left = all(&memory);
-        assert!(
-            !left
-                .iter()
-                .any(|&(_, first, pages)| (first..first + pages).contains(&6))
-        );
-        assert_eq!(
-            left.iter().map(|(_, _, pages)| pages).sum::<u64>(),
-            1024 + 3 - 3
-        );
+        assert!(!left.iter().any(|&(_, first, pages)| (first..first + pages).contains(&6)));
+        assert_eq!(left.iter().map(|(_, _, pages)| pages).sum::<u64>(), 1024 + 3 - 3);
     }
 
     #[test]

@@ -119,13 +119,7 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
     let mut qemu = Qemu::new(Qmp::connect(path)?);
     let found = qemu.check()?;
     let ram = if options.ram.is_empty() {
-        found
-            .into_iter()
-            .map(|b| RamPath {
-                name: b.name,
-                path: b.path,
-            })
-            .collect()
+        found.into_iter().map(|b| RamPath { name: b.name, path: b.path }).collect()
     } else {
         options.ram.clone()
     };
@@ -136,15 +130,8 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
 fn dial(options: &Options, session: SessionId) -> Result<Vec<Lane>> {
     (0..=options.lanes)
         .map(|index| {
-            let role = if index == 0 {
-                LaneRole::Demand
-            } else {
-                LaneRole::Bulk
-            };
-            lane::dial(
-                &options.uri,
-                &lane::hello(session, role, index, options.lanes),
-            )
+            let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
+            lane::dial(&options.uri, &lane::hello(session, role, index, options.lanes))
         })
         .collect()
 }
@@ -159,11 +146,7 @@ fn outcome_text(outcome: Outcome) -> String {
 }
 
 fn peer(fault: Fault) -> Error {
-    Error::Peer {
-        side: "destination",
-        code: fault.code,
-        text: fault.text,
-    }
+    Error::Peer { side: "destination", code: fault.code, text: fault.text }
 }
 
 #[derive(Default)]
@@ -327,17 +310,10 @@ impl Migration {
     /// The guest stands still: its pages may leave.
     fn stopped(&mut self) -> Result<()> {
         let (postcopy, background) = (self.postcopy, self.background);
-        self.step(Input::GuestStopped {
-            postcopy,
-            background,
-        })?;
+        self.step(Input::GuestStopped { postcopy, background })?;
         self.memory.stopped.store(true, Release);
-        self.output
-            .event("stopped", json!({ "postcopy": postcopy }), "");
-        self.send(&Frame::Stopped {
-            postcopy,
-            background,
-        });
+        self.output.event("stopped", json!({ "postcopy": postcopy }), "");
+        self.send(&Frame::Stopped { postcopy, background });
         if postcopy {
             self.progress.phase("switching");
             self.host.save_state();
@@ -350,19 +326,12 @@ impl Migration {
     fn send_state(&mut self, state: &[u8]) -> Result<()> {
         let mut bytes = Vec::with_capacity(state.len() + state.len() / 1000 + 64);
         for chunk in state.chunks(STATE_CHUNK_BYTES_MAX) {
-            self.step(Input::SentState {
-                bytes: chunk.len() as u64,
-            })?;
+            self.step(Input::SentState { bytes: chunk.len() as u64 })?;
             bytes.extend_from_slice(&transmit::device_state_header(chunk.len()));
             bytes.extend_from_slice(chunk);
         }
         self.step(Input::SentLoad)?;
-        transmit::encode(
-            &Frame::Load {
-                state_bytes: state.len() as u64,
-            },
-            &mut bytes,
-        );
+        transmit::encode(&Frame::Load { state_bytes: state.len() as u64 }, &mut bytes);
         self.send_bytes(bytes);
         Ok(())
     }
@@ -413,12 +382,10 @@ impl Migration {
                 post: self.inbox.post(),
             };
             let (started, waker) = channel();
-            self.bulk_threads
-                .push(spawn(&format!("umem-bulk-{}", index + 1), move || {
-                    bulk.run(move |waker| drop(started.send(waker)));
-                })?);
-            self.bulk_wakers
-                .push(started_or_failed(&waker, &self.inbox)?);
+            self.bulk_threads.push(spawn(&format!("umem-bulk-{}", index + 1), move || {
+                bulk.run(move |waker| drop(started.send(waker)));
+            })?);
+            self.bulk_wakers.push(started_or_failed(&waker, &self.inbox)?);
         }
         Ok(())
     }
@@ -542,13 +509,8 @@ impl Migration {
         let times = &self.times;
         let ours = self.memory.counters.totals();
         let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
-        let page_shift = self
-            .memory
-            .regions
-            .iter()
-            .map(|region| region.ram.page_shift)
-            .min()
-            .unwrap_or(12);
+        let page_shift =
+            self.memory.regions.iter().map(|region| region.ram.page_shift).min().unwrap_or(12);
         if self.has_monitor && !self.output.json {
             eprintln!("umem: the guest here is stopped and must not be resumed; quit its monitor");
         }
@@ -567,11 +529,7 @@ impl Migration {
             downtime_ms: self.downtime().as_secs_f64() * 1e3,
             drain_s: seconds(times.running, times.completed),
             total_s: seconds(times.stopped, times.completed),
-            gbps: if moving_s > 0.0 {
-                totals.data_bytes as f64 * 8e-9 / moving_s
-            } else {
-                0.0
-            },
+            gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: None,
             cpu_s: CpuTime::of_this_process(),
             zero_copy: self.memory.counters.zero_copy(),

@@ -106,10 +106,7 @@ pub enum Input<'a> {
 
 impl Phase {
     /// The demand lane has just opened.
-    #[expect(
-        clippy::new_without_default,
-        reason = "a phase is no default of anything"
-    )]
+    #[expect(clippy::new_without_default, reason = "a phase is no default of anything")]
     pub fn new() -> Phase {
         Phase::Comparing
     }
@@ -119,10 +116,7 @@ impl Phase {
     pub fn step(self, input: Input<'_>) -> Result<Phase, (Phase, PhaseError)> {
         let (name, may_have_run) = (self.name(), self.may_run());
         self.advance(input).map_err(|stop| {
-            let error = stop.unwrap_or(PhaseError::Unexpected {
-                phase: name,
-                input: input.name(),
-            });
+            let error = stop.unwrap_or(PhaseError::Unexpected { phase: name, input: input.name() });
             (Phase::Failed { may_have_run }, error)
         })
     }
@@ -184,13 +178,9 @@ impl Phase {
             (Phase::Failed { .. }, _) => Err(None),
             (Phase::Completed(totals), input) => after_completion(totals, input),
             (Phase::Completing, Input::Lost) => Ok(Phase::Completed(None)),
-            (phase, Input::Lost) => Err(Some(PhaseError::Lost {
-                phase: phase.name(),
-            })),
+            (phase, Input::Lost) => Err(Some(PhaseError::Lost { phase: phase.name() })),
             (phase, Input::Cancel) if phase.may_run() => Ok(phase),
-            (phase, Input::Cancel) => Err(Some(PhaseError::Cancelled {
-                phase: phase.name(),
-            })),
+            (phase, Input::Cancel) => Err(Some(PhaseError::Cancelled { phase: phase.name() })),
             (phase, Input::Received(event)) => phase.receive(event),
 
             (Phase::Preparing, Input::GuestReady) => Ok(Phase::Ready),
@@ -206,44 +196,25 @@ impl Phase {
     fn receive(self, event: &Event) -> Result<Phase, Option<PhaseError>> {
         match (self, event) {
             (phase, Event::Ping(_) | Event::Pong(_)) => Ok(phase),
-            (phase, Event::Error(fault)) => Err(Some(PhaseError::Peer {
-                phase: phase.name(),
-                fault: fault.clone(),
-            })),
+            (phase, Event::Error(fault)) => {
+                Err(Some(PhaseError::Peer { phase: phase.name(), fault: fault.clone() }))
+            }
             (phase, Event::RunBegins(_) | Event::Data(_) | Event::Zero(_) | Event::Hole(_))
                 if phase.may_request_pages() =>
             {
                 Ok(phase)
             }
             (Phase::Comparing, Event::Regions(_)) => Ok(Phase::Preparing),
-            (
-                Phase::Ready,
-                &Event::Stopped {
-                    postcopy,
-                    background,
-                },
-            ) => Ok(Phase::Receiving {
-                mode: Mode {
-                    postcopy,
-                    background,
-                },
-                state_bytes: 0,
-            }),
+            (Phase::Ready, &Event::Stopped { postcopy, background }) => {
+                Ok(Phase::Receiving { mode: Mode { postcopy, background }, state_bytes: 0 })
+            }
             (Phase::Receiving { mode, state_bytes }, Event::DeviceState(chunk)) => {
                 receive_state(mode, state_bytes, chunk.len() as u64)
             }
-            (
-                Phase::Receiving { mode, state_bytes },
-                &Event::Load {
-                    state_bytes: announced,
-                },
-            ) => {
+            (Phase::Receiving { mode, state_bytes }, &Event::Load { state_bytes: announced }) => {
                 if announced != state_bytes {
                     let received = state_bytes;
-                    return Err(Some(PhaseError::StateLength {
-                        received,
-                        announced,
-                    }));
+                    return Err(Some(PhaseError::StateLength { received, announced }));
                 }
                 Ok(Phase::Loading { mode, state_bytes })
             }
@@ -293,10 +264,7 @@ impl Input<'_> {
 mod tests {
     use super::*;
 
-    const MODE: Mode = Mode {
-        postcopy: true,
-        background: false,
-    };
+    const MODE: Mode = Mode { postcopy: true, background: false };
 
     /// Every phase, in order, each with the names of the inputs and events that it accepts besides
     /// pings and, from the second list on, pages.
@@ -306,43 +274,14 @@ mod tests {
             (Phase::Comparing, &["regions"]),
             (Phase::Preparing, &["the guest's readiness"]),
             (Phase::Ready, &["stopped"]),
-            (
-                Phase::Receiving {
-                    mode,
-                    state_bytes: 2,
-                },
-                &["device state", "load"],
-            ),
-            (
-                Phase::Loading {
-                    mode,
-                    state_bytes: 2,
-                },
-                &["loaded device state"],
-            ),
+            (Phase::Receiving { mode, state_bytes: 2 }, &["device state", "load"]),
+            (Phase::Loading { mode, state_bytes: 2 }, &["loaded device state"]),
             (Phase::Loaded { mode }, &["switchover"]),
-            (
-                Phase::Switched { mode, stopped_us },
-                &["cancelling", "the running guest"],
-            ),
-            (
-                Phase::Running { mode, stopped_us },
-                &["cancelling", "the last cached page"],
-            ),
-            (
-                Phase::Completing,
-                &["cancelling", "a lost lane", "complete"],
-            ),
-            (
-                Phase::Completed(None),
-                &["cancelling", "a lost lane", "error"],
-            ),
-            (
-                Phase::Failed {
-                    may_have_run: false,
-                },
-                &[],
-            ),
+            (Phase::Switched { mode, stopped_us }, &["cancelling", "the running guest"]),
+            (Phase::Running { mode, stopped_us }, &["cancelling", "the last cached page"]),
+            (Phase::Completing, &["cancelling", "a lost lane", "complete"]),
+            (Phase::Completed(None), &["cancelling", "a lost lane", "error"]),
+            (Phase::Failed { may_have_run: false }, &[]),
         ]
     }
 
@@ -363,10 +302,7 @@ mod tests {
         let Input::Received(event) = input else {
             return false;
         };
-        matches!(
-            event,
-            Event::RunBegins(_) | Event::Data(_) | Event::Zero(_) | Event::Hole(_)
-        )
+        matches!(event, Event::RunBegins(_) | Event::Data(_) | Event::Zero(_) | Event::Hole(_))
     }
 
     #[test]
@@ -405,56 +341,31 @@ mod tests {
     #[test]
     fn pages_come_from_stopped_on() {
         let asking = phases().map(|(phase, _)| phase.may_request_pages());
-        let expected = [
-            false, false, false, true, true, true, true, true, false, false, false,
-        ];
+        let expected = [false, false, false, true, true, true, true, true, false, false, false];
         assert_eq!(asking, expected);
     }
 
     #[test]
     fn device_state_is_counted() {
-        let receiving = |state_bytes| Phase::Receiving {
-            mode: MODE,
-            state_bytes,
-        };
+        let receiving = |state_bytes| Phase::Receiving { mode: MODE, state_bytes };
         let chunk = Event::DeviceState(vec![0xa5; 3]);
         assert_eq!(receiving(1).step(Input::Received(&chunk)), Ok(receiving(4)));
-        let (_, error) = receiving(STATE_BYTES_MAX - 2)
-            .step(Input::Received(&chunk))
-            .unwrap_err();
+        let (_, error) = receiving(STATE_BYTES_MAX - 2).step(Input::Received(&chunk)).unwrap_err();
         assert_eq!(error, PhaseError::StateTooLong(STATE_BYTES_MAX + 1));
 
         let load = Event::Load { state_bytes: 4 };
-        let loading = Phase::Loading {
-            mode: MODE,
-            state_bytes: 4,
-        };
+        let loading = Phase::Loading { mode: MODE, state_bytes: 4 };
         assert_eq!(receiving(4).step(Input::Received(&load)), Ok(loading));
         let (_, error) = receiving(5).step(Input::Received(&load)).unwrap_err();
-        assert_eq!(
-            error,
-            PhaseError::StateLength {
-                received: 5,
-                announced: 4
-            }
-        );
+        assert_eq!(error, PhaseError::StateLength { received: 5, announced: 4 });
     }
 
     #[test]
     fn a_lane_lost_after_the_last_page_loses_nothing() {
-        assert_eq!(
-            Phase::Completing.step(Input::Lost),
-            Ok(Phase::Completed(None))
-        );
-        let totals = Totals {
-            pages_demand: 1,
-            ..Totals::default()
-        };
+        assert_eq!(Phase::Completing.step(Input::Lost), Ok(Phase::Completed(None)));
+        let totals = Totals { pages_demand: 1, ..Totals::default() };
         let goodbye = Event::Complete(totals);
         let completed = Phase::Completed(Some(totals));
-        assert_eq!(
-            Phase::Completing.step(Input::Received(&goodbye)),
-            Ok(completed)
-        );
+        assert_eq!(Phase::Completing.step(Input::Received(&goodbye)), Ok(completed));
     }
 }

@@ -83,9 +83,7 @@ impl FaultCode {
         if number == 0 {
             return None;
         }
-        let known = FaultCode::ALL
-            .into_iter()
-            .find(|code| code.number() == number);
+        let known = FaultCode::ALL.into_iter().find(|code| code.number() == number);
         Some(known.unwrap_or(FaultCode::Other))
     }
 }
@@ -109,11 +107,7 @@ impl fmt::Display for FaultCode {
 pub(crate) fn push_text(out: &mut Vec<u8>, text: &str, bytes_max: usize) {
     let end = out.len() + bytes_max;
     for character in text.chars() {
-        let character = if character.is_control() {
-            ' '
-        } else {
-            character
-        };
+        let character = if character.is_control() { ' ' } else { character };
         let mut utf8 = [0; 4];
         let utf8 = character.encode_utf8(&mut utf8).as_bytes();
         if out.len() + utf8.len() > end {

@@ -177,45 +177,22 @@ pub(crate) struct Header {
 impl Header {
     /// A header with no field used.
     pub(crate) const fn new(kind: Kind) -> Header {
-        Header {
-            kind,
-            flags: 0,
-            region: 0,
-            body_bytes: 0,
-            first: 0,
-            pages: 0,
-            extra: 0,
-        }
+        Header { kind, flags: 0, region: 0, body_bytes: 0, first: 0, pages: 0, extra: 0 }
     }
 
     pub(crate) const fn with_range(kind: Kind, range: PageRange) -> Header {
-        let PageRange {
-            region: RegionId(region),
-            first,
-            pages,
-        } = range;
-        Header {
-            region,
-            first,
-            pages,
-            ..Header::new(kind)
-        }
+        let PageRange { region: RegionId(region), first, pages } = range;
+        Header { region, first, pages, ..Header::new(kind) }
     }
 
     pub(crate) const fn with_first(kind: Kind, first: u64) -> Header {
-        Header {
-            first,
-            ..Header::new(kind)
-        }
+        Header { first, ..Header::new(kind) }
     }
 
     /// The caller has kept the kind's limit, all of which fit 32 bits.
     pub(crate) const fn with_body(kind: Kind, body_bytes: usize) -> Header {
         assert!(body_bytes <= BODY_BYTES_MAX, "a body over its limit");
-        Header {
-            body_bytes: body_bytes as u32,
-            ..Header::new(kind)
-        }
+        Header { body_bytes: body_bytes as u32, ..Header::new(kind) }
     }
 
     pub(crate) fn encode(self) -> [u8; HEADER_BYTES] {
@@ -243,50 +220,28 @@ impl Header {
             extra: u64_at(bytes, field::EXTRA),
         };
         match header.unused_field() {
-            Some(field) => Err(FrameError::Unused {
-                kind: header.kind,
-                field,
-            }),
+            Some(field) => Err(FrameError::Unused { kind: header.kind, field }),
             None => Ok(header),
         }
     }
 
     /// The first field that is set although the kind does not use it.
     fn unused_field(&self) -> Option<&'static str> {
-        let Header {
-            kind,
-            flags,
-            region,
-            body_bytes,
-            first,
-            pages,
-            extra: _,
-        } = *self;
+        let Header { kind, flags, region, body_bytes, first, pages, extra: _ } = *self;
         let nothing = Header::new(kind);
         let used = match kind {
-            Kind::Data | Kind::Zero | Kind::Hole | Kind::Ack => Header {
-                region,
-                first,
-                pages,
-                ..nothing
-            },
-            Kind::Request | Kind::Regions | Kind::DeviceState | Kind::Complete => Header {
-                body_bytes,
-                ..nothing
-            },
+            Kind::Data | Kind::Zero | Kind::Hole | Kind::Ack => {
+                Header { region, first, pages, ..nothing }
+            }
+            Kind::Request | Kind::Regions | Kind::DeviceState | Kind::Complete => {
+                Header { body_bytes, ..nothing }
+            }
             Kind::Ready | Kind::Loaded | Kind::LaneEnd => nothing,
-            Kind::Stopped => Header {
-                flags: flags & (FLAG_POSTCOPY | FLAG_BACKGROUND),
-                ..nothing
-            },
+            Kind::Stopped => Header { flags: flags & (FLAG_POSTCOPY | FLAG_BACKGROUND), ..nothing },
             Kind::Load | Kind::Switchover | Kind::Running | Kind::Ping | Kind::Pong => {
                 Header { first, ..nothing }
             }
-            Kind::Error => Header {
-                first,
-                body_bytes,
-                ..nothing
-            },
+            Kind::Error => Header { first, body_bytes, ..nothing },
         };
         let unused = [
             (self.flags != used.flags, "flags"),
@@ -296,20 +251,14 @@ impl Header {
             (self.pages != used.pages, "pages"),
             (self.extra != used.extra, "extra"),
         ];
-        unused
-            .iter()
-            .find(|(differs, _)| *differs)
-            .map(|&(_, name)| name)
+        unused.iter().find(|(differs, _)| *differs).map(|&(_, name)| name)
     }
 
     /// What the header says, and what has to come before the frame is whole. Pages are not checked
     /// here: that takes the table of regions.
     pub(crate) fn head(self) -> Result<Head, FrameError> {
-        let range = PageRange {
-            region: RegionId(self.region),
-            first: self.first,
-            pages: self.pages,
-        };
+        let range =
+            PageRange { region: RegionId(self.region), first: self.first, pages: self.pages };
         let frame = match self.kind {
             Kind::Data => return Ok(Head::Data(range)),
             Kind::Zero => Frame::Zero(range),
@@ -322,15 +271,9 @@ impl Header {
                 postcopy: self.flags & FLAG_POSTCOPY != 0,
                 background: self.flags & FLAG_BACKGROUND != 0,
             },
-            Kind::Load => Frame::Load {
-                state_bytes: self.first,
-            },
-            Kind::Switchover => Frame::Switchover {
-                stopped_us: self.first,
-            },
-            Kind::Running => Frame::Running {
-                us_since_switchover: self.first,
-            },
+            Kind::Load => Frame::Load { state_bytes: self.first },
+            Kind::Switchover => Frame::Switchover { stopped_us: self.first },
+            Kind::Running => Frame::Running { us_since_switchover: self.first },
             Kind::Ping => Frame::Ping(self.first),
             Kind::Pong => Frame::Pong(self.first),
             Kind::Request | Kind::Regions | Kind::DeviceState | Kind::Complete | Kind::Error => {
@@ -341,9 +284,7 @@ impl Header {
     }
 
     fn body(self) -> Result<Body, FrameError> {
-        let Header {
-            kind, body_bytes, ..
-        } = self;
+        let Header { kind, body_bytes, .. } = self;
         let bytes = body_bytes as usize;
         let (content, unit, bytes_min, bytes_max) = match kind {
             Kind::Request => {
@@ -357,9 +298,7 @@ impl Header {
             Kind::DeviceState => (Content::DeviceState, 1, 1, STATE_CHUNK_BYTES_MAX),
             Kind::Complete => (Content::Totals, 1, TOTALS_BYTES, TOTALS_BYTES),
             Kind::Error => {
-                let code = u16::try_from(self.first)
-                    .ok()
-                    .and_then(FaultCode::from_number);
+                let code = u16::try_from(self.first).ok().and_then(FaultCode::from_number);
                 let code = code.ok_or(FrameError::FaultCode(self.first))?;
                 (Content::Fault(code), 1, 0, ERROR_TEXT_BYTES_MAX)
             }
@@ -409,9 +348,7 @@ impl Body {
             Content::Regions => {
                 Frame::Regions(RegionTable::decode(bytes).map_err(FrameError::Regions)?)
             }
-            Content::DeviceState => Frame::DeviceState {
-                bytes: self.bytes as u32,
-            },
+            Content::DeviceState => Frame::DeviceState { bytes: self.bytes as u32 },
             Content::Totals => Frame::Complete(Totals::decode(bytes)),
             Content::Fault(code) => {
                 let text = parse_text(bytes).ok_or(FrameError::FaultText)?.to_owned();
@@ -497,21 +434,9 @@ pub struct Totals {
 
 impl Totals {
     pub(crate) fn encode(&self) -> [u8; TOTALS_BYTES] {
-        let Totals {
-            data_bytes,
-            zero_bytes,
-            hole_bytes,
-            pages_demand,
-            pages_background,
-        } = *self;
+        let Totals { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background } = *self;
         let mut out = [0; TOTALS_BYTES];
-        let fields = [
-            data_bytes,
-            zero_bytes,
-            hole_bytes,
-            pages_demand,
-            pages_background,
-        ];
+        let fields = [data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background];
         for (out, field) in out.as_chunks_mut::<8>().0.iter_mut().zip(fields) {
             *out = field.to_le_bytes();
         }
@@ -539,9 +464,7 @@ fn decode_request(body: &[u8]) -> Vec<(RegionId, u64)> {
     let entries = body.as_chunks::<REQUEST_ENTRY_BYTES>().0.iter();
     let entries = entries.map(|&entry| u64::from_le_bytes(entry));
     let page_mask = (1 << REQUEST_PAGE_BITS) - 1;
-    entries
-        .map(|e| (RegionId((e >> REQUEST_PAGE_BITS) as u16), e & page_mask))
-        .collect()
+    entries.map(|e| (RegionId((e >> REQUEST_PAGE_BITS) as u16), e & page_mask)).collect()
 }
 
 /// The flags of a stopped frame.
@@ -556,11 +479,8 @@ mod tests {
     use crate::region::{PageSize, Region};
     use crate::transmit;
 
-    const RANGE: PageRange = PageRange {
-        region: RegionId(0x0102),
-        first: 0x1122_3344_5566_7788,
-        pages: 0x99,
-    };
+    const RANGE: PageRange =
+        PageRange { region: RegionId(0x0102), first: 0x1122_3344_5566_7788, pages: 0x99 };
 
     /// A header's bytes from its fields, written out by hand.
     fn literal(
@@ -583,8 +503,7 @@ mod tests {
     /// A frame's bytes, encoded behind others that must stay.
     fn encoded(frame: &Frame) -> Vec<u8> {
         let mut out = vec![0xa5; 7];
-        out.spare_capacity_mut()
-            .fill(std::mem::MaybeUninit::new(0xa5));
+        out.spare_capacity_mut().fill(std::mem::MaybeUninit::new(0xa5));
         transmit::encode(frame, &mut out);
         assert_eq!(out[..7], [0xa5; 7]);
         out.split_off(7)
@@ -608,12 +527,7 @@ mod tests {
     #[test]
     fn tags_keep_their_numbers() {
         let tags = Kind::ALL.map(|kind| kind as u8);
-        assert_eq!(
-            tags,
-            [
-                1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 32, 33, 255
-            ]
-        );
+        assert_eq!(tags, [1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 32, 33, 255]);
         for tag in 0..=255 {
             assert_eq!(
                 Kind::from_tag(tag).map(|kind| kind as u8),
@@ -650,19 +564,9 @@ mod tests {
     fn frames_with_a_number() {
         let number = 0x0807_0605_0403_0201;
         let bytes = |kind| literal(kind, 0, [0; 2], [0; 4], [1, 2, 3, 4, 5, 6, 7, 8], [0; 8]);
-        assert_literal(
-            &Frame::Load {
-                state_bytes: number,
-            },
-            &bytes(20),
-        );
+        assert_literal(&Frame::Load { state_bytes: number }, &bytes(20));
         assert_literal(&Frame::Switchover { stopped_us: number }, &bytes(22));
-        assert_literal(
-            &Frame::Running {
-                us_since_switchover: number,
-            },
-            &bytes(23),
-        );
+        assert_literal(&Frame::Running { us_since_switchover: number }, &bytes(23));
         assert_literal(&Frame::Ping(number), &bytes(32));
         assert_literal(&Frame::Pong(number), &bytes(33));
     }
@@ -670,38 +574,11 @@ mod tests {
     #[test]
     fn stopped_has_two_flags() {
         let bytes = |flags| literal(18, flags, [0; 2], [0; 4], [0; 8], [0; 8]);
-        assert_literal(
-            &Frame::Stopped {
-                postcopy: false,
-                background: false,
-            },
-            &bytes(0),
-        );
-        assert_literal(
-            &Frame::Stopped {
-                postcopy: true,
-                background: false,
-            },
-            &bytes(1),
-        );
-        assert_literal(
-            &Frame::Stopped {
-                postcopy: false,
-                background: true,
-            },
-            &bytes(2),
-        );
-        assert_literal(
-            &Frame::Stopped {
-                postcopy: true,
-                background: true,
-            },
-            &bytes(3),
-        );
-        let unused = FrameError::Unused {
-            kind: Kind::Stopped,
-            field: "flags",
-        };
+        assert_literal(&Frame::Stopped { postcopy: false, background: false }, &bytes(0));
+        assert_literal(&Frame::Stopped { postcopy: true, background: false }, &bytes(1));
+        assert_literal(&Frame::Stopped { postcopy: false, background: true }, &bytes(2));
+        assert_literal(&Frame::Stopped { postcopy: true, background: true }, &bytes(3));
+        let unused = FrameError::Unused { kind: Kind::Stopped, field: "flags" };
         assert_eq!(decoded(&bytes(4)), Err(unused));
     }
 
@@ -716,11 +593,7 @@ mod tests {
 
     #[test]
     fn regions_follow_their_header() {
-        let region = Region {
-            name: "ram0".into(),
-            bytes: 0x20_0000,
-            page_size: PageSize::SIZE_2M,
-        };
+        let region = Region { name: "ram0".into(), bytes: 0x20_0000, page_size: PageSize::SIZE_2M };
         let table = RegionTable::new(vec![region]).unwrap();
         let mut bytes = literal(16, 0, [0; 2], [80, 0, 0, 0], [0; 8], [0; 8]);
         bytes.extend(b"ram0");
@@ -729,10 +602,7 @@ mod tests {
         bytes.extend([21, 0, 0, 0, 0, 0, 0, 0]);
         assert_literal(&Frame::Regions(table), &bytes);
         bytes[32] = b'\n';
-        assert_eq!(
-            decoded(&bytes),
-            Err(FrameError::Regions(RegionError::Name(0)))
-        );
+        assert_eq!(decoded(&bytes), Err(FrameError::Regions(RegionError::Name(0))));
     }
 
     #[test]
@@ -763,19 +633,9 @@ mod tests {
 
     #[test]
     fn an_error_has_a_code_and_a_text() {
-        let mut bytes = literal(
-            255,
-            0,
-            [0; 2],
-            [3, 0, 0, 0],
-            [5, 0, 0, 0, 0, 0, 0, 0],
-            [0; 8],
-        );
+        let mut bytes = literal(255, 0, [0; 2], [3, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0], [0; 8]);
         bytes.extend("né".as_bytes());
-        let fault = Fault {
-            code: FaultCode::OutOfMemory,
-            text: "né".into(),
-        };
+        let fault = Fault { code: FaultCode::OutOfMemory, text: "né".into() };
         assert_literal(&Frame::Error(fault), &bytes);
 
         bytes[34] = 0xff;
@@ -799,10 +659,7 @@ mod tests {
         for (at, field) in fields {
             let mut bytes = Header::new(Kind::Ready).encode();
             bytes[at] = 1;
-            let unused = FrameError::Unused {
-                kind: Kind::Ready,
-                field,
-            };
+            let unused = FrameError::Unused { kind: Kind::Ready, field };
             assert_eq!(Header::decode(&bytes), Err(unused));
         }
         assert_eq!(decoded(&[0; HEADER_BYTES]), Err(FrameError::Kind(0)));
@@ -818,24 +675,12 @@ mod tests {
         ];
         for (kind, wrong, right) in limits {
             for body_bytes in wrong {
-                let header = Header {
-                    body_bytes,
-                    ..Header::new(kind)
-                };
-                assert_eq!(
-                    header.head(),
-                    Err(FrameError::BodyLength { kind, body_bytes })
-                );
+                let header = Header { body_bytes, ..Header::new(kind) };
+                assert_eq!(header.head(), Err(FrameError::BodyLength { kind, body_bytes }));
             }
             for body_bytes in right {
-                let header = Header {
-                    body_bytes,
-                    ..Header::new(kind)
-                };
-                assert!(
-                    matches!(header.head(), Ok(Head::Body(_))),
-                    "{kind} {body_bytes}"
-                );
+                let header = Header { body_bytes, ..Header::new(kind) };
+                assert!(matches!(header.head(), Ok(Head::Body(_))), "{kind} {body_bytes}");
             }
         }
     }

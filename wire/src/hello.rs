@@ -80,24 +80,12 @@ impl Hello {
     pub fn encode(&self) -> [u8; HELLO_BYTES] {
         let mut out = [0; HELLO_BYTES];
         put(&mut out, field::MAGIC, HELLO_MAGIC);
-        put(
-            &mut out,
-            field::VERSION_MIN,
-            &self.versions.min.to_le_bytes(),
-        );
-        put(
-            &mut out,
-            field::VERSION_MAX,
-            &self.versions.max.to_le_bytes(),
-        );
+        put(&mut out, field::VERSION_MIN, &self.versions.min.to_le_bytes());
+        put(&mut out, field::VERSION_MAX, &self.versions.max.to_le_bytes());
         out[field::ROLE] = self.role as u8;
         put(&mut out, field::INDEX, &self.index.to_le_bytes());
         put(&mut out, field::BULK_LANES, &self.bulk_lanes.to_le_bytes());
-        put(
-            &mut out,
-            field::CAPABILITIES,
-            &self.capabilities.0.to_le_bytes(),
-        );
+        put(&mut out, field::CAPABILITIES, &self.capabilities.0.to_le_bytes());
         put(&mut out, field::SESSION, &self.session.0);
         put(&mut out, field::PROOF, &self.proof);
         out
@@ -150,11 +138,7 @@ fn decode_lane(bytes: &[u8; HELLO_BYTES]) -> Result<(LaneRole, u16, u16), HelloE
         LaneRole::Demand => index == 0,
         LaneRole::Bulk => (1..=bulk_lanes).contains(&index),
     };
-    if fits {
-        Ok((role, index, bulk_lanes))
-    } else {
-        Err(HelloError::Index { index, bulk_lanes })
-    }
+    if fits { Ok((role, index, bulk_lanes)) } else { Err(HelloError::Index { index, bulk_lanes }) }
 }
 
 /// How the destination accepts a lane.
@@ -178,17 +162,10 @@ impl Welcome {
         capabilities: Capabilities,
         proof: [u8; 32],
     ) -> Result<Welcome, HelloError> {
-        let version = select_version(ours, hello.versions).ok_or(HelloError::NoCommonVersion {
-            ours,
-            theirs: hello.versions,
-        })?;
+        let version = select_version(ours, hello.versions)
+            .ok_or(HelloError::NoCommonVersion { ours, theirs: hello.versions })?;
         let capabilities = capabilities.intersection(hello.capabilities);
-        Ok(Welcome {
-            version,
-            capabilities,
-            session: hello.session,
-            proof,
-        })
+        Ok(Welcome { version, capabilities, session: hello.session, proof })
     }
 
     /// Whether a source that sent `hello` can go on with this answer.
@@ -210,11 +187,7 @@ impl Welcome {
         let mut out = [0; HELLO_BYTES];
         put(&mut out, field::MAGIC, WELCOME_MAGIC);
         put(&mut out, field::VERSION, &self.version.to_le_bytes());
-        put(
-            &mut out,
-            field::CAPABILITIES,
-            &self.capabilities.0.to_le_bytes(),
-        );
+        put(&mut out, field::CAPABILITIES, &self.capabilities.0.to_le_bytes());
         put(&mut out, field::SESSION, &self.session.0);
         put(&mut out, field::PROOF, &self.proof);
         out
@@ -257,19 +230,13 @@ impl Welcome {
 fn decode_refusal(bytes: &[u8; HELLO_BYTES]) -> Option<HelloError> {
     let code = FaultCode::from_number(u16_at(bytes, field::CODE))?;
     let padded = &bytes[field::TEXT..];
-    let text_bytes = padded
-        .iter()
-        .rposition(|&byte| byte != 0)
-        .map_or(0, |last| last + 1);
+    let text_bytes = padded.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
     let text = parse_text(&padded[..text_bytes])?.to_owned();
     Some(HelloError::Refused { code, text })
 }
 
 fn check_zero(reserved: &[&[u8]]) -> Result<(), HelloError> {
-    match reserved
-        .iter()
-        .all(|bytes| bytes.iter().all(|&byte| byte == 0))
-    {
+    match reserved.iter().all(|bytes| bytes.iter().all(|&byte| byte == 0)) {
         true => Ok(()),
         false => Err(HelloError::Reserved),
     }
@@ -298,10 +265,7 @@ impl fmt::Display for VersionRange {
 
 /// The newest version in both ranges.
 pub fn select_version(ours: VersionRange, theirs: VersionRange) -> Option<u16> {
-    let common = VersionRange {
-        min: ours.min.max(theirs.min),
-        max: ours.max.min(theirs.max),
-    };
+    let common = VersionRange { min: ours.min.max(theirs.min), max: ours.max.min(theirs.max) };
     common.is_valid().then_some(common.max)
 }
 
@@ -345,10 +309,7 @@ mod tests {
 
     fn hello() -> Hello {
         Hello {
-            versions: VersionRange {
-                min: 1,
-                max: 0x0203,
-            },
+            versions: VersionRange { min: 1, max: 0x0203 },
             capabilities: Capabilities(0x8877_6655_4433_2211),
             session: SessionId([0x51; 16]),
             role: LaneRole::Bulk,
@@ -397,22 +358,14 @@ mod tests {
     fn a_hello_is_128_bytes() {
         assert_eq!(hello().encode(), hello_bytes());
         assert_eq!(Hello::decode(&hello_bytes()), Ok(hello()));
-        let demand = Hello {
-            role: LaneRole::Demand,
-            index: 0,
-            bulk_lanes: 0,
-            ..hello()
-        };
+        let demand = Hello { role: LaneRole::Demand, index: 0, bulk_lanes: 0, ..hello() };
         assert_eq!(Hello::decode(&demand.encode()), Ok(demand));
     }
 
     #[test]
     fn a_hello_is_checked() {
         assert_eq!(with(0, b"GET / HT"), Err(HelloError::NotUmem));
-        assert_eq!(
-            HelloError::NotUmem.to_string(),
-            "the peer does not speak umem"
-        );
+        assert_eq!(HelloError::NotUmem.to_string(), "the peer does not speak umem");
         for (min, max) in [(0, 1), (2, 1), (0, 0)] {
             let versions = VersionRange { min, max };
             let range = Err(HelloError::VersionRange(versions));
@@ -428,19 +381,10 @@ mod tests {
         for index in [0, 5] {
             assert_eq!(
                 with(14, &[index]),
-                Err(HelloError::Index {
-                    index: index.into(),
-                    bulk_lanes: 4
-                })
+                Err(HelloError::Index { index: index.into(), bulk_lanes: 4 })
             );
         }
-        assert_eq!(
-            with(12, &[1]),
-            Err(HelloError::Index {
-                index: 2,
-                bulk_lanes: 4
-            })
-        );
+        assert_eq!(with(12, &[1]), Err(HelloError::Index { index: 2, bulk_lanes: 4 }));
     }
 
     #[test]
@@ -462,10 +406,7 @@ mod tests {
         bytes[10] = 8;
         bytes[12..16].copy_from_slice(b"full");
         assert_eq!(Welcome::refuse(FaultCode::Refused, "full"), bytes);
-        let refused = HelloError::Refused {
-            code: FaultCode::Refused,
-            text: "full".into(),
-        };
+        let refused = HelloError::Refused { code: FaultCode::Refused, text: "full".into() };
         assert_eq!(Welcome::decode(&bytes), Err(refused));
 
         let long = "x".repeat(200);
@@ -485,10 +426,7 @@ mod tests {
     #[test]
     fn the_newest_common_version_is_chosen() {
         let select = |a, b, c, d| {
-            select_version(
-                VersionRange { min: a, max: b },
-                VersionRange { min: c, max: d },
-            )
+            select_version(VersionRange { min: a, max: b }, VersionRange { min: c, max: d })
         };
         assert_eq!(select(1, 1, 1, 1), Some(1));
         assert_eq!(select(1, 3, 2, 9), Some(3));
@@ -501,48 +439,21 @@ mod tests {
     fn an_answer_fits_its_hello() {
         let ours = VersionRange { min: 1, max: 3 };
         let answer = Welcome::answer(&hello(), ours, Capabilities(0xff), [7; 32]).unwrap();
-        assert_eq!(
-            (answer.version, answer.capabilities),
-            (3, Capabilities(0x11))
-        );
+        assert_eq!((answer.version, answer.capabilities), (3, Capabilities(0x11)));
         assert_eq!(answer.check(&hello()), Ok(()));
 
-        let newer = VersionRange {
-            min: 0x0204,
-            max: 0x0204,
-        };
+        let newer = VersionRange { min: 0x0204, max: 0x0204 };
         let theirs = hello().versions;
         assert_eq!(
             Welcome::answer(&hello(), newer, Capabilities::NONE, [7; 32]),
-            Err(HelloError::NoCommonVersion {
-                ours: newer,
-                theirs
-            })
+            Err(HelloError::NoCommonVersion { ours: newer, theirs })
         );
         let check = |welcome: Welcome| welcome.check(&hello());
         let version = HelloError::NotOffered("a version");
-        assert_eq!(
-            check(Welcome {
-                version: 0x0204,
-                ..welcome()
-            }),
-            Err(version)
-        );
+        assert_eq!(check(Welcome { version: 0x0204, ..welcome() }), Err(version));
         let capability = HelloError::NotOffered("a capability");
-        assert_eq!(
-            check(Welcome {
-                capabilities: Capabilities(2),
-                ..welcome()
-            }),
-            Err(capability)
-        );
+        assert_eq!(check(Welcome { capabilities: Capabilities(2), ..welcome() }), Err(capability));
         let session = SessionId([0; 16]);
-        assert_eq!(
-            check(Welcome {
-                session,
-                ..welcome()
-            }),
-            Err(HelloError::OtherSession)
-        );
+        assert_eq!(check(Welcome { session, ..welcome() }), Err(HelloError::OtherSession));
     }
 }

@@ -175,26 +175,14 @@ enum Lane {
 /// What is arriving.
 #[derive(Debug)]
 enum State {
-    Header {
-        bytes: [u8; HEADER_BYTES],
-        filled: usize,
-    },
-    Body {
-        body: Body,
-        bytes: Vec<u8>,
-    },
-    Run {
-        range: PageRange,
-        target: RunTarget,
-    },
+    Header { bytes: [u8; HEADER_BYTES], filled: usize },
+    Body { body: Body, bytes: Vec<u8> },
+    Run { range: PageRange, target: RunTarget },
     Failed(ReceiveError),
 }
 
 impl State {
-    const NEXT_HEADER: State = State::Header {
-        bytes: [0; HEADER_BYTES],
-        filled: 0,
-    };
+    const NEXT_HEADER: State = State::Header { bytes: [0; HEADER_BYTES], filled: 0 };
 }
 
 impl Receiver {
@@ -218,12 +206,7 @@ impl Receiver {
     fn new(lane: Lane) -> Receiver {
         // At the destination a call makes two events at most (an empty queue, then one frame).
         let events = VecDeque::with_capacity(4);
-        Receiver {
-            lane,
-            regions: None,
-            state: State::NEXT_HEADER,
-            events,
-        }
+        Receiver { lane, regions: None, state: State::NEXT_HEADER, events }
     }
 
     /// Gives the receiver the source's table, whose numbers travel: required before pages,
@@ -235,12 +218,8 @@ impl Receiver {
     /// Where the next bytes go.
     pub fn next_target(&self) -> Target {
         match &self.state {
-            State::Header { filled, .. } => Target::Control {
-                exact: HEADER_BYTES - filled,
-            },
-            State::Body { body, bytes } => Target::Control {
-                exact: body.bytes - bytes.len(),
-            },
+            State::Header { filled, .. } => Target::Control { exact: HEADER_BYTES - filled },
+            State::Body { body, bytes } => Target::Control { exact: body.bytes - bytes.len() },
             State::Run { target, .. } => Target::Run(*target),
             State::Failed(_) => Target::Control { exact: 0 },
         }
@@ -250,9 +229,7 @@ impl Receiver {
     /// the source any number (they make one event per 32 bytes at most). When it fails, the events
     /// of the frames before the wrong one can still be polled.
     pub fn control(&mut self, bytes: &[u8]) -> Result<(), ReceiveError> {
-        self.check_feed(bytes.len())
-            .and_then(|()| self.feed(bytes))
-            .map_err(|e| self.fail(e))
+        self.check_feed(bytes.len()).and_then(|()| self.feed(bytes)).map_err(|e| self.fail(e))
     }
 
     /// Notes that bytes of the current run are in memory, no more than the target's.
@@ -263,16 +240,10 @@ impl Receiver {
             State::Header { .. } | State::Body { .. } => 0,
         };
         let State::Run { range, target } = &mut self.state else {
-            return Err(self.fail(ReceiveError::Misfed {
-                wanted_bytes,
-                given_bytes: bytes,
-            }));
+            return Err(self.fail(ReceiveError::Misfed { wanted_bytes, given_bytes: bytes }));
         };
         if bytes > wanted_bytes {
-            return Err(self.fail(ReceiveError::Misfed {
-                wanted_bytes,
-                given_bytes: bytes,
-            }));
+            return Err(self.fail(ReceiveError::Misfed { wanted_bytes, given_bytes: bytes }));
         }
         target.byte_offset += bytes;
         target.bytes -= bytes;
@@ -319,9 +290,7 @@ impl Receiver {
             }
             State::Run { range, target } => {
                 assert_eq!(range.region, target.region);
-                let Lane::AtDestination(_) = self.lane else {
-                    panic!("a run at {:?}", self.lane)
-                };
+                let Lane::AtDestination(_) = self.lane else { panic!("a run at {:?}", self.lane) };
                 let regions = self.regions.as_ref().expect("a run needs regions");
                 let region = regions.get(range.region).expect("a run needs its region");
                 assert!(regions.check(*range).is_ok());
@@ -344,10 +313,7 @@ impl Receiver {
         if given <= wanted {
             return Ok(());
         }
-        Err(ReceiveError::Misfed {
-            wanted_bytes: wanted as u64,
-            given_bytes: given as u64,
-        })
+        Err(ReceiveError::Misfed { wanted_bytes: wanted as u64, given_bytes: given as u64 })
     }
 
     fn feed(&mut self, mut bytes: &[u8]) -> Result<(), ReceiveError> {
@@ -368,10 +334,7 @@ impl Receiver {
     /// Takes at least one byte and at most what the current header or body wants.
     fn feed_some(&mut self, bytes: &[u8]) -> Result<(), ReceiveError> {
         match &mut self.state {
-            State::Header {
-                bytes: header,
-                filled,
-            } => {
+            State::Header { bytes: header, filled } => {
                 header[*filled..*filled + bytes.len()].copy_from_slice(bytes);
                 *filled += bytes.len();
                 if *filled == HEADER_BYTES {
@@ -379,10 +342,7 @@ impl Receiver {
                     self.state = self.begin(header)?;
                 }
             }
-            State::Body {
-                body,
-                bytes: received,
-            } => {
+            State::Body { body, bytes: received } => {
                 grow(received, bytes.len(), body.bytes);
                 received.extend_from_slice(bytes);
                 if received.len() == body.bytes {
@@ -404,20 +364,11 @@ impl Receiver {
                 self.whole(frame)?;
                 Ok(State::NEXT_HEADER)
             }
-            Head::Body(Body {
-                bytes: 0,
-                content: Content::Fault(code),
-            }) => {
-                self.events.push_back(Event::Error(Fault {
-                    code,
-                    text: String::new(),
-                }));
+            Head::Body(Body { bytes: 0, content: Content::Fault(code) }) => {
+                self.events.push_back(Event::Error(Fault { code, text: String::new() }));
                 Ok(State::NEXT_HEADER)
             }
-            Head::Body(body) => Ok(State::Body {
-                body,
-                bytes: Vec::new(),
-            }),
+            Head::Body(body) => Ok(State::Body { body, bytes: Vec::new() }),
             Head::Data(range) => {
                 let target = self.run_target(range)?;
                 self.events.push_back(Event::RunBegins(range));
@@ -456,14 +407,7 @@ impl Receiver {
             }
             Frame::Request(pages) => {
                 for &(region, first) in &pages {
-                    self.check_pages(
-                        Kind::Request,
-                        PageRange {
-                            region,
-                            first,
-                            pages: 1,
-                        },
-                    )?;
+                    self.check_pages(Kind::Request, PageRange { region, first, pages: 1 })?;
                 }
                 Event::Request(pages)
             }
@@ -479,21 +423,11 @@ impl Receiver {
                 Event::LaneEnd
             }
             Frame::Ready => Event::Ready,
-            Frame::Stopped {
-                postcopy,
-                background,
-            } => Event::Stopped {
-                postcopy,
-                background,
-            },
+            Frame::Stopped { postcopy, background } => Event::Stopped { postcopy, background },
             Frame::Load { state_bytes } => Event::Load { state_bytes },
             Frame::Loaded => Event::Loaded,
             Frame::Switchover { stopped_us } => Event::Switchover { stopped_us },
-            Frame::Running {
-                us_since_switchover,
-            } => Event::Running {
-                us_since_switchover,
-            },
+            Frame::Running { us_since_switchover } => Event::Running { us_since_switchover },
             Frame::Complete(totals) => Event::Complete(totals),
             Frame::Ping(number) => Event::Ping(number),
             Frame::Pong(number) => Event::Pong(number),
@@ -504,25 +438,15 @@ impl Receiver {
     }
 
     fn check_pages(&self, kind: Kind, range: PageRange) -> Result<(), ReceiveError> {
-        let regions = self
-            .regions
-            .as_ref()
-            .ok_or(ReceiveError::NoRegions { kind })?;
-        regions
-            .check(range)
-            .map_err(|error| ReceiveError::Pages { kind, error })
+        let regions = self.regions.as_ref().ok_or(ReceiveError::NoRegions { kind })?;
+        regions.check(range).map_err(|error| ReceiveError::Pages { kind, error })
     }
 
     /// Where a data run begins, once it is known to be inside its region and within its limit.
     fn run_target(&self, range: PageRange) -> Result<RunTarget, ReceiveError> {
         let kind = Kind::Data;
-        let regions = self
-            .regions
-            .as_ref()
-            .ok_or(ReceiveError::NoRegions { kind })?;
-        regions
-            .check(range)
-            .map_err(|error| ReceiveError::Pages { kind, error })?;
+        let regions = self.regions.as_ref().ok_or(ReceiveError::NoRegions { kind })?;
+        regions.check(range).map_err(|error| ReceiveError::Pages { kind, error })?;
         let region = regions.get(range.region).expect("checked");
         let pages_max = region.page_size.run_pages_max();
         if range.pages > pages_max {
@@ -598,9 +522,7 @@ fn route(kind: Kind) -> (Way, Lanes) {
 /// Makes room for `more_bytes`, at most doubling what has come, and never past the whole body.
 fn grow(received: &mut Vec<u8>, more_bytes: usize, body_bytes: usize) {
     if received.capacity() - received.len() < more_bytes {
-        let room = more_bytes
-            .max(received.len())
-            .min(body_bytes - received.len());
+        let room = more_bytes.max(received.len()).min(body_bytes - received.len());
         received.reserve_exact(room);
     }
 }
@@ -611,16 +533,8 @@ pub(crate) fn one_of_each() -> Vec<Event> {
     use crate::fault::FaultCode;
     use crate::region::{PageSize, Region};
     let (region, page_size) = (RegionId(0), PageSize::SIZE_4K);
-    let range = PageRange {
-        region,
-        first: 0,
-        pages: 1,
-    };
-    let ram = Region {
-        name: "ram".into(),
-        bytes: page_size.bytes(),
-        page_size,
-    };
+    let range = PageRange { region, first: 0, pages: 1 };
+    let ram = Region { name: "ram".into(), bytes: page_size.bytes(), page_size };
     vec![
         Event::RunBegins(range),
         Event::Data(range),
@@ -630,17 +544,12 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::Ack(range),
         Event::Regions(RegionTable::new(vec![ram]).expect("a table")),
         Event::Ready,
-        Event::Stopped {
-            postcopy: true,
-            background: true,
-        },
+        Event::Stopped { postcopy: true, background: true },
         Event::DeviceState(vec![0xa5]),
         Event::Load { state_bytes: 1 },
         Event::Loaded,
         Event::Switchover { stopped_us: 1 },
-        Event::Running {
-            us_since_switchover: 1,
-        },
+        Event::Running { us_since_switchover: 1 },
         Event::LaneEnd,
         Event::Complete(Totals::default()),
         Event::Ping(1),
@@ -662,11 +571,7 @@ mod tests {
 
     /// 1024 pages of 4 KiB and 2 pages of 1 GiB.
     fn table() -> RegionTable {
-        let region = |name: &str, bytes, page_size| Region {
-            name: name.into(),
-            bytes,
-            page_size,
-        };
+        let region = |name: &str, bytes, page_size| Region { name: name.into(), bytes, page_size };
         RegionTable::new(vec![
             region("small", 4 << 20, PageSize::SIZE_4K),
             region("huge", 2 << 30, PageSize::SIZE_1G),
@@ -675,11 +580,7 @@ mod tests {
     }
 
     fn range(region: RegionId, first: u64, pages: u64) -> PageRange {
-        PageRange {
-            region,
-            first,
-            pages,
-        }
+        PageRange { region, first, pages }
     }
 
     fn bulk() -> Receiver {
@@ -704,9 +605,7 @@ mod tests {
     fn feed(receiver: &mut Receiver, bytes: &[u8], step: usize) -> Result<(), ReceiveError> {
         let mut rest = bytes;
         while !rest.is_empty() {
-            let Target::Control { exact } = receiver.next_target() else {
-                panic!("a run")
-            };
+            let Target::Control { exact } = receiver.next_target() else { panic!("a run") };
             let (now, later) = rest.split_at(exact.min(step).min(rest.len()));
             receiver.control(now)?;
             receiver.assert_invariants();
@@ -723,22 +622,12 @@ mod tests {
     fn a_run_goes_straight_to_its_pages() {
         let mut receiver = bulk();
         let run = range(SMALL, 3, 2);
-        assert_eq!(
-            receiver.next_target(),
-            Target::Control {
-                exact: HEADER_BYTES
-            }
-        );
+        assert_eq!(receiver.next_target(), Target::Control { exact: HEADER_BYTES });
         receiver.control(&transmit::data_header(run)).unwrap();
         assert_eq!(drain(&mut receiver), [Event::RunBegins(run)]);
 
-        let target = |byte_offset, bytes| {
-            Target::Run(RunTarget {
-                region: SMALL,
-                byte_offset,
-                bytes,
-            })
-        };
+        let target =
+            |byte_offset, bytes| Target::Run(RunTarget { region: SMALL, byte_offset, bytes });
         assert_eq!(receiver.next_target(), target(12288, 8192));
         receiver.landed(1).unwrap();
         receiver.assert_invariants();
@@ -746,56 +635,33 @@ mod tests {
         assert_eq!(drain(&mut receiver), []);
         receiver.landed(8191).unwrap();
         assert_eq!(drain(&mut receiver), [Event::Data(run)]);
-        assert_eq!(
-            receiver.next_target(),
-            Target::Control {
-                exact: HEADER_BYTES
-            }
-        );
+        assert_eq!(receiver.next_target(), Target::Control { exact: HEADER_BYTES });
     }
 
     #[test]
     fn after_every_run_comes_a_whole_header() {
         let mut receiver = bulk();
-        let (events, header) = (
-            receiver.events.capacity(),
-            Target::Control {
-                exact: HEADER_BYTES,
-            },
-        );
+        let (events, header) =
+            (receiver.events.capacity(), Target::Control { exact: HEADER_BYTES });
         for pages in 1..=512 {
-            receiver
-                .control(&transmit::data_header(range(SMALL, 0, pages)))
-                .unwrap();
+            receiver.control(&transmit::data_header(range(SMALL, 0, pages))).unwrap();
             receiver.landed(pages * 4096).unwrap();
             assert_eq!(receiver.next_target(), header);
             assert_eq!(drain(&mut receiver).len(), 2);
         }
-        receiver
-            .control(&transmit::data_header(range(HUGE, 1, 1)))
-            .unwrap();
+        receiver.control(&transmit::data_header(range(HUGE, 1, 1))).unwrap();
         receiver.landed(1 << 30).unwrap();
         assert_eq!(receiver.next_target(), header);
-        assert_eq!(
-            receiver.events.capacity(),
-            events,
-            "the loop allocates nothing"
-        );
+        assert_eq!(receiver.events.capacity(), events, "the loop allocates nothing");
     }
 
     #[test]
     fn a_run_has_a_limit_and_an_unlanded_one_does_not() {
         let long = range(SMALL, 0, 513);
-        let too_long = ReceiveError::RunLength {
-            range: long,
-            pages_max: 512,
-        };
+        let too_long = ReceiveError::RunLength { range: long, pages_max: 512 };
         assert_eq!(bulk().control(&transmit::data_header(long)), Err(too_long));
         let two = range(HUGE, 0, 2);
-        let too_long = ReceiveError::RunLength {
-            range: two,
-            pages_max: 1,
-        };
+        let too_long = ReceiveError::RunLength { range: two, pages_max: 1 };
         assert_eq!(bulk().control(&transmit::data_header(two)), Err(too_long));
 
         let mut receiver = bulk();
@@ -808,38 +674,20 @@ mod tests {
     #[test]
     fn pages_must_exist() {
         let outside = range(SMALL, 1024, 1);
-        let error = RegionError::Outside {
-            range: outside,
-            region_pages: 1024,
-        };
+        let error = RegionError::Outside { range: outside, region_pages: 1024 };
         for kind in [Kind::Data, Kind::Zero, Kind::Hole] {
             let header = Header::with_range(kind, outside).encode();
-            let pages = ReceiveError::Pages {
-                kind,
-                error: error.clone(),
-            };
+            let pages = ReceiveError::Pages { kind, error: error.clone() };
             assert_eq!(bulk().control(&header), Err(pages));
             let mut ignorant = Receiver::for_destination(LaneRole::Bulk);
-            assert_eq!(
-                ignorant.control(&header),
-                Err(ReceiveError::NoRegions { kind })
-            );
+            assert_eq!(ignorant.control(&header), Err(ReceiveError::NoRegions { kind }));
         }
-        let ack = ReceiveError::Pages {
-            kind: Kind::Ack,
-            error,
-        };
+        let ack = ReceiveError::Pages { kind: Kind::Ack, error };
         assert_eq!(source().control(&transmit::ack_header(outside)), Err(ack));
         let request = encoded(&Frame::Request(vec![(SMALL, 1023), (HUGE, 2)]));
         let range = range(HUGE, 2, 1);
-        let error = RegionError::Outside {
-            range,
-            region_pages: 2,
-        };
-        let pages = ReceiveError::Pages {
-            kind: Kind::Request,
-            error,
-        };
+        let error = RegionError::Outside { range, region_pages: 2 };
+        let pages = ReceiveError::Pages { kind: Kind::Request, error };
         assert_eq!(source().control(&request), Err(pages));
     }
 
@@ -847,14 +695,8 @@ mod tests {
     fn bodies_come_in_any_pieces() {
         let frames = [
             Frame::Regions(table()),
-            Frame::Stopped {
-                postcopy: true,
-                background: true,
-            },
-            Frame::Complete(Totals {
-                data_bytes: 1,
-                ..Totals::default()
-            }),
+            Frame::Stopped { postcopy: true, background: true },
+            Frame::Complete(Totals { data_bytes: 1, ..Totals::default() }),
             Frame::Error(Fault::new(FaultCode::Other, "why")),
             Frame::Error(Fault::new(FaultCode::Other, "")),
         ];
@@ -871,22 +713,10 @@ mod tests {
                 drain(&mut receiver),
                 [
                     Event::Regions(table()),
-                    Event::Stopped {
-                        postcopy: true,
-                        background: true
-                    },
-                    Event::Complete(Totals {
-                        data_bytes: 1,
-                        ..Totals::default()
-                    }),
-                    Event::Error(Fault {
-                        code: FaultCode::Other,
-                        text: "why".into()
-                    }),
-                    Event::Error(Fault {
-                        code: FaultCode::Other,
-                        text: String::new()
-                    }),
+                    Event::Stopped { postcopy: true, background: true },
+                    Event::Complete(Totals { data_bytes: 1, ..Totals::default() }),
+                    Event::Error(Fault { code: FaultCode::Other, text: "why".into() }),
+                    Event::Error(Fault { code: FaultCode::Other, text: String::new() }),
                     Event::DeviceState(vec![0xa5; 100]),
                 ]
             );
@@ -901,16 +731,10 @@ mod tests {
         bytes.extend(&encoded(&Frame::Loaded)[..31]);
         let mut receiver = source();
         receiver.control(&bytes).unwrap();
-        assert_eq!(
-            drain(&mut receiver),
-            [Event::Request(pages), Event::Ping(1)]
-        );
+        assert_eq!(drain(&mut receiver), [Event::Request(pages), Event::Ping(1)]);
         assert_eq!(receiver.next_target(), Target::Control { exact: 1 });
 
-        let misfed = ReceiveError::Misfed {
-            wanted_bytes: 32,
-            given_bytes: 64,
-        };
+        let misfed = ReceiveError::Misfed { wanted_bytes: 32, given_bytes: 64 };
         assert_eq!(bulk().control(&[0; 64]), Err(misfed));
     }
 
@@ -922,31 +746,20 @@ mod tests {
         assert_eq!(receiver.control(&bytes), Err(wrong.clone()));
         assert_eq!(drain(&mut receiver), [Event::Ping(1)]);
         assert_eq!(receiver.next_target(), Target::Control { exact: 0 });
-        assert_eq!(
-            receiver.control(&encoded(&Frame::Ping(2))),
-            Err(wrong.clone())
-        );
+        assert_eq!(receiver.control(&encoded(&Frame::Ping(2))), Err(wrong.clone()));
         assert_eq!(receiver.landed(1), Err(wrong));
     }
 
     #[test]
     fn our_own_miscounts_are_errors() {
-        let misfed = |wanted_bytes, given_bytes| {
-            Err(ReceiveError::Misfed {
-                wanted_bytes,
-                given_bytes,
-            })
-        };
+        let misfed =
+            |wanted_bytes, given_bytes| Err(ReceiveError::Misfed { wanted_bytes, given_bytes });
         assert_eq!(bulk().landed(1), misfed(0, 1));
         let mut receiver = bulk();
-        receiver
-            .control(&transmit::data_header(range(SMALL, 0, 1)))
-            .unwrap();
+        receiver.control(&transmit::data_header(range(SMALL, 0, 1))).unwrap();
         assert_eq!(receiver.control(&[1]), misfed(0, 1));
         let mut receiver = bulk();
-        receiver
-            .control(&transmit::data_header(range(SMALL, 0, 1)))
-            .unwrap();
+        receiver.control(&transmit::data_header(range(SMALL, 0, 1))).unwrap();
         assert_eq!(receiver.landed(4097), misfed(4096, 4097));
     }
 
@@ -983,36 +796,22 @@ mod tests {
         for (kind, accepted) in routes {
             for (letter, lane) in lanes {
                 let comes = lane.check(kind);
-                assert_eq!(
-                    comes.is_ok(),
-                    accepted.contains(letter),
-                    "{kind} at {lane:?}"
-                );
+                assert_eq!(comes.is_ok(), accepted.contains(letter), "{kind} at {lane:?}");
             }
             assert_eq!(Lane::Ended.check(kind).is_ok(), kind == Kind::Error);
         }
         let wrong = ReceiveError::WrongDirection { kind: Kind::Loaded };
         assert_eq!(bulk().control(&encoded(&Frame::Loaded)), Err(wrong));
-        let wrong = ReceiveError::WrongLane {
-            kind: Kind::Load,
-            bulk: true,
-        };
-        assert_eq!(
-            bulk().control(&encoded(&Frame::Load { state_bytes: 0 })),
-            Err(wrong)
-        );
+        let wrong = ReceiveError::WrongLane { kind: Kind::Load, bulk: true };
+        assert_eq!(bulk().control(&encoded(&Frame::Load { state_bytes: 0 })), Err(wrong));
     }
 
     #[test]
     fn nothing_but_an_error_follows_the_end() {
         let mut receiver = bulk();
         receiver.control(&encoded(&Frame::LaneEnd)).unwrap();
-        feed(
-            &mut receiver,
-            &encoded(&Frame::Error(Fault::new(FaultCode::Other, "x"))),
-            99,
-        )
-        .unwrap();
+        feed(&mut receiver, &encoded(&Frame::Error(Fault::new(FaultCode::Other, "x"))), 99)
+            .unwrap();
         assert_eq!(drain(&mut receiver).len(), 2);
         assert_eq!(receiver.closed(), Ok(()));
         let after = ReceiveError::AfterEnd { kind: Kind::Ping };
@@ -1024,10 +823,7 @@ mod tests {
         let mut receiver = Receiver::for_destination(LaneRole::Demand);
         let regions = encoded(&Frame::Regions(table()));
         feed(&mut receiver, &regions, 99).unwrap();
-        assert_eq!(
-            feed(&mut receiver, &regions, 99),
-            Err(ReceiveError::RegionsTwice)
-        );
+        assert_eq!(feed(&mut receiver, &regions, 99), Err(ReceiveError::RegionsTwice));
     }
 
     #[test]
@@ -1036,18 +832,10 @@ mod tests {
         let mut receiver = bulk();
         let header = transmit::data_header(range(SMALL, 0, 1));
         receiver.control(&header[..20]).unwrap();
-        assert_eq!(
-            receiver.closed(),
-            Err(ReceiveError::Truncated { missing_bytes: 12 })
-        );
+        assert_eq!(receiver.closed(), Err(ReceiveError::Truncated { missing_bytes: 12 }));
         let mut receiver = bulk();
         receiver.control(&header).unwrap();
         receiver.landed(96).unwrap();
-        assert_eq!(
-            receiver.closed(),
-            Err(ReceiveError::Truncated {
-                missing_bytes: 4000
-            })
-        );
+        assert_eq!(receiver.closed(), Err(ReceiveError::Truncated { missing_bytes: 4000 }));
     }
 }

@@ -45,11 +45,7 @@ pub struct PageRange {
 
 impl fmt::Display for PageRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} pages from {} in region {}",
-            self.pages, self.first, self.region.0
-        )
+        write!(f, "{} pages from {} in region {}", self.pages, self.first, self.region.0)
     }
 }
 
@@ -69,11 +65,7 @@ impl PageSize {
 
     /// The page size of 2^`shift` bytes, for a shift from 12 to 30.
     pub const fn from_shift(shift: u8) -> Option<PageSize> {
-        if shift < 12 || shift > 30 {
-            None
-        } else {
-            Some(PageSize { shift })
-        }
+        if shift < 12 || shift > 30 { None } else { Some(PageSize { shift }) }
     }
 
     /// The page size of this many bytes, if it is one.
@@ -130,10 +122,7 @@ impl Region {
             return Err(RegionError::Name(index));
         }
         if self.bytes == 0 || !self.bytes.is_multiple_of(self.page_size.bytes()) {
-            return Err(RegionError::Bytes {
-                name: self.name.clone(),
-                bytes: self.bytes,
-            });
+            return Err(RegionError::Bytes { name: self.name.clone(), bytes: self.bytes });
         }
         Ok(())
     }
@@ -161,11 +150,7 @@ impl Region {
         let shift = bytes[field::SHIFT];
         let page_size =
             PageSize::from_shift(shift).ok_or(RegionError::PageSize { index, shift })?;
-        Ok(Region {
-            name: name.to_owned(),
-            bytes: u64_at(bytes, field::BYTES),
-            page_size,
-        })
+        Ok(Region { name: name.to_owned(), bytes: u64_at(bytes, field::BYTES), page_size })
     }
 }
 
@@ -198,10 +183,7 @@ impl RegionTable {
                 .filter(|&total| total <= TOTAL_BYTES_MAX)
                 .ok_or(RegionError::Total)?;
         }
-        Ok(RegionTable {
-            regions: regions.into(),
-            total_bytes,
-        })
+        Ok(RegionTable { regions: regions.into(), total_bytes })
     }
 
     /// The region of this number.
@@ -211,10 +193,7 @@ impl RegionTable {
 
     /// The regions in order of their numbers.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (RegionId, &Region)> {
-        self.regions
-            .iter()
-            .enumerate()
-            .map(|(index, region)| (RegionId(index as u16), region))
+        self.regions.iter().enumerate().map(|(index, region)| (RegionId(index as u16), region))
     }
 
     /// How many regions, at least one.
@@ -235,48 +214,35 @@ impl RegionTable {
 
     /// Whether all pages of a range exist, and there is at least one.
     pub fn check(&self, range: PageRange) -> Result<(), RegionError> {
-        let region = self
-            .get(range.region)
-            .ok_or(RegionError::Unknown(range.region))?;
+        let region = self.get(range.region).ok_or(RegionError::Unknown(range.region))?;
         if range.pages == 0 {
             return Err(RegionError::NoPages(range.region));
         }
         let region_pages = region.pages();
         match range.first.checked_add(range.pages) {
             Some(end) if end <= region_pages => Ok(()),
-            _ => Err(RegionError::Outside {
-                range,
-                region_pages,
-            }),
+            _ => Err(RegionError::Outside { range, region_pages }),
         }
     }
 
     /// Matches the source's table (`theirs`) with the destination's (`self`) by name. The answer
     /// holds, at each of the source's numbers, the number that the same region has here.
     pub fn compare(&self, theirs: &RegionTable) -> Result<Vec<RegionId>, RegionMismatch> {
-        let mut ours: BTreeMap<&str, (RegionId, &Region)> = self
-            .iter()
-            .map(|(id, region)| (region.name.as_str(), (id, region)))
-            .collect();
+        let mut ours: BTreeMap<&str, (RegionId, &Region)> =
+            self.iter().map(|(id, region)| (region.name.as_str(), (id, region))).collect();
         let mut ids = Vec::with_capacity(theirs.len());
         let mut differences = Vec::new();
         for (_, theirs) in theirs.iter() {
             match ours.remove(theirs.name.as_str()) {
                 None => differences.push(RegionDifference::MissingHere(theirs.clone())),
                 Some((id, ours)) if ours == theirs => ids.push(id),
-                Some((_, ours)) => differences.push(RegionDifference::Unlike {
-                    ours: ours.clone(),
-                    theirs: theirs.clone(),
-                }),
+                Some((_, ours)) => differences
+                    .push(RegionDifference::Unlike { ours: ours.clone(), theirs: theirs.clone() }),
             }
         }
         let unclaimed = ours.into_values().map(|(_, region)| region.clone());
         differences.extend(unclaimed.map(RegionDifference::MissingThere));
-        if differences.is_empty() {
-            Ok(ids)
-        } else {
-            Err(RegionMismatch { differences })
-        }
+        if differences.is_empty() { Ok(ids) } else { Err(RegionMismatch { differences }) }
     }
 
     /// Bytes that [`RegionTable::encode`] appends.
@@ -295,10 +261,7 @@ impl RegionTable {
     pub(crate) fn decode(body: &[u8]) -> Result<RegionTable, RegionError> {
         let (descriptors, rest) = body.as_chunks::<DESCRIPTOR_BYTES>();
         assert!(rest.is_empty(), "the header's length was checked");
-        let regions = descriptors
-            .iter()
-            .enumerate()
-            .map(|(i, bytes)| Region::decode(bytes, i));
+        let regions = descriptors.iter().enumerate().map(|(i, bytes)| Region::decode(bytes, i));
         RegionTable::new(regions.collect::<Result<_, _>>()?)
     }
 }
@@ -347,20 +310,10 @@ impl fmt::Display for RegionDifference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             RegionDifference::MissingHere(region) => {
-                write!(
-                    f,
-                    "the destination has no '{}' ({})",
-                    region.name,
-                    Bytes(region.bytes)
-                )
+                write!(f, "the destination has no '{}' ({})", region.name, Bytes(region.bytes))
             }
             RegionDifference::MissingThere(region) => {
-                write!(
-                    f,
-                    "the source has no '{}' ({})",
-                    region.name,
-                    Bytes(region.bytes)
-                )
+                write!(f, "the source has no '{}' ({})", region.name, Bytes(region.bytes))
             }
             RegionDifference::Unlike { ours, theirs } => write!(
                 f,
@@ -381,10 +334,7 @@ struct Bytes(u64);
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
-        match units
-            .iter()
-            .find(|(shift, _)| self.0.is_multiple_of(1 << shift))
-        {
+        match units.iter().find(|(shift, _)| self.0.is_multiple_of(1 << shift)) {
             Some((shift, unit)) => write!(f, "{} {unit}", self.0 >> shift),
             None => write!(f, "{} bytes", self.0),
         }
@@ -396,11 +346,7 @@ mod tests {
     use super::*;
 
     fn region(name: &str, bytes: u64, page_size: PageSize) -> Region {
-        Region {
-            name: name.into(),
-            bytes,
-            page_size,
-        }
+        Region { name: name.into(), bytes, page_size }
     }
 
     fn table(regions: &[Region]) -> RegionTable {
@@ -426,8 +372,7 @@ mod tests {
     fn a_descriptor_is_80_bytes() {
         let ram0 = table(&[region("ram0", 8192, PageSize::SIZE_4K)]);
         let mut out = Vec::with_capacity(100);
-        out.spare_capacity_mut()
-            .fill(std::mem::MaybeUninit::new(0xa5));
+        out.spare_capacity_mut().fill(std::mem::MaybeUninit::new(0xa5));
         ram0.encode(&mut out);
         assert_eq!(out, descriptor());
         assert_eq!(RegionTable::decode(&descriptor()), Ok(ram0));
@@ -439,35 +384,11 @@ mod tests {
         assert_eq!(with(0, 0x1b), Err(RegionError::Name(0)));
         assert_eq!(with(0, 0xff), Err(RegionError::Name(0)));
         assert_eq!(with(63, b'x'), Err(RegionError::Name(0)));
-        assert_eq!(
-            with(65, 0),
-            Err(RegionError::Bytes {
-                name: "ram0".into(),
-                bytes: 0
-            })
-        );
-        assert_eq!(
-            with(64, 1),
-            Err(RegionError::Bytes {
-                name: "ram0".into(),
-                bytes: 0x2001
-            })
-        );
+        assert_eq!(with(65, 0), Err(RegionError::Bytes { name: "ram0".into(), bytes: 0 }));
+        assert_eq!(with(64, 1), Err(RegionError::Bytes { name: "ram0".into(), bytes: 0x2001 }));
         assert_eq!(with(71, 1), Err(RegionError::Total));
-        assert_eq!(
-            with(72, 11),
-            Err(RegionError::PageSize {
-                index: 0,
-                shift: 11
-            })
-        );
-        assert_eq!(
-            with(72, 64),
-            Err(RegionError::PageSize {
-                index: 0,
-                shift: 64
-            })
-        );
+        assert_eq!(with(72, 11), Err(RegionError::PageSize { index: 0, shift: 11 }));
+        assert_eq!(with(72, 64), Err(RegionError::PageSize { index: 0, shift: 64 }));
         assert_eq!(with(73, 1), Err(RegionError::Reserved(0)));
         assert_eq!(with(79, 1), Err(RegionError::Reserved(0)));
     }
@@ -482,20 +403,11 @@ mod tests {
         );
         let many = |count| (0..count).map(|i| region(&i.to_string(), 4096, PageSize::SIZE_4K));
         assert_eq!(table(&many(256).collect::<Vec<_>>()).len(), 256);
-        assert_eq!(
-            RegionTable::new(many(257).collect()),
-            Err(RegionError::TooMany(257))
-        );
+        assert_eq!(RegionTable::new(many(257).collect()), Err(RegionError::TooMany(257)));
 
         let most = region("b", TOTAL_BYTES_MAX, PageSize::SIZE_1G);
-        assert_eq!(
-            table(std::slice::from_ref(&most)).total_bytes(),
-            TOTAL_BYTES_MAX
-        );
-        assert_eq!(
-            RegionTable::new(vec![most.clone(), page]),
-            Err(RegionError::Total)
-        );
+        assert_eq!(table(std::slice::from_ref(&most)).total_bytes(), TOTAL_BYTES_MAX);
+        assert_eq!(RegionTable::new(vec![most.clone(), page]), Err(RegionError::Total));
         let wraps = region("c", 0u64.wrapping_sub(1 << 30), PageSize::SIZE_1G);
         assert_eq!(RegionTable::new(vec![most, wraps]), Err(RegionError::Total));
 
@@ -507,32 +419,15 @@ mod tests {
     fn a_range_stays_inside_its_region() {
         let table = table(&[region("a", 16384, PageSize::SIZE_4K)]);
         let check = |region, first, pages| {
-            table.check(PageRange {
-                region: RegionId(region),
-                first,
-                pages,
-            })
+            table.check(PageRange { region: RegionId(region), first, pages })
         };
         assert_eq!(check(0, 0, 4), Ok(()));
         assert_eq!(check(0, 3, 1), Ok(()));
         assert_eq!(check(0, 0, 0), Err(RegionError::NoPages(RegionId(0))));
         assert_eq!(check(1, 0, 1), Err(RegionError::Unknown(RegionId(1))));
-        for (first, pages) in [
-            (0, 5),
-            (4, 1),
-            (u64::MAX, 1),
-            (1, u64::MAX),
-            (u64::MAX, u64::MAX),
-        ] {
-            let range = PageRange {
-                region: RegionId(0),
-                first,
-                pages,
-            };
-            let outside = RegionError::Outside {
-                range,
-                region_pages: 4,
-            };
+        for (first, pages) in [(0, 5), (4, 1), (u64::MAX, 1), (1, u64::MAX), (u64::MAX, u64::MAX)] {
+            let range = PageRange { region: RegionId(0), first, pages };
+            let outside = RegionError::Outside { range, region_pages: 4 };
             assert_eq!(check(0, first, pages), Err(outside));
         }
         assert_eq!((table.pages(RegionId(0)), table.pages(RegionId(1))), (4, 0));
@@ -547,18 +442,12 @@ mod tests {
         }
         let sizes = [PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G];
         assert_eq!(sizes.map(PageSize::run_pages_max), [512, 1, 1]);
-        assert_eq!(
-            sizes.map(|size| size.to_string()),
-            ["4 KiB", "2 MiB", "1 GiB"]
-        );
+        assert_eq!(sizes.map(|size| size.to_string()), ["4 KiB", "2 MiB", "1 GiB"]);
     }
 
     #[test]
     fn tables_are_matched_by_name() {
-        let (a, b) = (
-            region("a", 4096, PageSize::SIZE_4K),
-            region("b", 8192, PageSize::SIZE_4K),
-        );
+        let (a, b) = (region("a", 4096, PageSize::SIZE_4K), region("b", 8192, PageSize::SIZE_4K));
         let ours = table(&[a.clone(), b.clone()]);
         let theirs = table(&[b, a]);
         assert_eq!(ours.compare(&theirs), Ok(vec![RegionId(1), RegionId(0)]));
@@ -582,13 +471,8 @@ mod tests {
              4 KiB pages at the destination; the destination has no 'theirs' (3 MiB); the source \
              has no 'ours' (4 KiB)"
         );
-        let many = (0..9)
-            .map(|i| region(&format!("m{i}"), 4096, PageSize::SIZE_4K))
-            .collect();
+        let many = (0..9).map(|i| region(&format!("m{i}"), 4096, PageSize::SIZE_4K)).collect();
         let mismatch = ours.compare(&RegionTable::new(many).unwrap()).unwrap_err();
-        assert!(
-            mismatch.to_string().ends_with("'m3' (4 KiB); and 7 more"),
-            "{mismatch}"
-        );
+        assert!(mismatch.to_string().ends_with("'m3' (4 KiB); and 7 more"), "{mismatch}");
     }
 }

@@ -98,10 +98,7 @@ pub enum Input<'a> {
 
 impl Phase {
     /// The demand lane has just opened.
-    #[expect(
-        clippy::new_without_default,
-        reason = "a phase is no default of anything"
-    )]
+    #[expect(clippy::new_without_default, reason = "a phase is no default of anything")]
     pub fn new() -> Phase {
         Phase::Connected
     }
@@ -111,10 +108,7 @@ impl Phase {
     pub fn step(self, input: Input<'_>) -> Result<Phase, (Phase, PhaseError)> {
         let (name, may_run) = (self.name(), self.may_run());
         self.advance(input).map_err(|stop| {
-            let error = stop.unwrap_or(PhaseError::Unexpected {
-                phase: name,
-                input: input.name(),
-            });
+            let error = stop.unwrap_or(PhaseError::Unexpected { phase: name, input: input.name() });
             (Phase::Failed { may_run }, error)
         })
     }
@@ -161,12 +155,10 @@ impl Phase {
         match (self, input) {
             (Phase::Failed { .. }, _) => Err(None),
             (Phase::Completed(totals), input) => after_completion(totals, input),
-            (phase, Input::Lost) => Err(Some(PhaseError::Lost {
-                phase: phase.name(),
-            })),
-            (phase, Input::Cancel) if phase.may_run() => Err(Some(PhaseError::Cancelled {
-                phase: phase.name(),
-            })),
+            (phase, Input::Lost) => Err(Some(PhaseError::Lost { phase: phase.name() })),
+            (phase, Input::Cancel) if phase.may_run() => {
+                Err(Some(PhaseError::Cancelled { phase: phase.name() }))
+            }
             (phase, Input::Cancel) => Ok(phase),
             (phase, Input::Received(event)) => phase.receive(event),
 
@@ -174,12 +166,7 @@ impl Phase {
             (Phase::Ready, Input::GuestStopped { postcopy: true, .. }) => {
                 Ok(Phase::Saving { state_bytes: 0 })
             }
-            (
-                Phase::Ready,
-                Input::GuestStopped {
-                    postcopy: false, ..
-                },
-            ) => Ok(Phase::Precopying),
+            (Phase::Ready, Input::GuestStopped { postcopy: false, .. }) => Ok(Phase::Precopying),
             (Phase::Precopying, Input::PagesAllSent) => Ok(Phase::Saving { state_bytes: 0 }),
             (Phase::Saving { state_bytes }, Input::SentState { bytes }) => {
                 match state_bytes.saturating_add(bytes) {
@@ -199,10 +186,9 @@ impl Phase {
     fn receive(self, event: &Event) -> Result<Phase, Option<PhaseError>> {
         match (self, event) {
             (phase, Event::Ping(_) | Event::Pong(_)) => Ok(phase),
-            (phase, Event::Error(fault)) => Err(Some(PhaseError::Peer {
-                phase: phase.name(),
-                fault: fault.clone(),
-            })),
+            (phase, Event::Error(fault)) => {
+                Err(Some(PhaseError::Peer { phase: phase.name(), fault: fault.clone() }))
+            }
             (phase, Event::Request(_) | Event::Ack(_)) if phase.has_stopped() => Ok(phase),
             (Phase::Comparing, Event::Ready) => Ok(Phase::Ready),
             (Phase::Loading { state_bytes }, Event::Loaded) => Ok(Phase::Loaded { state_bytes }),
@@ -261,22 +247,13 @@ mod tests {
     use super::*;
     use crate::fault::{Fault, FaultCode};
 
-    const STOP: Input<'_> = Input::GuestStopped {
-        postcopy: true,
-        background: true,
-    };
-    const STOP_PRECOPY: Input<'_> = Input::GuestStopped {
-        postcopy: false,
-        background: true,
-    };
+    const STOP: Input<'_> = Input::GuestStopped { postcopy: true, background: true };
+    const STOP_PRECOPY: Input<'_> = Input::GuestStopped { postcopy: false, background: true };
 
     /// Every phase, in order, each with the names of the inputs and events that it accepts besides
     /// pings.
     fn phases() -> [(Phase, &'static [&'static str]); 11] {
-        let totals = Totals {
-            data_bytes: 7,
-            ..Totals::default()
-        };
+        let totals = Totals { data_bytes: 7, ..Totals::default() };
         [
             (Phase::Connected, &["sending regions"]),
             (Phase::Comparing, &["ready"]),
@@ -284,30 +261,15 @@ mod tests {
             (Phase::Precopying, &["the last page", "request", "ack"]),
             (
                 Phase::Saving { state_bytes: 5 },
-                &[
-                    "sending device state",
-                    "sending load",
-                    "the last page",
-                    "request",
-                    "ack",
-                ],
+                &["sending device state", "sending load", "the last page", "request", "ack"],
             ),
-            (
-                Phase::Loading { state_bytes: 5 },
-                &["the last page", "request", "ack", "loaded"],
-            ),
+            (Phase::Loading { state_bytes: 5 }, &["the last page", "request", "ack", "loaded"]),
             (
                 Phase::Loaded { state_bytes: 5 },
                 &["sending switchover", "the last page", "request", "ack"],
             ),
-            (
-                Phase::Committed,
-                &["the last page", "cancelling", "request", "ack", "running"],
-            ),
-            (
-                Phase::Serving,
-                &["the last page", "cancelling", "request", "ack", "complete"],
-            ),
+            (Phase::Committed, &["the last page", "cancelling", "request", "ack", "running"]),
+            (Phase::Serving, &["the last page", "cancelling", "request", "ack", "complete"]),
             (
                 Phase::Completed(totals),
                 &["the last page", "a lost lane", "cancelling", "ack", "error"],
@@ -365,26 +327,19 @@ mod tests {
         assert_eq!(next(Phase::Ready, STOP_PRECOPY), Phase::Precopying);
         assert_eq!(next(Phase::Precopying, Input::PagesAllSent), saving);
         let more = next(saving, Input::SentState { bytes: 9 });
-        assert_eq!(
-            next(more, Input::SentLoad),
-            Phase::Loading { state_bytes: 9 }
-        );
+        assert_eq!(next(more, Input::SentLoad), Phase::Loading { state_bytes: 9 });
     }
 
     #[test]
     fn pages_go_while_the_guest_stands_still() {
         let sending = phases().map(|(phase, _)| phase.may_send_pages());
-        let expected = [
-            false, false, false, true, true, true, true, true, true, false, false,
-        ];
+        let expected = [false, false, false, true, true, true, true, true, true, false, false];
         assert_eq!(sending, expected);
     }
 
     #[test]
     fn device_state_has_a_limit() {
-        let full = Phase::Saving {
-            state_bytes: STATE_BYTES_MAX,
-        };
+        let full = Phase::Saving { state_bytes: STATE_BYTES_MAX };
         let (phase, error) = full.step(Input::SentState { bytes: 1 }).unwrap_err();
         assert_eq!(phase, Phase::Failed { may_run: true });
         assert_eq!(error, PhaseError::StateTooLong(STATE_BYTES_MAX + 1));
@@ -395,22 +350,13 @@ mod tests {
         let fault = Fault::new(FaultCode::OutOfMemory, "no room");
         let event = Event::Error(fault.clone());
         let (_, error) = Phase::Ready.step(Input::Received(&event)).unwrap_err();
-        assert_eq!(
-            error,
-            PhaseError::Peer {
-                phase: "ready",
-                fault
-            }
-        );
+        assert_eq!(error, PhaseError::Peer { phase: "ready", fault });
         let (_, error) = Phase::Ready.step(Input::Lost).unwrap_err();
         assert_eq!(error, PhaseError::Lost { phase: "ready" });
         let (_, error) = Phase::Ready.step(Input::Cancel).unwrap_err();
         assert_eq!(error, PhaseError::Cancelled { phase: "ready" });
         let (_, error) = Phase::Ready.step(Input::SentSwitchover).unwrap_err();
-        let unexpected = PhaseError::Unexpected {
-            phase: "ready",
-            input: "sending switchover",
-        };
+        let unexpected = PhaseError::Unexpected { phase: "ready", input: "sending switchover" };
         assert_eq!(error, unexpected);
     }
 }

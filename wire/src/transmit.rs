@@ -18,19 +18,13 @@ pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         Frame::Hole(range) => Header::with_range(Kind::Hole, *range),
         Frame::Ack(range) => Header::with_range(Kind::Ack, *range),
         Frame::Ready => Header::new(Kind::Ready),
-        Frame::Stopped {
-            postcopy,
-            background,
-        } => Header {
-            flags: stopped_flags(*postcopy, *background),
-            ..Header::new(Kind::Stopped)
-        },
+        Frame::Stopped { postcopy, background } => {
+            Header { flags: stopped_flags(*postcopy, *background), ..Header::new(Kind::Stopped) }
+        }
         Frame::Load { state_bytes } => Header::with_first(Kind::Load, *state_bytes),
         Frame::Loaded => Header::new(Kind::Loaded),
         Frame::Switchover { stopped_us } => Header::with_first(Kind::Switchover, *stopped_us),
-        Frame::Running {
-            us_since_switchover: us,
-        } => Header::with_first(Kind::Running, *us),
+        Frame::Running { us_since_switchover: us } => Header::with_first(Kind::Running, *us),
         Frame::LaneEnd => Header::new(Kind::LaneEnd),
         Frame::Ping(number) => Header::with_first(Kind::Ping, *number),
         Frame::Pong(number) => Header::with_first(Kind::Pong, *number),
@@ -68,21 +62,14 @@ pub fn ack_header(range: PageRange) -> [u8; HEADER_BYTES] {
 
 /// The header of 1 to [`STATE_CHUNK_BYTES_MAX`] bytes of device state, which must follow.
 pub fn device_state_header(bytes: usize) -> [u8; HEADER_BYTES] {
-    assert!(
-        (1..=STATE_CHUNK_BYTES_MAX).contains(&bytes),
-        "a state chunk of {bytes} bytes"
-    );
+    assert!((1..=STATE_CHUNK_BYTES_MAX).contains(&bytes), "a state chunk of {bytes} bytes");
     Header::with_body(Kind::DeviceState, bytes).encode()
 }
 
 /// Appends a request for 1 to [`REQUEST_ENTRIES_MAX`] pages, each as region (the source's number)
 /// and page index.
 pub fn request(out: &mut Vec<u8>, pages: &[(RegionId, u64)]) {
-    assert!(
-        (1..=REQUEST_ENTRIES_MAX).contains(&pages.len()),
-        "a request of {} pages",
-        pages.len()
-    );
+    assert!((1..=REQUEST_ENTRIES_MAX).contains(&pages.len()), "a request of {} pages", pages.len());
     let body_bytes = pages.len() * REQUEST_ENTRY_BYTES;
     out.extend_from_slice(&Header::with_body(Kind::Request, body_bytes).encode());
     for &(region, page) in pages {
@@ -106,10 +93,7 @@ fn error(out: &mut Vec<u8>, fault: &Fault) {
     let mut text = Vec::new();
     push_text(&mut text, &fault.text, ERROR_TEXT_BYTES_MAX);
     let first = u64::from(fault.code.number());
-    let header = Header {
-        first,
-        ..Header::with_body(Kind::Error, text.len())
-    };
+    let header = Header { first, ..Header::with_body(Kind::Error, text.len()) };
     out.extend_from_slice(&header.encode());
     out.extend_from_slice(&text);
 }

@@ -25,11 +25,7 @@ fn every_truncation_of_every_frame() {
             for mut receiver in receivers() {
                 let (events, _) = feed(&mut receiver, &bytes[..cut]);
                 let run_begins = matches!(events[..], [Event::RunBegins(_)]);
-                assert!(
-                    events.is_empty() || run_begins,
-                    "{cut} of {} bytes",
-                    bytes.len()
-                );
+                assert!(events.is_empty() || run_begins, "{cut} of {} bytes", bytes.len());
                 assert!(receiver.closed().is_err(), "closed after {cut} bytes");
             }
         }
@@ -48,10 +44,7 @@ fn every_flipped_bit_of_every_frame() {
             }
         }
     }
-    assert!(
-        meanings > 100,
-        "most of a ping's bits, for one, mean another ping"
-    );
+    assert!(meanings > 100, "most of a ping's bits, for one, mean another ping");
 }
 
 #[test]
@@ -65,9 +58,7 @@ fn every_flipped_bit_of_a_hello() {
         bulk_lanes: 2,
         proof: [0x9f; 32],
     };
-    let welcome = Welcome::answer(&hello, PROTOCOL, Capabilities(2), [3; 32])
-        .unwrap()
-        .encode();
+    let welcome = Welcome::answer(&hello, PROTOCOL, Capabilities(2), [3; 32]).unwrap().encode();
     let refusal = Welcome::refuse(FaultCode::NotReady, "later");
     for bytes in [hello.encode(), welcome, refusal] {
         for bit in 0..8 * HELLO_BYTES {
@@ -151,10 +142,7 @@ fn lengths_that_nobody_has() {
                 let peak = peak_bytes(|| {
                     let _ = feed(receiver, &header);
                 });
-                assert!(
-                    peak <= body_bytes_max(0),
-                    "{kind}: {peak} bytes for {body_bytes} claimed"
-                );
+                assert!(peak <= body_bytes_max(0), "{kind}: {peak} bytes for {body_bytes} claimed");
             }
         }
     }
@@ -165,26 +153,15 @@ fn runs_that_no_region_has() {
     for first in [0, 299, 300, 1 << 52, 1 << 63, u64::MAX - 1, u64::MAX] {
         for pages in [0, 1, 301, 1 << 52, 1 << 63, u64::MAX - 299, u64::MAX] {
             for region in [0, 3, u16::MAX] {
-                let range = PageRange {
-                    region: RegionId(region),
-                    first,
-                    pages,
-                };
+                let range = PageRange { region: RegionId(region), first, pages };
                 let exists = region == 0 && first < 300 && pages == 1;
-                for header in [
-                    transmit::data_header,
-                    transmit::zero_header,
-                    transmit::hole_header,
-                ] {
+                for header in [transmit::data_header, transmit::zero_header, transmit::hole_header]
+                {
                     let [_, mut bulk, ..] = receivers();
                     assert_eq!(bulk.control(&header(range)).is_ok(), exists, "{range}");
                 }
                 let [.., mut acks] = receivers();
-                assert_eq!(
-                    acks.control(&transmit::ack_header(range)).is_ok(),
-                    exists,
-                    "{range}"
-                );
+                assert_eq!(acks.control(&transmit::ack_header(range)).is_ok(), exists, "{range}");
             }
         }
     }
@@ -203,21 +180,14 @@ fn memory_follows_the_bytes_that_came() {
             }
         });
         // While a vector moves, its old and its new memory both exist.
-        assert!(
-            peak <= 2 * body_bytes_max(received),
-            "{peak} bytes for {received}"
-        );
+        assert!(peak <= 2 * body_bytes_max(received), "{peak} bytes for {received}");
     }
 }
 
 #[test]
 fn the_loop_of_a_bulk_lane_allocates_nothing() {
     let [_, mut bulk, ..] = receivers();
-    let range = PageRange {
-        region: RegionId(0),
-        first: 0,
-        pages: 300,
-    };
+    let range = PageRange { region: RegionId(0), first: 0, pages: 300 };
     let peak = peak_bytes(|| {
         for _ in 0..1000 {
             bulk.control(&transmit::data_header(range)).unwrap();
@@ -270,10 +240,7 @@ fn check_meaning(receiver: &mut Receiver, bytes: &[u8]) -> bool {
     transmit::encode(&frame, &mut said);
     // Codes of a newer version are the one exception: they all mean "other".
     let unknown_code = matches!(&frame, Frame::Error(fault) if fault.code == FaultCode::Other);
-    assert!(
-        unknown_code || bytes.starts_with(&said),
-        "{frame:?} from {bytes:x?}"
-    );
+    assert!(unknown_code || bytes.starts_with(&said), "{frame:?} from {bytes:x?}");
     true
 }
 
@@ -299,10 +266,7 @@ fn check_hello(bytes: &[u8; HELLO_BYTES]) {
     }
     match Welcome::decode(bytes) {
         Ok(welcome) => assert_eq!(welcome.encode(), *bytes),
-        Err(HelloError::Refused {
-            code: FaultCode::Other,
-            ..
-        }) => {}
+        Err(HelloError::Refused { code: FaultCode::Other, .. }) => {}
         Err(HelloError::Refused { code, text }) => {
             assert_eq!(Welcome::refuse(code, &text), *bytes);
         }
@@ -315,9 +279,7 @@ fn peak_bytes(work: impl FnOnce()) -> usize {
     let before = HELD_BYTES.get();
     PEAK_BYTES.set(before);
     work();
-    (PEAK_BYTES.get() - before)
-        .try_into()
-        .expect("the peak is not below the start")
+    (PEAK_BYTES.get() - before).try_into().expect("the peak is not below the start")
 }
 
 thread_local! {

@@ -9,11 +9,7 @@ use umem_wire::*;
 
 fn ranges() -> impl Strategy<Value = PageRange> {
     (0u64..300).prop_flat_map(|first| {
-        (1..=300 - first).prop_map(move |pages| PageRange {
-            region: RegionId(0),
-            first,
-            pages,
-        })
+        (1..=300 - first).prop_map(move |pages| PageRange { region: RegionId(0), first, pages })
     })
 }
 
@@ -21,26 +17,20 @@ fn tables() -> impl Strategy<Value = RegionTable> {
     vec(("[^\\p{Cc}]{1,15}", 1u64..1000, 12u8..=30), 1..20).prop_filter_map("names", |regions| {
         let region = |(name, pages, shift)| {
             let page_size = PageSize::from_shift(shift).expect("12 to 30");
-            Region {
-                name,
-                bytes: pages * page_size.bytes(),
-                page_size,
-            }
+            Region { name, bytes: pages * page_size.bytes(), page_size }
         };
         RegionTable::new(regions.into_iter().map(region).collect()).ok()
     })
 }
 
 fn totals() -> impl Strategy<Value = Totals> {
-    any::<[u64; 5]>().prop_map(
-        |[data_bytes, zero_bytes, hole_bytes, demand, background]| Totals {
-            data_bytes,
-            zero_bytes,
-            hole_bytes,
-            pages_demand: demand,
-            pages_background: background,
-        },
-    )
+    any::<[u64; 5]>().prop_map(|[data_bytes, zero_bytes, hole_bytes, demand, background]| Totals {
+        data_bytes,
+        zero_bytes,
+        hole_bytes,
+        pages_demand: demand,
+        pages_background: background,
+    })
 }
 
 fn faults() -> impl Strategy<Value = Fault> {
@@ -50,10 +40,7 @@ fn faults() -> impl Strategy<Value = Fault> {
 
 fn requests() -> impl Strategy<Value = Vec<(RegionId, u64)>> {
     vec((0u16..2, 0u64..3), 1..=limits::REQUEST_ENTRIES_MAX).prop_map(|pages| {
-        pages
-            .into_iter()
-            .map(|(region, page)| (RegionId(region), page))
-            .collect()
+        pages.into_iter().map(|(region, page)| (RegionId(region), page)).collect()
     })
 }
 
@@ -67,18 +54,14 @@ fn frames() -> impl Strategy<Value = Frame> {
         requests().prop_map(Frame::Request),
         tables().prop_map(Frame::Regions),
         Just(Frame::Ready),
-        any::<(bool, bool)>().prop_map(|(postcopy, background)| Frame::Stopped {
-            postcopy,
-            background
-        }),
+        any::<(bool, bool)>()
+            .prop_map(|(postcopy, background)| Frame::Stopped { postcopy, background }),
         (1u32..=limits::STATE_CHUNK_BYTES_MAX as u32)
             .prop_map(|bytes| Frame::DeviceState { bytes }),
         number.prop_map(|state_bytes| Frame::Load { state_bytes }),
         Just(Frame::Loaded),
         number.prop_map(|stopped_us| Frame::Switchover { stopped_us }),
-        number.prop_map(|us| Frame::Running {
-            us_since_switchover: us
-        }),
+        number.prop_map(|us| Frame::Running { us_since_switchover: us }),
         Just(Frame::LaneEnd),
         totals().prop_map(Frame::Complete),
         number.prop_map(Frame::Ping),

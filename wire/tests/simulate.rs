@@ -119,19 +119,11 @@ impl World {
         ];
         let reversed = regions.iter().rev().cloned().collect();
         let bulk_lanes = random.below(4) as u16;
-        let source = Source::new(
-            RegionTable::new(regions.into()).unwrap(),
-            bulk_lanes,
-            &mut random,
-        );
+        let source =
+            Source::new(RegionTable::new(regions.into()).unwrap(), bulk_lanes, &mut random);
         let destination = Destination::new(RegionTable::new(reversed).unwrap(), bulk_lanes);
         let lanes = (0..=bulk_lanes).map(|_| LanePipes::default()).collect();
-        World {
-            random,
-            source,
-            destination,
-            lanes,
-        }
+        World { random, source, destination, lanes }
     }
 
     /// One end does one thing, or reads once from one lane.
@@ -141,9 +133,7 @@ impl World {
             0 => self.source.act(&mut self.lanes, &mut self.random),
             1 => self.destination.act(&mut self.lanes, &mut self.random),
             2 => self.source.read(lane, &mut self.lanes, &mut self.random),
-            _ => self
-                .destination
-                .read(lane, &mut self.lanes, &mut self.random),
+            _ => self.destination.read(lane, &mut self.lanes, &mut self.random),
         }
         assert!(
             !(self.source.phase.may_run() && self.destination.phase.may_run()),
@@ -160,19 +150,13 @@ impl World {
             0 => self.source.input(source::Input::Cancel),
             1 => self.destination.input(destination::Input::Cancel),
             2 => self.lanes[lane].cut(&mut self.random),
-            _ => self
-                .lanes
-                .iter_mut()
-                .for_each(|lane| lane.cut(&mut self.random)),
+            _ => self.lanes.iter_mut().for_each(|lane| lane.cut(&mut self.random)),
         }
     }
 
     fn is_completed(&self) -> bool {
         matches!(self.source.phase, source::Phase::Completed(_))
-            && matches!(
-                self.destination.phase,
-                destination::Phase::Completed(Some(_))
-            )
+            && matches!(self.destination.phase, destination::Phase::Completed(Some(_)))
             && self.lanes.iter().all(|lane| lane.to_destination.is_empty())
     }
 
@@ -184,9 +168,7 @@ impl World {
         assert_eq!(self.source.failure, None);
         assert_eq!(self.destination.failure, None);
         self.assert_pages();
-        let source::Phase::Completed(received) = self.source.phase else {
-            unreachable!()
-        };
+        let source::Phase::Completed(received) = self.source.phase else { unreachable!() };
         assert_eq!(received, self.destination.totals);
         let sent = destination::Phase::Completed(Some(self.source.totals));
         assert_eq!(self.destination.phase, sent);
@@ -205,12 +187,7 @@ impl World {
             for page in 0..region.pages() as usize {
                 let there = self.source.contents[usize::from(theirs.0)][page];
                 let here = self.destination.pages[usize::from(ours.0)][page];
-                assert_eq!(
-                    here,
-                    Page::Cached(there),
-                    "page {page} of '{}'",
-                    region.name
-                );
+                assert_eq!(here, Page::Cached(there), "page {page} of '{}'", region.name);
             }
         }
     }
@@ -261,8 +238,7 @@ impl Pipe {
         if let Some(Piece::Control(waiting)) = self.pieces.back_mut() {
             return waiting.extend(bytes);
         }
-        self.pieces
-            .push_back(Piece::Control(bytes.iter().copied().collect()));
+        self.pieces.push_back(Piece::Control(bytes.iter().copied().collect()));
     }
 
     fn send_pages(&mut self, run: RunTarget) {
@@ -380,11 +356,7 @@ impl Source {
             versions: PROTOCOL,
             capabilities: Capabilities::NONE,
             session: SessionId([7; 16]),
-            role: if index == 0 {
-                LaneRole::Demand
-            } else {
-                LaneRole::Bulk
-            },
+            role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
             index,
             bulk_lanes,
             proof: [9; 32],
@@ -394,10 +366,7 @@ impl Source {
             phase: source::Phase::new(),
             failure: None,
             committed: false,
-            claimed: contents
-                .iter()
-                .map(|pages| vec![false; pages.len()])
-                .collect(),
+            claimed: contents.iter().map(|pages| vec![false; pages.len()]).collect(),
             contents,
             regions,
             lanes: Vec::new(),
@@ -411,10 +380,7 @@ impl Source {
     }
 
     fn is_over(&self) -> bool {
-        matches!(
-            self.phase,
-            source::Phase::Completed(_) | source::Phase::Failed { .. }
-        )
+        matches!(self.phase, source::Phase::Completed(_) | source::Phase::Failed { .. })
     }
 
     fn input(&mut self, input: source::Input<'_>) {
@@ -441,16 +407,10 @@ impl Source {
         }
         if self.lanes.len() < self.hellos.len() {
             let index = self.lanes.len();
-            pipes[index]
-                .to_destination
-                .send(&self.hellos[index].encode());
+            pipes[index].to_destination.send(&self.hellos[index].encode());
             return self.lanes.push(LaneEnd::Opening(Vec::new()));
         }
-        if !self
-            .lanes
-            .iter()
-            .all(|lane| matches!(lane, LaneEnd::Open(_)))
-        {
+        if !self.lanes.iter().all(|lane| matches!(lane, LaneEnd::Open(_))) {
             return;
         }
         if random.chance(2) {
@@ -470,31 +430,15 @@ impl Source {
             }
             source::Phase::Ready => {
                 let (postcopy, background) = (self.postcopy, self.background);
-                self.input(source::Input::GuestStopped {
-                    postcopy,
-                    background,
-                });
-                self.say(
-                    pipes,
-                    &Frame::Stopped {
-                        postcopy,
-                        background,
-                    },
-                );
+                self.input(source::Input::GuestStopped { postcopy, background });
+                self.say(pipes, &Frame::Stopped { postcopy, background });
             }
             source::Phase::Saving { state_bytes } if state_bytes < self.state_bytes => {
                 let most = limits::STATE_CHUNK_BYTES_MAX as u64;
-                let bytes = random
-                    .partial(most.min(self.state_bytes - state_bytes))
-                    .max(500);
+                let bytes = random.partial(most.min(self.state_bytes - state_bytes)).max(500);
                 let bytes = bytes.min(self.state_bytes - state_bytes);
                 self.input(source::Input::SentState { bytes });
-                self.say(
-                    pipes,
-                    &Frame::DeviceState {
-                        bytes: bytes as u32,
-                    },
-                );
+                self.say(pipes, &Frame::DeviceState { bytes: bytes as u32 });
                 pipes[0].to_destination.send(&vec![0xa5; bytes as usize]);
             }
             source::Phase::Saving { state_bytes } => {
@@ -522,11 +466,7 @@ impl Source {
 
     /// Sends the next run that nobody claimed, from a random place on; or ends the lanes.
     fn send_background(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
-        let lane = if pipes.len() == 1 {
-            0
-        } else {
-            1 + random.index(pipes.len() - 1)
-        };
+        let lane = if pipes.len() == 1 { 0 } else { 1 + random.index(pipes.len() - 1) };
         let start = random.index(self.claimed.len());
         for region in (start..self.claimed.len()).chain(0..start) {
             let unclaimed = |&(_, claimed): &(usize, &bool)| !claimed;
@@ -554,11 +494,7 @@ impl Source {
         let id = RegionId(region as u16);
         let page_size = self.regions.get(id).unwrap().page_size;
         let kind = self.contents[region][first];
-        let most = if kind == Content::Data {
-            most.min(page_size.run_pages_max())
-        } else {
-            most
-        };
+        let most = if kind == Content::Data { most.min(page_size.run_pages_max()) } else { most };
         let (contents, claimed) = (&self.contents[region], &self.claimed[region]);
         let fits = |&page: &usize| contents[page] == kind && !claimed[page];
         let end = first + most as usize;
@@ -566,21 +502,13 @@ impl Source {
         assert!(pages > 0);
         self.claimed[region][first..first + pages].fill(true);
 
-        let range = PageRange {
-            region: id,
-            first: first as u64,
-            pages: pages as u64,
-        };
+        let range = PageRange { region: id, first: first as u64, pages: pages as u64 };
         let bytes = range.pages * page_size.bytes();
         match kind {
             Content::Data => {
                 pipe.send(&transmit::data_header(range));
                 let byte_offset = range.first * page_size.bytes();
-                pipe.send_pages(RunTarget {
-                    region: id,
-                    byte_offset,
-                    bytes,
-                });
+                pipe.send_pages(RunTarget { region: id, byte_offset, bytes });
                 self.totals.data_bytes += bytes;
             }
             Content::Zero => {
@@ -644,11 +572,8 @@ impl Source {
         if let Err(error) = checked {
             return self.lost(Failure::Hello(error));
         }
-        let mut receiver = if lane == 0 {
-            Receiver::for_source()
-        } else {
-            Receiver::for_source_bulk()
-        };
+        let mut receiver =
+            if lane == 0 { Receiver::for_source() } else { Receiver::for_source_bulk() };
         receiver.set_regions(&self.regions);
         self.lanes[lane] = LaneEnd::Open(receiver);
     }
@@ -694,9 +619,7 @@ impl Destination {
             theirs: None,
             pages: regions.iter().map(pages).collect(),
             regions,
-            lanes: (0..=bulk_lanes)
-                .map(|_| LaneEnd::Opening(Vec::new()))
-                .collect(),
+            lanes: (0..=bulk_lanes).map(|_| LaneEnd::Opening(Vec::new())).collect(),
             totals: Totals::default(),
         }
     }
@@ -706,10 +629,7 @@ impl Destination {
     }
 
     fn is_over(&self) -> bool {
-        matches!(
-            self.phase,
-            destination::Phase::Completed(_) | destination::Phase::Failed { .. }
-        )
+        matches!(self.phase, destination::Phase::Completed(_) | destination::Phase::Failed { .. })
     }
 
     fn input(&mut self, input: destination::Input<'_>) {
@@ -743,12 +663,7 @@ impl Destination {
             }
             destination::Phase::Switched { .. } => {
                 self.input(destination::Input::GuestRunning);
-                send(
-                    &mut pipes[0].to_source,
-                    &Frame::Running {
-                        us_since_switchover: 9,
-                    },
-                );
+                send(&mut pipes[0].to_source, &Frame::Running { us_since_switchover: 9 });
             }
             destination::Phase::Running { .. } if self.is_whole() => {
                 self.input(destination::Input::AllCached);
@@ -762,10 +677,7 @@ impl Destination {
     }
 
     fn is_whole(&self) -> bool {
-        self.pages
-            .iter()
-            .flatten()
-            .all(|page| matches!(page, Page::Cached(_)))
+        self.pages.iter().flatten().all(|page| matches!(page, Page::Cached(_)))
     }
 
     /// Asks for some pages that are missing, perhaps again.
@@ -792,10 +704,7 @@ impl Destination {
         if over || matches!(self.lanes[lane], LaneEnd::Closed) {
             return;
         }
-        let LanePipes {
-            to_destination: pipe,
-            to_source: answers,
-        } = &mut pipes[lane];
+        let LanePipes { to_destination: pipe, to_source: answers } = &mut pipes[lane];
         if pipe.is_empty() {
             if pipe.closed {
                 self.read_end(lane);
@@ -854,9 +763,7 @@ impl Destination {
                 self.ids = self.regions.compare(theirs).unwrap();
                 self.theirs = Some(theirs.clone());
                 for lane in &mut self.lanes[1..] {
-                    let LaneEnd::Open(receiver) = lane else {
-                        panic!("pages before a welcome")
-                    };
+                    let LaneEnd::Open(receiver) = lane else { panic!("pages before a welcome") };
                     receiver.set_regions(theirs);
                 }
             }
@@ -882,13 +789,7 @@ impl Destination {
     }
 
     fn bytes(&self, range: PageRange) -> u64 {
-        range.pages
-            * self
-                .regions
-                .get(self.id(range.region))
-                .unwrap()
-                .page_size
-                .bytes()
+        range.pages * self.regions.get(self.id(range.region)).unwrap().page_size.bytes()
     }
 
     /// Each page takes each step once.

@@ -34,11 +34,7 @@ fn a_waiting_operation_is_cancelled_and_gives_its_memory_back() {
         ring.cancel(key).expect("cancel");
         ring.cancel(key).expect("twice changes nothing");
         let completion = one(&mut ring);
-        assert_eq!(
-            (completion.key, completion.outcome),
-            (key, CANCELED),
-            "{name}"
-        );
+        assert_eq!((completion.key, completion.outcome), (key, CANCELED), "{name}");
         assert_eq!(completion.memory.is_some(), has_memory, "{name}");
         assert!(poke(&mut ring).is_empty(), "{name}");
     }
@@ -58,9 +54,7 @@ fn a_waiting_operation_is_cancelled_and_gives_its_memory_back() {
 fn one_that_is_still_in_the_queue_is_cancelled() {
     let mut ring = ring();
     let (fd, _peer) = pair();
-    let key = ring
-        .submit(Op::recv(fd, Bytes::with_capacity(8)), 0)
-        .expect("room");
+    let key = ring.submit(Op::recv(fd, Bytes::with_capacity(8)), 0).expect("room");
     ring.cancel(key).expect("cancel");
     assert_eq!(one(&mut ring).outcome, CANCELED);
 }
@@ -69,9 +63,7 @@ fn one_that_is_still_in_the_queue_is_cancelled() {
 fn one_that_has_some_of_its_bytes_says_so() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
-    let key = ring
-        .submit(Op::recv(fd, Bytes::with_capacity(8)).wait_all(), 0)
-        .expect("room");
+    let key = ring.submit(Op::recv(fd, Bytes::with_capacity(8)).wait_all(), 0).expect("room");
     ring.enter(Wait::No).expect("enter");
     peer.write_all(b"abc").expect("write");
     assert!(poke(&mut ring).is_empty());
@@ -87,19 +79,14 @@ fn a_stale_key_does_nothing_to_the_slots_next_operation() {
     let (fd, mut peer) = pair();
     let old = ring.submit(Op::nop(), 0).expect("room");
     assert_eq!(one(&mut ring).key, old);
-    let new = ring
-        .submit(Op::recv(fd, Bytes::with_capacity(4)), 1)
-        .expect("the only slot");
+    let new = ring.submit(Op::recv(fd, Bytes::with_capacity(4)), 1).expect("the only slot");
     assert_ne!(new, old);
     ring.cancel(old).expect("nothing to do");
     ring.orphan(old);
     assert!(poke(&mut ring).is_empty());
     peer.write_all(b"data").expect("write");
     let completion = one(&mut ring);
-    assert_eq!(
-        (completion.key, completion.outcome),
-        (new, Outcome::Done(4))
-    );
+    assert_eq!((completion.key, completion.outcome), (new, Outcome::Done(4)));
 }
 
 /// A cancellation on its way when the operation ends and its slot is taken again.
@@ -108,24 +95,17 @@ fn a_late_cancellation_does_not_reach_the_slots_next_operation() {
     let mut ring = ring_of(1, 8);
     let (fd, mut peer) = pair();
     for _ in 0..100 {
-        let old = ring
-            .submit(Op::recv(fd.clone(), Bytes::with_capacity(4)), 0)
-            .expect("room");
+        let old = ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(4)), 0).expect("room");
         ring.enter(Wait::No).expect("enter");
         peer.write_all(b"done").expect("write");
         ring.enter(Wait::One).expect("enter");
         ring.cancel(old).expect("queued, and too late");
         assert_eq!(one(&mut ring).outcome, Outcome::Done(4));
-        let new = ring
-            .submit(Op::recv(fd.clone(), Bytes::with_capacity(4)), 1)
-            .expect("room");
+        let new = ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(4)), 1).expect("room");
         assert!(poke(&mut ring).is_empty());
         peer.write_all(b"next").expect("write");
         let completion = one(&mut ring);
-        assert_eq!(
-            (completion.key, completion.outcome),
-            (new, Outcome::Done(4))
-        );
+        assert_eq!((completion.key, completion.outcome), (new, Outcome::Done(4)));
     }
 }
 
@@ -134,9 +114,7 @@ fn data_that_comes_for_an_orphan_is_not_reported() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let mapping = Mapping::anonymous(4096);
-    let orphan = ring
-        .submit(Op::recv(fd.clone(), mapping.span()), 1)
-        .expect("room");
+    let orphan = ring.submit(Op::recv(fd.clone(), mapping.span()), 1).expect("room");
     ring.enter(Wait::No).expect("enter");
     // It wins the race with its own cancellation.
     peer.write_all(b"late").expect("write");
@@ -148,11 +126,7 @@ fn data_that_comes_for_an_orphan_is_not_reported() {
     let orphan = ring.submit(Op::recv(fd, mapping.span()), 1).expect("room");
     ring.enter(Wait::No).expect("enter");
     ring.orphan(orphan);
-    assert_eq!(
-        Arc::strong_count(&mapping),
-        2,
-        "the kernel has not answered"
-    );
+    assert_eq!(Arc::strong_count(&mapping), 2, "the kernel has not answered");
     assert!(settle(&mut ring).is_empty());
     assert_eq!(Arc::strong_count(&mapping), 1);
 }
@@ -185,10 +159,7 @@ fn a_cancellation_races_with_data_from_another_thread() {
         }
         ring.cancel(key).expect("cancel");
         let completion = one(&mut ring);
-        assert_eq!(
-            (completion.key, completion.token, completion.last),
-            (key, round, true)
-        );
+        assert_eq!((completion.key, completion.token, completion.last), (key, round, true));
         match completion.outcome {
             Outcome::Done(1) => received += 1,
             CANCELED => cancelled += 1,
@@ -197,8 +168,7 @@ fn a_cancellation_races_with_data_from_another_thread() {
     }
     // Not a byte is lost with a cancelled receive. The writer may still wait for room.
     for _ in 0..cancelled {
-        ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(1)), 0)
-            .expect("room");
+        ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(1)), 0).expect("room");
         assert_eq!(one(&mut ring).outcome, Outcome::Done(1), "seed {seed}");
     }
     drop(go);
@@ -258,12 +228,7 @@ impl Storm {
         }
         let rest = settle(&mut self.ring);
         self.account(rest);
-        assert!(
-            self.open.is_empty(),
-            "seed {}: lost {:?}",
-            self.seed,
-            self.open
-        );
+        assert!(self.open.is_empty(), "seed {}: lost {:?}", self.seed, self.open);
         assert!(self.ended > 50, "seed {}: only {}", self.seed, self.ended);
         assert_eq!(self.ring.stale_completions(), 0, "seed {}", self.seed);
         self.ring.close(PATIENCE).expect("close");
@@ -346,12 +311,7 @@ impl Storm {
     fn account(&mut self, completions: Vec<Completion>) {
         for completion in completions {
             let token = self.open.remove(&completion.key);
-            assert_eq!(
-                token,
-                Some(completion.token),
-                "seed {}: {completion:?}",
-                self.seed
-            );
+            assert_eq!(token, Some(completion.token), "seed {}: {completion:?}", self.seed);
             assert!(completion.last, "seed {}: {completion:?}", self.seed);
             self.ended += 1;
         }

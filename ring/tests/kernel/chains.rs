@@ -14,9 +14,7 @@ fn recv(fd: &umem_ring::Fd, len: usize) -> Op {
 }
 
 fn all_have_memory(completions: &[Completion]) -> bool {
-    completions
-        .iter()
-        .all(|completion| completion.last && completion.memory.is_some())
+    completions.iter().all(|completion| completion.last && completion.memory.is_some())
 }
 
 #[test]
@@ -46,10 +44,7 @@ fn members_run_one_after_the_other() {
 fn the_first_is_short_because_the_peer_went() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
-    let chain = Chain::new()
-        .then(recv(&fd, 8), 1)
-        .then(recv(&fd, 4), 2)
-        .then(recv(&fd, 2), 3);
+    let chain = Chain::new().then(recv(&fd, 8), 1).then(recv(&fd, 4), 2).then(recv(&fd, 2), 3);
     let keys = ring.submit_chain(chain).expect("room");
     assert!(poke(&mut ring).is_empty());
     peer.write_all(b"abc").expect("write");
@@ -155,30 +150,17 @@ fn reads_and_splices_that_come_short_break_a_chain() {
     peer.write_all(b"abc").expect("write");
     let file = memfd(3);
     let read = Op::read(OwnedFd::from(file), Bytes::with_capacity(8)).at(0);
-    let keys = ring
-        .submit_chain(Chain::new().then(read, 1).then(recv(&fd, 2), 2))
-        .expect("room");
+    let keys = ring.submit_chain(Chain::new().then(read, 1).then(recv(&fd, 2), 2)).expect("room");
     assert_eq!(
         outcomes(&collect(&mut ring, 2)),
-        [
-            Outcome::Short { done: 3, wanted: 8 },
-            Outcome::NotStarted { failed: keys[0] }
-        ]
+        [Outcome::Short { done: 3, wanted: 8 }, Outcome::NotStarted { failed: keys[0] }]
     );
     let (_out, into) = pipe();
-    let chain = Chain::new()
-        .then(Op::splice(fd.clone(), into, 64), 1)
-        .then(recv(&fd, 2), 2);
+    let chain = Chain::new().then(Op::splice(fd.clone(), into, 64), 1).then(recv(&fd, 2), 2);
     let keys = ring.submit_chain(chain).expect("room");
     assert_eq!(
         outcomes(&collect(&mut ring, 2)),
-        [
-            Outcome::Short {
-                done: 3,
-                wanted: 64
-            },
-            Outcome::NotStarted { failed: keys[0] }
-        ]
+        [Outcome::Short { done: 3, wanted: 64 }, Outcome::NotStarted { failed: keys[0] }]
     );
 }
 
@@ -188,12 +170,8 @@ fn a_receive_that_takes_what_there_is_does_not_break_a_chain() {
     let (fd, mut peer) = pair();
     peer.write_all(b"abc").expect("write");
     let some = Op::recv(fd.clone(), Bytes::with_capacity(8));
-    ring.submit_chain(Chain::new().then(some, 1).then(Op::nop(), 2))
-        .expect("room");
-    assert_eq!(
-        outcomes(&collect(&mut ring, 2)),
-        [Outcome::Done(3), Outcome::Done(0)]
-    );
+    ring.submit_chain(Chain::new().then(some, 1).then(Op::nop(), 2)).expect("room");
+    assert_eq!(outcomes(&collect(&mut ring, 2)), [Outcome::Done(3), Outcome::Done(0)]);
 }
 
 #[test]
@@ -211,10 +189,7 @@ fn a_send_with_a_successor_sends_everything() {
         peer.read_exact(&mut received).expect("read");
         received
     });
-    assert_eq!(
-        outcomes(&collect(&mut ring, 2)),
-        [Outcome::Done(len as u32), Outcome::Done(3)]
-    );
+    assert_eq!(outcomes(&collect(&mut ring, 2)), [Outcome::Done(len as u32), Outcome::Done(3)]);
     assert_eq!(&reader.join().expect("the reader")[len..], b"end");
 }
 
@@ -223,9 +198,7 @@ fn a_send_with_a_successor_is_short_when_the_peer_goes() {
     let mut ring = ring();
     let (fd, peer) = pair();
     let wanted = 4 << 20;
-    let chain = Chain::new()
-        .then(Op::send(fd, vec![7; wanted as usize]), 1)
-        .then(Op::nop(), 2);
+    let chain = Chain::new().then(Op::send(fd, vec![7; wanted as usize]), 1).then(Op::nop(), 2);
     let keys = ring.submit_chain(chain).expect("room");
     assert!(poke(&mut ring).is_empty(), "more than the socket takes");
     drop(peer);
@@ -242,16 +215,12 @@ fn a_send_with_a_successor_is_short_when_the_peer_goes() {
 fn the_first_is_cancelled() {
     let mut ring = ring();
     let (fd, _peer) = pair();
-    let keys = ring
-        .submit_chain(Chain::new().then(recv(&fd, 8), 1).then(recv(&fd, 4), 2))
-        .expect("room");
+    let keys =
+        ring.submit_chain(Chain::new().then(recv(&fd, 8), 1).then(recv(&fd, 4), 2)).expect("room");
     assert!(poke(&mut ring).is_empty());
     ring.cancel(keys[0]).expect("cancel");
     let completions = collect(&mut ring, 2);
-    assert_eq!(
-        outcomes(&completions),
-        [CANCELED, Outcome::NotStarted { failed: keys[0] }]
-    );
+    assert_eq!(outcomes(&completions), [CANCELED, Outcome::NotStarted { failed: keys[0] }]);
     assert!(all_have_memory(&completions));
 }
 
@@ -260,10 +229,7 @@ fn the_first_is_cancelled() {
 fn one_that_has_not_started_is_cancelled_when_its_turn_comes() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
-    let chain = Chain::new()
-        .then(recv(&fd, 2), 1)
-        .then(recv(&fd, 4), 2)
-        .then(recv(&fd, 2), 3);
+    let chain = Chain::new().then(recv(&fd, 2), 1).then(recv(&fd, 4), 2).then(recv(&fd, 2), 3);
     let keys = ring.submit_chain(chain).expect("room");
     assert!(poke(&mut ring).is_empty());
     ring.cancel(keys[1]).expect("cancel");
@@ -272,11 +238,7 @@ fn one_that_has_not_started_is_cancelled_when_its_turn_comes() {
     let completions = collect(&mut ring, 3);
     assert_eq!(
         outcomes(&completions),
-        [
-            Outcome::Done(2),
-            CANCELED,
-            Outcome::NotStarted { failed: keys[1] }
-        ]
+        [Outcome::Done(2), CANCELED, Outcome::NotStarted { failed: keys[1] }]
     );
     assert_eq!(ring.in_flight(), 0);
 }
@@ -285,17 +247,13 @@ fn one_that_has_not_started_is_cancelled_when_its_turn_comes() {
 fn one_that_was_to_be_cancelled_is_not_to_blame_for_an_earlier_failure() {
     let mut ring = ring();
     let (fd, peer) = pair();
-    let keys = ring
-        .submit_chain(Chain::new().then(recv(&fd, 2), 1).then(recv(&fd, 4), 2))
-        .expect("room");
+    let keys =
+        ring.submit_chain(Chain::new().then(recv(&fd, 2), 1).then(recv(&fd, 4), 2)).expect("room");
     ring.cancel(keys[1]).expect("cancel");
     drop(peer);
     assert_eq!(
         outcomes(&collect(&mut ring, 2)),
-        [
-            Outcome::Short { done: 0, wanted: 2 },
-            Outcome::NotStarted { failed: keys[0] }
-        ]
+        [Outcome::Short { done: 0, wanted: 2 }, Outcome::NotStarted { failed: keys[0] }]
     );
 }
 
@@ -306,22 +264,14 @@ fn an_orphan_in_the_middle_is_silent_and_named() {
     let mapping = Mapping::anonymous(4096);
     let orphan = Op::recv(fd.clone(), mapping.span()).wait_all();
     let keys = ring
-        .submit_chain(
-            Chain::new()
-                .then(recv(&fd, 2), 1)
-                .then(orphan, 2)
-                .then(recv(&fd, 2), 3),
-        )
+        .submit_chain(Chain::new().then(recv(&fd, 2), 1).then(orphan, 2).then(recv(&fd, 2), 3))
         .expect("room");
     assert!(poke(&mut ring).is_empty());
     ring.orphan(keys[1]);
     peer.write_all(b"ab").expect("write");
     let completions = settle(&mut ring);
     assert_eq!(tokens(&completions), [1, 3]);
-    assert_eq!(
-        completions[1].outcome,
-        Outcome::NotStarted { failed: keys[1] }
-    );
+    assert_eq!(completions[1].outcome, Outcome::NotStarted { failed: keys[1] });
     assert_eq!(std::sync::Arc::strong_count(&mapping), 1);
 }
 
@@ -341,16 +291,10 @@ fn a_chain_is_never_cut_in_two() {
             .then(Op::nop(), 4);
         let keys = ring.submit_chain(chain).expect("room");
         let early = poke(&mut ring);
-        assert!(
-            early.iter().all(|completion| completion.token < 2),
-            "{early:?}"
-        );
+        assert!(early.iter().all(|completion| completion.token < 2), "{early:?}");
         ring.cancel(keys[1]).expect("cancel");
         let failed = keys[1];
-        let rest: Vec<_> = settle(&mut ring)
-            .iter()
-            .map(|completion| completion.outcome)
-            .collect();
+        let rest: Vec<_> = settle(&mut ring).iter().map(|completion| completion.outcome).collect();
         let not_started = Outcome::NotStarted { failed };
         assert_eq!(rest, [CANCELED, not_started, not_started]);
     }
@@ -373,20 +317,11 @@ fn a_chain_that_does_not_fit_comes_back_whole() {
         Error::Invalid { .. }
     ));
     let mut large = ring_of(64, 64);
-    let rejected = large
-        .submit_chain(nops(CHAIN_MAX as u64 + 1))
-        .expect_err("too long");
+    let rejected = large.submit_chain(nops(CHAIN_MAX as u64 + 1)).expect_err("too long");
     assert!(matches!(rejected.error, Error::Invalid { .. }));
-    large
-        .submit_chain(nops(CHAIN_MAX as u64))
-        .expect("the longest");
+    large.submit_chain(nops(CHAIN_MAX as u64)).expect("the longest");
     assert_eq!(settle(&mut large).len(), CHAIN_MAX);
-    assert!(
-        large
-            .submit_chain(Chain::new())
-            .expect("nothing")
-            .is_empty()
-    );
+    assert!(large.submit_chain(Chain::new()).expect("nothing").is_empty());
 }
 
 #[test]
@@ -394,9 +329,7 @@ fn a_bad_member_brings_the_whole_chain_back() {
     let mut ring = ring();
     let (fd, _peer) = pair();
     let pieces = Memory::Pieces(vec![Bytes::with_capacity(1).into()]);
-    let chain = Chain::new()
-        .then(Op::nop(), 1)
-        .then(Op::recv(fd.clone(), pieces), 2);
+    let chain = Chain::new().then(Op::nop(), 1).then(Op::recv(fd.clone(), pieces), 2);
     let rejected = ring.submit_chain(chain).expect_err("pieces are for sends");
     assert!(matches!(rejected.error, Error::Invalid { .. }));
     assert_eq!(rejected.op.into_members().len(), 2);

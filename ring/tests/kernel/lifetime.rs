@@ -13,28 +13,17 @@ use crate::util::*;
 fn memory_and_descriptor_are_held_until_the_end_of_the_operation() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
-    let Fd::Owned(socket) = &fd else {
-        panic!("a descriptor")
-    };
+    let Fd::Owned(socket) = &fd else { panic!("a descriptor") };
     let socket = Arc::clone(socket);
     let mapping = Mapping::anonymous(4096);
     ring.submit(Op::recv(fd, mapping.span()), 0).expect("room");
-    assert_eq!(
-        (Arc::strong_count(&mapping), Arc::strong_count(&socket)),
-        (2, 2)
-    );
+    assert_eq!((Arc::strong_count(&mapping), Arc::strong_count(&socket)), (2, 2));
     ring.enter(Wait::No).expect("enter");
     peer.write_all(b"data").expect("write");
     ring.enter(Wait::One).expect("enter");
-    assert_eq!(
-        (Arc::strong_count(&mapping), Arc::strong_count(&socket)),
-        (2, 2)
-    );
+    assert_eq!((Arc::strong_count(&mapping), Arc::strong_count(&socket)), (2, 2));
     let completion = ring.next().expect("it has ended");
-    assert_eq!(
-        (Arc::strong_count(&mapping), Arc::strong_count(&socket)),
-        (2, 1)
-    );
+    assert_eq!((Arc::strong_count(&mapping), Arc::strong_count(&socket)), (2, 1));
     drop(completion);
     assert_eq!(Arc::strong_count(&mapping), 1);
 }
@@ -47,16 +36,11 @@ fn closing_ends_everything_in_flight() {
     let mapping = Mapping::anonymous(4096);
     let (out, into) = pipe();
     let span = |at| mapping.span().sub(at, 16).expect("inside");
-    ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(16)), 0)
-        .expect("room");
-    ring.submit(Op::recv(fd.clone(), span(0)).wait_all(), 1)
-        .expect("room");
-    ring.submit(Op::poll(fd.clone(), libc::POLLIN as u32).multishot(), 2)
-        .expect("room");
-    ring.submit(Op::timeout(Duration::from_secs(3600)), 3)
-        .expect("room");
-    ring.submit(Op::splice(fd.clone(), into, 8), 4)
-        .expect("room");
+    ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(16)), 0).expect("room");
+    ring.submit(Op::recv(fd.clone(), span(0)).wait_all(), 1).expect("room");
+    ring.submit(Op::poll(fd.clone(), libc::POLLIN as u32).multishot(), 2).expect("room");
+    ring.submit(Op::timeout(Duration::from_secs(3600)), 3).expect("room");
+    ring.submit(Op::splice(fd.clone(), into, 8), 4).expect("room");
     let chain = Chain::new()
         .then(Op::recv(fd.clone(), span(16)).wait_all(), 5)
         .then(Op::recv(fd.clone(), span(32)).wait_all(), 6)
@@ -64,14 +48,9 @@ fn closing_ends_everything_in_flight() {
     ring.submit_chain(chain).expect("room");
     ring.enter(Wait::No).expect("enter");
     assert_eq!((ring.in_flight(), Arc::strong_count(&mapping)), (8, 5));
-    ring.close(PATIENCE)
-        .expect("the kernel lets go of all of it");
+    ring.close(PATIENCE).expect("the kernel lets go of all of it");
     assert_eq!(Arc::strong_count(&mapping), 1);
-    assert_eq!(
-        peer.read(&mut [0; 1]).expect("read"),
-        0,
-        "the descriptor was closed"
-    );
+    assert_eq!(peer.read(&mut [0; 1]).expect("read"), 0, "the descriptor was closed");
     waker.wake();
     drop(out);
 }
@@ -81,19 +60,14 @@ fn dropping_does_the_same() {
     let mapping = Mapping::anonymous(4096);
     let (fd, mut peer) = pair();
     let mut ring = ring();
-    ring.submit(Op::recv(fd.clone(), mapping.span()).wait_all(), 0)
-        .expect("room");
+    ring.submit(Op::recv(fd.clone(), mapping.span()).wait_all(), 0).expect("room");
     ring.enter(Wait::No).expect("enter");
     // One more that the kernel has not seen, and one whose completion nobody reads.
     ring.submit(Op::recv(fd, mapping.span()), 1).expect("room");
     ring.submit(Op::nop(), 2).expect("room");
     drop(ring);
     assert_eq!(Arc::strong_count(&mapping), 1);
-    assert_eq!(
-        peer.read(&mut [0; 1]).expect("read"),
-        0,
-        "the descriptor was closed"
-    );
+    assert_eq!(peer.read(&mut [0; 1]).expect("read"), 0, "the descriptor was closed");
 }
 
 #[test]
@@ -124,23 +98,13 @@ fn what_the_kernel_does_not_let_go_of_is_leaked_and_named() {
         return;
     };
     let mut ring = ring();
-    ring.submit(Op::madvise(mapping.span(), libc::MADV_POPULATE_WRITE), 0)
-        .expect("room");
+    ring.submit(Op::madvise(mapping.span(), libc::MADV_POPULATE_WRITE), 0).expect("room");
     ring.enter(Wait::No).expect("enter");
     await_fault(&uffd);
-    let error = ring
-        .close(Duration::from_millis(50))
-        .expect_err("the fault waits");
-    assert!(
-        matches!(&error, Error::LeftOver { count: 1, .. }),
-        "{error}"
-    );
+    let error = ring.close(Duration::from_millis(50)).expect_err("the fault waits");
+    assert!(matches!(&error, Error::LeftOver { count: 1, .. }), "{error}");
     assert!(error.to_string().contains("madvise 1"), "{error}");
-    assert_eq!(
-        Arc::strong_count(&mapping),
-        2,
-        "leaked, not freed under the kernel"
-    );
+    assert_eq!(Arc::strong_count(&mapping), 2, "leaked, not freed under the kernel");
     // The fault goes on without a handler, and the worker ends.
     drop(uffd);
 }
@@ -150,8 +114,7 @@ fn a_ring_can_be_made_again_and_again() {
     for _ in 0..50 {
         let mut ring = ring();
         let (fd, _peer) = pair();
-        ring.submit(Op::recv(fd, Bytes::with_capacity(64)), 0)
-            .expect("room");
+        ring.submit(Op::recv(fd, Bytes::with_capacity(64)), 0).expect("room");
         ring.submit(Op::nop(), 1).expect("room");
         assert_eq!(one(&mut ring).outcome, Outcome::Done(0));
     }
@@ -159,11 +122,7 @@ fn a_ring_can_be_made_again_and_again() {
 
 /// Until a worker of the kernel is in the fault; before that it can be cancelled.
 fn await_fault(uffd: &OwnedFd) {
-    let mut poll = libc::pollfd {
-        fd: uffd.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd: uffd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: the kernel reads and writes the structure during the call.
     let ready = unsafe { libc::poll(&raw mut poll, 1, PATIENCE.as_millis() as i32) };
     assert_eq!(ready, 1, "no fault came");
@@ -196,11 +155,7 @@ fn faults_wait(mapping: &Mapping) -> Option<OwnedFd> {
         return None;
     }
     let uffd = owned(fd as i32);
-    let mut api = Api {
-        api: UFFD_API,
-        features: 0,
-        ioctls: 0,
-    };
+    let mut api = Api { api: UFFD_API, features: 0, ioctls: 0 };
     // SAFETY: the kernel reads and writes the structure during the call.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());

@@ -13,8 +13,7 @@ use crate::util::*;
 fn a_full_submission_queue_is_handed_over_and_goes_on() {
     let mut ring = ring_of(256, 4);
     for token in 0..100 {
-        ring.submit(Op::nop(), token)
-            .expect("the queue is no limit");
+        ring.submit(Op::nop(), token).expect("the queue is no limit");
     }
     let completions = settle(&mut ring);
     assert_eq!(tokens(&completions), (0..100).collect::<Vec<_>>());
@@ -25,21 +24,11 @@ fn a_full_table_gives_the_operation_back() {
     let mut ring = ring_of(2, 8);
     let (fd, _peer) = pair();
     for token in 0..2 {
-        ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(4)), token)
-            .expect("room");
+        ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(4)), token).expect("room");
     }
-    let rejected = ring
-        .submit(Op::send(fd, b"kept".to_vec()), 2)
-        .expect_err("no room");
-    assert!(
-        matches!(rejected.error, Error::Full { ops_max: 2 }),
-        "{rejected}"
-    );
-    let memory = rejected
-        .op
-        .into_memory()
-        .and_then(Memory::into_bytes)
-        .expect("its bytes");
+    let rejected = ring.submit(Op::send(fd, b"kept".to_vec()), 2).expect_err("no room");
+    assert!(matches!(rejected.error, Error::Full { ops_max: 2 }), "{rejected}");
+    let memory = rejected.op.into_memory().and_then(Memory::into_bytes).expect("its bytes");
     assert_eq!(memory.as_slice(), b"kept");
     assert_eq!(ring.in_flight(), 2);
 }
@@ -66,19 +55,13 @@ fn the_completion_queue_holds_all_that_is_in_flight() {
         std::io::copy(&mut peer, &mut std::io::sink())
     });
     for token in 0..512 {
-        ring.submit(Op::send_zc(fd.clone(), vec![1; 100]), token)
-            .expect("room");
+        ring.submit(Op::send_zc(fd.clone(), vec![1; 100]), token).expect("room");
     }
     ring.enter(Wait::One).expect("enter");
     drop(fd);
     let completions = settle(&mut ring);
-    let ends = completions
-        .iter()
-        .filter(|completion| completion.last)
-        .count();
-    let failed = completions
-        .iter()
-        .any(|c| matches!(c.outcome, Outcome::Failed(_)));
+    let ends = completions.iter().filter(|completion| completion.last).count();
+    let failed = completions.iter().any(|c| matches!(c.outcome, Outcome::Failed(_)));
     assert_eq!((ends, completions.len(), failed), (512, 1024, false));
     reader.join().expect("the reader").expect("read");
 }
@@ -91,8 +74,7 @@ fn an_overflowing_completion_queue_loses_nothing() {
     for _ in 0..20 {
         // Messages to itself bring two completions each, one of them outside the table.
         for token in 0..32 {
-            ring.submit(Op::msg_ring(ring.mailbox(), token, 0), token)
-                .expect("room");
+            ring.submit(Op::msg_ring(ring.mailbox(), token, 0), token).expect("room");
         }
         ring.enter(Wait::No).expect("enter");
         tokens_seen += settle(&mut ring).iter().filter(|c| c.token < 32).count();
@@ -122,43 +104,30 @@ fn what_no_kernel_could_do_is_refused_at_once() {
     ] {
         let name = op.name();
         let rejected = ring.submit(op, 0).expect_err(name);
-        assert!(
-            matches!(rejected.error, Error::Invalid { .. }),
-            "{rejected}"
-        );
+        assert!(matches!(rejected.error, Error::Invalid { .. }), "{rejected}");
         assert_eq!(rejected.op.name(), name);
     }
     assert_eq!(ring.in_flight(), 0);
     let most = (0..PIECES_MAX).map(|_| byte()).collect();
-    ring.submit(Op::send_vectored(fd, most), 0)
-        .expect("as many as there may be");
+    ring.submit(Op::send_vectored(fd, most), 0).expect("as many as there may be");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(PIECES_MAX as u32));
 }
 
 #[test]
 fn impossible_configurations_are_refused() {
     for (ops_max, entries) in [(0, 8), (OPS_MAX + 1, 8), (u32::MAX, 8), (8, 0)] {
-        let config = Config {
-            ops_max,
-            entries,
-            ..Config::default()
-        };
+        let config = Config { ops_max, entries, ..Config::default() };
         let error = Ring::new(&config).expect_err("refused");
         assert!(matches!(error, Error::Invalid { .. }), "{error}");
     }
-    let largest = Config {
-        ops_max: OPS_MAX,
-        entries: u32::MAX,
-        ..Config::default()
-    };
+    let largest = Config { ops_max: OPS_MAX, entries: u32::MAX, ..Config::default() };
     Ring::new(&largest).expect("the kernel takes the largest there is");
 }
 
 #[test]
 fn a_bad_slot_or_descriptor_is_the_operations_own_failure() {
     let mut ring = ring();
-    ring.submit(Op::send(umem_ring::Fd::Fixed(3), vec![1]), 0)
-        .expect("room");
+    ring.submit(Op::send(umem_ring::Fd::Fixed(3), vec![1]), 0).expect("room");
     let completion = one(&mut ring);
     assert!(matches!(completion.outcome, Outcome::Failed(e) if e.raw() == libc::EBADF));
     assert!(completion.memory.is_some());
@@ -177,19 +146,14 @@ fn the_limit_of_locked_memory_is_named() {
         drop_capabilities();
         let mut ring = ring();
         let mapping = Mapping::anonymous(32 << 20);
-        ring.register_buffers(vec![mapping.span()])
-            .expect_err("four times the limit")
+        ring.register_buffers(vec![mapping.span()]).expect_err("four times the limit")
     })
     .join()
     .expect("the thread");
     assert!(
         matches!(
             error,
-            Error::MemlockTooSmall {
-                needed_bytes: 33_554_432,
-                limit_bytes: LIMIT_BYTES,
-                ..
-            }
+            Error::MemlockTooSmall { needed_bytes: 33_554_432, limit_bytes: LIMIT_BYTES, .. }
         ),
         "{error:?}"
     );
@@ -198,10 +162,7 @@ fn the_limit_of_locked_memory_is_named() {
 
 /// For this process; no other test locks more than a few pages.
 fn lower_memlock_limit(limit_bytes: u64) {
-    let limit = libc::rlimit {
-        rlim_cur: limit_bytes,
-        rlim_max: limit_bytes,
-    };
+    let limit = libc::rlimit { rlim_cur: limit_bytes, rlim_max: limit_bytes };
     // SAFETY: the kernel reads the structure during the call.
     let result = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
@@ -216,10 +177,7 @@ fn drop_capabilities() {
     }
     // linux/capability.h
     const LINUX_CAPABILITY_VERSION_3: u32 = 0x2008_0522;
-    let header = Header {
-        version: LINUX_CAPABILITY_VERSION_3,
-        pid: 0,
-    };
+    let header = Header { version: LINUX_CAPABILITY_VERSION_3, pid: 0 };
     let none = [0u32; 6];
     // SAFETY: the kernel reads both during the call; version 3 takes two sets of three numbers.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };

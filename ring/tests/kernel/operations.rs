@@ -17,10 +17,7 @@ fn nop_completes_with_its_token_and_key() {
     let key = ring.submit(Op::nop(), 42).expect("room");
     assert_eq!(ring.in_flight(), 1);
     let completion = one(&mut ring);
-    assert_eq!(
-        (completion.key, completion.token, completion.last),
-        (key, 42, true)
-    );
+    assert_eq!((completion.key, completion.token, completion.last), (key, 42, true));
     assert_eq!(completion.outcome, Outcome::Done(0));
     assert!(completion.memory.is_none());
     assert_eq!(ring.in_flight(), 0);
@@ -79,23 +76,13 @@ fn a_receive_that_need_not_wait_takes_what_there_is() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     peer.write_all(b"abc").expect("write");
-    ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(8)), 0)
-        .expect("room");
+    ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(8)), 0).expect("room");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(3));
     drop(peer);
-    ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(8)), 0)
-        .expect("room");
-    assert_eq!(
-        one(&mut ring).outcome,
-        Outcome::Done(0),
-        "the end of the stream"
-    );
-    ring.submit(Op::recv(fd, Bytes::with_capacity(8)).wait_all(), 0)
-        .expect("room");
-    assert_eq!(
-        one(&mut ring).outcome,
-        Outcome::Short { done: 0, wanted: 8 }
-    );
+    ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(8)), 0).expect("room");
+    assert_eq!(one(&mut ring).outcome, Outcome::Done(0), "the end of the stream");
+    ring.submit(Op::recv(fd, Bytes::with_capacity(8)).wait_all(), 0).expect("room");
+    assert_eq!(one(&mut ring).outcome, Outcome::Short { done: 0, wanted: 8 });
 }
 
 #[test]
@@ -120,14 +107,10 @@ fn a_vectored_send_is_one_message_and_gives_its_pieces_back() {
         Bytes::from(b"..tail..".to_vec()).slice(2..6).into(),
     ];
     for _ in 0..3 {
-        ring.submit(Op::send_vectored(fd.clone(), pieces).more(), 0)
-            .expect("room");
+        ring.submit(Op::send_vectored(fd.clone(), pieces).more(), 0).expect("room");
         let completion = one(&mut ring);
         assert_eq!(completion.outcome, Outcome::Done(12));
-        pieces = completion
-            .memory
-            .and_then(Memory::into_pieces)
-            .expect("pieces");
+        pieces = completion.memory.and_then(Memory::into_pieces).expect("pieces");
         assert_eq!(pieces.len(), 3);
         let mut received = [0xa5; 12];
         peer.read_exact(&mut received).expect("read");
@@ -140,10 +123,7 @@ fn a_vectored_send_waits_until_all_is_sent() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let len = 4 << 20;
-    let pieces = vec![
-        Bytes::from(vec![7; len]).into(),
-        Bytes::from(vec![8; len]).into(),
-    ];
+    let pieces = vec![Bytes::from(vec![7; len]).into(), Bytes::from(vec![8; len]).into()];
     ring.submit(Op::send_vectored(fd, pieces), 0).expect("room");
     ring.enter(Wait::No).expect("enter");
     let reader = std::thread::spawn(move || {
@@ -161,24 +141,16 @@ fn files_are_read_and_written_at_an_offset_or_at_their_own_position() {
     let mut ring = ring();
     let mut file = memfd(0);
     let fd = Fd::from(OwnedFd::from(file.try_clone().expect("a duplicate")));
-    ring.submit(Op::write(fd.clone(), b"0123456789".to_vec()), 0)
-        .expect("room");
+    ring.submit(Op::write(fd.clone(), b"0123456789".to_vec()), 0).expect("room");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(10));
-    ring.submit(Op::write(fd.clone(), b"ab".to_vec()).at(4), 0)
-        .expect("room");
+    ring.submit(Op::write(fd.clone(), b"ab".to_vec()).at(4), 0).expect("room");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(2));
-    ring.submit(Op::read(fd.clone(), Bytes::with_capacity(4)).at(3), 0)
-        .expect("room");
+    ring.submit(Op::read(fd.clone(), Bytes::with_capacity(4)).at(3), 0).expect("room");
     assert_eq!(bytes(one(&mut ring)), b"3ab6");
     file.seek(SeekFrom::Start(8)).expect("seek");
-    ring.submit(Op::read(fd, Bytes::with_capacity(4)), 0)
-        .expect("room");
+    ring.submit(Op::read(fd, Bytes::with_capacity(4)), 0).expect("room");
     let completion = one(&mut ring);
-    assert_eq!(
-        completion.outcome,
-        Outcome::Done(2),
-        "a short read alone is no failure"
-    );
+    assert_eq!(completion.outcome, Outcome::Done(2), "a short read alone is no failure");
     assert_eq!(bytes(completion), b"89\0\0");
 }
 
@@ -187,8 +159,7 @@ fn a_nonblocking_descriptor_is_waited_for() {
     let mut ring = ring();
     let file = eventfd();
     let fd = Fd::from(OwnedFd::from(file.try_clone().expect("a duplicate")));
-    ring.submit(Op::read(fd, Bytes::with_capacity(32)), 0)
-        .expect("room");
+    ring.submit(Op::read(fd, Bytes::with_capacity(32)), 0).expect("room");
     assert!(poke(&mut ring).is_empty());
     (&file).write_all(&5u64.to_ne_bytes()).expect("write");
     let completion = one(&mut ring);
@@ -200,32 +171,23 @@ fn a_nonblocking_descriptor_is_waited_for() {
 fn a_poll_reports_once() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
-    ring.submit(Op::poll(fd, libc::POLLIN as u32), 0)
-        .expect("room");
+    ring.submit(Op::poll(fd, libc::POLLIN as u32), 0).expect("room");
     assert!(poke(&mut ring).is_empty());
     peer.write_all(b"x").expect("write");
     let completion = one(&mut ring);
-    assert_eq!(
-        (completion.outcome, completion.last),
-        (Outcome::Done(libc::POLLIN as u32), true)
-    );
+    assert_eq!((completion.outcome, completion.last), (Outcome::Done(libc::POLLIN as u32), true));
 }
 
 #[test]
 fn a_multishot_poll_reports_until_it_is_cancelled() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
-    let key = ring
-        .submit(Op::poll(fd, libc::POLLIN as u32).multishot(), 9)
-        .expect("room");
+    let key = ring.submit(Op::poll(fd, libc::POLLIN as u32).multishot(), 9).expect("room");
     ring.enter(Wait::No).expect("enter");
     for _ in 0..3 {
         peer.write_all(b"x").expect("write");
         let completion = one(&mut ring);
-        assert_eq!(
-            (completion.key, completion.token, completion.last),
-            (key, 9, false)
-        );
+        assert_eq!((completion.key, completion.token, completion.last), (key, 9, false));
         assert_eq!(completion.outcome, Outcome::Done(libc::POLLIN as u32));
     }
     ring.cancel(key).expect("cancel");
@@ -238,13 +200,9 @@ fn a_multishot_poll_reports_until_it_is_cancelled() {
 #[test]
 fn a_timeout_that_expires_is_done() {
     let mut ring = ring();
-    ring.submit(Op::timeout(Duration::from_millis(1)), 0)
-        .expect("room");
+    ring.submit(Op::timeout(Duration::from_millis(1)), 0).expect("room");
     let completion = one(&mut ring);
-    assert_eq!(
-        (completion.outcome, completion.last),
-        (Outcome::Done(0), true)
-    );
+    assert_eq!((completion.outcome, completion.last), (Outcome::Done(0), true));
 }
 
 #[test]
@@ -263,10 +221,7 @@ fn a_splice_goes_from_a_socket_through_a_pipe_to_a_file() {
         len: 7,
         flags: 0,
     };
-    let chain = ring
-        .chain()
-        .then(Op::splice(socket, into, 7), 1)
-        .then(to_file, 2);
+    let chain = ring.chain().then(Op::splice(socket, into, 7), 1).then(to_file, 2);
     ring.submit_chain(chain).expect("room");
     let completions = collect(&mut ring, 2);
     assert_eq!(outcomes(&completions), [Outcome::Done(7), Outcome::Done(7)]);
@@ -283,15 +238,13 @@ fn memory_is_populated_and_released() {
     let file = memfd(len as u64);
     let mapping = Mapping::shared(&file, len);
     let blocks = |file: &File| file.metadata().expect("metadata").blocks() * 512;
-    ring.submit(Op::madvise(mapping.span(), libc::MADV_POPULATE_WRITE), 0)
-        .expect("room");
+    ring.submit(Op::madvise(mapping.span(), libc::MADV_POPULATE_WRITE), 0).expect("room");
     let completion = one(&mut ring);
     assert_eq!(completion.outcome, Outcome::Done(0));
     assert_eq!(memory_len(&completion.memory), Some(len));
     assert_eq!(blocks(&file), len as u64);
     let half = mapping.span().sub(0, len / 2).expect("inside");
-    ring.submit(Op::madvise(half, libc::MADV_REMOVE), 0)
-        .expect("room");
+    ring.submit(Op::madvise(half, libc::MADV_REMOVE), 0).expect("room");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(0));
     assert_eq!(blocks(&file), len as u64 / 2);
 }
@@ -301,71 +254,41 @@ fn a_file_is_allocated_and_punched() {
     let mut ring = ring();
     let file = memfd(0);
     let fd = Fd::from(OwnedFd::from(file.try_clone().expect("a duplicate")));
-    ring.submit(Op::fallocate(fd.clone(), 0, 0, 65536), 0)
-        .expect("room");
+    ring.submit(Op::fallocate(fd.clone(), 0, 0, 65536), 0).expect("room");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(0));
     let metadata = file.metadata().expect("metadata");
     assert_eq!((metadata.len(), metadata.blocks() * 512), (65536, 65536));
     let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    ring.submit(Op::fallocate(fd, punch, 4096, 8192), 0)
-        .expect("room");
+    ring.submit(Op::fallocate(fd, punch, 4096, 8192), 0).expect("room");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(0));
-    assert_eq!(
-        file.metadata().expect("metadata").blocks() * 512,
-        65536 - 8192
-    );
+    assert_eq!(file.metadata().expect("metadata").blocks() * 512, 65536 - 8192);
 }
 
 #[test]
 fn registered_files_are_used_by_slot_and_closed_with_the_ring() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
-    let Fd::Owned(socket) = fd else {
-        panic!("a descriptor")
-    };
+    let Fd::Owned(socket) = fd else { panic!("a descriptor") };
     let file = Arc::new(OwnedFd::from(memfd(4096)));
-    let first = ring
-        .register_files(std::slice::from_ref(&socket))
-        .expect("a slot");
-    let second = ring
-        .register_files(std::slice::from_ref(&file))
-        .expect("another slot");
-    assert!(matches!(
-        (&first[..], &second[..]),
-        ([Fd::Fixed(0)], [Fd::Fixed(1)])
-    ));
+    let first = ring.register_files(std::slice::from_ref(&socket)).expect("a slot");
+    let second = ring.register_files(std::slice::from_ref(&file)).expect("another slot");
+    assert!(matches!((&first[..], &second[..]), ([Fd::Fixed(0)], [Fd::Fixed(1)])));
     drop(socket);
-    ring.submit(Op::send(first[0].clone(), b"fixed".to_vec()), 0)
-        .expect("room");
-    ring.submit(Op::write(second[0].clone(), b"file".to_vec()).at(8), 1)
-        .expect("room");
-    assert!(
-        collect(&mut ring, 2)
-            .iter()
-            .all(|c| matches!(c.outcome, Outcome::Done(4 | 5)))
-    );
+    ring.submit(Op::send(first[0].clone(), b"fixed".to_vec()), 0).expect("room");
+    ring.submit(Op::write(second[0].clone(), b"file".to_vec()).at(8), 1).expect("room");
+    assert!(collect(&mut ring, 2).iter().all(|c| matches!(c.outcome, Outcome::Done(4 | 5))));
     let mut received = [0; 5];
     peer.read_exact(&mut received).expect("read");
     assert_eq!(&received, b"fixed");
     let mut read = [0; 4];
-    File::from(file.try_clone().expect("a duplicate"))
-        .read_exact_at(&mut read, 8)
-        .expect("read");
+    File::from(file.try_clone().expect("a duplicate")).read_exact_at(&mut read, 8).expect("read");
     assert_eq!(&read, b"file");
     // A splice takes slots on both sides, or on one.
     let (out, into) = pipe();
     let [from, to] = [&second[0], &Fd::from(into)].map(Clone::clone);
-    let splice = Op::Splice {
-        from,
-        from_offset: Some(8),
-        to,
-        to_offset: None,
-        len: 4,
-        flags: 0,
-    };
+    let splice = Op::Splice { from, from_offset: Some(8), to, to_offset: None, len: 4, flags: 0 };
     ring.submit(splice, 2).expect("room");
-    ring.submit(Op::splice(out, first[0].clone(), 4), 3)
-        .expect("room");
+    ring.submit(Op::splice(out, first[0].clone(), 4), 3).expect("room");
     assert_eq!(outcomes(&collect(&mut ring, 2)), [Outcome::Done(4); 2]);
     let mut received = [0; 4];
     peer.read_exact(&mut received).expect("read");
@@ -382,8 +305,7 @@ fn too_many_registered_files_are_refused() {
     let mut ring = ring();
     let file = Arc::new(OwnedFd::from(memfd(0)));
     let files = vec![file; umem_ring::FILES_MAX as usize];
-    ring.register_files(&files)
-        .expect("as many as there may be");
+    ring.register_files(&files).expect("as many as there may be");
     assert!(ring.register_files(&files[..1]).is_err());
 }
 
@@ -392,13 +314,11 @@ fn registered_buffers_are_read_into_and_kept_until_the_ring_closes() {
     let mut ring = ring();
     let len = 8 * 4096;
     let mapping = Mapping::anonymous(len);
-    ring.register_buffers(vec![mapping.span()])
-        .expect("registered");
+    ring.register_buffers(vec![mapping.span()]).expect("registered");
     let file = memfd(0);
     (&file).write_all(b"registered").expect("write");
     let part = mapping.span().sub(4096, 10).expect("inside");
-    ring.submit(Op::read_fixed(OwnedFd::from(file), 0, part).at(0), 0)
-        .expect("room");
+    ring.submit(Op::read_fixed(OwnedFd::from(file), 0, part).at(0), 0).expect("room");
     let completion = one(&mut ring);
     assert_eq!(completion.outcome, Outcome::Done(10));
     assert_eq!(memory_len(&completion.memory), Some(10));
@@ -407,14 +327,10 @@ fn registered_buffers_are_read_into_and_kept_until_the_ring_closes() {
     assert_eq!(Arc::strong_count(&mapping), 2);
     let (fd, _peer) = pair();
     let outside = Mapping::anonymous(4096);
-    ring.submit(Op::read_fixed(fd, 0, outside.span()), 0)
-        .expect("room");
+    ring.submit(Op::read_fixed(fd, 0, outside.span()), 0).expect("room");
     let completion = one(&mut ring);
     assert!(matches!(completion.outcome, Outcome::Failed(e) if e.raw() == libc::EFAULT));
-    assert!(
-        ring.register_buffers(vec![outside.span()]).is_err(),
-        "only once"
-    );
+    assert!(ring.register_buffers(vec![outside.span()]).is_err(), "only once");
     ring.close(PATIENCE).expect("close");
     assert_eq!(Arc::strong_count(&mapping), 1);
 }

@@ -14,10 +14,7 @@ fn message(ring: &mut Ring) -> (u64, u32) {
     loop {
         let completion = one(ring);
         if let Outcome::Message { value, extra } = completion.outcome {
-            assert_eq!(
-                (completion.token, completion.key),
-                (TOKEN_MESSAGE, Key::NONE)
-            );
+            assert_eq!((completion.token, completion.key), (TOKEN_MESSAGE, Key::NONE));
             return (value, extra);
         }
         assert_eq!(completion.outcome, Outcome::Done(0), "a message was sent");
@@ -41,9 +38,7 @@ fn rings_on_two_threads_play_ping_pong() {
     let ours = ring.mailbox();
     let other = thread::spawn(move || {
         let mut ring = self::ring_with_name("other");
-        addresses
-            .send(ring.mailbox())
-            .expect("the first thread waits");
+        addresses.send(ring.mailbox()).expect("the first thread waits");
         for _ in 0..ROUNDS {
             let (value, extra) = message(&mut ring);
             let back = Op::msg_ring(ours.clone(), !value, extra ^ u32::MAX);
@@ -57,8 +52,7 @@ fn rings_on_two_threads_play_ping_pong() {
         // All bits of both are used: a value looks like an internal key, a result like an errno.
         let value = u64::MAX.rotate_left(round as u32) ^ (round << 56);
         let extra = 0x8000_0000 | round as u32;
-        ring.submit(Op::msg_ring(theirs.clone(), value, extra), 0)
-            .expect("room");
+        ring.submit(Op::msg_ring(theirs.clone(), value, extra), 0).expect("room");
         assert_eq!(message(&mut ring), (!value, extra ^ u32::MAX));
     }
     other.join().expect("the other thread");
@@ -69,8 +63,7 @@ fn every_bit_of_a_message_arrives() {
     let mut ring = ring();
     for bit in 0..64 {
         let (value, extra) = (1u64 << bit, 1u32 << (bit % 32));
-        ring.submit(Op::msg_ring(ring.mailbox(), value, extra), 0)
-            .expect("room");
+        ring.submit(Op::msg_ring(ring.mailbox(), value, extra), 0).expect("room");
         assert_eq!(message(&mut ring), (value, extra));
         settle(&mut ring);
     }
@@ -80,18 +73,9 @@ fn every_bit_of_a_message_arrives() {
 fn a_message_to_a_closed_ring_is_refused() {
     let mut ring = ring();
     let mailbox = self::ring_with_name("closed").mailbox();
-    let rejected = ring
-        .submit(Op::msg_ring(mailbox, 1, 2), 3)
-        .expect_err("closed");
+    let rejected = ring.submit(Op::msg_ring(mailbox, 1, 2), 3).expect_err("closed");
     assert!(matches!(rejected.error, Error::Closed));
-    assert!(matches!(
-        rejected.op,
-        Op::MsgRing {
-            value: 1,
-            extra: 2,
-            ..
-        }
-    ));
+    assert!(matches!(rejected.op, Op::MsgRing { value: 1, extra: 2, .. }));
     assert_eq!(ring.in_flight(), 0);
 }
 
@@ -164,9 +148,7 @@ fn wake_ups_are_merged_and_none_is_lost() {
         .collect();
     let mut sum = 0;
     while sum < 2000 {
-        let Outcome::Done(count) = one(&mut ring).outcome else {
-            panic!("a wake-up")
-        };
+        let Outcome::Done(count) = one(&mut ring).outcome else { panic!("a wake-up") };
         sum += count;
     }
     assert_eq!(sum, 2000);
@@ -180,20 +162,14 @@ fn a_rings_thread_runs_on_the_core_asked_for() {
     let cores = core_affinity::get_core_ids().expect("cores");
     for core in cores {
         let bound = thread::spawn(move || {
-            let config = Config {
-                core: Some(core.id),
-                ..Config::default()
-            };
+            let config = Config { core: Some(core.id), ..Config::default() };
             let _ring = Ring::new(&config).expect("a ring");
             core_affinity::get_core_ids().expect("cores")
         });
         assert_eq!(bound.join().expect("the thread"), [core]);
     }
     for core in [1000, 1 << 20] {
-        let config = Config {
-            core: Some(core),
-            ..Config::default()
-        };
+        let config = Config { core: Some(core), ..Config::default() };
         let error = Ring::new(&config).expect_err("no such core");
         assert!(matches!(error, Error::Core { .. }), "{error}");
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
@@ -201,9 +177,6 @@ fn a_rings_thread_runs_on_the_core_asked_for() {
 }
 
 fn ring_with_name(name: &str) -> Ring {
-    let config = Config {
-        name: name.to_owned(),
-        ..Config::default()
-    };
+    let config = Config { name: name.to_owned(), ..Config::default() };
     Ring::new(&config).expect("a ring")
 }

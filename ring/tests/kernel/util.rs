@@ -20,11 +20,7 @@ pub(crate) fn ring() -> Ring {
 }
 
 pub(crate) fn ring_of(ops_max: u32, entries: u32) -> Ring {
-    let config = Config {
-        ops_max,
-        entries,
-        ..Config::default()
-    };
+    let config = Config { ops_max, entries, ..Config::default() };
     Ring::new(&config).expect("a ring")
 }
 
@@ -61,11 +57,7 @@ pub(crate) fn settle(ring: &mut Ring) -> Vec<Completion> {
         if ring.in_flight() == 0 {
             return completions;
         }
-        assert!(
-            start.elapsed() < PATIENCE,
-            "{} are left over",
-            ring.in_flight()
-        );
+        assert!(start.elapsed() < PATIENCE, "{} are left over", ring.in_flight());
         ring.enter(Wait::OneFor(PATIENCE)).expect("enter");
     }
 }
@@ -77,17 +69,11 @@ pub(crate) fn poke(ring: &mut Ring) -> Vec<Completion> {
 }
 
 pub(crate) fn tokens(completions: &[Completion]) -> Vec<u64> {
-    completions
-        .iter()
-        .map(|completion| completion.token)
-        .collect()
+    completions.iter().map(|completion| completion.token).collect()
 }
 
 pub(crate) fn outcomes(completions: &[Completion]) -> Vec<Outcome> {
-    completions
-        .iter()
-        .map(|completion| completion.outcome)
-        .collect()
+    completions.iter().map(|completion| completion.outcome).collect()
 }
 
 /// The bytes of a buffer that came back.
@@ -189,10 +175,7 @@ impl Mapping {
         // SAFETY: a new mapping, at an address of the kernel's choice.
         let start = unsafe { libc::mmap(ptr::null_mut(), len, access, flags, fd, 0) };
         assert_ne!(start, libc::MAP_FAILED, "{}", io::Error::last_os_error());
-        Arc::new(Mapping {
-            start: NonNull::new(start.cast()).expect("not null"),
-            len,
-        })
+        Arc::new(Mapping { start: NonNull::new(start.cast()).expect("not null"), len })
     }
 }
 

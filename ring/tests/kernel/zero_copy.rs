@@ -9,20 +9,10 @@ use crate::util::*;
 
 /// What came for one key, with the rule that every key ends exactly once, and with its memory.
 fn check_one_end(completions: &[Completion]) {
-    let ends: Vec<_> = completions
-        .iter()
-        .filter(|completion| completion.last)
-        .collect();
+    let ends: Vec<_> = completions.iter().filter(|completion| completion.last).collect();
     assert_eq!(ends.len(), 1, "{completions:?}");
-    let with_memory = completions
-        .iter()
-        .filter(|completion| completion.memory.is_some())
-        .count();
-    assert_eq!(
-        (with_memory, ends[0].memory.is_some()),
-        (1, true),
-        "{completions:?}"
-    );
+    let with_memory = completions.iter().filter(|completion| completion.memory.is_some()).count();
+    assert_eq!((with_memory, ends[0].memory.is_some()), (1, true), "{completions:?}");
 }
 
 #[test]
@@ -31,14 +21,9 @@ fn the_result_comes_first_and_the_memory_with_the_notification() {
     let (fd, mut peer) = tcp_pair();
     let mapping = Mapping::anonymous(65536);
     mapping.fill(&[7; 65536]);
-    let key = ring
-        .submit(Op::send_zc(fd, mapping.span()).wait_all(), 5)
-        .expect("room");
+    let key = ring.submit(Op::send_zc(fd, mapping.span()).wait_all(), 5).expect("room");
     let result = one(&mut ring);
-    assert_eq!(
-        (result.key, result.outcome, result.last),
-        (key, Outcome::Done(65536), false)
-    );
+    assert_eq!((result.key, result.outcome, result.last), (key, Outcome::Done(65536), false));
     assert!(result.memory.is_none());
     assert_eq!(Arc::strong_count(&mapping), 2, "the table holds it");
     assert_eq!(ring.in_flight(), 1);
@@ -46,14 +31,8 @@ fn the_result_comes_first_and_the_memory_with_the_notification() {
     peer.read_exact(&mut received).expect("read");
     assert!(received.iter().all(|&byte| byte == 7));
     let released = one(&mut ring);
-    assert_eq!(
-        (released.key, released.token, released.last),
-        (key, 5, true)
-    );
-    assert!(
-        matches!(released.outcome, Outcome::Released { .. }),
-        "{released:?}"
-    );
+    assert_eq!((released.key, released.token, released.last), (key, 5, true));
+    assert!(matches!(released.outcome, Outcome::Released { .. }), "{released:?}");
     assert_eq!(memory_len(&released.memory), Some(65536));
     drop(released);
     assert_eq!(Arc::strong_count(&mapping), 1);
@@ -64,14 +43,10 @@ fn the_result_comes_first_and_the_memory_with_the_notification() {
 fn loopback_says_that_it_copied() {
     let mut ring = ring();
     let (fd, mut peer) = tcp_pair();
-    ring.submit(Op::send_zc(fd, vec![1; 4096]), 0)
-        .expect("room");
+    ring.submit(Op::send_zc(fd, vec![1; 4096]), 0).expect("room");
     let reader = std::thread::spawn(move || peer.read_exact(&mut [0; 4096]));
     let completions = settle(&mut ring);
-    assert_eq!(
-        outcomes(&completions),
-        [Outcome::Done(4096), Outcome::Released { copied: true }]
-    );
+    assert_eq!(outcomes(&completions), [Outcome::Done(4096), Outcome::Released { copied: true }]);
     reader.join().expect("the reader").expect("read");
 }
 
@@ -90,10 +65,7 @@ fn a_vectored_one_gives_its_pieces_back_with_the_notification() {
         assert_eq!((received[15], received[16]), (1, 2));
         let released = one(&mut ring);
         assert!(released.last && matches!(released.outcome, Outcome::Released { .. }));
-        pieces = released
-            .memory
-            .and_then(Memory::into_pieces)
-            .expect("pieces");
+        pieces = released.memory.and_then(Memory::into_pieces).expect("pieces");
         assert_eq!(pieces.len(), 2);
     }
 }
@@ -104,11 +76,9 @@ fn a_registered_buffer_is_sent() {
     let (fd, mut peer) = tcp_pair();
     let mapping = Mapping::anonymous(8192);
     mapping.fill(&[9; 8192]);
-    ring.register_buffers(vec![mapping.span()])
-        .expect("registered");
+    ring.register_buffers(vec![mapping.span()]).expect("registered");
     let part = mapping.span().sub(4096, 1000).expect("inside");
-    ring.submit(Op::send_zc(fd, part).wait_all().fixed(0), 0)
-        .expect("room");
+    ring.submit(Op::send_zc(fd, part).wait_all().fixed(0), 0).expect("room");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(1000));
     let mut received = [0; 1000];
     peer.read_exact(&mut received).expect("read");
@@ -124,18 +94,13 @@ fn a_failed_one_ends_once_whether_it_announces_a_notification_or_not() {
     // The first send after the close is answered with a reset; the ones after it fail.
     let mut failures = 0;
     for _ in 0..100 {
-        let key = ring
-            .submit(Op::send_zc(fd.clone(), vec![1; 4096]), 0)
-            .expect("room");
+        let key = ring.submit(Op::send_zc(fd.clone(), vec![1; 4096]), 0).expect("room");
         let completions = settle(&mut ring);
         check_one_end(&completions);
         assert!(completions.iter().all(|completion| completion.key == key));
         match completions[0].outcome {
             Outcome::Failed(errno) => {
-                assert!(
-                    [libc::EPIPE, libc::ECONNRESET].contains(&errno.raw()),
-                    "{errno}"
-                );
+                assert!([libc::EPIPE, libc::ECONNRESET].contains(&errno.raw()), "{errno}");
                 failures += 1;
             }
             Outcome::Done(4096) => (),
@@ -172,9 +137,8 @@ fn one_that_never_started_gives_its_memory_back_once() {
             .then(Op::send_zc(fd.clone(), vec![1; 4096]).wait_all(), 2);
         let keys = ring.submit_chain(chain).expect("room");
         let completions = settle(&mut ring);
-        let (first, second): (Vec<_>, Vec<_>) = completions
-            .into_iter()
-            .partition(|completion| completion.token == 1);
+        let (first, second): (Vec<_>, Vec<_>) =
+            completions.into_iter().partition(|completion| completion.token == 1);
         check_one_end(&first);
         check_one_end(&second);
         assert_eq!(second[0].outcome, Outcome::NotStarted { failed: keys[0] });
@@ -197,16 +161,11 @@ fn header_and_page_leave_as_a_chain() {
         let mut completions = collect(&mut ring, 3);
         let mut received = vec![0; 4104];
         peer.read_exact(&mut received).expect("read");
-        assert_eq!(
-            (&received[..4], &received[4100..]),
-            (&b"head"[..], &b"tail"[..])
-        );
+        assert_eq!((&received[..4], &received[4100..]), (&b"head"[..], &b"tail"[..]));
         completions.extend(settle(&mut ring));
         assert_eq!(completions.len(), 4, "{completions:?}");
-        let zero_copy: Vec<_> = completions
-            .into_iter()
-            .filter(|completion| completion.token == 2)
-            .collect();
+        let zero_copy: Vec<_> =
+            completions.into_iter().filter(|completion| completion.token == 2).collect();
         check_one_end(&zero_copy);
         assert_eq!(zero_copy[0].outcome, Outcome::Done(4096));
     }
@@ -218,13 +177,8 @@ fn memory_in_the_socket_is_held() {
     let mut ring = ring();
     let (fd, peer) = tcp_pair();
     let mapping = Mapping::anonymous(32 << 20);
-    let key = ring
-        .submit(Op::send_zc(fd, mapping.span()).wait_all(), 0)
-        .expect("room");
-    assert!(
-        poke(&mut ring).is_empty(),
-        "more than the socket buffers take"
-    );
+    let key = ring.submit(Op::send_zc(fd, mapping.span()).wait_all(), 0).expect("room");
+    assert!(poke(&mut ring).is_empty(), "more than the socket buffers take");
     ring.orphan(key);
     drop(peer);
     assert!(settle(&mut ring).is_empty());

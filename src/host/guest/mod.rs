@@ -101,8 +101,5 @@ pub(crate) fn thread<T: Send + 'static>(
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(body)
-        .map_err(|source| Error::System {
-            what: format!("starting thread {name}"),
-            source,
-        })
+        .map_err(|source| Error::System { what: format!("starting thread {name}"), source })
 }

@@ -117,10 +117,8 @@ impl Client {
             for message in received.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(fds) = message {
                     // SAFETY: the kernel has just made these descriptors for us.
-                    self.descriptors.extend(
-                        fds.into_iter()
-                            .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-                    );
+                    self.descriptors
+                        .extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
                 }
             }
             if count == 0 {
@@ -173,9 +171,7 @@ impl Client {
             }
             "migrate" => {
                 let mut socket = self.socket(arguments)?;
-                socket
-                    .write_all(&machine.save())
-                    .map_err(|error| error.to_string())?;
+                socket.write_all(&machine.save()).map_err(|error| error.to_string())?;
                 self.migration = Migration::Completed;
                 Ok(json!({}))
             }
@@ -212,12 +208,8 @@ impl Client {
     }
 
     fn socket(&mut self, arguments: &Value) -> std::result::Result<File, String> {
-        let name = arguments["uri"]
-            .as_str()
-            .and_then(|uri| uri.strip_prefix("fd:"));
+        let name = arguments["uri"].as_str().and_then(|uri| uri.strip_prefix("fd:"));
         let descriptor = name.and_then(|name| self.given.remove(name));
-        Ok(File::from(
-            descriptor.ok_or("only fd:NAME of a descriptor given with getfd")?,
-        ))
+        Ok(File::from(descriptor.ok_or("only fd:NAME of a descriptor given with getfd")?))
     }
 }

@@ -43,9 +43,7 @@ impl Pattern {
         }
         let base =
             mix(self.seed ^ page.wrapping_mul(0x9e37_79b9_7f4a_7c15)) ^ u64::from(generation);
-        Words {
-            base: Some(mix(base)),
-        }
+        Words { base: Some(mix(base)) }
     }
 }
 
@@ -80,11 +78,7 @@ mod tests {
 
     #[test]
     fn words_tell_pages_and_generations_apart() {
-        let pattern = Pattern {
-            seed: 1,
-            zero_percent: 0,
-            hole_percent: 0,
-        };
+        let pattern = Pattern { seed: 1, zero_percent: 0, hole_percent: 0 };
         let mut seen = std::collections::HashSet::new();
         for page in 0..50 {
             for generation in 0..20 {
@@ -95,16 +89,8 @@ mod tests {
 
     #[test]
     fn fills_come_in_their_shares() {
-        let pattern = Pattern {
-            seed: 7,
-            zero_percent: 20,
-            hole_percent: 10,
-        };
-        let count = |fill| {
-            (0..160_000)
-                .filter(|&page| pattern.fill(page) == fill)
-                .count()
-        };
+        let pattern = Pattern { seed: 7, zero_percent: 20, hole_percent: 10 };
+        let count = |fill| (0..160_000).filter(|&page| pattern.fill(page) == fill).count();
         assert!((28_000..36_000).contains(&count(Fill::Zero)));
         assert!((12_000..20_000).contains(&count(Fill::Hole)));
     }

@@ -31,11 +31,8 @@ impl GuestRam {
     /// Opens or creates the file, gives it `bytes` and maps it shared. Where the preload object is
     /// loaded it takes this very mapping over.
     pub(crate) fn map(ram: &RamPath, bytes: u64) -> Result<GuestRam> {
-        let failed = |what: String| Error::Ram {
-            name: ram.name.clone(),
-            path: ram.path.clone(),
-            what,
-        };
+        let failed =
+            |what: String| Error::Ram { name: ram.name.clone(), path: ram.path.clone(), what };
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -43,17 +40,11 @@ impl GuestRam {
             .truncate(false)
             .open(&ram.path)
             .map_err(|error| failed(error.to_string()))?;
-        let length = file
-            .metadata()
-            .map_err(|error| failed(error.to_string()))?
-            .len();
+        let length = file.metadata().map_err(|error| failed(error.to_string()))?.len();
         if length == 0 {
-            file.set_len(bytes)
-                .map_err(|error| failed(error.to_string()))?;
+            file.set_len(bytes).map_err(|error| failed(error.to_string()))?;
         } else if length != bytes {
-            return Err(failed(format!(
-                "has {length} bytes, not the {bytes} asked for"
-            )));
+            return Err(failed(format!("has {length} bytes, not the {bytes} asked for")));
         }
         let len = NonZeroUsize::new(usize::try_from(bytes).expect("64-bit Linux"))
             .ok_or_else(|| Error::Usage("a guest needs at least 1 MiB".into()))?;
@@ -64,12 +55,7 @@ impl GuestRam {
         // SAFETY: advice on our own mapping; it changes no content.
         let _ = unsafe { madvise(start, len.get(), MmapAdvise::MADV_HUGEPAGE) };
         let (name, path) = (ram.name.clone(), ram.path.clone());
-        Ok(GuestRam {
-            start: start.cast(),
-            bytes,
-            name,
-            path,
-        })
+        Ok(GuestRam { start: start.cast(), bytes, name, path })
     }
 
     pub(crate) fn pages(&self) -> u64 {

@@ -127,10 +127,7 @@ impl Machine {
     pub(crate) fn load(&self, state: &[u8]) -> std::result::Result<(), StateError> {
         let (head, rest) = state.split_at_checked(16).ok_or(StateError)?;
         let number = |bytes: &[u8]| -> u64 {
-            bytes
-                .iter()
-                .rev()
-                .fold(0, |number, &byte| number << 8 | u64::from(byte))
+            bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
         };
         let narrow = |number: u64| u32::try_from(number).map_err(|_| StateError);
         *self.pattern.lock().expect("no vCPU panics") = Pattern {
@@ -200,11 +197,7 @@ impl Machine {
         self.ram.touch(page);
         record(latency, began.elapsed());
         let generation = cell.load(Ordering::Relaxed) & GENERATION;
-        if self
-            .ram
-            .check(page, pattern.words(page, generation))
-            .is_some()
-        {
+        if self.ram.check(page, pattern.words(page, generation)).is_some() {
             cell.fetch_or(BAD, Ordering::Relaxed);
         }
         self.reads.fetch_add(1, Ordering::Relaxed);

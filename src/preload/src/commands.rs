@@ -16,9 +16,7 @@ pub(crate) fn start(socket: i32) -> Result<(), i32> {
     if STARTED.swap(true, Ordering::Relaxed) {
         return Ok(());
     }
-    let builder = std::thread::Builder::new()
-        .name("umem-preload".into())
-        .stack_size(STACK_SIZE);
+    let builder = std::thread::Builder::new().name("umem-preload".into()).stack_size(STACK_SIZE);
     let spawned = sys::with_signals_blocked(|| builder.spawn(move || serve(socket)));
     match spawned {
         Ok(_) => Ok(()),

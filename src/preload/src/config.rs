@@ -29,15 +29,10 @@ pub(crate) struct Config {
 
 /// Reads the variables, once; without them the object stays a bystander.
 pub(crate) fn read_environment() {
-    let Some(socket) = std::env::var(SOCKET)
-        .ok()
-        .and_then(|number| number.parse().ok())
-    else {
+    let Some(socket) = std::env::var(SOCKET).ok().and_then(|number| number.parse().ok()) else {
         return;
     };
-    let ram = std::env::var_os(RAM)
-        .map(|list| parse_ram(&list))
-        .unwrap_or_default();
+    let ram = std::env::var_os(RAM).map(|list| parse_ram(&list)).unwrap_or_default();
     // Loaded twice into one process is possible (two paths to one object); the first one counts.
     let _ = CONFIG.set(Config { socket, ram });
 }
@@ -99,10 +94,7 @@ fn parse_ram(list: &OsStr) -> Vec<RamFile> {
             path: PathBuf::from(OsStr::from_bytes(path.strip_prefix(b"=")?)),
         })
     };
-    list.as_bytes()
-        .split(|&byte| byte == b'\n')
-        .filter_map(parse_line)
-        .collect()
+    list.as_bytes().split(|&byte| byte == b'\n').filter_map(parse_line).collect()
 }
 
 /// The value of LD_PRELOAD less this object: what else the user preloads is theirs to pass on.

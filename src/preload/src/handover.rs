@@ -79,11 +79,7 @@ pub(crate) fn refuse_populate(address: usize, length: usize) -> bool {
 
 /// True if anything was handed over; umem is told, once.
 pub(crate) fn refuse_lock() -> bool {
-    refuse(
-        |_| true,
-        Code::MemLock,
-        "QEMU locks the guest's memory: start it without mem-lock=on",
-    )
+    refuse(|_| true, Code::MemLock, "QEMU locks the guest's memory: start it without mem-lock=on")
 }
 
 fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
@@ -96,11 +92,7 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
     };
     if !held.has_refused {
         held.has_refused = true;
-        report::failure(
-            config.socket,
-            &held.name,
-            &Failure::new(code, sys::EFAULT, text),
-        );
+        report::failure(config.socket, &held.name, &Failure::new(code, sys::EFAULT, text));
     }
     true
 }
@@ -185,11 +177,7 @@ fn protect(
         .and_then(|()| commands::start(socket));
     if let Err(errno) = sent {
         held().retain(|held| held.address != mapping as usize);
-        return Err(Failure::new(
-            Code::Send,
-            errno,
-            "the RAM could not be handed to umem",
-        ));
+        return Err(Failure::new(Code::Send, errno, "the RAM could not be handed to umem"));
     }
     Ok(())
 }

@@ -60,11 +60,7 @@ pub(crate) struct Failure {
 
 impl Failure {
     pub(crate) fn new(code: Code, errno: i32, text: &str) -> Self {
-        Failure {
-            code,
-            errno,
-            text: text.to_owned(),
-        }
+        Failure { code, errno, text: text.to_owned() }
     }
 }
 
@@ -123,11 +119,7 @@ pub(crate) fn pong(socket: i32) -> Result<(), i32> {
 }
 
 pub(crate) fn released(socket: i32, count: usize) -> Result<(), i32> {
-    send(
-        socket,
-        format!("{{\"released\":{count}}}\n").as_bytes(),
-        &[],
-    )
+    send(socket, format!("{{\"released\":{count}}}\n").as_bytes(), &[])
 }
 
 /// Sends it all, the descriptors with the first byte. Fails with an errno.

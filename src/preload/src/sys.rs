@@ -202,10 +202,7 @@ pub(crate) unsafe fn ioctl<T>(
     argument: *mut T,
 ) -> Result<(), c_int> {
     // SAFETY: the caller's promise.
-    check(i64::from(unsafe {
-        c::ioctl(descriptor, request, argument)
-    }))
-    .map(|_| ())
+    check(i64::from(unsafe { c::ioctl(descriptor, request, argument) })).map(|_| ())
 }
 
 /// An ioctl whose argument is a number and whose result is a descriptor.
@@ -240,11 +237,7 @@ pub(crate) fn set_close_on_exec(descriptor: c_int) {
 
 /// The page size of the hugetlbfs that the file is on; None elsewhere.
 pub(crate) fn hugetlbfs_page_size(descriptor: c_int) -> Option<usize> {
-    let mut statfs = Statfs {
-        kind: 0,
-        block_size: 0,
-        rest: [0; 16],
-    };
+    let mut statfs = Statfs { kind: 0, block_size: 0, rest: [0; 16] };
     // SAFETY: the structure is at least as long as the C library's.
     let result = unsafe { c::fstatfs(descriptor, &raw mut statfs) };
     let is_hugetlbfs = result == 0 && statfs.kind as u32 == HUGETLBFS_MAGIC;
@@ -263,10 +256,7 @@ pub(crate) fn send_message(
     bytes: &[u8],
     descriptors: &[c_int],
 ) -> Result<usize, c_int> {
-    let iov = Iovec {
-        base: bytes.as_ptr(),
-        length: bytes.len(),
-    };
+    let iov = Iovec { base: bytes.as_ptr(), length: bytes.len() };
     let mut rights = Rights {
         length: RIGHTS_HEADER_SIZE + size_of_val(descriptors),
         level: SOL_SOCKET,
@@ -282,11 +272,7 @@ pub(crate) fn send_message(
         name_length: 0,
         iov: &raw const iov,
         iov_count: 1,
-        control: if has_rights {
-            (&raw const rights).cast()
-        } else {
-            std::ptr::null()
-        },
+        control: if has_rights { (&raw const rights).cast() } else { std::ptr::null() },
         control_length: if has_rights { rights.length } else { 0 },
         flags: 0,
     };
@@ -340,9 +326,6 @@ pub(crate) fn with_signals_blocked<T>(action: impl FnOnce() -> T) -> T {
 
 /// A result of a system call: not negative, or errno.
 fn check(result: i64) -> Result<usize, c_int> {
-    usize::try_from(result).map_err(|_| {
-        std::io::Error::last_os_error()
-            .raw_os_error()
-            .unwrap_or(EINVAL)
-    })
+    usize::try_from(result)
+        .map_err(|_| std::io::Error::last_os_error().raw_os_error().unwrap_or(EINVAL))
 }

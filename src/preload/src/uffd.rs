@@ -57,14 +57,8 @@ pub(crate) struct Backing {
 impl Backing {
     pub(crate) fn of(descriptor: i32) -> Self {
         match sys::hugetlbfs_page_size(descriptor) {
-            Some(page_size) => Backing {
-                page_size,
-                is_hugetlbfs: true,
-            },
-            None => Backing {
-                page_size: sys::page_size(),
-                is_hugetlbfs: false,
-            },
+            Some(page_size) => Backing { page_size, is_hugetlbfs: true },
+            None => Backing { page_size: sys::page_size(), is_hugetlbfs: false },
         }
     }
 
@@ -150,11 +144,7 @@ fn create() -> Result<OwnedFd, Failure> {
 
 /// UFFDIO_API; returns what the kernel offers.
 fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Failure> {
-    let mut api = UffdioApi {
-        api: UFFD_API,
-        features,
-        ioctls: 0,
-    };
+    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
     // SAFETY: the argument is the structure that UFFDIO_API takes, alive for the call.
     match unsafe { sys::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) } {
         Ok(()) => Ok(api.features),
@@ -167,10 +157,7 @@ fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Failure> {
 }
 
 fn missing_features(missing: u64) -> String {
-    let names: Vec<&str> = FEATURE_NAMES
-        .iter()
-        .filter(|(bit, _)| missing & bit != 0)
-        .map(|(_, name)| *name)
-        .collect();
+    let names: Vec<&str> =
+        FEATURE_NAMES.iter().filter(|(bit, _)| missing & bit != 0).map(|(_, name)| *name).collect();
     format!("this kernel's userfaultfd lacks {}", names.join(", "))
 }

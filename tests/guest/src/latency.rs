@@ -22,10 +22,7 @@ pub(crate) struct Summary {
 
 impl Default for Latencies {
     fn default() -> Self {
-        Latencies {
-            buckets: [const { AtomicU32::new(0) }; BUCKETS],
-            max_us: AtomicU64::new(0),
-        }
+        Latencies { buckets: [const { AtomicU32::new(0) }; BUCKETS], max_us: AtomicU64::new(0) }
     }
 }
 
@@ -38,11 +35,8 @@ impl Latencies {
 
     /// Summarises what was recorded since the last call, and starts anew.
     pub(crate) fn take(&self) -> Summary {
-        let counts: Vec<u64> = self
-            .buckets
-            .iter()
-            .map(|bucket| u64::from(bucket.swap(0, Relaxed)))
-            .collect();
+        let counts: Vec<u64> =
+            self.buckets.iter().map(|bucket| u64::from(bucket.swap(0, Relaxed))).collect();
         let max_us = self.max_us.swap(0, Relaxed);
         let total: u64 = counts.iter().sum();
         let percentile = |percent: u64| {
@@ -54,11 +48,7 @@ impl Latencies {
             });
             reached.map_or(0, upper_end).min(max_us)
         };
-        Summary {
-            max_us,
-            p50_us: percentile(50),
-            p99_us: percentile(99),
-        }
+        Summary { max_us, p50_us: percentile(50), p99_us: percentile(99) }
     }
 }
 

@@ -62,11 +62,7 @@ fn run() -> Result<(), String> {
     memory.fill();
     console::line(&format!("umem-guest ready mib={}", parameters.mib));
 
-    let guest = Arc::new(Guest {
-        parameters,
-        memory,
-        counts: Counts::default(),
-    });
+    let guest = Arc::new(Guest { parameters, memory, counts: Counts::default() });
     if parameters.mode != Mode::Idle {
         for index in 0..parameters.threads {
             start(&guest, move |guest| guest.work(index));

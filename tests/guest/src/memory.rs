@@ -50,19 +50,10 @@ impl Memory {
             )
         };
         if words == libc::MAP_FAILED {
-            return Err(format!(
-                "mmap of {mib} MiB: {}",
-                std::io::Error::last_os_error()
-            ));
+            return Err(format!("mmap of {mib} MiB: {}", std::io::Error::last_os_error()));
         }
-        let states = std::iter::repeat_with(AtomicU32::default)
-            .take(pages)
-            .collect();
-        Ok(Memory {
-            words: words.cast(),
-            states,
-            seed,
-        })
+        let states = std::iter::repeat_with(AtomicU32::default).take(pages).collect();
+        Ok(Memory { words: words.cast(), states, seed })
     }
 
     pub(crate) fn pages(&self) -> u64 {
@@ -92,13 +83,7 @@ impl Memory {
                 // SAFETY: the page is one of the mapping's, so it lies inside of it.
                 let words = unsafe { self.words.add((page * WORDS) as usize) };
                 let contents = self.seed ^ mix(page);
-                return Page {
-                    words,
-                    state,
-                    generation: before,
-                    contents,
-                    memory: PhantomData,
-                };
+                return Page { words, state, generation: before, contents, memory: PhantomData };
             }
             std::thread::yield_now();
         }
@@ -129,14 +114,7 @@ impl Page<'_> {
             // SAFETY: `word` is below WORDS; the page is mapped and locked by us.
             let got = unsafe { self.words.add(word as usize).read_volatile() };
             if got != want {
-                wrong
-                    .get_or_insert(Wrong {
-                        word,
-                        want,
-                        got,
-                        count: 0,
-                    })
-                    .count += 1;
+                wrong.get_or_insert(Wrong { word, want, got, count: 0 }).count += 1;
             }
         }
         wrong.map_or(Ok(()), Err)

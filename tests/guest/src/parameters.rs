@@ -39,9 +39,8 @@ impl Parameters {
             sweep: true,
         };
         for word in command_line.split_ascii_whitespace() {
-            let Some((name, value)) = word
-                .strip_prefix("umem.")
-                .and_then(|rest| rest.split_once('='))
+            let Some((name, value)) =
+                word.strip_prefix("umem.").and_then(|rest| rest.split_once('='))
             else {
                 continue;
             };
@@ -70,27 +69,16 @@ impl Parameters {
 fn mount_proc() -> Result<(), String> {
     // SAFETY: all arguments are C strings or null.
     let result = unsafe {
-        libc::mount(
-            c"proc".as_ptr(),
-            c"/proc".as_ptr(),
-            c"proc".as_ptr(),
-            0,
-            std::ptr::null(),
-        )
+        libc::mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), 0, std::ptr::null())
     };
     if result == 0 {
         return Ok(());
     }
-    Err(format!(
-        "mounting /proc: {}",
-        std::io::Error::last_os_error()
-    ))
+    Err(format!("mounting /proc: {}", std::io::Error::last_os_error()))
 }
 
 fn total_mib(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     Some(number::<u64>(line.split_ascii_whitespace().next()?)? / 1024)
 }
 
@@ -108,10 +96,7 @@ mod tests {
     fn defaults_come_from_the_size_of_memory() {
         let parameters = Parameters::parse("console=ttyS0 quiet", MEMINFO).unwrap();
         assert_eq!((parameters.mib, parameters.threads), (600, 2));
-        assert_eq!(
-            (parameters.write_percent, parameters.mode),
-            (30, Mode::Random)
-        );
+        assert_eq!((parameters.write_percent, parameters.mode), (30, Mode::Random));
     }
 
     #[test]

@@ -50,11 +50,7 @@ pub(crate) fn seeds(count: u64) -> impl Iterator<Item = u64> {
 }
 
 pub(crate) fn region(name: &str, pages: u64, page_size: PageSize) -> Region {
-    Region {
-        name: name.into(),
-        bytes: pages * page_size.bytes(),
-        page_size,
-    }
+    Region { name: name.into(), bytes: pages * page_size.bytes(), page_size }
 }
 
 /// 300 pages of 4 KiB, 3 of 2 MiB, 2 of 1 GiB.
@@ -69,17 +65,8 @@ pub(crate) fn table() -> RegionTable {
 
 /// One valid frame of every kind for [`table`], as bytes; device state with its state.
 pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
-    let range = PageRange {
-        region: RegionId(0),
-        first: 17,
-        pages: 5,
-    };
-    let totals = Totals {
-        data_bytes: 1,
-        zero_bytes: 2,
-        pages_demand: 3,
-        ..Totals::default()
-    };
+    let range = PageRange { region: RegionId(0), first: 17, pages: 5 };
+    let totals = Totals { data_bytes: 1, zero_bytes: 2, pages_demand: 3, ..Totals::default() };
     let frames = [
         Frame::Data(range),
         Frame::Zero(range),
@@ -88,17 +75,12 @@ pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
         Frame::Ack(range),
         Frame::Regions(table()),
         Frame::Ready,
-        Frame::Stopped {
-            postcopy: true,
-            background: false,
-        },
+        Frame::Stopped { postcopy: true, background: false },
         Frame::DeviceState { bytes: 9 },
         Frame::Load { state_bytes: 9 },
         Frame::Loaded,
         Frame::Switchover { stopped_us: 1000 },
-        Frame::Running {
-            us_since_switchover: 2000,
-        },
+        Frame::Running { us_since_switchover: 2000 },
         Frame::LaneEnd,
         Frame::Complete(totals),
         Frame::Ping(4),
@@ -142,24 +124,12 @@ pub(crate) fn frame(event: &Event) -> Option<Frame> {
         Event::Ack(range) => Frame::Ack(range),
         Event::Regions(table) => Frame::Regions(table),
         Event::Ready => Frame::Ready,
-        Event::Stopped {
-            postcopy,
-            background,
-        } => Frame::Stopped {
-            postcopy,
-            background,
-        },
-        Event::DeviceState(state) => Frame::DeviceState {
-            bytes: state.len() as u32,
-        },
+        Event::Stopped { postcopy, background } => Frame::Stopped { postcopy, background },
+        Event::DeviceState(state) => Frame::DeviceState { bytes: state.len() as u32 },
         Event::Load { state_bytes } => Frame::Load { state_bytes },
         Event::Loaded => Frame::Loaded,
         Event::Switchover { stopped_us } => Frame::Switchover { stopped_us },
-        Event::Running {
-            us_since_switchover,
-        } => Frame::Running {
-            us_since_switchover,
-        },
+        Event::Running { us_since_switchover } => Frame::Running { us_since_switchover },
         Event::LaneEnd => Frame::LaneEnd,
         Event::Complete(totals) => Frame::Complete(totals),
         Event::Ping(number) => Frame::Ping(number),
