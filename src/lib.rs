@@ -36,6 +36,7 @@ mod progress;
 pub mod report;
 pub mod source;
 mod uri;
+mod worker;
 
 pub use error::{Error, Result};
 pub use host::command::RamPath;

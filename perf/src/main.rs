@@ -1,1 +1,76 @@
-fn main() {}
+//! `umem-perf WHAT`: measures umem against what the kernel can do and against its peers.
+//!
+//! Each subcommand is one module with its options and `run`. A result states the machine, the
+//! method and the spread over its rounds; subjects take turns (A B A B), with memory warmed in the
+//! same way for all, so that their ratios hold where absolute figures move from run to run.
+
+mod error;
+mod floor;
+mod interrupt;
+mod land;
+mod machine;
+mod memory;
+mod process;
+mod qemu;
+mod qmp;
+mod report;
+mod scratch;
+mod statistics;
+
+use argh::FromArgs;
+
+/// Measures umem: against the kernel's floor, end to end, and beside QEMU's own migration.
+#[derive(FromArgs)]
+#[argh(
+    note = "Ratios hold only on a machine that does nothing else; the load average is part of \
+            every result.",
+    example = "What this machine's kernel gives at best:\n  {command_name} floor",
+    example = "A Linux guest moved by QEMU and by umem in turns:\n  {command_name} qemu --rounds 3",
+    error_code(1, "It could not be measured; stderr says why."),
+    error_code(2, "The command line is wrong.")
+)]
+struct Arguments {
+    #[argh(subcommand)]
+    what: What,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum What {
+    Floor(floor::Options),
+    Land(land::Options),
+    Qemu(qemu::Options),
+}
+
+fn main() {
+    std::process::exit(run());
+}
+
+fn run() -> i32 {
+    let words: Vec<String> =
+        std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
+    let arguments = match Arguments::from_args(&["umem-perf"], &words) {
+        Ok(arguments) => arguments,
+        Err(exit) if exit.status.is_ok() => {
+            println!("{}", exit.output);
+            return 0;
+        }
+        Err(exit) => {
+            eprintln!("{}\n`umem-perf --help` and `umem-perf WHAT --help` explain", exit.output);
+            return 2;
+        }
+    };
+    let result = interrupt::catch().and_then(|()| match &arguments.what {
+        What::Floor(options) => floor::run(options),
+        What::Land(options) => land::run(options),
+        What::Qemu(options) => qemu::run(options),
+    });
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("umem-perf: {error}");
+            1
+        }
+    }
+}

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
 use crate::report::Counters;
+use crate::worker::Started;
 
 const TOKEN_POSTED: u64 = TOKEN_FREE;
 
@@ -27,22 +28,21 @@ pub(crate) struct BulkLane {
 }
 
 impl BulkLane {
-    /// Receives until the lane ends, fails or is woken to stop. Runs on the calling thread.
-    pub(crate) fn run(self, started: impl FnOnce(Waker)) {
+    /// Receives until the lane ends or is woken to stop. Runs on the calling thread.
+    pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let post = self.post.clone();
-        match self.receive(started) {
-            Ok(()) => post.send(Note::BulkEnded),
-            Err(error) => post.send(Note::Failed(error)),
-        }
+        self.receive(started)?;
+        post.send(Note::BulkEnded);
+        Ok(())
     }
 
-    fn receive(self, started: impl FnOnce(Waker)) -> Result<()> {
+    fn receive(self, started: Started<Waker>) -> Result<()> {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
             core: self.core,
             ..Config::default()
         })?;
-        started(ring.waker()?);
+        started.with(ring.waker()?);
         let mut reader =
             LaneReader::new(&self.lane, LaneRole::Bulk, &self.regions, self.guest.clone());
         reader.arm(&mut ring)?;

@@ -27,6 +27,7 @@ use crate::lane::Lane;
 use crate::memory::pages::PageState;
 use crate::priority;
 use crate::report::{Counters, latency_histogram, record};
+use crate::worker::Started;
 
 const TOKEN_SENT: u64 = TOKEN_FREE;
 const TOKEN_RETRY: u64 = TOKEN_FREE + 1;
@@ -89,8 +90,7 @@ struct DemandThread {
 
 impl DemandLane {
     /// Serves until told to end. Returns the fault latencies, µs.
-    pub(crate) fn run(self, started: impl FnOnce(Reach)) -> Histogram<u64> {
-        let post = self.post.clone();
+    pub(crate) fn run(self, started: Started<Reach>) -> Result<Histogram<u64>> {
         let mut thread = DemandThread {
             guest: self.guest.clone(),
             socket: Fd::from(self.lane.socket()),
@@ -107,10 +107,8 @@ impl DemandLane {
             ending: false,
         };
         let reader = LaneReader::resume(&self.lane, self.receiver, self.guest);
-        if let Err(error) = thread.serve(&self.lane.name, self.core, reader, started) {
-            post.send(Note::Failed(error));
-        }
-        thread.latency
+        thread.serve(&self.lane.name, self.core, reader, started)?;
+        Ok(thread.latency)
     }
 }
 
@@ -120,7 +118,7 @@ impl DemandThread {
         name: &str,
         core: Option<usize>,
         mut reader: LaneReader,
-        started: impl FnOnce(Reach),
+        started: Started<Reach>,
     ) -> Result<()> {
         let mut ring = Ring::new(&Config {
             name: name.to_owned(),
@@ -129,7 +127,7 @@ impl DemandThread {
             ..Config::default()
         })?;
         priority::go_first();
-        started(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
+        started.with(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
         reader.arm(&mut ring)?;
         for region in 0..self.guest.regions.len() {
             let buffer = Bytes::with_capacity(EVENTS_MAX * MESSAGE_BYTES);
@@ -154,6 +152,8 @@ impl DemandThread {
         completion: Completion,
     ) -> Result<()> {
         match completion.token {
+            // After its goodbye the source closes the lane.
+            TOKEN_CONTROL | TOKEN_RUN if self.ending => Ok(()),
             TOKEN_CONTROL | TOKEN_RUN => {
                 let mut wanted = Vec::new();
                 let guest = self.guest.clone();
@@ -194,8 +194,10 @@ impl DemandThread {
                 }
             }
             Arrived::Other(event) => {
-                if matches!(event, Event::Stopped { .. }) {
-                    self.may_ask = true;
+                match event {
+                    Event::Stopped { .. } => self.may_ask = true,
+                    Event::Complete(_) => self.ending = true,
+                    _ => {}
                 }
                 self.post.send(Note::Received(event));
             }

@@ -36,8 +36,9 @@ use crate::host::{DestinationHost, RunsItself};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::progress::{self, Progress};
-use crate::report::{Completed, CpuTime, Latency, Output};
+use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
 use crate::uri::Uri;
+use crate::worker::{self, Failure};
 
 use bulk::BulkLane;
 use demand::{Command, DemandLane, Reach};
@@ -79,6 +80,19 @@ pub(crate) enum Note {
     Host(Answer),
 }
 
+impl Failure for Note {
+    fn failed(error: Error) -> Note {
+        Note::Failed(error)
+    }
+
+    fn into_failure(self) -> Option<Error> {
+        match self {
+            Note::Failed(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
 impl From<Answer> for Note {
     fn from(answer: Answer) -> Note {
         Note::Host(answer)
@@ -109,11 +123,10 @@ pub fn run(options: &Options) -> Result<i32> {
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
     let (receiver, table) = compare(&lanes.demand, &inbox, &mut prepared)?;
-    let report = Migration::start(options, output, inbox, lanes, receiver, table, &mut prepared)?
+    let report = Migration::start(options, output, &inbox, lanes, receiver, table, &mut prepared)?
         .drive(&mut prepared)?;
     output.completed(&report);
-    let status = prepared.monitor.wait()?;
-    Ok(status.code().unwrap_or(1))
+    prepared.outlive(&inbox)
 }
 
 /// The lanes of one session.
@@ -265,9 +278,9 @@ struct Times {
 }
 
 /// A migration with its lanes open: the control thread's state.
-struct Migration {
+struct Migration<'a> {
     output: Output,
-    inbox: Inbox<Note>,
+    inbox: &'a Inbox<Note>,
     guest: Arc<GuestMemory>,
     host: HostThread<dyn DestinationHost>,
     phase: Phase,
@@ -277,23 +290,23 @@ struct Migration {
     commands: Sender<Command>,
     demand: Waker,
     bulk_wakers: Vec<Waker>,
-    demand_thread: Option<JoinHandle<Histogram<u64>>>,
-    bulk_threads: Vec<JoinHandle<()>>,
+    demand_thread: Option<JoinHandle<Option<Histogram<u64>>>>,
+    bulk_threads: Vec<JoinHandle<Option<()>>>,
     congestion: String,
     times: Times,
     progress: Progress,
 }
 
-impl Migration {
+impl<'a> Migration<'a> {
     fn start(
         options: &Options,
         output: Output,
-        inbox: Inbox<Note>,
+        inbox: &'a Inbox<Note>,
         lanes: Lanes,
         receiver: Receiver,
         table: RegionTable,
         prepared: &mut Prepared,
-    ) -> Result<Migration> {
+    ) -> Result<Migration<'a>> {
         let guest = Arc::new(GuestMemory::new(std::mem::take(&mut prepared.regions)));
         let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
         let host = HostThread::start(host, inbox.post())?;
@@ -308,11 +321,8 @@ impl Migration {
             commands: queue,
             post: inbox.post(),
         };
-        let (started, reach) = channel();
-        let demand_thread = spawn("umem-demand", move || {
-            demand.run(move |reach: Reach| drop(started.send(reach)))
-        })?;
-        let reach = started_or_failed(&reach, &inbox)?;
+        let (reach, demand_thread) =
+            worker::start("umem-demand", inbox, move |started| demand.run(started))?;
         let mut migration = Migration {
             output,
             guest,
@@ -354,11 +364,11 @@ impl Migration {
                 demand: reach.mailbox.clone(),
                 post: self.inbox.post(),
             };
-            let (started, waker) = channel();
-            self.bulk_threads.push(spawn(&format!("umem-bulk-{}", index + 1), move || {
-                bulk.run(move |waker| drop(started.send(waker)));
-            })?);
-            self.bulk_wakers.push(started_or_failed(&waker, &self.inbox)?);
+            let name = format!("umem-bulk-{}", index + 1);
+            let (waker, thread) =
+                worker::start(&name, self.inbox, move |started| bulk.run(started))?;
+            self.bulk_wakers.push(waker);
+            self.bulk_threads.push(thread);
         }
         Ok(())
     }
@@ -550,10 +560,10 @@ impl Migration {
         self.demand.wake();
         self.bulk_wakers.iter().for_each(Waker::wake);
         for thread in self.bulk_threads.drain(..) {
-            thread.join().expect("a bulk thread does not panic");
+            let _ = thread.join();
         }
         let demand = self.demand_thread.take().expect("ended once");
-        demand.join().expect("the demand thread does not panic")
+        demand.join().ok().flatten().unwrap_or_else(latency_histogram)
     }
 
     fn report(&self, latency: &Histogram<u64>) -> Completed {
@@ -590,34 +600,23 @@ impl Migration {
     }
 }
 
-/// What a worker says when it has started, or why it has not.
-fn started_or_failed<T>(started: &std::sync::mpsc::Receiver<T>, inbox: &Inbox<Note>) -> Result<T> {
-    if let Ok(started) = started.recv() {
-        return Ok(started);
-    }
-    // The worker has dropped its end, after posting its error.
-    loop {
-        if let Wake::Message(Note::Failed(error)) = inbox.wait(&[], None)? {
-            return Err(error);
-        }
-    }
-}
-
-fn spawn<T: Send + 'static>(
-    name: &str,
-    body: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(body)
-        .context(|| format!("starting thread {name}"))
-}
-
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
 impl Prepared {
+    /// The guest runs alone now. Waits until its monitor ends, whose exit status is ours, so that
+    /// its terminal stays its own; a signal ends the waiting, not the guest.
+    fn outlive(&mut self, inbox: &Inbox<Note>) -> Result<i32> {
+        loop {
+            match inbox.wait(&[self.monitor.exited()], None)? {
+                Wake::Signal => return Ok(0),
+                Wake::Ready(_) => return Ok(self.monitor.wait()?.code().unwrap_or(1)),
+                Wake::Message(_) | Wake::Timeout => {}
+            }
+        }
+    }
+
     /// The guest is complete: its process closes its userfaultfds and runs on alone.
     fn release(&mut self) -> Result<()> {
         self.handoff.release()?;

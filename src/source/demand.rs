@@ -20,6 +20,7 @@ use crate::lane::Lane;
 use crate::memory::claims::{Run, RunKind};
 use crate::priority;
 use crate::report::Counters;
+use crate::worker::Started;
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
@@ -64,8 +65,7 @@ struct DemandThread {
 
 impl DemandLane {
     /// Serves until told to end, or until the lane breaks.
-    pub(crate) fn run(self, started: impl FnOnce(Waker)) {
-        let post = self.post.clone();
+    pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let mut thread = DemandThread {
             name: self.lane.name.clone(),
             socket: Fd::from(self.lane.socket()),
@@ -78,17 +78,15 @@ impl DemandLane {
             sending: false,
             ending: false,
         };
-        if let Err(error) = thread.serve(self.core, started) {
-            post.send(Note::Failed(error));
-        }
+        thread.serve(self.core, started)
     }
 }
 
 impl DemandThread {
-    fn serve(&mut self, core: Option<usize>, started: impl FnOnce(Waker)) -> Result<()> {
+    fn serve(&mut self, core: Option<usize>, started: Started<Waker>) -> Result<()> {
         let mut ring = Ring::new(&Config { name: self.name.clone(), core, ..Config::default() })?;
         priority::go_first();
-        started(ring.waker()?);
+        started.with(ring.waker()?);
         self.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
         loop {
             ring.enter(Wait::One)?;

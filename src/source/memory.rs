@@ -107,6 +107,15 @@ pub(crate) struct Walk {
     region: usize,
     block: u64,
     pivot_seen: u64,
+    current: Option<Block>,
+}
+
+/// A block that this lane has taken, and what it has not claimed of it yet.
+struct Block {
+    region: RegionId,
+    next: u64,
+    end: u64,
+    holes: Holes,
 }
 
 impl Walk {
@@ -114,15 +123,27 @@ impl Walk {
     /// contend for neighbouring blocks.
     pub(crate) fn new(memory: &SourceMemory, index: usize, lanes: usize) -> Walk {
         let blocks = memory.regions.first().map_or(0, |region| region.claims.blocks());
-        Walk { region: 0, block: blocks * index as u64 / lanes.max(1) as u64, pivot_seen: 0 }
+        let block = blocks * index as u64 / lanes.max(1) as u64;
+        Walk { region: 0, block, pivot_seen: 0, current: None }
     }
 
-    /// Appends the runs of the next block that nobody has taken; false when none is left.
-    pub(crate) fn next_block(
-        &mut self,
-        memory: &SourceMemory,
-        runs: &mut Vec<Run>,
-    ) -> Result<bool> {
+    /// Claims the next 64 pages at most and appends their runs; false when nothing is left.
+    ///
+    /// No more is claimed than is about to be sent: who waits for a claimed page waits for
+    /// everything that was claimed before it.
+    pub(crate) fn next_runs(&mut self, memory: &SourceMemory, runs: &mut Vec<Run>) -> Result<bool> {
+        if self.current.is_none() {
+            self.current = self.take_block(memory)?;
+        }
+        let Some(block) = &mut self.current else { return Ok(false) };
+        block.claim_word(memory.region(block.region), runs)?;
+        if block.next == block.end {
+            self.current = None;
+        }
+        Ok(true)
+    }
+
+    fn take_block(&mut self, memory: &SourceMemory) -> Result<Option<Block>> {
         if let Some((region, page)) = memory.pivot.moved(&mut self.pivot_seen) {
             self.region = usize::from(region.0);
             self.block = memory.region(region).claims.block_of(page);
@@ -131,43 +152,45 @@ impl Walk {
             let region = &memory.regions[self.region];
             if let Some(block) = region.claims.take_block(self.block) {
                 self.block = block + 1;
-                let id = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
-                claim_block(region, id, block, runs)?;
-                return Ok(true);
+                let (first, pages) = region.claims.block_range(block);
+                let shift = region.ram.page_shift;
+                return Ok(Some(Block {
+                    region: RegionId(u16::try_from(self.region).expect("at most 256 regions")),
+                    next: first,
+                    end: first + pages,
+                    holes: Holes::of(&region.ram, first << shift, pages << shift)?,
+                }));
             }
             self.region = (self.region + 1) % memory.regions.len();
             self.block = 0;
         }
-        Ok(false)
+        Ok(None)
     }
 }
 
-/// Claims what is left of a block and sorts its pages into runs.
-fn claim_block(region: &SourceRegion, id: RegionId, block: u64, runs: &mut Vec<Run>) -> Result<()> {
-    let (ram, shift) = (&region.ram, region.ram.page_shift);
-    let run_pages_max = PageSize::from_shift(shift).expect("a page size").run_pages_max();
-    let (first, pages) = region.claims.block_range(block);
-    let mut holes = Holes::of(ram, first << shift, pages << shift)?;
-    let mut word = first;
-    while word < first + pages {
-        let count = (64 - word % 64).min(first + pages - word);
+impl Block {
+    fn claim_word(&mut self, region: &SourceRegion, runs: &mut Vec<Run>) -> Result<()> {
+        let (ram, shift) = (&region.ram, region.ram.page_shift);
+        let run_pages_max = PageSize::from_shift(shift).expect("a page size").run_pages_max();
+        let word = self.next;
+        let count = (64 - word % 64).min(self.end - word);
+        self.next += count;
         let mut won = region.claims.claim_word(word, count);
         while won != 0 {
             let page = word + u64::from(won.trailing_zeros());
             won &= won - 1;
             let offset = page << shift;
-            let kind = if holes.covers(ram, offset)? {
+            let kind = if self.holes.covers(ram, offset)? {
                 RunKind::Hole
             } else if ram.page_is_zero(offset) {
                 RunKind::Zero
             } else {
                 RunKind::Data
             };
-            push_page(runs, kind, id, page, run_pages_max);
+            push_page(runs, kind, self.region, page, run_pages_max);
         }
-        word += count;
+        Ok(())
     }
-    Ok(())
 }
 
 /// Which pages of a block the file does not have.
@@ -222,7 +245,7 @@ mod tests {
     fn all(memory: &SourceMemory) -> Vec<(RunKind, u64, u64)> {
         let mut walk = Walk::new(memory, 0, 1);
         let mut runs = Vec::new();
-        while walk.next_block(memory, &mut runs).unwrap() {}
+        while walk.next_runs(memory, &mut runs).unwrap() {}
         runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
     }
 
@@ -262,7 +285,7 @@ mod tests {
         let mut walk = Walk::new(&memory, 0, 1);
         let mut runs = Vec::new();
         memory.pivot.set(RegionId(0), 700);
-        walk.next_block(&memory, &mut runs).unwrap();
+        walk.next_runs(&memory, &mut runs).unwrap();
         assert_eq!(runs[0].range.first, 512);
     }
 }

@@ -23,7 +23,7 @@ use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, Fault, Frame, LaneRole, Receiver, SessionId, Totals, transmit};
 
 use crate::cores::Cores;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
@@ -35,6 +35,7 @@ use crate::memory::region::RamFile;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Output};
 use crate::uri::Uri;
+use crate::worker::{self, Failure};
 
 use bulk::BulkLane;
 use demand::{Command, DemandLane};
@@ -71,6 +72,19 @@ pub(crate) enum Note {
     Failed(Error),
     /// The monitor has answered.
     Host(Answer),
+}
+
+impl Failure for Note {
+    fn failed(error: Error) -> Note {
+        Note::Failed(error)
+    }
+
+    fn into_failure(self) -> Option<Error> {
+        match self {
+            Note::Failed(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 impl From<Answer> for Note {
@@ -172,11 +186,11 @@ struct Migration {
     zero_copy: bool,
     commands: Sender<Command>,
     demand: Waker,
-    demand_thread: Option<JoinHandle<()>>,
+    demand_thread: Option<JoinHandle<Option<()>>>,
     /// Bulk lanes that are not sending yet.
     idle: Vec<Lane>,
     bulk_wakers: Vec<Waker>,
-    bulk_threads: Vec<JoinHandle<()>>,
+    bulk_threads: Vec<JoinHandle<Option<()>>>,
     bulk_ended: usize,
     congestion: String,
     times: Times,
@@ -208,11 +222,8 @@ impl Migration {
             commands: queue,
             post: inbox.post(),
         };
-        let (started, waker) = channel();
-        let demand_thread = spawn("umem-demand", move || {
-            demand.run(move |waker| drop(started.send(waker)));
-        })?;
-        let waker = started_or_failed(&waker, &inbox)?;
+        let (waker, demand_thread) =
+            worker::start("umem-demand", &inbox, move |started| demand.run(started))?;
         let mut migration = Migration {
             postcopy: options.postcopy,
             background: options.background,
@@ -381,11 +392,11 @@ impl Migration {
                 zero_copy: self.zero_copy,
                 post: self.inbox.post(),
             };
-            let (started, waker) = channel();
-            self.bulk_threads.push(spawn(&format!("umem-bulk-{}", index + 1), move || {
-                bulk.run(move |waker| drop(started.send(waker)));
-            })?);
-            self.bulk_wakers.push(started_or_failed(&waker, &self.inbox)?);
+            let name = format!("umem-bulk-{}", index + 1);
+            let (waker, thread) =
+                worker::start(&name, &self.inbox, move |started| bulk.run(started))?;
+            self.bulk_wakers.push(waker);
+            self.bulk_threads.push(thread);
         }
         Ok(())
     }
@@ -497,7 +508,7 @@ impl Migration {
         self.demand.wake();
         self.bulk_wakers.iter().for_each(Waker::wake);
         for thread in self.bulk_threads.drain(..).chain(self.demand_thread.take()) {
-            thread.join().expect("a lane's thread does not panic");
+            let _ = thread.join();
         }
     }
 
@@ -537,24 +548,4 @@ impl Migration {
             congestion: self.congestion.clone(),
         }
     }
-}
-
-/// What a worker says when it has started, or why it has not.
-fn started_or_failed<T>(started: &std::sync::mpsc::Receiver<T>, inbox: &Inbox<Note>) -> Result<T> {
-    if let Ok(started) = started.recv() {
-        return Ok(started);
-    }
-    // The worker has dropped its end, after posting its error.
-    loop {
-        if let Wake::Message(Note::Failed(error)) = inbox.wait(&[], None)? {
-            return Err(error);
-        }
-    }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(body)
-        .context(|| format!("starting thread {name}"))
 }

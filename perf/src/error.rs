@@ -1,0 +1,23 @@
+//! Errors: one line for the person who measures, which is all that becomes of them.
+
+/// What failed, in one line.
+pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+pub(crate) type Result<T> = std::result::Result<T, Failure>;
+
+/// Names the thing that an operation was for.
+pub(crate) trait Context<T> {
+    /// Puts `what` before the error's own text; it is only built on failure.
+    fn context<S: std::fmt::Display>(self, what: impl FnOnce() -> S) -> Result<T>;
+}
+
+impl<T, E: std::fmt::Display> Context<T> for std::result::Result<T, E> {
+    fn context<S: std::fmt::Display>(self, what: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|error| format!("{}: {error}", what()).into())
+    }
+}
+
+/// A failure with this text.
+pub(crate) fn failure<T>(text: impl Into<String>) -> Result<T> {
+    Err(text.into().into())
+}

@@ -1,0 +1,275 @@
+//! `floor`: what this kernel gives a page stream at best, without any protocol or page states.
+//!
+//! One thread sends a filled memory file over loopback TCP, another receives it, with plain system
+//! calls and a core each. No way of umem's can be faster than the best of these.
+
+mod receive;
+mod send;
+
+use std::fs::File;
+use std::net::{TcpListener, TcpStream};
+use std::time::Instant;
+
+use argh::FromArgs;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::error::{Context, Result, failure};
+use crate::interrupt;
+use crate::machine::{Machine, pin, two_cores};
+use crate::memory::{Mapping, Pages};
+use crate::report::{Report, Table, progress};
+use crate::statistics::Spread;
+
+pub(crate) use receive::Receive;
+pub(crate) use send::Send;
+
+/// What the kernel gives without protocol: a memory file → loopback TCP → a fresh memory file.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "floor")]
+pub(crate) struct Options {
+    /// MiB that each run moves (default 1024)
+    #[argh(option, default = "1024")]
+    size: usize,
+    /// how often each way has its turn (default 3)
+    #[argh(option, default = "3")]
+    rounds: usize,
+    /// print one JSON object
+    #[argh(switch)]
+    json: bool,
+}
+
+/// The lanes' congestion control; the system's own may be slower on a short path.
+const CONGESTION: &str = "cubic";
+
+/// One way from a memory file into another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Way {
+    /// Of the file that is sent, and of the one that is filled.
+    pub(crate) pages: Pages,
+    pub(crate) send: Send,
+    pub(crate) receive: Receive,
+}
+
+/// What one run gave.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    gbps: f64,
+    /// Processor time of either thread as a share of the run.
+    sender_busy: f64,
+    receiver_busy: f64,
+}
+
+/// A way's figures over all rounds.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figure {
+    #[serde(flatten)]
+    pub(crate) way: Way,
+    pub(crate) gbps: Spread,
+    sender_busy: Spread,
+    receiver_busy: Spread,
+}
+
+/// The ways into memory of one page kind; [`Receive::Discard`] is into none.
+pub(crate) fn ways(pages: Pages) -> Vec<Way> {
+    let receives: &[Receive] = match pages {
+        Pages::Memfd => &[Receive::Discard, Receive::Map, Receive::Write, Receive::Splice],
+        Pages::HugeTmpfs => &[Receive::Discard, Receive::Map, Receive::Write],
+    };
+    let each = |&receive| [Send::Sendfile, Send::Mapping].map(|send| Way { pages, send, receive });
+    receives.iter().flat_map(each).collect()
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.size == 0 || options.rounds == 0 {
+        return failure("--size and --rounds are at least 1");
+    }
+    let machine = Machine::describe();
+    let mut floor = Floor::new(options.size << 20)?;
+    for round in 1..=options.rounds {
+        progress(&format!("round {round} of {}", options.rounds));
+        floor.round()?;
+    }
+    report(options, machine, &floor).print(options.json);
+    Ok(())
+}
+
+/// The files to send, and what has been measured.
+pub(crate) struct Floor {
+    bytes: usize,
+    sources: Vec<(Pages, Source)>,
+    runs: Vec<(Way, Vec<Run>)>,
+    /// What could not be measured here, and why.
+    pub(crate) left_out: Vec<String>,
+}
+
+/// A filled memory file and its mapping.
+pub(crate) struct Source {
+    file: File,
+    mapping: Mapping,
+}
+
+impl Floor {
+    pub(crate) fn new(bytes: usize) -> Result<Floor> {
+        let (mut sources, mut left_out) = (Vec::new(), Vec::new());
+        for pages in [Pages::Memfd, Pages::HugeTmpfs] {
+            match pages.file(bytes) {
+                Ok(file) => {
+                    let mapping = Mapping::of(&file, bytes)?;
+                    mapping.fill();
+                    sources.push((pages, Source { file, mapping }));
+                }
+                Err(error) if pages == Pages::HugeTmpfs => left_out.push(error.to_string()),
+                Err(error) => return Err(error),
+            }
+        }
+        let ways = sources.iter().flat_map(|(pages, _)| ways(*pages));
+        Ok(Floor { bytes, runs: ways.map(|way| (way, Vec::new())).collect(), sources, left_out })
+    }
+
+    /// Gives every way its turn.
+    pub(crate) fn round(&mut self) -> Result<()> {
+        let (sources, bytes) = (&self.sources, self.bytes);
+        for (way, runs) in &mut self.runs {
+            let source = sources.iter().find(|(pages, _)| *pages == way.pages);
+            let (_, source) = source.ok_or("every way has its source")?;
+            // The first run leaves the memory warm for the second, which counts.
+            once(*way, source, bytes)?;
+            runs.push(once(*way, source, bytes)?);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn figures(&self) -> Vec<Figure> {
+        let figure = |(way, runs): &(Way, Vec<Run>)| {
+            let spread = |get: fn(&Run) -> f64| Spread::of(runs.iter().map(get).collect());
+            Figure {
+                way: *way,
+                gbps: spread(|run| run.gbps),
+                sender_busy: spread(|run| run.sender_busy),
+                receiver_busy: spread(|run| run.receiver_busy),
+            }
+        };
+        self.runs.iter().map(figure).collect()
+    }
+
+    /// The best way into memory of this kind.
+    pub(crate) fn best(&self, pages: Pages) -> Option<Figure> {
+        let figures = self.figures().into_iter();
+        figures
+            .filter(|figure| figure.way.pages == pages && figure.way.receive != Receive::Discard)
+            .max_by(|a, b| a.gbps.median.total_cmp(&b.gbps.median))
+    }
+}
+
+/// Moves the file once, and checks what arrived.
+fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
+    interrupt::check()?;
+    let [sender_core, receiver_core] = two_cores()?;
+    let (outgoing, incoming) = connection()?;
+    let target = way.pages.file(bytes)?;
+    let mut seconds = 0.0;
+    let (sender_cpu, receiver_cpu) = std::thread::scope(|scope| {
+        let started = Instant::now();
+        let sender = scope.spawn(|| {
+            pin(sender_core)?;
+            // The socket goes with the thread, so that the other one never waits for ever.
+            way.send.all(&source.file, &source.mapping, outgoing, bytes)?;
+            thread_cpu_s()
+        });
+        let receiver = scope.spawn(|| {
+            pin(receiver_core)?;
+            way.receive.all(incoming, &target, bytes)?;
+            seconds = started.elapsed().as_secs_f64();
+            thread_cpu_s()
+        });
+        (joined(sender.join()), joined(receiver.join()))
+    });
+    let (sender_cpu, receiver_cpu) = (sender_cpu?, receiver_cpu?);
+    if way.receive != Receive::Discard
+        && let Some(page) = Mapping::of(&target, bytes)?.first_wrong_page()
+    {
+        return failure(format!("page {page} arrived wrong ({way:?})"));
+    }
+    Ok(Run {
+        gbps: bytes as f64 * 8.0 / 1e9 / seconds,
+        sender_busy: sender_cpu / seconds,
+        receiver_busy: receiver_cpu / seconds,
+    })
+}
+
+fn joined<T>(result: std::thread::Result<Result<T>>) -> Result<T> {
+    result.unwrap_or_else(|_| failure("a thread of the measurement panicked"))
+}
+
+/// Both ends of a connection over the loopback address.
+fn connection() -> Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind("127.0.0.1:0").context(|| "listening on 127.0.0.1")?;
+    let outgoing = TcpStream::connect(listener.local_addr()?).context(|| "connecting")?;
+    let (incoming, _) = listener.accept().context(|| "accepting")?;
+    setsockopt(&outgoing, sockopt::TcpCongestion, &CONGESTION.into())
+        .context(|| format!("congestion control {CONGESTION}"))?;
+    Ok((outgoing, incoming))
+}
+
+fn thread_cpu_s() -> Result<f64> {
+    use nix::sys::resource::{UsageWho, getrusage};
+    let usage = getrusage(UsageWho::RUSAGE_THREAD).context(|| "getrusage")?;
+    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
+}
+
+fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
+    let figures = floor.figures();
+    let mut table = Table::new(&[
+        "receive into",
+        "send by",
+        "Gbit/s",
+        "min",
+        "max",
+        "sender busy",
+        "receiver busy",
+    ]);
+    for figure in &figures {
+        table.row(vec![
+            figure.way.receive.name(figure.way.pages),
+            figure.way.send.name().into(),
+            format!("{:.1}", figure.gbps.median),
+            format!("{:.1}", figure.gbps.min),
+            format!("{:.1}", figure.gbps.max),
+            format!("{:.0} %", figure.sender_busy.median * 100.0),
+            format!("{:.0} %", figure.receiver_busy.median * 100.0),
+        ]);
+    }
+    let mut method = format!(
+        "{} MiB from a filled memory file of the same page kind over one loopback TCP connection \
+         ({CONGESTION}) into a fresh memory file; sender and receiver are one thread each on a core \
+         of its own, with plain blocking system calls of up to 1 MiB (256 KiB through a hot \
+         buffer). Every way takes its turn in each of {} rounds, twice: the first run warms the \
+         memory, the second counts. Gbit/s is the median of the rounds, from the start of both \
+         threads to the last byte received; what arrived is checked after the clock has stopped. \
+         Busy is a thread's processor time over the run's.",
+        options.size, options.rounds
+    );
+    for left_out in &floor.left_out {
+        method += &format!(" Left out: {left_out}.");
+    }
+    Report {
+        what: "floor",
+        machine,
+        method,
+        tables: vec![table],
+        value: json!({
+            "size_mib": options.size,
+            "rounds": options.rounds,
+            "congestion": CONGESTION,
+            "figures": figures,
+            "best": {
+                "memfd": floor.best(Pages::Memfd),
+                "huge_tmpfs": floor.best(Pages::HugeTmpfs),
+            },
+            "left_out": floor.left_out,
+        }),
+    }
+}

@@ -1,0 +1,75 @@
+//! How a memory file leaves.
+
+use std::fs::File;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+use serde::Serialize;
+
+use crate::error::{Context, Result, failure};
+use crate::interrupt;
+use crate::memory::Mapping;
+
+/// Bytes that one call is asked to send.
+const CALL_BYTES: usize = 1 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Send {
+    /// sendfile(2): the socket takes the file's pages, nothing is copied.
+    Sendfile,
+    /// send(2) from a mapping of the file: the kernel copies.
+    Mapping,
+}
+
+impl Send {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Send::Sendfile => "sendfile",
+            Send::Mapping => "send from a mapping",
+        }
+    }
+
+    /// Sends the first `bytes`, and closes the connection.
+    #[expect(clippy::needless_pass_by_value, reason = "the connection ends here")]
+    pub(super) fn all(
+        self,
+        file: &File,
+        mapping: &Mapping,
+        socket: TcpStream,
+        bytes: usize,
+    ) -> Result<()> {
+        let mut sent = 0;
+        while sent < bytes {
+            interrupt::check()?;
+            let length = CALL_BYTES.min(bytes - sent);
+            let result = match self {
+                Send::Sendfile => sendfile(&socket, file, sent, length),
+                Send::Mapping => send(&socket, mapping, sent, length),
+            };
+            match result {
+                Ok(0) => return failure("the memory file is shorter than it was made"),
+                Ok(count) => sent += count,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context(|| self.name()),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn sendfile(socket: &TcpStream, file: &File, offset: usize, length: usize) -> nix::Result<usize> {
+    let mut offset = offset as libc::off_t;
+    nix::sys::sendfile::sendfile(socket, file, Some(&mut offset), length)
+}
+
+fn send(socket: &TcpStream, mapping: &Mapping, offset: usize, length: usize) -> nix::Result<usize> {
+    let (start, left) = mapping.at(offset);
+    let length = length.min(left);
+    // SAFETY: the bytes lie inside the mapping, which outlives the call and is not written to.
+    let result = unsafe {
+        libc::send(socket.as_raw_fd(), start.cast(), length, libc::MSG_NOSIGNAL)
+    };
+    Errno::result(result).map(isize::unsigned_abs)
+}

@@ -1,0 +1,134 @@
+//! A QMP client that keeps events: their timestamps are what a migration is measured by.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::error::{Context, Result, failure};
+use crate::interrupt;
+use crate::process::{Lines, Next};
+
+/// An answer that takes longer never comes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) struct Qmp {
+    stream: UnixStream,
+    lines: Lines,
+    events: Vec<Event>,
+    /// The monitor's version, from its greeting.
+    pub(crate) version: String,
+}
+
+/// An event of the monitor.
+#[derive(Clone, Debug)]
+pub(crate) struct Event {
+    name: String,
+    /// Seconds since 1970, by the monitor's clock, which is this machine's.
+    pub(crate) at_s: f64,
+    data: Value,
+}
+
+impl Qmp {
+    /// Connects to the socket of a monitor that is just starting.
+    pub(crate) fn connect(path: &Path) -> Result<Qmp> {
+        let deadline = Instant::now() + PATIENCE;
+        let stream = loop {
+            interrupt::check()?;
+            match UnixStream::connect(path) {
+                Ok(stream) => break stream,
+                Err(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) => return failure(format!("{}: {error}", path.display())),
+            }
+        };
+        let lines = Lines::of(stream.try_clone().context(|| "a monitor's socket")?);
+        let mut qmp = Qmp { stream, lines, events: Vec::new(), version: String::new() };
+        let greeting = qmp.read(deadline)?;
+        let version = &greeting["QMP"]["version"]["qemu"];
+        let number = |name: &str| version[name].as_u64().unwrap_or(0);
+        qmp.version = format!("{}.{}.{}", number("major"), number("minor"), number("micro"));
+        qmp.execute("qmp_capabilities", &json!({}))?;
+        Ok(qmp)
+    }
+
+    /// Runs a command and returns its `return` value.
+    pub(crate) fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
+        self.stream.write_all(text.as_bytes()).context(|| command)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut object = self.read(deadline).context(|| command)?;
+            if let Some(value) = object.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = object.get("error") {
+                let text = error["desc"].as_str().unwrap_or("no reason given");
+                return failure(format!("{command}: {text}"));
+            }
+        }
+    }
+
+    pub(crate) fn set_capabilities(&mut self, names: &[&str]) -> Result<()> {
+        let on: Vec<Value> =
+            names.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+        self.execute("migrate-set-capabilities", &json!({ "capabilities": on })).map(drop)
+    }
+
+    /// Waits for an event; one that has come already counts.
+    pub(crate) fn event(&mut self, name: &str, patience: Duration) -> Result<Event> {
+        self.matching(name, patience, |event| event.name == name)
+    }
+
+    /// Waits until a migration has completed; a failed one is an error.
+    pub(crate) fn migrated(&mut self, patience: Duration) -> Result<Event> {
+        let status = |event: &Event| match event.name.as_str() {
+            "MIGRATION" => event.data["status"].as_str().unwrap_or_default().to_owned(),
+            _ => String::new(),
+        };
+        let last = self.matching("the migration's end", patience, |event| {
+            matches!(status(event).as_str(), "completed" | "failed" | "postcopy-paused")
+        })?;
+        match status(&last).as_str() {
+            "completed" => Ok(last),
+            other => failure(format!("QEMU's migration ended as {other}")),
+        }
+    }
+
+    fn matching(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        is_it: impl Fn(&Event) -> bool,
+    ) -> Result<Event> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(event) = self.events.iter().find(|event| is_it(event)) {
+                return Ok(event.clone());
+            }
+            self.read(deadline).context(|| what)?;
+        }
+    }
+
+    /// The next object; an event is kept as well.
+    fn read(&mut self, deadline: Instant) -> Result<Value> {
+        let line = match self.lines.next(deadline)? {
+            Next::Line(line) => line.text,
+            Next::Late => return failure("the monitor does not answer"),
+            Next::Closed => return failure("the monitor has gone"),
+        };
+        let object: Value = serde_json::from_str(&line).context(|| "a monitor's answer")?;
+        if let Some(name) = object["event"].as_str() {
+            let time = |unit: &str| object["timestamp"][unit].as_f64().unwrap_or(0.0);
+            self.events.push(Event {
+                name: name.to_owned(),
+                at_s: time("seconds") + time("microseconds") / 1e6,
+                data: object["data"].clone(),
+            });
+        }
+        Ok(object)
+    }
+}

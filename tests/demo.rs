@@ -1,0 +1,144 @@
+//! `umem demo`: the whole of umem with a guest of its own, which checks every page.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// Runs the demo; on failure shows what it printed, the seed included.
+fn demo(arguments: &[&str]) -> Value {
+    let output = umem(&[&["demo", "--json"], arguments].concat());
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
+    let last = stdout.lines().last().expect("a report");
+    println!("{stdout}");
+    serde_json::from_str(last).expect("the last line is JSON")
+}
+
+fn umem(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_umem")).args(arguments).output().expect("umem starts")
+}
+
+fn number(report: &Value, field: &str) -> u64 {
+    report[field].as_u64().unwrap_or_else(|| panic!("{field} in {report}"))
+}
+
+/// What must hold for any move of a guest of `mib` MiB.
+fn check(report: &Value, mib: u64) {
+    assert_eq!(report["event"], "completed");
+    assert_eq!(number(report, "verified_pages"), mib * 256);
+    assert_eq!(number(report, "bad_pages"), 0);
+    assert_eq!(number(report, "guest_writes_lost"), 0);
+    assert_eq!(report["registered"], false);
+    assert_eq!(number(report, "total_bytes"), mib << 20);
+    let bytes = ["data_bytes", "zero_bytes", "hole_bytes"].map(|field| number(report, field));
+    assert_eq!(bytes.iter().sum::<u64>(), mib << 20, "every page came in one of three ways");
+    let pages = ["pages_demand", "pages_background"].map(|field| number(report, field));
+    assert_eq!(pages.iter().sum::<u64>(), mib * 256, "and by one of two lanes");
+    let source = &report["source"];
+    for field in ["data_bytes", "zero_bytes", "hole_bytes", "pages_demand", "pages_background"] {
+        assert_eq!(source[field], report[field], "both sides counted the same {field}");
+    }
+    for field in ["downtime_ms", "total_s", "gbps"] {
+        assert!(report[field].as_f64().is_some_and(|value| value > 0.0), "{field}");
+    }
+    let cpu = &report["cpu_s"];
+    assert!(cpu["user"].as_f64().unwrap() + cpu["system"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn a_guest_moves_and_every_page_is_right() {
+    let report = demo(&["--size", "256"]);
+    check(&report, 256);
+    assert!(number(&report["fault_latency_us"], "count") > 0);
+    assert!(number(&report, "pages_demand") > 0);
+    assert!(number(&report, "zero_bytes") > 0);
+    assert!(number(&report, "writes") > 0);
+}
+
+#[test]
+fn several_lanes_carry_one_guest() {
+    let report = demo(&["--size", "192", "--lanes", "4", "--threads", "4"]);
+    check(&report, 192);
+    assert_eq!(number(&report, "lanes"), 4);
+}
+
+#[test]
+fn without_postcopy_nothing_is_waited_for() {
+    let report = demo(&["--size", "64", "--precopy"]);
+    check(&report, 64);
+    assert_eq!(number(&report, "pages_demand"), 0);
+    assert_eq!(number(&report["fault_latency_us"], "count"), 0);
+}
+
+#[test]
+fn an_odd_size_and_a_guest_that_only_writes() {
+    let report = demo(&["--size", "33", "--write-percent", "100", "--threads", "3"]);
+    check(&report, 33);
+}
+
+#[test]
+fn a_guest_of_zeroes_and_holes_crosses_without_bytes() {
+    let report = demo(&["--size", "64", "--zero-percent", "60", "--hole-percent", "40"]);
+    check(&report, 64);
+    // What the source's guest wrote while it ran.
+    assert!(number(&report, "data_bytes") < 32 << 20, "{}", report["data_bytes"]);
+}
+
+#[test]
+fn the_same_seed_makes_the_same_memory() {
+    let report = demo(&["--size", "16", "--seed", "42", "--write-percent", "0"]);
+    check(&report, 16);
+    let again = demo(&["--size", "16", "--seed", "42", "--write-percent", "0"]);
+    assert_eq!(number(&report, "data_bytes"), number(&again, "data_bytes"));
+}
+
+#[test]
+fn a_person_gets_a_summary() {
+    let output = umem(&["demo", "--size", "16"]);
+    assert!(output.status.success());
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(stdout.contains("moved 16 MiB"), "{stdout}");
+    assert!(stdout.contains("all 4096 pages are right"), "{stdout}");
+}
+
+#[test]
+fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
+    for (arguments, hint) in [
+        (&[][..], "--help"),
+        (&["demo", "--size", "0"], "at least 1"),
+        (&["demo", "--size", "many"], "--help"),
+        (&["demo", "--kind", "other"], "shared"),
+        (&["demo", "--write-percent", "101"], "share of 100"),
+        (&["demo", "--zero-percent", "60", "--hole-percent", "60"], "share of 100"),
+        (&["demo", "--lanes", "0"], "1 to 64"),
+        (&["migrate"], "--help"),
+        (&["migrate", "tcp:localhost:1"], "--qmp"),
+        (&["migrate", "-n", "--ram", "a=/b", "tcp:localhost:1"], "-p -n"),
+        (&["migrate", "-p", "--ram", "nonsense", "tcp:localhost:1"], "NAME=PATH"),
+        (&["migrate", "-p", "--ram", "a=/b", "localhost:1"], "tcp:HOST:PORT"),
+        (&["migrate", "-p", "--cores", "0,x", "--ram", "a=/b", "tcp:h:1"], "core numbers"),
+        (&["migrate", "-p", "--cores", "99999", "--ram", "a=/b", "tcp:h:1"], "may use"),
+        (&["incoming", "tcp:localhost:0"], "after --"),
+        (&["incoming", "tcp:localhost:0", "--", "/bin/true"], "--ram"),
+        (&["unknown"], "--help"),
+    ] {
+        let output = umem(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(stderr.lines().count(), 1, "{arguments:?}: {stderr}");
+        assert!(stderr.contains(hint), "{arguments:?}: {stderr}");
+    }
+}
+
+#[test]
+fn help_teaches() {
+    for arguments in
+        [&["--help"][..], &["demo", "--help"], &["incoming", "--help"], &["migrate", "--help"]]
+    {
+        let output = umem(arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(output.stderr.is_empty());
+        assert!(String::from_utf8_lossy(&output.stdout).contains("Usage"));
+    }
+}

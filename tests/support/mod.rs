@@ -1,0 +1,55 @@
+//! What the tests with real processes share.
+//!
+//! - [`Scratch`]: where a test's files lie; at its end its processes are ended and its files removed
+//! - [`Umem`]: a `umem` process, its events and what it complained of
+//! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
+//! - [`Serial`]: what our Linux guest says on its console
+//! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
+//!
+//! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
+//! started ends with it, also when it panics.
+
+#![allow(dead_code, reason = "each test file uses its own part of this")]
+
+mod process;
+mod qemu;
+mod qmp;
+mod scratch;
+mod serial;
+mod tap;
+mod umem;
+
+use std::fmt::Display;
+use std::time::{Duration, Instant};
+
+#[allow(unused_imports, reason = "each test file uses its own part of this")]
+pub(crate) use {
+    process::Process,
+    qemu::{Machine, Qemu, QemuVersion, Ram, Side},
+    qmp::Qmp,
+    scratch::Scratch,
+    serial::{Beat, Serial},
+    tap::Tap,
+    umem::Umem,
+};
+
+/// When a wait is given up: long after what it waits for should have happened, on any machine.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+
+/// How often something is looked at that gives no notice by itself.
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// Looks until there is a value.
+///
+/// # Panics
+/// When [`DEADLINE`] has passed without one.
+pub(crate) fn wait_for<T>(what: impl Display, mut look: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(value) = look() {
+            return value;
+        }
+        assert!(started.elapsed() < DEADLINE, "waited {DEADLINE:?} in vain for {what}");
+        std::thread::sleep(INTERVAL);
+    }
+}

@@ -1,0 +1,100 @@
+//! The console of our Linux guest (tests/guest).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use super::wait_for;
+
+/// Follows the file that QEMU writes a serial port to.
+pub(crate) struct Serial {
+    path: PathBuf,
+    /// None until QEMU has made it.
+    file: Option<File>,
+    /// Of the last line, which may go on.
+    begun: Vec<u8>,
+}
+
+/// One heartbeat: the guest's totals at that time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Beat {
+    pub(crate) number: u64,
+    pub(crate) reads: u64,
+    pub(crate) writes: u64,
+    /// Complete sweeps over its memory.
+    pub(crate) passes: u64,
+}
+
+impl Serial {
+    pub(crate) fn follow(path: &Path) -> Serial {
+        Serial { path: path.into(), file: None, begun: Vec::new() }
+    }
+
+    /// The next heartbeat that is as wanted.
+    ///
+    /// # Panics
+    /// When the guest finds a wrong word, or no such heartbeat comes.
+    pub(crate) fn beat(&mut self, what: &str, wanted: impl Fn(&Beat) -> bool) -> Beat {
+        let what = format!("a heartbeat with {what} in {}", self.path.display());
+        wait_for(what, || self.lines().iter().filter_map(|line| read_beat(line)).find(&wanted))
+    }
+
+    /// The last heartbeat that there is now.
+    pub(crate) fn last_beat(&mut self) -> Beat {
+        let lines = self.all_lines();
+        lines.iter().filter_map(|line| read_beat(line)).next_back().expect("a heartbeat")
+    }
+
+    /// Waits until the guest has gone on for a while from now.
+    pub(crate) fn goes_on(&mut self) {
+        let last = self.last_beat();
+        self.beat("a later number", |beat| beat.number >= last.number + 3);
+    }
+
+    fn all_lines(&mut self) -> Vec<String> {
+        if let Some(file) = &mut self.file {
+            file.seek(SeekFrom::Start(0)).expect("a plain file");
+        }
+        self.begun.clear();
+        self.lines()
+    }
+
+    /// The lines that have been completed since the last call.
+    fn lines(&mut self) -> Vec<String> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            none => match File::open(&self.path) {
+                Ok(file) => none.insert(file),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Vec::new(),
+                Err(error) => panic!("{}: {error}", self.path.display()),
+            },
+        };
+        file.read_to_end(&mut self.begun).expect("a plain file");
+        let Some(end) = self.begun.iter().rposition(|&byte| byte == b'\n') else {
+            return Vec::new();
+        };
+        let complete: Vec<u8> = self.begun.drain(..=end).collect();
+        String::from_utf8_lossy(&complete).lines().map(str::to_owned).collect()
+    }
+}
+
+/// A heartbeat's numbers; none for other lines, the rest of a line that began at the source among
+/// them.
+fn read_beat(line: &str) -> Option<Beat> {
+    assert!(!line.contains("umem-guest BAD"), "the guest says: {line}");
+    assert!(!line.contains("umem-guest failed"), "the guest says: {line}");
+    assert!(!line.contains("Kernel panic"), "the guest says: {line}");
+    let numbers: HashMap<&str, u64> = line
+        .strip_prefix("umem-guest ")?
+        .split(' ')
+        .filter_map(|word| word.split_once('='))
+        .filter_map(|(name, value)| Some((name, value.parse().ok()?)))
+        .collect();
+    let get = |name| numbers.get(name).copied();
+    let number = get("beat")?;
+    // The last field: the line is whole.
+    get("ms")?;
+    assert_eq!(get("bad"), Some(0), "the guest says: {line}");
+    Some(Beat { number, reads: get("reads")?, writes: get("writes")?, passes: get("pass")? })
+}

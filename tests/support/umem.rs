@@ -1,0 +1,148 @@
+//! A `umem` process.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::NamedTempFile;
+
+use super::{DEADLINE, process::Process};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// A running `umem`, ended when it is dropped.
+pub(crate) struct Umem {
+    process: Process,
+    events: Receiver<Value>,
+    stderr: NamedTempFile,
+}
+
+impl Umem {
+    /// `umem ARGUMENTS`; with `--json` among them there are events to wait for.
+    pub(crate) fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Umem {
+        Umem::start_under(&[], arguments)
+    }
+
+    /// `WRAPPER umem ARGUMENTS`, with a wrapper that becomes umem by exec.
+    pub(crate) fn start_under<S: AsRef<OsStr>>(
+        wrapper: &[&str],
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Umem {
+        let mut command = match wrapper {
+            [] => Command::new(UMEM),
+            [program, rest @ ..] => {
+                let mut command = Command::new(program);
+                command.args(rest).arg(UMEM);
+                command
+            }
+        };
+        // A file, because the guest's monitor has the same stderr and may live longer than umem.
+        let stderr = NamedTempFile::new().expect("a temporary file");
+        let (writer, reader) = std::io::pipe().map(|(r, w)| (w, r)).expect("a pipe");
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(writer)
+            .stderr(stderr.reopen().expect("it is there"));
+        let process = Process::start(&mut command);
+        // The command holds the pipe's writing end, which has to close with the process.
+        drop(command);
+        let (sender, events) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(reader).lines().map_while(Result::ok) {
+                let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                if sender.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+        Umem { process, events, stderr }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Waits for the event of this name; those before it are gone then.
+    ///
+    /// # Panics
+    /// When umem fails or ends first.
+    pub(crate) fn event(&mut self, name: &str) -> Value {
+        loop {
+            let event = match self.events.recv_timeout(DEADLINE) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("no {name:?} event in {DEADLINE:?}; stderr:\n{}", self.stderr())
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    panic!("umem ended without a {name:?} event; stderr:\n{}", self.stderr())
+                }
+            };
+            if event["event"] == name {
+                return event;
+            }
+            assert_ne!(event["event"], "failed", "before {name:?}: {event}");
+        }
+    }
+
+    /// What it and its children have written to stderr.
+    pub(crate) fn stderr(&self) -> String {
+        let bytes = std::fs::read(self.stderr.path()).expect("it is there");
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    pub(crate) fn signal(&mut self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// Ends it without a chance to tidy up.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.process.status().is_none()
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        self.process.wait()
+    }
+
+    /// Waits until it ends, with success.
+    pub(crate) fn succeeds(mut self) {
+        let status = self.wait();
+        assert!(status.success(), "{status}; stderr:\n{}", self.stderr());
+    }
+
+    /// Waits until it ends with exit status 1 and one line of umem's own on stderr, and returns that
+    /// line's text. Where it was started with `--json` the last event says the same.
+    pub(crate) fn fails(self) -> String {
+        self.fails_with(1)
+    }
+
+    /// Like [`Umem::fails`], with exit status 2.
+    pub(crate) fn fails_as_misused(self) -> String {
+        self.fails_with(2)
+    }
+
+    fn fails_with(mut self, code: i32) -> String {
+        let status = self.wait();
+        let stderr = self.stderr();
+        assert_eq!(status.code(), Some(code), "{status}; stderr:\n{stderr}");
+        let own: Vec<&str> =
+            stderr.lines().filter_map(|line| line.strip_prefix("umem: ")).collect();
+        let [text] = own[..] else { panic!("not one line of umem's on stderr:\n{stderr}") };
+        // Lines that are nobody's would be the rest of ours; a QEMU's begin with its name.
+        let foreign = |line: &&str| !line.starts_with("umem: ") && !line.starts_with("qemu");
+        let stray: Vec<&str> = stderr.lines().filter(foreign).collect();
+        assert!(stray.is_empty(), "lines without an author on stderr:\n{stderr}");
+        if let Some(failed) = self.events.try_iter().find(|event| event["event"] == "failed") {
+            assert_eq!(failed["error"], text);
+        }
+        text.to_owned()
+    }
+}
