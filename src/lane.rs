@@ -12,10 +12,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use umem_wire::{
-    Capabilities, FaultCode, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId, Welcome,
+    Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId, Welcome, transmit,
 };
 
 use crate::error::{Context, Error, Result};
@@ -83,6 +83,16 @@ fn setsockopt_raw(socket: BorrowedFd<'_>, level: i32, name: i32, value: u32) -> 
         )
     };
     nix::errno::Errno::result(result).map(drop)
+}
+
+/// Sends the reason why we give up on a lane that no ring serves (any more). It never waits: a peer
+/// that does not read, or has gone, finds out by the lane's end.
+pub(crate) fn tell(socket: &OwnedFd, error: &Error) {
+    use std::os::fd::AsRawFd;
+    let mut bytes = Vec::new();
+    transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    let _ = nix::sys::socket::send(socket.as_raw_fd(), &bytes, flags);
 }
 
 /// What a lane is called in messages.

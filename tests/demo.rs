@@ -56,6 +56,18 @@ fn a_guest_moves_and_every_page_is_right() {
     assert!(number(&report, "writes") > 0);
 }
 
+/// Complete blocks leave the userfaultfd one by one, so that the kernel maps them as a whole. Needs
+/// root, who may make a tmpfs with huge pages; the demo says what it has.
+#[test]
+fn the_guest_that_arrived_maps_huge_pages() {
+    let output = umem(&["demo", "--json", "--size", "256"]);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{stdout}");
+    assert!(stdout.contains("tmpfs with huge pages"), "run the tests as root: {stdout}");
+    let report: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    assert!(number(&report, "huge_bytes") >= 192 << 20, "{report}");
+}
+
 #[test]
 fn several_lanes_carry_one_guest() {
     let report = demo(&["--size", "192", "--lanes", "4", "--threads", "4"]);

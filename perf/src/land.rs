@@ -27,7 +27,7 @@ use crate::statistics::Spread;
 #[derive(FromArgs)]
 #[argh(subcommand, name = "land")]
 pub(crate) struct Options {
-    /// MiB of the guest's RAM, all of it data (default 1024)
+    /// the guest's RAM, MiB, all of it data (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
     /// how often each subject has its turn (default 3)
@@ -74,11 +74,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let umem = find_umem(options.umem.as_deref())?;
     let machine = Machine::describe();
     let mut floor = Floor::new(options.size << 20)?;
-    let kinds: &[Pages] = if floor.left_out.is_empty() {
-        &[Pages::Memfd, Pages::HugeTmpfs]
-    } else {
-        &[Pages::Memfd]
-    };
+    let kinds: &[Pages] =
+        if floor.left_out.is_empty() { &[Pages::Memfd, Pages::HugeTmpfs] } else { &[Pages::Memfd] };
     let each = |&pages| [0, 1].map(|readers| Subject { pages, readers });
     let mut subjects: Vec<(Subject, Vec<Landing>)> =
         kinds.iter().flat_map(each).map(|subject| (subject, Vec::new())).collect();
@@ -175,8 +172,17 @@ fn report(
     subjects: &[(Subject, Vec<Landing>)],
 ) -> Report {
     let mut table = Table::new(&[
-        "into", "guest", "Gbit/s", "min", "max", "floor", "ratio", "total s", "downtime ms",
-        "on demand", "CPU s",
+        "into",
+        "guest",
+        "Gbit/s",
+        "min",
+        "max",
+        "floor",
+        "ratio",
+        "total s",
+        "downtime ms",
+        "on demand",
+        "CPU s",
     ]);
     let mut figures = Vec::new();
     for (subject, landings) in subjects {

@@ -58,9 +58,8 @@ fn huge_tmpfs_file(bytes: usize) -> std::io::Result<File> {
     let configure = |command: u32, key: Option<&CStr>, value: Option<&CStr>| {
         let (key, value) = (pointer(key), pointer(value));
         // SAFETY: both are null or strings that end in zero and outlive the call.
-        let result = unsafe {
-            libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), command, key, value, 0)
-        };
+        let result =
+            unsafe { libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), command, key, value, 0) };
         if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     };
     // Room for whole huge pages.

@@ -89,13 +89,25 @@ impl Process {
         format!("{} ended{status}: {}", self.name, words.unwrap_or("it said nothing"))
     }
 
-    /// An error when it has ended.
-    pub(crate) fn check_alive(&mut self) -> Result<()> {
-        interrupt::check()?;
-        match self.child.try_wait() {
-            Ok(None) => Ok(()),
-            _ => failure(self.last_words()),
+    /// Waits until `is_so`, which it is about to do; an error when it ends instead.
+    pub(crate) fn wait_until(
+        &mut self,
+        patience: Duration,
+        what: &str,
+        is_so: impl Fn() -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        while !is_so() {
+            interrupt::check()?;
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return failure(self.last_words());
+            }
+            if Instant::now() > deadline {
+                return failure(format!("{} does not {what}", self.name));
+            }
+            std::thread::sleep(GLANCE);
         }
+        Ok(())
     }
 }
 

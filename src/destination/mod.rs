@@ -12,7 +12,7 @@ mod prepare;
 mod reader;
 
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -209,17 +209,10 @@ fn compare(
     match compared {
         Ok(table) => Ok((receiver, table)),
         Err(error) => {
-            tell(demand, &error);
+            lane::tell(&demand.socket(), &error);
             Err(error)
         }
     }
-}
-
-/// Sends the reason why we give up, while no ring serves the lane; the source may have gone.
-fn tell(demand: &Lane, error: &Error) {
-    let mut bytes = Vec::new();
-    transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
-    let _ = demand.blocking().map(|mut lane| std::io::Write::write_all(&mut lane, &bytes));
 }
 
 fn read_regions(
@@ -289,6 +282,7 @@ struct Migration<'a> {
     all_cached: bool,
     commands: Sender<Command>,
     demand: Waker,
+    demand_socket: Arc<OwnedFd>,
     bulk_wakers: Vec<Waker>,
     demand_thread: Option<JoinHandle<Option<Histogram<u64>>>>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
@@ -313,6 +307,7 @@ impl<'a> Migration<'a> {
         let cores = Cores::choose(&options.cores, crate::cores::Role::Destination);
         let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         let (commands, queue) = channel();
+        let demand_socket = lanes.demand.socket();
         let demand = DemandLane {
             lane: lanes.demand,
             receiver,
@@ -333,6 +328,7 @@ impl<'a> Migration<'a> {
             all_cached: false,
             commands,
             demand: reach.waker.clone(),
+            demand_socket,
             bulk_wakers: Vec::new(),
             demand_thread: Some(demand_thread),
             bulk_threads: Vec::new(),
@@ -377,11 +373,8 @@ impl<'a> Migration<'a> {
     /// that its guest goes on there.
     fn drive(mut self, prepared: &mut Prepared) -> Result<Completed> {
         let driven = self.until_completed(prepared);
-        if let Err(error) = &driven {
-            self.send(&Frame::Error(error.to_fault()));
-        }
         self.progress.phase("ending");
-        let latency = self.end();
+        let latency = self.end(driven.as_ref().err());
         driven.map_err(|error| self.explain(error))?;
         prepared.release()?;
         Ok(self.report(&latency))
@@ -554,8 +547,12 @@ impl<'a> Migration<'a> {
         self.demand.wake();
     }
 
-    /// Ends the threads; what was to be sent still goes out.
-    fn end(&mut self) -> Histogram<u64> {
+    /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
+    /// the demand thread is the one that failed.
+    fn end(&mut self, error: Option<&Error>) -> Histogram<u64> {
+        if let Some(error) = error {
+            self.send(&Frame::Error(error.to_fault()));
+        }
         let _ = self.commands.send(Command::End);
         self.demand.wake();
         self.bulk_wakers.iter().for_each(Waker::wake);
@@ -563,7 +560,11 @@ impl<'a> Migration<'a> {
             let _ = thread.join();
         }
         let demand = self.demand_thread.take().expect("ended once");
-        demand.join().ok().flatten().unwrap_or_else(latency_histogram)
+        let latency = demand.join().ok().flatten();
+        if let (None, Some(error)) = (&latency, error) {
+            lane::tell(&self.demand_socket, error);
+        }
+        latency.unwrap_or_else(latency_histogram)
     }
 
     fn report(&self, latency: &Histogram<u64>) -> Completed {

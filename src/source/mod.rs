@@ -9,6 +9,7 @@ mod bulk;
 mod demand;
 mod memory;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, Release};
@@ -186,6 +187,7 @@ struct Migration {
     zero_copy: bool,
     commands: Sender<Command>,
     demand: Waker,
+    demand_socket: Arc<OwnedFd>,
     demand_thread: Option<JoinHandle<Option<()>>>,
     /// Bulk lanes that are not sending yet.
     idle: Vec<Lane>,
@@ -214,6 +216,7 @@ impl Migration {
         let mut receiver = Receiver::for_source();
         receiver.set_regions(&table);
         let (commands, queue) = channel();
+        let demand_socket = lane.socket();
         let demand = DemandLane {
             lane,
             receiver,
@@ -236,6 +239,7 @@ impl Migration {
             zero_copy: !lane::stays_local(&options.uri),
             commands,
             demand: waker,
+            demand_socket,
             demand_thread: Some(demand_thread),
             idle,
             bulk_wakers: Vec::new(),
@@ -255,10 +259,7 @@ impl Migration {
     /// Runs the phases to their end; a failure before the switchover resumes the guest.
     fn drive(mut self) -> Result<Completed> {
         let driven = self.until_completed();
-        if let Err(error) = &driven {
-            self.send(&Frame::Error(error.to_fault()));
-        }
-        self.end();
+        self.end(driven.as_ref().err());
         match driven {
             Ok(totals) => Ok(self.report(totals)),
             Err(error) => Err(self.give_up(error)),
@@ -502,13 +503,21 @@ impl Migration {
         self.demand.wake();
     }
 
-    /// Ends the threads; what was to be sent still goes out.
-    fn end(&mut self) {
+    /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
+    /// the demand thread is the one that failed.
+    fn end(&mut self, error: Option<&Error>) {
+        if let Some(error) = error {
+            self.send(&Frame::Error(error.to_fault()));
+        }
         let _ = self.commands.send(Command::End);
         self.demand.wake();
         self.bulk_wakers.iter().for_each(Waker::wake);
-        for thread in self.bulk_threads.drain(..).chain(self.demand_thread.take()) {
+        for thread in self.bulk_threads.drain(..) {
             let _ = thread.join();
+        }
+        let demand = self.demand_thread.take().expect("ended once");
+        if let (Ok(None) | Err(_), Some(error)) = (demand.join(), error) {
+            lane::tell(&self.demand_socket, error);
         }
     }
 

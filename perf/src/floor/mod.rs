@@ -29,7 +29,7 @@ pub(crate) use send::Send;
 #[derive(FromArgs)]
 #[argh(subcommand, name = "floor")]
 pub(crate) struct Options {
-    /// MiB that each run moves (default 1024)
+    /// what each run moves, MiB (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
     /// how often each way has its turn (default 3)
@@ -169,9 +169,8 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
     let [sender_core, receiver_core] = two_cores()?;
     let (outgoing, incoming) = connection()?;
     let target = way.pages.file(bytes)?;
-    let mut seconds = 0.0;
-    let (sender_cpu, receiver_cpu) = std::thread::scope(|scope| {
-        let started = Instant::now();
+    let started = Instant::now();
+    let (sender, receiver) = std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
             pin(sender_core)?;
             // The socket goes with the thread, so that the other one never waits for ever.
@@ -181,12 +180,16 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
         let receiver = scope.spawn(|| {
             pin(receiver_core)?;
             way.receive.all(incoming, &target, bytes)?;
-            seconds = started.elapsed().as_secs_f64();
-            thread_cpu_s()
+            Ok((started.elapsed().as_secs_f64(), thread_cpu_s()?))
         });
         (joined(sender.join()), joined(receiver.join()))
     });
-    let (sender_cpu, receiver_cpu) = (sender_cpu?, receiver_cpu?);
+    let (sender_cpu, (seconds, receiver_cpu)) = match (sender, receiver) {
+        (Ok(sender), Ok(receiver)) => (sender, receiver),
+        // One end's failure cuts off the other: both tell what they know.
+        (Err(sender), Err(receiver)) => return failure(format!("{sender}; {receiver}")),
+        (Err(error), Ok(_)) | (Ok(_), Err(error)) => return Err(error),
+    };
     if way.receive != Receive::Discard
         && let Some(page) = Mapping::of(&target, bytes)?.first_wrong_page()
     {
@@ -216,7 +219,8 @@ fn connection() -> Result<(TcpStream, TcpStream)> {
 fn thread_cpu_s() -> Result<f64> {
     use nix::sys::resource::{UsageWho, getrusage};
     let usage = getrusage(UsageWho::RUSAGE_THREAD).context(|| "getrusage")?;
-    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    let seconds =
+        |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
     Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 

@@ -88,9 +88,8 @@ fn into_mapping(socket: &TcpStream, mapping: &Mapping, bytes: usize) -> Result<(
         let (start, left) = mapping.at(received);
         let length = CALL_BYTES.min(left);
         // SAFETY: the bytes lie inside the mapping, which outlives the call; nobody else uses it.
-        let result = unsafe {
-            libc::recv(socket.as_raw_fd(), start.cast(), length, libc::MSG_WAITALL)
-        };
+        let result =
+            unsafe { libc::recv(socket.as_raw_fd(), start.cast(), length, libc::MSG_WAITALL) };
         match Errno::result(result) {
             Ok(0) => return cut_short(received, bytes),
             Ok(count) => received += count.unsigned_abs(),

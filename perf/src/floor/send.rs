@@ -68,8 +68,7 @@ fn send(socket: &TcpStream, mapping: &Mapping, offset: usize, length: usize) -> 
     let (start, left) = mapping.at(offset);
     let length = length.min(left);
     // SAFETY: the bytes lie inside the mapping, which outlives the call and is not written to.
-    let result = unsafe {
-        libc::send(socket.as_raw_fd(), start.cast(), length, libc::MSG_NOSIGNAL)
-    };
+    let result =
+        unsafe { libc::send(socket.as_raw_fd(), start.cast(), length, libc::MSG_NOSIGNAL) };
     Errno::result(result).map(isize::unsigned_abs)
 }

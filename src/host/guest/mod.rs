@@ -63,6 +63,8 @@ pub struct Verdict {
     pub writes: u64,
     /// What an access took, as the guest saw it.
     pub access_latency_us: Latency,
+    /// Bytes of its memory that the kernel maps with huge pages.
+    pub huge_bytes: u64,
     /// A mapping of the guest is still registered with a userfaultfd.
     pub registered: bool,
 }

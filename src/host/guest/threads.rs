@@ -238,7 +238,16 @@ impl Machine {
             reads: self.reads.load(Ordering::Relaxed),
             writes: self.writes.load(Ordering::Relaxed),
             access_latency_us: Latency::of(&self.latency.lock().expect("no vCPU panics")),
+            huge_bytes: huge_bytes(),
             registered: uffd::process_is_registered(std::process::id()).unwrap_or(true),
         }
     }
+}
+
+/// `ShmemPmdMapped` of this process (proc(5)).
+fn huge_bytes() -> u64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
+    let field = rollup.lines().find_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+    let kib = field.and_then(|text| text.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
 }

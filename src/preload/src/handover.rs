@@ -19,6 +19,8 @@ struct Held {
     name: String,
     address: usize,
     length: usize,
+    /// Its file's pages are huge ones, as far as its file system could.
+    is_huge: bool,
     /// QEMU asks several times whether it may populate; umem is told of the first.
     has_refused: bool,
     /// Never read: it is held open.
@@ -98,8 +100,15 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
 }
 
 /// Everything is unregistered: closes the userfaultfds and says how many there were.
+///
+/// A page that was served by itself left a small mapping in its block, and the kernel would keep
+/// mapping that block by small pages. Where the file has huge pages it is told to map them whole,
+/// which moves no byte.
 pub(crate) fn release() -> usize {
     let released = std::mem::take(&mut *held());
+    for held in released.iter().filter(|held| held.is_huge) {
+        map_whole(held.address, held.length);
+    }
     released.len()
 }
 
@@ -170,6 +179,7 @@ fn protect(
         name: ram.name.clone(),
         address: mapping as usize,
         length,
+        is_huge: block_size_of(descriptor) >= HUGE_PAGE_SIZE as u64,
         has_refused: false,
         _uffd: uffd,
     });
@@ -182,10 +192,40 @@ fn protect(
     Ok(())
 }
 
-fn blocks_of(descriptor: c_int) -> Result<u64, Failure> {
+/// Block by block, as the kernel stops at the first one that it cannot map whole; one that is in use at
+/// the moment is tried again, and then left to the kernel's own daemon.
+fn map_whole(address: usize, length: usize) {
+    let first = address.next_multiple_of(HUGE_PAGE_SIZE);
+    let end = address.saturating_add(length);
+    for block in (first..end).step_by(HUGE_PAGE_SIZE) {
+        for _ in 0..COLLAPSE_ATTEMPTS_MAX {
+            let block = std::ptr::with_exposed_provenance_mut(block);
+            // SAFETY: how the block is mapped changes, and no content. The monitor may have unmapped
+            // it meanwhile; then there is nothing to do, and the kernel says so.
+            if unsafe { sys::madvise(block, HUGE_PAGE_SIZE, sys::MADV_COLLAPSE) } == 0 {
+                break;
+            }
+        }
+    }
+}
+
+/// A page that somebody holds at the moment makes the kernel give up on its block (EAGAIN).
+const COLLAPSE_ATTEMPTS_MAX: usize = 3;
+
+/// What a tmpfs that makes huge pages gives as its files' `st_blksize`.
+const HUGE_PAGE_SIZE: usize = 2 << 20;
+
+fn block_size_of(descriptor: c_int) -> u64 {
+    metadata(descriptor).map_or(0, |metadata| metadata.blksize())
+}
+
+fn metadata(descriptor: c_int) -> std::io::Result<std::fs::Metadata> {
     // SAFETY: the descriptor is the caller's and stays so: ManuallyDrop never closes it.
-    let file = ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(descriptor) });
-    match file.metadata() {
+    ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(descriptor) }).metadata()
+}
+
+fn blocks_of(descriptor: c_int) -> Result<u64, Failure> {
+    match metadata(descriptor) {
         Ok(metadata) => Ok(metadata.blocks()),
         Err(error) => Err(Failure::new(
             Code::RamInUse,

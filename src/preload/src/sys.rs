@@ -12,6 +12,7 @@ pub(crate) const MAP_FAILED: *mut c_void = std::ptr::without_provenance_mut(usiz
 
 pub(crate) const MADV_POPULATE_READ: c_int = 22;
 pub(crate) const MADV_POPULATE_WRITE: c_int = 23;
+pub(crate) const MADV_COLLAPSE: c_int = 25;
 pub(crate) const MCL_CURRENT: c_int = 1;
 pub(crate) const MCL_ONFAULT: c_int = 4;
 

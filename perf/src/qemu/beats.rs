@@ -1,0 +1,95 @@
+//! What the guest says about its accesses: a line about every 100 ms (tests/guest describes it).
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::statistics::median;
+
+/// One line: latencies of the accesses since the line before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Beat {
+    beat: u64,
+    /// Page reads since the guest began.
+    reads: u64,
+    /// Wrong words since the guest began.
+    pub(super) bad: u64,
+    p50_us: u64,
+    p99_us: u64,
+    max_us: u64,
+    /// The guest's clock.
+    ms: u64,
+}
+
+/// Of several beats.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct Latency {
+    /// Median of the beats' medians.
+    pub(super) p50_us: f64,
+    /// Median of the beats' 99th percentiles.
+    pub(super) p99_us: f64,
+    /// The largest of all.
+    pub(super) max_us: f64,
+}
+
+impl Latency {
+    pub(super) fn of(beats: &[Beat]) -> Latency {
+        let values = |get: fn(&Beat) -> u64| -> Vec<f64> {
+            beats.iter().map(|beat| get(beat) as f64).collect()
+        };
+        Latency {
+            p50_us: median(&values(|beat| beat.p50_us)),
+            p99_us: median(&values(|beat| beat.p99_us)),
+            max_us: values(|beat| beat.max_us).into_iter().fold(f64::NAN, f64::max),
+        }
+    }
+}
+
+/// The beats on a console so far. A line that is not whole yet is none.
+pub(super) fn beats_in(console: &Path) -> Vec<Beat> {
+    let text = std::fs::read(console).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().filter_map(parse).collect()
+}
+
+fn parse(line: &str) -> Option<Beat> {
+    let (_, fields) = line.split_once("umem-guest ")?;
+    let number = |name: &str| {
+        let mut fields = fields.split_whitespace().filter_map(|field| field.split_once('='));
+        fields.find(|(key, _)| *key == name)?.1.parse().ok()
+    };
+    Some(Beat {
+        beat: number("beat")?,
+        reads: number("reads")?,
+        bad: number("bad")?,
+        p50_us: number("p50_us")?,
+        p99_us: number("p99_us")?,
+        max_us: number("max_us")?,
+        ms: number("ms")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINE: &str = "umem-guest beat=7 reads=8123 writes=0 bad=0 pass=1 max_us=812 p50_us=3 \
+                        p99_us=96 ms=700";
+
+    #[test]
+    fn a_beat_is_read_and_other_lines_are_not() {
+        let beat = parse(LINE).unwrap();
+        assert_eq!((beat.beat, beat.max_us, beat.p99_us, beat.ms), (7, 812, 96, 700));
+        assert_eq!(parse("umem-guest ready mib=256"), None);
+        assert_eq!(parse("umem-guest beat=7 reads=81"), None);
+    }
+
+    #[test]
+    fn latencies_of_several_beats() {
+        let beat = |p99_us, max_us| Beat { p99_us, max_us, ..parse(LINE).unwrap() };
+        let latency = Latency::of(&[beat(10, 20), beat(30, 900), beat(20, 30)]);
+        assert!((latency.p50_us, latency.p99_us, latency.max_us) == (3.0, 20.0, 900.0));
+        assert!(Latency::of(&[]).max_us.is_nan());
+    }
+}

@@ -1,0 +1,241 @@
+//! `qemu`: the same Linux guest, moved by QEMU's own postcopy and by umem in turns.
+//!
+//! Both ends run on this machine, over loopback TCP. The guest (tests/guest) reads its memory at
+//! random all the while and tells on its console what its accesses took.
+
+mod beats;
+mod guest;
+mod subject;
+
+use std::path::PathBuf;
+
+use argh::FromArgs;
+use serde_json::{Value, json};
+
+use crate::error::{Result, failure};
+use crate::machine::Machine;
+use crate::process::find_umem;
+use crate::report::{Report, Table, progress};
+use crate::statistics::Spread;
+
+use guest::{Artefacts, Setup};
+use subject::{Move, Ram, Subject};
+
+/// The same Linux guest moved by QEMU's postcopy-preempt and by umem, in turns.
+#[derive(FromArgs)]
+#[argh(
+    subcommand,
+    name = "qemu",
+    note = "Kernel, initramfs and QEMU are those of the tests: tests/lib/fetch and \
+            `tests/lib/initramfs tests/cache/initramfs` make them. UMEM_TEST_KERNEL, \
+            UMEM_TEST_INITRD and UMEM_TEST_QEMU_100 name others."
+)]
+pub(crate) struct Options {
+    /// the directory that holds qemu-system-x86_64 (default: QEMU 10.0 in tests/cache)
+    #[argh(option)]
+    qemu: Option<PathBuf>,
+    /// the guest's RAM, MiB (default 2048)
+    #[argh(option, default = "2048")]
+    size: u64,
+    /// what the guest fills and reads, MiB (default 1024)
+    #[argh(option, default = "1024")]
+    fill: u64,
+    /// how often each subject has its turn (default 2)
+    #[argh(option, default = "2")]
+    rounds: usize,
+    /// measure QEMU's plain postcopy too, with both kinds of RAM
+    #[argh(switch)]
+    plain: bool,
+    /// the guest fills its memory and then touches none of it: for processor time
+    #[argh(switch)]
+    idle: bool,
+    /// the umem to measure (default: the one beside this program)
+    #[argh(option)]
+    umem: Option<PathBuf>,
+    /// print one JSON object
+    #[argh(switch)]
+    json: bool,
+}
+
+/// MiB that the guest's kernel and initramfs need beside what the guest fills.
+const KERNEL_MIB: u64 = 256;
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.rounds == 0 || options.fill == 0 {
+        return failure("--rounds and --fill are at least 1");
+    }
+    if options.size < options.fill + KERNEL_MIB {
+        return failure(format!(
+            "--size {} is too small for --fill {}: the guest's kernel needs {KERNEL_MIB} MiB more",
+            options.size, options.fill
+        ));
+    }
+    let setup = Setup {
+        artefacts: Artefacts::find(options.qemu.as_deref())?,
+        umem: find_umem(options.umem.as_deref())?,
+        size_mib: options.size,
+        fill_mib: options.fill,
+        idle: options.idle,
+    };
+    let machine = Machine::describe();
+    let mut moves: Vec<(Subject, Vec<Move>)> =
+        subjects(options).into_iter().map(|subject| (subject, Vec::new())).collect();
+    for round in 1..=options.rounds {
+        for (subject, moves) in &mut moves {
+            progress(&format!("round {round} of {}: {}", options.rounds, subject.name()));
+            let moved = subject.run(&setup)?;
+            progress(&format!("moved in {:.2} s", moved.total_s));
+            moves.push(moved);
+        }
+    }
+    report(options, machine, &moves).print(options.json);
+    Ok(())
+}
+
+fn subjects(options: &Options) -> Vec<Subject> {
+    let mut subjects = vec![Subject::Preempt(Ram::File), Subject::Preempt(Ram::Private)];
+    if options.plain {
+        subjects.extend([Subject::Plain(Ram::File), Subject::Plain(Ram::Private)]);
+    }
+    subjects.push(Subject::Umem);
+    subjects
+}
+
+/// What is compared: its name in JSON, its head in the table, its digits there, where it comes from.
+struct Measure {
+    name: &'static str,
+    head: &'static str,
+    digits: usize,
+    get: fn(&Move) -> f64,
+}
+
+const MEASURES: [Measure; 8] = [
+    Measure { name: "total_s", head: "total s", digits: 2, get: |m| m.total_s },
+    Measure { name: "stopped_to_complete_s", head: "stop→end s", digits: 2, get: |m| m.drain_s },
+    Measure { name: "downtime_ms", head: "downtime ms", digits: 1, get: |m| m.downtime_ms },
+    Measure { name: "latency_p50_us", head: "p50 µs", digits: 0, get: |m| m.latency.p50_us },
+    Measure { name: "latency_p99_us", head: "p99 µs", digits: 0, get: |m| m.latency.p99_us },
+    Measure { name: "latency_max_us", head: "max µs", digits: 0, get: |m| m.latency.max_us },
+    Measure { name: "cpu_s", head: "CPU s", digits: 2, get: |m| m.cpu.all_s },
+    Measure {
+        name: "cpu_without_vcpus_s",
+        head: "without vCPUs",
+        digits: 2,
+        get: |m| m.cpu.without_vcpus_s(),
+    },
+];
+
+impl Measure {
+    fn spread(&self, moves: &[Move]) -> Spread {
+        Spread::of(moves.iter().map(self.get).collect())
+    }
+}
+
+fn report(options: &Options, machine: Machine, moves: &[(Subject, Vec<Move>)]) -> Report {
+    let version = moves.iter().flat_map(|(_, moves)| moves).next();
+    let version = version.map_or("?", |moved| moved.qemu_version.as_str());
+    Report {
+        what: "qemu",
+        machine,
+        method: method(options, version),
+        tables: vec![figures_table(moves), ratios_table(moves)],
+        value: json!({
+            "size_mib": options.size,
+            "fill_mib": options.fill,
+            "rounds": options.rounds,
+            "idle": options.idle,
+            "qemu_version": version,
+            "figures": moves.iter().map(figure).collect::<Vec<Value>>(),
+            "ratios_to_umem": ratios(moves),
+        }),
+    }
+}
+
+fn figures_table(moves: &[(Subject, Vec<Move>)]) -> Table {
+    let mut head = vec!["medians"];
+    head.extend(MEASURES.iter().map(|measure| measure.head));
+    let mut table = Table::new(&head);
+    for (subject, moves) in moves {
+        let mut cells = vec![subject.name()];
+        cells.extend(
+            MEASURES
+                .iter()
+                .map(|measure| format!("{:.*}", measure.digits, measure.spread(moves).median)),
+        );
+        table.row(cells);
+    }
+    table
+}
+
+fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
+    let mut head = vec!["× umem"];
+    head.extend(MEASURES.iter().map(|measure| measure.head));
+    let mut table = Table::new(&head);
+    for (peer, ratios) in peers(moves) {
+        let mut cells = vec![peer.name()];
+        cells.extend(ratios.iter().map(|ratio| format!("{ratio:.2}")));
+        table.row(cells);
+    }
+    table
+}
+
+/// Each peer's medians over umem's: above 1 umem is better.
+fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Vec<f64>)> {
+    let umem = moves.iter().find(|(subject, _)| *subject == Subject::Umem);
+    let Some((_, umem)) = umem else { return Vec::new() };
+    let ratios = |moves: &[Move]| {
+        let ratio = |measure: &Measure| measure.spread(moves).median / measure.spread(umem).median;
+        MEASURES.iter().map(ratio).collect()
+    };
+    let peers = moves.iter().filter(|(subject, _)| *subject != Subject::Umem);
+    peers.map(|(subject, moves)| (*subject, ratios(moves))).collect()
+}
+
+fn ratios(moves: &[(Subject, Vec<Move>)]) -> Value {
+    let object = |(peer, ratios): (Subject, Vec<f64>)| {
+        let ratios = MEASURES.iter().zip(ratios);
+        let ratios = ratios.map(|(measure, ratio)| (measure.name.to_owned(), json!(ratio)));
+        (peer.key().to_owned(), Value::Object(ratios.collect()))
+    };
+    Value::Object(peers(moves).into_iter().map(object).collect())
+}
+
+fn figure((subject, moves): &(Subject, Vec<Move>)) -> Value {
+    let mut object = serde_json::Map::new();
+    object.insert("subject".into(), json!(subject.key()));
+    for measure in &MEASURES {
+        object.insert(measure.name.into(), json!(measure.spread(moves)));
+    }
+    object.insert("moves".into(), json!(moves));
+    Value::Object(object)
+}
+
+fn method(options: &Options, version: &str) -> String {
+    let load = if options.idle {
+        "then touches none of it"
+    } else {
+        "reads it at random with two threads as fast as it can, checking every word"
+    };
+    format!(
+        "A Linux guest of {size} MiB with two vCPUs under TCG in QEMU {version} fills {fill} MiB and \
+         {load}; it is moved from one QEMU to another on this machine over loopback TCP. The \
+         subjects take turns in each of {rounds} rounds, each with new processes. Just before each \
+         move, whoever moves, a file of {size} MiB is written in /dev/shm and removed, so that the \
+         machine has as much memory at hand. postcopy-preempt and plain postcopy are QEMU's own, \
+         without a bandwidth limit, switched over at once, on the system's congestion control; `file` \
+         is the memory-backend-file with share=on that umem needs, `private` is QEMU's default RAM. \
+         umem is `umem migrate -p` and `umem incoming` with their defaults. Total: from giving the \
+         command (for umem: starting the process) until both sides say they have completed. Stop→end: \
+         from the source's STOP event until then. Downtime: from the source's STOP to the \
+         destination's RESUME, timestamps of QEMU's events for every subject. Latency: what the guest \
+         measured of first touches of pages, in the beats (100 ms each) it printed at the destination \
+         before the end: medians of the beats' p50 and p99, the largest of their maxima; the first \
+         of them reaches back before the switch. CPU: user and system time of both QEMUs and both \
+         umem processes from start to end, in steps of 10 ms. What the guest itself computes cannot \
+         be separated from it; `without vCPUs` leaves out QEMU's vCPU threads, and with them what \
+         page faults cost there. Ratios are a peer's median over umem's.",
+        size = options.size,
+        fill = options.fill,
+        rounds = options.rounds,
+    )
+}

@@ -1,0 +1,228 @@
+//! Who moves the guest, and one move.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::error::{Result, failure};
+use crate::process::{Cpu, Process, free_port};
+use crate::qmp::Qmp;
+use crate::scratch::{Scratch, SharedFile, warm_shared_memory};
+
+use super::beats::{Beat, Latency, beats_in};
+use super::guest::{Setup, Vm, check_arrived};
+
+/// A move that takes longer than this never ends.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Bytes a second that no machine reaches: QEMU's way to say "no limit" where 0 is not one.
+const NO_LIMIT: u64 = 1 << 40;
+
+/// The guest's RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ram {
+    /// A memory-backend-file in /dev/shm with share=on.
+    File,
+    /// A memory-backend-ram, which is QEMU's default.
+    Private,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Subject {
+    /// QEMU's postcopy with postcopy-preempt.
+    Preempt(Ram),
+    /// QEMU's postcopy without.
+    Plain(Ram),
+    Umem,
+}
+
+/// What one move gave.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Move {
+    pub(super) qemu_version: String,
+    /// Command given → both sides have completed.
+    pub(super) total_s: f64,
+    /// Source stopped → both sides have completed.
+    pub(super) drain_s: f64,
+    /// Source stopped → destination running.
+    pub(super) downtime_ms: f64,
+    pub(super) latency: Latency,
+    pub(super) cpu: Cpu,
+    /// Those that [`Latency`] is made of.
+    beats: Vec<Beat>,
+    /// What the mover itself reports.
+    report: Value,
+}
+
+impl Subject {
+    pub(super) fn name(self) -> String {
+        let ram = |ram| if ram == Ram::File { "file" } else { "private" };
+        match self {
+            Subject::Preempt(kind) => format!("postcopy-preempt, {}", ram(kind)),
+            Subject::Plain(kind) => format!("plain postcopy, {}", ram(kind)),
+            Subject::Umem => "umem, file".into(),
+        }
+    }
+
+    /// Its name in JSON.
+    pub(super) fn key(self) -> &'static str {
+        match self {
+            Subject::Preempt(Ram::File) => "qemu_preempt_file",
+            Subject::Preempt(Ram::Private) => "qemu_preempt_private",
+            Subject::Plain(Ram::File) => "qemu_plain_file",
+            Subject::Plain(Ram::Private) => "qemu_plain_private",
+            Subject::Umem => "umem",
+        }
+    }
+
+    /// Starts a guest and moves it. Everything that was started for it ends here.
+    pub(super) fn run(self, setup: &Setup) -> Result<Move> {
+        let scratch = Scratch::new()?;
+        // Dropped after the processes that use them.
+        let ram = [SharedFile::named("source"), SharedFile::named("destination")];
+        let [here, there] = [ram[0].path(), ram[1].path()];
+        match self {
+            Subject::Preempt(ram) => by_qemu(setup, &scratch, ram, [here, there], true),
+            Subject::Plain(ram) => by_qemu(setup, &scratch, ram, [here, there], false),
+            Subject::Umem => by_umem(setup, &scratch, [here, there]),
+        }
+    }
+}
+
+fn by_qemu(
+    setup: &Setup,
+    scratch: &Scratch,
+    ram: Ram,
+    [here, there]: [&Path; 2],
+    preempt: bool,
+) -> Result<Move> {
+    let mut source = Vm::source(setup, scratch, ram, here, &scratch.file("source.other"))?;
+    source.settle()?;
+    let mut destination = Vm::destination(setup, scratch, ram, there)?;
+    let mut capabilities = vec!["postcopy-ram", "events"];
+    capabilities.extend(preempt.then_some("postcopy-preempt"));
+    source.qmp.set_capabilities(&capabilities)?;
+    destination.qmp.set_capabilities(&capabilities)?;
+    let unlimited = json!({ "max-bandwidth": NO_LIMIT, "max-postcopy-bandwidth": 0 });
+    source.qmp.execute("migrate-set-parameters", &unlimited)?;
+    let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", free_port()?) });
+    destination.qmp.execute("migrate-incoming", &uri)?;
+    warm_shared_memory(setup.size_mib << 20)?;
+
+    let watch = Watch::begin(vec![source.pid(), destination.pid()]);
+    source.qmp.execute("migrate", &uri)?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    let ends = [source.qmp.migrated(PATIENCE)?.at_s, destination.qmp.migrated(PATIENCE)?.at_s];
+    let ended = watch.end(ends, destination.console());
+
+    let report = json!({
+        "source": source.qmp.execute("query-migrate", &json!({}))?,
+        "destination": destination.qmp.execute("query-migrate", &json!({}))?,
+    });
+    check_arrived(destination.console(), ended.beats.len())?;
+    ended.into_move(&mut source.qmp, &mut destination.qmp, report)
+}
+
+fn by_umem(setup: &Setup, scratch: &Scratch, [here, there]: [&Path; 2]) -> Result<Move> {
+    let for_umem = scratch.file("source.umem");
+    let mut source = Vm::source(setup, scratch, Ram::File, here, &for_umem)?;
+    source.settle()?;
+    let console = scratch.file("destination.console");
+    let (mut incoming, uri, guest_pid, mut destination) =
+        start_incoming(setup, scratch, there, &console)?;
+    warm_shared_memory(setup.size_mib << 20)?;
+
+    let mut watch = Watch::begin(vec![source.pid(), guest_pid, incoming.pid()]);
+    let mut arguments: Vec<OsString> = ["migrate", "-p", "--json", "--qmp"].map(Into::into).into();
+    arguments.extend([for_umem.into(), uri.into()]);
+    let log = scratch.file("migrate.log");
+    let mut migrate = Process::start("umem migrate", &setup.umem, &arguments, log)?;
+    watch.pids.push(migrate.pid());
+    let (source_end, source_report) = migrate.event("completed", PATIENCE)?;
+    let (destination_end, destination_report) = incoming.event("completed", PATIENCE)?;
+    let ended = watch.end([since_1970(source_end), since_1970(destination_end)], &console);
+
+    let report = json!({ "source": source_report, "destination": destination_report });
+    check_arrived(&console, ended.beats.len())?;
+    ended.into_move(&mut source.qmp, &mut destination, report)
+}
+
+/// Starts `umem incoming` with a QEMU: it, where it listens, QEMU's pid and a monitor of our own.
+fn start_incoming(
+    setup: &Setup,
+    scratch: &Scratch,
+    ram: &Path,
+    console: &Path,
+) -> Result<(Process, String, u32, Qmp)> {
+    let monitor: PathBuf = scratch.file("destination.qmp");
+    let mut arguments: Vec<OsString> =
+        ["incoming", "--json", "tcp:127.0.0.1:0", "--"].map(Into::into).into();
+    arguments.push(setup.qemu().into());
+    arguments.extend(setup.arguments(Ram::File, ram, console, &[&monitor]));
+    let log = scratch.file("incoming.log");
+    let mut incoming = Process::start("umem incoming", &setup.umem, &arguments, log)?;
+    let (_, listening) = incoming.event("listening", PATIENCE)?;
+    let uri = listening["uri"].as_str().unwrap_or_default().to_owned();
+    let guest_pid = listening["guest_pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+    let guest_pid = guest_pid.ok_or("umem incoming does not say what its QEMU's pid is")?;
+    Ok((incoming, uri, guest_pid, Qmp::connect(&monitor)?))
+}
+
+/// A move that is under way.
+struct Watch {
+    /// Whose processor time counts. One that is added later counts from its start.
+    pids: Vec<u32>,
+    began_s: f64,
+    cpu: Cpu,
+}
+
+/// A move that has ended, just then.
+struct Ended {
+    began_s: f64,
+    ended_s: f64,
+    cpu: Cpu,
+    beats: Vec<Beat>,
+}
+
+impl Watch {
+    fn begin(pids: Vec<u32>) -> Watch {
+        let cpu = Cpu::of_all(&pids);
+        Watch { pids, began_s: since_1970(SystemTime::now()), cpu }
+    }
+
+    fn end(self, ends_s: [f64; 2], console: &Path) -> Ended {
+        Ended {
+            began_s: self.began_s,
+            ended_s: ends_s[0].max(ends_s[1]),
+            cpu: Cpu::of_all(&self.pids).since(self.cpu),
+            beats: beats_in(console),
+        }
+    }
+}
+
+impl Ended {
+    fn into_move(self, source: &mut Qmp, destination: &mut Qmp, report: Value) -> Result<Move> {
+        let stopped_s = source.event("STOP", PATIENCE)?.at_s;
+        let running_s = destination.event("RESUME", PATIENCE)?.at_s;
+        if stopped_s < self.began_s || running_s < stopped_s || self.ended_s < running_s {
+            return failure("a QEMU's events are out of order: was the clock set meanwhile?");
+        }
+        Ok(Move {
+            qemu_version: source.version.clone(),
+            total_s: self.ended_s - self.began_s,
+            drain_s: self.ended_s - stopped_s,
+            downtime_ms: (running_s - stopped_s) * 1e3,
+            latency: Latency::of(&self.beats),
+            cpu: self.cpu,
+            beats: self.beats,
+            report,
+        })
+    }
+}
+
+fn since_1970(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}

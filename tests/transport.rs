@@ -1,0 +1,332 @@
+//! Both umem processes with guests and peers made for the occasion: what lands where, what is not
+//! allocated, what a broken or hostile peer gets to hear.
+
+mod support;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use support::{Scratch, Umem, wait_for};
+use umem_wire::{
+    Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize, Receiver, Region,
+    RegionId, RegionTable, SessionId, Target, Welcome, transmit,
+};
+
+const PAGE: u64 = 4096;
+
+/// A guest that maps its RAM and never touches it, behind `umem incoming`.
+fn incoming_to_idle_guest(scratch: &Scratch, mib: u64) -> Umem {
+    let ram = format!("ram0={}", scratch.ram("destination").display());
+    let qmp = scratch.path("guest.qmp");
+    let mib = mib.to_string();
+    let guest = [env!("CARGO_BIN_EXE_umem"), "guest", "--incoming", "--threads", "0"];
+    let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
+    arguments.extend(guest);
+    arguments.extend(["--ram", &ram, "--size", &mib, "--qmp", qmp.to_str().unwrap()]);
+    Umem::start(arguments)
+}
+
+/// Where it listens.
+fn uri(incoming: &mut Umem) -> String {
+    incoming.event("listening")["uri"].as_str().unwrap().to_owned()
+}
+
+/// A snapshot: data in two pages of three, zeroes written in every 16th, and holes.
+fn write_snapshot(path: &Path, mib: u64) -> u64 {
+    let file = File::create(path).unwrap();
+    file.set_len(mib << 20).unwrap();
+    let mut data_pages = 0;
+    for page in (0..mib * 256).filter(|page| page % 3 != 0) {
+        let is_zero = page % 16 == 1;
+        let bytes: Vec<u8> =
+            (0..PAGE).map(|at| if is_zero { 0 } else { (page * 31 + at) as u8 | 1 }).collect();
+        file.write_all_at(&bytes, page * PAGE).unwrap();
+        data_pages += u64::from(!is_zero);
+    }
+    data_pages
+}
+
+fn bytes_of(path: &Path) -> Vec<u8> {
+    std::fs::read(path).unwrap()
+}
+
+#[test]
+fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
+    for mode in [&["-p"][..], &[], &["-p", "--lanes", "3"]] {
+        let scratch = Scratch::new();
+        let source = scratch.ram("source");
+        let data_pages = write_snapshot(&source, 24);
+        let mut incoming = incoming_to_idle_guest(&scratch, 24);
+        let uri = uri(&mut incoming);
+        let ram = format!("ram0={}", source.display());
+        let mut arguments = vec!["migrate", "--json", "--ram", &ram, &uri];
+        arguments.extend(mode);
+        let mut migrate = Umem::start(arguments);
+        let report = migrate.event("completed");
+        assert_eq!(report["data_bytes"], data_pages * PAGE);
+        incoming.event("completed");
+        migrate.succeeds();
+        let destination = scratch.ram("destination");
+        let allocated = std::fs::metadata(&destination).unwrap().blocks() * 512;
+        assert_eq!(allocated, data_pages * PAGE, "zeroes and holes take no memory");
+        assert!(bytes_of(&source) == bytes_of(&destination), "every byte is equal");
+        let held = std::fs::metadata(&source).unwrap().blocks() * 512;
+        assert!(
+            held <= (data_pages * 16 / 15 + 1) * PAGE + (24 << 20) / 24,
+            "{held}: no hole read"
+        );
+    }
+}
+
+#[test]
+fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
+    let scratch = Scratch::new();
+    let source = scratch.ram("source");
+    write_snapshot(&source, 8);
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    let uri = uri(&mut incoming);
+    let ram = format!("ram0={}", source.display());
+    let mut migrate = Umem::start(["migrate", "-p", "-n", "--json", "--ram", &ram, &uri]);
+    migrate.event("running");
+    incoming.event("running");
+    // Nobody touches anything, so that nothing is allocated; this cannot become true later only.
+    assert_eq!(std::fs::metadata(scratch.ram("destination")).unwrap().blocks(), 0);
+    migrate.signal(Signal::SIGINT);
+    assert_eq!(migrate.event("completed")["pages_demand"], 0);
+    incoming.event("completed");
+    assert!(bytes_of(&source) == bytes_of(&scratch.ram("destination")));
+}
+
+#[test]
+fn interrupting_before_the_switchover_leaves_nothing_behind() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    uri(&mut incoming);
+    assert!(scratch.ram("destination").exists());
+    incoming.signal(Signal::SIGINT);
+    let error = incoming.fails();
+    assert!(error.contains("interrupted"), "{error}");
+    assert!(!scratch.ram("destination").exists());
+    scratch.wait_until_gone("guest");
+}
+
+#[test]
+fn a_guest_that_dies_is_noticed() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    let pid = incoming.event("listening")["guest_pid"].as_i64().unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+    let error = incoming.fails();
+    assert!(error.contains("exited before the guest arrived"), "{error}");
+    assert!(!scratch.ram("destination").exists());
+}
+
+/// A source of the test's own: speaks the protocol as it is told to.
+struct Peer {
+    lanes: Vec<TcpStream>,
+    receiver: Receiver,
+}
+
+impl Peer {
+    fn dial(uri: &str, bulk_lanes: u16) -> Peer {
+        let address = uri.strip_prefix("tcp:").unwrap();
+        let lanes = (0..=bulk_lanes)
+            .map(|index| {
+                let mut lane = TcpStream::connect(address).unwrap();
+                lane.write_all(&hello(index, bulk_lanes).encode()).unwrap();
+                let mut welcome = [0; HELLO_BYTES];
+                lane.read_exact(&mut welcome).unwrap();
+                Welcome::decode(&welcome).unwrap().check(&hello(index, bulk_lanes)).unwrap();
+                lane
+            })
+            .collect();
+        Peer { lanes, receiver: Receiver::for_source() }
+    }
+
+    fn send(&mut self, lane: usize, frame: &Frame, body: &[u8]) {
+        let mut bytes = Vec::new();
+        transmit::encode(frame, &mut bytes);
+        bytes.extend_from_slice(body);
+        // A peer that has given up already has closed the lane.
+        let _ = self.lanes[lane].write_all(&bytes);
+    }
+
+    /// The next event on the demand lane; none when it was closed.
+    fn event(&mut self) -> Option<Event> {
+        loop {
+            if let Some(event) = self.receiver.poll_event() {
+                return Some(event);
+            }
+            let Target::Control { exact } = self.receiver.next_target() else { unreachable!() };
+            let mut bytes = vec![0; exact];
+            let count = self.lanes[0].read(&mut bytes).unwrap_or(0);
+            if count == 0 {
+                return None;
+            }
+            self.receiver.control(&bytes[..count]).unwrap();
+        }
+    }
+
+    /// Regions compared, the guest stopped: pages may come.
+    fn until_stopped(&mut self, mib: u64) {
+        let table = table(mib);
+        self.receiver.set_regions(&table);
+        self.send(0, &Frame::Regions(table), &[]);
+        assert_eq!(self.event(), Some(Event::Ready));
+        self.send(0, &Frame::Stopped { postcopy: true, background: true }, &[]);
+    }
+
+    /// The reason that the destination gives for giving up.
+    fn fault(&mut self) -> String {
+        loop {
+            match self.event() {
+                Some(Event::Error(fault)) => return fault.text,
+                Some(_) => {}
+                None => panic!("the destination closed the lane without a reason"),
+            }
+        }
+    }
+}
+
+fn hello(index: u16, bulk_lanes: u16) -> Hello {
+    Hello {
+        versions: PROTOCOL,
+        capabilities: umem_wire::Capabilities::NONE,
+        session: SessionId([7; 16]),
+        role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
+        index,
+        bulk_lanes,
+        proof: [0; 32],
+    }
+}
+
+fn table(mib: u64) -> RegionTable {
+    let page_size = PageSize::SIZE_4K;
+    RegionTable::new(vec![Region { name: "ram0".into(), bytes: mib << 20, page_size }]).unwrap()
+}
+
+fn range(first: u64, pages: u64) -> PageRange {
+    PageRange { region: RegionId(0), first, pages }
+}
+
+#[test]
+fn a_page_that_comes_twice_is_refused_before_it_lands() {
+    for (lane, again) in [
+        (0, Frame::Data(range(3, 1))),
+        (1, Frame::Data(range(0, 8))),
+        (1, Frame::Zero(range(3, 1))),
+        (0, Frame::Hole(range(0, 2048))),
+    ] {
+        let scratch = Scratch::new();
+        let mut incoming = incoming_to_idle_guest(&scratch, 8);
+        let mut peer = Peer::dial(&uri(&mut incoming), 1);
+        peer.until_stopped(8);
+        peer.send(1, &Frame::Data(range(3, 1)), &[0xa5; 4096]);
+        let ram = scratch.ram("destination");
+        wait_for("the page to land", || {
+            let mut first = [0; 1];
+            File::open(&ram).unwrap().read_exact_at(&mut first, 3 * PAGE).unwrap();
+            (first == [0xa5]).then_some(())
+        });
+        peer.send(lane, &again, &[0x5a; 4096]);
+        let fault = peer.fault();
+        assert!(fault.contains("came a second time"), "{fault}");
+        let error = incoming.fails();
+        assert!(error.contains("page 3 of RAM ram0 came a second time"), "{error}");
+        assert!(!ram.exists(), "the guest had not arrived");
+    }
+}
+
+#[test]
+fn regions_that_differ_are_named_to_both_sides() {
+    let region = |name: &str, mib: u64| Region {
+        name: name.into(),
+        bytes: mib << 20,
+        page_size: PageSize::SIZE_4K,
+    };
+    for (regions, hint) in [
+        (vec![region("ram0", 16)], "ram0"),
+        (vec![region("other", 8)], "other"),
+        (vec![region("ram0", 8), region("ram1", 8)], "ram1"),
+    ] {
+        let scratch = Scratch::new();
+        let mut incoming = incoming_to_idle_guest(&scratch, 8);
+        let mut peer = Peer::dial(&uri(&mut incoming), 1);
+        peer.send(0, &Frame::Regions(RegionTable::new(regions).unwrap()), &[]);
+        let fault = peer.fault();
+        assert!(fault.contains(hint), "{fault}");
+        let error = incoming.fails();
+        assert!(error.contains(hint), "{error}");
+    }
+}
+
+#[test]
+fn strangers_at_the_door_do_not_disturb() {
+    let scratch = Scratch::new();
+    let source = scratch.ram("source");
+    write_snapshot(&source, 8);
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    let uri = uri(&mut incoming);
+    let address = uri.strip_prefix("tcp:").unwrap();
+    for greeting in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0xff; 4096], b""] {
+        let mut stranger = TcpStream::connect(address).unwrap();
+        // It may hang up on us while we still write.
+        let _ = stranger.write_all(greeting);
+        let _ = stranger.shutdown(std::net::Shutdown::Write);
+        let mut answer = Vec::new();
+        let _ = stranger.read_to_end(&mut answer);
+    }
+    // A bulk lane of no session, and more lanes than allowed.
+    for hello in [hello(1, 1), hello(0, 17)] {
+        let mut stranger = TcpStream::connect(address).unwrap();
+        stranger.write_all(&hello.encode()).unwrap();
+        let mut answer = [0; HELLO_BYTES];
+        stranger.read_exact(&mut answer).unwrap();
+        assert!(Welcome::decode(&answer).is_err());
+    }
+    let ram = format!("ram0={}", source.display());
+    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
+    migrate.event("completed");
+    incoming.event("completed");
+    assert!(bytes_of(&source) == bytes_of(&scratch.ram("destination")));
+}
+
+#[test]
+fn what_a_destination_may_not_say_ends_the_migration_at_the_source() {
+    let frames: [(&str, Vec<Frame>); 3] = [
+        ("request", vec![Frame::Request(vec![(RegionId(0), 0)])]),
+        ("running", vec![Frame::Ready, Frame::Running { us_since_switchover: 1 }]),
+        ("data", vec![Frame::Data(range(0, 1))]),
+    ];
+    for (what, frames) in frames {
+        let scratch = Scratch::new();
+        let source = scratch.ram("source");
+        write_snapshot(&source, 8);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:127.0.0.1:{}", listener.local_addr().unwrap().port());
+        let ram = format!("ram0={}", source.display());
+        let migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
+        let mut lanes: Vec<TcpStream> = (0..2)
+            .map(|_| {
+                let (mut lane, _) = listener.accept().unwrap();
+                let mut bytes = [0; HELLO_BYTES];
+                lane.read_exact(&mut bytes).unwrap();
+                let hello = Hello::decode(&bytes).unwrap();
+                let welcome =
+                    Welcome::answer(&hello, PROTOCOL, umem_wire::Capabilities::NONE, [0; 32]);
+                lane.write_all(&welcome.unwrap().encode()).unwrap();
+                lane
+            })
+            .collect();
+        let mut bytes = Vec::new();
+        frames.iter().for_each(|frame| transmit::encode(frame, &mut bytes));
+        lanes[0].write_all(&bytes).unwrap();
+        let error = migrate.fails();
+        assert!(error.contains("does not allow"), "{what}: {error}");
+    }
+}
