@@ -104,6 +104,9 @@ struct Incoming {
     /// a preload object to use in place of the built-in one
     #[argh(option)]
     preload: Option<PathBuf>,
+    /// show no progress
+    #[argh(switch, short = 'q')]
+    quiet: bool,
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
@@ -146,6 +149,9 @@ struct Migrate {
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
+    /// show no progress
+    #[argh(switch, short = 'q')]
+    quiet: bool,
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
@@ -323,6 +329,7 @@ impl Incoming {
             cores: self.cores.0,
             preload: self.preload,
             json: self.json,
+            quiet: self.quiet,
             command,
         })
     }
@@ -343,6 +350,7 @@ impl Migrate {
             lanes: self.lanes,
             cores: self.cores.0,
             json: self.json,
+            quiet: self.quiet,
         })?;
         Ok(0)
     }

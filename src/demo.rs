@@ -11,9 +11,11 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::error::{Context, Error, Result};
+use crate::host::command::ProcessHandle;
 use crate::host::guest::Verdict;
 use crate::host::qmp::Qmp;
 use crate::inbox::{Inbox, Wake, unblock_signals};
@@ -65,6 +67,9 @@ pub fn run(options: &Options) -> Result<i32> {
     let mut guest = demo.start_guest()?;
     let mut incoming = demo.start_incoming()?;
     let listening = incoming.event(&demo.inbox, "listening")?;
+    // A guest that has arrived is nobody's but ours to end.
+    let pid = listening["guest_pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+    incoming.guest = pid.map(ProcessHandle::open).transpose()?;
     let uri = listening["uri"].as_str().unwrap_or_default().to_owned();
     let mut migrate = demo.start_migrate(&uri)?;
     let source = migrate.event(&demo.inbox, "completed")?;
@@ -135,7 +140,9 @@ impl Demo<'_> {
     }
 
     fn start_migrate(&self, uri: &str) -> Result<Process> {
-        let mut arguments: Vec<String> = ["migrate", "--json", "--qmp"].map(str::to_owned).to_vec();
+        // The destination shows the progress of both.
+        let mut arguments: Vec<String> =
+            ["migrate", "--json", "--quiet", "--qmp"].map(str::to_owned).to_vec();
         arguments.push(self.directory.file("source.qmp"));
         arguments.push("--lanes".into());
         arguments.push(self.options.lanes.to_string());
@@ -302,6 +309,8 @@ struct Process {
     name: &'static str,
     child: Child,
     events: BufReader<ChildStdout>,
+    /// The guest that `umem incoming` has started.
+    guest: Option<ProcessHandle>,
     finished: bool,
 }
 
@@ -314,13 +323,13 @@ impl Process {
         unsafe {
             command.pre_exec(|| {
                 // A demo that is killed takes its processes with it.
-                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
                 Ok(unblock_signals()?)
             });
         }
         let mut child = command.spawn().context(|| format!("starting {name}"))?;
         let stdout = child.stdout.take().expect("piped above");
-        Ok(Process { name, child, events: BufReader::new(stdout), finished: false })
+        Ok(Process { name, child, events: BufReader::new(stdout), guest: None, finished: false })
     }
 
     /// Reads events until one of this name comes.
@@ -381,6 +390,9 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if !self.finished {
+            if let Some(guest) = &self.guest {
+                guest.kill();
+            }
             let _ = self.child.kill();
             let _ = self.child.wait();
         }

@@ -15,14 +15,15 @@ use std::time::Duration;
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use umem_wire::{
-    Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId, Welcome, transmit,
+    Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId,
+    Welcome, transmit,
 };
 
 use crate::error::{Context, Error, Result};
 use crate::uri::Uri;
 
 /// How long either side waits for the other's hello. A peer that says nothing is not umem.
-const HELLO_TIMEOUT_S: i64 = 10;
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Unsent bytes that a lane lets the kernel queue before it stops feeding it: enough to keep
 /// 40 Gbit/s busy for 100 µs, and little enough that the order of pages can still change.
@@ -103,8 +104,12 @@ pub(crate) fn lane_name(role: LaneRole, index: u16) -> String {
     }
 }
 
+/// Waits until the socket is readable: false when it is not in time, an error when waiting is over
+/// for another reason, such as a signal.
+pub(crate) type Wait<'a> = &'a dyn Fn(BorrowedFd<'_>, Duration) -> Result<bool>;
+
 /// Connects to a destination and opens a lane there.
-pub(crate) fn dial(uri: &Uri, hello: &Hello) -> Result<Lane> {
+pub(crate) fn dial(uri: &Uri, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
     let name = lane_name(hello.role, hello.index);
     let failed = |source| Error::Connect { uri: uri.to_string(), source };
     let (socket, is_tcp) = match uri {
@@ -112,15 +117,15 @@ pub(crate) fn dial(uri: &Uri, hello: &Hello) -> Result<Lane> {
         Uri::Unix { path } => (OwnedFd::from(UnixStream::connect(path).map_err(failed)?), false),
     };
     let lane = Lane::new(socket, name, is_tcp)?;
-    greet(&lane, hello)?;
+    greet(&lane, hello, wait)?;
     Ok(lane)
 }
 
-/// Tries each address that the name has; a dead one costs [`HELLO_TIMEOUT_S`].
+/// Tries each address that the name has; a dead one costs [`HELLO_TIMEOUT`].
 fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
     let mut error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, Duration::from_secs(HELLO_TIMEOUT_S as u64)) {
+        match TcpStream::connect_timeout(&address, HELLO_TIMEOUT) {
             Ok(stream) => return Ok(stream),
             Err(failed) => error = failed,
         }
@@ -128,14 +133,17 @@ fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
     Err(error)
 }
 
-fn greet(lane: &Lane, hello: &Hello) -> Result<()> {
+fn greet(lane: &Lane, hello: &Hello, wait: Wait<'_>) -> Result<()> {
     let lost = |error: io::Error| Error::Lost {
         side: "destination",
         lane: lane.name.clone(),
-        what: format!("no welcome: {error}"),
+        what: format!("no welcome: {error}; check that it is `umem incoming` that listens there"),
     };
     with_timeout(lane, |mut socket| {
         socket.write_all(&hello.encode()).map_err(lost)?;
+        if !wait(lane.socket.as_fd(), HELLO_TIMEOUT)? {
+            return Err(lost(io::ErrorKind::TimedOut.into()));
+        }
         let mut bytes = [0; HELLO_BYTES];
         socket.read_exact(&mut bytes).map_err(lost)?;
         let welcome = Welcome::decode(&bytes).map_err(|error| match error {
@@ -153,7 +161,7 @@ fn with_timeout<T>(lane: &Lane, exchange: impl FnOnce(File) -> Result<T>) -> Res
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(seconds))?;
         setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(seconds))
     };
-    set(HELLO_TIMEOUT_S).context(|| lane.name.clone())?;
+    set(HELLO_TIMEOUT.as_secs().cast_signed()).context(|| lane.name.clone())?;
     let answer = exchange(lane.blocking()?)?;
     // Zero means no limit (socket(7)).
     set(0).context(|| lane.name.clone())?;
@@ -208,7 +216,10 @@ impl Listener {
 
     /// Accepts one connection and reads its hello. A connection that does not speak umem is
     /// dropped and reported as `Ok(Err(why))`: a port scanner must not end a migration.
-    pub(crate) fn accept(&self) -> Result<std::result::Result<(Lane, Hello), String>> {
+    pub(crate) fn accept(
+        &self,
+        wait: Wait<'_>,
+    ) -> Result<std::result::Result<(Lane, Hello), String>> {
         let (socket, is_tcp) = match self {
             Listener::Tcp(listener) => {
                 (OwnedFd::from(listener.accept().context(|| "accepting a lane")?.0), true)
@@ -218,6 +229,9 @@ impl Listener {
             }
         };
         let mut lane = Lane::new(socket, "new lane".into(), is_tcp)?;
+        if !wait(lane.socket.as_fd(), HELLO_TIMEOUT)? {
+            return Ok(Err("it says nothing".into()));
+        }
         let hello = with_timeout(&lane, |mut socket| {
             let mut bytes = [0; HELLO_BYTES];
             socket.read_exact(&mut bytes).context(|| "its hello")?;

@@ -11,14 +11,14 @@ use crate::report::Counters;
 /// How often the bar moves.
 pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
 
-/// A bar over bytes of guest memory; nothing where stderr is no terminal.
+/// A bar over bytes of guest memory; nothing where stderr is no terminal, or when asked to be quiet.
 pub(crate) struct Progress {
     bar: ProgressBar,
 }
 
 impl Progress {
-    pub(crate) fn new(total_bytes: u64) -> Progress {
-        let target = if std::io::stderr().is_terminal() {
+    pub(crate) fn new(total_bytes: u64, quiet: bool) -> Progress {
+        let target = if std::io::stderr().is_terminal() && !quiet {
             ProgressDrawTarget::stderr()
         } else {
             ProgressDrawTarget::hidden()

@@ -30,6 +30,18 @@ fn incoming_to_idle_guest(scratch: &Scratch, mib: u64) -> Umem {
     Umem::start(arguments)
 }
 
+/// A guest that reads page 0 while its device state is loaded, behind `umem incoming`.
+fn incoming_to_loading_guest(scratch: &Scratch, mib: u64) -> Umem {
+    let ram = format!("ram0={}", scratch.ram("destination").display());
+    let qmp = scratch.path("guest.qmp").display().to_string();
+    let mib = mib.to_string();
+    let mut arguments = vec!["incoming", "--json", "--ram", &ram, "--qmp", &qmp];
+    arguments.extend(["tcp:127.0.0.1:0", "--", env!("CARGO_BIN_EXE_umem"), "guest"]);
+    arguments.extend(["--incoming", "--threads", "0"]);
+    arguments.extend(["--ram", &ram, "--size", &mib, "--qmp", &qmp]);
+    Umem::start(arguments)
+}
+
 /// Where it listens.
 fn uri(incoming: &mut Umem) -> String {
     incoming.event("listening")["uri"].as_str().unwrap().to_owned()
@@ -240,6 +252,36 @@ fn a_page_that_comes_twice_is_refused_before_it_lands() {
         assert!(error.contains("page 3 of RAM ram0 came a second time"), "{error}");
         assert!(!ram.exists(), "the guest had not arrived");
     }
+}
+
+/// The last page of a lane is waited for, so that a vCPU is still to be woken when the source has
+/// closed the lane already.
+#[test]
+fn a_lane_may_close_as_soon_as_it_has_ended() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_loading_guest(&scratch, 8);
+    let mut peer = Peer::dial(&uri(&mut incoming), 2);
+    peer.until_stopped(8);
+    // A guest that was running, its seed and its shares of zeroes and holes: all of it is holes.
+    let mut state = vec![1, 7, 0, 0, 0, 0, 0, 0, 0];
+    state.extend([0, 0, 0, 0, 100, 0, 0, 0]);
+    let bytes = u32::try_from(state.len()).unwrap();
+    peer.send(0, &Frame::DeviceState { bytes }, &state);
+    peer.send(0, &Frame::Load { state_bytes: u64::from(bytes) }, &[]);
+    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    let mut last = transmit::data_header(range(0, 1)).to_vec();
+    last.extend([0; 4096]);
+    transmit::encode(&Frame::LaneEnd, &mut last);
+    peer.lanes[1].write_all(&last).unwrap();
+    peer.lanes[1].shutdown(std::net::Shutdown::Both).unwrap();
+    assert_eq!(peer.event(), Some(Event::Loaded));
+    peer.send(0, &Frame::Switchover { stopped_us: 1 }, &[]);
+    assert!(matches!(peer.event(), Some(Event::Running { .. })));
+    peer.send(2, &Frame::Hole(range(1, 2047)), &[]);
+    peer.send(2, &Frame::LaneEnd, &[]);
+    assert!(matches!(peer.event(), Some(Event::Complete(_))));
+    peer.send(0, &Frame::Complete(umem_wire::Totals::default()), &[]);
+    incoming.event("completed");
 }
 
 #[test]

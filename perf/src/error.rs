@@ -21,3 +21,20 @@ impl<T, E: std::fmt::Display> Context<T> for std::result::Result<T, E> {
 pub(crate) fn failure<T>(text: impl Into<String>) -> Result<T> {
     Err(text.into().into())
 }
+
+/// A command line that cannot be carried out as written (exit status 2).
+#[derive(Debug)]
+pub(crate) struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// A [`Usage`] failure with this text.
+pub(crate) fn usage<T>(text: impl Into<String>) -> Result<T> {
+    Err(Usage(text.into()).into())
+}

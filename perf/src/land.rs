@@ -13,7 +13,7 @@ use argh::FromArgs;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::error::{Context, Result, failure};
+use crate::error::{Context, Result, failure, usage};
 use crate::floor::Floor;
 use crate::machine::Machine;
 use crate::memory::{PAGE_BYTES, Pages};
@@ -69,7 +69,7 @@ struct Landing {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.size == 0 || options.rounds == 0 {
-        return failure("--size and --rounds are at least 1");
+        return usage("--size and --rounds are at least 1");
     }
     let umem = find_umem(options.umem.as_deref())?;
     let machine = Machine::describe();

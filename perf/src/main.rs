@@ -61,16 +61,23 @@ fn run() -> i32 {
             return 2;
         }
     };
-    let result = interrupt::catch().and_then(|()| match &arguments.what {
+    let ready = interrupt::catch().and_then(|()| process::adopt_orphans());
+    let result = ready.and_then(|()| match &arguments.what {
         What::Floor(options) => floor::run(options),
         What::Land(options) => land::run(options),
         What::Qemu(options) => qemu::run(options),
     });
+    process::end_orphans();
     match result {
         Ok(()) => 0,
+        // Ctrl-C cuts off whatever was going on; that it did is no news.
+        Err(_) if interrupt::check().is_err() => {
+            eprintln!("umem-perf: interrupted");
+            1
+        }
         Err(error) => {
             eprintln!("umem-perf: {error}");
-            1
+            if error.is::<error::Usage>() { 2 } else { 1 }
         }
     }
 }

@@ -123,6 +123,19 @@ impl Drop for Process {
     }
 }
 
+/// Makes processes ours whose parent, a child of ours, ends without them: a `umem incoming` that
+/// fails after the switch leaves its QEMU running.
+pub(crate) fn adopt_orphans() -> Result<()> {
+    // SAFETY: flags only; no memory involved.
+    let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+}
+
+/// Ends whatever is left, when every [`Process`] has been dropped.
+pub(crate) fn end_orphans() {
+    descendants(std::process::id()).into_iter().for_each(end);
+}
+
 fn end(pid: u32) {
     if let Ok(pid) = i32::try_from(pid) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);

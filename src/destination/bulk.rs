@@ -63,7 +63,7 @@ impl BulkLane {
                 }
             }
             self.wake(&mut ring, &mut wanted)?;
-            if ended && ring.in_flight() <= 1 {
+            if ended && ring.in_flight() == 0 {
                 return Ok(());
             }
         }

@@ -12,7 +12,7 @@ mod prepare;
 mod reader;
 
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -62,6 +62,8 @@ pub struct Options {
     pub preload: Option<PathBuf>,
     /// JSON events on stdout.
     pub json: bool,
+    /// No progress on stderr.
+    pub quiet: bool,
     /// The monitor to start, with its arguments.
     pub command: Vec<String>,
 }
@@ -142,6 +144,15 @@ fn accept(
     inbox: &Inbox<Note>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
+    let wait = |socket: BorrowedFd<'_>, timeout| {
+        match inbox.wait(&[socket, prepared.monitor.exited()], Some(timeout))? {
+            Wake::Signal => Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Ready(0) => Ok(true),
+            Wake::Ready(_) => Err(exited()),
+            // Nobody posts before there are workers.
+            Wake::Message(_) | Wake::Timeout => Ok(false),
+        }
+    };
     let mut lanes: Option<(Lanes, umem_wire::Hello)> = None;
     loop {
         if let Some((lanes, hello)) =
@@ -157,7 +168,7 @@ fn accept(
             Wake::Message(Note::Failed(error)) => return Err(error),
             Wake::Message(_) | Wake::Timeout => continue,
         }
-        let (lane, hello) = match listener.accept()? {
+        let (lane, hello) = match listener.accept(&wait)? {
             Ok(accepted) => accepted,
             Err(why) => {
                 eprintln!("umem: ignored a connection: {why}");
@@ -334,7 +345,7 @@ impl<'a> Migration<'a> {
             bulk_threads: Vec::new(),
             congestion,
             times: Times::default(),
-            progress: Progress::new(table.total_bytes()),
+            progress: Progress::new(table.total_bytes(), options.quiet),
             inbox,
         };
         migration.start_bulk(lanes.bulk, &table, &cores, &reach)?;
@@ -445,6 +456,7 @@ impl<'a> Migration<'a> {
             Event::Switchover { stopped_us } => {
                 // From here on the guest is ours: its process stays, whatever happens to umem.
                 prepared.monitor.release();
+                prepared.handoff.keep()?;
                 let now = Instant::now();
                 self.times.switched = Some(now);
                 self.times.downtime = Duration::from_micros(stopped_us);

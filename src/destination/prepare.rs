@@ -20,6 +20,9 @@ use crate::memory::region::RamFile;
 /// A monitor maps its RAM within a second of its start; a machine under load gets this long.
 const HANDOFF_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long after its sockets have closed a process may take to end.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How often a QMP socket that is not there yet is tried.
 const QMP_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -92,13 +95,13 @@ fn take_over(
             Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
             Wake::Timeout => return Err(never_handed_over(loaded, &missing)),
             Wake::Ready(0) => handoff.read()?,
-            Wake::Ready(_) if loaded => {
-                return Err(Error::Host("it exited at once (its own messages say why)".into()));
-            }
-            Wake::Ready(_) => return Err(never_handed_over(loaded, &missing)),
+            Wake::Ready(_) => return Err(exited(loaded, &missing)),
             Wake::Message(_) => continue,
         };
-        for message in messages.ok_or_else(|| never_handed_over(loaded, &missing))? {
+        let Some(messages) = messages else {
+            return Err(closed(monitor, inbox, loaded, &missing)?);
+        };
+        for message in messages {
             match message {
                 Message::Loaded => loaded = true,
                 Message::Region(region) => {
@@ -113,8 +116,40 @@ fn take_over(
     Ok(handed)
 }
 
+/// Why the hand-over socket was closed: mostly because the process is ending, which shows a moment
+/// later.
+fn closed(
+    monitor: &Monitor,
+    inbox: &Inbox<Note>,
+    loaded: bool,
+    missing: &HashMap<&str, ()>,
+) -> Result<Error> {
+    let deadline = Instant::now() + EXIT_TIMEOUT;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        return Ok(match inbox.wait(&[monitor.exited()], Some(left))? {
+            Wake::Signal => Error::Interrupted("no guest had arrived".into()),
+            Wake::Ready(_) => exited(loaded, missing),
+            Wake::Timeout => never_handed_over(loaded, missing),
+            Wake::Message(_) => continue,
+        });
+    }
+}
+
+fn exited(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
+    if !loaded {
+        return never_handed_over(loaded, missing);
+    }
+    let names = names(missing);
+    Error::Host(format!("it exited before it mapped RAM {names} (its own messages say why)"))
+}
+
+fn names(missing: &HashMap<&str, ()>) -> String {
+    missing.keys().copied().collect::<Vec<_>>().join(", ")
+}
+
 fn never_handed_over(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
-    let names = missing.keys().copied().collect::<Vec<_>>().join(", ");
+    let names = names(missing);
     Error::Preload(if loaded {
         format!(
             "COMMAND never mapped RAM {names}: check that its mem-path is the file named here and \

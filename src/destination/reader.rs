@@ -105,7 +105,8 @@ impl LaneReader {
                 }
                 self.events(&mut wake, &mut arrived)?;
                 result.map_err(|error| Error::protocol(&self.name, error))?;
-                self.arm(ring)
+                // The source may close a lane that has ended.
+                if self.receiver.is_ended() { Ok(()) } else { self.arm(ring) }
             }
             (TOKEN_RUN, _) => {
                 let Outcome::Done(bytes) = outcome else {

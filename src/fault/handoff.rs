@@ -92,6 +92,11 @@ impl HandoffSocket {
         Ok(Some(messages))
     }
 
+    /// Tells the guest side that the guest may run there from now on: it outlives us.
+    pub(crate) fn keep(&mut self) -> Result<()> {
+        self.stream.write_all(b"keep\n").context(|| "the hand-over socket")
+    }
+
     /// Tells the guest side that every page is its own: it closes its userfaultfds.
     pub(crate) fn release(&mut self) -> Result<()> {
         self.stream.write_all(b"release\n").context(|| "the hand-over socket")

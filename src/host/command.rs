@@ -6,15 +6,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use super::qemu::HOW_TO_START;
 use crate::error::{Context, Error, Result};
@@ -49,7 +47,7 @@ impl std::str::FromStr for RamPath {
 /// removes the RAM files that it created.
 pub(crate) struct Monitor {
     child: Child,
-    exited: OwnedFd,
+    handle: ProcessHandle,
     created: Vec<PathBuf>,
     released: bool,
 }
@@ -114,8 +112,8 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
             _ => format!("cannot start {program}: {error}"),
         })
     })?;
-    let exited = pidfd(&child)?;
-    let monitor = Monitor { child, exited, created, released: false };
+    let handle = ProcessHandle::open(child.id())?;
+    let monitor = Monitor { child, handle, created, released: false };
     Ok((monitor, Sockets { handoff, qmp }))
 }
 
@@ -195,25 +193,36 @@ pub(crate) fn is_qemu(program: &str) -> bool {
         .is_some_and(|name| name.starts_with("qemu") || name == "kvm")
 }
 
-fn pidfd(child: &Child) -> Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    let pid = libc::c_long::from(child.id());
-    // SAFETY: pidfd_open(2) takes a pid and flags; the child has not been waited for, so the pid
-    // is its own.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = i32::try_from(fd).expect("descriptors are small");
-    if fd < 0 {
-        return Err(Error::last_os("pidfd_open"));
+/// A handle on a process, which stays on that process when its pid is used again.
+pub(crate) struct ProcessHandle(OwnedFd);
+
+impl ProcessHandle {
+    /// Of a process that is known to be there: a child, or one that a child of ours waits for.
+    pub(crate) fn open(pid: u32) -> Result<ProcessHandle> {
+        // SAFETY: pidfd_open(2) takes a pid and flags; no memory is involved.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
+        let fd = i32::try_from(fd).expect("descriptors are small");
+        if fd < 0 {
+            return Err(Error::last_os("pidfd_open"));
+        }
+        // SAFETY: the kernel has just made it for us.
+        Ok(ProcessHandle(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
-    // SAFETY: the kernel has just made it for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+
+    /// Ends the process; one that has ended already stays so.
+    pub(crate) fn kill(&self) {
+        let info = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: pidfd_send_signal(2) with no siginfo; the descriptor is ours.
+        let _ = unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), libc::SIGKILL, info, 0)
+        };
+    }
 }
 
 impl Monitor {
     /// Becomes readable when the process ends.
     pub(crate) fn exited(&self) -> BorrowedFd<'_> {
-        use std::os::fd::AsFd;
-        self.exited.as_fd()
+        self.handle.0.as_fd()
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -243,11 +252,8 @@ impl Drop for Monitor {
         }
         // Its vCPUs have never run here, so there is nothing to shut down gently. A thread that
         // waits in a page fault can be killed; the userfaultfd dies with the process.
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("pids are positive"));
-        if matches!(self.child.try_wait(), Ok(None)) {
-            let _ = kill(pid, Signal::SIGKILL);
-            let _ = self.child.wait();
-        }
+        self.handle.kill();
+        let _ = self.child.wait();
         for path in &self.created {
             let _ = std::fs::remove_file(path);
         }

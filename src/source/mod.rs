@@ -9,7 +9,7 @@ mod bulk;
 mod demand;
 mod memory;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, Release};
@@ -61,6 +61,8 @@ pub struct Options {
     pub cores: Vec<usize>,
     /// JSON events on stdout.
     pub json: bool,
+    /// No progress on stderr.
+    pub quiet: bool,
 }
 
 /// What reaches the control thread.
@@ -107,7 +109,7 @@ pub fn run(options: &Options) -> Result<()> {
         .map(|ram| RamFile::open_source(&ram.name, &ram.path))
         .collect::<Result<Vec<_>>>()?;
     let memory = Arc::new(SourceMemory::new(files));
-    let lanes = dial(options, lane::new_session()?)?;
+    let lanes = dial(options, lane::new_session()?, &inbox)?;
     output.event(
         "connected",
         json!({ "uri": options.uri.to_string(), "lanes": options.lanes }),
@@ -142,11 +144,17 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
 }
 
 /// Opens every lane, the demand lane first.
-fn dial(options: &Options, session: SessionId) -> Result<Vec<Lane>> {
+fn dial(options: &Options, session: SessionId, inbox: &Inbox<Note>) -> Result<Vec<Lane>> {
+    let wait = |socket: BorrowedFd<'_>, timeout| match inbox.wait(&[socket], Some(timeout))? {
+        Wake::Signal => Err(Error::Interrupted("the guest goes on here".into())),
+        Wake::Timeout => Ok(false),
+        // Nobody posts before there are workers.
+        Wake::Ready(_) | Wake::Message(_) => Ok(true),
+    };
     (0..=options.lanes)
         .map(|index| {
             let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
-            lane::dial(&options.uri, &lane::hello(session, role, index, options.lanes))
+            lane::dial(&options.uri, &lane::hello(session, role, index, options.lanes), &wait)
         })
         .collect()
 }
@@ -247,7 +255,7 @@ impl Migration {
             bulk_ended: 0,
             congestion,
             times: Times::default(),
-            progress: Progress::new(memory.total_bytes()),
+            progress: Progress::new(memory.total_bytes(), options.quiet),
             memory,
             inbox,
         };

@@ -37,13 +37,16 @@ impl Serial {
     /// When the guest finds a wrong word, or no such heartbeat comes.
     pub(crate) fn beat(&mut self, what: &str, wanted: impl Fn(&Beat) -> bool) -> Beat {
         let what = format!("a heartbeat with {what} in {}", self.path.display());
-        wait_for(what, || self.lines().iter().filter_map(|line| read_beat(line)).find(&wanted))
+        wait_for(what, || self.beats().into_iter().find(&wanted))
     }
 
     /// The last heartbeat that there is now.
     pub(crate) fn last_beat(&mut self) -> Beat {
-        let lines = self.all_lines();
-        lines.iter().filter_map(|line| read_beat(line)).next_back().expect("a heartbeat")
+        if let Some(file) = &mut self.file {
+            file.seek(SeekFrom::Start(0)).expect("a plain file");
+        }
+        self.begun.clear();
+        self.beats().pop().expect("a heartbeat")
     }
 
     /// Waits until the guest has gone on for a while from now.
@@ -52,12 +55,17 @@ impl Serial {
         self.beat("a later number", |beat| beat.number >= last.number + 3);
     }
 
-    fn all_lines(&mut self) -> Vec<String> {
-        if let Some(file) = &mut self.file {
-            file.seek(SeekFrom::Start(0)).expect("a plain file");
+    /// The heartbeats since the last call.
+    ///
+    /// # Panics
+    /// When the guest complains, with all that it has said.
+    fn beats(&mut self) -> Vec<Beat> {
+        let lines = self.lines();
+        if let Some(line) = lines.iter().find(|line| complains(line)) {
+            let all = std::fs::read(&self.path).unwrap_or_default();
+            panic!("the guest says: {line}\n{}", String::from_utf8_lossy(&all));
         }
-        self.begun.clear();
-        self.lines()
+        lines.iter().filter_map(|line| read_beat(line)).collect()
     }
 
     /// The lines that have been completed since the last call.
@@ -79,12 +87,13 @@ impl Serial {
     }
 }
 
+fn complains(line: &str) -> bool {
+    ["umem-guest BAD", "umem-guest failed", "Kernel panic"].iter().any(|text| line.contains(text))
+}
+
 /// A heartbeat's numbers; none for other lines, the rest of a line that began at the source among
 /// them.
 fn read_beat(line: &str) -> Option<Beat> {
-    assert!(!line.contains("umem-guest BAD"), "the guest says: {line}");
-    assert!(!line.contains("umem-guest failed"), "the guest says: {line}");
-    assert!(!line.contains("Kernel panic"), "the guest says: {line}");
     let numbers: HashMap<&str, u64> = line
         .strip_prefix("umem-guest ")?
         .split(' ')

@@ -15,7 +15,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::error::{Context, Result, failure};
+use crate::error::{Context, Result, failure, usage};
 use crate::interrupt;
 use crate::machine::{Machine, pin, two_cores};
 use crate::memory::{Mapping, Pages};
@@ -83,7 +83,7 @@ pub(crate) fn ways(pages: Pages) -> Vec<Way> {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.size == 0 || options.rounds == 0 {
-        return failure("--size and --rounds are at least 1");
+        return usage("--size and --rounds are at least 1");
     }
     let machine = Machine::describe();
     let mut floor = Floor::new(options.size << 20)?;
@@ -134,8 +134,10 @@ impl Floor {
         for (way, runs) in &mut self.runs {
             let source = sources.iter().find(|(pages, _)| *pages == way.pages);
             let (_, source) = source.ok_or("every way has its source")?;
-            // The first run leaves the memory warm for the second, which counts.
-            once(*way, source, bytes)?;
+            if way.receive != Receive::Discard {
+                // Leaves the memory warm for the run that counts.
+                once(*way, source, bytes)?;
+            }
             runs.push(once(*way, source, bytes)?);
         }
         Ok(())
@@ -250,8 +252,8 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
         "{} MiB from a filled memory file of the same page kind over one loopback TCP connection \
          ({CONGESTION}) into a fresh memory file; sender and receiver are one thread each on a core \
          of its own, with plain blocking system calls of up to 1 MiB (256 KiB through a hot \
-         buffer). Every way takes its turn in each of {} rounds, twice: the first run warms the \
-         memory, the second counts. Gbit/s is the median of the rounds, from the start of both \
+         buffer). Every way takes its turn in each of {} rounds, twice where memory is filled: the \
+         first run warms it, the second counts. Gbit/s is the median of the rounds, from the start of both \
          threads to the last byte received; what arrived is checked after the clock has stopped. \
          Busy is a thread's processor time over the run's.",
         options.size, options.rounds

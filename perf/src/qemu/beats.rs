@@ -28,20 +28,49 @@ pub(super) struct Latency {
     pub(super) p50_us: f64,
     /// Median of the beats' 99th percentiles.
     pub(super) p99_us: f64,
+    /// The largest of the beats' 99th percentiles.
+    pub(super) p99_worst_us: f64,
     /// The largest of all.
     pub(super) max_us: f64,
+    /// Seconds of the guest's usual work that it did not get done meanwhile: unlike a percentile it
+    /// does not fall when a mover goes on for long after the guest has what it needs. NaN for a
+    /// guest that does nothing.
+    pub(super) work_lost_s: f64,
 }
 
 impl Latency {
-    pub(super) fn of(beats: &[Beat]) -> Latency {
+    /// Of the beats while the guest was moved; `before` are those at the source.
+    pub(super) fn of(before: &[Beat], beats: &[Beat]) -> Latency {
         let values = |get: fn(&Beat) -> u64| -> Vec<f64> {
             beats.iter().map(|beat| get(beat) as f64).collect()
         };
         Latency {
             p50_us: median(&values(|beat| beat.p50_us)),
             p99_us: median(&values(|beat| beat.p99_us)),
+            p99_worst_us: values(|beat| beat.p99_us).into_iter().fold(f64::NAN, f64::max),
             max_us: values(|beat| beat.max_us).into_iter().fold(f64::NAN, f64::max),
+            work_lost_s: work_lost_s(before, beats),
         }
+    }
+}
+
+/// The usual rate is that of the last second at the source.
+fn work_lost_s(before: &[Beat], beats: &[Beat]) -> f64 {
+    let usual = &before[before.len().saturating_sub(10)..];
+    let (Some(first), Some(stopped)) = (usual.first(), usual.last()) else { return f64::NAN };
+    let Some(last) = beats.last() else { return f64::NAN };
+    let reads_a_ms = stopped.reads_since(first) / stopped.ms_since(first);
+    let lost_ms = last.ms_since(stopped) - last.reads_since(stopped) / reads_a_ms;
+    if lost_ms.is_finite() { lost_ms / 1e3 } else { f64::NAN }
+}
+
+impl Beat {
+    fn reads_since(&self, other: &Beat) -> f64 {
+        self.reads.saturating_sub(other.reads) as f64
+    }
+
+    fn ms_since(&self, other: &Beat) -> f64 {
+        self.ms.saturating_sub(other.ms) as f64
     }
 }
 
@@ -88,8 +117,20 @@ mod tests {
     #[test]
     fn latencies_of_several_beats() {
         let beat = |p99_us, max_us| Beat { p99_us, max_us, ..parse(LINE).unwrap() };
-        let latency = Latency::of(&[beat(10, 20), beat(30, 900), beat(20, 30)]);
+        let latency = Latency::of(&[], &[beat(10, 20), beat(30, 900), beat(20, 30)]);
         assert!((latency.p50_us, latency.p99_us, latency.max_us) == (3.0, 20.0, 900.0));
-        assert!(Latency::of(&[]).max_us.is_nan());
+        assert!(latency.p99_worst_us.total_cmp(&30.0).is_eq());
+        assert!(Latency::of(&[], &[]).max_us.is_nan());
+    }
+
+    #[test]
+    fn work_that_was_not_done() {
+        let beat = |reads, ms| Beat { reads, ms, ..parse(LINE).unwrap() };
+        let before = [beat(0, 0), beat(1000, 1000)];
+        // A second at half the usual rate, then a second at the usual one.
+        let beats = [beat(1500, 2000), beat(2500, 3000)];
+        assert!(work_lost_s(&before, &beats).total_cmp(&0.5).is_eq());
+        // An idle guest.
+        assert!(work_lost_s(&[beat(0, 0), beat(0, 1000)], &[beat(0, 2000)]).is_nan());
     }
 }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use argh::FromArgs;
 use serde_json::{Value, json};
 
-use crate::error::{Result, failure};
+use crate::error::{Result, usage};
 use crate::machine::Machine;
 use crate::process::find_umem;
 use crate::report::{Report, Table, progress};
@@ -62,10 +62,10 @@ const KERNEL_MIB: u64 = 256;
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.rounds == 0 || options.fill == 0 {
-        return failure("--rounds and --fill are at least 1");
+        return usage("--rounds and --fill are at least 1");
     }
     if options.size < options.fill + KERNEL_MIB {
-        return failure(format!(
+        return usage(format!(
             "--size {} is too small for --fill {}: the guest's kernel needs {KERNEL_MIB} MiB more",
             options.size, options.fill
         ));
@@ -109,13 +109,20 @@ struct Measure {
     get: fn(&Move) -> f64,
 }
 
-const MEASURES: [Measure; 8] = [
+const MEASURES: [Measure; 10] = [
     Measure { name: "total_s", head: "total s", digits: 2, get: |m| m.total_s },
     Measure { name: "stopped_to_complete_s", head: "stop→end s", digits: 2, get: |m| m.drain_s },
     Measure { name: "downtime_ms", head: "downtime ms", digits: 1, get: |m| m.downtime_ms },
     Measure { name: "latency_p50_us", head: "p50 µs", digits: 0, get: |m| m.latency.p50_us },
     Measure { name: "latency_p99_us", head: "p99 µs", digits: 0, get: |m| m.latency.p99_us },
+    Measure {
+        name: "latency_p99_worst_us",
+        head: "worst p99",
+        digits: 0,
+        get: |m| m.latency.p99_worst_us,
+    },
     Measure { name: "latency_max_us", head: "max µs", digits: 0, get: |m| m.latency.max_us },
+    Measure { name: "work_lost_s", head: "work lost s", digits: 2, get: |m| m.latency.work_lost_s },
     Measure { name: "cpu_s", head: "CPU s", digits: 2, get: |m| m.cpu.all_s },
     Measure {
         name: "cpu_without_vcpus_s",
@@ -220,8 +227,8 @@ fn method(options: &Options, version: &str) -> String {
         "A Linux guest of {size} MiB with two vCPUs under TCG in QEMU {version} fills {fill} MiB and \
          {load}; it is moved from one QEMU to another on this machine over loopback TCP. The \
          subjects take turns in each of {rounds} rounds, each with new processes. Just before each \
-         move, whoever moves, a file of {size} MiB is written in /dev/shm and removed, so that the \
-         machine has as much memory at hand. postcopy-preempt and plain postcopy are QEMU's own, \
+         move, whoever moves, a file of {warm} MiB is written in /dev/shm and removed, so that the \
+         machine has as much memory at hand as both ends can take. postcopy-preempt and plain postcopy are QEMU's own, \
          without a bandwidth limit, switched over at once, on the system's congestion control; `file` \
          is the memory-backend-file with share=on that umem needs, `private` is QEMU's default RAM. \
          umem is `umem migrate -p` and `umem incoming` with their defaults. Total: from giving the \
@@ -229,12 +236,15 @@ fn method(options: &Options, version: &str) -> String {
          from the source's STOP event until then. Downtime: from the source's STOP to the \
          destination's RESUME, timestamps of QEMU's events for every subject. Latency: what the guest \
          measured of first touches of pages, in the beats (100 ms each) it printed at the destination \
-         before the end: medians of the beats' p50 and p99, the largest of their maxima; the first \
-         of them reaches back before the switch. CPU: user and system time of both QEMUs and both \
+         before the end: medians of the beats' p50 and p99 (which a mover's long tail without accesses to missing \
+         pages lowers), the largest of their p99 and of their maxima; the first of them reaches \
+         back before the switch. Work lost: seconds of the guest's work, at its rate of the last \
+         second at the source, that it did not get done in those beats. CPU: user and system time of both QEMUs and both \
          umem processes from start to end, in steps of 10 ms. What the guest itself computes cannot \
          be separated from it; `without vCPUs` leaves out QEMU's vCPU threads, and with them what \
          page faults cost there. Ratios are a peer's median over umem's.",
         size = options.size,
+        warm = 2 * options.size,
         fill = options.fill,
         rounds = options.rounds,
     )

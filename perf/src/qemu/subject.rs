@@ -110,13 +110,13 @@ fn by_qemu(
     source.qmp.execute("migrate-set-parameters", &unlimited)?;
     let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", free_port()?) });
     destination.qmp.execute("migrate-incoming", &uri)?;
-    warm_shared_memory(setup.size_mib << 20)?;
+    warm_up(setup)?;
 
     let watch = Watch::begin(vec![source.pid(), destination.pid()]);
     source.qmp.execute("migrate", &uri)?;
     source.qmp.execute("migrate-start-postcopy", &json!({}))?;
     let ends = [source.qmp.migrated(PATIENCE)?.at_s, destination.qmp.migrated(PATIENCE)?.at_s];
-    let ended = watch.end(ends, destination.console());
+    let ended = watch.end(ends, source.console(), destination.console());
 
     let report = json!({
         "source": source.qmp.execute("query-migrate", &json!({}))?,
@@ -133,7 +133,7 @@ fn by_umem(setup: &Setup, scratch: &Scratch, [here, there]: [&Path; 2]) -> Resul
     let console = scratch.file("destination.console");
     let (mut incoming, uri, guest_pid, mut destination) =
         start_incoming(setup, scratch, there, &console)?;
-    warm_shared_memory(setup.size_mib << 20)?;
+    warm_up(setup)?;
 
     let mut watch = Watch::begin(vec![source.pid(), guest_pid, incoming.pid()]);
     let mut arguments: Vec<OsString> = ["migrate", "-p", "--json", "--qmp"].map(Into::into).into();
@@ -143,11 +143,21 @@ fn by_umem(setup: &Setup, scratch: &Scratch, [here, there]: [&Path; 2]) -> Resul
     watch.pids.push(migrate.pid());
     let (source_end, source_report) = migrate.event("completed", PATIENCE)?;
     let (destination_end, destination_report) = incoming.event("completed", PATIENCE)?;
-    let ended = watch.end([since_1970(source_end), since_1970(destination_end)], &console);
+    let ended = watch.end(
+        [since_1970(source_end), since_1970(destination_end)],
+        source.console(),
+        &console,
+    );
 
     let report = json!({ "source": source_report, "destination": destination_report });
     check_arrived(&console, ended.beats.len())?;
     ended.into_move(&mut source.qmp, &mut destination, report)
+}
+
+/// Makes as much memory ready as any mover takes: QEMU fills the destination's RAM whole, and reading
+/// the holes of the source's shared RAM fills those too.
+fn warm_up(setup: &Setup) -> Result<()> {
+    warm_shared_memory((2 * setup.size_mib) << 20)
 }
 
 /// Starts `umem incoming` with a QEMU: it, where it listens, QEMU's pid and a monitor of our own.
@@ -184,6 +194,9 @@ struct Ended {
     began_s: f64,
     ended_s: f64,
     cpu: Cpu,
+    /// At the source.
+    beats_before: Vec<Beat>,
+    /// At the destination.
     beats: Vec<Beat>,
 }
 
@@ -193,12 +206,13 @@ impl Watch {
         Watch { pids, began_s: since_1970(SystemTime::now()), cpu }
     }
 
-    fn end(self, ends_s: [f64; 2], console: &Path) -> Ended {
+    fn end(self, ends_s: [f64; 2], source: &Path, destination: &Path) -> Ended {
         Ended {
             began_s: self.began_s,
             ended_s: ends_s[0].max(ends_s[1]),
             cpu: Cpu::of_all(&self.pids).since(self.cpu),
-            beats: beats_in(console),
+            beats: beats_in(destination),
+            beats_before: beats_in(source),
         }
     }
 }
@@ -215,7 +229,7 @@ impl Ended {
             total_s: self.ended_s - self.began_s,
             drain_s: self.ended_s - stopped_s,
             downtime_ms: (running_s - stopped_s) * 1e3,
-            latency: Latency::of(&self.beats),
+            latency: Latency::of(&self.beats_before, &self.beats),
             cpu: self.cpu,
             beats: self.beats,
             report,

@@ -27,8 +27,17 @@ pub(crate) fn start(socket: i32) -> Result<(), i32> {
     }
 }
 
-/// Until `release` or until umem is gone. When umem is gone everything stays open: the guest waits.
+/// Until `release` or until umem is gone. A guest that may have run here stays then, everything open,
+/// and waits; one that was still to come never will, and its process ends.
 fn serve(socket: i32) {
+    let mut keeps = false;
+    listen(socket, &mut keeps);
+    if !keeps {
+        sys::kill_this_process();
+    }
+}
+
+fn listen(socket: i32, keeps: &mut bool) {
     let mut line = Vec::with_capacity(LINE_SIZE_MAX);
     let mut buffer = [0; LINE_SIZE_MAX];
     loop {
@@ -46,7 +55,9 @@ fn serve(socket: i32) {
                 continue;
             }
             match line.as_slice() {
+                b"keep" => *keeps = true,
                 b"release" => {
+                    *keeps = true;
                     // Nobody is left to tell if this fails.
                     let _ = report::released(socket, handover::release());
                     return;

@@ -39,8 +39,9 @@
 //! ```
 //!
 //! After the first hand-over a thread of ours reads command lines: `ping` is answered by
-//! `{"pong":1}`; `release`, which says that everything is unregistered, closes our userfaultfds, is
-//! answered by `{"released":N}` and ends the thread.
+//! `{"pong":1}`; `keep` says that the guest may run here from now on; `release`, which says that
+//! everything is unregistered, closes our userfaultfds, is answered by `{"released":N}` and ends the
+//! thread. If the socket closes before `keep`, no guest will come: the process is killed.
 //!
 //! # What must hold
 //!

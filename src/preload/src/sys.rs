@@ -37,6 +37,7 @@ const SOL_SOCKET: c_int = 1;
 const SCM_RIGHTS: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
 const SIG_SETMASK: c_int = 2;
+const SIGKILL: c_int = 9;
 
 #[cfg(target_arch = "x86_64")]
 mod number {
@@ -126,6 +127,8 @@ mod c {
             new: *const SignalSet,
             old: *mut SignalSet,
         ) -> c_int;
+        pub(super) fn getpid() -> c_int;
+        pub(super) fn kill(pid: c_int, signal: c_int) -> c_int;
         pub(super) fn __errno_location() -> *mut c_int;
     }
 }
@@ -286,6 +289,12 @@ pub(crate) fn send_message(
 pub(crate) fn receive(socket: c_int, buffer: &mut [u8]) -> Result<usize, c_int> {
     // SAFETY: the buffer is ours for the call and as long as said.
     check(unsafe { c::read(socket, buffer.as_mut_ptr().cast(), buffer.len()) } as i64)
+}
+
+/// At once: other threads may be waiting in page faults that nobody answers any more.
+pub(crate) fn kill_this_process() {
+    // SAFETY: no memory is passed.
+    unsafe { c::kill(c::getpid(), SIGKILL) };
 }
 
 pub(crate) fn write_stderr(bytes: &[u8]) {

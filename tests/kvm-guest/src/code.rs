@@ -1,0 +1,345 @@
+//! The guest: its instructions, and what it and the monitor know of each other.
+//!
+//! # The guest's address space
+//!
+//! | from | what |
+//! |---|---|
+//! | 0 | RAM, the memory that is demand-paged |
+//! | [`BOARD`] | the monitor's own memory: a page of code, a page of [`Plan`]s, page tables |
+//! | [`Report`] | nothing: a device, which the monitor plays |
+//!
+//! A vCPU starts at [`BOARD`] in 64-bit user mode, every address mapped to itself, without a stack or
+//! an interrupt table (any exception is a triple fault and ends the guest), with the address of its
+//! plan in RBP. It goes through the pages of its plan twice. The first time it compares each word of
+//! a page with what the monitor's `Pattern` puts there and then writes its own; the second time it
+//! compares with those. At the end it writes its counts to [`Report`]; with the last of them it is
+//! done.
+//!
+//! User mode, because a KVM that does without the processor's virtualization (kvm_pvm, as in some
+//! virtual machines) runs only that at full speed. It interprets what a kernel would do and all other
+//! modes, at several microseconds an instruction: a minute for each MiB here.
+
+use std::arch::global_asm;
+use std::mem::offset_of;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+use crate::Result;
+use crate::memory::Memory;
+use crate::pattern::{FACTORS, Pattern, ZERO_BITS};
+
+/// A page of the guest.
+pub(crate) const PAGE_BYTES: u32 = 4096;
+
+/// Where code and plans are: beyond all RAM.
+pub(crate) const BOARD: u32 = 0xe000_0000;
+
+/// What can be addressed below [`BOARD`], rounded down to a GiB.
+pub(crate) const RAM_BYTES_MAX: u64 = 3 << 30;
+
+/// Pages of the board: code, plans, and page tables.
+const BOARD_PAGES: usize = 2 + PAGE_TABLES;
+
+/// One table of the fourth level, one of the third, and one of the second for each of 4 GiB.
+const PAGE_TABLES: usize = 1 + 1 + 4;
+
+/// Present, writable, for user mode, accessed.
+const TABLE: u64 = 0x27;
+
+/// … and dirty, and 2 MiB large.
+const LARGE_PAGE: u64 = TABLE | 0x40 | 0x80;
+
+/// As many plans as there is room for in their page.
+pub(crate) const VCPUS_MAX: u32 = PAGE_BYTES / size_of::<Plan>() as u32;
+
+/// What one vCPU is to do, and what it has counted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    /// Pages of RAM.
+    ram_pages: u32,
+    /// The first page; the following ones are each `step` further, modulo `ram_pages`.
+    first: u32,
+    step: u32,
+    /// Pages of this vCPU, at least one.
+    count: u32,
+    key_first: u32,
+    key_second: u32,
+    /// Counted by the guest, from zero.
+    pages: u32,
+    wrong_first: u32,
+    wrong_second: u32,
+}
+
+impl Plan {
+    /// The share of one of `vcpus`. All of them together walk through memory by jumps of `stride`,
+    /// taking turns; that meets every page once because stride and number of pages have no divisor
+    /// in common.
+    fn new(ram_pages: u32, vcpu: u32, vcpus: u32, pattern: &Pattern) -> Plan {
+        assert!(vcpu < vcpus && vcpus <= ram_pages);
+        let stride = stride(ram_pages);
+        let times = |count: u32| {
+            let page = u64::from(count) * u64::from(stride) % u64::from(ram_pages);
+            u32::try_from(page).expect("smaller than the number of pages")
+        };
+        Plan {
+            ram_pages,
+            first: times(vcpu),
+            step: times(vcpus),
+            count: (ram_pages - vcpu).div_ceil(vcpus),
+            key_first: pattern.key_first,
+            key_second: pattern.key_second,
+            pages: 0,
+            wrong_first: 0,
+            wrong_second: 0,
+        }
+    }
+}
+
+/// About 0.38 of all pages (the golden section, which keeps successive pages apart), and coprime to
+/// their number.
+fn stride(pages: u32) -> u32 {
+    let wanted = u64::from(pages) * 382 / 1000;
+    let wanted = u32::try_from(wanted).expect("smaller than pages").max(1);
+    (wanted..).find(|&stride| gcd(stride, pages) == 1).expect("there are primes")
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// The guest's addresses where a vCPU reports, 32 bits each, in this order. There is no memory, so
+/// that KVM gives what is written there to the monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Report {
+    Pages = 0xf000_0000,
+    WrongFirst = 0xf000_0004,
+    WrongSecond = 0xf000_0008,
+}
+
+impl Report {
+    pub(crate) fn of(address: u64) -> Option<Report> {
+        [Report::Pages, Report::WrongFirst, Report::WrongSecond]
+            .into_iter()
+            .find(|&report| report as u64 == address)
+    }
+}
+
+// RBP  this vCPU's plan        EDI  page        ECX  pages left
+// RSI  address of a word       EBX  end of the page
+// EDX  all ones, or zero where the page must hold zeroes        EAX  the expected word
+//
+// Position-independent; `word` below is the Rust function of that name in `pattern`.
+global_asm!(
+    ".pushsection .rodata.umem_test_kvm_guest, \"a\"",
+    // EAX = word(ESI, plan.\key)
+    ".macro word key",
+    "        imul    eax, esi, {factor_0}",
+    "        xor     eax, [rbp + \\key]",
+    "        bswap   eax",
+    "        imul    eax, eax, {factor_1}",
+    ".endm",
+    // Begins going through the pages.
+    ".macro begin",
+    "        mov     edi, [rbp + {first}]",
+    "        mov     ecx, [rbp + {count}]",
+    ".endm",
+    // RSI and EBX = where page EDI begins and ends
+    ".macro enter_page",
+    "        mov     esi, edi",
+    "        shl     esi, 12",
+    "        lea     ebx, [rsi + {page_bytes}]",
+    ".endm",
+    // Goes on to the next page, at \again, if there is one.
+    ".macro next_page again",
+    "        add     edi, [rbp + {step}]",
+    "        cmp     edi, [rbp + {ram_pages}]",
+    "        jb      99f",
+    "        sub     edi, [rbp + {ram_pages}]",
+    "99:     dec     ecx",
+    "        jnz     \\again",
+    ".endm",
+    ".macro report where, count",
+    "        mov     edx, \\where",
+    "        mov     eax, [rbp + \\count]",
+    "        mov     [rdx], eax",
+    ".endm",
+    "umem_test_kvm_guest_start:",
+    // First time: compare with the monitor's words …
+    "        begin",
+    "20:     enter_page",
+    "        mov     eax, esi",
+    "        and     eax, {zero_bits}",
+    "        xor     edx, edx",
+    "        cmp     eax, {zero_bits}",
+    "        je      30f",
+    "        dec     edx",
+    "30:     word    {key_first}",
+    "        and     eax, edx",
+    "        cmp     eax, [rsi]",
+    "        je      40f",
+    "        inc     dword ptr [rbp + {wrong_first}]",
+    "40:     add     esi, 4",
+    "        cmp     esi, ebx",
+    "        jne     30b",
+    // … and write ours.
+    "        enter_page",
+    "50:     word    {key_second}",
+    "        mov     [rsi], eax",
+    "        add     esi, 4",
+    "        cmp     esi, ebx",
+    "        jne     50b",
+    "        inc     dword ptr [rbp + {pages}]",
+    "        next_page 20b",
+    // Second time: compare with ours.
+    "        begin",
+    "60:     enter_page",
+    "70:     word    {key_second}",
+    "        cmp     eax, [rsi]",
+    "        je      80f",
+    "        inc     dword ptr [rbp + {wrong_second}]",
+    "80:     add     esi, 4",
+    "        cmp     esi, ebx",
+    "        jne     70b",
+    "        next_page 60b",
+    "        report  {report_pages}, {pages}",
+    "        report  {report_wrong_first}, {wrong_first}",
+    "        report  {report_wrong_second}, {wrong_second}",
+    // Not reached: the monitor does not go on after the last report.
+    "        hlt",
+    "umem_test_kvm_guest_end:",
+    ".purgem word",
+    ".purgem begin",
+    ".purgem enter_page",
+    ".purgem next_page",
+    ".purgem report",
+    ".popsection",
+    factor_0 = const FACTORS[0].cast_signed(),
+    factor_1 = const FACTORS[1].cast_signed(),
+    page_bytes = const PAGE_BYTES,
+    zero_bits = const ZERO_BITS,
+    ram_pages = const offset_of!(Plan, ram_pages),
+    first = const offset_of!(Plan, first),
+    step = const offset_of!(Plan, step),
+    count = const offset_of!(Plan, count),
+    key_first = const offset_of!(Plan, key_first),
+    key_second = const offset_of!(Plan, key_second),
+    pages = const offset_of!(Plan, pages),
+    wrong_first = const offset_of!(Plan, wrong_first),
+    wrong_second = const offset_of!(Plan, wrong_second),
+    report_pages = const Report::Pages as u32,
+    report_wrong_first = const Report::WrongFirst as u32,
+    report_wrong_second = const Report::WrongSecond as u32,
+);
+
+unsafe extern "C" {
+    static umem_test_kvm_guest_start: u8;
+    static umem_test_kvm_guest_end: u8;
+}
+
+fn code() -> &'static [u8] {
+    // SAFETY: the two symbols enclose the bytes of the assembly above, which are read-only and
+    // there for as long as the program.
+    unsafe {
+        let start = &raw const umem_test_kvm_guest_start;
+        let end = &raw const umem_test_kvm_guest_end;
+        let bytes = usize::try_from(end.offset_from(start)).expect("the end is behind the start");
+        std::slice::from_raw_parts(start, bytes)
+    }
+}
+
+/// The memory at [`BOARD`].
+pub(crate) struct Board {
+    memory: Memory,
+}
+
+impl Board {
+    /// Code and plans for the vCPUs of a guest.
+    pub(crate) fn new(ram: &Memory, vcpus: u32, pattern: &Pattern) -> Result<Board> {
+        if !(1..=VCPUS_MAX).contains(&vcpus) {
+            return Err(format!("{vcpus} vCPUs: 1 to {VCPUS_MAX} are possible"));
+        }
+        let ram_pages = u32::try_from(ram.bytes() / PAGE_BYTES as usize).expect("checked in map");
+        let page = PAGE_BYTES as usize;
+        let bytes = NonZeroUsize::new(BOARD_PAGES * page).expect("some pages");
+        let board = Board { memory: Memory::private(bytes)? };
+        assert!(code().len() <= page);
+        // SAFETY: the code fits in the first of our pages, which nobody else has yet.
+        unsafe {
+            board.start().copy_from_nonoverlapping(NonNull::from(code()).cast(), code().len());
+        }
+        for vcpu in 0..vcpus {
+            let plan = Plan::new(ram_pages, vcpu, vcpus, pattern);
+            // SAFETY: the plans fit in the second page (VCPUS_MAX), aligned as an array of them.
+            unsafe { board.start().add(page).cast::<Plan>().add(vcpu as usize).write(plan) };
+        }
+        board.map_addresses_to_themselves();
+        Ok(board)
+    }
+
+    /// Makes page tables for the first 4 GiB.
+    fn map_addresses_to_themselves(&self) {
+        let address = |table: u64| u64::from(Board::page_tables()) + table * u64::from(PAGE_BYTES);
+        let entries = std::iter::once((0, address(1) | TABLE))
+            .chain((0..4).map(|gib| (512 + gib, address(2 + gib) | TABLE)))
+            .chain((0..4 * 512).map(|index| (2 * 512 + index, index << 21 | LARGE_PAGE)));
+        for (index, entry) in entries {
+            let index = usize::try_from(index).expect("64-bit Linux");
+            assert!(index < PAGE_TABLES * 512);
+            // SAFETY: an entry of our page tables, which are the last pages of our own memory.
+            unsafe {
+                self.start().add(2 * PAGE_BYTES as usize).cast::<u64>().add(index).write(entry);
+            };
+        }
+    }
+
+    /// The guest's address of the table of the fourth level, for CR3.
+    pub(crate) fn page_tables() -> u32 {
+        BOARD + 2 * PAGE_BYTES
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Where a vCPU finds its plan.
+    pub(crate) fn plan_address(vcpu: u32) -> u32 {
+        BOARD + PAGE_BYTES + vcpu * size_of::<Plan>() as u32
+    }
+
+    fn start(&self) -> NonNull<u8> {
+        self.memory.start()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_cover_every_page_once() {
+        let pattern = Pattern::new(1);
+        for ram_pages in [256, 257, 1000, 16 * 256, 3 << 18] {
+            for vcpus in [1, 2, 3, 7] {
+                let mut seen = vec![false; ram_pages as usize];
+                for vcpu in 0..vcpus {
+                    let plan = Plan::new(ram_pages, vcpu, vcpus, &pattern);
+                    let mut page = plan.first;
+                    for _ in 0..plan.count {
+                        assert!(!std::mem::replace(&mut seen[page as usize], true));
+                        page = (page + plan.step) % ram_pages;
+                    }
+                }
+                assert!(seen.iter().all(|&seen| seen), "{ram_pages} pages, {vcpus} vCPUs");
+            }
+        }
+    }
+
+    #[test]
+    fn the_code_is_whole() {
+        // mov edi, [rbp + 4] … hlt
+        assert_eq!(code()[..3], [0x8b, 0x7d, 0x04]);
+        assert_eq!(code().last(), Some(&0xf4));
+    }
+}

@@ -1,0 +1,114 @@
+//! A monitor of our own and a KVM guest of a few instructions, for the tests.
+//!
+//! The guest checks every word of its memory, writes it anew, and checks what it wrote. The monitor
+//! never touches that memory, so every fault in it is taken by KVM on the guest's behalf, in kernel
+//! context: this is what umem meets under a QEMU with `-accel kvm`, without a Linux in the guest.
+//!
+//! ```text
+//! umem-test-kvm-guest --ram PATH --mib N --fill       writes PATH as the guest expects to find it
+//! umem-test-kvm-guest --ram PATH --mib N              runs the guest in PATH
+//! ```
+//!
+//! Under `umem incoming … -- umem-test-kvm-guest …` the second one takes its memory from there. When
+//! the guest is done there is one line on stdout, and the exit status is 0 only if no word was wrong:
+//!
+//! ```text
+//! {"event":"done","pages":16384,"wrong_first":0,"wrong_second":0,"exits":6}
+//! ```
+//!
+//! `pages` have been checked, written and checked again; `wrong_first` words were not as filled,
+//! `wrong_second` not as the guest had written them; `exits` is how often KVM gave a vCPU back.
+//!
+//! | module | |
+//! |---|---|
+//! | `memory` | where the guest's memory comes from |
+//! | `pattern` | what is in it, as the monitor writes it |
+//! | `code` | the guest's instructions, and what it and the monitor know of each other |
+//! | `machine` | KVM: a virtual machine with that memory, that code and some vCPUs |
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the guest is a program for x86");
+
+mod code;
+mod machine;
+mod memory;
+mod pattern;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use argh::FromArgs;
+
+use machine::{Interrupts, Machine};
+use memory::{Backing, Memory};
+use pattern::Pattern;
+
+/// What goes wrong ends the process: one line says what, and what to do where that is known.
+type Result<T> = std::result::Result<T, String>;
+
+/// Run a KVM guest that checks and writes every word of its memory.
+#[derive(FromArgs)]
+struct Options {
+    /// the file that is the guest's memory, mapped shared; made if it is not there
+    #[argh(option)]
+    ram: PathBuf,
+    /// size of the memory, MiB, where the file is empty (default 64)
+    #[argh(option, default = "64")]
+    mib: u64,
+    /// what the contents are derived from (default 1)
+    #[argh(option, default = "1")]
+    seed: u32,
+    /// vCPUs, which share the pages (default 2)
+    #[argh(option, default = "2")]
+    vcpus: u32,
+    /// write the first contents into the file, and run nothing
+    #[argh(switch)]
+    fill: bool,
+    /// let KVM resolve faults in its workers while the vCPU is halted (asynchronous page faults)
+    #[argh(switch)]
+    async_faults: bool,
+    /// a FIFO: when the guest is done, wait for a byte from there before saying so and ending
+    #[argh(option)]
+    until: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match run(&argh::from_env()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("umem-test-kvm-guest: {error}");
+            // At once: a vCPU may wait in a fault that nobody answers any more.
+            std::process::exit(1);
+        }
+    }
+}
+
+/// True when the guest found nothing wrong.
+fn run(options: &Options) -> Result<bool> {
+    let pattern = Pattern::new(options.seed);
+    if options.fill {
+        pattern.fill(&options.ram, options.mib << 20)?;
+        return Ok(true);
+    }
+    let interrupts = if options.async_faults { Interrupts::Some } else { Interrupts::None };
+    let machine = Machine::new(interrupts)?;
+    let memory = Memory::map(&Backing::SharedFile(options.ram.clone()), options.mib << 20)?;
+    let found = machine.run(&memory, &pattern, options.vcpus)?;
+    if let Some(fifo) = &options.until {
+        wait_for_byte(fifo)?;
+    }
+    println!(
+        r#"{{"event":"done","pages":{},"wrong_first":{},"wrong_second":{},"exits":{}}}"#,
+        found.pages, found.wrong_first, found.wrong_second, found.exits
+    );
+    Ok(found.wrong_first == 0 && found.wrong_second == 0)
+}
+
+fn wait_for_byte(fifo: &Path) -> Result<()> {
+    File::open(fifo)
+        .and_then(|mut file| file.read_exact(&mut [0]))
+        .map_err(|error| format!("waiting for {}: {error}", fifo.display()))
+}

@@ -1,0 +1,81 @@
+//! Where the guest's memory comes from.
+
+use std::fs::OpenOptions;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::ptr::NonNull;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+
+use crate::Result;
+use crate::code::RAM_BYTES_MAX;
+use crate::pattern::GROUP_BYTES;
+
+/// What is behind the guest's memory. Each kind that umem knows has its own hand-over: a shared file
+/// is taken by the preload object as it is mapped; anonymous memory would come with a userfaultfd
+/// that its owner registers and sends away, and that the [`Memory`] keeps open.
+#[derive(Clone, Debug)]
+pub(crate) enum Backing {
+    /// A file mapped shared; it gets its size here if it is empty.
+    SharedFile(PathBuf),
+}
+
+/// A mapping that a guest may use. There is never a reference into it: others write there. It stays
+/// until the process ends, because so long a vCPU may be in a fault of it.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Memory {
+    /// Maps the memory of a guest, without touching it. `bytes` is its size where that is still
+    /// open.
+    pub(crate) fn map(backing: &Backing, bytes: u64) -> Result<Memory> {
+        match backing {
+            Backing::SharedFile(path) => {
+                let what = |error: std::io::Error| format!("RAM {}: {error}", path.display());
+                let mut options = OpenOptions::new();
+                options.read(true).write(true).create(true).truncate(false);
+                let file = options.open(path).map_err(what)?;
+                let found = file.metadata().map_err(what)?.len();
+                if found == 0 {
+                    file.set_len(bytes).map_err(what)?;
+                }
+                let bytes = check_size(if found == 0 { bytes } else { found })?;
+                let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+                // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing.
+                let start =
+                    unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, &file, 0) }
+                        .map_err(|errno| what(errno.into()))?;
+                Ok(Memory { start: start.cast(), bytes: bytes.get() })
+            }
+        }
+    }
+
+    /// Memory of this process alone, for what is not to be demand-paged.
+    pub(crate) fn private(bytes: NonZeroUsize) -> Result<Memory> {
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: as above.
+        let start = unsafe { mmap_anonymous(None, bytes, protection, MapFlags::MAP_PRIVATE) }
+            .map_err(|errno| format!("mapping {bytes} bytes: {errno}"))?;
+        Ok(Memory { start: start.cast(), bytes: bytes.get() })
+    }
+
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// The size of a guest's memory, if a guest can have it.
+pub(crate) fn check_size(bytes: u64) -> Result<NonZeroUsize> {
+    usize::try_from(bytes)
+        .ok()
+        .and_then(NonZeroUsize::new)
+        .filter(|_| bytes <= RAM_BYTES_MAX && bytes.is_multiple_of(GROUP_BYTES))
+        .ok_or_else(|| format!("{bytes} bytes of RAM: whole MiB, from 1 to 3072, are possible"))
+}

@@ -1,0 +1,164 @@
+//! Moves the memory of a KVM guest of our own (`tests/kvm-guest`), which checks and writes every word
+//! of it. All of its faults come from the kernel.
+
+mod support;
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::stat::Mode;
+use serde_json::Value;
+use support::{Scratch, Umem};
+
+/// A guest and the memory that it is to find.
+#[derive(Clone, Copy)]
+struct Guest {
+    mib: u64,
+    seed: &'static str,
+    options: &'static [&'static str],
+}
+
+const GUEST: Guest = Guest { mib: 64, seed: "1", options: &[] };
+
+impl Guest {
+    fn pages(self) -> u64 {
+        self.mib * 256
+    }
+}
+
+/// What everybody said at the end.
+struct Moved {
+    source: Value,
+    destination: Value,
+    guest: Value,
+    /// The exit status of `umem incoming`.
+    status: Option<i32>,
+}
+
+impl Moved {
+    /// What must hold for any guest that finds the memory it expects.
+    fn check(&self, guest: Guest) {
+        assert_eq!(self.guest["wrong_first"], 0, "as the source had it: {}", self.guest);
+        assert_eq!(self.guest["wrong_second"], 0, "as the guest wrote it: {}", self.guest);
+        assert_eq!(self.guest["pages"], guest.pages());
+        assert_eq!(self.status, Some(0), "the guest's exit status is that of umem incoming");
+        for report in [&self.source, &self.destination] {
+            assert_eq!(number(report, "total_bytes"), guest.mib << 20);
+            assert_eq!(number(report, "data_bytes"), (guest.mib << 20) / 8 * 6);
+            let empty = number(report, "zero_bytes") + number(report, "hole_bytes");
+            assert_eq!(empty, (guest.mib << 20) / 8 * 2);
+            assert!(number(report, "pages_demand") > 0);
+            let pages = number(report, "pages_demand") + number(report, "pages_background");
+            assert_eq!(pages, guest.pages(), "every page came once: {report}");
+        }
+        assert!(number(&self.destination["fault_latency_us"], "count") > 0);
+    }
+}
+
+/// Moves a guest's memory from a file, where `filled` describes it, under the running `guest`.
+fn migrate(filled: Guest, guest: Guest, options: &[&str]) -> Moved {
+    assert!(
+        Path::new("/dev/kvm").exists(),
+        "/dev/kvm is missing: these tests need a machine with KVM (or leave them out: \
+         `tests/run -E 'not binary(kvm)'`)"
+    );
+    let scratch = Scratch::new();
+    let source = scratch.ram("source");
+    let mib = guest.mib.to_string();
+    let program = program().display().to_string();
+    let fill = ["--fill", "--mib", &mib, "--seed", filled.seed, "--ram"];
+    let status = Command::new(&program).args(fill).arg(&source).status().expect("it starts");
+    assert!(status.success(), "{status}");
+
+    // The guest waits before it ends, so that what is said comes in a known order.
+    let until = Fifo::new(scratch.path("until"));
+    let destination = scratch.ram("destination").display().to_string();
+    let ram = format!("ram0={destination}");
+    let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
+    arguments.extend([&program, "--ram", &destination, "--mib", &mib, "--seed", guest.seed]);
+    arguments.extend(["--until", until.path.to_str().unwrap()]);
+    arguments.extend(guest.options);
+    let mut incoming = Umem::start(arguments);
+    let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+
+    let ram = format!("ram0={}", source.display());
+    let mut arguments = vec!["migrate", "-p", "--json", "--ram", &ram];
+    arguments.extend(options);
+    arguments.push(&uri);
+    let mut migrate = Umem::start(arguments);
+    let source = migrate.event("completed");
+    migrate.succeeds();
+    let destination = incoming.event("completed");
+    until.release();
+    let guest = incoming.event("done");
+    Moved { source, destination, guest, status: incoming.wait().code() }
+}
+
+/// Beside umem, where a build of the whole workspace puts it.
+fn program() -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name("umem-test-kvm-guest");
+    assert!(path.exists(), "{} is missing: `cargo build --workspace` first", path.display());
+    path
+}
+
+/// A FIFO that somebody reads a byte from.
+struct Fifo {
+    path: PathBuf,
+    /// Open for reading too: so neither opening nor writing waits for the reader.
+    file: File,
+}
+
+impl Fifo {
+    fn new(path: PathBuf) -> Fifo {
+        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).expect("a FIFO");
+        let file = OpenOptions::new().read(true).write(true).open(&path).expect("it is there");
+        Fifo { path, file }
+    }
+
+    fn release(&self) {
+        (&self.file).write_all(b"\n").expect("it is empty");
+    }
+}
+
+fn number(report: &Value, field: &str) -> u64 {
+    report[field].as_u64().unwrap_or_else(|| panic!("{field} in {report}"))
+}
+
+#[test]
+fn a_kvm_guest_finds_every_word_right() {
+    let guest = Guest { mib: 256, ..GUEST };
+    migrate(guest, guest, &[]).check(guest);
+}
+
+#[test]
+fn two_lanes_and_four_vcpus() {
+    let guest = Guest { mib: 128, seed: "2", options: &["--vcpus", "4"] };
+    let moved = migrate(guest, guest, &["--lanes", "2"]);
+    moved.check(guest);
+    assert_eq!(number(&moved.destination, "lanes"), 2);
+}
+
+#[test]
+fn without_background_the_guest_brings_every_page_itself() {
+    let moved = migrate(GUEST, GUEST, &["-n"]);
+    moved.check(GUEST);
+    assert_eq!(number(&moved.destination, "pages_background"), 0);
+    assert_eq!(number(&moved.destination, "pages_demand"), GUEST.pages());
+}
+
+#[test]
+fn faults_may_be_left_to_the_kernels_workers() {
+    let guest = Guest { seed: "3", options: &["--async-faults"], ..GUEST };
+    migrate(guest, guest, &["-n"]).check(guest);
+    migrate(guest, guest, &[]).check(guest);
+}
+
+#[test]
+fn a_guest_that_finds_other_memory_says_so() {
+    let moved = migrate(Guest { seed: "4", ..GUEST }, Guest { seed: "5", ..GUEST }, &[]);
+    assert_eq!(number(&moved.guest, "wrong_first"), number(&moved.destination, "data_bytes") / 4);
+    assert_eq!(moved.guest["wrong_second"], 0);
+    assert_eq!(moved.status, Some(1), "the guest's exit status is that of umem incoming");
+}
