@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use umem_wire::{PageSize, Region, RegionTable};
@@ -165,31 +167,38 @@ fn never_handed_over(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
 /// Connects to the monitor where it speaks QMP, and checks that it waits for a guest we can bring.
 fn host(
     options: &Options,
-    inherited: Option<std::os::unix::net::UnixStream>,
+    inherited: Option<UnixStream>,
     monitor: &Monitor,
     inbox: &Inbox<Note>,
 ) -> Result<Option<Box<dyn DestinationHost>>> {
     let qmp = match (inherited, &options.qmp) {
         (Some(stream), _) => Qmp::open(stream, "QEMU's monitor")?,
-        (None, Some(path)) => loop {
-            match Qmp::connect(path) {
-                Ok(qmp) => break qmp,
-                Err(error) if path.exists() => return Err(error),
-                Err(_) => {}
-            }
-            match inbox.wait(&[monitor.exited()], Some(QMP_INTERVAL))? {
-                Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
-                Wake::Ready(_) => {
-                    return Err(Error::Host("it exited at once (its messages say why)".into()));
-                }
-                Wake::Message(_) | Wake::Timeout => {}
-            }
-        },
+        (None, Some(path)) => connect(path, monitor, inbox)?,
         (None, None) => return Ok(None),
     };
     let mut qemu = Qemu::new(qmp);
     qemu.check()?;
     Ok(Some(Box::new(qemu)))
+}
+
+/// Waits until the monitor has made its socket: it may not be there yet, or be there and not listen
+/// yet.
+fn connect(path: &Path, monitor: &Monitor, inbox: &Inbox<Note>) -> Result<Qmp> {
+    let deadline = Instant::now() + HANDOFF_TIMEOUT;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return Qmp::open(stream, &path.display().to_string()),
+            Err(_) if Instant::now() < deadline => {}
+            Err(_) => return Qmp::connect(path),
+        }
+        match inbox.wait(&[monitor.exited()], Some(QMP_INTERVAL))? {
+            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Ready(_) => {
+                return Err(Error::Host("it exited at once (its own messages say why)".into()));
+            }
+            Wake::Message(_) | Wake::Timeout => {}
+        }
+    }
 }
 
 fn open_region(handed: Handed) -> Result<GuestRegion> {
