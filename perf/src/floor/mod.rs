@@ -59,6 +59,8 @@ struct Run {
     /// Processor time of either thread as a share of the run.
     sender_busy: f64,
     receiver_busy: f64,
+    /// Processor seconds of both threads for each GiB: moves less than Gbit/s when others compute.
+    cpu_s_per_gib: f64,
 }
 
 /// A way's figures over all rounds.
@@ -69,6 +71,7 @@ pub(crate) struct Figure {
     pub(crate) gbps: Spread,
     sender_busy: Spread,
     receiver_busy: Spread,
+    cpu_s_per_gib: Spread,
 }
 
 /// The ways into memory of one page kind; [`Receive::Discard`] is into none.
@@ -151,6 +154,7 @@ impl Floor {
                 gbps: spread(|run| run.gbps),
                 sender_busy: spread(|run| run.sender_busy),
                 receiver_busy: spread(|run| run.receiver_busy),
+                cpu_s_per_gib: spread(|run| run.cpu_s_per_gib),
             }
         };
         self.runs.iter().map(figure).collect()
@@ -201,6 +205,7 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
         gbps: bytes as f64 * 8.0 / 1e9 / seconds,
         sender_busy: sender_cpu / seconds,
         receiver_busy: receiver_cpu / seconds,
+        cpu_s_per_gib: (sender_cpu + receiver_cpu) / (bytes as f64 / f64::from(1 << 30)),
     })
 }
 
@@ -236,6 +241,7 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
         "max",
         "sender busy",
         "receiver busy",
+        "CPU s/GiB",
     ]);
     for figure in &figures {
         table.row(vec![
@@ -246,6 +252,7 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
             format!("{:.1}", figure.gbps.max),
             format!("{:.0} %", figure.sender_busy.median * 100.0),
             format!("{:.0} %", figure.receiver_busy.median * 100.0),
+            format!("{:.2}", figure.cpu_s_per_gib.median),
         ]);
     }
     let mut method = format!(
@@ -255,7 +262,7 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
          buffer). Every way takes its turn in each of {} rounds, twice where memory is filled: the \
          first run warms it, the second counts. Gbit/s is the median of the rounds, from the start of both \
          threads to the last byte received; what arrived is checked after the clock has stopped. \
-         Busy is a thread's processor time over the run's.",
+         Busy is a thread's processor time over the run's; CPU is that of both threads.",
         options.size, options.rounds
     );
     for left_out in &floor.left_out {
