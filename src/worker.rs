@@ -3,15 +3,22 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use umem_wire::LaneRole;
 
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Post, Wake};
+use crate::lane::lane_name;
+
+/// How far the demand lane may be behind a bulk lane when a peer gives up.
+const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A note that can carry a worker's failure.
 pub(crate) trait Failure: Send + 'static {
     /// The note that says why a worker could not go on.
     fn failed(error: Error) -> Self;
-    /// The failure in a note, if that is what it is.
+    /// The failure in a note, a worker's or the peer's, if that is what it is.
     fn into_failure(self) -> Option<Error>;
 }
 
@@ -68,5 +75,68 @@ fn started_or_failed<N: Failure, S>(started: &Receiver<S>, inbox: &Inbox<N>) -> 
         {
             return Err(error);
         }
+    }
+}
+
+/// Why a bulk lane was lost: a peer that gives up says so on the demand lane and closes them all, and
+/// lanes are not ordered against each other. Other errors are causes already.
+pub(crate) fn first_cause<N: Failure>(inbox: &Inbox<N>, error: Error) -> Error {
+    let demand = lane_name(LaneRole::Demand, 0);
+    let is_effect = |error: &Error| matches!(error, Error::Lost { lane, .. } if *lane != demand);
+    if !is_effect(&error) {
+        return error;
+    }
+    let deadline = Instant::now() + CAUSE_TIMEOUT;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(Wake::Message(note)) = inbox.wait(&[], Some(left)) else {
+            return error;
+        };
+        if let Some(cause) = note.into_failure().filter(|cause| !is_effect(cause)) {
+            return cause;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Note(Option<Error>);
+
+    impl Failure for Note {
+        fn failed(error: Error) -> Note {
+            Note(Some(error))
+        }
+
+        fn into_failure(self) -> Option<Error> {
+            self.0
+        }
+    }
+
+    fn lost(lane: &str) -> Error {
+        Error::Lost { side: "source", lane: lane.into(), what: "closed".into() }
+    }
+
+    #[test]
+    fn a_lost_bulk_lane_has_the_cause_that_the_demand_lane_brings() {
+        let inbox = Inbox::new().unwrap();
+        inbox.post().send(Note(None));
+        inbox.post().send(Note(Some(lost("bulk lane 2"))));
+        inbox.post().send(Note(Some(Error::Interrupted("why".into()))));
+        let cause = first_cause(&inbox, lost("bulk lane 1"));
+        assert!(matches!(cause, Error::Interrupted(_)), "{cause}");
+
+        inbox.post().send(Note(Some(lost("demand lane"))));
+        let cause = first_cause(&inbox, lost("bulk lane 1"));
+        assert!(cause.to_string().contains("demand lane"), "{cause}");
+    }
+
+    #[test]
+    fn a_cause_of_its_own_is_not_waited_for() {
+        let inbox = Inbox::<Note>::new().unwrap();
+        inbox.post().send(Note(Some(Error::Internal)));
+        let cause = first_cause(&inbox, lost("demand lane"));
+        assert!(cause.to_string().contains("demand lane"), "{cause}");
     }
 }

@@ -162,3 +162,25 @@ fn a_guest_that_finds_other_memory_says_so() {
     assert_eq!(moved.guest["wrong_second"], 0);
     assert_eq!(moved.status, Some(1), "the guest's exit status is that of umem incoming");
 }
+
+/// The guest ends as soon as it has its last page, at any moment of what is said about it.
+#[test]
+fn a_guest_may_end_as_soon_as_it_has_its_last_page() {
+    for _ in 0..20 {
+        let scratch = Scratch::new();
+        let source = scratch.ram("source");
+        let program = program().display().to_string();
+        let filled = ["--fill", "--mib", "1", "--seed", "7", "--ram"];
+        let status = Command::new(&program).args(filled).arg(&source).status().expect("it starts");
+        assert!(status.success(), "{status}");
+        let destination = scratch.ram("destination").display().to_string();
+        let ram = format!("ram0={destination}");
+        let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
+        arguments.extend([&program, "--ram", &destination, "--mib", "1", "--seed", "7"]);
+        let mut incoming = Umem::start(arguments);
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        let ram = format!("ram0={}", source.display());
+        Umem::start(["migrate", "-p", "-n", "--ram", &ram, &uri]).succeeds();
+        incoming.succeeds();
+    }
+}

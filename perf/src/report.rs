@@ -44,6 +44,11 @@ pub(crate) fn progress(text: &str) {
     eprintln!("umem-perf: {text}");
 }
 
+/// A number for a cell; a dash for one that there is none of.
+pub(crate) fn cell(value: f64, digits: usize) -> String {
+    if value.is_finite() { format!("{value:.digits$}") } else { "–".into() }
+}
+
 /// Rows of cells; the first column is flush left, the others right.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,

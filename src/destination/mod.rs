@@ -90,6 +90,7 @@ impl Failure for Note {
     fn into_failure(self) -> Option<Error> {
         match self {
             Note::Failed(error) => Some(error),
+            Note::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
         }
     }
@@ -383,7 +384,8 @@ impl<'a> Migration<'a> {
     /// Runs the phases to their end. After an error before the switchover the source is told, so
     /// that its guest goes on there.
     fn drive(mut self, prepared: &mut Prepared) -> Result<Completed> {
-        let driven = self.until_completed(prepared);
+        let driven =
+            self.until_completed(prepared).map_err(|error| worker::first_cause(self.inbox, error));
         self.progress.phase("ending");
         let latency = self.end(driven.as_ref().err());
         driven.map_err(|error| self.explain(error))?;
@@ -392,15 +394,18 @@ impl<'a> Migration<'a> {
     }
 
     fn until_completed(&mut self, prepared: &mut Prepared) -> Result<()> {
+        let mut guest_ended = false;
         while !matches!(self.phase, Phase::Completed(_)) {
             let extra = [prepared.monitor.exited(), prepared.handoff.stream().as_fd()];
-            match self.inbox.wait(&extra, Some(progress::INTERVAL))? {
+            let extra = if guest_ended { &[][..] } else { &extra };
+            match self.inbox.wait(extra, Some(progress::INTERVAL))? {
                 Wake::Timeout => {}
                 Wake::Signal => self.interrupted()?,
-                Wake::Ready(0) => return Err(self.guest_exited(prepared)),
-                Wake::Ready(_) => {
-                    // Nothing is said here before the end; an end of file comes with the exit.
-                    if prepared.handoff.read()?.is_none() {
+                Wake::Ready(index) => {
+                    // Nothing is said on the socket before the end; an end of file comes with the exit.
+                    guest_ended = index == 0 || prepared.handoff.read()?.is_none();
+                    // A guest that has all of its memory may end before we have heard of it.
+                    if guest_ended && self.guest.pages_missing() > 0 {
                         return Err(self.guest_exited(prepared));
                     }
                 }

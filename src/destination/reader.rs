@@ -1,4 +1,9 @@
-//! Receives one lane: bytes of pages straight into guest memory, everything else into small buffers.
+//! Receives one lane: pages into guest memory, everything else into small buffers.
+//!
+//! Into huge pages a run is received straight through our mapping. A region of 4 KiB pages takes it
+//! faster in two steps, a buffer that stays in the processor's cache and then a write to the file: a
+//! receive into fresh small pages faults on every one of them, and has it zeroed first (`umem-perf
+//! floor` compares the ways).
 //!
 //! While a run of pages is received, the receive of the next header is already linked behind it, so
 //! that the kernel goes on without us. The wire's receiver promises that a header follows every run.
@@ -26,6 +31,8 @@ pub(crate) struct LaneReader {
     guest: Arc<GuestMemory>,
     /// For the header in flight; given back with each completion.
     header: Option<Bytes>,
+    /// For the run in flight, where it does not go straight into its pages.
+    staging: Option<Bytes>,
 }
 
 /// What a lane brought, beside the pages, which are in place already.
@@ -57,6 +64,7 @@ impl LaneReader {
             receiver,
             guest,
             header,
+            staging: None,
         }
     }
 
@@ -70,7 +78,14 @@ impl LaneReader {
             }
             Target::Run(run) => {
                 let ram = &self.guest.region(run.region).ram;
-                let pages = ram.span(run.byte_offset, run.bytes);
+                let pages = if ram.has_huge_pages {
+                    Memory::from(ram.span(run.byte_offset, run.bytes))
+                } else {
+                    let len = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
+                    let staging = self.staging.take();
+                    let staging = staging.unwrap_or_else(|| Bytes::with_capacity(STAGING_BYTES));
+                    Memory::from(staging.slice(0..len))
+                };
                 let header = self.buffer(HEADER_BYTES);
                 let chain = Chain::new()
                     .then(Op::recv(self.socket.clone(), pages).wait_all(), TOKEN_RUN)
@@ -93,7 +108,6 @@ impl LaneReader {
         let outcome = completion.outcome;
         match (completion.token, completion.memory) {
             (TOKEN_CONTROL, Some(Memory::Bytes(bytes))) => {
-                self.header.get_or_insert(Bytes::with_capacity(0));
                 let result = match outcome {
                     Outcome::Done(_) => self.receiver.control(bytes.as_slice()),
                     // The run before it has failed and says why.
@@ -108,10 +122,14 @@ impl LaneReader {
                 // The source may close a lane that has ended.
                 if self.receiver.is_ended() { Ok(()) } else { self.arm(ring) }
             }
-            (TOKEN_RUN, _) => {
+            (TOKEN_RUN, memory) => {
                 let Outcome::Done(bytes) = outcome else {
                     return Err(self.failed(outcome));
                 };
+                if let Some(Memory::Bytes(staging)) = memory {
+                    self.write(&staging)?;
+                    self.staging = Some(staging);
+                }
                 self.receiver
                     .landed(u64::from(bytes))
                     .map_err(|error| Error::protocol(&self.name, error))?;
@@ -149,6 +167,20 @@ impl LaneReader {
         Ok(())
     }
 
+    /// Puts a staged run where it belongs.
+    fn write(&self, staging: &Bytes) -> Result<()> {
+        let Target::Run(run) = self.receiver.next_target() else {
+            unreachable!("a run that has been received is the current one")
+        };
+        let ram = &self.guest.region(run.region).ram;
+        ram.write_at(staging.as_slice(), run.byte_offset).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::ENOSPC | libc::ENOMEM) => out_of_memory(),
+                _ => Error::System { what: format!("writing RAM {}", ram.name), source: error },
+            }
+        })
+    }
+
     /// The header's buffer, or a new one for a body.
     fn buffer(&mut self, len: usize) -> Bytes {
         match self.header.take() {
@@ -165,13 +197,21 @@ impl LaneReader {
         match outcome {
             Outcome::Short { .. } | Outcome::Done(_) => lost("the source closed it".into()),
             // The kernel could not put the bytes into the page: its file system is full.
-            Outcome::Failed(errno) if errno.raw() == libc::EFAULT => Error::OutOfMemory(
-                "no memory left for the guest's pages: the file system of its RAM file is full (or \
-                 its memory limit is reached); the guest waits"
-                    .into(),
-            ),
+            Outcome::Failed(errno) if errno.raw() == libc::EFAULT => out_of_memory(),
             Outcome::Failed(errno) => lost(errno.to_string()),
             other => lost(format!("{other:?}")),
         }
     }
 }
+
+fn out_of_memory() -> Error {
+    Error::OutOfMemory(
+        "no memory left for the guest's pages: the file system of its RAM file is full (or its \
+         memory limit is reached); the guest waits"
+            .into(),
+    )
+}
+
+/// The longest run of small pages.
+const STAGING_BYTES: usize = 2 << 20;
+const _: () = assert!(STAGING_BYTES as u64 == umem_wire::limits::RUN_BYTES_MAX);

@@ -78,9 +78,12 @@ impl HandoffSocket {
     /// Reads once (the socket is readable) and returns the messages that are complete by now;
     /// `None` when the guest side has closed the socket.
     pub(crate) fn read(&mut self) -> Result<Option<Vec<Message>>> {
-        if self.receive().context(|| "the hand-over socket")? == 0 {
-            return Ok(None);
-        }
+        match self.receive() {
+            Ok(0) => return Ok(None),
+            // It ended with something of ours unread.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            received => received.context(|| "the hand-over socket")?,
+        };
         let mut messages = Vec::new();
         while let Some(end) = self.bytes.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = self.bytes.drain(..=end).collect();
@@ -94,12 +97,20 @@ impl HandoffSocket {
 
     /// Tells the guest side that the guest may run there from now on: it outlives us.
     pub(crate) fn keep(&mut self) -> Result<()> {
-        self.stream.write_all(b"keep\n").context(|| "the hand-over socket")
+        self.command(b"keep\n")
     }
 
     /// Tells the guest side that every page is its own: it closes its userfaultfds.
     pub(crate) fn release(&mut self) -> Result<()> {
-        self.stream.write_all(b"release\n").context(|| "the hand-over socket")
+        self.command(b"release\n")
+    }
+
+    /// A guest side that has ended needs no command; its end is noticed elsewhere.
+    fn command(&mut self, line: &[u8]) -> Result<()> {
+        match self.stream.write_all(line) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => written.context(|| "the hand-over socket"),
+        }
     }
 
     fn receive(&mut self) -> io::Result<usize> {
@@ -201,6 +212,15 @@ mod tests {
         let messages = daemon.read().unwrap().unwrap();
         let [Message::Loaded, Message::Region(region)] = &messages[..] else { panic!() };
         assert_eq!((region.name.as_str(), region.address, region.bytes), ("ram0", 4096, 8192));
+        drop(guest);
+        assert!(daemon.read().unwrap().is_none());
+        daemon.release().unwrap();
+    }
+
+    #[test]
+    fn a_guest_that_ends_with_a_command_unread_has_ended() {
+        let (guest, mut daemon) = pair();
+        daemon.release().unwrap();
         drop(guest);
         assert!(daemon.read().unwrap().is_none());
     }

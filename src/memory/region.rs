@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -42,6 +42,8 @@ pub(crate) struct RamFile {
     /// log2 of the page size: 12 (tmpfs, files) or what hugetlbfs gives.
     pub(crate) page_shift: u8,
     pub(crate) on_hugetlb: bool,
+    /// Its memory comes in huge pages: from hugetlbfs, or from a tmpfs that makes them.
+    pub(crate) has_huge_pages: bool,
     file: File,
     mapping: Arc<Mapping>,
 }
@@ -102,7 +104,17 @@ impl RamFile {
             .cast::<u8>();
         let page_shift = u8::try_from(page_bytes.trailing_zeros()).expect("at most 64");
         let mapping = Arc::new(Mapping { start, len });
-        Ok(RamFile { name: name.into(), bytes, page_shift, on_hugetlb, file, mapping })
+        // A tmpfs gives the size of its huge pages here when it makes them.
+        let has_huge_pages = metadata.blksize() >= super::BLOCK_BYTES;
+        Ok(RamFile {
+            name: name.into(),
+            bytes,
+            page_shift,
+            on_hugetlb,
+            has_huge_pages,
+            file,
+            mapping,
+        })
     }
 
     pub(crate) fn pages(&self) -> u64 {
@@ -159,6 +171,11 @@ impl RamFile {
             return Ok(resident);
         }
         Err(Error::last_os(format!("mincore of RAM {}", self.name)))
+    }
+
+    /// Writes to the file, which makes its pages without zeroing them first.
+    pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+        self.file.write_all_at(bytes, offset)
     }
 
     /// Allocates the page at `offset`, all zeroes.

@@ -85,6 +85,7 @@ impl Failure for Note {
     fn into_failure(self) -> Option<Error> {
         match self {
             Note::Failed(error) => Some(error),
+            Note::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
         }
     }
@@ -266,7 +267,8 @@ impl Migration {
 
     /// Runs the phases to their end; a failure before the switchover resumes the guest.
     fn drive(mut self) -> Result<Completed> {
-        let driven = self.until_completed();
+        let driven =
+            self.until_completed().map_err(|error| worker::first_cause(&self.inbox, error));
         self.end(driven.as_ref().err());
         match driven {
             Ok(totals) => Ok(self.report(totals)),

@@ -41,8 +41,10 @@ pub(super) struct Latency {
 impl Latency {
     /// Of the beats while the guest was moved; `before` are those at the source.
     pub(super) fn of(before: &[Beat], beats: &[Beat]) -> Latency {
+        // A beat without accesses says zero, which is no latency.
+        let read = beats.iter().filter(|beat| beat.max_us > 0);
         let values = |get: fn(&Beat) -> u64| -> Vec<f64> {
-            beats.iter().map(|beat| get(beat) as f64).collect()
+            read.clone().map(|beat| get(beat) as f64).collect()
         };
         Latency {
             p50_us: median(&values(|beat| beat.p50_us)),

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::error::{Result, usage};
 use crate::machine::Machine;
 use crate::process::find_umem;
-use crate::report::{Report, Table, progress};
+use crate::report::{Report, Table, cell, progress};
 use crate::statistics::Spread;
 
 use guest::{Artefacts, Setup};
@@ -165,9 +165,7 @@ fn figures_table(moves: &[(Subject, Vec<Move>)]) -> Table {
     for (subject, moves) in moves {
         let mut cells = vec![subject.name()];
         cells.extend(
-            MEASURES
-                .iter()
-                .map(|measure| format!("{:.*}", measure.digits, measure.spread(moves).median)),
+            MEASURES.iter().map(|measure| cell(measure.spread(moves).median, measure.digits)),
         );
         table.row(cells);
     }
@@ -180,7 +178,7 @@ fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
     let mut table = Table::new(&head);
     for (peer, ratios) in peers(moves) {
         let mut cells = vec![peer.name()];
-        cells.extend(ratios.iter().map(|ratio| format!("{ratio:.2}")));
+        cells.extend(ratios.iter().map(|&ratio| cell(ratio, 2)));
         table.row(cells);
     }
     table
