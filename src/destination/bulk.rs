@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use umem_ring::{Config, Mailbox, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
-use umem_wire::{Event, LaneRole, RegionTable};
+use umem_wire::{Event, RegionTable};
 
 use super::Note;
 use super::guest::{GuestMemory, PageId};
@@ -43,8 +43,7 @@ impl BulkLane {
             ..Config::default()
         })?;
         started.with(ring.waker()?);
-        let mut reader =
-            LaneReader::new(&self.lane, LaneRole::Bulk, &self.regions, self.guest.clone());
+        let mut reader = LaneReader::bulk(&self.lane, &self.regions, self.guest.clone());
         reader.arm(&mut ring)?;
         let mut wanted = Vec::new();
         let mut ended = false;

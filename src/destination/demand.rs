@@ -106,7 +106,7 @@ impl DemandLane {
             latency: latency_histogram(),
             ending: false,
         };
-        let reader = LaneReader::resume(&self.lane, self.receiver, self.guest);
+        let reader = LaneReader::demand(&self.lane, self.receiver, self.guest);
         thread.serve(&self.lane.name, self.core, reader, started)?;
         Ok(thread.latency)
     }

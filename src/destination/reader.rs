@@ -3,7 +3,8 @@
 //! Into huge pages a run is received straight through our mapping. A region of 4 KiB pages takes it
 //! faster in two steps, a buffer that stays in the processor's cache and then a write to the file: a
 //! receive into fresh small pages faults on every one of them, and has it zeroed first (`umem-perf
-//! floor` compares the ways).
+//! floor` compares the ways). A demand page goes straight into its place all the same: a write takes the
+//! file's lock, and would wait for the writes of bulk lanes.
 //!
 //! While a run of pages is received, the receive of the next header is already linked behind it, so
 //! that the kernel goes on without us. The wire's receiver promises that a header follows every run.
@@ -33,6 +34,7 @@ pub(crate) struct LaneReader {
     header: Option<Bytes>,
     /// For the run in flight, where it does not go straight into its pages.
     staging: Option<Bytes>,
+    stages_small_pages: bool,
 }
 
 /// What a lane brought, beside the pages, which are in place already.
@@ -44,19 +46,16 @@ pub(crate) enum Arrived {
 }
 
 impl LaneReader {
-    pub(crate) fn new(
-        lane: &Lane,
-        role: LaneRole,
-        regions: &RegionTable,
-        guest: Arc<GuestMemory>,
-    ) -> LaneReader {
-        let mut receiver = Receiver::for_destination(role);
+    /// A bulk lane, from its beginning.
+    pub(crate) fn bulk(lane: &Lane, regions: &RegionTable, guest: Arc<GuestMemory>) -> LaneReader {
+        let mut receiver = Receiver::for_destination(LaneRole::Bulk);
         receiver.set_regions(regions);
-        LaneReader::resume(lane, receiver, guest)
+        let reader = LaneReader::demand(lane, receiver, guest);
+        LaneReader { stages_small_pages: true, ..reader }
     }
 
-    /// Goes on with a receiver that has read the beginning of the lane already.
-    pub(crate) fn resume(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
+    /// The demand lane, with a receiver that has read its beginning already.
+    pub(crate) fn demand(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
         let header = Some(Bytes::with_capacity(HEADER_BYTES));
         LaneReader {
             name: lane.name.clone(),
@@ -65,6 +64,7 @@ impl LaneReader {
             guest,
             header,
             staging: None,
+            stages_small_pages: false,
         }
     }
 
@@ -78,7 +78,7 @@ impl LaneReader {
             }
             Target::Run(run) => {
                 let ram = &self.guest.region(run.region).ram;
-                let pages = if ram.has_huge_pages {
+                let pages = if ram.has_huge_pages || !self.stages_small_pages {
                     Memory::from(ram.span(run.byte_offset, run.bytes))
                 } else {
                     let len = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
