@@ -196,6 +196,16 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// For the report: how background pages came into place, in words.
+    pub(crate) fn how_pages_landed(&self) -> &'static str {
+        let huge = self.regions.iter().filter(|region| region.ram.has_huge_pages).count();
+        match huge {
+            0 => "none: written from a buffer",
+            all if all == self.regions.len() => "all: received into guest memory",
+            _ => "huge pages: received into guest memory; small pages: written from a buffer",
+        }
+    }
+
     pub(crate) fn pages_missing(&self) -> u64 {
         self.pages_total - self.counters.pages_done.load(SeqCst)
     }

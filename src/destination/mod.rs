@@ -611,7 +611,7 @@ impl<'a> Migration<'a> {
             gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: Some(Latency::of(latency)),
             cpu_s: CpuTime::of_this_process(),
-            zero_copy: "received into guest memory".into(),
+            zero_copy: self.guest.how_pages_landed().into(),
             release_bytes: 0,
             congestion: self.congestion.clone(),
         }

@@ -23,7 +23,8 @@ const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
 
 /// A batch is sent when it holds this many bytes of pages: enough for the cost of a send not to show,
-/// and little enough that who waits for a page of the next batch waits 0.2 ms at 10 Gbit/s; or [`BATCH_RUNS`] runs.
+/// and little enough that who waits for a page of the next batch waits 0.2 ms at 10 Gbit/s; or
+/// [`BATCH_RUNS`] runs.
 const BATCH_BYTES: u64 = 256 << 10;
 /// Each run is two pieces at most, and a vectored send takes 1024.
 const BATCH_RUNS: usize = 256;
