@@ -186,12 +186,34 @@ impl Peer {
     }
 
     /// Regions compared, the guest stopped: pages may come.
-    fn until_stopped(&mut self, mib: u64) {
+    fn until_stopped(&mut self, mib: u64, postcopy: bool) {
         let table = table(mib);
         self.receiver.set_regions(&table);
         self.send(0, &Frame::Regions(table), &[]);
         assert_eq!(self.event(), Some(Event::Ready));
-        self.send(0, &Frame::Stopped { postcopy: true, background: true }, &[]);
+        self.send(0, &Frame::Stopped { postcopy, background: true }, &[]);
+    }
+
+    /// The device state of a demo guest that was running, its seed and its shares of zeroes and
+    /// holes: all of it is holes.
+    fn load(&mut self) {
+        let mut state = vec![1, 7, 0, 0, 0, 0, 0, 0, 0];
+        state.extend([0, 0, 0, 0, 100, 0, 0, 0]);
+        let bytes = u32::try_from(state.len()).unwrap();
+        self.send(0, &Frame::DeviceState { bytes }, &state);
+        self.send(0, &Frame::Load { state_bytes: u64::from(bytes) }, &[]);
+    }
+
+    fn switch_over(&mut self) {
+        self.send(0, &Frame::Switchover { stopped_us: 1 }, &[]);
+        assert!(matches!(self.event(), Some(Event::Running { .. })));
+    }
+
+    /// The end, after the last page on this lane.
+    fn complete(&mut self, lane: usize) {
+        self.send(lane, &Frame::LaneEnd, &[]);
+        assert!(matches!(self.event(), Some(Event::Complete(_))));
+        self.send(0, &Frame::Complete(umem_wire::Totals::default()), &[]);
     }
 
     /// The reason that the destination gives for giving up.
@@ -238,7 +260,7 @@ fn a_page_that_comes_twice_is_refused_before_it_lands() {
         let scratch = Scratch::new();
         let mut incoming = incoming_to_idle_guest(&scratch, 8);
         let mut peer = Peer::dial(&uri(&mut incoming), 1);
-        peer.until_stopped(8);
+        peer.until_stopped(8, true);
         peer.send(1, &Frame::Data(range(3, 1)), &[0xa5; 4096]);
         let ram = scratch.ram("destination");
         wait_for("the page to land", || {
@@ -262,13 +284,8 @@ fn a_lane_may_close_as_soon_as_it_has_ended() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_loading_guest(&scratch, 8);
     let mut peer = Peer::dial(&uri(&mut incoming), 2);
-    peer.until_stopped(8);
-    // A guest that was running, its seed and its shares of zeroes and holes: all of it is holes.
-    let mut state = vec![1, 7, 0, 0, 0, 0, 0, 0, 0];
-    state.extend([0, 0, 0, 0, 100, 0, 0, 0]);
-    let bytes = u32::try_from(state.len()).unwrap();
-    peer.send(0, &Frame::DeviceState { bytes }, &state);
-    peer.send(0, &Frame::Load { state_bytes: u64::from(bytes) }, &[]);
+    peer.until_stopped(8, true);
+    peer.load();
     assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
     let mut last = transmit::data_header(range(0, 1)).to_vec();
     last.extend([0; 4096]);
@@ -276,12 +293,31 @@ fn a_lane_may_close_as_soon_as_it_has_ended() {
     peer.lanes[1].write_all(&last).unwrap();
     peer.lanes[1].shutdown(std::net::Shutdown::Both).unwrap();
     assert_eq!(peer.event(), Some(Event::Loaded));
-    peer.send(0, &Frame::Switchover { stopped_us: 1 }, &[]);
-    assert!(matches!(peer.event(), Some(Event::Running { .. })));
+    peer.switch_over();
     peer.send(2, &Frame::Hole(range(1, 2047)), &[]);
-    peer.send(2, &Frame::LaneEnd, &[]);
-    assert!(matches!(peer.event(), Some(Event::Complete(_))));
-    peer.send(0, &Frame::Complete(umem_wire::Totals::default()), &[]);
+    peer.complete(2);
+    incoming.event("completed");
+}
+
+/// The source has sent every page then; that does not mean that they have come.
+#[test]
+fn without_postcopy_the_guest_is_loaded_when_its_last_page_has_come() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    let mut peer = Peer::dial(&uri(&mut incoming), 1);
+    peer.until_stopped(8, false);
+    peer.send(1, &Frame::Hole(range(0, 2047)), &[]);
+    // Nothing to load, as this guest has no monitor.
+    peer.send(0, &Frame::Load { state_bytes: 0 }, &[]);
+    // Each goes through the thread that would say "loaded".
+    for number in 0..100 {
+        peer.send(0, &Frame::Ping(number), &[]);
+        assert_eq!(peer.event(), Some(Event::Pong(number)));
+    }
+    peer.send(1, &Frame::Hole(range(2047, 1)), &[]);
+    assert_eq!(peer.event(), Some(Event::Loaded));
+    peer.switch_over();
+    peer.complete(1);
     incoming.event("completed");
 }
 

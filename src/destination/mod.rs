@@ -291,6 +291,8 @@ struct Migration<'a> {
     phase: Phase,
     mode: Mode,
     state: Vec<u8>,
+    /// The monitor has loaded the device state and the source has not heard of it.
+    state_loaded: bool,
     all_cached: bool,
     commands: Sender<Command>,
     demand: Waker,
@@ -337,6 +339,7 @@ impl<'a> Migration<'a> {
             phase: Phase::new(),
             mode: Mode { postcopy: true, background: true },
             state: Vec::new(),
+            state_loaded: false,
             all_cached: false,
             commands,
             demand: reach.waker.clone(),
@@ -422,6 +425,7 @@ impl<'a> Migration<'a> {
             Note::AllCached => {
                 self.all_cached = true;
                 self.times.cached = Some(Instant::now());
+                self.loaded_if_done()?;
                 self.complete_if_done()
             }
             Note::BulkEnded => Ok(()),
@@ -431,9 +435,8 @@ impl<'a> Migration<'a> {
             Note::Failed(error) => Err(error),
             Note::Host(Answer::Loaded(result)) => {
                 result?;
-                self.step(Input::StateLoaded)?;
-                self.send(&Frame::Loaded);
-                Ok(())
+                self.state_loaded = true;
+                self.loaded_if_done()
             }
             Note::Host(Answer::Running(result)) => {
                 result?;
@@ -490,6 +493,19 @@ impl<'a> Migration<'a> {
         );
         self.progress.phase("filling");
         self.complete_if_done()
+    }
+
+    /// Tells the source that the guest could run here. Without postcopy it could only once every
+    /// page is cached: the source has sent them all, but that is not their arrival.
+    fn loaded_if_done(&mut self) -> Result<()> {
+        let enough = self.mode.postcopy || self.all_cached;
+        if !self.state_loaded || !enough {
+            return Ok(());
+        }
+        self.state_loaded = false;
+        self.step(Input::StateLoaded)?;
+        self.send(&Frame::Loaded);
+        Ok(())
     }
 
     /// The end: every page is cached and the guest runs. It leaves its userfaultfds at once; the
