@@ -60,7 +60,8 @@ pub struct Completed {
     pub role: String,
     /// Memory kind, `shared`.
     pub kind: String,
-    /// Bytes of a page, the smallest among the regions.
+    /// Bytes of a page as it moves (the larger of the two sides' pages), the smallest among the
+    /// regions.
     pub page_size: u64,
     /// Bulk lanes.
     pub lanes: u16,

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::signal::Signal;
-use support::{Scratch, Umem, wait_for};
+use support::{HugeFile, Scratch, Umem, wait_for};
 use umem_wire::{
     Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize, Receiver, Region,
     RegionId, RegionTable, SessionId, Target, Welcome, transmit,
@@ -95,6 +95,43 @@ fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
     }
 }
 
+/// The source's file has pages of 4 KiB, most of them with holes beside them: what moves is 2 MiB.
+#[test]
+fn small_pages_land_in_huge_ones() {
+    for mode in [&["-p"][..], &[], &["-p", "--lanes", "2"]] {
+        let scratch = Scratch::new();
+        let source = scratch.ram("source");
+        write_snapshot(&source, 8);
+        // The last 2 MiB but a page of written zeroes become a hole.
+        let file = File::options().write(true).open(&source).unwrap();
+        file.set_len(6 << 20).unwrap();
+        file.set_len(8 << 20).unwrap();
+        file.write_all_at(&[0; 4096], 7 << 20).unwrap();
+        let held = std::fs::metadata(&source).unwrap().blocks();
+
+        let mut huge = HugeFile::with_room(4);
+        let ram = format!("ram0={}", huge.path().display());
+        let qmp = scratch.path("guest.qmp").display().to_string();
+        let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
+        arguments.extend([env!("CARGO_BIN_EXE_umem"), "guest", "--incoming", "--threads", "0"]);
+        arguments.extend(["--ram", &ram, "--size", "8", "--qmp", &qmp]);
+        let mut incoming = Umem::start(arguments);
+        let uri = uri(&mut incoming);
+        let ram = format!("ram0={}", source.display());
+        let mut arguments = vec!["migrate", "--json", "--ram", &ram, &uri];
+        arguments.extend(mode);
+        let mut migrate = Umem::start(arguments);
+        let report = migrate.event("completed");
+        assert_eq!(report["page_size"], 2 << 20);
+        assert_eq!(report["data_bytes"], 6 << 20);
+        assert_eq!(report["zero_bytes"], 2 << 20);
+        assert_eq!(incoming.event("completed")["page_size"], 2 << 20);
+        migrate.succeeds();
+        assert!(huge.bytes() == bytes_of(&source), "every byte is equal");
+        assert_eq!(std::fs::metadata(&source).unwrap().blocks(), held, "no hole was filled");
+    }
+}
+
 #[test]
 fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
     let scratch = Scratch::new();
@@ -158,7 +195,7 @@ impl Peer {
                 lane
             })
             .collect();
-        Peer { lanes, receiver: Receiver::for_source() }
+        Peer { lanes, receiver: Receiver::for_source(&table(1)) }
     }
 
     fn send(&mut self, lane: usize, frame: &Frame, body: &[u8]) {
@@ -188,9 +225,9 @@ impl Peer {
     /// Regions compared, the guest stopped: pages may come.
     fn until_stopped(&mut self, mib: u64, postcopy: bool) {
         let table = table(mib);
-        self.receiver.set_regions(&table);
-        self.send(0, &Frame::Regions(table), &[]);
-        assert_eq!(self.event(), Some(Event::Ready));
+        self.receiver = Receiver::for_source(&table);
+        self.send(0, &Frame::Regions(table.clone()), &[]);
+        assert_eq!(self.event(), Some(Event::Ready(table)));
         self.send(0, &Frame::Stopped { postcopy, background: true }, &[]);
     }
 
@@ -332,6 +369,10 @@ fn regions_that_differ_are_named_to_both_sides() {
         (vec![region("ram0", 16)], "ram0"),
         (vec![region("other", 8)], "other"),
         (vec![region("ram0", 8), region("ram1", 8)], "ram1"),
+        (
+            vec![Region { page_size: PageSize::SIZE_2M, ..region("ram0", 8) }],
+            "2 MiB pages at the source and 4 KiB pages at the destination",
+        ),
     ] {
         let scratch = Scratch::new();
         let mut incoming = incoming_to_idle_guest(&scratch, 8);
@@ -377,9 +418,11 @@ fn strangers_at_the_door_do_not_disturb() {
 
 #[test]
 fn what_a_destination_may_not_say_ends_the_migration_at_the_source() {
-    let frames: [(&str, Vec<Frame>); 3] = [
+    let ready = |unit| Frame::Ready(vec![unit]);
+    let frames: [(&str, Vec<Frame>); 4] = [
         ("request", vec![Frame::Request(vec![(RegionId(0), 0)])]),
-        ("running", vec![Frame::Ready, Frame::Running { us_since_switchover: 1 }]),
+        ("running", vec![ready(PageSize::SIZE_4K), Frame::Running { us_since_switchover: 1 }]),
+        ("unit", vec![ready(PageSize::SIZE_1G)]),
         ("data", vec![Frame::Data(range(0, 1))]),
     ];
     for (what, frames) in frames {

@@ -89,7 +89,8 @@ fn exited() -> Error {
     Error::Host("it exited before the guest arrived (its own messages say why)".into())
 }
 
-/// Reads the source's regions and puts ours in their order; an error is told to the source.
+/// Reads the source's regions and puts ours in their order; an error is told to the source. The
+/// answer has the landing table.
 pub(super) fn compare(
     demand: &Lane,
     inbox: &Inbox<Note>,
@@ -97,9 +98,12 @@ pub(super) fn compare(
 ) -> Result<(Receiver, RegionTable)> {
     let mut receiver = Receiver::for_destination(LaneRole::Demand);
     let compared = read_regions(demand, inbox, prepared, &mut receiver)
-        .and_then(|table| prepared.adopt(&table).map(|()| table));
+        .and_then(|table| prepared.adopt(&table));
     match compared {
-        Ok(table) => Ok((receiver, table)),
+        Ok(landing) => {
+            receiver.set_regions(&landing);
+            Ok((receiver, landing))
+        }
         Err(error) => {
             lane::tell(&demand.socket(), &error);
             Err(error)

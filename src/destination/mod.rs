@@ -124,9 +124,10 @@ pub fn run(options: &Options) -> Result<i32> {
         json!({ "lanes": lanes.bulk.len() }),
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
-    let (receiver, table) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
-    let report = Migration::start(options, output, &inbox, lanes, receiver, table, &mut prepared)?
-        .drive(&mut prepared)?;
+    let (receiver, landing) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
+    let report =
+        Migration::start(options, output, &inbox, lanes, receiver, landing, &mut prepared)?
+            .drive(&mut prepared)?;
     output.completed(&report);
     prepared.outlive(&inbox)
 }
@@ -176,7 +177,7 @@ impl<'a> Migration<'a> {
         inbox: &'a Inbox<Note>,
         lanes: Lanes,
         receiver: Receiver,
-        table: RegionTable,
+        landing: RegionTable,
         prepared: &mut Prepared,
     ) -> Result<Migration<'a>> {
         let guest = Arc::new(GuestMemory::new(std::mem::take(&mut prepared.regions)));
@@ -213,27 +214,28 @@ impl<'a> Migration<'a> {
             bulk_threads: Vec::new(),
             congestion,
             times: Times::default(),
-            progress: Progress::new(table.total_bytes(), options.quiet),
+            progress: Progress::new(landing.total_bytes(), options.quiet),
             inbox,
         };
-        migration.start_bulk(lanes.bulk, &table, &cores, &reach)?;
-        migration.step(Input::Received(&Event::Regions(table)))?;
+        migration.start_bulk(lanes.bulk, &landing, &cores, &reach)?;
+        let ready = Frame::Ready(landing.units());
+        migration.step(Input::Received(&Event::Regions(landing)))?;
         migration.step(Input::GuestReady)?;
-        migration.send(&Frame::Ready);
+        migration.send(&ready);
         Ok(migration)
     }
 
     fn start_bulk(
         &mut self,
         lanes: Vec<Lane>,
-        table: &RegionTable,
+        landing: &RegionTable,
         cores: &Cores,
         reach: &Reach,
     ) -> Result<()> {
         for (index, lane) in lanes.into_iter().enumerate() {
             let bulk = BulkLane {
                 lane,
-                regions: table.clone(),
+                regions: landing.clone(),
                 guest: self.guest.clone(),
                 core: cores.bulk(index),
                 demand: reach.mailbox.clone(),

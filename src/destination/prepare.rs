@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use umem_wire::{PageSize, Region, RegionTable};
+use umem_wire::{Agreement, PageSize, Region, RegionId, RegionTable};
 
 use super::guest::GuestRegion;
 use super::{Note, Options};
@@ -215,8 +215,9 @@ fn open_region(handed: Handed) -> Result<GuestRegion> {
 }
 
 impl Prepared {
-    /// Compares the source's regions with ours, checks that they fit, and takes their order.
-    pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<()> {
+    /// Compares the source's regions with ours, checks that they fit, and takes their order. The
+    /// answer is the landing table.
+    pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<RegionTable> {
         let ours = self
             .regions
             .iter()
@@ -227,14 +228,31 @@ impl Prepared {
             })
             .collect();
         let ours = RegionTable::new(ours).map_err(|error| Error::Unsupported(error.to_string()))?;
-        let order =
+        let Agreement { ids, landing } =
             ours.compare(theirs).map_err(|mismatch| Error::Unsupported(mismatch.to_string()))?;
+        check_units(&ours, &ids, &landing)?;
         check_space(&self.regions)?;
         let mut regions: Vec<_> = self.regions.drain(..).map(Some).collect();
-        let take = |id: &umem_wire::RegionId| regions[usize::from(id.0)].take();
-        self.regions = order.iter().map(take).map(|r| r.expect("ids are distinct")).collect();
-        Ok(())
+        let take = |id: &RegionId| regions[usize::from(id.0)].take();
+        self.regions = ids.iter().map(take).map(|r| r.expect("ids are distinct")).collect();
+        Ok(landing)
     }
+}
+
+/// Pages land as they are here: the source's may be smaller, not larger.
+fn check_units(ours: &RegionTable, ids: &[RegionId], landing: &RegionTable) -> Result<()> {
+    for (id, (_, landed)) in ids.iter().zip(landing.iter()) {
+        let Some(region) = ours.get(*id).filter(|region| region.page_size < landed.page_size)
+        else {
+            continue;
+        };
+        return Err(Error::Unsupported(format!(
+            "RAM {} has {} pages at the source and {} pages at the destination: give the guest a \
+             hugetlbfs file with pages of {} there",
+            region.name, landed.page_size, region.page_size, landed.page_size
+        )));
+    }
+    Ok(())
 }
 
 /// The RAM files' file systems, and the machine, must have room for every page: the guest could

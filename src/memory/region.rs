@@ -173,6 +173,20 @@ impl RamFile {
         Err(Error::last_os(format!("mincore of RAM {}", self.name)))
     }
 
+    /// Whether all of a range is in memory.
+    pub(crate) fn is_resident(&self, offset: u64, len: u64) -> Result<bool> {
+        Ok(self.resident(offset, len)?.iter().all(|page| page & 1 == 1))
+    }
+
+    /// A copy of `len` bytes from `offset`; holes read as zeroes and stay holes.
+    pub(crate) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(len).expect("64-bit Linux")];
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .context(|| format!("reading RAM {}", self.name))?;
+        Ok(bytes)
+    }
+
     /// Writes to the file, which makes its pages without zeroing them first.
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         self.file.write_all_at(bytes, offset)

@@ -90,7 +90,7 @@ impl BulkLane {
             in_flight: 0,
         };
         let mut receiver = Receiver::for_source_bulk();
-        receiver.set_regions(&thread.memory.table()?);
+        receiver.set_regions(thread.memory.landing());
         thread.receive(&mut ring, &receiver)?;
         loop {
             thread.advance(&mut ring)?;
@@ -122,7 +122,7 @@ impl BulkThread {
                 transmit::encode(&Frame::LaneEnd, &mut frame);
                 self.submit(ring, Op::send(self.socket.clone(), frame).wait_all())?;
             } else {
-                let op = self.batch();
+                let op = self.batch()?;
                 self.submit(ring, op)?;
             }
             ring.enter(Wait::No)?;
@@ -152,7 +152,7 @@ impl BulkThread {
         let mut bytes = 0;
         for run in &self.runs {
             if run.kind == RunKind::Data {
-                bytes += run.range.pages << self.memory.region(run.range.region).ram.page_shift;
+                bytes += self.memory.bytes(run.range);
             }
             if bytes >= BATCH_BYTES {
                 break;
@@ -162,7 +162,7 @@ impl BulkThread {
     }
 
     /// The next runs as one send.
-    fn batch(&mut self) -> Op {
+    fn batch(&mut self) -> Result<Op> {
         let mut sending = std::mem::take(&mut self.spare);
         sending.clear();
         let mut pieces = Vec::with_capacity(2 * BATCH_RUNS);
@@ -179,11 +179,9 @@ impl BulkThread {
             };
             headers.extend_from_slice(&header);
             if run.kind == RunKind::Data {
-                let ram = &self.memory.region(run.range.region).ram;
-                let len = run.range.pages << ram.page_shift;
                 pieces.push(Memory::from(std::mem::take(&mut headers)));
-                pieces.push(Memory::from(ram.span(run.range.first << ram.page_shift, len)));
-                bytes += len;
+                pieces.push(self.memory.contents(run.range)?);
+                bytes += self.memory.bytes(run.range);
             }
             sending.push(*run);
         }
@@ -194,7 +192,7 @@ impl BulkThread {
         self.sending = Some(sending);
         let zero_copy =
             self.zero_copy && bytes > 0 && !self.memory.zero_copy_is_copied.load(Relaxed);
-        Op::SendVectored { fd: self.socket.clone(), pieces, zero_copy, more: false }
+        Ok(Op::SendVectored { fd: self.socket.clone(), pieces, zero_copy, more: false })
     }
 
     fn sent(&mut self, completion: Completion) -> Result<()> {
@@ -243,7 +241,7 @@ impl BulkThread {
         if run.kind != RunKind::Data {
             return 0;
         }
-        run.range.pages << self.memory.region(run.range.region).ram.page_shift
+        self.memory.bytes(run.range)
     }
 
     fn receive(&self, ring: &mut Ring, receiver: &Receiver) -> Result<()> {

@@ -171,9 +171,7 @@ impl DemandThread {
             };
             pieces.push(Memory::from(header.to_vec()));
             if run.kind == RunKind::Data {
-                let ram = &self.memory.region(run.range.region).ram;
-                let offset = run.range.first << ram.page_shift;
-                pieces.push(Memory::from(ram.span(offset, run.range.pages << ram.page_shift)));
+                pieces.push(self.memory.contents(run.range)?);
             }
             self.memory.count(&run);
             Counters::add(&self.memory.counters.pages_demand, run.range.pages);

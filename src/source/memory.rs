@@ -1,7 +1,13 @@
 //! The guest's memory at the source: read only, its guest stopped, every page sent once.
+//!
+//! Pages here are landing units, which the destination names when it is ready: a page of the file,
+//! or several where the destination's pages are larger.
 
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
+use umem_ring::Memory;
+use umem_wire::limits::RUN_BYTES_MAX;
 use umem_wire::{PageRange, PageSize, Region, RegionId, RegionTable};
 
 use crate::error::{Error, Result};
@@ -12,12 +18,21 @@ use crate::report::Counters;
 /// One region: its file and what of it has been claimed.
 pub(crate) struct SourceRegion {
     pub(crate) ram: RamFile,
+    /// Known from the destination's ready on, long before any page leaves.
+    landing: OnceLock<Landing>,
+}
+
+/// What is known of a region once its landing unit is.
+struct Landing {
+    unit: PageSize,
     claims: Claims,
 }
 
 /// All regions, in the order of the table that went to the destination.
 pub(crate) struct SourceMemory {
     pub(crate) regions: Vec<SourceRegion>,
+    /// The landing table: what page numbers refer to.
+    landing: OnceLock<RegionTable>,
     pub(crate) counters: Counters,
     /// The last demand: bulk lanes go on from there.
     pub(crate) pivot: Pivot,
@@ -29,12 +44,10 @@ pub(crate) struct SourceMemory {
 
 impl SourceMemory {
     pub(crate) fn new(files: Vec<RamFile>) -> SourceMemory {
-        let regions = files
-            .into_iter()
-            .map(|ram| SourceRegion { claims: Claims::new(ram.pages(), ram.page_shift), ram })
-            .collect();
+        let region = |ram| SourceRegion { ram, landing: OnceLock::new() };
         SourceMemory {
-            regions,
+            regions: files.into_iter().map(region).collect(),
+            landing: OnceLock::new(),
             counters: Counters::default(),
             pivot: Pivot::default(),
             stopped: AtomicBool::new(false),
@@ -55,6 +68,24 @@ impl SourceMemory {
         RegionTable::new(regions).map_err(|error| Error::Usage(error.to_string()))
     }
 
+    /// The destination is ready and has named the units: pages can be counted from here on. It says
+    /// so once, which the wire's receiver has checked.
+    pub(crate) fn land(&self, landing: RegionTable) {
+        for (region, (_, landed)) in self.regions.iter().zip(landing.iter()) {
+            let claims = Claims::new(landed.pages(), landed.page_size.shift());
+            region.landing.get_or_init(|| Landing { unit: landed.page_size, claims });
+        }
+        self.landing.get_or_init(|| landing);
+    }
+
+    /// The landing table.
+    ///
+    /// # Panics
+    /// Before the destination is ready.
+    pub(crate) fn landing(&self) -> &RegionTable {
+        self.landing.get().expect("no page leaves before the destination is ready")
+    }
+
     pub(crate) fn region(&self, id: RegionId) -> &SourceRegion {
         &self.regions[usize::from(id.0)]
     }
@@ -62,24 +93,18 @@ impl SourceMemory {
     /// Claims a page that somebody waits for; `None` when it has left already.
     pub(crate) fn claim_demanded(&self, id: RegionId, page: u64) -> Result<Option<Run>> {
         let region = self.region(id);
-        if !region.claims.claim(page) {
+        if !region.claims().claim(page) {
             return Ok(None);
         }
-        let offset = page << region.ram.page_shift;
-        let kind =
-            if region.ram.next_data(offset)?.is_none_or(|data| data >= offset + region.page()) {
-                RunKind::Hole
-            } else if region.ram.page_is_zero(offset) {
-                RunKind::Zero
-            } else {
-                RunKind::Data
-            };
+        let unit = region.unit().bytes();
+        let offset = page * unit;
+        let kind = Holes::of(&region.ram, offset, unit)?.kind(&region.ram, offset, unit)?;
         Ok(Some(Run { kind, range: PageRange { region: id, first: page, pages: 1 } }))
     }
 
     /// Notes that a run has been handed to the kernel.
     pub(crate) fn count(&self, run: &Run) {
-        let bytes = run.range.pages << self.region(run.range.region).ram.page_shift;
+        let bytes = self.bytes(run.range);
         Counters::add(
             match run.kind {
                 RunKind::Data => &self.counters.data_bytes,
@@ -91,14 +116,41 @@ impl SourceMemory {
         Counters::add(&self.counters.pages_done, run.range.pages);
     }
 
+    /// The length of a range.
+    pub(crate) fn bytes(&self, range: PageRange) -> u64 {
+        range.pages * self.region(range.region).unit().bytes()
+    }
+
+    /// The pages of a data run, to be sent: from the mapping, but where one landing unit holds holes
+    /// of the file from a copy, as a send would allocate them. A unit over [`RUN_BYTES_MAX`] is not
+    /// copied, and its holes are allocated.
+    pub(crate) fn contents(&self, range: PageRange) -> Result<Memory> {
+        let region = self.region(range.region);
+        let (offset, len) = (range.first * region.unit().bytes(), self.bytes(range));
+        let may_have_holes = region.unit().shift() > region.ram.page_shift;
+        if may_have_holes && len <= RUN_BYTES_MAX && !region.ram.is_resident(offset, len)? {
+            return Ok(Memory::from(region.ram.read(offset, len)?));
+        }
+        Ok(Memory::from(region.ram.span(offset, len)))
+    }
+
     pub(crate) fn total_bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.ram.bytes).sum()
     }
 }
 
 impl SourceRegion {
-    fn page(&self) -> u64 {
-        1 << self.ram.page_shift
+    fn landing(&self) -> &Landing {
+        self.landing.get().expect("no page leaves before the destination is ready")
+    }
+
+    fn claims(&self) -> &Claims {
+        &self.landing().claims
+    }
+
+    /// The landing unit.
+    pub(crate) fn unit(&self) -> PageSize {
+        self.landing().unit
     }
 }
 
@@ -122,7 +174,7 @@ impl Walk {
     /// Lane `index` of `lanes` begins at its share of the first region, so that lanes do not
     /// contend for neighbouring blocks.
     pub(crate) fn new(memory: &SourceMemory, index: usize, lanes: usize) -> Walk {
-        let blocks = memory.regions.first().map_or(0, |region| region.claims.blocks());
+        let blocks = memory.regions.first().map_or(0, |region| region.claims().blocks());
         let block = blocks * index as u64 / lanes.max(1) as u64;
         Walk { region: 0, block, pivot_seen: 0, current: None }
     }
@@ -146,14 +198,14 @@ impl Walk {
     fn take_block(&mut self, memory: &SourceMemory) -> Result<Option<Block>> {
         if let Some((region, page)) = memory.pivot.moved(&mut self.pivot_seen) {
             self.region = usize::from(region.0);
-            self.block = memory.region(region).claims.block_of(page);
+            self.block = memory.region(region).claims().block_of(page);
         }
         for _ in 0..memory.regions.len() {
             let region = &memory.regions[self.region];
-            if let Some(block) = region.claims.take_block(self.block) {
+            if let Some(block) = region.claims().take_block(self.block) {
                 self.block = block + 1;
-                let (first, pages) = region.claims.block_range(block);
-                let shift = region.ram.page_shift;
+                let (first, pages) = region.claims().block_range(block);
+                let shift = region.unit().shift();
                 return Ok(Some(Block {
                     region: RegionId(u16::try_from(self.region).expect("at most 256 regions")),
                     next: first,
@@ -170,34 +222,26 @@ impl Walk {
 
 impl Block {
     fn claim_word(&mut self, region: &SourceRegion, runs: &mut Vec<Run>) -> Result<()> {
-        let (ram, shift) = (&region.ram, region.ram.page_shift);
-        let run_pages_max = PageSize::from_shift(shift).expect("a page size").run_pages_max();
+        let unit = region.unit();
         let word = self.next;
         let count = (64 - word % 64).min(self.end - word);
         self.next += count;
-        let mut won = region.claims.claim_word(word, count);
+        let mut won = region.claims().claim_word(word, count);
         while won != 0 {
             let page = word + u64::from(won.trailing_zeros());
             won &= won - 1;
-            let offset = page << shift;
-            let kind = if self.holes.covers(ram, offset)? {
-                RunKind::Hole
-            } else if ram.page_is_zero(offset) {
-                RunKind::Zero
-            } else {
-                RunKind::Data
-            };
-            push_page(runs, kind, self.region, page, run_pages_max);
+            let kind = self.holes.kind(&region.ram, page * unit.bytes(), unit.bytes())?;
+            push_page(runs, kind, self.region, page, unit.run_pages_max());
         }
         Ok(())
     }
 }
 
-/// Which pages of a block the file does not have.
+/// Which of the file's pages in a part of it, a block or a page, are holes.
 ///
 /// SEEK_HOLE would tell, but it walks the whole extent of data, to the other end of the file when
 /// there is no hole: asked once a block it makes the work quadratic. So residency is asked for the
-/// block alone, and only a page that is not in memory is looked for in the file (it may be swapped
+/// part alone, and only a page that is not in memory is looked for in the file (it may be swapped
 /// out, or be on disk); SEEK_DATA is quick there, as it ends at the first data.
 struct Holes {
     start: u64,
@@ -211,6 +255,23 @@ impl Holes {
         Ok(Holes { start, resident: ram.resident(start, len)?, until: 0 })
     }
 
+    /// What `unit` bytes at `offset` are, whole pages of the file. Data if any page of it holds data;
+    /// zeroes if the rest of it are holes. Reads no hole, which would allocate it.
+    fn kind(&mut self, ram: &RamFile, offset: u64, unit: u64) -> Result<RunKind> {
+        let mut kind = RunKind::Hole;
+        for page in (offset..offset + unit).step_by(1 << ram.page_shift) {
+            if self.covers(ram, page)? {
+                continue;
+            }
+            if !ram.page_is_zero(page) {
+                return Ok(RunKind::Data);
+            }
+            kind = RunKind::Zero;
+        }
+        Ok(kind)
+    }
+
+    /// Whether the file's page at `offset` is a hole.
     fn covers(&mut self, ram: &RamFile, offset: u64) -> Result<bool> {
         let small_page = usize::try_from((offset - self.start) / 4096).expect("inside a block");
         if offset < self.until {
@@ -230,16 +291,29 @@ mod tests {
     use super::*;
     use std::io::{Seek, SeekFrom, Write};
 
-    /// A file of 4 MiB + 3 pages: data in pages 5 to 9 and 600, zeroes written in page 7 and 601.
-    fn memory() -> SourceMemory {
+    /// A file of 4 MiB + 3 pages, or 8 MiB for large units: data in pages 5 to 9 and 600, zeroes
+    /// written in page 7 and 601, and in 1024.
+    fn memory_in(unit: PageSize) -> SourceMemory {
         let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-        file.as_file().set_len((4 << 20) + 3 * 4096).unwrap();
+        let is_small = unit == PageSize::SIZE_4K;
+        let bytes = if is_small { (4 << 20) + 3 * 4096 } else { 8 << 20 };
+        file.as_file().set_len(bytes).unwrap();
         for page in [5, 6, 7, 8, 9, 600, 601u64] {
             file.seek(SeekFrom::Start(page * 4096)).unwrap();
             let byte = if page == 7 || page == 601 { 0 } else { 0xa5 };
             file.write_all(&[byte; 4096]).unwrap();
         }
-        SourceMemory::new(vec![RamFile::open_source("ram0", file.path()).unwrap()])
+        if !is_small {
+            file.seek(SeekFrom::Start(1024 * 4096)).unwrap();
+            file.write_all(&[0; 4096]).unwrap();
+        }
+        let memory = SourceMemory::new(vec![RamFile::open_source("ram0", file.path()).unwrap()]);
+        memory.land(memory.table().unwrap().with_units(&[unit]).unwrap());
+        memory
+    }
+
+    fn memory() -> SourceMemory {
+        memory_in(PageSize::SIZE_4K)
     }
 
     fn all(memory: &SourceMemory) -> Vec<(RunKind, u64, u64)> {
@@ -264,6 +338,53 @@ mod tests {
         let memory = memory();
         assert_eq!(all(&memory), expected);
         assert_eq!(memory.regions[0].ram.allocated_bytes().unwrap(), 7 * 4096, "read no hole");
+    }
+
+    #[test]
+    fn larger_units_are_data_if_any_of_their_pages_is() {
+        let small = PageSize::from_shift(14).unwrap();
+        let memory = memory_in(small);
+        let expected = [
+            (RunKind::Hole, 0, 1),
+            (RunKind::Data, 1, 2),
+            (RunKind::Hole, 3, 147),
+            (RunKind::Data, 150, 1),
+            (RunKind::Hole, 151, 105),
+            (RunKind::Zero, 256, 1),
+            (RunKind::Hole, 257, 255),
+        ];
+        assert_eq!(all(&memory), expected);
+        let memory = memory_in(PageSize::SIZE_2M);
+        let expected = [
+            (RunKind::Data, 0, 1),
+            (RunKind::Data, 1, 1),
+            (RunKind::Zero, 2, 1),
+            (RunKind::Hole, 3, 1),
+        ];
+        assert_eq!(all(&memory), expected);
+        let memory = memory_in(PageSize::SIZE_2M);
+        let demand = |page| memory.claim_demanded(RegionId(0), page).unwrap().map(|run| run.kind);
+        let kinds = [1, 2, 3, 1].map(demand);
+        let (data, zero, hole) = (RunKind::Data, RunKind::Zero, RunKind::Hole);
+        assert_eq!(kinds, [Some(data), Some(zero), Some(hole), None]);
+        assert_eq!(memory.regions[0].ram.allocated_bytes().unwrap(), 8 * 4096, "read no hole");
+    }
+
+    #[test]
+    fn a_unit_with_holes_is_sent_from_a_copy() {
+        let memory = memory_in(PageSize::SIZE_2M);
+        let first = PageRange { region: RegionId(0), first: 0, pages: 1 };
+        let Memory::Bytes(bytes) = memory.contents(first).unwrap() else { panic!("no copy") };
+        let mut expected = vec![0; 2 << 20];
+        for page in [5, 6, 8, 9] {
+            expected[page * 4096..(page + 1) * 4096].fill(0xa5);
+        }
+        assert!(bytes.as_slice() == expected);
+        assert_eq!(memory.regions[0].ram.allocated_bytes().unwrap(), 8 * 4096, "read no hole");
+
+        let memory = memory_in(PageSize::from_shift(13).unwrap());
+        let whole = PageRange { region: RegionId(0), first: 4, pages: 1 };
+        assert!(matches!(memory.contents(whole), Ok(Memory::Span(_))), "pages 8 and 9 are there");
     }
 
     #[test]

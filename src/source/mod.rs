@@ -21,7 +21,7 @@ use serde_json::json;
 use umem_ring::{Outcome, Waker};
 use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
 use umem_wire::source::{Input, Phase};
-use umem_wire::{Event, Fault, Frame, LaneRole, Receiver, SessionId, Totals, transmit};
+use umem_wire::{Event, Fault, Frame, LaneRole, PageSize, Receiver, SessionId, Totals, transmit};
 
 use crate::cores::Cores;
 use crate::error::{Error, Result};
@@ -222,8 +222,7 @@ impl Migration {
         let lane = lanes.pop().expect("the demand lane is there");
         let congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
         let cores = Cores::choose(&options.cores, crate::cores::Role::Source);
-        let mut receiver = Receiver::for_source();
-        receiver.set_regions(&table);
+        let receiver = Receiver::for_source(&table);
         let (commands, queue) = channel();
         let demand_socket = lane.socket();
         let demand = DemandLane {
@@ -299,7 +298,8 @@ impl Migration {
         }
         self.step(Input::Received(&event))?;
         match event {
-            Event::Ready => {
+            Event::Ready(landing) => {
+                self.memory.land(landing);
                 self.times.stopped = Some(Instant::now());
                 self.host.stop();
             }
@@ -539,8 +539,7 @@ impl Migration {
         let times = &self.times;
         let ours = self.memory.counters.totals();
         let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
-        let page_shift =
-            self.memory.regions.iter().map(|region| region.ram.page_shift).min().unwrap_or(12);
+        let unit = self.memory.regions.iter().map(|region| region.unit()).min();
         if self.has_monitor && !self.output.json {
             eprintln!("umem: the guest here is stopped and must not be resumed; quit its monitor");
         }
@@ -548,7 +547,7 @@ impl Migration {
             event: "completed".into(),
             role: "source".into(),
             kind: "shared".into(),
-            page_size: 1 << page_shift,
+            page_size: unit.map_or(0, PageSize::bytes),
             lanes: self.lane_count,
             total_bytes: self.memory.total_bytes(),
             data_bytes: totals.data_bytes,

@@ -4,6 +4,7 @@
 //! - [`Umem`]: a `umem` process, its events and what it complained of
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
 //! - [`Serial`]: what our Linux guest says on its console
+//! - [`HugeFile`]: a file of huge pages, which the machine gives back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //!
 //! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
@@ -11,6 +12,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+mod hugepages;
 mod process;
 mod qemu;
 mod qmp;
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
+    hugepages::HugeFile,
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},
     qmp::Qmp,

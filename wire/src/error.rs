@@ -7,7 +7,7 @@ use crate::fault::{Fault, FaultCode};
 use crate::frame::Kind;
 use crate::hello::VersionRange;
 use crate::limits::*;
-use crate::region::{PageRange, RegionId, RegionMismatch};
+use crate::region::{PageRange, PageSize, RegionId, RegionMismatch};
 
 /// Any error of this crate.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -116,6 +116,26 @@ pub enum RegionError {
     /// All regions together are longer than [`TOTAL_BYTES_MAX`].
     #[error("the regions are more than {TOTAL_BYTES_MAX} bytes in all")]
     Total,
+    /// A ready frame has more or fewer landing units than there are regions.
+    #[error("{units} landing units for {regions} regions")]
+    UnitCount {
+        /// Units that came.
+        units: usize,
+        /// Regions in the table.
+        regions: usize,
+    },
+    /// A landing unit that is smaller than the region's pages, or leaves a rest of the region.
+    #[error("region '{name}' of {bytes} bytes in {page_size} pages cannot land in units of {unit}")]
+    Unit {
+        /// The region's name.
+        name: String,
+        /// Its length in bytes.
+        bytes: u64,
+        /// Its page size at the source.
+        page_size: PageSize,
+        /// The unit.
+        unit: PageSize,
+    },
     /// Padding in a region's descriptor is not zero.
     #[error("region {0}: reserved bytes are not zero")]
     Reserved(usize),
@@ -163,6 +183,14 @@ pub enum FrameError {
     /// An error frame whose text is not UTF-8 or has control characters.
     #[error("error frame: the text is not printable UTF-8")]
     FaultText,
+    /// A landing unit is not a power of two from 4 KiB to 1 GiB.
+    #[error("ready frame: region {index} in units of 2^{shift} bytes (12 to 30 are possible)")]
+    Unit {
+        /// Which region of the table.
+        index: usize,
+        /// The base-2 logarithm of the unit.
+        shift: u8,
+    },
     /// A regions frame whose table makes no sense.
     #[error("regions frame: {0}")]
     Regions(RegionError),
@@ -194,8 +222,8 @@ pub enum ReceiveError {
         /// The frame's kind.
         kind: Kind,
     },
-    /// Pages are spoken of before the regions are known.
-    #[error("{kind} frame before the regions are known")]
+    /// Pages are spoken of before both ends know the regions and their landing units.
+    #[error("{kind} frame before the regions are agreed on")]
     NoRegions {
         /// The frame's kind.
         kind: Kind,
@@ -203,6 +231,12 @@ pub enum ReceiveError {
     /// The table of regions came again.
     #[error("the table of regions came twice")]
     RegionsTwice,
+    /// A ready frame that answers no table of regions: none was offered, or it came again.
+    #[error("a ready frame that was not asked for")]
+    ReadyUnasked,
+    /// Landing units that do not fit the table of regions.
+    #[error("ready frame: {0}")]
+    Units(RegionError),
     /// Pages that do not exist.
     #[error("{kind} frame: {error}")]
     Pages {

@@ -14,7 +14,8 @@
 //! | data, zero, hole, ack | region, first page, pages | |
 //! | request | | 8 bytes a page: region in the top 16 bits, page in the lower 48 |
 //! | regions | | 80 bytes a region, see [`region`](crate::region) |
-//! | ready, loaded, lane end | | |
+//! | ready | | 1 byte a region: base-2 logarithm of its landing unit, 12 to 30 |
+//! | loaded, lane end | | |
 //! | stopped | flags: 1 postcopy, 2 background | |
 //! | device state | | opaque |
 //! | load | first: bytes of state in all | |
@@ -31,7 +32,7 @@ use crate::bytes::{put, u16_at, u32_at, u64_at};
 use crate::error::FrameError;
 use crate::fault::{Fault, FaultCode, parse_text};
 use crate::limits::*;
-use crate::region::{DESCRIPTOR_BYTES, PageRange, RegionId, RegionTable};
+use crate::region::{DESCRIPTOR_BYTES, PageRange, PageSize, RegionId, RegionTable};
 use std::fmt;
 
 /// Bytes of every frame's header.
@@ -39,6 +40,9 @@ pub const HEADER_BYTES: usize = 32;
 
 /// Bytes of one page in a request's body.
 pub(crate) const REQUEST_ENTRY_BYTES: usize = 8;
+
+/// Bytes of one region in a ready frame's body.
+pub(crate) const UNIT_BYTES: usize = 1;
 
 /// Bits of a request's entry that hold the page.
 const REQUEST_PAGE_BITS: u32 = 48;
@@ -233,10 +237,10 @@ impl Header {
             Kind::Data | Kind::Zero | Kind::Hole | Kind::Ack => {
                 Header { region, first, pages, ..nothing }
             }
-            Kind::Request | Kind::Regions | Kind::DeviceState | Kind::Complete => {
+            Kind::Request | Kind::Regions | Kind::Ready | Kind::DeviceState | Kind::Complete => {
                 Header { body_bytes, ..nothing }
             }
-            Kind::Ready | Kind::Loaded | Kind::LaneEnd => nothing,
+            Kind::Loaded | Kind::LaneEnd => nothing,
             Kind::Stopped => Header { flags: flags & (FLAG_POSTCOPY | FLAG_BACKGROUND), ..nothing },
             Kind::Load | Kind::Switchover | Kind::Running | Kind::Ping | Kind::Pong => {
                 Header { first, ..nothing }
@@ -264,7 +268,6 @@ impl Header {
             Kind::Zero => Frame::Zero(range),
             Kind::Hole => Frame::Hole(range),
             Kind::Ack => Frame::Ack(range),
-            Kind::Ready => Frame::Ready,
             Kind::Loaded => Frame::Loaded,
             Kind::LaneEnd => Frame::LaneEnd,
             Kind::Stopped => Frame::Stopped {
@@ -276,9 +279,12 @@ impl Header {
             Kind::Running => Frame::Running { us_since_switchover: self.first },
             Kind::Ping => Frame::Ping(self.first),
             Kind::Pong => Frame::Pong(self.first),
-            Kind::Request | Kind::Regions | Kind::DeviceState | Kind::Complete | Kind::Error => {
-                return self.body().map(Head::Body);
-            }
+            Kind::Request
+            | Kind::Regions
+            | Kind::Ready
+            | Kind::DeviceState
+            | Kind::Complete
+            | Kind::Error => return self.body().map(Head::Body),
         };
         Ok(Head::Whole(frame))
     }
@@ -295,6 +301,7 @@ impl Header {
                 let unit = DESCRIPTOR_BYTES;
                 (Content::Regions, unit, unit, REGIONS_MAX * unit)
             }
+            Kind::Ready => (Content::Units, UNIT_BYTES, UNIT_BYTES, REGIONS_MAX * UNIT_BYTES),
             Kind::DeviceState => (Content::DeviceState, 1, 1, STATE_CHUNK_BYTES_MAX),
             Kind::Complete => (Content::Totals, 1, TOTALS_BYTES, TOTALS_BYTES),
             Kind::Error => {
@@ -334,6 +341,7 @@ pub(crate) struct Body {
 pub(crate) enum Content {
     Request,
     Regions,
+    Units,
     DeviceState,
     Totals,
     Fault(FaultCode),
@@ -348,6 +356,7 @@ impl Body {
             Content::Regions => {
                 Frame::Regions(RegionTable::decode(bytes).map_err(FrameError::Regions)?)
             }
+            Content::Units => Frame::Ready(decode_units(bytes)?),
             Content::DeviceState => Frame::DeviceState { bytes: self.bytes as u32 },
             Content::Totals => Frame::Complete(Totals::decode(bytes)),
             Content::Fault(code) => {
@@ -374,8 +383,9 @@ pub enum Frame {
     Ack(PageRange),
     /// The source's table of regions.
     Regions(RegionTable),
-    /// The regions match and the destination's guest waits to be moved into.
-    Ready,
+    /// The regions match and the destination's guest waits to be moved into. Holds each region's
+    /// landing unit, in the order of the source's table.
+    Ready(Vec<PageSize>),
     /// The source's guest has stopped; comes before the first page in every mode.
     Stopped {
         /// Whether pages are sent after the switchover.
@@ -467,6 +477,14 @@ fn decode_request(body: &[u8]) -> Vec<(RegionId, u64)> {
     entries.map(|e| (RegionId((e >> REQUEST_PAGE_BITS) as u16), e & page_mask)).collect()
 }
 
+/// The landing units in a ready frame's body.
+fn decode_units(body: &[u8]) -> Result<Vec<PageSize>, FrameError> {
+    let unit = |(index, &shift): (usize, &u8)| {
+        PageSize::from_shift(shift).ok_or(FrameError::Unit { index, shift })
+    };
+    body.iter().enumerate().map(unit).collect()
+}
+
 /// The flags of a stopped frame.
 pub(crate) fn stopped_flags(postcopy: bool, background: bool) -> u8 {
     (u8::from(postcopy) * FLAG_POSTCOPY) | (u8::from(background) * FLAG_BACKGROUND)
@@ -555,7 +573,6 @@ mod tests {
     #[test]
     fn frames_without_fields() {
         let bytes = |kind| literal(kind, 0, [0; 2], [0; 4], [0; 8], [0; 8]);
-        assert_literal(&Frame::Ready, &bytes(17));
         assert_literal(&Frame::Loaded, &bytes(21));
         assert_literal(&Frame::LaneEnd, &bytes(24));
     }
@@ -603,6 +620,18 @@ mod tests {
         assert_literal(&Frame::Regions(table), &bytes);
         bytes[32] = b'\n';
         assert_eq!(decoded(&bytes), Err(FrameError::Regions(RegionError::Name(0))));
+    }
+
+    #[test]
+    fn ready_has_a_byte_for_each_region() {
+        let mut bytes = literal(17, 0, [0; 2], [3, 0, 0, 0], [0; 8], [0; 8]);
+        bytes.extend([12, 30, 21]);
+        let units = vec![PageSize::SIZE_4K, PageSize::SIZE_1G, PageSize::SIZE_2M];
+        assert_literal(&Frame::Ready(units), &bytes);
+        for shift in [0, 11, 31, 255] {
+            bytes[33] = shift;
+            assert_eq!(decoded(&bytes), Err(FrameError::Unit { index: 1, shift }));
+        }
     }
 
     #[test]
@@ -657,9 +686,9 @@ mod tests {
             (field::EXTRA, "extra"),
         ];
         for (at, field) in fields {
-            let mut bytes = Header::new(Kind::Ready).encode();
+            let mut bytes = Header::new(Kind::Loaded).encode();
             bytes[at] = 1;
-            let unused = FrameError::Unused { kind: Kind::Ready, field };
+            let unused = FrameError::Unused { kind: Kind::Loaded, field };
             assert_eq!(Header::decode(&bytes), Err(unused));
         }
         assert_eq!(decoded(&[0; HEADER_BYTES]), Err(FrameError::Kind(0)));
@@ -670,6 +699,7 @@ mod tests {
         let limits = [
             (Kind::Request, [0, 7, 12, 2056], [8, 2048]),
             (Kind::Regions, [0, 79, 120, 20560], [80, 20480]),
+            (Kind::Ready, [0, 257, 1 << 20, u32::MAX], [1, 256]),
             (Kind::DeviceState, [0, 65537, 1 << 20, u32::MAX], [1, 65536]),
             (Kind::Complete, [0, 39, 41, u32::MAX], [40, 40]),
         ];

@@ -33,7 +33,7 @@
 //! | 4 | request | ← | demand | somebody waits for these pages |
 //! | 5 | ack | ← | any | these pages are the destination's own |
 //! | 16 | regions | → | demand | the source's table of regions |
-//! | 17 | ready | ← | demand | the regions match and the guest is prepared |
+//! | 17 | ready | ← | demand | the regions match and the guest is prepared; each one's landing unit |
 //! | 18 | stopped | → | demand | the source's guest has stopped; pages begin |
 //! | 19 | device state | → | demand | a piece of device state, opaque |
 //! | 20 | load | → | demand | that was all of it |
@@ -47,6 +47,15 @@
 //! | 255 | error | both | any | the sender gives up: a code and a text |
 //!
 //! → to the destination, ← to the source. Region numbers are always the source's.
+//!
+//! # Pages
+//!
+//! The two ends' pages may differ in size: a file of 4 KiB pages at the source may land in huge pages
+//! at the destination, and the other way round. What is sent, claimed and landed as one is a region's
+//! *landing unit*, the larger of its two page sizes; a unit never comes in parts, so that it is
+//! cached as a whole. The regions frame says the source's page sizes, ready answers with the unit of
+//! each region, and from then on "page" means unit in every frame: page numbers, counts of pages and
+//! the limit of a run. Nothing speaks of pages before.
 //!
 //! # Order
 //!
@@ -108,5 +117,5 @@ pub use hello::{
 };
 pub use receive::{Event, Receiver, RunTarget, Target};
 pub use region::{
-    PageRange, PageSize, Region, RegionDifference, RegionId, RegionMismatch, RegionTable,
+    Agreement, PageRange, PageSize, Region, RegionDifference, RegionId, RegionMismatch, RegionTable,
 };

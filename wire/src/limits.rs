@@ -45,6 +45,7 @@ pub const BODY_BYTES_MAX: usize = STATE_CHUNK_BYTES_MAX;
 
 const _: () = assert!(REQUEST_ENTRIES_MAX * crate::frame::REQUEST_ENTRY_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * crate::region::DESCRIPTOR_BYTES <= BODY_BYTES_MAX);
+const _: () = assert!(REGIONS_MAX * crate::frame::UNIT_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(ERROR_TEXT_BYTES_MAX <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX <= 1 << 16);
 const _: () = assert!(TOTAL_BYTES_MAX >> 12 <= 1 << 48);

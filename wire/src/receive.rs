@@ -84,10 +84,11 @@ pub enum Event {
     Request(Vec<(RegionId, u64)>),
     /// The destination has made these pages its own.
     Ack(PageRange),
-    /// The source's table of regions; this receiver knows it from here on.
+    /// The source's table of regions. Pages are spoken of once the caller has answered it and told
+    /// this receiver the landing table ([`Receiver::set_regions`]).
     Regions(RegionTable),
-    /// See [`Frame::Ready`].
-    Ready,
+    /// See [`Frame::Ready`]. The landing table, in which this receiver counts pages from here on.
+    Ready(RegionTable),
     /// See [`Frame::Stopped`].
     Stopped {
         /// Whether pages are sent after the switchover.
@@ -137,7 +138,7 @@ impl Event {
             Event::Request(_) => Kind::Request,
             Event::Ack(_) => Kind::Ack,
             Event::Regions(_) => Kind::Regions,
-            Event::Ready => Kind::Ready,
+            Event::Ready(_) => Kind::Ready,
             Event::Stopped { .. } => Kind::Stopped,
             Event::DeviceState(_) => Kind::DeviceState,
             Event::Load { .. } => Kind::Load,
@@ -158,6 +159,9 @@ impl Event {
 #[derive(Debug)]
 pub struct Receiver {
     lane: Lane,
+    /// The source's table, offered and not answered (at the source), or come (at the destination).
+    offered: Option<RegionTable>,
+    /// The landing table.
     regions: Option<RegionTable>,
     state: State,
     events: VecDeque<Event>,
@@ -186,9 +190,11 @@ impl State {
 }
 
 impl Receiver {
-    /// The source's end of the demand lane.
-    pub fn for_source() -> Receiver {
-        Receiver::new(Lane::AtSource(LaneRole::Demand))
+    /// The source's end of the demand lane, where `table` is offered: ready is the answer to it, and
+    /// gives the landing table.
+    pub fn for_source(table: &RegionTable) -> Receiver {
+        let receiver = Receiver::new(Lane::AtSource(LaneRole::Demand));
+        Receiver { offered: Some(table.clone()), ..receiver }
     }
 
     /// The source's end of a bulk lane, on which only acknowledgements, pings and errors come.
@@ -196,9 +202,8 @@ impl Receiver {
         Receiver::new(Lane::AtSource(LaneRole::Bulk))
     }
 
-    /// The destination's end of a lane. A bulk lane needs [`Receiver::set_regions`] before the
-    /// first page comes, which is after the destination sent its ready; the demand lane learns the
-    /// regions itself.
+    /// The destination's end of a lane. It needs [`Receiver::set_regions`] before the first page
+    /// comes, which is after the destination sent its ready.
     pub fn for_destination(role: LaneRole) -> Receiver {
         Receiver::new(Lane::AtDestination(role))
     }
@@ -206,11 +211,11 @@ impl Receiver {
     fn new(lane: Lane) -> Receiver {
         // At the destination a call makes two events at most (an empty queue, then one frame).
         let events = VecDeque::with_capacity(4);
-        Receiver { lane, regions: None, state: State::NEXT_HEADER, events }
+        Receiver { lane, offered: None, regions: None, state: State::NEXT_HEADER, events }
     }
 
-    /// Gives the receiver the source's table, whose numbers travel: required before pages,
-    /// requests or acknowledgements may come.
+    /// Gives the receiver the landing table, whose numbers travel: required before pages, requests
+    /// or acknowledgements may come. The source's end of the demand lane finds it itself.
     pub fn set_regions(&mut self, regions: &RegionTable) {
         self.regions = Some(regions.clone());
     }
@@ -412,17 +417,22 @@ impl Receiver {
                 Event::Request(pages)
             }
             Frame::Regions(table) => {
-                if self.regions.is_some() {
+                if self.offered.is_some() {
                     return Err(ReceiveError::RegionsTwice);
                 }
-                self.set_regions(&table);
+                self.offered = Some(table.clone());
                 Event::Regions(table)
             }
             Frame::LaneEnd => {
                 self.lane = Lane::Ended;
                 Event::LaneEnd
             }
-            Frame::Ready => Event::Ready,
+            Frame::Ready(units) => {
+                let offered = self.offered.take().ok_or(ReceiveError::ReadyUnasked)?;
+                let landing = offered.with_units(&units).map_err(ReceiveError::Units)?;
+                self.set_regions(&landing);
+                Event::Ready(landing)
+            }
             Frame::Stopped { postcopy, background } => Event::Stopped { postcopy, background },
             Frame::Load { state_bytes } => Event::Load { state_bytes },
             Frame::Loaded => Event::Loaded,
@@ -535,6 +545,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
     let (region, page_size) = (RegionId(0), PageSize::SIZE_4K);
     let range = PageRange { region, first: 0, pages: 1 };
     let ram = Region { name: "ram".into(), bytes: page_size.bytes(), page_size };
+    let table = RegionTable::new(vec![ram]).expect("a table");
     vec![
         Event::RunBegins(range),
         Event::Data(range),
@@ -542,8 +553,8 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::Hole(range),
         Event::Request(vec![(region, 0)]),
         Event::Ack(range),
-        Event::Regions(RegionTable::new(vec![ram]).expect("a table")),
-        Event::Ready,
+        Event::Regions(table.clone()),
+        Event::Ready(table),
         Event::Stopped { postcopy: true, background: true },
         Event::DeviceState(vec![0xa5]),
         Event::Load { state_bytes: 1 },
@@ -590,8 +601,9 @@ mod tests {
     }
 
     fn source() -> Receiver {
-        let mut receiver = Receiver::for_source();
-        receiver.set_regions(&table());
+        let mut receiver = Receiver::for_source(&table());
+        receiver.control(&encoded(&Frame::Ready(table().units()))).unwrap();
+        assert_eq!(drain(&mut receiver), [Event::Ready(table())]);
         receiver
     }
 
@@ -824,6 +836,36 @@ mod tests {
         let regions = encoded(&Frame::Regions(table()));
         feed(&mut receiver, &regions, 99).unwrap();
         assert_eq!(feed(&mut receiver, &regions, 99), Err(ReceiveError::RegionsTwice));
+    }
+
+    #[test]
+    fn ready_gives_the_units_in_which_pages_are_counted() {
+        let (small, huge) = (PageSize::SIZE_4K, PageSize::SIZE_1G);
+        let request = |page| encoded(&Frame::Request(vec![(SMALL, page)]));
+        let mut receiver = Receiver::for_source(&table());
+        let early = ReceiveError::NoRegions { kind: Kind::Request };
+        assert_eq!(receiver.control(&request(0)), Err(early));
+
+        let landing = table().with_units(&[PageSize::SIZE_2M, huge]).unwrap();
+        let ready = encoded(&Frame::Ready(landing.units()));
+        let mut receiver = Receiver::for_source(&table());
+        receiver.control(&ready).unwrap();
+        receiver.control(&request(1)).unwrap();
+        let events = [Event::Ready(landing), Event::Request(vec![(SMALL, 1)])];
+        assert_eq!(drain(&mut receiver), events);
+        let range = range(SMALL, 2, 1);
+        let error = RegionError::Outside { range, region_pages: 2 };
+        let outside = ReceiveError::Pages { kind: Kind::Request, error };
+        assert_eq!(receiver.control(&request(2)), Err(outside));
+
+        let mut receiver = source();
+        assert_eq!(receiver.control(&ready), Err(ReceiveError::ReadyUnasked));
+        for units in [&[small][..], &[small; 2], &[huge; 2], &[small, huge, huge]] {
+            let mut receiver = Receiver::for_source(&table());
+            let error = table().with_units(units).unwrap_err();
+            let ready = encoded(&Frame::Ready(units.to_vec()));
+            assert_eq!(receiver.control(&ready), Err(ReceiveError::Units(error)));
+        }
     }
 
     #[test]

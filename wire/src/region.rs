@@ -2,7 +2,9 @@
 //! has to agree between the two ends.
 //!
 //! A region's number ([`RegionId`]) is its place in its own side's table. Only the *source's*
-//! numbers travel; the destination maps them to its own with [`RegionTable::compare`].
+//! numbers travel; the destination maps them to its own with [`RegionTable::compare`], which also
+//! finds the *landing table*: the source's table with each region's landing unit in place of its page
+//! size. It is what page numbers on the wire refer to.
 
 use crate::bytes::{array, put, u64_at};
 use crate::error::RegionError;
@@ -37,7 +39,7 @@ pub struct RegionId(pub u16);
 pub struct PageRange {
     /// The region.
     pub region: RegionId,
-    /// The first page's index in the region, in the region's own page size.
+    /// The first page's index in the region, counted in the region's landing unit.
     pub first: u64,
     /// How many pages.
     pub pages: u64,
@@ -106,7 +108,7 @@ pub struct Region {
     pub name: String,
     /// The length in bytes, a multiple of the page size.
     pub bytes: u64,
-    /// The size of its pages.
+    /// The size of its pages; in a landing table, its landing unit.
     pub page_size: PageSize,
 }
 
@@ -225,24 +227,55 @@ impl RegionTable {
         }
     }
 
-    /// Matches the source's table (`theirs`) with the destination's (`self`) by name. The answer
-    /// holds, at each of the source's numbers, the number that the same region has here.
-    pub fn compare(&self, theirs: &RegionTable) -> Result<Vec<RegionId>, RegionMismatch> {
+    /// The landing units of a landing table, as a ready frame has them.
+    pub fn units(&self) -> Vec<PageSize> {
+        self.regions.iter().map(|region| region.page_size).collect()
+    }
+
+    /// The landing table for these units, one for each region in order. A unit is at least the
+    /// region's page size and divides its length.
+    pub fn with_units(&self, units: &[PageSize]) -> Result<RegionTable, RegionError> {
+        if units.len() != self.len() {
+            return Err(RegionError::UnitCount { units: units.len(), regions: self.len() });
+        }
+        let land = |(region, &unit): (&Region, &PageSize)| {
+            let Region { name, bytes, page_size } = region.clone();
+            if unit < page_size || !bytes.is_multiple_of(unit.bytes()) {
+                return Err(RegionError::Unit { name, bytes, page_size, unit });
+            }
+            Ok(Region { name, bytes, page_size: unit })
+        };
+        let regions = self.regions.iter().zip(units).map(land).collect::<Result<_, _>>()?;
+        Ok(RegionTable { regions, total_bytes: self.total_bytes })
+    }
+
+    /// Matches the source's table (`theirs`) with the destination's (`self`): by name, with equal
+    /// lengths. Page sizes may differ; the larger of the two is the landing unit, which divides the
+    /// length because it is one side's page size.
+    pub fn compare(&self, theirs: &RegionTable) -> Result<Agreement, RegionMismatch> {
         let mut ours: BTreeMap<&str, (RegionId, &Region)> =
             self.iter().map(|(id, region)| (region.name.as_str(), (id, region))).collect();
         let mut ids = Vec::with_capacity(theirs.len());
+        let mut units = Vec::with_capacity(theirs.len());
         let mut differences = Vec::new();
         for (_, theirs) in theirs.iter() {
             match ours.remove(theirs.name.as_str()) {
                 None => differences.push(RegionDifference::MissingHere(theirs.clone())),
-                Some((id, ours)) if ours == theirs => ids.push(id),
+                Some((id, ours)) if ours.bytes == theirs.bytes => {
+                    ids.push(id);
+                    units.push(ours.page_size.max(theirs.page_size));
+                }
                 Some((_, ours)) => differences
                     .push(RegionDifference::Unlike { ours: ours.clone(), theirs: theirs.clone() }),
             }
         }
         let unclaimed = ours.into_values().map(|(_, region)| region.clone());
         differences.extend(unclaimed.map(RegionDifference::MissingThere));
-        if differences.is_empty() { Ok(ids) } else { Err(RegionMismatch { differences }) }
+        if !differences.is_empty() {
+            return Err(RegionMismatch { differences });
+        }
+        let landing = theirs.with_units(&units).expect("the larger of two page sizes fits both");
+        Ok(Agreement { ids, landing })
     }
 
     /// Bytes that [`RegionTable::encode`] appends.
@@ -266,6 +299,15 @@ impl RegionTable {
     }
 }
 
+/// What two tables of the same memory have in common.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Agreement {
+    /// At each of the source's numbers, the number that the same region has at the destination.
+    pub ids: Vec<RegionId>,
+    /// The landing table: the source's regions in landing units.
+    pub landing: RegionTable,
+}
+
 /// Everything that differs between the two sides' memory, never nothing. Its text is one line, told
 /// by the destination.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -281,7 +323,7 @@ pub enum RegionDifference {
     MissingHere(Region),
     /// The destination has this region, the source does not.
     MissingThere(Region),
-    /// Both have it, with another size or page size.
+    /// Both have it, with different lengths.
     Unlike {
         /// The destination's.
         ours: Region,
@@ -317,12 +359,10 @@ impl fmt::Display for RegionDifference {
             }
             RegionDifference::Unlike { ours, theirs } => write!(
                 f,
-                "'{}' is {} in {} pages at the source, {} in {} pages at the destination",
+                "'{}' is {} at the source, {} at the destination",
                 ours.name,
                 Bytes(theirs.bytes),
-                theirs.page_size,
                 Bytes(ours.bytes),
-                ours.page_size
             ),
         }
     }
@@ -450,8 +490,41 @@ mod tests {
         let (a, b) = (region("a", 4096, PageSize::SIZE_4K), region("b", 8192, PageSize::SIZE_4K));
         let ours = table(&[a.clone(), b.clone()]);
         let theirs = table(&[b, a]);
-        assert_eq!(ours.compare(&theirs), Ok(vec![RegionId(1), RegionId(0)]));
-        assert_eq!(ours.compare(&ours), Ok(vec![RegionId(0), RegionId(1)]));
+        let ids = vec![RegionId(1), RegionId(0)];
+        assert_eq!(ours.compare(&theirs), Ok(Agreement { ids, landing: theirs }));
+        let ids = vec![RegionId(0), RegionId(1)];
+        assert_eq!(ours.compare(&ours), Ok(Agreement { ids, landing: ours.clone() }));
+    }
+
+    #[test]
+    fn the_larger_page_is_the_landing_unit() {
+        let table = |sizes: [PageSize; 3]| {
+            let region =
+                |(index, size): (usize, PageSize)| region(&index.to_string(), 4 << 30, size);
+            table(&sizes.into_iter().enumerate().map(region).collect::<Vec<_>>())
+        };
+        let (small, large, huge) = (PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G);
+        let (ours, theirs) = (table([small, huge, large]), table([large, small, large]));
+        let landing = table([large, huge, large]);
+        assert_eq!(ours.compare(&theirs).unwrap().landing, landing);
+        assert_eq!(theirs.compare(&ours).unwrap().landing, landing);
+        assert_eq!(landing.units(), [large, huge, large]);
+        assert_eq!(theirs.with_units(&landing.units()), Ok(landing));
+    }
+
+    #[test]
+    fn a_unit_fits_its_region() {
+        let three = region("three", 3 << 21, PageSize::SIZE_2M);
+        let one = table(std::slice::from_ref(&three));
+        let units = |units: usize| RegionError::UnitCount { units, regions: 1 };
+        assert_eq!(one.with_units(&[]), Err(units(0)));
+        assert_eq!(one.with_units(&[PageSize::SIZE_2M; 2]), Err(units(2)));
+        // Smaller than a page; no divisor of the length.
+        for unit in [PageSize::SIZE_4K, PageSize::from_shift(22).unwrap(), PageSize::SIZE_1G] {
+            let Region { name, bytes, page_size } = three.clone();
+            let error = RegionError::Unit { name, bytes, page_size, unit };
+            assert_eq!(one.with_units(&[unit]), Err(error));
+        }
     }
 
     #[test]
@@ -467,9 +540,8 @@ mod tests {
         let mismatch = ours.compare(&theirs).unwrap_err();
         assert_eq!(
             mismatch.to_string(),
-            "the two sides' memory differs: 'ram0' is 1 GiB in 2 MiB pages at the source, 2 GiB in \
-             4 KiB pages at the destination; the destination has no 'theirs' (3 MiB); the source \
-             has no 'ours' (4 KiB)"
+            "the two sides' memory differs: 'ram0' is 1 GiB at the source, 2 GiB at the destination; \
+             the destination has no 'theirs' (3 MiB); the source has no 'ours' (4 KiB)"
         );
         let many = (0..9).map(|i| region(&format!("m{i}"), 4096, PageSize::SIZE_4K)).collect();
         let mismatch = ours.compare(&RegionTable::new(many).unwrap()).unwrap_err();

@@ -190,7 +190,7 @@ impl Phase {
                 Err(Some(PhaseError::Peer { phase: phase.name(), fault: fault.clone() }))
             }
             (phase, Event::Request(_) | Event::Ack(_)) if phase.has_stopped() => Ok(phase),
-            (Phase::Comparing, Event::Ready) => Ok(Phase::Ready),
+            (Phase::Comparing, Event::Ready(_)) => Ok(Phase::Ready),
             (Phase::Loading { state_bytes }, Event::Loaded) => Ok(Phase::Loaded { state_bytes }),
             (Phase::Committed, Event::Running { .. }) => Ok(Phase::Serving),
             (Phase::Serving, Event::Complete(totals)) => Ok(Phase::Completed(*totals)),

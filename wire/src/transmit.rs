@@ -4,10 +4,11 @@
 
 use crate::fault::{Fault, push_text};
 use crate::frame::{
-    Frame, HEADER_BYTES, Header, Kind, REQUEST_ENTRY_BYTES, Totals, request_entry, stopped_flags,
+    Frame, HEADER_BYTES, Header, Kind, REQUEST_ENTRY_BYTES, Totals, UNIT_BYTES, request_entry,
+    stopped_flags,
 };
 use crate::limits::*;
-use crate::region::{PageRange, RegionId, RegionTable};
+use crate::region::{PageRange, PageSize, RegionId, RegionTable};
 
 /// Appends a frame. After [`Frame::Data`] the caller sends the pages, after [`Frame::DeviceState`]
 /// the state; all other frames are whole.
@@ -17,7 +18,6 @@ pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         Frame::Zero(range) => Header::with_range(Kind::Zero, *range),
         Frame::Hole(range) => Header::with_range(Kind::Hole, *range),
         Frame::Ack(range) => Header::with_range(Kind::Ack, *range),
-        Frame::Ready => Header::new(Kind::Ready),
         Frame::Stopped { postcopy, background } => {
             Header { flags: stopped_flags(*postcopy, *background), ..Header::new(Kind::Stopped) }
         }
@@ -34,13 +34,14 @@ pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         }
         Frame::Request(pages) => return request(out, pages),
         Frame::Regions(table) => return regions(out, table),
+        Frame::Ready(units) => return ready(out, units),
         Frame::Complete(totals) => return complete(out, totals),
         Frame::Error(fault) => return error(out, fault),
     };
     out.extend_from_slice(&header.encode());
 }
 
-/// A data run's header; `pages` × page size raw bytes must follow.
+/// A data run's header; `pages` × landing unit raw bytes must follow.
 pub fn data_header(range: PageRange) -> [u8; HEADER_BYTES] {
     Header::with_range(Kind::Data, range).encode()
 }
@@ -81,6 +82,13 @@ fn regions(out: &mut Vec<u8>, table: &RegionTable) {
     let header = Header::with_body(Kind::Regions, table.encoded_bytes());
     out.extend_from_slice(&header.encode());
     table.encode(out);
+}
+
+fn ready(out: &mut Vec<u8>, units: &[PageSize]) {
+    assert!((1..=REGIONS_MAX).contains(&units.len()), "units for {} regions", units.len());
+    let header = Header::with_body(Kind::Ready, units.len() * UNIT_BYTES);
+    out.extend_from_slice(&header.encode());
+    out.extend(units.iter().map(|unit| unit.shift()));
 }
 
 fn complete(out: &mut Vec<u8>, totals: &Totals) {

@@ -112,16 +112,21 @@ struct LanePipes {
 
 impl World {
     fn new(mut random: Random) -> World {
-        let regions = [
-            region("small", 1 + random.below(600), PageSize::SIZE_4K),
-            region("large", 1 + random.below(5), PageSize::SIZE_2M),
-            region("huge", 1 + random.below(2), PageSize::SIZE_1G),
-        ];
-        let reversed = regions.iter().rev().cloned().collect();
+        let sizes = [PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G];
+        let (mut theirs, mut ours) = (Vec::new(), VecDeque::new());
+        for (name, units_max, sizes) in
+            [("small", 600, &sizes[..1]), ("large", 5, &sizes[..2]), ("huge", 2, &sizes[..])]
+        {
+            // The two sides' pages may differ in size; the length is whole units of both.
+            let [there, here] = [(); 2].map(|()| sizes[random.index(sizes.len())]);
+            let unit = there.max(here);
+            let Region { bytes, .. } = region(name, 1 + random.below(units_max), unit);
+            theirs.push(Region { name: name.into(), bytes, page_size: there });
+            ours.push_front(Region { name: name.into(), bytes, page_size: here });
+        }
         let bulk_lanes = random.below(4) as u16;
-        let source =
-            Source::new(RegionTable::new(regions.into()).unwrap(), bulk_lanes, &mut random);
-        let destination = Destination::new(RegionTable::new(reversed).unwrap(), bulk_lanes);
+        let source = Source::new(RegionTable::new(theirs).unwrap(), bulk_lanes, &mut random);
+        let destination = Destination::new(RegionTable::new(ours.into()).unwrap(), bulk_lanes);
         let lanes = (0..=bulk_lanes).map(|_| LanePipes::default()).collect();
         World { random, source, destination, lanes }
     }
@@ -323,7 +328,9 @@ struct Source {
     phase: source::Phase,
     failure: Option<Failure>,
     committed: bool,
+    /// With page sizes at first, from ready on with landing units.
     regions: RegionTable,
+    /// Of each unit, once they are known.
     contents: Vec<Vec<Content>>,
     claimed: Vec<Vec<bool>>,
     lanes: Vec<LaneEnd>,
@@ -337,21 +344,6 @@ struct Source {
 
 impl Source {
     fn new(regions: RegionTable, bulk_lanes: u16, random: &mut Random) -> Source {
-        let kinds = [Content::Data, Content::Data, Content::Zero, Content::Hole];
-        let contents: Vec<Vec<Content>> = regions
-            .iter()
-            .map(|(_, region)| {
-                // Stretches of one kind, so that runs have lengths.
-                let mut kind = Content::Data;
-                let mut page = || {
-                    if random.chance(10) {
-                        kind = kinds[random.index(kinds.len())];
-                    }
-                    kind
-                };
-                (0..region.pages()).map(|_| page()).collect()
-            })
-            .collect();
         let hello = |index: u16| Hello {
             versions: PROTOCOL,
             capabilities: Capabilities::NONE,
@@ -366,8 +358,8 @@ impl Source {
             phase: source::Phase::new(),
             failure: None,
             committed: false,
-            claimed: contents.iter().map(|pages| vec![false; pages.len()]).collect(),
-            contents,
+            claimed: Vec::new(),
+            contents: Vec::new(),
             regions,
             lanes: Vec::new(),
             hellos: (0..=bulk_lanes).map(hello).collect(),
@@ -376,6 +368,29 @@ impl Source {
             state_bytes: random.below(300_000),
             ended_lanes: false,
             totals: Totals::default(),
+        }
+    }
+
+    /// The landing table is known: makes up what the guest's memory holds, in its units.
+    fn land(&mut self, landing: &RegionTable, random: &mut Random) {
+        let kinds = [Content::Data, Content::Data, Content::Zero, Content::Hole];
+        let contents = landing.iter().map(|(_, region)| {
+            // Stretches of one kind, so that runs have lengths.
+            let mut kind = Content::Data;
+            let mut page = || {
+                if random.chance(10) {
+                    kind = kinds[random.index(kinds.len())];
+                }
+                kind
+            };
+            (0..region.pages()).map(|_| page()).collect()
+        });
+        self.contents = contents.collect();
+        self.claimed = self.contents.iter().map(|pages| vec![false; pages.len()]).collect();
+        self.regions = landing.clone();
+        for lane in &mut self.lanes[1..] {
+            let LaneEnd::Open(receiver) = lane else { panic!("regions before a welcome") };
+            receiver.set_regions(landing);
         }
     }
 
@@ -550,7 +565,7 @@ impl Source {
         receiver.assert_invariants();
         let events: Vec<Event> = std::iter::from_fn(|| receiver.poll_event()).collect();
         for event in events {
-            self.handle(lane, &event, pipes);
+            self.handle(lane, &event, pipes, random);
         }
         if let Err(error) = result {
             self.lost(Failure::Receive(error));
@@ -572,18 +587,21 @@ impl Source {
         if let Err(error) = checked {
             return self.lost(Failure::Hello(error));
         }
-        let mut receiver =
-            if lane == 0 { Receiver::for_source() } else { Receiver::for_source_bulk() };
-        receiver.set_regions(&self.regions);
-        self.lanes[lane] = LaneEnd::Open(receiver);
+        self.lanes[lane] = LaneEnd::Open(match lane {
+            0 => Receiver::for_source(&self.regions),
+            _ => Receiver::for_source_bulk(),
+        });
     }
 
-    fn handle(&mut self, lane: usize, event: &Event, pipes: &mut [LanePipes]) {
+    fn handle(&mut self, lane: usize, event: &Event, pipes: &mut [LanePipes], random: &mut Random) {
         if lane == 0 {
             self.input(source::Input::Received(event));
         }
         if let source::Phase::Failed { .. } = self.phase {
             return;
+        }
+        if let Event::Ready(landing) = event {
+            self.land(landing, random);
         }
         if let Event::Request(pages) = event {
             for &(region, page) in pages {
@@ -603,7 +621,7 @@ struct Destination {
     regions: RegionTable,
     /// Our number of each of the source's regions.
     ids: Vec<RegionId>,
-    theirs: Option<RegionTable>,
+    landing: Option<RegionTable>,
     pages: Vec<Vec<Page>>,
     lanes: Vec<LaneEnd>,
     totals: Totals,
@@ -611,13 +629,12 @@ struct Destination {
 
 impl Destination {
     fn new(regions: RegionTable, bulk_lanes: u16) -> Destination {
-        let pages = |(_, region): (_, &Region)| vec![Page::Missing; region.pages() as usize];
         Destination {
             phase: destination::Phase::new(),
             failure: None,
             ids: Vec::new(),
-            theirs: None,
-            pages: regions.iter().map(pages).collect(),
+            landing: None,
+            pages: Vec::new(),
             regions,
             lanes: (0..=bulk_lanes).map(|_| LaneEnd::Opening(Vec::new())).collect(),
             totals: Totals::default(),
@@ -655,7 +672,8 @@ impl Destination {
             }
             destination::Phase::Preparing => {
                 self.input(destination::Input::GuestReady);
-                send(&mut pipes[0].to_source, &Frame::Ready);
+                let landing = self.landing.as_ref().expect("the regions have come");
+                send(&mut pipes[0].to_source, &Frame::Ready(landing.units()));
             }
             destination::Phase::Loading { .. } if random.chance(20) => {
                 self.input(destination::Input::StateLoaded);
@@ -760,12 +778,17 @@ impl Destination {
         }
         match event {
             Event::Regions(theirs) => {
-                self.ids = self.regions.compare(theirs).unwrap();
-                self.theirs = Some(theirs.clone());
-                for lane in &mut self.lanes[1..] {
-                    let LaneEnd::Open(receiver) = lane else { panic!("pages before a welcome") };
-                    receiver.set_regions(theirs);
+                let Agreement { ids, landing } = self.regions.compare(theirs).unwrap();
+                for lane in &mut self.lanes {
+                    let LaneEnd::Open(receiver) = lane else { panic!("regions before a welcome") };
+                    receiver.set_regions(&landing);
                 }
+                self.pages = vec![Vec::new(); ids.len()];
+                for (theirs, region) in landing.iter() {
+                    let ours = usize::from(ids[usize::from(theirs.0)].0);
+                    self.pages[ours] = vec![Page::Missing; region.pages() as usize];
+                }
+                (self.ids, self.landing) = (ids, Some(landing));
             }
             Event::RunBegins(range) => self.move_pages(*range, Page::Missing, Page::Landing),
             Event::Data(range) => {
@@ -789,7 +812,8 @@ impl Destination {
     }
 
     fn bytes(&self, range: PageRange) -> u64 {
-        range.pages * self.regions.get(self.id(range.region)).unwrap().page_size.bytes()
+        let landing = self.landing.as_ref().expect("pages come after the regions");
+        range.pages * landing.get(range.region).unwrap().page_size.bytes()
     }
 
     /// Each page takes each step once.

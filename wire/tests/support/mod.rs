@@ -74,7 +74,7 @@ pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
         Frame::Request(vec![(RegionId(0), 299), (RegionId(2), 1)]),
         Frame::Ack(range),
         Frame::Regions(table()),
-        Frame::Ready,
+        Frame::Ready(table().units()),
         Frame::Stopped { postcopy: true, background: false },
         Frame::DeviceState { bytes: 9 },
         Frame::Load { state_bytes: 9 },
@@ -98,16 +98,16 @@ pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
     frames.map(encode).into()
 }
 
-/// A receiver for each end of each kind of lane; all but the destination's demand lane know
-/// [`table`], which comes there as a frame.
+/// A receiver for each end of each kind of lane; all know [`table`] as the landing table, and on the
+/// demand lanes it may still come, or be answered.
 pub(crate) fn receivers() -> [Receiver; 4] {
     let mut receivers = [
         Receiver::for_destination(LaneRole::Demand),
         Receiver::for_destination(LaneRole::Bulk),
-        Receiver::for_source(),
+        Receiver::for_source(&table()),
         Receiver::for_source_bulk(),
     ];
-    for receiver in &mut receivers[1..] {
+    for receiver in &mut receivers {
         receiver.set_regions(&table());
     }
     receivers
@@ -123,7 +123,7 @@ pub(crate) fn frame(event: &Event) -> Option<Frame> {
         Event::Request(pages) => Frame::Request(pages),
         Event::Ack(range) => Frame::Ack(range),
         Event::Regions(table) => Frame::Regions(table),
-        Event::Ready => Frame::Ready,
+        Event::Ready(landing) => Frame::Ready(landing.units()),
         Event::Stopped { postcopy, background } => Frame::Stopped { postcopy, background },
         Event::DeviceState(state) => Frame::DeviceState { bytes: state.len() as u32 },
         Event::Load { state_bytes } => Frame::Load { state_bytes },
