@@ -6,6 +6,7 @@ use argh::FromArgs;
 
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
+use crate::memory::kind::Kind;
 use crate::uri::Uri;
 use crate::{demo, destination, host, source};
 
@@ -77,18 +78,30 @@ struct Demo {
     subcommand,
     name = "incoming",
     note = "URI is tcp:HOST:PORT or unix:PATH. COMMAND is a QEMU whose RAM is a \
-            memory-backend-file with share=on, or another monitor that maps the files named with \
-            --ram. umem adds -incoming and a QMP socket to a QEMU's options itself.",
-    example = "{command_name} tcp::4444 -- qemu-system-x86_64 -m 2G -machine \
-               memory-backend=ram0 \\\n    -object \
+            memory-backend-file with share=on (--kind private: share=off), or another monitor that \
+            maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
+            options itself.",
+    example = "Serve a Firecracker that restores a snapshot, whose memory file the source has:\n  \
+               {command_name} --handoff /run/uffd.sock tcp::4444",
+    example = "Receive a QEMU guest:\n  {command_name} tcp::4444 -- qemu-system-x86_64 -m 2G \
+               -machine memory-backend=ram0 \\\n    -object \
                memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest",
     error_code(1, "The guest did not arrive, or not whole; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
 struct Incoming {
-    /// memory kind: shared (the default)
-    #[argh(option, default = "String::from(\"shared\")")]
-    kind: String,
+    /// how the guest maps its memory: shared (the default) or private; anonymous memory says so
+    /// itself, see --handoff
+    #[argh(option, default = "Kind::Shared")]
+    kind: Kind,
+    /// kind private: 1 has the guest side touch pages as they come, so that the file's copies can be
+    /// released; 0 leaves that to the guest's own accesses until the end (default 0)
+    #[argh(option, default = "PostcopyFlags(0)")]
+    postcopy_flags: PostcopyFlags,
+    /// a unix socket to make, where the guest's process hands over its memory itself, as Firecracker
+    /// does; COMMAND may be left out then
+    #[argh(option)]
+    handoff: Option<PathBuf>,
     /// a RAM file of the guest, NAME=PATH; repeat for more (default: read from a QEMU's options)
     #[argh(option)]
     ram: Vec<RamPath>,
@@ -197,6 +210,22 @@ struct Guest {
 #[derive(FromArgs)]
 #[argh(subcommand, name = "version")]
 struct Version {}
+
+/// The RFC's `-postcopy-flags`.
+#[derive(Clone, Copy)]
+struct PostcopyFlags(u8);
+
+impl std::str::FromStr for PostcopyFlags {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<PostcopyFlags, String> {
+        match text {
+            "0" => Ok(PostcopyFlags(0)),
+            "1" => Ok(PostcopyFlags(1)),
+            _ => Err(format!("0 or 1 (touch requests), not {text:?}")),
+        }
+    }
+}
 
 /// `0,2,3`
 #[derive(Default)]
@@ -314,8 +343,27 @@ impl Demo {
 
 impl Incoming {
     fn run(self) -> Result<i32> {
-        check_kind(&self.kind)?;
         check_lanes(self.lanes)?;
+        if self.kind == Kind::Anonymous && self.handoff.is_none() {
+            return Err(Error::Usage(
+                "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \
+                 owner has to hand it over itself"
+                    .into(),
+            ));
+        }
+        if self.kind == Kind::Private && self.handoff.is_some() {
+            return Err(Error::Usage(
+                "--kind private is for memory that COMMAND maps under umem's eyes: leave out \
+                 --handoff"
+                    .into(),
+            ));
+        }
+        if self.postcopy_flags.0 != 0 && self.kind != Kind::Private {
+            return Err(Error::Usage(
+                "--postcopy-flags 1 asks for touches, which only --kind private has a use for"
+                    .into(),
+            ));
+        }
         // argh keeps the -- that separates COMMAND.
         let mut command = self.command;
         if command.first().is_some_and(|word| word == "--") {
@@ -324,6 +372,9 @@ impl Incoming {
         destination::run(&destination::Options {
             uri: self.uri,
             ram: self.ram,
+            kind: self.kind,
+            touch: self.postcopy_flags.0 == 1,
+            handoff: self.handoff,
             qmp: self.qmp,
             lanes_max: self.lanes,
             cores: self.cores.0,

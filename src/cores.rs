@@ -39,6 +39,17 @@ impl Cores {
         self.demand
     }
 
+    /// How many cores there are to choose from; one where there is no choice.
+    pub(crate) fn count(&self) -> usize {
+        usize::from(self.demand.is_some()).max(1) + self.bulk.len()
+    }
+
+    /// The core of the `index`th of some threads that share all cores.
+    pub(crate) fn any(&self, index: usize) -> Option<usize> {
+        let all: Vec<usize> = self.bulk.iter().copied().chain(self.demand).collect();
+        (!all.is_empty()).then(|| all[index % all.len()])
+    }
+
     /// The core of bulk lane `index`, counted from 0.
     pub(crate) fn bulk(&self, index: usize) -> Option<usize> {
         (!self.bulk.is_empty()).then(|| self.bulk[index % self.bulk.len()])

@@ -193,12 +193,7 @@ impl Listener {
                 Ok(Listener::Tcp(TcpListener::bind((host, *port)).map_err(failed)?))
             }
             Uri::Unix { path } => {
-                // Made under a mask that leaves it to the owner alone; umask is per process, and
-                // no other thread has been started yet.
-                let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-                let listener = UnixListener::bind(path);
-                nix::sys::stat::umask(mask);
-                Ok(Listener::Unix(listener.map_err(failed)?, path.clone()))
+                Ok(Listener::Unix(bind_private(path).map_err(failed)?, path.clone()))
             }
         }
     }
@@ -245,6 +240,17 @@ impl Listener {
             Err(error) => Err(error.to_string()),
         })
     }
+}
+
+/// Makes a listening unix socket that is the owner's alone.
+///
+/// It is made under a mask for that; umask is per process, so no other thread may have been started
+/// yet.
+pub(crate) fn bind_private(path: &std::path::Path) -> io::Result<UnixListener> {
+    let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    nix::sys::stat::umask(mask);
+    listener
 }
 
 impl AsFd for Listener {

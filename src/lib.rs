@@ -40,4 +40,5 @@ mod worker;
 
 pub use error::{Error, Result};
 pub use host::command::RamPath;
+pub use memory::kind::Kind;
 pub use uri::Uri;

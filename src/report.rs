@@ -94,6 +94,10 @@ pub struct Completed {
     pub zero_copy: String,
     /// Bytes released with MADV_REMOVE; nothing to release with kind `shared`.
     pub release_bytes: u64,
+    /// Kind `private`: the most that was in the destination's file at a time beside the guest's own
+    /// pages, bytes.
+    #[serde(default)]
+    pub spare_bytes_max: u64,
     /// Congestion control of the lanes, or `none` on unix sockets.
     pub congestion: String,
 }

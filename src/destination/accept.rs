@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use umem_wire::{Event, FaultCode, LaneRole, Receiver, RegionTable, Target};
 
-use super::prepare::Prepared;
+use super::prepare::{Adopted, Prepared};
 use super::{Note, Options, peer};
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
@@ -95,14 +95,14 @@ pub(super) fn compare(
     demand: &Lane,
     inbox: &Inbox<Note>,
     prepared: &mut Prepared,
-) -> Result<(Receiver, RegionTable)> {
+) -> Result<(Receiver, Adopted)> {
     let mut receiver = Receiver::for_destination(LaneRole::Demand);
     let compared = read_regions(demand, inbox, prepared, &mut receiver)
         .and_then(|table| prepared.adopt(&table));
     match compared {
-        Ok(landing) => {
-            receiver.set_regions(&landing);
-            Ok((receiver, landing))
+        Ok(adopted) => {
+            receiver.set_regions(&adopted.landing);
+            Ok((receiver, adopted))
         }
         Err(error) => {
             lane::tell(&demand.socket(), &error);

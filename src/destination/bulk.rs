@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use umem_ring::{Config, Mailbox, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
+use umem_ring::{Config, Ring, TOKEN_WAKE, Wait, Waker};
 use umem_wire::{Event, RegionTable};
 
 use super::Note;
+use super::faults::{self, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::reader::{Arrived, LaneReader, TOKEN_FREE};
 use crate::error::{Error, Result};
@@ -22,8 +23,8 @@ pub(crate) struct BulkLane {
     pub(crate) regions: RegionTable,
     pub(crate) guest: Arc<GuestMemory>,
     pub(crate) core: Option<usize>,
-    /// The demand thread's ring: it wakes vCPUs.
-    pub(crate) demand: Mailbox,
+    /// Who wakes vCPUs.
+    pub(crate) servers: Servers,
     pub(crate) post: Post<Note>,
 }
 
@@ -52,7 +53,7 @@ impl BulkLane {
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => return Ok(()),
-                    TOKEN_POSTED => self.posted(completion.outcome)?,
+                    TOKEN_POSTED => faults::posted(completion.outcome)?,
                     _ => reader.complete(
                         &mut ring,
                         completion,
@@ -85,20 +86,10 @@ impl BulkLane {
         Ok(())
     }
 
-    /// Tells the demand thread which pages have come that a vCPU waits for.
+    /// Tells those who serve faults which pages have come that a vCPU waits for.
     fn wake(&self, ring: &mut Ring, wanted: &mut Vec<PageId>) -> Result<()> {
-        for page in wanted.drain(..) {
-            let message = Op::msg_ring(self.demand.clone(), page.pack(), 0);
-            ring.submit(message, TOKEN_POSTED).map_err(|rejected| Error::Ring(rejected.error))?;
-        }
-        Ok(())
-    }
-
-    /// A message that did not arrive would leave a vCPU waiting for a page that is there.
-    fn posted(&self, outcome: Outcome) -> Result<()> {
-        match outcome {
-            Outcome::Done(_) => Ok(()),
-            other => Err(Error::Host(format!("waking a vCPU through the demand ring: {other:?}"))),
-        }
+        wanted
+            .drain(..)
+            .try_for_each(|page| self.servers.tell(ring, &self.guest, page, TOKEN_POSTED))
     }
 }

@@ -8,10 +8,13 @@
 mod accept;
 mod bulk;
 mod demand;
+mod faults;
 mod guest;
 mod prepare;
 mod reader;
+mod touch;
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,13 +29,14 @@ use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, transmit};
 
 use crate::cores::Cores;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::fault::handoff::Message;
 use crate::host::command::RamPath;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
+use crate::memory::kind::Kind;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
 use crate::uri::Uri;
@@ -41,8 +45,13 @@ use crate::worker::{self, Failure};
 use accept::Lanes;
 use bulk::BulkLane;
 use demand::{Command, DemandLane, Reach};
+use faults::{FaultThread, Servers};
 use guest::GuestMemory;
-use prepare::Prepared;
+use prepare::{Adopted, Expected, Prepared};
+use touch::{TouchThread, Toucher};
+
+/// Threads that serve the faults of a guest in shards, each with its own ring.
+const FAULT_THREADS_MAX: usize = 16;
 
 /// What `umem incoming` is asked to do.
 #[derive(Clone, Debug)]
@@ -51,6 +60,12 @@ pub struct Options {
     pub uri: Uri,
     /// The guest's RAM files; empty to read them from a QEMU's command line.
     pub ram: Vec<RamPath>,
+    /// How the guest maps its memory, where it does not say so itself.
+    pub kind: Kind,
+    /// Private memory: have pages touched and released as they come, not at the end.
+    pub touch: bool,
+    /// Where a process that is not started with the preload object hands over its memory.
+    pub handoff: Option<PathBuf>,
     /// The monitor's QMP socket, where it has one of its own.
     pub qmp: Option<PathBuf>,
     /// The most bulk lanes that a source may open.
@@ -63,7 +78,7 @@ pub struct Options {
     pub json: bool,
     /// No progress on stderr.
     pub quiet: bool,
-    /// The monitor to start, with its arguments.
+    /// The monitor to start, with its arguments; empty for one that comes to the hand-over socket.
     pub command: Vec<String>,
 }
 
@@ -73,6 +88,8 @@ pub(crate) enum Note {
     Received(Event),
     /// The last page is cached.
     AllCached,
+    /// Private memory: the last page is the guest's own.
+    AllReleased,
     /// A bulk lane has ended in order.
     BulkEnded,
     /// A worker could not go on.
@@ -110,13 +127,25 @@ pub fn run(options: &Options) -> Result<i32> {
     let output = Output { json: options.json };
     let inbox = Inbox::new()?;
     let listener = Listener::bind(&options.uri)?;
-    let mut prepared = prepare::guest(options, &inbox)?;
-    let uri = listener.uri(&options.uri);
-    output.event(
-        "listening",
-        json!({ "uri": uri.to_string(), "guest_pid": prepared.monitor.pid() }),
-        &format!("waiting for a source on {uri}"),
-    );
+    let uri = listener.uri(&options.uri).to_string();
+    let expected = Expected::new(options)?;
+    let announce = |guest_pid| {
+        let handoff = options.handoff.as_ref().map(|path| path.display().to_string());
+        let text = match &handoff {
+            Some(path) => format!("waiting for a guest on {path} and a source on {uri}"),
+            None => format!("waiting for a source on {uri}"),
+        };
+        let listening = json!({ "uri": uri, "guest_pid": guest_pid, "handoff": handoff });
+        output.event("listening", listening, &text);
+    };
+    let is_to_come = expected.is_to_come();
+    if is_to_come {
+        announce(None);
+    }
+    let mut prepared = expected.prepare(&inbox)?;
+    if !is_to_come {
+        announce(Some(prepared.monitor.pid()));
+    }
     let lanes = accept::accept(&listener, options, &inbox, &prepared)?;
     drop(listener);
     output.event(
@@ -124,9 +153,9 @@ pub fn run(options: &Options) -> Result<i32> {
         json!({ "lanes": lanes.bulk.len() }),
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
-    let (receiver, landing) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
+    let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
     let report =
-        Migration::start(options, output, &inbox, lanes, receiver, landing, &mut prepared)?
+        Migration::start(options, output, &inbox, lanes, receiver, adopted, &mut prepared)?
             .drive(&mut prepared)?;
     output.completed(&report);
     prepared.outlive(&inbox)
@@ -159,12 +188,19 @@ struct Migration<'a> {
     /// The monitor has loaded the device state and the source has not heard of it.
     state_loaded: bool,
     all_cached: bool,
+    all_released: bool,
     commands: Sender<Command>,
     demand: Waker,
     demand_socket: Arc<OwnedFd>,
     bulk_wakers: Vec<Waker>,
     demand_thread: Option<JoinHandle<Option<Histogram<u64>>>>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
+    /// Of a guest in shards.
+    fault_wakers: Vec<Waker>,
+    fault_threads: Vec<JoinHandle<Option<Histogram<u64>>>>,
+    /// Of private memory.
+    toucher: Option<Toucher>,
+    touch_thread: Option<JoinHandle<Option<()>>>,
     congestion: String,
     times: Times,
     progress: Progress,
@@ -177,10 +213,12 @@ impl<'a> Migration<'a> {
         inbox: &'a Inbox<Note>,
         lanes: Lanes,
         receiver: Receiver,
-        landing: RegionTable,
+        adopted: Adopted,
         prepared: &mut Prepared,
     ) -> Result<Migration<'a>> {
-        let guest = Arc::new(GuestMemory::new(std::mem::take(&mut prepared.regions)));
+        let Adopted { regions, sources, landing } = adopted;
+        let guest = Arc::new(GuestMemory::new(regions, sources));
+        let is_sharded = guest.is_sharded();
         let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
         let host = HostThread::start(host, inbox.post())?;
         let cores = Cores::choose(&options.cores, crate::cores::Role::Destination);
@@ -191,6 +229,7 @@ impl<'a> Migration<'a> {
             lane: lanes.demand,
             receiver,
             guest: guest.clone(),
+            serves_faults: !is_sharded,
             core: cores.demand(),
             commands: queue,
             post: inbox.post(),
@@ -199,25 +238,32 @@ impl<'a> Migration<'a> {
             worker::start("umem-demand", inbox, move |started| demand.run(started))?;
         let mut migration = Migration {
             output,
-            guest,
+            guest: guest.clone(),
             host,
             phase: Phase::new(),
             mode: Mode { postcopy: true, background: true },
             state: Vec::new(),
             state_loaded: false,
             all_cached: false,
+            all_released: !guest.has_private(),
             commands,
             demand: reach.waker.clone(),
             demand_socket,
             bulk_wakers: Vec::new(),
             demand_thread: Some(demand_thread),
             bulk_threads: Vec::new(),
+            fault_wakers: Vec::new(),
+            fault_threads: Vec::new(),
+            toucher: None,
+            touch_thread: None,
             congestion,
             times: Times::default(),
             progress: Progress::new(landing.total_bytes(), options.quiet),
             inbox,
         };
-        migration.start_bulk(lanes.bulk, &landing, &cores, &reach)?;
+        let servers = migration.start_faults(is_sharded, &cores, &reach)?;
+        migration.start_toucher(options, &cores, prepared)?;
+        migration.start_bulk(lanes.bulk, &landing, &cores, &servers)?;
         let ready = Frame::Ready(landing.units());
         migration.step(Input::Received(&Event::Regions(landing)))?;
         migration.step(Input::GuestReady)?;
@@ -225,12 +271,68 @@ impl<'a> Migration<'a> {
         Ok(migration)
     }
 
+    /// Starts those who serve the faults of a guest in shards; returns who serves which.
+    fn start_faults(&mut self, is_sharded: bool, cores: &Cores, demand: &Reach) -> Result<Servers> {
+        let sources = self.guest.sources.len();
+        if !is_sharded {
+            return Ok(Servers::new(vec![demand.mailbox.clone(); sources]));
+        }
+        let threads = sources.min(cores.count()).min(FAULT_THREADS_MAX);
+        let mut mailboxes = Vec::new();
+        for index in 0..threads {
+            let thread = FaultThread {
+                guest: self.guest.clone(),
+                sources: (index..sources).step_by(threads).collect(),
+                core: cores.any(index),
+                demand: demand.mailbox.clone(),
+            };
+            let name = format!("umem-faults-{}", index + 1);
+            let (reach, handle) =
+                worker::start(&name, self.inbox, move |started| thread.run(started))?;
+            mailboxes.push(reach.mailbox);
+            self.fault_wakers.push(reach.waker);
+            self.fault_threads.push(handle);
+        }
+        let of_source = |source: usize| mailboxes[source % threads].clone();
+        let servers = Servers::new((0..sources).map(of_source).collect());
+        let _ = self.commands.send(Command::Servers(servers.clone()));
+        demand.waker.wake();
+        Ok(servers)
+    }
+
+    fn start_toucher(
+        &mut self,
+        options: &Options,
+        cores: &Cores,
+        prepared: &Prepared,
+    ) -> Result<()> {
+        if !self.guest.has_private() {
+            return Ok(());
+        }
+        let socket = prepared.handoff.stream().try_clone();
+        let thread = TouchThread {
+            guest: self.guest.clone(),
+            socket: socket.context(|| "the hand-over socket")?.into(),
+            eager: options.touch,
+            core: cores.bulk(0),
+            post: self.inbox.post(),
+        };
+        let (work, ours) = touch::ways();
+        let (waker, handle) =
+            worker::start("umem-touch", self.inbox, move |started| thread.run(work, started))?;
+        let (queue, toucher) = ours.reach(waker, options.touch);
+        self.guest.set_toucher(queue);
+        self.toucher = Some(toucher);
+        self.touch_thread = Some(handle);
+        Ok(())
+    }
+
     fn start_bulk(
         &mut self,
         lanes: Vec<Lane>,
         landing: &RegionTable,
         cores: &Cores,
-        reach: &Reach,
+        servers: &Servers,
     ) -> Result<()> {
         for (index, lane) in lanes.into_iter().enumerate() {
             let bulk = BulkLane {
@@ -238,7 +340,7 @@ impl<'a> Migration<'a> {
                 regions: landing.clone(),
                 guest: self.guest.clone(),
                 core: cores.bulk(index),
-                demand: reach.mailbox.clone(),
+                servers: servers.clone(),
                 post: self.inbox.post(),
             };
             let name = format!("umem-bulk-{}", index + 1);
@@ -265,8 +367,10 @@ impl<'a> Migration<'a> {
     fn until_completed(&mut self, prepared: &mut Prepared) -> Result<()> {
         let mut guest_ended = false;
         while !matches!(self.phase, Phase::Completed(_)) {
+            // Answers of private memory's guest side go to the toucher; then the process's end will do.
             let extra = [prepared.monitor.exited(), prepared.handoff.stream().as_fd()];
-            let extra = if guest_ended { &[][..] } else { &extra };
+            let count = if guest_ended { 0 } else { 2 - usize::from(self.toucher.is_some()) };
+            let extra = &extra[..count];
             match self.inbox.wait(extra, Some(progress::INTERVAL))? {
                 Wake::Timeout => {}
                 Wake::Signal => self.interrupted()?,
@@ -291,7 +395,15 @@ impl<'a> Migration<'a> {
             Note::AllCached => {
                 self.all_cached = true;
                 self.times.cached = Some(Instant::now());
+                if let Some(toucher) = &self.toucher {
+                    self.progress.phase("touching");
+                    toucher.touch_the_rest();
+                }
                 self.loaded_if_done()?;
+                self.complete_if_done()
+            }
+            Note::AllReleased => {
+                self.all_released = true;
                 self.complete_if_done()
             }
             Note::BulkEnded => Ok(()),
@@ -328,9 +440,12 @@ impl<'a> Migration<'a> {
             Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
             Event::Load { .. } => self.host.load_state(std::mem::take(&mut self.state)),
             Event::Switchover { stopped_us } => {
-                // From here on the guest is ours: its process stays, whatever happens to umem.
-                prepared.monitor.release();
-                prepared.handoff.keep()?;
+                // From here on the guest is ours: its process stays, whatever happens to umem, if its
+                // faults wait then. One that would go on with zeroes is ended.
+                if prepared.knows_umem {
+                    prepared.monitor.release();
+                    prepared.handoff.keep()?;
+                }
                 let now = Instant::now();
                 self.times.switched = Some(now);
                 self.times.downtime = Duration::from_micros(stopped_us);
@@ -377,7 +492,8 @@ impl<'a> Migration<'a> {
     /// The end: every page is cached and the guest runs. It leaves its userfaultfds at once; the
     /// source hears of it and says goodbye.
     fn complete_if_done(&mut self) -> Result<()> {
-        if !self.all_cached || !matches!(self.phase, Phase::Running { .. }) {
+        let is_done = self.all_cached && self.all_released;
+        if !is_done || !matches!(self.phase, Phase::Running { .. }) {
             return Ok(());
         }
         self.guest.unregister_all()?;
@@ -458,12 +574,27 @@ impl<'a> Migration<'a> {
         for thread in self.bulk_threads.drain(..) {
             let _ = thread.join();
         }
+        if let Some(toucher) = &self.toucher {
+            toucher.end();
+        }
+        if let Some(thread) = self.touch_thread.take() {
+            let _ = thread.join();
+        }
         let demand = self.demand_thread.take().expect("ended once");
         let latency = demand.join().ok().flatten();
         if let (None, Some(error)) = (&latency, error) {
             lane::tell(&self.demand_socket, error);
         }
-        latency.unwrap_or_else(latency_histogram)
+        let mut latency = latency.unwrap_or_else(latency_histogram);
+        // After the demand thread, which tells them of pages.
+        self.fault_wakers.iter().for_each(Waker::wake);
+        for thread in self.fault_threads.drain(..) {
+            if let Ok(Some(shard)) = thread.join() {
+                // All have the same range, so that none is refused.
+                let _ = latency.add(shard);
+            }
+        }
+        latency
     }
 
     fn report(&self, latency: &Histogram<u64>) -> Completed {
@@ -474,11 +605,14 @@ impl<'a> Migration<'a> {
         };
         let moving_s = seconds(self.times.first_page, self.times.cached);
         let page_shift =
-            self.guest.regions.iter().map(|region| region.ram.page_shift).min().unwrap_or(12);
+            self.guest.regions.iter().map(|region| region.unit_shift).min().unwrap_or(12);
+        let kinds: BTreeSet<&str> =
+            self.guest.regions.iter().map(|region| region.kind.name()).collect();
+        let (release_bytes, spare_bytes_max) = self.guest.release_totals();
         Completed {
             event: "completed".into(),
             role: "destination".into(),
-            kind: "shared".into(),
+            kind: kinds.into_iter().collect::<Vec<_>>().join(","),
             page_size: 1 << page_shift,
             lanes: u16::try_from(self.bulk_wakers.len()).expect("at most 64"),
             total_bytes: self.guest.total_bytes(),
@@ -494,7 +628,8 @@ impl<'a> Migration<'a> {
             fault_latency_us: Some(Latency::of(latency)),
             cpu_s: CpuTime::of_this_process(),
             zero_copy: self.guest.how_pages_landed().into(),
-            release_bytes: 0,
+            release_bytes,
+            spare_bytes_max,
             congestion: self.congestion.clone(),
         }
     }
@@ -508,17 +643,25 @@ impl Prepared {
     /// The guest runs alone now. Waits until its monitor ends, whose exit status is ours, so that
     /// its terminal stays its own; a signal ends the waiting, not the guest.
     fn outlive(&mut self, inbox: &Inbox<Note>) -> Result<i32> {
-        loop {
+        while self.monitor.is_child() {
             match inbox.wait(&[self.monitor.exited()], None)? {
-                Wake::Signal => return Ok(0),
-                Wake::Ready(_) => return Ok(self.monitor.wait()?.code().unwrap_or(1)),
+                Wake::Signal => break,
+                Wake::Ready(_) => {
+                    let status = self.monitor.wait()?;
+                    return Ok(status.and_then(|status| status.code()).unwrap_or(1));
+                }
                 Wake::Message(_) | Wake::Timeout => {}
             }
         }
+        Ok(0)
     }
 
     /// The guest is complete: its process closes its userfaultfds and runs on alone.
     fn release(&mut self) -> Result<()> {
+        self.monitor.release();
+        if !self.knows_umem {
+            return Ok(());
+        }
         self.handoff.release()?;
         loop {
             match self.handoff.read()? {

@@ -4,7 +4,11 @@
 //! faster in two steps, a buffer that stays in the processor's cache and then a write to the file: a
 //! receive into fresh small pages faults on every one of them, and has it zeroed first (`umem-perf
 //! floor` compares the ways). A demand page goes straight into its place all the same: a write takes the
-//! file's lock, and would wait for the writes of bulk lanes.
+//! file's lock, and would wait for the writes of bulk lanes. Anonymous memory is copied in from the
+//! buffer, as nobody but the guest's process has a mapping of it.
+//!
+//! A run that cannot be placed at once, as the guest is changing its mappings, is held and tried again,
+//! and nothing further is taken from the lane meanwhile: the thread goes on with what else it does.
 //!
 //! While a run of pages is received, the receive of the next header is already linked behind it, so
 //! that the kernel goes on without us. The wire's receiver promises that a header follows every run.
@@ -12,8 +16,11 @@
 use std::sync::Arc;
 
 use umem_ring::{Bytes, Chain, Completion, Fd, Memory, Op, Outcome, Ring};
-use umem_wire::{Event, HEADER_BYTES, LaneRole, PageRange, Receiver, RegionTable, Target};
+use umem_wire::{
+    Event, HEADER_BYTES, LaneRole, PageRange, Receiver, RegionId, RegionTable, Target,
+};
 
+use super::faults::RETRY_INTERVAL;
 use super::guest::{GuestMemory, PageId};
 use crate::error::{Error, Result};
 use crate::lane::Lane;
@@ -22,6 +29,7 @@ use crate::memory::claims::RunKind;
 /// Completion tokens of the reader; the threads' own tokens start above.
 pub(crate) const TOKEN_CONTROL: u64 = 0;
 pub(crate) const TOKEN_RUN: u64 = 1;
+pub(crate) const TOKEN_RETRY: u64 = 2;
 pub(crate) const TOKEN_FREE: u64 = 16;
 
 /// One lane's receiving end.
@@ -34,7 +42,18 @@ pub(crate) struct LaneReader {
     header: Option<Bytes>,
     /// For the run in flight, where it does not go straight into its pages.
     staging: Option<Bytes>,
-    stages_small_pages: bool,
+    /// Nobody waits for what comes here: small pages are staged, and memory that is short is spared.
+    is_bulk: bool,
+    held: Option<Held>,
+    retry_armed: bool,
+}
+
+/// Why a lane stands still.
+enum Held {
+    /// A run waits to be copied in, its first `done` bytes are, and perhaps the header behind it.
+    Run { range: PageRange, staging: Bytes, done: usize, next: Option<(Outcome, Bytes)> },
+    /// The next run waits for room.
+    Room,
 }
 
 /// What a lane brought, beside the pages, which are in place already.
@@ -51,7 +70,7 @@ impl LaneReader {
         let mut receiver = Receiver::for_destination(LaneRole::Bulk);
         receiver.set_regions(regions);
         let reader = LaneReader::demand(lane, receiver, guest);
-        LaneReader { stages_small_pages: true, ..reader }
+        LaneReader { is_bulk: true, ..reader }
     }
 
     /// The demand lane, with a receiver that has read its beginning already.
@@ -64,7 +83,9 @@ impl LaneReader {
             guest,
             header,
             staging: None,
-            stages_small_pages: false,
+            is_bulk: false,
+            held: None,
+            retry_armed: false,
         }
     }
 
@@ -77,14 +98,21 @@ impl LaneReader {
                     .map_err(|rejected| Error::Ring(rejected.error))?;
             }
             Target::Run(run) => {
-                let ram = &self.guest.region(run.region).ram;
-                let pages = if ram.has_huge_pages || !self.stages_small_pages {
-                    Memory::from(ram.span(run.byte_offset, run.bytes))
-                } else {
+                let region = self.guest.region(run.region);
+                // A run of several pages is background on whatever lane.
+                let nobody_waits = self.is_bulk || run.bytes > 1 << region.unit_shift;
+                if nobody_waits && !self.guest.has_room() {
+                    self.held = Some(Held::Room);
+                    return self.arm_retry(ring);
+                }
+                let is_small = !region.is_copied() && !region.file().has_huge_pages;
+                let pages = if region.is_copied() || (is_small && nobody_waits) {
                     let len = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
                     let staging = self.staging.take();
                     let staging = staging.unwrap_or_else(|| Bytes::with_capacity(STAGING_BYTES));
                     Memory::from(staging.slice(0..len))
+                } else {
+                    Memory::from(region.file().span(run.byte_offset, run.bytes))
                 };
                 let header = self.buffer(HEADER_BYTES);
                 let chain = Chain::new()
@@ -108,35 +136,137 @@ impl LaneReader {
         let outcome = completion.outcome;
         match (completion.token, completion.memory) {
             (TOKEN_CONTROL, Some(Memory::Bytes(bytes))) => {
-                let result = match outcome {
-                    Outcome::Done(_) => self.receiver.control(bytes.as_slice()),
-                    // The run before it has failed and says why.
-                    Outcome::NotStarted { .. } => return Ok(()),
-                    other => return Err(self.failed(other)),
-                };
-                if bytes.capacity() == HEADER_BYTES {
-                    self.header = Some(bytes);
+                if let Some(Held::Run { next, .. }) = &mut self.held {
+                    *next = Some((outcome, bytes));
+                    return Ok(());
                 }
-                self.events(&mut wake, &mut arrived)?;
-                result.map_err(|error| Error::protocol(&self.name, error))?;
-                // The source may close a lane that has ended.
-                if self.receiver.is_ended() { Ok(()) } else { self.arm(ring) }
+                self.control(ring, outcome, bytes, &mut wake, &mut arrived)
             }
             (TOKEN_RUN, memory) => {
-                let Outcome::Done(bytes) = outcome else {
+                let Outcome::Done(_) = outcome else {
                     return Err(self.failed(outcome));
                 };
-                if let Some(Memory::Bytes(staging)) = memory {
-                    self.write(&staging)?;
-                    self.staging = Some(staging);
+                match memory {
+                    Some(Memory::Bytes(staging)) => {
+                        self.place(ring, staging, &mut wake, &mut arrived)
+                    }
+                    Some(memory) => self.landed(memory.len(), &mut wake, &mut arrived),
+                    None => unreachable!("a receive gives its memory back"),
                 }
-                self.receiver
-                    .landed(u64::from(bytes))
-                    .map_err(|error| Error::protocol(&self.name, error))?;
-                self.events(&mut wake, &mut arrived)
+            }
+            (TOKEN_RETRY, _) => {
+                self.retry_armed = false;
+                self.resume(ring, &mut wake, &mut arrived)
             }
             (token, memory) => unreachable!("completion {token} with {memory:?} in a lane reader"),
         }
+    }
+
+    fn control(
+        &mut self,
+        ring: &mut Ring,
+        outcome: Outcome,
+        bytes: Bytes,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        let result = match outcome {
+            Outcome::Done(_) => self.receiver.control(bytes.as_slice()),
+            // The run before it has failed and says why.
+            Outcome::NotStarted { .. } => return Ok(()),
+            other => return Err(self.failed(other)),
+        };
+        if bytes.capacity() == HEADER_BYTES {
+            self.header = Some(bytes);
+        }
+        self.events(wake, arrived)?;
+        result.map_err(|error| Error::protocol(&self.name, error))?;
+        // The source may close a lane that has ended.
+        if self.receiver.is_ended() { Ok(()) } else { self.arm(ring) }
+    }
+
+    /// Puts a staged run where it belongs, or holds it.
+    fn place(
+        &mut self,
+        ring: &mut Ring,
+        staging: Bytes,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        let Target::Run(run) = self.receiver.next_target() else {
+            unreachable!("a run that has been received is the current one")
+        };
+        let region = self.guest.region(run.region);
+        if !region.is_copied() {
+            self.write(&staging, run.byte_offset, run.region)?;
+            return self.placed(staging, wake, arrived);
+        }
+        let range = PageRange {
+            region: run.region,
+            first: run.byte_offset >> region.unit_shift,
+            pages: run.bytes >> region.unit_shift,
+        };
+        let done = self.guest.place(range, staging.as_slice(), 0)?;
+        if done == staging.len() {
+            return self.placed(staging, wake, arrived);
+        }
+        self.held = Some(Held::Run { range, staging, done, next: None });
+        self.arm_retry(ring)
+    }
+
+    fn placed(
+        &mut self,
+        staging: Bytes,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        let bytes = staging.len();
+        self.staging = Some(staging);
+        self.landed(bytes, wake, arrived)
+    }
+
+    fn landed(
+        &mut self,
+        bytes: usize,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        self.receiver.landed(bytes as u64).map_err(|error| Error::protocol(&self.name, error))?;
+        self.events(wake, arrived)
+    }
+
+    /// Goes on with what is held.
+    fn resume(
+        &mut self,
+        ring: &mut Ring,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        match self.held.take() {
+            None => Ok(()),
+            Some(Held::Room) => self.arm(ring),
+            Some(Held::Run { range, staging, done, next }) => {
+                let done = self.guest.place(range, staging.as_slice(), done)?;
+                if done < staging.len() {
+                    self.held = Some(Held::Run { range, staging, done, next });
+                    return self.arm_retry(ring);
+                }
+                self.placed(staging, wake, arrived)?;
+                match next {
+                    Some((outcome, bytes)) => self.control(ring, outcome, bytes, wake, arrived),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn arm_retry(&mut self, ring: &mut Ring) -> Result<()> {
+        if !self.retry_armed {
+            self.retry_armed = true;
+            ring.submit(Op::timeout(RETRY_INTERVAL), TOKEN_RETRY)
+                .map_err(|rejected| Error::Ring(rejected.error))?;
+        }
+        Ok(())
     }
 
     fn events(
@@ -167,17 +297,12 @@ impl LaneReader {
         Ok(())
     }
 
-    /// Puts a staged run where it belongs.
-    fn write(&self, staging: &Bytes) -> Result<()> {
-        let Target::Run(run) = self.receiver.next_target() else {
-            unreachable!("a run that has been received is the current one")
-        };
-        let ram = &self.guest.region(run.region).ram;
-        ram.write_at(staging.as_slice(), run.byte_offset).map_err(|error| {
-            match error.raw_os_error() {
-                Some(libc::ENOSPC | libc::ENOMEM) => out_of_memory(),
-                _ => Error::System { what: format!("writing RAM {}", ram.name), source: error },
-            }
+    /// Writes a staged run to its file.
+    fn write(&self, staging: &Bytes, offset: u64, region: RegionId) -> Result<()> {
+        let ram = self.guest.region(region).file();
+        ram.write_at(staging.as_slice(), offset).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::ENOMEM) => out_of_memory(),
+            _ => Error::System { what: format!("writing RAM {}", ram.name), source: error },
         })
     }
 

@@ -1,48 +1,76 @@
-//! How the guest side hands over its memory: one message a region on a unix stream socket.
+//! How the guest side hands over its memory: messages on a unix stream socket.
 //!
-//! The message is Firecracker's: a JSON array of `base_host_virt_addr`, `size`, `offset`,
-//! `page_size`, with descriptors in SCM_RIGHTS. Our preload object adds `name`, `path` and `kind`
-//! and sends two descriptors, the userfaultfd and the RAM file. Beside that it sends lines of its
-//! own: `{"preload":1,…}` when it has been loaded, `{"error":CODE,…}` when it could not do its work
-//! and `{"released":N}` when it has closed its descriptors at the end.
+//! A message is Firecracker's: a JSON array of `base_host_virt_addr`, `size`, `offset` and `page_size`
+//! (or `page_size_kib`, which is in bytes too), with one descriptor in SCM_RIGHTS, the userfaultfd of
+//! that anonymous memory. Guest sides that know umem add `name` and `kind`, `"umem":1` if they
+//! understand our commands, and `"more":true` if another message follows; for memory that is a file
+//! (kinds shared and private) two descriptors come with each region, the userfaultfd and the file.
+//!
+//! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"error":CODE,…}`
+//! when it could not do its work and `{"released":N}` when it has closed its descriptors at the end.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSliceMut, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sockopt};
 use serde::Deserialize;
 
 use super::uffd::Uffd;
 use crate::error::{Context, Error, Result};
+use crate::memory::kind::Kind;
 
-/// A guest side's region as it was handed over.
+/// A piece of the guest's memory as it was handed over.
 pub(crate) struct Handed {
-    pub(crate) name: String,
+    /// Firecracker's pieces have none: they are all of one region.
+    pub(crate) name: Option<String>,
+    pub(crate) kind: Kind,
     /// Where the guest side has mapped it, in its own address space.
     pub(crate) address: u64,
     pub(crate) bytes: u64,
+    /// Where the piece begins in its region.
+    pub(crate) offset: u64,
+    /// log2 of the guest's page size there.
+    pub(crate) page_shift: u8,
+    /// Several pieces may have the same.
     pub(crate) uffd: Uffd,
-    pub(crate) file: File,
+    /// None for anonymous memory.
+    pub(crate) file: Option<File>,
 }
 
 /// What arrived on the hand-over socket.
 pub(crate) enum Message {
     /// The preload object runs inside the guest's process.
     Loaded,
-    /// A region.
-    Region(Handed),
+    /// Memory.
+    Memory {
+        pieces: Vec<Handed>,
+        /// Another such message follows.
+        more: bool,
+        /// The guest side keeps its own duplicate of the userfaultfds, and understands commands.
+        knows_umem: bool,
+    },
     /// The guest side has closed its copies of the userfaultfd.
     Released,
 }
 
 #[derive(Deserialize)]
-struct RegionMessage {
+struct PieceMessage {
     base_host_virt_addr: u64,
     size: u64,
-    name: String,
+    #[serde(default)]
+    offset: u64,
+    page_size: Option<u64>,
+    /// Bytes, in spite of its name.
+    page_size_kib: Option<u64>,
+    name: Option<String>,
+    kind: Option<String>,
+    umem: Option<u64>,
+    #[serde(default)]
+    more: bool,
 }
 
 #[derive(Deserialize)]
@@ -85,14 +113,42 @@ impl HandoffSocket {
             received => received.context(|| "the hand-over socket")?,
         };
         let mut messages = Vec::new();
-        while let Some(end) = self.bytes.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.bytes.drain(..=end).collect();
-            self.message(&line, &mut messages)?;
+        while let Some((value, end)) = self.next_value()? {
+            // A message may come before its descriptors.
+            if !self.message(value, &mut messages)? {
+                break;
+            }
+            self.bytes.drain(..end);
         }
         if self.bytes.len() > MESSAGE_BYTES_MAX {
             return Err(Error::Preload("the hand-over message has no end".into()));
         }
         Ok(Some(messages))
+    }
+
+    /// The first value that is whole, and where it ends.
+    fn next_value(&self) -> Result<Option<(serde_json::Value, usize)>> {
+        let mut values = serde_json::Deserializer::from_slice(&self.bytes).into_iter();
+        match values.next() {
+            Some(Ok(value)) => Ok(Some((value, values.byte_offset()))),
+            None => Ok(None),
+            Some(Err(error)) if error.is_eof() => Ok(None),
+            Some(Err(_)) => Err(self.strange("it is no JSON")),
+        }
+    }
+
+    fn strange(&self, why: &str) -> Error {
+        let text = String::from_utf8_lossy(&self.bytes);
+        let text: String = text.trim().chars().take(200).collect();
+        Error::Preload(format!("the hand-over message is not understood ({why}): {text}"))
+    }
+
+    /// The guest side has closed the socket: with a message of which only the descriptors are missing?
+    pub(crate) fn explain_end(&self) -> Result<()> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        Err(self.strange("it ended before its descriptors or its last bracket came"))
     }
 
     /// Tells the guest side that the guest may run there from now on: it outlives us.
@@ -131,40 +187,141 @@ impl HandoffSocket {
         Ok(count)
     }
 
-    fn message(&mut self, line: &[u8], messages: &mut Vec<Message>) -> Result<()> {
-        let text = || String::from_utf8_lossy(line).trim().to_owned();
-        let strange =
-            || Error::Preload(format!("the hand-over message is not understood: {}", text()));
-        let value: serde_json::Value = serde_json::from_slice(line).map_err(|_| strange())?;
+    /// False when the message's descriptors have not come yet.
+    fn message(&mut self, value: serde_json::Value, messages: &mut Vec<Message>) -> Result<bool> {
         if value.is_array() {
-            let regions: Vec<RegionMessage> =
-                serde_json::from_value(value).map_err(|_| strange())?;
-            for region in regions {
-                messages.push(Message::Region(self.region(region).ok_or_else(strange)?));
-            }
+            let pieces: Vec<PieceMessage> =
+                serde_json::from_value(value).map_err(|error| self.strange(&error.to_string()))?;
+            let Some(message) = self.memory(&pieces)? else { return Ok(false) };
+            messages.push(message);
         } else if value.get("error").is_some() {
-            let error: ErrorMessage = serde_json::from_value(value).map_err(|_| strange())?;
+            let error: ErrorMessage =
+                serde_json::from_value(value).map_err(|error| self.strange(&error.to_string()))?;
             return Err(explain(&error));
         } else if value.get("preload").is_some() {
             messages.push(Message::Loaded);
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
-        } else {
-            return Err(strange());
+        } else if value.get("pong").is_none() {
+            return Err(self.strange("umem knows no such message"));
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn region(&mut self, message: RegionMessage) -> Option<Handed> {
-        let uffd = Uffd::new(self.descriptors.pop_front()?);
-        let file = File::from(self.descriptors.pop_front()?);
-        Some(Handed {
-            name: message.name,
-            address: message.base_host_virt_addr,
-            bytes: message.size,
-            uffd,
-            file,
-        })
+    fn memory(&mut self, pieces: &[PieceMessage]) -> Result<Option<Message>> {
+        let Some(first) = pieces.first() else {
+            return Err(self.strange("it hands nothing over"));
+        };
+        let kind = match &first.kind {
+            None => Kind::Anonymous,
+            Some(kind) => kind.parse().map_err(|error: String| self.strange(&error))?,
+        };
+        let descriptors = if kind == Kind::Anonymous { 1 } else { 2 * pieces.len() };
+        if self.descriptors.len() < descriptors {
+            return Ok(None);
+        }
+        let shared = (kind == Kind::Anonymous).then(|| self.uffd()).transpose()?;
+        let mut handed = Vec::new();
+        for piece in pieces {
+            let page_shift = piece.page_shift().map_err(|error| self.strange(error))?;
+            let (uffd, file) = match &shared {
+                Some(uffd) => (uffd.clone(), None),
+                None => (self.uffd()?, Some(File::from(self.descriptor()))),
+            };
+            handed.push(Handed {
+                name: piece.name.clone(),
+                kind,
+                address: piece.base_host_virt_addr,
+                bytes: piece.size,
+                offset: piece.offset,
+                page_shift,
+                uffd,
+                file,
+            });
+        }
+        let more = pieces.iter().any(|piece| piece.more);
+        // The preload object, which hands over files, always does.
+        let knows_umem = kind != Kind::Anonymous || pieces.iter().all(|p| p.umem == Some(1));
+        Ok(Some(Message::Memory { pieces: handed, more, knows_umem }))
+    }
+
+    fn uffd(&mut self) -> Result<Uffd> {
+        let uffd = Uffd::new(self.descriptor());
+        uffd.set_nonblocking().context(|| "the userfaultfd that was handed over")?;
+        Ok(uffd)
+    }
+
+    fn descriptor(&mut self) -> OwnedFd {
+        self.descriptors.pop_front().expect("counted before")
+    }
+}
+
+impl PieceMessage {
+    fn page_shift(&self) -> std::result::Result<u8, &'static str> {
+        let bytes = match (self.page_size, self.page_size_kib) {
+            (Some(bytes), Some(other)) if bytes != other => return Err("two page sizes"),
+            (Some(bytes), _) | (None, Some(bytes)) => bytes,
+            (None, None) => 4096,
+        };
+        let page_size = umem_wire::PageSize::from_bytes(bytes).ok_or("no page has that size")?;
+        let is_whole = |number: u64| number.is_multiple_of(bytes);
+        let end = self.base_host_virt_addr.checked_add(self.size);
+        if self.size == 0
+            || end.is_none()
+            || self.offset.checked_add(self.size).is_none()
+            || ![self.base_host_virt_addr, self.size, self.offset].into_iter().all(is_whole)
+        {
+            return Err("a piece is not of whole pages");
+        }
+        Ok(page_size.shift())
+    }
+}
+
+/// Where a guest's process that umem has not started hands over its memory.
+pub(crate) struct HandoffListener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl HandoffListener {
+    /// Makes the socket, for this user alone.
+    pub(crate) fn bind(path: &Path) -> Result<HandoffListener> {
+        let listener = crate::lane::bind_private(path).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => Error::Usage(format!(
+                "{} exists: another umem waits there, or one has left it; remove it if nobody does",
+                path.display()
+            )),
+            _ => Error::System {
+                what: format!("making the hand-over socket {}", path.display()),
+                source: error,
+            },
+        })?;
+        Ok(HandoffListener { listener, path: path.into() })
+    }
+
+    /// Accepts the guest's process, which must be this user's own (or we root); its pid.
+    pub(crate) fn accept(&self) -> Result<std::result::Result<(HandoffSocket, u32), String>> {
+        let (stream, _) = self.listener.accept().context(|| "accepting the guest's process")?;
+        let peer = getsockopt(&stream, sockopt::PeerCredentials)
+            .context(|| "asking who hands memory over")?;
+        let own = nix::unistd::geteuid();
+        if !own.is_root() && peer.uid() != own.as_raw() {
+            return Ok(Err(format!("process {} is of user {}", peer.pid(), peer.uid())));
+        }
+        let pid = u32::try_from(peer.pid()).expect("pids are positive");
+        Ok(Ok((HandoffSocket::new(stream), pid)))
+    }
+}
+
+impl AsFd for HandoffListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for HandoffListener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -179,6 +336,10 @@ fn explain(error: &ErrorMessage) -> Error {
         "userfaultfd-features" => format!(
             "this kernel's userfaultfd cannot serve shared memory ({text}): umem needs Linux 5.14 \
              or later"
+        ),
+        "share-on" => format!(
+            "RAM {name} is mapped shared, and --kind private is for private mappings: give its \
+             backend share=off"
         ),
         "ram-in-use" => format!(
             "RAM {name}: its file holds data already ({text}): it belongs to another guest or is \
@@ -210,8 +371,15 @@ mod tests {
         sendmsg::<()>(guest.as_raw_fd(), &[IoSlice::new(text)], &rights, MsgFlags::empty(), None)
             .unwrap();
         let messages = daemon.read().unwrap().unwrap();
-        let [Message::Loaded, Message::Region(region)] = &messages[..] else { panic!() };
-        assert_eq!((region.name.as_str(), region.address, region.bytes), ("ram0", 4096, 8192));
+        let [Message::Loaded, Message::Memory { pieces, more: false, knows_umem: true }] =
+            &messages[..]
+        else {
+            panic!()
+        };
+        let piece = &pieces[0];
+        assert_eq!((piece.name.as_deref(), piece.kind), (Some("ram0"), Kind::Shared));
+        assert_eq!((piece.address, piece.bytes, piece.page_shift), (4096, 8192, 12));
+        assert!(piece.file.is_some());
         drop(guest);
         assert!(daemon.read().unwrap().is_none());
         daemon.release().unwrap();
@@ -246,14 +414,52 @@ mod tests {
     }
 
     #[test]
-    fn garbage_and_missing_descriptors_are_errors() {
-        for text in ["nonsense\n", "{}\n", "[{\"size\":1}]\n"] {
-            let (mut guest, mut daemon) = pair();
-            guest.write_all(text.as_bytes()).unwrap();
-            assert!(matches!(daemon.read(), Err(Error::Preload(_))), "{text}");
-        }
+    fn firecrackers_message_may_come_in_pieces_and_before_its_descriptor() {
         let (mut guest, mut daemon) = pair();
-        writeln!(guest, "[{{\"name\":\"r\",\"base_host_virt_addr\":1,\"size\":1}}]").unwrap();
-        assert!(matches!(daemon.read(), Err(Error::Preload(_))));
+        let text = br#"[{"base_host_virt_addr":8192,"size":4194304,"offset":0,"page_size":2097152,
+            "page_size_kib":2097152,"later":[]},{"base_host_virt_addr":8388608,"size":2097152,
+            "offset":4194304,"page_size_kib":2097152}]"#;
+        let text = String::from_utf8_lossy(text).replace("8192", "2097152").into_bytes();
+        guest.write_all(&text[..40]).unwrap();
+        assert!(daemon.read().unwrap().unwrap().is_empty());
+        guest.write_all(&text[40..]).unwrap();
+        assert!(daemon.read().unwrap().unwrap().is_empty());
+        assert!(daemon.explain_end().is_err());
+        let file = tempfile::tempfile().unwrap();
+        let fds = [file.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(guest.as_raw_fd(), &[IoSlice::new(b"\n")], &rights, MsgFlags::empty(), None)
+            .unwrap();
+        let messages = daemon.read().unwrap().unwrap();
+        let [Message::Memory { pieces, more: false, knows_umem: false }] = &messages[..] else {
+            panic!()
+        };
+        let found: Vec<_> =
+            pieces.iter().map(|p| (p.address, p.bytes, p.offset, p.page_shift, p.kind)).collect();
+        let kind = Kind::Anonymous;
+        assert_eq!(found, [(2 << 20, 4 << 20, 0, 21, kind), (8 << 20, 2 << 20, 4 << 20, 21, kind)]);
+    }
+
+    #[test]
+    fn garbage_is_an_error() {
+        for text in [
+            "nonsense\n",
+            "{}\n",
+            "[]\n",
+            "[{\"size\":1}]\n",
+            "[{\"base_host_virt_addr\":0,\"size\":4097}]",
+            "[{\"base_host_virt_addr\":0,\"size\":4096,\"page_size\":3}]",
+            "[{\"base_host_virt_addr\":0,\"size\":4096,\"page_size\":4096,\"page_size_kib\":4}]",
+            "[{\"base_host_virt_addr\":18446744073709547520,\"size\":8192}]",
+            "[{\"base_host_virt_addr\":0,\"size\":4096,\"kind\":\"other\"}]",
+        ] {
+            let (guest, mut daemon) = pair();
+            let file = tempfile::tempfile().unwrap();
+            let fds = [file.as_raw_fd()];
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let text = [IoSlice::new(text.as_bytes())];
+            sendmsg::<()>(guest.as_raw_fd(), &text, &rights, MsgFlags::empty(), None).unwrap();
+            assert!(matches!(daemon.read(), Err(Error::Preload(_))), "{text:?}");
+        }
     }
 }

@@ -16,14 +16,21 @@ pub(crate) const MESSAGE_BYTES: usize = 32;
 pub(crate) enum Event {
     /// A thread of the guest waits at this address (guest side's address space).
     PageFault { address: u64 },
-    /// The guest side discarded a range (balloon, MADV_DONTNEED, MADV_REMOVE).
+    /// The guest side discarded a range (balloon, MADV_DONTNEED, MADV_REMOVE), or unmapped it.
     Remove { start: u64, end: u64 },
-    /// An event that we did not ask for.
+    /// The guest side forked: the child has memory that nobody would fill.
+    Fork,
+    /// The guest side moved a mapping: pages would be put where the guest no longer has them.
+    Remap,
+    /// An event that we do not know.
     Other { kind: u8 },
 }
 
 const EVENT_PAGEFAULT: u8 = 0x12;
+const EVENT_FORK: u8 = 0x13;
+const EVENT_REMAP: u8 = 0x14;
 const EVENT_REMOVE: u8 = 0x15;
+const EVENT_UNMAP: u8 = 0x16;
 
 impl Event {
     /// Reads one `struct uffd_msg`.
@@ -31,7 +38,9 @@ impl Event {
         let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         match bytes[0] {
             EVENT_PAGEFAULT => Event::PageFault { address: word(16) },
-            EVENT_REMOVE => Event::Remove { start: word(8), end: word(16) },
+            EVENT_REMOVE | EVENT_UNMAP => Event::Remove { start: word(8), end: word(16) },
+            EVENT_FORK => Event::Fork,
+            EVENT_REMAP => Event::Remap,
             kind => Event::Other { kind },
         }
     }
@@ -51,23 +60,41 @@ struct RangeOperation {
     done: i64,
 }
 
+#[repr(C)]
+struct CopyOperation {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    /// Bytes done, or a negative errno.
+    done: i64,
+}
+
 nix::ioctl_read!(ioctl_unregister, 0xaa, 0x01, Range);
 nix::ioctl_read!(ioctl_wake, 0xaa, 0x02, Range);
+nix::ioctl_readwrite!(ioctl_copy, 0xaa, 0x03, CopyOperation);
 nix::ioctl_readwrite!(ioctl_zeropage, 0xaa, 0x04, RangeOperation);
 nix::ioctl_readwrite!(ioctl_continue, 0xaa, 0x07, RangeOperation);
 
-/// How an attempt to make a page visible to the guest ended.
+/// How far an attempt to put pages in place got, and what ended it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Marked {
-    /// The guest sees it, and whoever waited has been woken.
-    Done,
-    /// It was visible before (or its range has been unregistered); waiters need a wake.
+pub(crate) struct Placed {
+    /// Bytes that the guest sees now, from the start of the range; who waited for them is awake.
+    pub(crate) bytes: u64,
+    /// Why it went no further; none at the end of the range.
+    pub(crate) stop: Option<Stop>,
+}
+
+/// Why pages could not be put in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// The guest sees the next page already; those who wait for it need a wake.
     Already,
     /// The file has no page there yet.
     NotPresent,
     /// Events are pending that must be read first; try again afterwards.
     Again,
-    /// The guest's process, or its mapping, is gone.
+    /// The guest's process is gone, or the range is not registered (any more).
     Gone,
 }
 
@@ -84,20 +111,48 @@ impl Uffd {
         self.0.clone()
     }
 
-    /// Maps the page-cache page(s) of a shared file at `start..start + len` into the guest.
-    pub(crate) fn mark_cached(&self, start: u64, len: u64) -> io::Result<Marked> {
+    /// Maps the page-cache pages of a file at `start..start + len` into the guest.
+    pub(crate) fn map(&self, start: u64, len: u64) -> io::Result<Placed> {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
         let result = unsafe { ioctl_continue(self.0.as_raw_fd(), &mut operation) };
-        marked(result)
+        placed(result, operation.done, len)
     }
 
-    /// Puts a page of zeroes at `start`, allocating it.
-    pub(crate) fn mark_zero(&self, start: u64, len: u64) -> io::Result<Marked> {
+    /// Puts zeroes at `start..start + len`: of private memory without allocating it.
+    pub(crate) fn zero(&self, start: u64, len: u64) -> io::Result<Placed> {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
-        // SAFETY: as in mark_cached.
+        // SAFETY: as in map.
         let result = unsafe { ioctl_zeropage(self.0.as_raw_fd(), &mut operation) };
-        marked(result)
+        placed(result, operation.done, len)
+    }
+
+    /// Copies our bytes to fresh private pages of the guest at `start`; both are whole pages.
+    pub(crate) fn copy(&self, start: u64, bytes: &[u8]) -> io::Result<Placed> {
+        let len = bytes.len() as u64;
+        let from = bytes.as_ptr().expose_provenance() as u64;
+        let mut operation = CopyOperation { to: start, from, len, mode: 0, done: 0 };
+        // SAFETY: the kernel reads our bytes, which are borrowed for the call, and checks the range.
+        let result = unsafe { ioctl_copy(self.0.as_raw_fd(), &mut operation) };
+        placed(result, operation.done, len)
+    }
+
+    /// Takes events that are pending, as many as fit; 0 bytes when there are none. Needs O_NONBLOCK.
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match nix::unistd::read(&*self.0, buffer) {
+            Ok(count) => Ok(count),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(0),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Reads, and polls, fail rather than wait from now on: whoever handed it over may not have asked
+    /// for that, and a userfaultfd that waits cannot be polled.
+    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let flags = OFlag::from_bits_truncate(fcntl(&*self.0, FcntlArg::F_GETFL)?);
+        fcntl(&*self.0, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        Ok(())
     }
 
     /// Wakes every thread that waits in the range; those whose page is not there fault anew.
@@ -121,19 +176,24 @@ impl Uffd {
     }
 }
 
-fn marked(result: nix::Result<i32>) -> io::Result<Marked> {
-    match result {
-        Ok(_) => Ok(Marked::Done),
-        // Somebody else marked it, e.g. two threads that finished at the same time.
-        Err(nix::Error::EEXIST) => Ok(Marked::Already),
-        // No registered mapping at the address: its block has been unregistered already.
-        Err(nix::Error::ENOENT) => Ok(Marked::Already),
-        Err(nix::Error::EFAULT) => Ok(Marked::NotPresent),
+fn placed(result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
+    let stop = match result {
+        Ok(_) => return Ok(Placed { bytes: len, stop: None }),
+        // Some of it is done; what ended it shows at the next attempt.
+        Err(nix::Error::EAGAIN) if done > 0 => {
+            return Ok(Placed { bytes: done.unsigned_abs(), stop: None });
+        }
         // The address space is being changed; the change's event is waiting to be read.
-        Err(nix::Error::EAGAIN) => Ok(Marked::Again),
-        Err(nix::Error::ESRCH) => Ok(Marked::Gone),
-        Err(errno) => Err(errno.into()),
-    }
+        Err(nix::Error::EAGAIN) => Stop::Again,
+        // Somebody else placed it, e.g. two threads that finished at the same time.
+        Err(nix::Error::EEXIST) => Stop::Already,
+        Err(nix::Error::EFAULT) => Stop::NotPresent,
+        // No registered mapping at the address: its block has been unregistered already; or no
+        // address space.
+        Err(nix::Error::ENOENT | nix::Error::ESRCH) => Stop::Gone,
+        Err(errno) => return Err(errno.into()),
+    };
+    Ok(Placed { bytes: 0, stop: Some(stop) })
 }
 
 /// Userfaultfd-related state of the mappings of a process, from `/proc/PID/smaps`: true when any
@@ -166,7 +226,11 @@ mod tests {
         bytes[8..16].copy_from_slice(&0x1000u64.to_ne_bytes());
         bytes[16..24].copy_from_slice(&0x3000u64.to_ne_bytes());
         assert_eq!(Event::decode(&bytes), Event::Remove { start: 0x1000, end: 0x3000 });
-        bytes[0] = 0x14;
-        assert_eq!(Event::decode(&bytes), Event::Other { kind: 0x14 });
+        bytes[0] = EVENT_UNMAP;
+        assert_eq!(Event::decode(&bytes), Event::Remove { start: 0x1000, end: 0x3000 });
+        bytes[0] = EVENT_FORK;
+        assert_eq!(Event::decode(&bytes), Event::Fork);
+        bytes[0] = 0x77;
+        assert_eq!(Event::decode(&bytes), Event::Other { kind: 0x77 });
     }
 }

@@ -17,6 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::qemu::HOW_TO_START;
 use crate::error::{Context, Error, Result};
 use crate::inbox::unblock_signals;
+use crate::memory::kind::Kind;
 
 /// The preload object, compiled by the build script.
 static PRELOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libumem_preload.so"));
@@ -43,10 +44,13 @@ impl std::str::FromStr for RamPath {
     }
 }
 
-/// A started monitor. Unless it is [released](Monitor::release), dropping it ends the process and
-/// removes the RAM files that it created.
+/// The guest's process: a monitor that we have started, or one that has come to us. Unless it is
+/// [released](Monitor::release), dropping this ends the process and removes the RAM files that it
+/// created.
 pub(crate) struct Monitor {
-    child: Child,
+    pid: u32,
+    /// None for a process that came to us.
+    child: Option<Child>,
     handle: ProcessHandle,
     created: Vec<PathBuf>,
     released: bool,
@@ -54,7 +58,8 @@ pub(crate) struct Monitor {
 
 /// The sockets that a started monitor talks to us on.
 pub(crate) struct Sockets {
-    pub(crate) handoff: UnixStream,
+    /// The preload object's; none without it.
+    pub(crate) handoff: Option<UnixStream>,
     /// For a QEMU, unless the user gave a QMP socket of his own.
     pub(crate) qmp: Option<UnixStream>,
 }
@@ -63,8 +68,12 @@ pub(crate) struct Sockets {
 pub(crate) struct Start<'a> {
     pub(crate) command: &'a [String],
     pub(crate) ram: &'a [RamPath],
+    /// How the guest is to map its RAM files.
+    pub(crate) kind: Kind,
     /// The preload object to use in place of the built-in one.
     pub(crate) preload: Option<&'a Path>,
+    /// Without the preload object: the guest hands its memory over itself.
+    pub(crate) hands_over: bool,
     /// Add a QMP monitor on an inherited socket (a QEMU without `--qmp`).
     pub(crate) add_qmp: bool,
 }
@@ -73,26 +82,30 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     let [program, arguments @ ..] = start.command else {
         return Err(Error::Usage("no COMMAND after --".into()));
     };
-    let preload = Preload::open(start.preload)?;
-    let (handoff, handoff_theirs) = UnixStream::pair().context(|| "socketpair")?;
-    let mut inherited = vec![OwnedFd::from(handoff_theirs)];
-    let handoff_fd = inherited[0].as_raw_fd();
-
     let mut command = Command::new(program);
     command.args(arguments);
+    let mut inherited = Vec::new();
+    let mut handoff = None;
+    if !start.hands_over {
+        let (ours, theirs) = UnixStream::pair().context(|| "socketpair")?;
+        let preload = Preload::open(start.preload)?;
+        command
+            .env("LD_PRELOAD", preload.for_child())
+            .env("UMEM_PRELOAD_SOCKET", theirs.as_raw_fd().to_string())
+            .env("UMEM_PRELOAD_RAM", ram_list(start.ram))
+            .env("UMEM_PRELOAD_KIND", start.kind.name());
+        inherited.push(OwnedFd::from(theirs));
+        if let Preload::BuiltIn(file) = preload {
+            inherited.push(file);
+        }
+        handoff = Some(ours);
+    }
     let mut qmp = None;
     if start.add_qmp {
         let (ours, theirs) = UnixStream::pair().context(|| "socketpair")?;
         command.args(qemu_arguments(arguments, theirs.as_raw_fd()));
         inherited.push(theirs.into());
         qmp = Some(ours);
-    }
-    command
-        .env("LD_PRELOAD", preload.for_child())
-        .env("UMEM_PRELOAD_SOCKET", handoff_fd.to_string())
-        .env("UMEM_PRELOAD_RAM", ram_list(start.ram));
-    if let Preload::BuiltIn(file) = preload {
-        inherited.push(file);
     }
     let raw: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: between fork and exec only fcntl and sigprocmask run, both async-signal-safe; the
@@ -112,8 +125,9 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
             _ => format!("cannot start {program}: {error}"),
         })
     })?;
-    let handle = ProcessHandle::open(child.id())?;
-    let monitor = Monitor { child, handle, created, released: false };
+    let pid = child.id();
+    let handle = ProcessHandle::open(pid)?;
+    let monitor = Monitor { pid, child: Some(child), handle, created, released: false };
     Ok((monitor, Sockets { handoff, qmp }))
 }
 
@@ -220,28 +234,41 @@ impl ProcessHandle {
 }
 
 impl Monitor {
+    /// A process that has connected to us, and still waits for us to answer its faults.
+    pub(crate) fn follow(pid: u32) -> Result<Monitor> {
+        let handle = ProcessHandle::open(pid)?;
+        Ok(Monitor { pid, child: None, handle, created: Vec::new(), released: false })
+    }
+
     /// Becomes readable when the process ends.
     pub(crate) fn exited(&self) -> BorrowedFd<'_> {
         self.handle.0.as_fd()
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
-    /// The guest may run from now on: whatever happens to umem, its process stays.
+    /// We have started it.
+    pub(crate) fn is_child(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// Its memory is safe without us: whatever happens to umem, its process stays.
     pub(crate) fn release(&mut self) {
         self.released = true;
     }
 
-    /// Waits until the process ends.
-    pub(crate) fn wait(&mut self) -> Result<ExitStatus> {
-        self.child.wait().context(|| "waiting for the guest's monitor")
+    /// Waits until the process ends, which must be a child; its exit status.
+    pub(crate) fn wait(&mut self) -> Result<Option<ExitStatus>> {
+        let wait = |child: &mut Child| child.wait().context(|| "waiting for the guest's monitor");
+        self.child.as_mut().map(wait).transpose()
     }
 
-    /// Its exit status when it has ended by itself.
+    /// Its exit status when it is a child and has ended by itself.
     pub(crate) fn status(&mut self) -> Result<Option<ExitStatus>> {
-        self.child.try_wait().context(|| "waiting for the guest's monitor")
+        let Some(child) = &mut self.child else { return Ok(None) };
+        child.try_wait().context(|| "waiting for the guest's monitor")
     }
 }
 
@@ -250,10 +277,13 @@ impl Drop for Monitor {
         if self.released {
             return;
         }
-        // Its vCPUs have never run here, so there is nothing to shut down gently. A thread that
-        // waits in a page fault can be killed; the userfaultfd dies with the process.
+        // Its vCPUs have never run here, or would read zeroes from now on: there is nothing to shut
+        // down gently. A thread that waits in a page fault can be killed; the userfaultfd dies with
+        // the process.
         self.handle.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.wait();
+        }
         for path in &self.created {
             let _ = std::fs::remove_file(path);
         }
@@ -261,12 +291,12 @@ impl Drop for Monitor {
 }
 
 /// Reads the RAM files out of a QEMU command line, and refuses what cannot work before QEMU starts.
-pub(crate) fn ram_of_qemu(arguments: &[String]) -> Result<Vec<RamPath>> {
+pub(crate) fn ram_of_qemu(arguments: &[String], kind: Kind) -> Result<Vec<RamPath>> {
     let mut ram = Vec::new();
     let mut options = arguments.iter().map(String::as_str);
     while let Some(option) = options.next() {
         match option.strip_prefix('-').map(|rest| rest.strip_prefix('-').unwrap_or(rest)) {
-            Some("object") => ram.extend(ram_of_object(options.next().unwrap_or_default())?),
+            Some("object") => ram.extend(ram_of_object(options.next().unwrap_or_default(), kind)?),
             Some("daemonize") => {
                 return Err(Error::Unsupported(
                     "-daemonize hides QEMU from umem: leave it out; umem starts QEMU itself".into(),
@@ -315,7 +345,7 @@ fn check_device(option: &str) -> Result<()> {
     Ok(())
 }
 
-fn ram_of_object(option: &str) -> Result<Option<RamPath>> {
+fn ram_of_object(option: &str, wanted: Kind) -> Result<Option<RamPath>> {
     let properties = object_properties(option);
     let get = |key: &str| {
         properties.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
@@ -331,7 +361,13 @@ fn ram_of_object(option: &str) -> Result<Option<RamPath>> {
             "RAM backend {name} is a {kind}, which umem cannot fill from outside: {HOW_TO_START}"
         )));
     }
-    if !is_on("share") {
+    if wanted == Kind::Private && is_on("share") {
+        return Err(Error::Unsupported(format!(
+            "RAM backend {name} has share=on, and --kind private is for memory that becomes the \
+             guest's own: give it share=off, or leave out --kind"
+        )));
+    }
+    if wanted == Kind::Shared && !is_on("share") {
         return Err(Error::Unsupported(format!(
             "RAM backend {name} has share=off, so that its file is not the guest's memory: add \
              share=on to its -object option"
@@ -407,7 +443,7 @@ mod tests {
              --object {\"qom-type\":\"memory-backend-file\",\"id\":\"ram1\",\"share\":true,\
              \"mem-path\":\"/dev/shm/c\",\"size\":4096} -object rng-random,id=r",
         );
-        let ram = ram_of_qemu(&line).unwrap();
+        let ram = ram_of_qemu(&line, Kind::Shared).unwrap();
         let expected = ["ram0=/dev/shm/a,b", "ram1=/dev/shm/c"].map(|t| t.parse().unwrap());
         assert_eq!(ram, expected);
     }
@@ -430,7 +466,7 @@ mod tests {
             ),
             ("-object memory-backend-file,id=r,share=on,mem-path=/dev/shm".into(), "a directory"),
         ] {
-            let error = ram_of_qemu(&words(&line)).unwrap_err().to_string();
+            let error = ram_of_qemu(&words(&line), Kind::Shared).unwrap_err().to_string();
             assert!(error.contains(hint), "{line}: {error}");
         }
     }

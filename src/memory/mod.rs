@@ -3,11 +3,15 @@
 //! - [`region`]: a RAM file mapped into this process, pointers and lengths only
 //! - [`pages`]: the destination's page states (Missing → Landing → Cached) and who waits
 //! - [`blocks`]: which parts of a region are complete and can leave the userfaultfd
+//! - [`kind`]: how the guest maps it: shared, private, anonymous
+//! - [`fragments`]: discarded parts of landing units that are larger than the guest's pages
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
 //! - [`zero`]: is this page all zeroes
 
 pub(crate) mod blocks;
 pub(crate) mod claims;
+pub(crate) mod fragments;
+pub(crate) mod kind;
 pub(crate) mod pages;
 pub(crate) mod region;
 pub(crate) mod zero;

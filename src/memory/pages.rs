@@ -16,6 +16,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
+use crate::error::Error;
+
 /// What the destination knows of a page. The numbers are the two bits in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PageState {
@@ -33,6 +35,12 @@ pub(crate) enum PageState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct AlreadyHere {
     pub(crate) page: u64,
+}
+
+impl From<AlreadyHere> for Error {
+    fn from(again: AlreadyHere) -> Error {
+        Error::protocol("its lane", format!("page {} came a second time", again.page))
+    }
 }
 
 /// The states of one region's pages.
@@ -94,8 +102,9 @@ impl PageStates {
     }
 
     /// Landing → Cached for `first..first + pages`. Calls `discard` with each page whose bytes must be
-    /// thrown away first; an error of it leaves that page, and those after it, as they are.
-    pub(crate) fn finish<E>(
+    /// thrown away first; an error of it leaves that page, and those after it, as they are, and so
+    /// does a page that is Cached: a discarded one that came twice.
+    pub(crate) fn finish<E: From<AlreadyHere>>(
         &self,
         first: u64,
         pages: u64,
@@ -108,7 +117,11 @@ impl PageStates {
             loop {
                 let upper = (now >> 1) & LOWER_ALL & mask;
                 let lower = now & LOWER_ALL & mask;
-                assert_eq!(upper ^ lower, mask & LOWER_ALL, "only a landing page becomes cached");
+                let strange = (mask & LOWER_ALL) ^ upper ^ lower;
+                if strange != 0 {
+                    let slot = u64::from(strange.trailing_zeros()) / 2;
+                    return Err(AlreadyHere { page: word * STATES_PER_WORD + slot }.into());
+                }
                 let mut left = upper & !thrown_away;
                 while left != 0 {
                     discard(word * STATES_PER_WORD + u64::from(left.trailing_zeros()) / 2)?;
@@ -200,7 +213,7 @@ mod tests {
         let mut discarded = Vec::new();
         let discard = |page| {
             discarded.push(page);
-            Ok::<(), ()>(())
+            Ok::<(), AlreadyHere>(())
         };
         states.finish(first, pages, discard).unwrap();
         discarded
@@ -249,10 +262,16 @@ mod tests {
         assert_eq!(states.get(500), PageState::Landing);
     }
 
+    /// Two lanes may begin a discarded page both, as nothing of it will be seen; it comes once.
     #[test]
-    #[should_panic(expected = "only a landing page becomes cached")]
-    fn finishing_what_did_not_begin_is_our_bug() {
-        finish(&PageStates::new(64), 3, 1);
+    fn a_discarded_page_that_comes_twice_is_an_error() {
+        let states = PageStates::new(64);
+        states.discard(3, 1);
+        states.begin(3, 1).unwrap();
+        states.begin(3, 1).unwrap();
+        assert_eq!(finish(&states, 3, 1), [3]);
+        let again = states.finish(3, 1, |_| Ok::<(), AlreadyHere>(()));
+        assert_eq!(again, Err(AlreadyHere { page: 3 }));
     }
 
     #[test]

@@ -117,10 +117,6 @@ impl RamFile {
         })
     }
 
-    pub(crate) fn pages(&self) -> u64 {
-        self.bytes >> self.page_shift
-    }
-
     /// `len` bytes from `offset`, for the kernel to read or write.
     pub(crate) fn span(&self, offset: u64, len: u64) -> Span {
         assert!(offset + len <= self.bytes);
@@ -205,14 +201,13 @@ impl RamFile {
         .context(|| format!("allocating a page of RAM {}", self.name))
     }
 
-    /// Gives a page's memory back: it reads as zeroes then.
-    pub(crate) fn discard_page(&self, offset: u64) -> Result<()> {
+    /// Gives memory back: the range reads as zeroes then.
+    pub(crate) fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let flags = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE
             | nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE;
         let signed = |n: u64| i64::try_from(n).expect("file offsets fit");
-        let page = signed(1 << self.page_shift);
-        nix::fcntl::fallocate(self.file.as_fd(), flags, signed(offset), page)
-            .context(|| format!("discarding a page of RAM {}", self.name))
+        nix::fcntl::fallocate(self.file.as_fd(), flags, signed(offset), signed(len))
+            .context(|| format!("discarding pages of RAM {}", self.name))
     }
 
     /// Bytes that the file holds in memory or on disk (holes not counted).

@@ -267,6 +267,10 @@ impl BulkThread {
         else {
             return Err(lost(super::outcome_text(completion.outcome)));
         };
+        // It has read the lane's end; that the send of it has completed may show later.
+        if count == 0 && self.lane_end_sent {
+            return Ok(());
+        }
         receiver
             .control(&bytes.as_slice()[..count as usize])
             .map_err(|error| Error::protocol(&self.name, error))?;

@@ -563,6 +563,7 @@ impl Migration {
             cpu_s: CpuTime::of_this_process(),
             zero_copy: self.memory.counters.zero_copy(),
             release_bytes: 0,
+            spare_bytes_max: 0,
             congestion: self.congestion.clone(),
         }
     }

@@ -1,0 +1,331 @@
+//! Serves userfaultfds: takes the guest's faults, has missing pages asked for, and makes those that
+//! have come visible to whoever waits for them.
+//!
+//! One userfaultfd takes a few hundred thousand faults a second, whoever reads it, so a guest with
+//! many vCPUs is handed over in shards with a userfaultfd each. The demand thread serves the faults of
+//! a guest that is not sharded, which spares a hop between threads; shards are served by threads of
+//! their own, each with a ring on its own core, which tell the demand thread what to ask for.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use umem_ring::{
+    Bytes, Completion, Config, Mailbox, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait,
+};
+use umem_wire::RegionId;
+
+use super::demand::Reach;
+use super::guest::{GuestMemory, PageId};
+use crate::error::{Error, Result};
+use crate::fault::uffd::{self, MESSAGE_BYTES};
+use crate::memory::pages::PageState;
+use crate::priority;
+use crate::report::{latency_histogram, record};
+use crate::worker::Started;
+
+/// Events taken with one read of a userfaultfd.
+const EVENTS_MAX: usize = 64;
+
+/// A page that could not be made visible because events were pending is tried again after the next
+/// events, or after this long.
+pub(crate) const RETRY_INTERVAL: Duration = Duration::from_micros(200);
+
+/// What a message from another ring says about its page.
+pub(crate) const MESSAGE_CACHED: u32 = 0;
+/// To the demand thread: somebody waits for this page.
+pub(crate) const MESSAGE_ASK: u32 = 1;
+
+/// A page to be made visible once pending events have been read.
+enum Again {
+    /// It has come, and somebody waited for it.
+    Came(PageId),
+    /// Somebody waits at this address although it has come.
+    At(u64),
+}
+
+/// Some of the guest's userfaultfds, served by the thread that owns this.
+pub(crate) struct Faults {
+    guest: Arc<GuestMemory>,
+    /// Indices of the guest's fault sources.
+    sources: Vec<usize>,
+    /// The read or poll of source `i` of these has this token plus `i`.
+    token: u64,
+    /// The token of the retry timer.
+    retry_token: u64,
+    retry_armed: bool,
+    /// Pages to ask the source for.
+    ask: Vec<(RegionId, u64)>,
+    /// When each page that somebody waits for was first missed.
+    waiting: HashMap<PageId, Instant>,
+    again: Vec<Again>,
+    latency: Histogram<u64>,
+    /// For what is read with the gate closed.
+    buffer: Vec<u8>,
+}
+
+impl Faults {
+    /// Takes `token`, `retry_token` and one more token for each further source.
+    pub(crate) fn new(
+        guest: Arc<GuestMemory>,
+        sources: Vec<usize>,
+        token: u64,
+        retry_token: u64,
+    ) -> Faults {
+        Faults {
+            guest,
+            sources,
+            token,
+            retry_token,
+            retry_armed: false,
+            ask: Vec::with_capacity(1024),
+            waiting: HashMap::with_capacity(1024),
+            again: Vec::new(),
+            latency: latency_histogram(),
+            buffer: vec![0; EVENTS_MAX * MESSAGE_BYTES],
+        }
+    }
+
+    /// Starts to listen.
+    pub(crate) fn arm(&self, ring: &mut Ring) -> Result<()> {
+        (0..self.sources.len()).try_for_each(|index| {
+            let buffer = Bytes::with_capacity(EVENTS_MAX * MESSAGE_BYTES);
+            self.listen(ring, index, buffer)
+        })
+    }
+
+    /// Reads the events as they come; behind a gate only waits for them, as the read that takes them
+    /// has to happen with the gate closed.
+    fn listen(&self, ring: &mut Ring, index: usize, buffer: Bytes) -> Result<()> {
+        let source = self.sources[index];
+        let descriptor = self.guest.sources[source].uffd.descriptor();
+        let op = if self.guest.is_gated(source) {
+            Op::poll(descriptor, libc::POLLIN as u32)
+        } else {
+            Op::read(descriptor, buffer)
+        };
+        ring.submit(op, self.token + index as u64)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
+        Ok(())
+    }
+
+    /// Takes a completion with one of the tokens given at the start.
+    pub(crate) fn complete(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
+        if completion.token == self.retry_token {
+            self.retry_armed = false;
+            return self.retry(ring);
+        }
+        let index = usize::try_from(completion.token - self.token).expect("our own token");
+        let buffer = match (completion.outcome, completion.memory) {
+            (Outcome::Done(count), Some(Memory::Bytes(buffer))) => {
+                self.events(ring, &buffer.as_slice()[..count as usize])?;
+                buffer
+            }
+            (Outcome::Failed(errno), Some(Memory::Bytes(buffer)))
+                if errno.raw() == libc::EAGAIN =>
+            {
+                buffer
+            }
+            (Outcome::Done(_), None) => {
+                self.read(ring, self.sources[index])?;
+                Bytes::with_capacity(0)
+            }
+            // The guest's process has ended; the control thread hears of it from the process.
+            _ => return Ok(()),
+        };
+        self.listen(ring, index, buffer)?;
+        self.retry(ring)
+    }
+
+    /// Takes what is pending with the gate closed, and carries it out before the gate opens.
+    fn read(&mut self, ring: &mut Ring, source: usize) -> Result<()> {
+        let guest = self.guest.clone();
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let result = {
+            let _gate = guest.sources[source].close_gate();
+            match guest.sources[source].uffd.read(&mut buffer) {
+                Ok(count) => self.events(ring, &buffer[..count]),
+                // As above.
+                Err(_) => Ok(()),
+            }
+        };
+        self.buffer = buffer;
+        result
+    }
+
+    fn events(&mut self, ring: &mut Ring, bytes: &[u8]) -> Result<()> {
+        let now = Instant::now();
+        let (events, _) = bytes.as_chunks::<MESSAGE_BYTES>();
+        for event in events {
+            match uffd::Event::decode(event) {
+                uffd::Event::PageFault { address } => self.fault(ring, address, now)?,
+                uffd::Event::Remove { start, end } => self.guest.discard(start, end)?,
+                uffd::Event::Fork => return Err(changed("has forked")),
+                uffd::Event::Remap => return Err(changed("has moved its memory")),
+                uffd::Event::Other { .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&mut self, ring: &mut Ring, address: u64, now: Instant) -> Result<()> {
+        let Some(page) = self.guest.find(address) else {
+            return Ok(());
+        };
+        let guest = self.guest.clone();
+        let pages = &guest.region(page.region).pages;
+        let first = pages.want(page.page);
+        match pages.get(page.page) {
+            PageState::Cached => {
+                pages.unwant(page.page);
+                return self.show(ring, Again::At(address));
+            }
+            PageState::Missing | PageState::Discarded if first => {
+                self.ask.push((page.region, page.page));
+            }
+            // On its way already, or asked for already: whoever lands it sees that it is wanted.
+            PageState::Missing | PageState::Discarded | PageState::Landing => {}
+        }
+        self.waiting.entry(page).or_insert(now);
+        Ok(())
+    }
+
+    /// A page that somebody waits for is there.
+    pub(crate) fn cached(&mut self, ring: &mut Ring, page: PageId) -> Result<()> {
+        self.guest.region(page.region).pages.unwant(page.page);
+        self.show(ring, Again::Came(page))
+    }
+
+    fn show(&mut self, ring: &mut Ring, what: Again) -> Result<()> {
+        let (shown, page) = match what {
+            Again::Came(page) => (self.guest.mark(page)?, Some(page)),
+            Again::At(address) => (self.guest.show_at(address)?, self.guest.find(address)),
+        };
+        if !shown {
+            self.again.push(what);
+            return self.arm_retry(ring);
+        }
+        if let Some(since) = page.and_then(|page| self.waiting.remove(&page)) {
+            record(&mut self.latency, since.elapsed());
+        }
+        Ok(())
+    }
+
+    fn retry(&mut self, ring: &mut Ring) -> Result<()> {
+        std::mem::take(&mut self.again).into_iter().try_for_each(|what| self.show(ring, what))
+    }
+
+    fn arm_retry(&mut self, ring: &mut Ring) -> Result<()> {
+        if !self.retry_armed {
+            self.retry_armed = true;
+            ring.submit(Op::timeout(RETRY_INTERVAL), self.retry_token)
+                .map_err(|rejected| Error::Ring(rejected.error))?;
+        }
+        Ok(())
+    }
+
+    /// The pages to ask for since the last call.
+    pub(crate) fn to_ask(&mut self) -> &mut Vec<(RegionId, u64)> {
+        &mut self.ask
+    }
+
+    /// Fault latencies, µs: from the reading of a fault to its end.
+    pub(crate) fn into_latency(self) -> Histogram<u64> {
+        self.latency
+    }
+}
+
+fn changed(what: &str) -> Error {
+    Error::Unsupported(format!(
+        "the guest's process {what} while its pages were coming, which umem cannot follow: pages \
+         would be lost"
+    ))
+}
+
+const TOKEN_POSTED: u64 = 0;
+const TOKEN_RETRY: u64 = 1;
+const TOKEN_FAULTS: u64 = 2;
+
+/// A thread that serves shards.
+pub(crate) struct FaultThread {
+    pub(crate) guest: Arc<GuestMemory>,
+    pub(crate) sources: Vec<usize>,
+    pub(crate) core: Option<usize>,
+    /// The demand thread's ring: it asks.
+    pub(crate) demand: Mailbox,
+}
+
+impl FaultThread {
+    /// Serves until it is woken to stop. Returns the fault latencies, µs.
+    pub(crate) fn run(self, started: Started<Reach>) -> Result<Histogram<u64>> {
+        let mut ring = Ring::new(&Config {
+            name: "faults".into(),
+            core: self.core,
+            ops_max: 64 + self.sources.len() as u32,
+            ..Config::default()
+        })?;
+        priority::go_first();
+        started.with(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
+        let mut faults = Faults::new(self.guest, self.sources, TOKEN_FAULTS, TOKEN_RETRY);
+        faults.arm(&mut ring)?;
+        loop {
+            ring.enter(Wait::One)?;
+            while let Some(completion) = ring.next() {
+                match completion.token {
+                    TOKEN_WAKE => return Ok(faults.into_latency()),
+                    TOKEN_POSTED => posted(completion.outcome)?,
+                    TOKEN_MESSAGE => match completion.outcome {
+                        Outcome::Message { value, .. } => {
+                            faults.cached(&mut ring, PageId::unpack(value))?;
+                        }
+                        other => unreachable!("{other:?} as a message"),
+                    },
+                    _ => faults.complete(&mut ring, completion)?,
+                }
+            }
+            for (region, page) in faults.to_ask().drain(..) {
+                let value = PageId { region, page }.pack();
+                post(&mut ring, &self.demand, value, MESSAGE_ASK, TOKEN_POSTED)?;
+            }
+        }
+    }
+}
+
+/// Where each fault source is served: the ring to tell of a page that has come.
+#[derive(Clone)]
+pub(crate) struct Servers(Arc<[Mailbox]>);
+
+impl Servers {
+    /// One mailbox for each of the guest's fault sources.
+    pub(crate) fn new(mailboxes: Vec<Mailbox>) -> Servers {
+        Servers(mailboxes.into())
+    }
+
+    /// Tells that a page has come that somebody waits for.
+    pub(crate) fn tell(
+        &self,
+        ring: &mut Ring,
+        guest: &GuestMemory,
+        page: PageId,
+        token: u64,
+    ) -> Result<()> {
+        let region = guest.region(page.region);
+        let part = region.part_at(region.byte_offset(page.page));
+        post(ring, &self.0[part.source], page.pack(), MESSAGE_CACHED, token)
+    }
+}
+
+fn post(ring: &mut Ring, to: &Mailbox, value: u64, extra: u32, token: u64) -> Result<()> {
+    let message = Op::msg_ring(to.clone(), value, extra);
+    ring.submit(message, token).map_err(|rejected| Error::Ring(rejected.error))?;
+    Ok(())
+}
+
+/// A message that did not arrive would leave a vCPU waiting for a page that is there.
+pub(crate) fn posted(outcome: Outcome) -> Result<()> {
+    match outcome {
+        Outcome::Done(_) => Ok(()),
+        other => Err(Error::Host(format!("waking a vCPU through another ring: {other:?}"))),
+    }
+}

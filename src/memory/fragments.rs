@@ -1,0 +1,104 @@
+//! Parts of a landing unit that the guest has discarded before the unit came.
+//!
+//! Where the source's pages are larger than the destination's, one landing unit is many pages of the
+//! guest, which may discard some of them. What comes for those must not be seen. There is nothing to
+//! keep for units as large as a page: their state says it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Discarded pages of units that have not come, for one region.
+///
+/// Takes memory for the discarded pages only, one bit each for the whole unit they are in.
+pub(crate) struct Fragments {
+    pages_per_unit: u64,
+    /// Never cleared: most guests discard no part of a unit at all.
+    any: AtomicBool,
+    units: Mutex<BTreeMap<u64, Box<[u64]>>>,
+}
+
+impl Fragments {
+    /// Units of `pages_per_unit` pages each, a power of two.
+    pub(crate) fn new(pages_per_unit: u64) -> Fragments {
+        Fragments {
+            pages_per_unit,
+            any: AtomicBool::new(false),
+            units: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    /// Notes that the pages `first..first + count` of `unit` are discarded.
+    pub(crate) fn add(&self, unit: u64, first: u64, count: u64) {
+        debug_assert!(first + count <= self.pages_per_unit);
+        self.any.store(true, SeqCst);
+        let words = usize::try_from(self.pages_per_unit.div_ceil(64)).expect("small");
+        let mut units = self.lock();
+        let bits = units.entry(unit).or_insert_with(|| vec![0; words].into());
+        for page in first..first + count {
+            bits[usize::try_from(page / 64).expect("small")] |= 1 << (page % 64);
+        }
+    }
+
+    /// The discarded pages of a unit, forgotten with this call; none for most.
+    pub(crate) fn take(&self, unit: u64) -> Option<Discarded> {
+        if !self.any.load(SeqCst) {
+            return None;
+        }
+        self.lock().remove(&unit).map(|bits| Discarded { bits, pages: self.pages_per_unit })
+    }
+
+    /// True when a part of a unit in the range has been discarded.
+    pub(crate) fn any_in(&self, first: u64, units: u64) -> bool {
+        self.any.load(SeqCst) && self.lock().range(first..first + units).next().is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Box<[u64]>>> {
+        self.units.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Which pages of one unit are discarded.
+pub(crate) struct Discarded {
+    bits: Box<[u64]>,
+    pages: u64,
+}
+
+impl Discarded {
+    /// Runs of pages that are (`true`) or are not (`false`) discarded: first page and count.
+    pub(crate) fn runs(&self, discarded: bool) -> impl Iterator<Item = (u64, u64)> {
+        let is = move |page: u64| {
+            let word = self.bits[usize::try_from(page / 64).expect("small")];
+            (word >> (page % 64) & 1 == 1) == discarded
+        };
+        let mut page = 0;
+        std::iter::from_fn(move || {
+            while page < self.pages && !is(page) {
+                page += 1;
+            }
+            let first = page;
+            while page < self.pages && is(page) {
+                page += 1;
+            }
+            (first < page).then_some((first, page - first))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_units_discarded_pages_are_told_once() {
+        let fragments = Fragments::new(512);
+        assert!(fragments.take(3).is_none() && !fragments.any_in(0, 10));
+        fragments.add(3, 10, 2);
+        fragments.add(3, 500, 12);
+        assert!(fragments.any_in(3, 1) && !fragments.any_in(4, 6));
+        let discarded = fragments.take(3).unwrap();
+        assert_eq!(discarded.runs(true).collect::<Vec<_>>(), [(10, 2), (500, 12)]);
+        assert_eq!(discarded.runs(false).collect::<Vec<_>>(), [(0, 10), (12, 488)]);
+        assert!(fragments.take(3).is_none());
+    }
+}
