@@ -231,7 +231,7 @@ impl DemandThread {
         };
         buffer.clear();
         if self.may_ask {
-            let own = self.faults.as_mut().map(Faults::to_ask);
+            let own = self.faults.as_mut().map(Faults::unasked);
             for asked in own.into_iter().chain([&mut self.ask]) {
                 for batch in asked.chunks(REQUEST_ENTRIES_MAX) {
                     transmit::request(&mut buffer, batch);

@@ -226,7 +226,7 @@ impl Faults {
     }
 
     /// The pages to ask for since the last call.
-    pub(crate) fn to_ask(&mut self) -> &mut Vec<(RegionId, u64)> {
+    pub(crate) fn unasked(&mut self) -> &mut Vec<(RegionId, u64)> {
         &mut self.ask
     }
 
@@ -284,7 +284,7 @@ impl FaultThread {
                     _ => faults.complete(&mut ring, completion)?,
                 }
             }
-            for (region, page) in faults.to_ask().drain(..) {
+            for (region, page) in faults.unasked().drain(..) {
                 let value = PageId { region, page }.pack();
                 post(&mut ring, &self.demand, value, MESSAGE_ASK, TOKEN_POSTED)?;
             }
