@@ -6,6 +6,7 @@ use argh::FromArgs;
 
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
+use crate::host::guest::Memory;
 use crate::memory::kind::Kind;
 use crate::uri::Uri;
 use crate::{demo, destination, host, source};
@@ -43,9 +44,18 @@ struct Demo {
     /// the guest's RAM, MiB (default 512)
     #[argh(option, default = "512")]
     size: u64,
-    /// memory kind: shared (the default)
-    #[argh(option, default = "String::from(\"shared\")")]
-    kind: String,
+    /// memory kind at the destination: shared (the default), private or anonymous
+    #[argh(option, default = "Kind::Shared")]
+    kind: Kind,
+    /// passed on to umem incoming: 1 to have pages touched and their copies released, 0 not to
+    #[argh(option)]
+    postcopy_flags: Option<u32>,
+    /// parts of anonymous memory that have a userfaultfd each (default 1)
+    #[argh(option, default = "1")]
+    shards: usize,
+    /// the guest that arrives discards pages too, as one with a balloon does
+    #[argh(switch)]
+    discard: bool,
     /// accesses of the guest that write, percent (default 30)
     #[argh(option, default = "30")]
     write_percent: u32,
@@ -180,15 +190,30 @@ struct Guest {
     /// the socket to make for its monitor
     #[argh(option)]
     qmp: PathBuf,
-    /// its RAM, NAME=PATH
+    /// its RAM, NAME=PATH; NAME alone for anonymous memory
     #[argh(option)]
-    ram: RamPath,
+    ram: String,
     /// size of its RAM, MiB
     #[argh(option)]
     size: u64,
     /// wait for a guest to come
     #[argh(switch)]
     incoming: bool,
+    /// memory kind of a guest that waits: shared (the default), private or anonymous
+    #[argh(option, default = "Kind::Shared")]
+    kind: Kind,
+    /// where umem incoming takes anonymous memory over
+    #[argh(option)]
+    handoff: Option<PathBuf>,
+    /// parts of anonymous memory that have a userfaultfd each (default 1)
+    #[argh(option, default = "1")]
+    shards: usize,
+    /// anonymous memory of 2 MiB pages, from the kernel's hugetlb pool
+    #[argh(switch)]
+    huge: bool,
+    /// a guest that has come discards pages too, as one with a balloon does
+    #[argh(switch)]
+    discard: bool,
     /// threads that access memory (default 2)
     #[argh(option, default = "2")]
     threads: usize,
@@ -295,13 +320,6 @@ fn run(command: Command) -> Result<i32> {
     }
 }
 
-fn check_kind(kind: &str) -> Result<()> {
-    if kind == "shared" {
-        return Ok(());
-    }
-    Err(Error::Usage(format!("--kind {kind}: the memory kind umem knows is shared")))
-}
-
 fn check_percent(name: &str, percent: u32) -> Result<()> {
     if percent <= 100 {
         return Ok(());
@@ -318,7 +336,14 @@ fn check_lanes(lanes: u16) -> Result<()> {
 
 impl Demo {
     fn run(self) -> Result<i32> {
-        check_kind(&self.kind)?;
+        if self.kind != Kind::Anonymous && self.shards != 1 {
+            return Err(Error::Usage(
+                "--shards divides anonymous memory: add --kind anonymous".into(),
+            ));
+        }
+        if self.postcopy_flags.is_some_and(|flags| flags > 1) {
+            return Err(Error::Usage("--postcopy-flags is 0 or 1".into()));
+        }
         check_percent("write-percent", self.write_percent)?;
         check_percent("zero-percent", self.zero_percent)?;
         check_percent("hole-percent", self.hole_percent)?;
@@ -329,6 +354,10 @@ impl Demo {
         }
         demo::run(&demo::Options {
             size_mib: self.size,
+            kind: self.kind,
+            postcopy_flags: self.postcopy_flags,
+            shards: self.shards,
+            discard: self.discard,
             write_percent: self.write_percent,
             zero_percent: self.zero_percent,
             hole_percent: self.hole_percent,
@@ -409,6 +438,7 @@ impl Migrate {
 
 impl Guest {
     fn run(self) -> Result<i32> {
+        let memory = self.memory()?;
         // The guest ends by its monitor's quit, or as any process does.
         crate::inbox::unblock_signals().map_err(|errno| Error::System {
             what: "unblocking signals".into(),
@@ -416,9 +446,10 @@ impl Guest {
         })?;
         host::guest::run(&host::guest::Options {
             qmp: self.qmp,
-            ram: self.ram,
+            memory,
             size_mib: self.size,
             incoming: self.incoming,
+            discard: self.discard,
             threads: self.threads,
             write_percent: self.write_percent,
             zero_percent: self.zero_percent,
@@ -426,5 +457,36 @@ impl Guest {
             seed: self.seed,
         })?;
         Ok(0)
+    }
+
+    /// What its RAM is, if the options that say so agree.
+    fn memory(&self) -> Result<Memory> {
+        let usage = |text: &str| Err(Error::Usage(text.into()));
+        if !self.incoming && (self.kind != Kind::Shared || self.discard) {
+            return usage("--kind and --discard are for a guest that waits: add --incoming");
+        }
+        if self.kind != Kind::Anonymous {
+            if self.handoff.is_some() || self.huge || self.shards != 1 {
+                return usage(
+                    "--handoff, --huge and --shards are for anonymous memory: add --kind anonymous",
+                );
+            }
+            let file = self
+                .ram
+                .parse::<RamPath>()
+                .map_err(|text| Error::Usage(format!("--ram: {text}")))?;
+            return Ok(match self.kind {
+                Kind::Private => Memory::Private(file),
+                _ => Memory::Shared(file),
+            });
+        }
+        let Some(handoff) = self.handoff.clone() else {
+            return usage("anonymous memory has to be handed over: add --handoff SOCKET");
+        };
+        if self.ram.contains('=') {
+            return usage("anonymous memory has no file: write --ram NAME");
+        }
+        let (name, shards, huge) = (self.ram.clone(), self.shards, self.huge);
+        Ok(Memory::Anonymous { name, handoff, shards, huge })
     }
 }

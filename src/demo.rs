@@ -19,6 +19,7 @@ use crate::host::command::ProcessHandle;
 use crate::host::guest::Verdict;
 use crate::host::qmp::Qmp;
 use crate::inbox::{Inbox, Wake, unblock_signals};
+use crate::memory::kind::Kind;
 use crate::report::{Completed, Output};
 
 /// What the demo moves.
@@ -26,6 +27,14 @@ use crate::report::{Completed, Output};
 pub struct Options {
     /// MiB of guest RAM.
     pub size_mib: u64,
+    /// What the destination's memory is.
+    pub kind: Kind,
+    /// `--postcopy-flags` of `umem incoming`; none for its own default.
+    pub postcopy_flags: Option<u32>,
+    /// Parts of anonymous memory that have a userfaultfd each.
+    pub shards: usize,
+    /// The guest that arrives discards pages as well.
+    pub discard: bool,
     /// Accesses of the guest that write, percent.
     pub write_percent: u32,
     /// Pages that hold zeroes, percent.
@@ -56,13 +65,20 @@ pub fn run(options: &Options) -> Result<i32> {
     let output = Output { json: options.json };
     let seed = options.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
     let directory = Directory::new()?;
-    let ram = [guest_ram(options.size_mib)?, guest_ram(options.size_mib)?];
+    let source_ram = shared_ram(options.size_mib)?;
+    let destination_ram = match options.kind {
+        Kind::Shared => Some(shared_ram(options.size_mib)?),
+        Kind::Private => Some(memfd_ram()?),
+        Kind::Anonymous => None,
+    };
+    let (kind, what) = (options.kind.name(), source_ram.what);
+    let size_mib = options.size_mib;
     output.event(
         "started",
-        json!({ "seed": seed, "size_mib": options.size_mib, "ram": ram[0].what }),
-        &format!("a guest of {} MiB ({}, seed {seed})", options.size_mib, ram[0].what),
+        json!({ "seed": seed, "size_mib": size_mib, "kind": kind, "ram": what }),
+        &format!("a guest of {size_mib} MiB ({what}, arriving in {kind} memory, seed {seed})"),
     );
-    let mut demo = Demo { inbox, options, seed, directory, ram };
+    let mut demo = Demo { inbox, options, seed, directory, source_ram, destination_ram };
 
     let mut guest = demo.start_guest()?;
     let mut incoming = demo.start_incoming()?;
@@ -93,50 +109,71 @@ struct Demo<'a> {
     options: &'a Options,
     seed: u64,
     directory: Directory,
-    ram: [DemoRam; 2],
+    source_ram: DemoRam,
+    /// None for anonymous memory.
+    destination_ram: Option<DemoRam>,
 }
 
 impl Demo<'_> {
     fn start_guest(&mut self) -> Result<Process> {
-        let arguments = self.guest_arguments("source.qmp", 0, false);
+        let mut arguments = self.guest_arguments("source.qmp");
+        arguments.extend(options([("--ram", self.source_ram.option())]));
         let mut guest = Process::start("the source's guest", &arguments)?;
         guest.event(&self.inbox, "ready")?;
         Ok(guest)
     }
 
-    fn guest_arguments(&self, socket: &str, ram: usize, incoming: bool) -> Vec<String> {
-        let options = self.options;
-        let mut arguments: Vec<String> = [
+    /// What both guests are told.
+    fn guest_arguments(&self, socket: &str) -> Vec<String> {
+        let demo = self.options;
+        let mut arguments = vec!["guest".to_owned()];
+        arguments.extend(options([
             ("--qmp", self.directory.file(socket)),
-            ("--ram", format!("ram0={}", self.ram[ram].path())),
-            ("--size", options.size_mib.to_string()),
-            ("--threads", options.threads.to_string()),
-            ("--write-percent", options.write_percent.to_string()),
-            ("--zero-percent", options.zero_percent.to_string()),
-            ("--hole-percent", options.hole_percent.to_string()),
+            ("--size", demo.size_mib.to_string()),
+            ("--threads", demo.threads.to_string()),
+            ("--write-percent", demo.write_percent.to_string()),
+            ("--zero-percent", demo.zero_percent.to_string()),
+            ("--hole-percent", demo.hole_percent.to_string()),
             ("--seed", self.seed.to_string()),
-        ]
-        .into_iter()
-        .flat_map(|(option, value)| [option.to_owned(), value])
-        .collect();
-        arguments.insert(0, "guest".into());
-        if incoming {
-            arguments.push("--incoming".into());
-        }
+        ]));
         arguments
     }
 
     fn start_incoming(&self) -> Result<Process> {
-        let mut arguments: Vec<String> =
-            ["incoming", "--json", "--qmp"].map(str::to_owned).to_vec();
-        arguments.push(self.directory.file("destination.qmp"));
-        arguments.push("--ram".into());
-        arguments.push(format!("ram0={}", self.ram[1].path()));
+        let kind = self.options.kind;
+        let mut arguments = vec!["incoming".to_owned(), "--json".to_owned()];
+        arguments.extend(options([("--qmp", self.directory.file("destination.qmp"))]));
+        arguments.extend(match &self.destination_ram {
+            Some(ram) => options([("--kind", kind.name().to_owned()), ("--ram", ram.option())]),
+            None => options([("--handoff", self.directory.file("handoff"))]),
+        });
+        if let Some(flags) = self.options.postcopy_flags {
+            arguments.extend(options([("--postcopy-flags", flags.to_string())]));
+        }
         arguments.push("tcp:127.0.0.1:0".into());
         arguments.push("--".into());
         arguments.push(this_program()?.display().to_string());
-        arguments.extend(self.guest_arguments("destination.qmp", 1, true));
+        arguments.extend(self.incoming_guest_arguments());
         Process::start("umem incoming", &arguments)
+    }
+
+    fn incoming_guest_arguments(&self) -> Vec<String> {
+        let demo = self.options;
+        let mut arguments = self.guest_arguments("destination.qmp");
+        arguments.push("--incoming".into());
+        if demo.discard {
+            arguments.push("--discard".into());
+        }
+        arguments.extend(options([("--kind", demo.kind.name().to_owned())]));
+        arguments.extend(match &self.destination_ram {
+            Some(ram) => options([("--ram", ram.option())]),
+            None => options([
+                ("--ram", RAM_NAME.to_owned()),
+                ("--handoff", self.directory.file("handoff")),
+                ("--shards", demo.shards.to_string()),
+            ]),
+        });
+        arguments
     }
 
     fn start_migrate(&self, uri: &str) -> Result<Process> {
@@ -195,9 +232,13 @@ impl Demo<'_> {
         } else {
             print!("{}", destination.summary());
             println!(
-                "the guest read {} and wrote {} pages meanwhile; an access took {} µs in the \
+                "the guest read {}{} and wrote {} pages meanwhile; an access took {} µs in the \
                  middle, {} µs at p99\n{}",
                 verdict.reads,
+                match verdict.discards {
+                    0 => String::new(),
+                    discards => format!(", discarded {discards}"),
+                },
                 verdict.writes,
                 verdict.access_latency_us.p50,
                 verdict.access_latency_us.p99,
@@ -213,6 +254,14 @@ impl Demo<'_> {
         }
         Ok(i32::from(!good))
     }
+}
+
+/// The region of either guest.
+const RAM_NAME: &str = "ram0";
+
+/// Options with their values as words of a command line.
+fn options<const N: usize>(options: [(&str, String); N]) -> Vec<String> {
+    options.into_iter().flat_map(|(option, value)| [option.to_owned(), value]).collect()
 }
 
 /// A directory for the monitors' sockets, removed at the end.
@@ -242,17 +291,21 @@ struct DemoRam {
 }
 
 impl DemoRam {
-    /// How the children open it.
-    fn path(&self) -> String {
-        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    /// How the children open it, as a value of `--ram`.
+    fn option(&self) -> String {
+        format!("{RAM_NAME}=/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
     }
 }
 
 /// A file in a tmpfs of our own with huge pages, where we may mount one; else a memfd.
-fn guest_ram(size_mib: u64) -> Result<DemoRam> {
-    if let Some(file) = huge_tmpfs_file(size_mib) {
-        return Ok(DemoRam { file, what: "tmpfs with huge pages" });
+fn shared_ram(size_mib: u64) -> Result<DemoRam> {
+    match huge_tmpfs_file(size_mib) {
+        Some(file) => Ok(DemoRam { file, what: "tmpfs with huge pages" }),
+        None => memfd_ram(),
     }
+}
+
+fn memfd_ram() -> Result<DemoRam> {
     let file = memfd_create(c"umem-demo", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?;
     Ok(DemoRam { file, what: "memfd" })
 }

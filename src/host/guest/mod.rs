@@ -1,10 +1,12 @@
 //! The demo's guest: threads that read and write memory and check every word, behind a QMP socket.
 //!
-//! It stands where a QEMU would: its RAM is a shared file, it answers the QMP commands that umem
-//! sends (and `umem-verify`, for the demo), its device state is what its threads must know of their
-//! memory, and on the destination it gets its memory by the preload object. It takes no part in the
-//! transport, so what it finds in its memory is evidence.
+//! It stands where a QEMU would: at the source its RAM is a shared file, it answers the QMP commands
+//! that umem sends (and `umem-verify`, for the demo), its device state is what its threads must know of
+//! their memory. On the destination it gets its memory by the preload object, or hands anonymous memory
+//! over itself ([`handover`]). It takes no other part in the transport, so what it finds in its memory
+//! is evidence.
 
+pub mod handover;
 mod monitor;
 mod pattern;
 mod ram;
@@ -30,12 +32,14 @@ use threads::Machine;
 pub struct Options {
     /// Where its monitor listens.
     pub qmp: PathBuf,
-    /// Its RAM: created with `size_mib`, or as large as it is where it exists.
-    pub ram: RamPath,
+    /// Its RAM; a file is created with `size_mib`, or as large already.
+    pub memory: Memory,
     /// MiB of RAM.
     pub size_mib: u64,
     /// It waits for a guest to come rather than filling its memory.
     pub incoming: bool,
+    /// A guest that has come discards pages, too, as one with a balloon does.
+    pub discard: bool,
     /// Threads that access memory.
     pub threads: usize,
     /// Accesses that write, percent.
@@ -46,6 +50,27 @@ pub struct Options {
     pub hole_percent: u32,
     /// What the contents of its memory are derived from.
     pub seed: u64,
+}
+
+/// What is behind the guest's RAM. A guest that does not wait for another one has a shared file,
+/// because that is what the source's umem reads.
+#[derive(Clone, Debug)]
+pub enum Memory {
+    /// A file, mapped MAP_SHARED.
+    Shared(RamPath),
+    /// A file, mapped MAP_PRIVATE: what the guest writes is its own.
+    Private(RamPath),
+    /// Anonymous memory that is handed over to umem here.
+    Anonymous {
+        /// The region's name, the same as at the source.
+        name: String,
+        /// Where umem waits for it.
+        handoff: PathBuf,
+        /// Parts that are handed over on their own.
+        shards: usize,
+        /// It has pages of 2 MiB, from the kernel's hugetlb pool.
+        huge: bool,
+    },
 }
 
 /// What the guest found in its memory.
@@ -61,6 +86,9 @@ pub struct Verdict {
     pub reads: u64,
     /// Pages written while memory was arriving.
     pub writes: u64,
+    /// Times that it discarded a page (or several that only go together) while memory was arriving or
+    /// after that; such a page must read as zeroes until it is written again.
+    pub discards: u64,
     /// What an access took, as the guest saw it.
     pub access_latency_us: Latency,
     /// Bytes of its memory that the kernel maps with huge pages.
@@ -74,13 +102,13 @@ pub struct Verdict {
 /// # Errors
 /// RAM that cannot be mapped or a socket that cannot be made.
 pub fn run(options: &Options) -> Result<()> {
-    let ram = GuestRam::map(&options.ram, options.size_mib << 20)?;
+    let ram = GuestRam::map(&options.memory, options.size_mib << 20)?;
     let pattern = Pattern {
         seed: options.seed,
         zero_percent: options.zero_percent,
         hole_percent: options.hole_percent,
     };
-    let machine = Arc::new(Machine::new(ram, pattern, options.write_percent));
+    let machine = Arc::new(Machine::new(ram, pattern, options.write_percent, options.discard));
     if !options.incoming {
         machine.fill();
     }

@@ -39,7 +39,7 @@ impl Pattern {
     /// The words of `page` after its `generation`-th write; generation 0 is the first filling.
     pub(crate) fn words(&self, page: u64, generation: u32) -> Words {
         if generation == 0 && self.fill(page) != Fill::Data {
-            return Words { base: None };
+            return Words::ZEROES;
         }
         let base =
             mix(self.seed ^ page.wrapping_mul(0x9e37_79b9_7f4a_7c15)) ^ u64::from(generation);
@@ -54,6 +54,9 @@ pub(crate) struct Words {
 }
 
 impl Words {
+    /// Of a page without contents.
+    pub(crate) const ZEROES: Words = Words { base: None };
+
     pub(crate) fn word(self, word: usize) -> u64 {
         match self.base {
             None => 0,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use hdrhistogram::Histogram;
 
 use super::Verdict;
-use super::pattern::{Fill, Pattern, mix};
+use super::pattern::{Fill, Pattern, Words, mix};
 use super::ram::GuestRam;
 use crate::error::Result;
 use crate::fault::uffd;
@@ -17,17 +17,23 @@ use crate::report::{Latency, latency_histogram, record};
 const LOCKED: u32 = 1 << 31;
 /// A wrong word has been found in the page.
 const BAD: u32 = 1 << 30;
+/// The page has been discarded since it was written last.
+const DISCARDED: u32 = 1 << 29;
 /// How often the page has been written.
-const GENERATION: u32 = BAD - 1;
+const GENERATION: u32 = DISCARDED - 1;
+/// What a guest has to know of the page when it moves.
+const MOVES: u32 = DISCARDED | GENERATION;
 
 /// Before it is moved, the guest writes to this many pages only, so that what it must remember of
 /// them, its device state, stays small.
 const HOT_PAGES: u64 = 4096;
 
-/// One page in 16 is only ever read, by any number of threads at once: several of them wait for the
-/// same missing page.
-fn is_read_only(page: u64) -> bool {
-    page.is_multiple_of(16)
+/// Accesses that discard their page where the guest does that, percent.
+const DISCARD_PERCENT: u64 = 5;
+
+/// What a page must hold.
+fn words(pattern: Pattern, page: u64, cell: u32) -> Words {
+    if cell & DISCARDED != 0 { Words::ZEROES } else { pattern.words(page, cell & GENERATION) }
 }
 
 /// The guest's memory, what it must hold, and the threads' common state.
@@ -35,10 +41,12 @@ pub(crate) struct Machine {
     pub(crate) ram: GuestRam,
     pattern: Mutex<Pattern>,
     write_percent: u32,
+    discard: bool,
     pages: Box<[AtomicU32]>,
     arrived: AtomicBool,
     reads: AtomicU64,
     writes: AtomicU64,
+    discards: AtomicU64,
     latency: Mutex<Histogram<u64>>,
     run: Mutex<Run>,
     changed: Condvar,
@@ -55,15 +63,22 @@ struct Run {
 pub(crate) struct StateError;
 
 impl Machine {
-    pub(crate) fn new(ram: GuestRam, pattern: Pattern, write_percent: u32) -> Machine {
+    pub(crate) fn new(
+        ram: GuestRam,
+        pattern: Pattern,
+        write_percent: u32,
+        discard: bool,
+    ) -> Machine {
         Machine {
             pages: (0..ram.pages()).map(|_| AtomicU32::new(0)).collect(),
             ram,
             pattern: Mutex::new(pattern),
             write_percent,
+            discard,
             arrived: AtomicBool::new(false),
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
+            discards: AtomicU64::new(0),
             latency: Mutex::new(latency_histogram()),
             run: Mutex::default(),
             changed: Condvar::new(),
@@ -115,10 +130,10 @@ impl Machine {
         state.extend(pattern.zero_percent.to_le_bytes());
         state.extend(pattern.hole_percent.to_le_bytes());
         for (page, cell) in self.pages.iter().enumerate() {
-            let generation = cell.load(Ordering::Relaxed) & GENERATION;
-            if generation > 0 {
+            let moves = cell.load(Ordering::Relaxed) & MOVES;
+            if moves > 0 {
                 state.extend((page as u64).to_le_bytes());
-                state.extend(generation.to_le_bytes());
+                state.extend(moves.to_le_bytes());
             }
         }
         state
@@ -136,10 +151,10 @@ impl Machine {
             hole_percent: narrow(number(&head[12..]))?,
         };
         for entry in rest.chunks(12) {
-            let (page, generation) = entry.split_at_checked(8).ok_or(StateError)?;
+            let (page, moves) = entry.split_at_checked(8).ok_or(StateError)?;
             let page = usize::try_from(number(page)).map_err(|_| StateError)?;
             let cell = self.pages.get(page).ok_or(StateError)?;
-            cell.store(narrow(number(generation))? & GENERATION, Ordering::Relaxed);
+            cell.store(narrow(number(moves))? & MOVES, Ordering::Relaxed);
         }
         self.arrived.store(true, Ordering::Relaxed);
         Ok(())
@@ -187,8 +202,12 @@ impl Machine {
 
     fn access(&self, pattern: Pattern, arrived: bool, random: u64, latency: &mut Histogram<u64>) {
         let page = random % self.ram.pages();
-        let cell = &self.pages[usize::try_from(page).expect("64-bit Linux")];
-        let read_only = is_read_only(page);
+        let cell = self.cell(page);
+        let read_only = self.is_read_only(page);
+        // The page may be anywhere on its way: it is not looked at before.
+        if self.discard && arrived && !read_only && (random >> 48) % 100 < DISCARD_PERCENT {
+            return self.discard(page);
+        }
         if !read_only && cell.fetch_or(LOCKED, Ordering::Acquire) & LOCKED != 0 {
             // Another thread is at this page; there are enough others.
             return;
@@ -196,8 +215,8 @@ impl Machine {
         let began = Instant::now();
         self.ram.touch(page);
         record(latency, began.elapsed());
-        let generation = cell.load(Ordering::Relaxed) & GENERATION;
-        if self.ram.check(page, pattern.words(page, generation)).is_some() {
+        let state = cell.load(Ordering::Relaxed);
+        if self.ram.check(page, words(pattern, page, state)).is_some() {
             cell.fetch_or(BAD, Ordering::Relaxed);
         }
         self.reads.fetch_add(1, Ordering::Relaxed);
@@ -206,11 +225,46 @@ impl Machine {
         }
         let may_write = arrived || page < HOT_PAGES;
         if may_write && (random >> 32) % 100 < u64::from(self.write_percent) {
-            self.ram.write(page, pattern.words(page, generation + 1));
+            self.ram.write(page, pattern.words(page, (state & GENERATION) + 1));
             cell.fetch_add(1, Ordering::Relaxed);
+            cell.fetch_and(!DISCARDED, Ordering::Relaxed);
             self.writes.fetch_add(1, Ordering::Relaxed);
         }
         cell.fetch_and(!LOCKED, Ordering::Release);
+    }
+
+    fn cell(&self, page: u64) -> &AtomicU32 {
+        &self.pages[usize::try_from(page).expect("64-bit Linux")]
+    }
+
+    /// One page in 16 (or of what is discarded together) is only ever read, by any number of threads
+    /// at once: several of them wait for the same missing page.
+    fn is_read_only(&self, page: u64) -> bool {
+        (page / self.ram.discard_pages).is_multiple_of(16)
+    }
+
+    /// Discards the page, with those that only go together with it; unless somebody is at one of them.
+    fn discard(&self, page: u64) {
+        let first = page - page % self.ram.discard_pages;
+        let pages = first..first + self.ram.discard_pages;
+        let lock = |page| self.cell(page).fetch_or(LOCKED, Ordering::Acquire) & LOCKED == 0;
+        let unlock = |page| _ = self.cell(page).fetch_and(!LOCKED, Ordering::Release);
+        if let Some(busy) = pages.clone().find(|&page| !lock(page)) {
+            (first..busy).for_each(unlock);
+            return;
+        }
+        let state = match self.ram.discard(first) {
+            Ok(()) => DISCARDED,
+            Err(errno) => {
+                eprintln!("umem guest: page {first} cannot be discarded: {errno}");
+                BAD
+            }
+        };
+        self.discards.fetch_add(1, Ordering::Relaxed);
+        for page in pages {
+            self.cell(page).fetch_or(state, Ordering::Relaxed);
+            unlock(page);
+        }
     }
 
     /// Stops the threads and checks every page.
@@ -220,10 +274,10 @@ impl Machine {
         let (mut verified_pages, mut bad_pages, mut guest_writes_lost) = (0, 0, 0);
         for (page, cell) in (0..).zip(&self.pages) {
             let cell = cell.load(Ordering::Relaxed);
-            let wrong = self.ram.check(page, pattern.words(page, cell & GENERATION));
+            let wrong = self.ram.check(page, words(pattern, page, cell));
             if let Some((word, want, got)) = wrong {
                 eprintln!("umem guest: page {page} word {word} is {got:#x}, not {want:#x}");
-                guest_writes_lost += u64::from(cell & GENERATION > 0);
+                guest_writes_lost += u64::from(cell & MOVES > 0 && cell & DISCARDED == 0);
             }
             if wrong.is_some() || cell & BAD != 0 {
                 bad_pages += 1;
@@ -237,6 +291,7 @@ impl Machine {
             guest_writes_lost,
             reads: self.reads.load(Ordering::Relaxed),
             writes: self.writes.load(Ordering::Relaxed),
+            discards: self.discards.load(Ordering::Relaxed),
             access_latency_us: Latency::of(&self.latency.lock().expect("no vCPU panics")),
             huge_bytes: huge_bytes(),
             registered: uffd::process_is_registered(std::process::id()).unwrap_or(true),
@@ -244,10 +299,13 @@ impl Machine {
     }
 }
 
-/// `ShmemPmdMapped` of this process (proc(5)).
+/// What this process maps with huge pages: of files, anonymous, and of hugetlb (proc(5)).
 fn huge_bytes() -> u64 {
+    const FIELDS: [&str; 3] = ["ShmemPmdMapped", "AnonHugePages", "Private_Hugetlb"];
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
-    let field = rollup.lines().find_map(|line| line.strip_prefix("ShmemPmdMapped:"));
-    let kib = field.and_then(|text| text.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
+    let kib = rollup.lines().filter_map(|line| {
+        let (_, value) = line.split_once(':').filter(|(field, _)| FIELDS.contains(field))?;
+        value.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
+    });
+    kib.sum::<u64>() << 10
 }

@@ -1,14 +1,29 @@
 //! The thread that listens to umem once something has been handed over.
 
+use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::{handover, report, sys};
 
-/// It needs little more than [`LINE_SIZE_MAX`] and what formatting a short line takes.
+/// It needs little more than [`RECEIVE_SIZE`] and what formatting a short line takes.
 const STACK_SIZE: usize = 128 << 10;
 
 /// Longer lines than any command are dropped unread.
 const LINE_SIZE_MAX: usize = 256;
+
+/// Commands are taken this many bytes at a time: some hundred of them.
+const RECEIVE_SIZE: usize = 8 << 10;
+
+/// Answers are collected up to this size, and sent at the latest when what was received is done.
+const ANSWERS_SIZE_MAX: usize = 8 << 10;
+
+/// umem has said `keep`: whatever becomes of it, this process stays.
+static KEEPS: AtomicBool = AtomicBool::new(false);
+
+/// True once the guest may be running here.
+pub(crate) fn guest_may_run() -> bool {
+    KEEPS.load(Ordering::Relaxed)
+}
 
 /// Starts the thread, once. All signals are blocked in it: QEMU's are for QEMU's threads.
 pub(crate) fn start(socket: i32) -> Result<(), i32> {
@@ -30,42 +45,102 @@ pub(crate) fn start(socket: i32) -> Result<(), i32> {
 /// Until `release` or until umem is gone. A guest that may have run here stays then, everything open,
 /// and waits; one that was still to come never will, and its process ends.
 fn serve(socket: i32) {
-    let mut keeps = false;
-    listen(socket, &mut keeps);
-    if !keeps {
+    let mut commands = Commands { line: Vec::with_capacity(LINE_SIZE_MAX), answers: String::new() };
+    let mut buffer = [0; RECEIVE_SIZE];
+    loop {
+        let received = match sys::receive(socket, &mut buffer) {
+            Ok(count @ 1..) => buffer.get(..count).unwrap_or_default(),
+            Err(sys::EINTR) => continue,
+            Ok(0) | Err(_) => break,
+        };
+        let end = commands.carry_out(socket, received);
+        if commands.send_answers(socket).is_err() || end == End::Released {
+            break;
+        }
+    }
+    if !guest_may_run() {
         sys::kill_this_process();
     }
 }
 
-fn listen(socket: i32, keeps: &mut bool) {
-    let mut line = Vec::with_capacity(LINE_SIZE_MAX);
-    let mut buffer = [0; LINE_SIZE_MAX];
-    loop {
-        let received = match sys::receive(socket, &mut buffer) {
-            Ok(0) => return,
-            Ok(count) => buffer.get(..count).unwrap_or_default(),
-            Err(sys::EINTR) => continue,
-            Err(_) => return,
-        };
+/// What has been received and what is to be answered.
+struct Commands {
+    /// The beginning of a line. One of [`LINE_SIZE_MAX`] is too long already, and dropped at its end.
+    line: Vec<u8>,
+    answers: String,
+}
+
+#[derive(PartialEq, Eq)]
+enum End {
+    /// Of what was received.
+    Received,
+    /// Of everything.
+    Released,
+}
+
+impl Commands {
+    fn carry_out(&mut self, socket: i32, received: &[u8]) -> End {
         for &byte in received {
             if byte != b'\n' {
-                if line.len() < LINE_SIZE_MAX {
-                    line.push(byte);
+                if self.line.len() < LINE_SIZE_MAX {
+                    self.line.push(byte);
                 }
                 continue;
             }
-            match line.as_slice() {
-                b"keep" => *keeps = true,
-                b"release" => {
-                    *keeps = true;
-                    // Nobody is left to tell if this fails.
-                    let _ = report::released(socket, handover::release());
-                    return;
-                }
-                b"ping" if report::pong(socket).is_err() => return,
-                _ => {}
+            let line = std::mem::take(&mut self.line);
+            if line.len() < LINE_SIZE_MAX && self.command(&line) == End::Released {
+                return End::Released;
             }
-            line.clear();
+            self.line = line;
+            self.line.clear();
+            // Nobody reads any more if this fails: the end of the stream says so as well.
+            if self.answers.len() >= ANSWERS_SIZE_MAX && self.send_answers(socket).is_err() {
+                return End::Received;
+            }
+        }
+        End::Received
+    }
+
+    fn command(&mut self, line: &[u8]) -> End {
+        match line {
+            b"keep" => KEEPS.store(true, Ordering::Relaxed),
+            b"ping" => self.answers.push_str("{\"pong\":1}\n"),
+            b"release" => {
+                KEEPS.store(true, Ordering::Relaxed);
+                self.answer(format_args!("{{\"released\":{}}}\n", handover::release()));
+                return End::Released;
+            }
+            _ => {
+                if let Some((address, length)) = parse_touch(line) {
+                    self.touch(address, length);
+                }
+            }
+        }
+        End::Received
+    }
+
+    fn touch(&mut self, address: usize, length: usize) {
+        match handover::touch(address, length) {
+            Ok(()) => self.answer(format_args!("{{\"touched\":{address},\"size\":{length}}}\n")),
+            Err((name, failure)) => self.answers.push_str(&report::failure_line(&name, &failure)),
         }
     }
+
+    fn answer(&mut self, line: std::fmt::Arguments<'_>) {
+        // Writing to a String does not fail.
+        let _ = self.answers.write_fmt(line);
+    }
+
+    fn send_answers(&mut self, socket: i32) -> Result<(), i32> {
+        let sent = report::send(socket, self.answers.as_bytes(), &[]);
+        self.answers.clear();
+        sent
+    }
+}
+
+/// `touch ADDRESS LENGTH`
+fn parse_touch(line: &[u8]) -> Option<(usize, usize)> {
+    let (address, length) =
+        std::str::from_utf8(line).ok()?.strip_prefix("touch ")?.split_once(' ')?;
+    Some((address.parse().ok()?, length.parse().ok()?))
 }

@@ -12,6 +12,7 @@ use crate::sys;
 
 const SOCKET: &str = "UMEM_PRELOAD_SOCKET";
 const RAM: &str = "UMEM_PRELOAD_RAM";
+const KIND: &str = "UMEM_PRELOAD_KIND";
 
 static CONFIG: OnceLock<Config> = OnceLock::new();
 
@@ -22,8 +23,29 @@ pub(crate) struct RamFile {
     pub(crate) path: PathBuf,
 }
 
+/// How RAM files have to be mapped, and what umem makes of them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// MAP_SHARED: the file stays the guest's memory.
+    Shared,
+    /// MAP_PRIVATE: page by page the guest gets anonymous memory, and the file is emptied.
+    Private,
+}
+
+impl Kind {
+    /// As the hand-over message and `UMEM_PRELOAD_KIND` write it.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Kind::Shared => "shared",
+            Kind::Private => "private",
+        }
+    }
+}
+
 pub(crate) struct Config {
     pub(crate) socket: i32,
+    /// None for a kind that this object does not know.
+    pub(crate) kind: Option<Kind>,
     ram: Vec<RamFile>,
 }
 
@@ -33,8 +55,12 @@ pub(crate) fn read_environment() {
         return;
     };
     let ram = std::env::var_os(RAM).map(|list| parse_ram(&list)).unwrap_or_default();
+    let kind = match std::env::var(KIND) {
+        Err(_) => Some(Kind::Shared),
+        Ok(name) => [Kind::Shared, Kind::Private].into_iter().find(|kind| kind.as_str() == name),
+    };
     // Loaded twice into one process is possible (two paths to one object); the first one counts.
-    let _ = CONFIG.set(Config { socket, ram });
+    let _ = CONFIG.set(Config { socket, kind, ram });
 }
 
 /// None until the constructor has run: mappings made before are none of ours.
@@ -76,6 +102,7 @@ impl Config {
             unsafe {
                 std::env::remove_var(SOCKET);
                 std::env::remove_var(RAM);
+                std::env::remove_var(KIND);
                 match preload {
                     Some(others) => std::env::set_var("LD_PRELOAD", others),
                     None => std::env::remove_var("LD_PRELOAD"),

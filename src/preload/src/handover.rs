@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::config::{self, RamFile};
+use crate::config::{self, Kind, RamFile};
 use crate::report::{self, Code, Failure};
 use crate::uffd::{self, Backing};
 use crate::{commands, sys};
@@ -23,6 +23,8 @@ struct Held {
     is_huge: bool,
     /// QEMU asks several times whether it may populate; umem is told of the first.
     has_refused: bool,
+    /// What the program itself has last said of forks: [`release`] leaves it so.
+    wants_dont_fork: bool,
     /// Never read: it is held open.
     _uffd: OwnedFd,
 }
@@ -50,7 +52,14 @@ pub(crate) unsafe fn map(
         sys::map_failed(failure.errno)
     };
 
-    if let Err(failure) = check_before(ram, flags, descriptor) {
+    let Some(kind) = config.kind else {
+        return fail(&Failure::new(
+            Code::Kind,
+            sys::EINVAL,
+            "the preload object does not know this kind of memory: use the object of this umem",
+        ));
+    };
+    if let Err(failure) = check_before(ram, kind, flags, descriptor) {
         return fail(&failure);
     }
     // SAFETY: the caller's own promises, passed on.
@@ -58,7 +67,8 @@ pub(crate) unsafe fn map(
     if mapping == sys::MAP_FAILED {
         return mapping;
     }
-    if let Err(failure) = protect(config.socket, ram, mapping, length, descriptor, offset) {
+    let mapped = Mapped { ram, kind, start: mapping, length, descriptor, offset };
+    if let Err(failure) = protect(config.socket, &mapped) {
         // SAFETY: the mapping was made above and nobody else knows of it yet.
         unsafe { sys::munmap(mapping, length) };
         return fail(&failure);
@@ -68,15 +78,71 @@ pub(crate) unsafe fn map(
 
 /// True if the range reaches into memory that was handed over; umem is told, once.
 pub(crate) fn refuse_populate(address: usize, length: usize) -> bool {
-    let overlaps = |held: &Held| {
-        address < held.address.saturating_add(held.length)
-            && held.address < address.saturating_add(length)
-    };
     refuse(
-        overlaps,
+        |held| held.overlaps(address, length),
         Code::Prealloc,
         "QEMU preallocates the guest's memory: start it without prealloc=on",
     )
+}
+
+/// True if the range reaches into memory that was handed over; umem is told, once.
+pub(crate) fn refuse_remap(address: usize, length: usize) -> bool {
+    refuse(
+        // With a length of 0 a shared mapping is mapped a second time, from this page on.
+        |held| held.overlaps(address, length.max(1)),
+        Code::Remap,
+        "the guest's memory is moved or resized before all of it has come: let it stay where it is \
+         until umem is done",
+    )
+}
+
+/// Notes what the program wants to become of the range in a child that it forks. True if the range
+/// reaches into memory that was handed over: no child may have it before [`release`].
+pub(crate) fn note_fork_advice(address: usize, length: usize, dont_fork: bool) -> bool {
+    let mut is_held = false;
+    for held in held().iter_mut().filter(|held| held.overlaps(address, length)) {
+        held.wants_dont_fork = dont_fork;
+        is_held = true;
+    }
+    is_held
+}
+
+/// Makes the pages of the range the guest's own. They are there, or umem brings them meanwhile.
+/// Fails with the name of the RAM, as far as it is known, and the answer.
+pub(crate) fn touch(address: usize, length: usize) -> Result<(), (String, Failure)> {
+    let Some(name) = name_of(address, length) else {
+        let text = "no memory of this guest is there";
+        return Err((String::new(), Failure::new(Code::Touch, sys::EINVAL, text)));
+    };
+    let start = std::ptr::with_exposed_provenance_mut(address);
+    // The lock is not held: this may wait for umem. Only this thread lets memory go.
+    // SAFETY: a write fault in every page changes no content.
+    if unsafe { sys::madvise(start, length, sys::MADV_POPULATE_WRITE) } == 0 {
+        return Ok(());
+    }
+    let text = "the guest's memory cannot be populated";
+    Err((name, Failure::new(Code::Touch, sys::last_errno(), text)))
+}
+
+/// The RAM that all of the range belongs to, where it is whole pages.
+fn name_of(address: usize, length: usize) -> Option<String> {
+    let is_whole = length > 0
+        && address.is_multiple_of(sys::page_size())
+        && length.is_multiple_of(sys::page_size());
+    let end = address.checked_add(length).filter(|_| is_whole)?;
+    let all = held();
+    let held = all.iter().find(|held| held.address <= address && end <= held.end())?;
+    Some(held.name.clone())
+}
+
+impl Held {
+    fn end(&self) -> usize {
+        self.address.saturating_add(self.length)
+    }
+
+    fn overlaps(&self, address: usize, length: usize) -> bool {
+        address < self.end() && self.address < address.saturating_add(length)
+    }
 }
 
 /// True if anything was handed over; umem is told, once.
@@ -94,7 +160,13 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
     };
     if !held.has_refused {
         held.has_refused = true;
-        report::failure(config.socket, &held.name, &Failure::new(code, sys::EFAULT, text));
+        let failure = Failure::new(code, sys::EFAULT, text);
+        // A guest that may be running here must not end because of what has just been refused.
+        if commands::guest_may_run() {
+            report::complaint(&held.name, &failure);
+        } else {
+            report::failure(config.socket, &held.name, &failure);
+        }
     }
     true
 }
@@ -106,8 +178,13 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
 /// which moves no byte.
 pub(crate) fn release() -> usize {
     let released = std::mem::take(&mut *held());
-    for held in released.iter().filter(|held| held.is_huge) {
-        map_whole(held.address, held.length);
+    for held in &released {
+        if !held.wants_dont_fork {
+            advise_fork(held.address, held.length, sys::MADV_DOFORK);
+        }
+        if held.is_huge {
+            map_whole(held.address, held.length);
+        }
     }
     released.len()
 }
@@ -116,12 +193,19 @@ fn held() -> MutexGuard<'static, Vec<Held>> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn check_before(ram: &RamFile, flags: c_int, descriptor: c_int) -> Result<(), Failure> {
-    if flags & sys::MAP_SHARED == 0 {
+fn check_before(ram: &RamFile, kind: Kind, flags: c_int, descriptor: c_int) -> Result<(), Failure> {
+    if kind == Kind::Shared && flags & sys::MAP_SHARED == 0 {
         return Err(Failure::new(
             Code::ShareOff,
             sys::EINVAL,
             "the memory backend maps its file privately: give it share=on",
+        ));
+    }
+    if kind == Kind::Private && flags & sys::MAP_TYPE != sys::MAP_PRIVATE {
+        return Err(Failure::new(
+            Code::ShareOn,
+            sys::EINVAL,
+            "the memory backend maps its file shared, and the kind is private: set share=off",
         ));
     }
     if held().iter().any(|held| held.name == ram.name) {
@@ -142,14 +226,19 @@ fn check_before(ram: &RamFile, flags: c_int, descriptor: c_int) -> Result<(), Fa
     Ok(())
 }
 
-fn protect(
-    socket: i32,
-    ram: &RamFile,
-    mapping: *mut c_void,
+/// A mapping that nobody knows of yet.
+struct Mapped<'a> {
+    ram: &'a RamFile,
+    kind: Kind,
+    start: *mut c_void,
+    /// As it was asked for, bytes.
     length: usize,
     descriptor: c_int,
     offset: i64,
-) -> Result<(), Failure> {
+}
+
+fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
+    let &Mapped { ram, kind, start, length, descriptor, offset } = mapped;
     // Pages that came with the mapping itself (locked from before, MAP_POPULATE) hold zeroes, and no
     // fault will ever ask for them.
     if blocks_of(descriptor)? > 0 {
@@ -163,11 +252,21 @@ fn protect(
     let backing = Backing::of(descriptor);
     let (uffd, features) = uffd::open(backing)?;
     let length = length.next_multiple_of(backing.page_size.max(1));
-    uffd::register(&uffd, mapping as usize, length)?;
+    let address = start as usize;
+    uffd::register(&uffd, kind, address, length)?;
+    // A forked child has the mapping without the userfaultfd, and would read zeroes.
+    if advise_fork(address, length, sys::MADV_DONTFORK) != 0 {
+        return Err(Failure::new(
+            Code::Register,
+            sys::last_errno(),
+            "the guest's memory cannot be kept from forked children",
+        ));
+    }
 
     let message = report::handover_line(&report::Handover {
         ram,
-        address: mapping as usize,
+        kind,
+        address,
         length,
         offset,
         page_size: backing.page_size,
@@ -177,19 +276,27 @@ fn protect(
     let uffd_number = uffd.as_raw_fd();
     held().push(Held {
         name: ram.name.clone(),
-        address: mapping as usize,
+        address,
         length,
-        is_huge: block_size_of(descriptor) >= HUGE_PAGE_SIZE as u64,
+        // Pages that have become anonymous are small ones, whatever the file's were.
+        is_huge: kind == Kind::Shared && block_size_of(descriptor) >= HUGE_PAGE_SIZE as u64,
         has_refused: false,
+        wants_dont_fork: false,
         _uffd: uffd,
     });
     let sent = report::send(socket, message.as_bytes(), &[uffd_number, descriptor])
         .and_then(|()| commands::start(socket));
     if let Err(errno) = sent {
-        held().retain(|held| held.address != mapping as usize);
+        held().retain(|held| held.address != address);
         return Err(Failure::new(Code::Send, errno, "the RAM could not be handed to umem"));
     }
     Ok(())
+}
+
+fn advise_fork(address: usize, length: usize, advice: c_int) -> c_int {
+    // SAFETY: what a child inherits changes, and no content. Where the program has unmapped the range
+    // meanwhile the kernel says so, and there is nothing to do.
+    unsafe { sys::madvise(std::ptr::with_exposed_provenance_mut(address), length, advice) }
 }
 
 /// Block by block, as the kernel stops at the first one that it cannot map whole; one that is in use at

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `UMEM_PRELOAD_SOCKET` | number of an inherited descriptor, one end of a unix stream socket pair |
 //! | `UMEM_PRELOAD_RAM` | `name=path`, one a line: the RAM files to wait for |
+//! | `UMEM_PRELOAD_KIND` | `shared` (also if it is not set) or `private`: how they have to be mapped |
 //!
 //! # What goes over the socket
 //!
@@ -20,16 +21,17 @@
 //! variables and the socket pass through programs until one maps a RAM file. From then on they are
 //! gone, so that nothing QEMU starts inherits them.
 //!
-//! When a named file is mapped shared and writable, one `sendmsg` carries
+//! When a named file is mapped writable, one `sendmsg` carries
 //!
 //! ```text
 //! [{"name":"ram0","path":"/dev/shm/x","base_host_virt_addr":140737354133504,"size":268435456,
-//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711}]
+//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":1}]
 //! ```
 //!
 //! (on one line; addresses and sizes in bytes, `features` as `UFFDIO_API` granted them) and exactly
 //! two descriptors: the userfaultfd, registered MISSING and MINOR over the mapping, then the RAM
 //! file. One message for each RAM file, each with a userfaultfd of its own. There is no answer.
+//! `umem` says which version of the commands below is understood.
 //!
 //! What cannot be protected is not mapped: the mapping is undone, `mmap` fails, QEMU refuses to
 //! start, and the socket says why (the codes are [`report::Code`]):
@@ -38,10 +40,22 @@
 //! {"error":"ram-in-use","name":"ram0","errno":16,"text":"…"}
 //! ```
 //!
-//! After the first hand-over a thread of ours reads command lines: `ping` is answered by
-//! `{"pong":1}`; `keep` says that the guest may run here from now on; `release`, which says that
-//! everything is unregistered, closes our userfaultfds, is answered by `{"released":N}` and ends the
-//! thread. If the socket closes before `keep`, no guest will come: the process is killed.
+//! After the first hand-over a thread of ours reads command lines, any number at once, and carries
+//! them out in their order:
+//!
+//! | command | answer | |
+//! |---|---|---|
+//! | `ping` | `{"pong":1}` | |
+//! | `touch ADDRESS LENGTH` | `{"touched":ADDRESS,"size":LENGTH}` | makes these pages the guest's own |
+//! | `keep` | | the guest may run here from now on |
+//! | `release` | `{"released":N}` | everything is unregistered: closes our userfaultfds, ends the thread |
+//!
+//! Addresses and lengths are decimal, bytes, whole pages of one RAM file. A `touch` that fails is
+//! answered by `{"error":"touch",…}` and changes nothing. If the socket closes before `keep`, no guest
+//! will come: the process is killed.
+//!
+//! Until `release` the memory is in no forked child (MADV_DONTFORK) and stays where it is (`mremap`
+//! fails): the kernel would not tell umem of either, and missing pages would read as zeroes there.
 //!
 //! # What must hold
 //!
@@ -120,6 +134,7 @@ pub unsafe extern "C" fn mmap(
 
 /// `madvise` of the C library: passed on, but populating handed-over memory (`prealloc=on`) is
 /// refused. It would wait, for ever or for the whole migration, for pages that are still elsewhere.
+/// Letting forked children have it (`MADV_DOFORK`) is put off until it is complete.
 ///
 /// # Safety
 ///
@@ -131,8 +146,41 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, length: usize, advice: c_
         sys::set_errno(sys::EFAULT);
         return -1;
     }
+    if advice == sys::MADV_DONTFORK || advice == sys::MADV_DOFORK {
+        let dont_fork = advice == sys::MADV_DONTFORK;
+        let is_held = handover::note_fork_advice(address as usize, length, dont_fork);
+        if is_held && !dont_fork {
+            return 0;
+        }
+    }
     // SAFETY: the caller's own promises, passed on.
     unsafe { sys::madvise(address, length, advice) }
+}
+
+/// `mremap` of the C library: passed on, but moving, growing or doubling handed-over memory is refused.
+/// The userfaultfd would not come along, and what is missing would read as zeroes.
+///
+/// The C library's takes its last argument only if it is given; on every processor that this object
+/// is made for an argument that is not given is a register that is not looked at.
+///
+/// # Safety
+///
+/// As for `mremap(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mremap(
+    address: *mut c_void,
+    length: usize,
+    new_length: usize,
+    flags: c_int,
+    new_address: *mut c_void,
+) -> *mut c_void {
+    // Shrinking without a new place unmaps the rest, which anybody may.
+    let shrinks = length > 0 && new_length <= length && flags & !sys::MREMAP_MAYMOVE == 0;
+    if !shrinks && handover::refuse_remap(address as usize, length) {
+        return sys::map_failed(sys::ENOMEM);
+    }
+    // SAFETY: the caller's own promises, passed on.
+    unsafe { sys::mremap(address, length, new_length, flags, new_address) }
 }
 
 /// `mlockall` of the C library: passed on, but locking handed-over memory (`mem-lock=on`) is refused,

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 
-use crate::config::RamFile;
+use crate::config::{Kind, RamFile};
 use crate::sys;
 
 /// Why a RAM file was not handed over: the value of `error`.
@@ -23,12 +23,20 @@ pub(crate) enum Code {
     RamPopulated,
     /// The same file was mapped a second time.
     RamTwice,
-    /// The file is mapped privately.
+    /// The file is mapped privately, and is to be the guest's memory.
     ShareOff,
+    /// The file is mapped shared, and the guest is to end with anonymous memory.
+    ShareOn,
+    /// `UMEM_PRELOAD_KIND` names a kind that this object does not know.
+    Kind,
     /// QEMU populates memory that was handed over; this one comes after the hand-over.
     Prealloc,
     /// QEMU locks memory that was handed over; this one too comes after the hand-over.
     MemLock,
+    /// Memory that was handed over is to be moved or resized; after the hand-over as well.
+    Remap,
+    /// Memory could not be touched as umem asked; an answer, and nothing else has changed.
+    Touch,
     /// The socket failed; umem will hardly see this one.
     Send,
 }
@@ -44,8 +52,12 @@ impl Code {
             Code::RamPopulated => "ram-populated",
             Code::RamTwice => "ram-twice",
             Code::ShareOff => "share-off",
+            Code::ShareOn => "share-on",
+            Code::Kind => "kind",
             Code::Prealloc => "prealloc",
             Code::MemLock => "mem-lock",
+            Code::Remap => "mremap",
+            Code::Touch => "touch",
             Code::Send => "send",
         }
     }
@@ -67,6 +79,7 @@ impl Failure {
 /// What the hand-over message says; addresses and sizes in bytes.
 pub(crate) struct Handover<'a> {
     pub(crate) ram: &'a RamFile,
+    pub(crate) kind: Kind,
     pub(crate) address: usize,
     pub(crate) length: usize,
     pub(crate) offset: i64,
@@ -88,13 +101,14 @@ pub(crate) fn hello(socket: i32) {
 pub(crate) fn handover_line(handover: &Handover) -> String {
     format!(
         "[{{\"name\":{},\"path\":{},\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\
-         \"page_size\":{},\"kind\":\"shared\",\"features\":{},\"pid\":{}}}]\n",
+         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":1}}]\n",
         json_string(handover.ram.name.as_bytes()),
         json_string(handover.ram.path.as_os_str().as_bytes()),
         handover.address,
         handover.length,
         handover.offset,
         handover.page_size,
+        handover.kind.as_str(),
         handover.features,
         std::process::id(),
     )
@@ -102,24 +116,24 @@ pub(crate) fn handover_line(handover: &Handover) -> String {
 
 /// Tells umem, or, where it cannot be told, whoever reads QEMU's standard error.
 pub(crate) fn failure(socket: i32, name: &str, failure: &Failure) {
-    let line = format!(
+    if send(socket, failure_line(name, failure).as_bytes(), &[]).is_err() {
+        complaint(name, failure);
+    }
+}
+
+/// Tells whoever reads QEMU's standard error.
+pub(crate) fn complaint(name: &str, failure: &Failure) {
+    sys::write_stderr(format!("umem: {name}: {}\n", failure.text).as_bytes());
+}
+
+pub(crate) fn failure_line(name: &str, failure: &Failure) -> String {
+    format!(
         "{{\"error\":\"{}\",\"name\":{},\"errno\":{},\"text\":{}}}\n",
         failure.code.as_str(),
         json_string(name.as_bytes()),
         failure.errno,
         json_string(failure.text.as_bytes()),
-    );
-    if send(socket, line.as_bytes(), &[]).is_err() {
-        sys::write_stderr(format!("umem: {name}: {}\n", failure.text).as_bytes());
-    }
-}
-
-pub(crate) fn pong(socket: i32) -> Result<(), i32> {
-    send(socket, b"{\"pong\":1}\n", &[])
-}
-
-pub(crate) fn released(socket: i32, count: usize) -> Result<(), i32> {
-    send(socket, format!("{{\"released\":{count}}}\n").as_bytes(), &[])
+    )
 }
 
 /// Sends it all, the descriptors with the first byte. Fails with an errno.

@@ -7,17 +7,24 @@ use std::os::fd::{FromRawFd, OwnedFd};
 pub(crate) const PROT_WRITE: c_int = 0x2;
 /// Set in MAP_SHARED (1) and in MAP_SHARED_VALIDATE (3), not in MAP_PRIVATE (2).
 pub(crate) const MAP_SHARED: c_int = 0x1;
+/// The bits of the flags that hold one of them, and the private one.
+pub(crate) const MAP_TYPE: c_int = 0xf;
+pub(crate) const MAP_PRIVATE: c_int = 0x2;
 pub(crate) const MAP_ANONYMOUS: c_int = 0x20;
 pub(crate) const MAP_FAILED: *mut c_void = std::ptr::without_provenance_mut(usize::MAX);
 
+pub(crate) const MADV_DONTFORK: c_int = 10;
+pub(crate) const MADV_DOFORK: c_int = 11;
 pub(crate) const MADV_POPULATE_READ: c_int = 22;
 pub(crate) const MADV_POPULATE_WRITE: c_int = 23;
 pub(crate) const MADV_COLLAPSE: c_int = 25;
+pub(crate) const MREMAP_MAYMOVE: c_int = 1;
 pub(crate) const MCL_CURRENT: c_int = 1;
 pub(crate) const MCL_ONFAULT: c_int = 4;
 
 pub(crate) const EPERM: c_int = 1;
 pub(crate) const EINTR: c_int = 4;
+pub(crate) const ENOMEM: c_int = 12;
 pub(crate) const EACCES: c_int = 13;
 pub(crate) const EFAULT: c_int = 14;
 pub(crate) const EBUSY: c_int = 16;
@@ -43,6 +50,7 @@ const SIGKILL: c_int = 9;
 mod number {
     use std::ffi::c_long;
     pub(super) const MMAP: c_long = 9;
+    pub(super) const MREMAP: c_long = 25;
     pub(super) const MADVISE: c_long = 28;
     pub(super) const MLOCKALL: c_long = 151;
     pub(super) const USERFAULTFD: c_long = 323;
@@ -51,6 +59,7 @@ mod number {
 mod number {
     //! The generic table: aarch64, riscv64, loongarch64.
     use std::ffi::c_long;
+    pub(super) const MREMAP: c_long = 216;
     pub(super) const MMAP: c_long = 222;
     pub(super) const MADVISE: c_long = 233;
     pub(super) const MLOCKALL: c_long = 230;
@@ -168,6 +177,23 @@ pub(crate) unsafe fn mmap(
 pub(crate) unsafe fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int {
     // SAFETY: the caller's promises.
     unsafe { c::syscall(number::MADVISE, address, length, c_long::from(advice)) as c_int }
+}
+
+/// # Safety
+///
+/// As for `mremap(2)`.
+pub(crate) unsafe fn mremap(
+    address: *mut c_void,
+    length: usize,
+    new_length: usize,
+    flags: c_int,
+    new_address: *mut c_void,
+) -> *mut c_void {
+    // SAFETY: the caller's promises.
+    let result = unsafe {
+        c::syscall(number::MREMAP, address, length, new_length, c_long::from(flags), new_address)
+    };
+    std::ptr::with_exposed_provenance_mut(result as usize)
 }
 
 /// # Safety
@@ -336,6 +362,9 @@ pub(crate) fn with_signals_blocked<T>(action: impl FnOnce() -> T) -> T {
 
 /// A result of a system call: not negative, or errno.
 fn check(result: i64) -> Result<usize, c_int> {
-    usize::try_from(result)
-        .map_err(|_| std::io::Error::last_os_error().raw_os_error().unwrap_or(EINVAL))
+    usize::try_from(result).map_err(|_| last_errno())
+}
+
+pub(crate) fn last_errno() -> c_int {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(EINVAL)
 }

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use crate::config::Kind;
 use crate::report::{Code, Failure};
 use crate::sys;
 
@@ -23,6 +24,7 @@ const FEATURE_NAMES: [(u64, &str); 5] = [
 const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_MINOR: u64 = 1 << 2;
 const IOCTL_WAKE: u64 = 1 << 2;
+const IOCTL_ZEROPAGE: u64 = 1 << 4;
 const IOCTL_CONTINUE: u64 = 1 << 7;
 
 const UFFD_API: u64 = 0xaa;
@@ -91,7 +93,12 @@ pub(crate) fn open(backing: Backing) -> Result<(OwnedFd, u64), Failure> {
 
 /// Every first touch of the range, and every touch of a page nobody has marked cached, waits from
 /// here on.
-pub(crate) fn register(uffd: &OwnedFd, start: usize, length: usize) -> Result<(), Failure> {
+pub(crate) fn register(
+    uffd: &OwnedFd,
+    kind: Kind,
+    start: usize,
+    length: usize,
+) -> Result<(), Failure> {
     let mut register = UffdioRegister {
         start: start as u64,
         length: length as u64,
@@ -114,6 +121,15 @@ pub(crate) fn register(uffd: &OwnedFd, start: usize, length: usize) -> Result<()
             Code::Features,
             sys::EINVAL,
             "this kernel cannot continue minor faults on the guest's memory",
+        ));
+    }
+    // What was discarded has to become zeroes without the file, which is emptied at the end.
+    if kind == Kind::Private && register.ioctls & IOCTL_ZEROPAGE == 0 {
+        return Err(Failure::new(
+            Code::Register,
+            sys::EINVAL,
+            "the guest's memory has no page of zeroes: with --kind private its file must be on \
+             tmpfs, not on hugetlbfs",
         ));
     }
     Ok(())

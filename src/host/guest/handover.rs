@@ -1,0 +1,513 @@
+//! Handing anonymous memory over to `umem incoming --handoff SOCKET`, from the process whose memory it
+//! is.
+//!
+//! Nobody else can map anonymous memory, so that the process itself makes the userfaultfd, registers
+//! its memory and sends the descriptor away, as Firecracker does. The message is Firecracker's with a
+//! name and `"umem":1`, which says that the commands of the preload object are understood here as well
+//! (`src/preload/src/lib.rs` has the table): a thread of its own carries them out.
+//!
+//! What must hold is what holds there: our userfaultfds stay open until `release`, so that a page that
+//! never comes is waited for and not read as zeroes; no forked child has the memory before; and if the
+//! socket closes before `keep`, no guest will come and the process ends.
+
+use std::ffi::c_void;
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::ptr::NonNull;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::{Value, json};
+
+use crate::error::{Context, Error, Result};
+
+/// Shards begin at multiples of this, so that no huge page is in two of them.
+const SHARD_ALIGNMENT: u64 = 2 << 20;
+
+/// Longer lines than any command are dropped.
+const LINE_BYTES_MAX: u64 = 256;
+
+/// Anonymous memory of this process that nobody has touched yet. It must stay mapped until the process
+/// ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory<'a> {
+    /// The region's name, the same as at the source.
+    pub name: &'a str,
+    /// Where it is mapped.
+    pub start: NonNull<c_void>,
+    /// Its size, whole pages.
+    pub bytes: u64,
+    /// 4 KiB, or 2 MiB if it was mapped with MAP_HUGETLB.
+    pub page_bytes: u64,
+    /// How many parts of it get a userfaultfd of their own, each with its own message.
+    pub shards: usize,
+}
+
+/// Registers the memory and hands it over. From here on whoever touches a missing page of it waits.
+///
+/// # Errors
+/// No userfaultfd for this user or of this kernel, or nobody who listens at `socket`.
+pub fn hand_over(socket: &Path, memory: &Memory<'_>) -> Result<()> {
+    let shards = shards(memory)?;
+    let stream = UnixStream::connect(socket).map_err(|error| {
+        Error::Host(format!(
+            "nobody takes its memory at {}: {error}; start `umem incoming --handoff {}` first",
+            socket.display(),
+            socket.display()
+        ))
+    })?;
+    let area = memory.area();
+    advise(&area, libc::MADV_DONTFORK).context(|| format!("madvise of RAM {}", memory.name))?;
+    let uffds: Vec<OwnedFd> =
+        shards.iter().map(|shard| protect(memory, shard)).collect::<Result<_>>()?;
+    for (index, (shard, uffd)) in shards.iter().zip(&uffds).enumerate() {
+        send(&stream, &message(memory, shard, index + 1 < shards.len()), uffd)?;
+    }
+    let name = memory.name.to_owned();
+    super::thread("umem-commands", move || serve(stream, uffds, &name, &area)).map(drop)
+}
+
+impl Memory<'_> {
+    /// Its addresses.
+    fn area(&self) -> Range<u64> {
+        let start = self.start.as_ptr().expose_provenance() as u64;
+        start..start + self.bytes
+    }
+}
+
+/// The parts, as offsets in bytes.
+fn shards(memory: &Memory<'_>) -> Result<Vec<Range<u64>>> {
+    let count = memory.shards as u64;
+    let blocks = (memory.bytes / SHARD_ALIGNMENT).max(1);
+    if count == 0 || count > blocks {
+        return Err(Error::Usage(format!(
+            "--shards is 1 to {blocks} for this RAM, one for every 2 MiB at most, not {count}"
+        )));
+    }
+    let begin = |index: u64| match index {
+        last if last == count => memory.bytes,
+        _ => blocks * index / count * SHARD_ALIGNMENT,
+    };
+    Ok((0..count).map(|index| begin(index)..begin(index + 1)).collect())
+}
+
+fn message(memory: &Memory<'_>, shard: &Range<u64>, more: bool) -> Value {
+    let mut region = json!({
+        "name": memory.name,
+        "base_host_virt_addr": memory.area().start + shard.start,
+        "size": shard.end - shard.start,
+        "offset": shard.start,
+        "page_size": memory.page_bytes,
+        "page_size_kib": memory.page_bytes,
+        "kind": "anonymous",
+        "umem": 1,
+    });
+    if more {
+        region["more"] = json!(true);
+    }
+    json!([region])
+}
+
+fn send(stream: &UnixStream, message: &Value, uffd: &OwnedFd) -> Result<()> {
+    let line = format!("{message}\n");
+    let (descriptors, bytes) = ([uffd.as_raw_fd()], [IoSlice::new(line.as_bytes())]);
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let (socket, flags) = (stream.as_raw_fd(), MsgFlags::MSG_NOSIGNAL);
+    let sent = sendmsg::<()>(socket, &bytes, &rights, flags, None)
+        .context(|| "handing the guest's memory over")?;
+    // A fresh stream socket has room for a message.
+    assert_eq!(sent, line.len());
+    Ok(())
+}
+
+/// A userfaultfd with which this part of the memory is registered.
+fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
+    let huge = memory.page_bytes > 4096;
+    let features = uffd::EVENT_REMOVE | if huge { uffd::MISSING_HUGETLBFS } else { 0 };
+    let uffd = create()?;
+    let mut api = uffd::Api { api: uffd::API, features, ioctls: 0 };
+    // SAFETY: the structure is the one that the ioctl takes, alive for the call; here and below.
+    unsafe { uffd::handshake(uffd.as_raw_fd(), &mut api) }
+        .context(|| "this kernel's userfaultfd lacks EVENT_REMOVE or MISSING_HUGETLBFS")?;
+    let mut register = uffd::Register {
+        start: memory.area().start + shard.start,
+        length: shard.end - shard.start,
+        mode: uffd::MODE_MISSING,
+        ioctls: 0,
+    };
+    // SAFETY: as above.
+    unsafe { uffd::register(uffd.as_raw_fd(), &mut register) }
+        .context(|| format!("registering RAM {} with userfaultfd", memory.name))?;
+    Ok(uffd)
+}
+
+/// The device first: its file permissions are the modern way to allow userfaultfd. Never for faults of
+/// user mode only, as system calls and KVM reach the guest's memory too.
+fn create() -> Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
+    // SAFETY: neither takes memory: an ioctl whose argument is a number, and a system call with flags.
+    let number = device
+        .map_or(-1, |device| unsafe { libc::ioctl(device.as_raw_fd(), uffd::IOC_NEW, flags) });
+    let number = match number {
+        // SAFETY: as above.
+        ..0 => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) },
+        number => number.into(),
+    };
+    let error = std::io::Error::last_os_error();
+    match i32::try_from(number) {
+        // SAFETY: the kernel has just made it for us.
+        Ok(number @ 0..) => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
+        _ => Err(Error::Unsupported(format!(
+            "no userfaultfd for the guest's memory: {error}; let its user read and write \
+             /dev/userfaultfd, or set `sysctl vm.unprivileged_userfaultfd=1`"
+        ))),
+    }
+}
+
+mod uffd {
+    //! As far as needed here; numbers and layouts are those of `linux/userfaultfd.h`.
+
+    pub(super) const API: u64 = 0xaa;
+    pub(super) const IOC_NEW: libc::c_ulong = 0xaa00;
+    pub(super) const EVENT_REMOVE: u64 = 1 << 3;
+    pub(super) const MISSING_HUGETLBFS: u64 = 1 << 4;
+    pub(super) const MODE_MISSING: u64 = 1 << 0;
+
+    #[repr(C)]
+    pub(super) struct Api {
+        pub(super) api: u64,
+        pub(super) features: u64,
+        pub(super) ioctls: u64,
+    }
+
+    #[repr(C)]
+    pub(super) struct Register {
+        pub(super) start: u64,
+        pub(super) length: u64,
+        pub(super) mode: u64,
+        pub(super) ioctls: u64,
+    }
+
+    nix::ioctl_readwrite!(handshake, 0xaa, 0x3f, Api);
+    nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
+}
+
+/// Carries out umem's commands until `release`, or until umem is gone.
+fn serve(stream: UnixStream, uffds: Vec<OwnedFd>, name: &str, area: &Range<u64>) {
+    match carry_out(&stream, name, area) {
+        Ended::Released => {
+            let count = uffds.len();
+            drop(uffds);
+            // Fails where the process has unmapped some of it meanwhile, which is its own affair.
+            let _ = advise(area, libc::MADV_DOFORK);
+            // Nobody is left to tell if this fails.
+            let _ = writeln!(&stream, "{}", json!({ "released": count }));
+        }
+        // The guest runs here: what is missing is waited for, whoever may bring it.
+        Ended::Kept => std::mem::forget(uffds),
+        Ended::Forsaken => {
+            eprintln!("umem guest: umem has gone before a guest came; see its own message");
+            // At once: other threads may wait in faults that nobody answers any more.
+            std::process::exit(1);
+        }
+    }
+}
+
+/// How it ended with umem.
+#[derive(Debug, PartialEq, Eq)]
+enum Ended {
+    Released,
+    /// umem has gone after `keep` …
+    Kept,
+    /// … or before it.
+    Forsaken,
+}
+
+fn carry_out(stream: &UnixStream, name: &str, area: &Range<u64>) -> Ended {
+    let mut reader = BufReader::new(stream);
+    let mut ended = Ended::Forsaken;
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
+            Ok(1..) => {}
+            Ok(0) | Err(_) => return ended,
+        }
+        let answer = match line.as_slice() {
+            b"keep\n" => {
+                ended = Ended::Kept;
+                continue;
+            }
+            b"release\n" => return Ended::Released,
+            b"ping\n" => json!({ "pong": 1 }),
+            [.., b'\n'] => match parse_touch(&line) {
+                Some((address, length)) => touch(name, area, address, length),
+                None => continue,
+            },
+            _ if reader.skip_until(b'\n').is_ok() => continue,
+            _ => return ended,
+        };
+        // Nobody reads any more if this fails: then the end of the stream comes next.
+        let mut stream = stream;
+        let _ = writeln!(stream, "{answer}");
+    }
+}
+
+/// `touch ADDRESS LENGTH`
+fn parse_touch(line: &[u8]) -> Option<(u64, u64)> {
+    let words = std::str::from_utf8(line).ok()?.trim_end().strip_prefix("touch ")?;
+    let (address, length) = words.split_once(' ')?;
+    Some((address.parse().ok()?, length.parse().ok()?))
+}
+
+/// Makes pages the guest's own; anonymous ones are as soon as they are there.
+fn touch(name: &str, area: &Range<u64>, address: u64, length: u64) -> Value {
+    let failed = |errno: i32, text: &str| json!({ "error": "touch", "name": name, "errno": errno, "text": text });
+    let inside =
+        address >= area.start && address.checked_add(length).is_some_and(|end| end <= area.end);
+    if !inside {
+        return failed(libc::EINVAL, "no memory of this guest is there");
+    }
+    let range = address..address + length;
+    match advise(&range, libc::MADV_POPULATE_WRITE) {
+        Ok(()) => json!({ "touched": address, "size": length }),
+        Err(error) => failed(
+            error.raw_os_error().unwrap_or(libc::EINVAL),
+            "the guest's memory cannot be populated",
+        ),
+    }
+}
+
+/// `madvise` with advice that leaves the contents as they are.
+fn advise(range: &Range<u64>, advice: i32) -> std::io::Result<()> {
+    let start =
+        std::ptr::with_exposed_provenance_mut(usize::try_from(range.start).expect("64 bits"));
+    let length = usize::try_from(range.end - range.start).expect("64 bits");
+    // SAFETY: the caller's promise; where nothing is mapped any more the kernel says so.
+    match unsafe { libc::madvise(start, length, advice) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::IoSliceMut;
+    use std::num::NonZeroUsize;
+    use std::os::unix::net::UnixListener;
+
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+    use nix::sys::socket::{ControlMessageOwned, recvmsg};
+
+    const PAGE: u64 = 4096;
+
+    /// A mapping and the daemon's end of its socket, once it has been handed over.
+    struct HandedOver {
+        start: NonNull<c_void>,
+        bytes: u64,
+        daemon: BufReader<UnixStream>,
+        messages: Vec<(Value, OwnedFd)>,
+    }
+
+    impl HandedOver {
+        fn new(mib: u64, shards: usize) -> HandedOver {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("handoff");
+            let listener = UnixListener::bind(&path).unwrap();
+            let bytes = mib << 20;
+            let length = NonZeroUsize::new(usize::try_from(bytes).unwrap()).unwrap();
+            let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            let start =
+                unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) }.unwrap();
+            let memory = Memory { name: "ram0", start, bytes, page_bytes: PAGE, shards };
+            hand_over(&path, &memory).unwrap();
+            let (stream, _) = listener.accept().unwrap();
+            let messages = (0..shards).map(|_| receive(&stream)).collect();
+            HandedOver { start, bytes, daemon: BufReader::new(stream), messages }
+        }
+
+        fn command(&mut self, lines: &str) {
+            self.daemon.get_mut().write_all(lines.as_bytes()).unwrap();
+        }
+
+        fn answer(&mut self) -> Value {
+            let mut line = String::new();
+            self.daemon.read_line(&mut line).unwrap();
+            serde_json::from_str(&line).unwrap()
+        }
+
+        fn release(&mut self) {
+            self.command("release\n");
+            assert_eq!(self.answer(), json!({ "released": self.messages.len() }));
+        }
+
+        /// A thread that reads the first byte of a page.
+        fn reader(&self, page: u64) -> std::thread::JoinHandle<u8> {
+            let address = self.start.addr().get() + usize::try_from(page * PAGE).unwrap();
+            std::thread::spawn(move || {
+                let byte = std::ptr::with_exposed_provenance::<u8>(address);
+                // SAFETY: inside the mapping, which outlives the thread.
+                unsafe { byte.read_volatile() }
+            })
+        }
+    }
+
+    impl Drop for HandedOver {
+        fn drop(&mut self) {
+            // Without it the process would end with the socket.
+            let _ = self.daemon.get_mut().write_all(b"keep\n");
+            let mut line = String::new();
+            let _ = self.daemon.get_mut().write_all(b"ping\n");
+            let _ = self.daemon.read_line(&mut line);
+            // SAFETY: the tests' threads have ended.
+            unsafe { munmap(self.start, usize::try_from(self.bytes).unwrap()) }.unwrap();
+        }
+    }
+
+    /// One line that comes with one descriptor.
+    fn receive(stream: &UnixStream) -> (Value, OwnedFd) {
+        let (mut line, mut descriptors) = (Vec::new(), Vec::new());
+        while line.last() != Some(&b'\n') {
+            let mut byte = [0];
+            let mut control = nix::cmsg_space!([i32; 4]);
+            let mut iov = [IoSliceMut::new(&mut byte)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let received =
+                recvmsg::<()>(stream.as_raw_fd(), &mut iov, Some(&mut control), flags).unwrap();
+            assert_eq!(received.bytes, 1);
+            for message in received.cmsgs().unwrap() {
+                if let ControlMessageOwned::ScmRights(fds) = message {
+                    // SAFETY: the kernel has just made them for us.
+                    descriptors
+                        .extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                }
+            }
+            line.extend(byte);
+        }
+        let [descriptor] = <[OwnedFd; 1]>::try_from(descriptors).unwrap();
+        (serde_json::from_slice(&line).unwrap(), descriptor)
+    }
+
+    /// Waits for a page fault, and returns its address.
+    fn fault(uffd: &OwnedFd) -> u64 {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd;
+        let mut waiting = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut waiting, PollTimeout::NONE).unwrap(), 1);
+        let mut event = [0; crate::fault::uffd::MESSAGE_BYTES];
+        assert_eq!(nix::unistd::read(uffd, &mut event).unwrap(), event.len());
+        match crate::fault::uffd::Event::decode(&event) {
+            crate::fault::uffd::Event::PageFault { address } => address,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn shards_have_a_userfaultfd_each_and_cover_the_memory_once() {
+        let mut memory = HandedOver::new(7, 3);
+        let mut offset = 0;
+        for (index, (message, uffd)) in memory.messages.iter().enumerate() {
+            let [region] = &message.as_array().unwrap()[..] else { panic!("{message}") };
+            let number = |field: &str| region[field].as_u64().unwrap();
+            assert_eq!((&region["name"], &region["kind"]), (&json!("ram0"), &json!("anonymous")));
+            assert_eq!((number("page_size"), number("page_size_kib")), (PAGE, PAGE));
+            assert_eq!((number("umem"), number("offset")), (1, offset));
+            assert_eq!(region["more"].as_bool(), (index < 2).then_some(true));
+            assert_eq!(number("offset") % SHARD_ALIGNMENT, 0);
+            let start = memory.start.addr().get() as u64 + offset;
+            assert_eq!(number("base_host_virt_addr"), start);
+            // A fault of this part comes to this descriptor.
+            let page = offset / PAGE + 1;
+            let reader = memory.reader(page);
+            assert_eq!(fault(uffd) & !(PAGE - 1), start + PAGE);
+            let guest_side = crate::fault::uffd::Uffd::new(uffd.try_clone().unwrap());
+            guest_side.mark_zero(start + PAGE, PAGE).unwrap();
+            assert_eq!(reader.join().unwrap(), 0);
+            offset += number("size");
+        }
+        assert_eq!(offset, 7 << 20);
+        for (message, uffd) in &memory.messages {
+            let number = |field: &str| message[0][field].as_u64().unwrap();
+            let guest_side = crate::fault::uffd::Uffd::new(uffd.try_clone().unwrap());
+            guest_side.unregister(number("base_host_virt_addr"), number("size")).unwrap();
+        }
+        memory.release();
+        assert_eq!(memory.reader(3).join().unwrap(), 0, "nobody is asked any more");
+    }
+
+    #[test]
+    fn every_shard_has_a_block() {
+        let memory = |mib: u64, shards| Memory {
+            name: "ram0",
+            start: NonNull::dangling(),
+            bytes: mib << 20,
+            page_bytes: PAGE,
+            shards,
+        };
+        for (mib, most) in [(1, 1), (2, 1), (3, 1), (4, 2), (33, 16)] {
+            let all = shards(&memory(mib, most)).unwrap();
+            assert_eq!((all.len(), all[0].start, all[most - 1].end), (most, 0, mib << 20));
+            assert!(all.windows(2).all(|two| two[0].end == two[1].start && !two[0].is_empty()));
+            for wrong in [0, most + 1] {
+                let error = shards(&memory(mib, wrong)).unwrap_err().to_string();
+                assert!(error.contains(&format!("1 to {most} ")), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn commands_are_carried_out_in_their_order() {
+        let mut memory = HandedOver::new(2, 1);
+        let start = memory.start.addr().get() as u64;
+        let uffd = crate::fault::uffd::Uffd::new(memory.messages[0].1.try_clone().unwrap());
+        uffd.mark_zero(start, 2 * PAGE).unwrap();
+        let long = "x".repeat(300);
+        let outside = start + (2 << 20);
+        memory.command(&format!(
+            "{long}\nnonsense\nping\ntouch {start} {}\ntouch {outside} {PAGE}\n{long}ping\nping\n",
+            2 * PAGE
+        ));
+        assert_eq!(memory.answer(), json!({ "pong": 1 }));
+        assert_eq!(memory.answer(), json!({ "touched": start, "size": 2 * PAGE }));
+        assert_eq!(memory.answer()["errno"], libc::EINVAL);
+        assert_eq!(memory.answer(), json!({ "pong": 1 }));
+        uffd.unregister(start, 2 << 20).unwrap();
+        memory.release();
+    }
+
+    #[test]
+    fn what_becomes_of_the_process_depends_on_keep() {
+        for (lines, ended) in [
+            ("", Ended::Forsaken),
+            ("ping\n", Ended::Forsaken),
+            ("keep", Ended::Forsaken),
+            ("keep\n", Ended::Kept),
+            ("keep\nping\n", Ended::Kept),
+            ("keep\nrelease\nping\n", Ended::Released),
+        ] {
+            let (guest, mut daemon) = UnixStream::pair().unwrap();
+            daemon.write_all(lines.as_bytes()).unwrap();
+            daemon.shutdown(std::net::Shutdown::Write).unwrap();
+            assert_eq!(carry_out(&guest, "ram0", &(0..0)), ended, "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_is_not_there_is_named() {
+        let memory = Memory {
+            name: "ram0",
+            start: NonNull::dangling(),
+            bytes: 1 << 20,
+            page_bytes: PAGE,
+            shards: 1,
+        };
+        let error = hand_over(Path::new("/nonexistent/socket"), &memory).unwrap_err().to_string();
+        assert!(error.contains("--handoff /nonexistent/socket"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+}

@@ -1,0 +1,242 @@
+//! The order in which the pages are looked at, what is expected of each, and the threads that look.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use crate::Result;
+use crate::memory::Memory;
+
+/// Threads that look at pages.
+const THREADS: usize = 2;
+
+/// Of so many pages at least one is given back, in ranges of up to [`RANGE_PAGES_MAX`] …
+const DISCARDED_ONE_IN: usize = 32;
+const RANGE_PAGES_MAX: usize = 8;
+
+/// … and no fewer than this, of those that have been seen as well as of the others.
+const DISCARDED_MIN: usize = 4;
+
+/// With fewer pages there is nothing to choose.
+const BALLOON_PAGES_MIN: usize = 32;
+
+/// Wrong pages that are described; all are counted.
+const DESCRIBED_MAX: u64 = 10;
+
+/// What has been found.
+pub(crate) struct Found {
+    pub(crate) pages: u64,
+    /// How often a page was not as expected.
+    pub(crate) wrong_pages: u64,
+    pub(crate) discarded_seen: usize,
+    pub(crate) discarded_unseen: usize,
+}
+
+/// Looks at all pages of a memory.
+pub(crate) struct Checker<'a> {
+    memory: &'a Memory,
+    snapshot: &'a File,
+    random: Random,
+    /// All pages in random order; the first half is looked at first.
+    order: Vec<u64>,
+    /// What is given back in the middle …
+    discarded: Vec<Range<u64>>,
+    /// … by page.
+    is_discarded: Vec<bool>,
+    wrong_pages: AtomicU64,
+}
+
+impl<'a> Checker<'a> {
+    pub(crate) fn new(memory: &'a Memory, snapshot: &'a File, seed: u64) -> Checker<'a> {
+        let mut order: Vec<u64> = (0..memory.pages()).collect();
+        let mut random = Random(seed);
+        // Every order is as likely as any other (Fisher and Yates, 1938).
+        for last in (1..order.len()).rev() {
+            order.swap(last, random.below(last + 1));
+        }
+        let is_discarded = vec![false; order.len()];
+        let (discarded, wrong_pages) = (Vec::new(), AtomicU64::new(0));
+        Checker { memory, snapshot, random, order, discarded, is_discarded, wrong_pages }
+    }
+
+    /// Compares half of the pages with the snapshot, and says how many that are.
+    pub(crate) fn see_first_half(&self) -> usize {
+        let (first, _) = self.halves();
+        self.compare(first, Expect::Snapshot);
+        first.len()
+    }
+
+    /// Chooses what is given back while the second half is looked at.
+    pub(crate) fn choose_what_goes(&mut self) -> Result<()> {
+        let pages = self.order.len();
+        if pages < BALLOON_PAGES_MIN {
+            return Err(format!(
+                "--balloon needs {BALLOON_PAGES_MIN} pages, and there are {pages}"
+            ));
+        }
+        loop {
+            let [seen, unseen] = self.discarded_pages();
+            if seen.min(unseen) >= DISCARDED_MIN && seen + unseen >= pages / DISCARDED_ONE_IN {
+                return Ok(());
+            }
+            let first = self.random.below(pages) as u64;
+            let range = first..first + 1 + self.random.below(RANGE_PAGES_MAX) as u64;
+            if self.memory.are_of_one_region(&range) {
+                range.clone().for_each(|page| self.is_discarded[index(page)] = true);
+                self.discarded.push(range);
+            }
+        }
+    }
+
+    /// Compares the rest with the snapshot, while what was chosen is given back, which must read as
+    /// zeroes then.
+    pub(crate) fn see_second_half(&self) -> Result<()> {
+        let (_, second) = self.halves();
+        let (gone, stay) = self.split(second);
+        thread::scope(|scope| {
+            let discarding = scope
+                .spawn(|| self.discarded.iter().try_for_each(|range| self.memory.discard(range)));
+            self.compare(&stay, Expect::Snapshot);
+            discarding.join().expect("it does not panic")
+        })?;
+        self.compare(&gone, Expect::Zeroes);
+        Ok(())
+    }
+
+    /// Compares all pages again.
+    pub(crate) fn see_everything(&self) {
+        let (gone, stay) = self.split(&self.order);
+        self.compare(&stay, Expect::Snapshot);
+        self.compare(&gone, Expect::Zeroes);
+    }
+
+    pub(crate) fn found(&self) -> Found {
+        let [discarded_seen, discarded_unseen] = self.discarded_pages();
+        let wrong_pages = self.wrong_pages.load(Ordering::Relaxed);
+        Found { pages: self.memory.pages(), wrong_pages, discarded_seen, discarded_unseen }
+    }
+
+    fn halves(&self) -> (&[u64], &[u64]) {
+        self.order.split_at(self.order.len() / 2)
+    }
+
+    /// Pages that are given back, and those that stay.
+    fn split(&self, pages: &[u64]) -> (Vec<u64>, Vec<u64>) {
+        pages.iter().partition(|&&page| self.is_discarded[index(page)])
+    }
+
+    /// How many of them have been seen before, and how many not.
+    fn discarded_pages(&self) -> [usize; 2] {
+        let (seen, unseen) = self.halves();
+        [seen, unseen].map(|half| self.split(half).0.len())
+    }
+
+    fn compare(&self, pages: &[u64], expect: Expect) {
+        thread::scope(|scope| {
+            for part in pages.chunks(pages.len().div_ceil(THREADS).max(1)) {
+                scope.spawn(move || self.compare_part(part, expect));
+            }
+        });
+    }
+
+    fn compare_part(&self, pages: &[u64], expect: Expect) {
+        let bytes = usize::try_from(self.memory.page_bytes).expect("64-bit Linux");
+        let mut want = vec![0; bytes];
+        for &page in pages {
+            let (offset, start) = self.memory.page(page);
+            if expect == Expect::Snapshot {
+                self.snapshot.read_exact_at(&mut want, offset).expect("the snapshot has its size");
+            }
+            let (words, _) = want.as_chunks::<8>();
+            let wrong = words.iter().enumerate().find_map(|(index, want)| {
+                // SAFETY: a word of the page, which is inside the mapping; volatile, as somebody else
+                // fills it.
+                let got = unsafe { start.add(index).read_volatile() }.to_ne_bytes();
+                (got != *want).then_some((index, got, *want))
+            });
+            if let Some((index, got, want)) = wrong
+                && self.wrong_pages.fetch_add(1, Ordering::Relaxed) < DESCRIBED_MAX
+            {
+                eprintln!(
+                    "umem-test-snapshot-client: page {page}, byte {}: {got:02x?}, not {want:02x?} \
+                     as {expect:?} says",
+                    index * 8
+                );
+            }
+        }
+    }
+}
+
+fn index(page: u64) -> usize {
+    usize::try_from(page).expect("64-bit Linux")
+}
+
+/// What pages must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expect {
+    Snapshot,
+    Zeroes,
+}
+
+/// SplitMix64 (Steele, Lea and Flood, 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut value = self.0;
+        value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    }
+
+    /// A number below `limit`; the bias of a remainder does not matter here.
+    fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % limit as u64).expect("64-bit Linux")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// A memory that nobody fills, and a snapshot of zeroes but for one byte.
+    fn checked(wrong_byte: Option<u64>) -> Found {
+        let memory = Memory::map(1 << 20, 2, false).unwrap();
+        let mut path = std::env::temp_dir();
+        path.push(format!("umem-test-snapshot-{}-{wrong_byte:?}", std::process::id()));
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .expect("a temporary file");
+        std::fs::remove_file(&path).expect("it is there");
+        file.write_all(&[0; 1 << 20]).unwrap();
+        if let Some(at) = wrong_byte {
+            file.write_all_at(&[1], at).unwrap();
+        }
+        let mut checker = Checker::new(&memory, &file, 3);
+        assert_eq!(checker.see_first_half(), 128);
+        checker.choose_what_goes().unwrap();
+        checker.see_second_half().unwrap();
+        checker.see_everything();
+        checker.found()
+    }
+
+    #[test]
+    fn every_byte_counts() {
+        let found = checked(None);
+        assert_eq!((found.pages, found.wrong_pages), (256, 0));
+        let (seen, unseen) = (found.discarded_seen as u64, found.discarded_unseen as u64);
+        assert!(seen >= 4 && unseen >= 4 && seen + unseen < 64, "{seen} {unseen}");
+        // What stays is compared twice, what is discarded once at most.
+        let wrong = |page: u64| checked(Some(page * 4096 + page * 16)).wrong_pages;
+        let total: u64 = (0..256).map(wrong).sum();
+        assert_eq!(total, 2 * (256 - seen - unseen) + seen);
+    }
+}
