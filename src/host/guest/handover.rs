@@ -426,7 +426,7 @@ mod tests {
             let reader = memory.reader(page);
             assert_eq!(fault(uffd) & !(PAGE - 1), start + PAGE);
             let guest_side = crate::fault::uffd::Uffd::new(uffd.try_clone().unwrap());
-            guest_side.mark_zero(start + PAGE, PAGE).unwrap();
+            guest_side.zero(start + PAGE, PAGE).unwrap();
             assert_eq!(reader.join().unwrap(), 0);
             offset += number("size");
         }
@@ -465,7 +465,7 @@ mod tests {
         let mut memory = HandedOver::new(2, 1);
         let start = memory.start.addr().get() as u64;
         let uffd = crate::fault::uffd::Uffd::new(memory.messages[0].1.try_clone().unwrap());
-        uffd.mark_zero(start, 2 * PAGE).unwrap();
+        uffd.zero(start, 2 * PAGE).unwrap();
         let long = "x".repeat(300);
         let outside = start + (2 << 20);
         memory.command(&format!(
