@@ -22,7 +22,8 @@ const NOBODY: &str = "tcp:127.0.0.1:1";
 
 /// Frames of the destination that precede its guest's running: a welcome, ready, loaded.
 const UNTIL_CONNECTED: usize = HELLO_BYTES;
-const UNTIL_READY: usize = HELLO_BYTES + HEADER_BYTES;
+/// A ready frame has a byte for each region, and the guests here that are halted have one.
+const UNTIL_READY: usize = HELLO_BYTES + HEADER_BYTES + 1;
 
 // -- Guests that arrive ---------------------------------------------------------------------------
 
@@ -528,7 +529,7 @@ fn a_wrong_command_line_is_one_line_and_exit_status_2() {
         ("incoming tcp:127.0.0.1:0 -- true", "name its RAM files with --ram NAME=PATH"),
         ("incoming 127.0.0.1:4444 -- QEMU", "write tcp:HOST:PORT or unix:PATH"),
         ("incoming --lanes 0 tcp::0 -- QEMU", "--lanes is 1 to"),
-        ("incoming --kind quick tcp::0 -- QEMU", "--kind quick"),
+        ("incoming --kind quick tcp::0 -- QEMU", "kinds are shared, private and anonymous"),
         ("migrate -p tcp:127.0.0.1:1", "give the guest's QMP socket with --qmp"),
         ("migrate -n --qmp x tcp:127.0.0.1:1", "-n only makes sense with -p"),
         ("migrate -p --ram ram0 tcp:127.0.0.1:1", "write NAME=PATH"),

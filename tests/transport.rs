@@ -369,10 +369,6 @@ fn regions_that_differ_are_named_to_both_sides() {
         (vec![region("ram0", 16)], "ram0"),
         (vec![region("other", 8)], "other"),
         (vec![region("ram0", 8), region("ram1", 8)], "ram1"),
-        (
-            vec![Region { page_size: PageSize::SIZE_2M, ..region("ram0", 8) }],
-            "2 MiB pages at the source and 4 KiB pages at the destination",
-        ),
     ] {
         let scratch = Scratch::new();
         let mut incoming = incoming_to_idle_guest(&scratch, 8);
