@@ -4,7 +4,7 @@
 //! - [`Umem`]: a `umem` process, its events and what it complained of
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
 //! - [`Serial`]: what our Linux guest says on its console
-//! - [`HugeFile`]: a file of huge pages, which the machine gives back afterwards
+//! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //! - [`Fifo`]: lets another program go on
 //!
@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
     fifo::Fifo,
-    hugepages::HugeFile,
+    hugepages::{HugeFile, HugePages},
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},
     qmp::Qmp,
