@@ -25,6 +25,21 @@ enum Memory {
     Anonymous,
 }
 
+impl Memory {
+    /// What umem and the guest's program are told of it.
+    fn options<'a>(
+        self,
+        ram: &'a str,
+        file: &'a str,
+        handoff: &'a str,
+    ) -> ([&'a str; 2], [&'a str; 2]) {
+        match self {
+            Memory::SharedFile => (["--ram", ram], ["--ram", file]),
+            Memory::Anonymous => (["--handoff", handoff], ["--handoff", handoff]),
+        }
+    }
+}
+
 const GUEST: Guest = Guest { mib: 64, seed: "1", options: &[], memory: Memory::SharedFile };
 
 impl Guest {
@@ -82,10 +97,7 @@ fn migrate(filled: Guest, guest: Guest, options: &[&str]) -> Moved {
     let destination = scratch.ram("destination").display().to_string();
     let handoff = scratch.path("handoff").display().to_string();
     let ram = format!("ram0={destination}");
-    let (theirs, ours) = match guest.memory {
-        Memory::SharedFile => (["--ram", &ram], ["--ram", &destination]),
-        Memory::Anonymous => (["--handoff", &handoff], ["--handoff", &handoff]),
-    };
+    let (theirs, ours) = guest.memory.options(&ram, &destination, &handoff);
     let mut arguments = vec!["incoming", "--json"];
     arguments.extend(theirs);
     arguments.extend(["tcp:127.0.0.1:0", "--", &program]);
@@ -176,7 +188,7 @@ fn a_guest_that_finds_other_memory_says_so() {
 /// The guest ends as soon as it has its last page, at any moment of what is said about it.
 #[test]
 fn a_guest_may_end_as_soon_as_it_has_its_last_page() {
-    for _ in 0..20 {
+    for memory in [Memory::SharedFile, Memory::Anonymous].repeat(20) {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
         let program = program().display().to_string();
@@ -184,9 +196,14 @@ fn a_guest_may_end_as_soon_as_it_has_its_last_page() {
         let status = Command::new(&program).args(filled).arg(&source).status().expect("it starts");
         assert!(status.success(), "{status}");
         let destination = scratch.ram("destination").display().to_string();
+        let handoff = scratch.path("handoff").display().to_string();
         let ram = format!("ram0={destination}");
-        let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
-        arguments.extend([&program, "--ram", &destination, "--mib", "1", "--seed", "7"]);
+        let (theirs, ours) = memory.options(&ram, &destination, &handoff);
+        let mut arguments = vec!["incoming", "--json"];
+        arguments.extend(theirs);
+        arguments.extend(["tcp:127.0.0.1:0", "--", &program]);
+        arguments.extend(ours);
+        arguments.extend(["--mib", "1", "--seed", "7"]);
         let mut incoming = Umem::start(arguments);
         let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
         let ram = format!("ram0={}", source.display());

@@ -258,3 +258,18 @@ fn a_migration_that_is_interrupted_leaves_no_socket() {
     assert!(incoming.fails().contains("interrupted"));
     assert!(!scratch.path("handoff").exists());
 }
+
+/// At any moment of what is said about it.
+#[test]
+fn a_client_may_end_as_soon_as_it_has_its_last_page() {
+    for _ in 0..20 {
+        let scratch = Scratch::new();
+        let snapshot = scratch.ram("snapshot");
+        write_snapshot(&snapshot, 1);
+        let (incoming, uri) = incoming(&scratch);
+        let client = client(&scratch, &snapshot, 1, &["--regions", "2"]);
+        migrate(&snapshot, &uri, &["-n"]).succeeds();
+        client.succeeds();
+        incoming.succeeds();
+    }
+}
