@@ -49,10 +49,13 @@ struct Demo {
     kind: Kind,
     /// passed on to umem incoming: 1 to have pages touched and their copies released, 0 not to
     #[argh(option)]
-    postcopy_flags: Option<u32>,
+    postcopy_flags: Option<PostcopyFlags>,
     /// parts of anonymous memory that have a userfaultfd each (default 1)
     #[argh(option, default = "1")]
     shards: usize,
+    /// anonymous memory of 2 MiB pages, from the kernel's hugetlb pool
+    #[argh(switch)]
+    huge: bool,
     /// the guest that arrives discards pages too, as one with a balloon does
     #[argh(switch)]
     discard: bool,
@@ -336,13 +339,17 @@ fn check_lanes(lanes: u16) -> Result<()> {
 
 impl Demo {
     fn run(self) -> Result<i32> {
-        if self.kind != Kind::Anonymous && self.shards != 1 {
+        if self.kind != Kind::Anonymous && (self.shards != 1 || self.huge) {
             return Err(Error::Usage(
-                "--shards divides anonymous memory: add --kind anonymous".into(),
+                "--shards and --huge are for anonymous memory: add --kind anonymous".into(),
             ));
         }
-        if self.postcopy_flags.is_some_and(|flags| flags > 1) {
-            return Err(Error::Usage("--postcopy-flags is 0 or 1".into()));
+        if self.kind != Kind::Private && self.postcopy_flags.is_some_and(|flags| flags.0 != 0) {
+            return Err(Error::Usage(
+                "--postcopy-flags 1 asks for touches, which private memory alone needs: add --kind \
+                 private"
+                    .into(),
+            ));
         }
         check_percent("write-percent", self.write_percent)?;
         check_percent("zero-percent", self.zero_percent)?;
@@ -355,8 +362,9 @@ impl Demo {
         demo::run(&demo::Options {
             size_mib: self.size,
             kind: self.kind,
-            postcopy_flags: self.postcopy_flags,
+            postcopy_flags: self.postcopy_flags.map(|flags| flags.0),
             shards: self.shards,
+            huge: self.huge,
             discard: self.discard,
             write_percent: self.write_percent,
             zero_percent: self.zero_percent,

@@ -30,9 +30,11 @@ pub struct Options {
     /// What the destination's memory is.
     pub kind: Kind,
     /// `--postcopy-flags` of `umem incoming`; none for its own default.
-    pub postcopy_flags: Option<u32>,
+    pub postcopy_flags: Option<u8>,
     /// Parts of anonymous memory that have a userfaultfd each.
     pub shards: usize,
+    /// Anonymous memory has pages of 2 MiB.
+    pub huge: bool,
     /// The guest that arrives discards pages as well.
     pub discard: bool,
     /// Accesses of the guest that write, percent.
@@ -161,8 +163,10 @@ impl Demo<'_> {
         let demo = self.options;
         let mut arguments = self.guest_arguments("destination.qmp");
         arguments.push("--incoming".into());
-        if demo.discard {
-            arguments.push("--discard".into());
+        for (is_on, switch) in [(demo.discard, "--discard"), (demo.huge, "--huge")] {
+            if is_on {
+                arguments.push(switch.into());
+            }
         }
         arguments.extend(options([("--kind", demo.kind.name().to_owned())]));
         arguments.extend(match &self.destination_ram {
@@ -216,9 +220,15 @@ impl Demo<'_> {
         // Both run on one clock here, and the source measures the whole of the downtime.
         destination.downtime_ms = source.downtime_ms;
         destination.zero_copy.clone_from(&source.zero_copy);
+        let file_bytes = self.destination_ram.as_ref().map(DemoRam::allocated_bytes).transpose()?;
+        // Private memory ends as the guest's own, and nothing stays in its file. Only what the guest
+        // discards is the file's again, where reading it makes pages of zeroes.
+        let is_released =
+            self.options.kind != Kind::Private || self.options.discard || file_bytes == Some(0);
         let good = verdict.bad_pages == 0
             && verdict.guest_writes_lost == 0
             && !verdict.registered
+            && is_released
             && verdict.verified_pages == (self.options.size_mib << 20) / 4096;
         if output.json {
             let mut object = serde_json::to_value(&destination).expect("plain fields");
@@ -226,6 +236,7 @@ impl Demo<'_> {
             if let (Value::Object(object), Value::Object(checked)) = (&mut object, checked) {
                 object.extend(checked);
                 object.insert("seed".into(), json!(self.seed));
+                object.insert("ram_file_bytes".into(), json!(file_bytes));
                 object.insert("source".into(), serde_json::to_value(&source).expect("plain"));
             }
             println!("{object}");
@@ -244,6 +255,14 @@ impl Demo<'_> {
                 verdict.access_latency_us.p99,
                 if good {
                     format!("all {} pages are right, and no write was lost", verdict.verified_pages)
+                } else if verdict.bad_pages == 0 {
+                    format!(
+                        "WRONG: the guest's memory is still umem's: {} bytes of its file are in use, \
+                         registered: {} (seed {})",
+                        file_bytes.unwrap_or_default(),
+                        verdict.registered,
+                        self.seed
+                    )
                 } else {
                     format!(
                         "WRONG: {} pages are bad, {} writes were lost (seed {})",
@@ -291,6 +310,13 @@ struct DemoRam {
 }
 
 impl DemoRam {
+    /// Bytes that its pages take.
+    fn allocated_bytes(&self) -> Result<u64> {
+        let stat = nix::sys::stat::fstat(&self.file).context(|| "the RAM file")?;
+        // fstat(2) counts in units of 512 bytes.
+        Ok(u64::try_from(stat.st_blocks).expect("not negative") * 512)
+    }
+
     /// How the children open it, as a value of `--ram`.
     fn option(&self) -> String {
         format!("{RAM_NAME}=/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())

@@ -1,8 +1,11 @@
 //! `umem demo`: the whole of umem with a guest of its own, which checks every page.
 
+mod support;
+
 use std::process::{Command, Output};
 
 use serde_json::Value;
+use support::HugePages;
 
 /// Runs the demo; on failure shows what it printed, the seed included.
 fn demo(arguments: &[&str]) -> Value {
@@ -106,6 +109,85 @@ fn the_same_seed_makes_the_same_memory() {
 }
 
 #[test]
+fn private_memory_ends_as_the_guests_own() {
+    for flags in ["0", "1"] {
+        for more in [&["--size", "256"][..], &["--size", "65", "--lanes", "3", "--threads", "4"]] {
+            let report = demo(&[&["--kind", "private", "--postcopy-flags", flags], more].concat());
+            check(&report, more[1].parse().unwrap());
+            assert_eq!(report["kind"], "private");
+            assert_eq!(report["release_bytes"], report["data_bytes"]);
+            assert_eq!(number(&report, "ram_file_bytes"), 0, "nothing stays in the file");
+        }
+    }
+}
+
+#[test]
+fn anonymous_memory_is_filled_from_its_first_touch() {
+    for more in [&["--size", "256"][..], &["--size", "65", "--lanes", "3", "--threads", "4"]] {
+        let report = demo(&[&["--kind", "anonymous"], more].concat());
+        check(&report, more[1].parse().unwrap());
+        assert_eq!(report["kind"], "anonymous");
+        assert!(number(&report, "pages_demand") > 0);
+        assert_eq!(number(&report, "release_bytes"), 0);
+        assert!(report["ram_file_bytes"].is_null());
+    }
+}
+
+/// Each shard has a userfaultfd, and they are served side by side.
+#[test]
+fn anonymous_memory_may_come_in_shards() {
+    for (shards, lanes) in [("2", "1"), ("8", "3"), ("33", "2")] {
+        let report = demo(
+            &[
+                &["--kind", "anonymous", "--shards", shards, "--lanes", lanes][..],
+                &["--size", "67", "--threads", "4"],
+            ]
+            .concat(),
+        );
+        check(&report, 67);
+    }
+}
+
+#[test]
+fn anonymous_huge_pages_come_whole() {
+    let _room = HugePages::reserve(64);
+    for more in [&[][..], &["--discard"], &["--shards", "4", "--discard", "--lanes", "2"]] {
+        let arguments = ["--kind", "anonymous", "--huge", "--size", "128"];
+        let report = demo(&[&arguments[..], more].concat());
+        assert_eq!(number(&report, "verified_pages"), 128 * 256);
+        assert_eq!(number(&report, "huge_bytes"), 128 << 20);
+        assert_eq!(number(&report, "page_size"), 2 << 20);
+    }
+}
+
+/// What the guest has given back reads as zeroes from then on, wherever the page was.
+#[test]
+fn pages_that_the_guest_discards_stay_empty() {
+    for kind in [
+        &["--kind", "shared"][..],
+        &["--kind", "shared", "--lanes", "3", "--write-percent", "70"],
+        &["--kind", "private"],
+        &["--kind", "private", "--postcopy-flags", "1"],
+        &["--kind", "private", "--postcopy-flags", "1", "--lanes", "3", "--write-percent", "70"],
+        &["--kind", "anonymous"],
+        &["--kind", "anonymous", "--shards", "4", "--lanes", "3", "--write-percent", "70"],
+    ] {
+        let report = demo(&[kind, &["--discard", "--size", "96", "--threads", "3"]].concat());
+        check(&report, 96);
+        assert!(number(&report, "discards") > 0, "{report}");
+    }
+}
+
+#[test]
+fn without_postcopy_every_kind_arrives() {
+    for kind in ["private", "anonymous"] {
+        let report = demo(&["--size", "64", "--precopy", "--kind", kind]);
+        check(&report, 64);
+        assert_eq!(number(&report, "pages_demand"), 0);
+    }
+}
+
+#[test]
 fn a_person_gets_a_summary() {
     let output = umem(&["demo", "--size", "16"]);
     assert!(output.status.success());
@@ -114,13 +196,30 @@ fn a_person_gets_a_summary() {
     assert!(stdout.contains("all 4096 pages are right"), "{stdout}");
 }
 
+/// A guest that waits, and one in anonymous memory, but for their RAM.
+const GUEST: [&str; 6] = ["guest", "--incoming", "--qmp", "/q", "--size", "1"];
+const ANONYMOUS: [&str; 10] =
+    ["guest", "--incoming", "--qmp", "/q", "--size", "1", "--kind", "anonymous", "--handoff", "/h"];
+
 #[test]
 fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
     for (arguments, hint) in [
         (&[][..], "--help"),
         (&["demo", "--size", "0"], "at least 1"),
         (&["demo", "--size", "many"], "--help"),
-        (&["demo", "--kind", "other"], "shared"),
+        (&["demo", "--kind", "other"], "shared, private and anonymous"),
+        (&["demo", "--shards", "2"], "--kind anonymous"),
+        (&["demo", "--huge", "--kind", "private"], "--kind anonymous"),
+        (&["demo", "--postcopy-flags", "1"], "--kind private"),
+        (&["demo", "--kind", "private", "--postcopy-flags", "2"], "0 or 1"),
+        (&["guest", "--qmp", "/q", "--size", "1", "--ram", "r"], "NAME=PATH"),
+        (&["guest", "--qmp", "/q", "--size", "1", "--ram", "r=/r", "--discard"], "--incoming"),
+        (&[&GUEST[..], &["--ram", "r=/r", "--shards", "2"]].concat(), "--kind anonymous"),
+        (&[&GUEST[..], &["--ram", "r=/r", "--handoff", "/h"]].concat(), "--kind anonymous"),
+        (&[&GUEST[..], &["--ram", "r", "--kind", "anonymous"]].concat(), "--handoff SOCKET"),
+        (&[&ANONYMOUS[..], &["--ram", "r=/r"]].concat(), "--ram NAME"),
+        (&[&ANONYMOUS[..], &["--ram", "r", "--shards", "2"]].concat(), "1 to 1 "),
+        (&[&ANONYMOUS[..], &["--ram", "r", "--huge"]].concat(), "whole pages"),
         (&["demo", "--write-percent", "101"], "share of 100"),
         (&["demo", "--zero-percent", "60", "--hole-percent", "60"], "share of 100"),
         (&["demo", "--lanes", "0"], "1 to 64"),

@@ -3,14 +3,11 @@
 
 mod support;
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nix::sys::stat::Mode;
 use serde_json::Value;
-use support::{Scratch, Umem};
+use support::{Fifo, Scratch, Umem};
 
 /// A guest and the memory that it is to find.
 #[derive(Clone, Copy)]
@@ -18,9 +15,32 @@ struct Guest {
     mib: u64,
     seed: &'static str,
     options: &'static [&'static str],
+    memory: Memory,
 }
 
-const GUEST: Guest = Guest { mib: 64, seed: "1", options: &[] };
+/// What the guest's memory is made of, at the destination.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    SharedFile,
+    Anonymous,
+}
+
+impl Memory {
+    /// What umem and the guest's program are told of it.
+    fn options<'a>(
+        self,
+        ram: &'a str,
+        file: &'a str,
+        handoff: &'a str,
+    ) -> ([&'a str; 2], [&'a str; 2]) {
+        match self {
+            Memory::SharedFile => (["--ram", ram], ["--ram", file]),
+            Memory::Anonymous => (["--handoff", handoff], ["--handoff", handoff]),
+        }
+    }
+}
+
+const GUEST: Guest = Guest { mib: 64, seed: "1", options: &[], memory: Memory::SharedFile };
 
 impl Guest {
     fn pages(self) -> u64 {
@@ -75,10 +95,15 @@ fn migrate(filled: Guest, guest: Guest, options: &[&str]) -> Moved {
     // The guest waits before it ends, so that what is said comes in a known order.
     let until = Fifo::new(scratch.path("until"));
     let destination = scratch.ram("destination").display().to_string();
+    let handoff = scratch.path("handoff").display().to_string();
     let ram = format!("ram0={destination}");
-    let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
-    arguments.extend([&program, "--ram", &destination, "--mib", &mib, "--seed", guest.seed]);
-    arguments.extend(["--until", until.path.to_str().unwrap()]);
+    let (theirs, ours) = guest.memory.options(&ram, &destination, &handoff);
+    let mut arguments = vec!["incoming", "--json"];
+    arguments.extend(theirs);
+    arguments.extend(["tcp:127.0.0.1:0", "--", &program]);
+    arguments.extend(ours);
+    arguments.extend(["--mib", &mib, "--seed", guest.seed]);
+    arguments.extend(["--until", until.path()]);
     arguments.extend(guest.options);
     let mut incoming = Umem::start(arguments);
     let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
@@ -96,30 +121,8 @@ fn migrate(filled: Guest, guest: Guest, options: &[&str]) -> Moved {
     Moved { source, destination, guest, status: incoming.wait().code() }
 }
 
-/// Beside umem, where a build of the whole workspace puts it.
 fn program() -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name("umem-test-kvm-guest");
-    assert!(path.exists(), "{} is missing: `cargo build --workspace` first", path.display());
-    path
-}
-
-/// A FIFO that somebody reads a byte from.
-struct Fifo {
-    path: PathBuf,
-    /// Open for reading too: so neither opening nor writing waits for the reader.
-    file: File,
-}
-
-impl Fifo {
-    fn new(path: PathBuf) -> Fifo {
-        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).expect("a FIFO");
-        let file = OpenOptions::new().read(true).write(true).open(&path).expect("it is there");
-        Fifo { path, file }
-    }
-
-    fn release(&self) {
-        (&self.file).write_all(b"\n").expect("it is empty");
-    }
+    support::program("umem-test-kvm-guest")
 }
 
 fn number(report: &Value, field: &str) -> u64 {
@@ -134,7 +137,7 @@ fn a_kvm_guest_finds_every_word_right() {
 
 #[test]
 fn two_lanes_and_four_vcpus() {
-    let guest = Guest { mib: 128, seed: "2", options: &["--vcpus", "4"] };
+    let guest = Guest { mib: 128, seed: "2", options: &["--vcpus", "4"], ..GUEST };
     let moved = migrate(guest, guest, &["--lanes", "2"]);
     moved.check(guest);
     assert_eq!(number(&moved.destination, "lanes"), 2);
@@ -155,6 +158,25 @@ fn faults_may_be_left_to_the_kernels_workers() {
     migrate(guest, guest, &[]).check(guest);
 }
 
+/// KVM's faults wait for UFFDIO_COPY as they do for UFFDIO_CONTINUE.
+#[test]
+fn anonymous_memory_is_filled_under_a_kvm_guest() {
+    let guest = Guest { mib: 128, seed: "6", memory: Memory::Anonymous, ..GUEST };
+    let moved = migrate(guest, guest, &["--lanes", "2"]);
+    moved.check(guest);
+    assert_eq!(moved.destination["kind"], "anonymous");
+}
+
+#[test]
+fn a_kvm_guest_brings_every_page_of_anonymous_memory_itself() {
+    for options in [&[][..], &["--async-faults", "--vcpus", "4"]] {
+        let guest = Guest { options, memory: Memory::Anonymous, ..GUEST };
+        let moved = migrate(guest, guest, &["-n"]);
+        moved.check(guest);
+        assert_eq!(number(&moved.destination, "pages_demand"), guest.pages());
+    }
+}
+
 #[test]
 fn a_guest_that_finds_other_memory_says_so() {
     let moved = migrate(Guest { seed: "4", ..GUEST }, Guest { seed: "5", ..GUEST }, &[]);
@@ -166,7 +188,7 @@ fn a_guest_that_finds_other_memory_says_so() {
 /// The guest ends as soon as it has its last page, at any moment of what is said about it.
 #[test]
 fn a_guest_may_end_as_soon_as_it_has_its_last_page() {
-    for _ in 0..20 {
+    for memory in [Memory::SharedFile, Memory::Anonymous].repeat(20) {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
         let program = program().display().to_string();
@@ -174,9 +196,14 @@ fn a_guest_may_end_as_soon_as_it_has_its_last_page() {
         let status = Command::new(&program).args(filled).arg(&source).status().expect("it starts");
         assert!(status.success(), "{status}");
         let destination = scratch.ram("destination").display().to_string();
+        let handoff = scratch.path("handoff").display().to_string();
         let ram = format!("ram0={destination}");
-        let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
-        arguments.extend([&program, "--ram", &destination, "--mib", "1", "--seed", "7"]);
+        let (theirs, ours) = memory.options(&ram, &destination, &handoff);
+        let mut arguments = vec!["incoming", "--json"];
+        arguments.extend(theirs);
+        arguments.extend(["tcp:127.0.0.1:0", "--", &program]);
+        arguments.extend(ours);
+        arguments.extend(["--mib", "1", "--seed", "7"]);
         let mut incoming = Umem::start(arguments);
         let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
         let ram = format!("ram0={}", source.display());

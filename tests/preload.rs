@@ -38,14 +38,11 @@ struct Program {
 impl Program {
     /// `kind` is what the variable says, if it is set.
     fn start(ram: &Path, kind: Option<&str>) -> Program {
-        let umem = Path::new(env!("CARGO_BIN_EXE_umem"));
-        let path = umem.with_file_name("umem-test-mapper");
-        assert!(path.exists(), "{} is missing: `cargo build --workspace` first", path.display());
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         let stderr = tempfile::NamedTempFile::new().unwrap();
         let number = theirs.as_raw_fd();
-        let mut command = Command::new(path);
+        let mut command = Command::new(support::program("umem-test-mapper"));
         command
             .env("LD_PRELOAD", concat!(env!("OUT_DIR"), "/libumem_preload.so"))
             .env("UMEM_PRELOAD_SOCKET", number.to_string())

@@ -2,50 +2,32 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
-use std::path::PathBuf;
-
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// A file of 2 MiB pages, and the pages for it; both given back at the end. Only one test on the
-/// machine has any at a time.
-pub(crate) struct HugeFile {
-    file: File,
+/// Room for pages of 2 MiB, given back at the end. Only one test on the machine has any at a time.
+pub(crate) struct HugePages {
     pool: Flock<File>,
     pages_before: u64,
 }
 
-impl HugeFile {
-    /// An empty file, and room for `pages` pages of 2 MiB.
-    pub(crate) fn with_room(pages: u64) -> HugeFile {
+impl HugePages {
+    /// Room for `pages` of them, whoever maps them.
+    pub(crate) fn reserve(pages: u64) -> HugePages {
         let pool = OpenOptions::new().read(true).write(true).open(POOL);
         let pool = pool.unwrap_or_else(|error| panic!("{POOL}: {error}; run the tests as root"));
         let pool = Flock::lock(pool, FlockArg::LockExclusive).expect("a lock");
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
-        let file = File::from(memfd_create(c"umem-test", flags).expect("a file of huge pages"));
-        let mut huge = HugeFile { file, pool, pages_before: 0 };
+        let mut huge = HugePages { pool, pages_before: 0 };
         huge.pages_before = huge.pool_pages();
         let wanted = huge.pages_before + pages;
         huge.set_pool_pages(wanted);
         assert_eq!(huge.pool_pages(), wanted, "the machine has no {pages} huge pages to give");
         huge
-    }
-
-    /// By which another process opens it, for as long as this one has it.
-    pub(crate) fn path(&self) -> PathBuf {
-        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
-    }
-
-    /// What is in it.
-    pub(crate) fn bytes(&mut self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        self.file.rewind().expect("a file");
-        self.file.read_to_end(&mut bytes).expect("a file that can be read");
-        bytes
     }
 
     fn pool_pages(&mut self) -> u64 {
@@ -61,9 +43,38 @@ impl HugeFile {
     }
 }
 
-impl Drop for HugeFile {
+impl Drop for HugePages {
     fn drop(&mut self) {
         // A page that is still in use leaves the pool as soon as it no longer is.
         self.set_pool_pages(self.pages_before);
+    }
+}
+
+/// A file of 2 MiB pages, and the pages for it.
+pub(crate) struct HugeFile {
+    file: File,
+    _room: HugePages,
+}
+
+impl HugeFile {
+    /// An empty file, and room for `pages` pages of 2 MiB.
+    pub(crate) fn with_room(pages: u64) -> HugeFile {
+        let room = HugePages::reserve(pages);
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+        let file = File::from(memfd_create(c"umem-test", flags).expect("a file of huge pages"));
+        HugeFile { file, _room: room }
+    }
+
+    /// By which another process opens it, for as long as this one has it.
+    pub(crate) fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
+    }
+
+    /// What is in it.
+    pub(crate) fn bytes(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.file.rewind().expect("a file");
+        self.file.read_to_end(&mut bytes).expect("a file that can be read");
+        bytes
     }
 }

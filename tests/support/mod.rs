@@ -4,14 +4,16 @@
 //! - [`Umem`]: a `umem` process, its events and what it complained of
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
 //! - [`Serial`]: what our Linux guest says on its console
-//! - [`HugeFile`]: a file of huge pages, which the machine gives back afterwards
+//! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
+//! - [`Fifo`]: lets another program go on
 //!
 //! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
 //! started ends with it, also when it panics.
 
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+mod fifo;
 mod hugepages;
 mod process;
 mod qemu;
@@ -22,11 +24,13 @@ mod tap;
 mod umem;
 
 use std::fmt::Display;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
-    hugepages::HugeFile,
+    fifo::Fifo,
+    hugepages::{HugeFile, HugePages},
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},
     qmp::Qmp,
@@ -41,6 +45,13 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
 /// How often something is looked at that gives no notice by itself.
 const INTERVAL: Duration = Duration::from_millis(10);
+
+/// Another program of the workspace: beside umem, where a build of all of it puts it.
+pub(crate) fn program(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name(name);
+    assert!(path.exists(), "{} is missing: `cargo build --workspace` first", path.display());
+    path
+}
 
 /// Looks until there is a value.
 ///

@@ -1,7 +1,8 @@
-//! A `umem` process.
+//! A `umem` process, and others that say what happens as it does.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 
@@ -13,7 +14,7 @@ use super::{DEADLINE, process::Process};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// A running `umem`, ended when it is dropped.
+/// A running `umem`, ended when it is dropped. Or another program whose lines on stdout are events.
 pub(crate) struct Umem {
     process: Process,
     events: Receiver<Value>,
@@ -31,7 +32,7 @@ impl Umem {
         wrapper: &[&str],
         arguments: impl IntoIterator<Item = S>,
     ) -> Umem {
-        let mut command = match wrapper {
+        let command = match wrapper {
             [] => Command::new(UMEM),
             [program, rest @ ..] => {
                 let mut command = Command::new(program);
@@ -39,6 +40,21 @@ impl Umem {
                 command
             }
         };
+        Umem::start_command(command, arguments)
+    }
+
+    /// Another program.
+    pub(crate) fn start_program<S: AsRef<OsStr>>(
+        program: &Path,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Umem {
+        Umem::start_command(Command::new(program), arguments)
+    }
+
+    fn start_command<S: AsRef<OsStr>>(
+        mut command: Command,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Umem {
         // A file, because the guest's monitor has the same stderr and may live longer than umem.
         let stderr = NamedTempFile::new().expect("a temporary file");
         let (writer, reader) = std::io::pipe().map(|(r, w)| (w, r)).expect("a pipe");

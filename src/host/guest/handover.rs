@@ -209,8 +209,7 @@ fn serve(stream: UnixStream, uffds: Vec<OwnedFd>, name: &str, area: &Range<u64>)
         // The guest runs here: what is missing is waited for, whoever may bring it.
         Ended::Kept => std::mem::forget(uffds),
         Ended::Forsaken => {
-            eprintln!("umem guest: umem has gone before a guest came; see its own message");
-            // At once: other threads may wait in faults that nobody answers any more.
+            // At once: other threads may wait in faults that nobody answers any more. umem has said why.
             std::process::exit(1);
         }
     }

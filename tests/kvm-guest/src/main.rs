@@ -7,9 +7,10 @@
 //! ```text
 //! umem-test-kvm-guest --ram PATH --mib N --fill       writes PATH as the guest expects to find it
 //! umem-test-kvm-guest --ram PATH --mib N              runs the guest in PATH
+//! umem-test-kvm-guest --handoff SOCKET --mib N        runs the guest in anonymous memory
 //! ```
 //!
-//! Under `umem incoming … -- umem-test-kvm-guest …` the second one takes its memory from there. When
+//! Under `umem incoming … -- umem-test-kvm-guest …` the last two take their memory from there. When
 //! the guest is done there is one line on stdout, and the exit status is 0 only if no word was wrong:
 //!
 //! ```text
@@ -53,7 +54,10 @@ type Result<T> = std::result::Result<T, String>;
 struct Options {
     /// the file that is the guest's memory, mapped shared; made if it is not there
     #[argh(option)]
-    ram: PathBuf,
+    ram: Option<PathBuf>,
+    /// where a umem takes the guest's memory over, which is anonymous then
+    #[argh(option)]
+    handoff: Option<PathBuf>,
     /// size of the memory, MiB, where the file is empty (default 64)
     #[argh(option, default = "64")]
     mib: u64,
@@ -89,13 +93,22 @@ fn main() -> ExitCode {
 /// True when the guest found nothing wrong.
 fn run(options: &Options) -> Result<bool> {
     let pattern = Pattern::new(options.seed);
-    if options.fill {
-        pattern.fill(&options.ram, options.mib << 20)?;
-        return Ok(true);
-    }
+    let backing = match (&options.ram, &options.handoff) {
+        (Some(file), None) if options.fill => {
+            pattern.fill(file, options.mib << 20)?;
+            return Ok(true);
+        }
+        (Some(file), None) => Backing::SharedFile(file.clone()),
+        (None, Some(socket)) if !options.fill => Backing::Anonymous(socket.clone()),
+        _ => {
+            return Err(
+                "one of --ram FILE and --handoff SOCKET is needed, with --fill a file".into()
+            );
+        }
+    };
     let interrupts = if options.async_faults { Interrupts::Some } else { Interrupts::None };
     let machine = Machine::new(interrupts)?;
-    let memory = Memory::map(&Backing::SharedFile(options.ram.clone()), options.mib << 20)?;
+    let memory = Memory::map(&backing, options.mib << 20)?;
     let found = machine.run(&memory, &pattern, options.vcpus)?;
     if let Some(fifo) = &options.until {
         wait_for_byte(fifo)?;

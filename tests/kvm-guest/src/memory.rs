@@ -6,19 +6,24 @@ use std::path::PathBuf;
 use std::ptr::NonNull;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use umem::host::guest::handover;
 
 use crate::Result;
-use crate::code::RAM_BYTES_MAX;
+use crate::code::{PAGE_BYTES, RAM_BYTES_MAX};
 use crate::pattern::GROUP_BYTES;
 
-/// What is behind the guest's memory. Each kind that umem knows has its own hand-over: a shared file
-/// is taken by the preload object as it is mapped; anonymous memory would come with a userfaultfd
-/// that its owner registers and sends away, and that the [`Memory`] keeps open.
+/// What is behind the guest's memory. Each kind that umem knows has its own hand-over: a file is taken
+/// by the preload object as it is mapped; anonymous memory is handed over by its owner.
 #[derive(Clone, Debug)]
 pub(crate) enum Backing {
     /// A file mapped shared; it gets its size here if it is empty.
     SharedFile(PathBuf),
+    /// Anonymous memory, handed over to the umem that listens at this socket.
+    Anonymous(PathBuf),
 }
+
+/// The name of the guest's memory, for umem.
+const RAM_NAME: &str = "ram0";
 
 /// A mapping that a guest may use. There is never a reference into it: others write there. It stays
 /// until the process ends, because so long a vCPU may be in a fault of it.
@@ -50,10 +55,18 @@ impl Memory {
                         .map_err(|errno| what(errno.into()))?;
                 Ok(Memory { start: start.cast(), bytes: bytes.get() })
             }
+            Backing::Anonymous(socket) => {
+                let memory = Memory::private(check_size(bytes)?)?;
+                let (start, page_bytes) = (memory.start.cast(), PAGE_BYTES.into());
+                let handed =
+                    handover::Memory { name: RAM_NAME, start, bytes, page_bytes, shards: 1 };
+                handover::hand_over(socket, &handed).map_err(|error| error.to_string())?;
+                Ok(memory)
+            }
         }
     }
 
-    /// Memory of this process alone, for what is not to be demand-paged.
+    /// Memory of this process alone.
     pub(crate) fn private(bytes: NonZeroUsize) -> Result<Memory> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: as above.

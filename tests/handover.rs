@@ -1,0 +1,147 @@
+//! A guest that hands anonymous memory over to umem: one that umem starts, and one that somebody else
+//! has started, which outlives umem.
+
+mod support;
+
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use support::{Qmp, Scratch, Umem, wait_for};
+
+const MIB: &str = "32";
+const PAGES: u64 = 32 * 256;
+
+/// The guest at the source, which runs.
+fn source_guest(scratch: &Scratch) -> Umem {
+    let ram = format!("ram0={}", scratch.ram("source").display());
+    let qmp = scratch.path("source.qmp").display().to_string();
+    let mut guest = Umem::start(["guest", "--qmp", &qmp, "--ram", &ram, "--size", MIB]);
+    guest.event("ready");
+    guest
+}
+
+/// What the guest at the destination is started with.
+fn waiting_guest(scratch: &Scratch) -> Vec<String> {
+    let (handoff, qmp) = (scratch.path("handoff"), scratch.path("destination.qmp"));
+    let options = ["guest", "--incoming", "--kind", "anonymous", "--ram", "ram0", "--size", MIB];
+    let mut words: Vec<String> = options.map(str::to_owned).to_vec();
+    words.extend(["--handoff".into(), handoff.display().to_string()]);
+    words.extend(["--qmp".into(), qmp.display().to_string()]);
+    words
+}
+
+/// `umem incoming` up to the URI, whose guest has a monitor.
+fn incoming(scratch: &Scratch) -> Vec<String> {
+    let (handoff, qmp) = (scratch.path("handoff"), scratch.path("destination.qmp"));
+    let mut words = vec!["incoming".to_owned(), "--json".into()];
+    words.extend(["--handoff".into(), handoff.display().to_string()]);
+    words.extend(["--qmp".into(), qmp.display().to_string(), "tcp:127.0.0.1:0".into()]);
+    words
+}
+
+fn uri(incoming: &mut Umem) -> String {
+    incoming.event("listening")["uri"].as_str().expect("a URI").to_owned()
+}
+
+fn migrate(scratch: &Scratch, uri: &str, more: &[&str]) -> Umem {
+    let qmp = scratch.path("source.qmp").display().to_string();
+    let words = ["migrate", "-p", "--json", "--qmp", &qmp, uri];
+    Umem::start([&words, more].concat())
+}
+
+/// The guest's own verdict.
+fn check(qmp: &mut Qmp) {
+    let verdict = qmp.execute("umem-verify", json!({}));
+    assert_eq!(verdict["verified_pages"], PAGES, "{verdict}");
+    assert_eq!((&verdict["bad_pages"], &verdict["registered"]), (&json!(0), &json!(false)));
+}
+
+#[test]
+fn a_guest_that_somebody_else_has_started_outlives_umem() {
+    let scratch = Scratch::new();
+    let mut source = source_guest(&scratch);
+    let mut incoming = Umem::start(incoming(&scratch));
+    let uri = uri(&mut incoming);
+    let in_shards = ["--shards".to_owned(), "3".to_owned()];
+    let mut guest = Umem::start([&waiting_guest(&scratch)[..], &in_shards].concat());
+    guest.event("ready");
+    let mut migrate = migrate(&scratch, &uri, &[]);
+    migrate.event("completed");
+    assert_eq!(incoming.event("completed")["kind"], "anonymous");
+    migrate.succeeds();
+    let mut qmp = Qmp::connect(&scratch.path("destination.qmp"));
+    assert_eq!(qmp.status(), "running");
+    check(&mut qmp);
+    qmp.quit();
+    guest.succeeds();
+    incoming.succeeds();
+    Qmp::connect(&scratch.path("source.qmp")).quit();
+    assert!(source.wait().success());
+}
+
+/// umem has given up before a guest came: nobody is left that would bring its pages.
+#[test]
+fn a_guest_that_waits_in_vain_ends() {
+    let scratch = Scratch::new();
+    let mut umem = Umem::start(incoming(&scratch));
+    uri(&mut umem);
+    let mut guest = Umem::start(waiting_guest(&scratch));
+    guest.event("ready");
+    umem.signal(Signal::SIGINT);
+    assert!(umem.fails().contains("interrupted"));
+    assert!(!guest.wait().success());
+
+    // One that umem has started, and a umem that cannot end it any more.
+    let mut words = incoming(&scratch);
+    words.extend(["--".into(), env!("CARGO_BIN_EXE_umem").into()]);
+    words.extend(waiting_guest(&scratch));
+    let mut umem = Umem::start(words);
+    uri(&mut umem);
+    umem.kill();
+    scratch.wait_until_gone("guest --incoming");
+}
+
+/// The guest may have run here, so that it stays; what is missing is waited for, and not zeroes.
+#[test]
+fn a_guest_whose_daemon_dies_after_the_switchover_waits() {
+    let scratch = Scratch::new();
+    let _source = source_guest(&scratch);
+    let mut incoming = Umem::start(incoming(&scratch));
+    let uri = uri(&mut incoming);
+    let mut guest = Umem::start(waiting_guest(&scratch));
+    let mut migrate = migrate(&scratch, &uri, &["-n"]);
+    migrate.event("running");
+    incoming.event("running");
+    incoming.kill();
+    assert!(migrate.fails().contains("do not start it here again"));
+    // Both of its vCPUs come upon a page that is missing.
+    wait_for("every vCPU to wait", || (waiting_threads(guest.pid()) == 2).then_some(()));
+    assert!(guest.is_running());
+    assert_eq!(guest.stderr(), "");
+}
+
+/// Threads that wait in a page fault that a userfaultfd has caught.
+fn waiting_threads(pid: u32) -> usize {
+    let tasks = std::fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task"));
+    let waits = |task: &std::fs::DirEntry| {
+        let place = std::fs::read_to_string(task.path().join("wchan"));
+        place.is_ok_and(|place| place.contains("userfault"))
+    };
+    tasks.map_or(0, |tasks| tasks.flatten().filter(waits).count())
+}
+
+#[test]
+fn a_guest_that_dies_before_anybody_comes_leaves_the_source_running() {
+    let scratch = Scratch::new();
+    let _source = source_guest(&scratch);
+    let mut incoming = Umem::start(incoming(&scratch));
+    let uri = uri(&mut incoming);
+    let mut guest = Umem::start(waiting_guest(&scratch));
+    guest.event("ready");
+    guest.kill();
+    let error = incoming.fails();
+    assert!(error.contains("guest"), "{error}");
+    assert!(migrate(&scratch, &uri, &[]).fails().contains("umem incoming"));
+    assert_eq!(Qmp::connect(&scratch.path("source.qmp")).status(), "running");
+}

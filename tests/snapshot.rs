@@ -1,0 +1,275 @@
+//! A snapshot comes into the anonymous memory of a process that umem has not started and that knows
+//! nothing of umem: `tests/snapshot-client` hands its memory over as a Firecracker does, and checks
+//! every byte of it.
+
+mod support;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use support::{Fifo, HugePages, Scratch, Umem};
+
+const PAGE: u64 = 4096;
+
+/// Both umem processes and the client, which is seeing its first pages.
+struct Restore {
+    scratch: Scratch,
+    incoming: Umem,
+    migrate: Umem,
+    client: Umem,
+    pause: Fifo,
+    until: Fifo,
+}
+
+impl Restore {
+    /// Everything started. `options` are the client's; with `-p -n` among `mode` there is no
+    /// background.
+    fn start(mib: u64, mode: &[&str], options: &[&str]) -> Restore {
+        let scratch = Scratch::new();
+        let snapshot = scratch.ram("snapshot");
+        write_snapshot(&snapshot, mib);
+        let (mut incoming, uri) = incoming(&scratch);
+        let (pause, until) = (Fifo::new(scratch.path("pause")), Fifo::new(scratch.path("until")));
+        let fifos = ["--pause", pause.path(), "--until", until.path()];
+        let options = [options, &fifos].concat();
+        let mut client = client(&scratch, &snapshot, mib, &options);
+        client.event("handed_over");
+        let migrate = migrate(&snapshot, &uri, mode);
+        incoming.event("connected");
+        Restore { scratch, incoming, migrate, client, pause, until }
+    }
+
+    /// The client's verdict, when both umem processes have said that everything has come.
+    fn end(mut self) -> Restored {
+        // Before it gets there, so that it goes on while pages arrive.
+        self.pause.release();
+        self.client.event("seen");
+        self.completed()
+    }
+
+    fn completed(mut self) -> Restored {
+        let source = self.migrate.event("completed");
+        let destination = self.incoming.event("completed");
+        self.until.release();
+        let client = self.client.event("checked");
+        self.client.succeeds();
+        self.migrate.succeeds();
+        self.incoming.succeeds();
+        assert!(!self.scratch.path("handoff").exists(), "the hand-over socket is gone");
+        Restored { source, destination, client }
+    }
+
+    /// Lets the client see half of its memory, with no background; the rest is missing then.
+    fn halfway(mib: u64, options: &[&str]) -> Restore {
+        let mut restore = Restore::start(mib, &["-n"], options);
+        restore.client.event("middle");
+        restore
+    }
+}
+
+/// What everybody said at the end.
+struct Restored {
+    source: Value,
+    destination: Value,
+    client: Value,
+}
+
+impl Restored {
+    fn check(&self, mib: u64, page_bytes: u64) {
+        assert_eq!(number(&self.client, "wrong_pages"), 0);
+        assert_eq!(number(&self.client, "pages"), (mib << 20) / page_bytes);
+        assert_eq!(self.destination["kind"], "anonymous");
+        for report in [&self.source, &self.destination] {
+            assert_eq!(number(report, "total_bytes"), mib << 20);
+            let bytes = ["data_bytes", "zero_bytes", "hole_bytes"].map(|f| number(report, f));
+            assert_eq!(bytes.iter().sum::<u64>(), mib << 20, "every page came once: {report}");
+        }
+        assert!(number(&self.destination, "pages_demand") > 0);
+    }
+}
+
+/// `umem incoming` that waits for a process, and where it listens.
+fn incoming(scratch: &Scratch) -> (Umem, String) {
+    let handoff = handoff(scratch).display().to_string();
+    let mut incoming =
+        Umem::start(["incoming", "--json", "--handoff", &handoff, "tcp:127.0.0.1:0"]);
+    let listening = incoming.event("listening");
+    assert_eq!(listening["handoff"], handoff.as_str());
+    (incoming, listening["uri"].as_str().expect("a URI").to_owned())
+}
+
+fn client(scratch: &Scratch, snapshot: &Path, mib: u64, options: &[&str]) -> Umem {
+    let (handoff, mib) = (handoff(scratch), mib.to_string());
+    let mut arguments = vec!["--handoff".into(), handoff, "--mib".into(), mib.into()];
+    arguments.extend(["--expect".into(), snapshot.to_owned()]);
+    arguments.extend(options.iter().map(PathBuf::from));
+    Umem::start_program(&support::program("umem-test-snapshot-client"), arguments)
+}
+
+fn handoff(scratch: &Scratch) -> PathBuf {
+    scratch.path("handoff")
+}
+
+fn migrate(snapshot: &Path, uri: &str, mode: &[&str]) -> Umem {
+    let ram = format!("mem={}", snapshot.display());
+    let mut arguments = vec!["migrate", "-p", "--json", "--ram", &ram, uri];
+    arguments.extend(mode);
+    Umem::start(arguments)
+}
+
+/// Of 16 pages four are holes, one is of zeroes that were written, and the others differ from all
+/// pages of the file; and 2 MiB of every 16 are a hole.
+fn write_snapshot(path: &Path, mib: u64) {
+    let file = File::create(path).expect("a file in shared memory");
+    file.set_len(mib << 20).expect("there is room");
+    let mut page = Vec::with_capacity(PAGE as usize);
+    for number in 0..mib * 256 {
+        let (block, in_group) = (number / 512, number % 16);
+        if block % 8 == 5 || in_group / 4 == 2 {
+            continue;
+        }
+        page.clear();
+        match in_group {
+            1 => page.resize(PAGE as usize, 0),
+            _ => {
+                page.extend((0..512).flat_map(|word| (number << 9 | word | 1 << 63).to_le_bytes()))
+            }
+        }
+        file.write_all_at(&page, number * PAGE).expect("there is room");
+    }
+}
+
+fn number(report: &Value, field: &str) -> u64 {
+    report[field].as_u64().unwrap_or_else(|| panic!("{field} in {report}"))
+}
+
+#[test]
+fn a_large_snapshot_arrives_whole() {
+    let restore = Restore::start(512, &["--lanes", "2"], &["--regions", "2"]);
+    restore.end().check(512, PAGE);
+}
+
+#[test]
+fn pages_that_the_client_gives_back_are_zeroes_from_then_on() {
+    for (mode, options) in [
+        (&[][..], &["--balloon"][..]),
+        (&["--lanes", "3"], &["--balloon", "--regions", "2"]),
+        (&[], &["--balloon", "--regions", "2"]),
+    ] {
+        let restored = Restore::start(96, mode, options).end();
+        restored.check(96, PAGE);
+        for field in ["discarded_seen", "discarded_unseen"] {
+            assert!(number(&restored.client, field) > 0, "{}", restored.client);
+        }
+    }
+}
+
+/// Nothing that is given back is on its way then: what the client asks for is all that comes.
+#[test]
+fn without_background_too() {
+    let mut restore = Restore::halfway(32, &["--balloon", "--regions", "2"]);
+    restore.pause.release();
+    restore.client.event("seen");
+    restore.migrate.signal(Signal::SIGINT);
+    let restored = restore.completed();
+    restored.check(32, PAGE);
+    let asked = number(&restored.client, "pages") - number(&restored.client, "discarded_unseen");
+    assert!(number(&restored.destination, "pages_demand") >= asked);
+}
+
+#[test]
+fn huge_pages_arrive_whole() {
+    let _pool = HugePages::reserve(64);
+    for (mode, options) in [
+        (&[][..], &["--huge"][..]),
+        (&["--lanes", "2"], &["--huge", "--balloon", "--regions", "2"]),
+    ] {
+        let restored = Restore::start(128, mode, options).end();
+        restored.check(128, 2 << 20);
+    }
+}
+
+#[test]
+fn a_client_that_is_killed_ends_both_sides() {
+    let mut restore = Restore::halfway(32, &[]);
+    restore.client.kill();
+    let error = restore.incoming.fails();
+    assert!(error.contains("ended before all of its memory had come"), "{error}");
+    let error = restore.migrate.fails();
+    assert!(error.contains("destination"), "{error}");
+    assert!(!restore.scratch.path("handoff").exists());
+}
+
+/// What it has not seen yet will never come. It must not go on, and read zeroes instead.
+#[test]
+fn a_client_whose_source_is_killed_is_killed_too() {
+    let mut restore = Restore::halfway(32, &[]);
+    restore.migrate.kill();
+    let error = restore.incoming.fails();
+    assert!(error.contains("source"), "{error}");
+    assert_eq!(restore.client.wait().signal(), Some(Signal::SIGKILL as i32));
+    assert!(!restore.scratch.path("handoff").exists());
+}
+
+/// It waits, because its own userfaultfd is open; whoever started it ends it.
+#[test]
+fn a_client_whose_daemon_is_killed_sees_nothing_wrong() {
+    let mut restore = Restore::halfway(32, &[]);
+    restore.incoming.kill();
+    restore.migrate.fails();
+    restore.pause.release();
+    let client = &mut restore.client;
+    support::wait_for("both threads to wait for pages", || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", client.pid())).expect("it runs");
+        let is_waiting = |task: &std::fs::DirEntry| {
+            let place = std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
+            place.contains("userfault")
+        };
+        (tasks.flatten().filter(is_waiting).count() == 2).then_some(())
+    });
+    assert!(client.is_running());
+    assert_eq!(client.stderr(), "");
+}
+
+#[test]
+fn a_client_of_another_size_is_refused_and_ended() {
+    let scratch = Scratch::new();
+    let snapshot = scratch.ram("snapshot");
+    write_snapshot(&snapshot, 16);
+    let (incoming, uri) = incoming(&scratch);
+    let mut client = client(&scratch, &snapshot, 8, &[]);
+    client.event("handed_over");
+    let error = migrate(&snapshot, &uri, &[]).fails();
+    assert!(error.contains("16 MiB at the source, 8 MiB at the destination"), "{error}");
+    assert!(incoming.fails().contains("16 MiB at the source, 8 MiB at the destination"));
+    assert_eq!(client.wait().signal(), Some(Signal::SIGKILL as i32));
+}
+
+#[test]
+fn a_migration_that_is_interrupted_leaves_no_socket() {
+    let scratch = Scratch::new();
+    let (mut incoming, _) = incoming(&scratch);
+    assert!(scratch.path("handoff").exists());
+    incoming.signal(Signal::SIGINT);
+    assert!(incoming.fails().contains("interrupted"));
+    assert!(!scratch.path("handoff").exists());
+}
+
+/// At any moment of what is said about it.
+#[test]
+fn a_client_may_end_as_soon_as_it_has_its_last_page() {
+    for _ in 0..20 {
+        let scratch = Scratch::new();
+        let snapshot = scratch.ram("snapshot");
+        write_snapshot(&snapshot, 1);
+        let (incoming, uri) = incoming(&scratch);
+        let client = client(&scratch, &snapshot, 1, &["--regions", "2"]);
+        migrate(&snapshot, &uri, &["-n"]).succeeds();
+        client.succeeds();
+        incoming.succeeds();
+    }
+}

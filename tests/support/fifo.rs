@@ -1,0 +1,31 @@
+//! A FIFO, with which a test lets another program go on.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::PathBuf;
+
+use nix::sys::stat::Mode;
+
+/// A FIFO that somebody reads a byte from.
+pub(crate) struct Fifo {
+    path: PathBuf,
+    /// Open for reading too: so neither opening nor writing waits for the reader.
+    file: File,
+}
+
+impl Fifo {
+    pub(crate) fn new(path: PathBuf) -> Fifo {
+        nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).expect("a FIFO");
+        let file = OpenOptions::new().read(true).write(true).open(&path).expect("it is there");
+        Fifo { path, file }
+    }
+
+    /// As an argument of the program's.
+    pub(crate) fn path(&self) -> &str {
+        self.path.to_str().expect("scratch paths are ASCII")
+    }
+
+    pub(crate) fn release(&self) {
+        (&self.file).write_all(b"\n").expect("it is empty");
+    }
+}
