@@ -52,6 +52,8 @@ pub(crate) struct DemandLane {
     /// Serve the guest's faults as well; if not, [`Command::Servers`] says who does.
     pub(crate) serves_faults: bool,
     pub(crate) core: Option<usize>,
+    /// There are no bulk lanes: pages come here that nobody asked for.
+    pub(crate) has_background: bool,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
 }
@@ -65,6 +67,9 @@ pub(crate) struct Reach {
 struct DemandThread {
     guest: Arc<GuestMemory>,
     socket: Fd,
+    has_background: bool,
+    /// Pages that have come since they were counted, where the lane has a background.
+    pages_arrived: u64,
     commands: Commands<Command>,
     post: Post<Note>,
     /// The source's guest has stopped: before that its pages may still change.
@@ -93,6 +98,8 @@ impl DemandLane {
         let mut thread = DemandThread {
             guest: self.guest.clone(),
             socket: Fd::from(self.lane.socket()),
+            has_background: self.has_background,
+            pages_arrived: 0,
             commands: self.commands,
             post: self.post,
             may_ask: false,
@@ -160,6 +167,11 @@ impl DemandThread {
                     |page| wanted.push(page),
                     |arrived| self.arrived(&guest, arrived),
                 )?;
+                // Where others come here too, a page was asked for if somebody waits for it now.
+                let arrived = std::mem::take(&mut self.pages_arrived);
+                let demand = arrived.min(wanted.len() as u64);
+                Counters::add(&guest.counters.pages_demand, demand);
+                Counters::add(&guest.counters.pages_background, arrived - demand);
                 wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;
                 self.wanted = wanted;
                 Ok(())
@@ -197,7 +209,11 @@ impl DemandThread {
     fn arrived(&mut self, guest: &GuestMemory, arrived: Arrived) -> Result<()> {
         match arrived {
             Arrived::Run { range, last } => {
-                Counters::add(&guest.counters.pages_demand, range.pages);
+                if self.has_background {
+                    self.pages_arrived += range.pages;
+                } else {
+                    Counters::add(&guest.counters.pages_demand, range.pages);
+                }
                 if last {
                     self.post.send(Note::AllCached);
                 }

@@ -15,7 +15,7 @@ use super::memory::{SourceMemory, Walk};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
-use crate::memory::claims::{Run, RunKind};
+use crate::memory::claims::Run;
 use crate::report::Counters;
 use crate::worker::Started;
 
@@ -142,7 +142,7 @@ impl BulkThread {
     /// Claims pages until there is a batch, or nothing is left.
     fn gather(&mut self) -> Result<()> {
         while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered() < BATCH_BYTES {
-            self.exhausted = !self.walk.next_runs(&self.memory, &mut self.runs)?;
+            self.exhausted = !self.walk.next_runs(&self.memory, BATCH_BYTES, &mut self.runs)?;
         }
         Ok(())
     }
@@ -151,9 +151,7 @@ impl BulkThread {
     fn gathered(&self) -> u64 {
         let mut bytes = 0;
         for run in &self.runs {
-            if run.kind == RunKind::Data {
-                bytes += self.memory.bytes(run.range);
-            }
+            bytes += self.memory.data_bytes(run);
             if bytes >= BATCH_BYTES {
                 break;
             }
@@ -172,15 +170,11 @@ impl BulkThread {
             if sending.len() == BATCH_RUNS || bytes >= BATCH_BYTES {
                 break;
             }
-            let header = match run.kind {
-                RunKind::Data => transmit::data_header(run.range),
-                RunKind::Zero => transmit::zero_header(run.range),
-                RunKind::Hole => transmit::hole_header(run.range),
-            };
+            let (header, pages) = self.memory.pieces(run)?;
             headers.extend_from_slice(&header);
-            if run.kind == RunKind::Data {
+            if let Some(pages) = pages {
                 pieces.push(Memory::from(std::mem::take(&mut headers)));
-                pieces.push(self.memory.contents(run.range)?);
+                pieces.push(pages);
                 bytes += self.memory.bytes(run.range);
             }
             sending.push(*run);
@@ -203,7 +197,7 @@ impl BulkThread {
                 let pages = runs.iter().map(|run| run.range.pages).sum();
                 Counters::add(&self.memory.counters.pages_background, pages);
                 let counters = &self.memory.counters;
-                let bytes: u64 = runs.iter().map(|run| self.data_bytes(run)).sum();
+                let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
                 let counter = if completion.last {
                     &counters.copied_bytes
                 } else {
@@ -235,13 +229,6 @@ impl BulkThread {
             self.in_flight -= 1;
         }
         Ok(())
-    }
-
-    fn data_bytes(&self, run: &Run) -> u64 {
-        if run.kind != RunKind::Data {
-            return 0;
-        }
-        self.memory.bytes(run.range)
     }
 
     fn receive(&self, ring: &mut Ring, receiver: &Receiver) -> Result<()> {

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use umem_ring::Memory;
 use umem_wire::limits::RUN_BYTES_MAX;
-use umem_wire::{PageRange, PageSize, Region, RegionId, RegionTable};
+use umem_wire::{HEADER_BYTES, PageRange, PageSize, Region, RegionId, RegionTable, transmit};
 
 use crate::error::{Error, Result};
 use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
@@ -121,10 +121,24 @@ impl SourceMemory {
         range.pages * self.region(range.region).unit().bytes()
     }
 
+    /// A run as it is sent: its header, and its pages if they go with it.
+    pub(crate) fn pieces(&self, run: &Run) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
+        Ok(match run.kind {
+            RunKind::Data => (transmit::data_header(run.range), Some(self.contents(run.range)?)),
+            RunKind::Zero => (transmit::zero_header(run.range), None),
+            RunKind::Hole => (transmit::hole_header(run.range), None),
+        })
+    }
+
+    /// Bytes of a run that cross the wire as page contents.
+    pub(crate) fn data_bytes(&self, run: &Run) -> u64 {
+        if run.kind == RunKind::Data { self.bytes(run.range) } else { 0 }
+    }
+
     /// The pages of a data run, to be sent: from the mapping, but where one landing unit holds holes
     /// of the file from a copy, as a send would allocate them. A unit over [`RUN_BYTES_MAX`] is not
     /// copied, and its holes are allocated.
-    pub(crate) fn contents(&self, range: PageRange) -> Result<Memory> {
+    fn contents(&self, range: PageRange) -> Result<Memory> {
         let region = self.region(range.region);
         let (offset, len) = (range.first * region.unit().bytes(), self.bytes(range));
         let may_have_holes = region.unit().shift() > region.ram.page_shift;
@@ -179,16 +193,22 @@ impl Walk {
         Walk { region: 0, block, pivot_seen: 0, current: None }
     }
 
-    /// Claims the next 64 pages at most and appends their runs; false when nothing is left.
+    /// Claims the next `most` bytes of pages, 1 to 64 pages, and appends their runs; false when nothing
+    /// is left.
     ///
     /// No more is claimed than is about to be sent: who waits for a claimed page waits for
     /// everything that was claimed before it.
-    pub(crate) fn next_runs(&mut self, memory: &SourceMemory, runs: &mut Vec<Run>) -> Result<bool> {
+    pub(crate) fn next_runs(
+        &mut self,
+        memory: &SourceMemory,
+        most: u64,
+        runs: &mut Vec<Run>,
+    ) -> Result<bool> {
         if self.current.is_none() {
             self.current = self.take_block(memory)?;
         }
         let Some(block) = &mut self.current else { return Ok(false) };
-        block.claim_word(memory.region(block.region), runs)?;
+        block.claim_word(memory.region(block.region), most, runs)?;
         if block.next == block.end {
             self.current = None;
         }
@@ -221,10 +241,11 @@ impl Walk {
 }
 
 impl Block {
-    fn claim_word(&mut self, region: &SourceRegion, runs: &mut Vec<Run>) -> Result<()> {
+    fn claim_word(&mut self, region: &SourceRegion, most: u64, runs: &mut Vec<Run>) -> Result<()> {
         let unit = region.unit();
         let word = self.next;
-        let count = (64 - word % 64).min(self.end - word);
+        let most = (most / unit.bytes()).max(1);
+        let count = (64 - word % 64).min(self.end - word).min(most);
         self.next += count;
         let mut won = region.claims().claim_word(word, count);
         while won != 0 {
@@ -319,7 +340,7 @@ mod tests {
     fn all(memory: &SourceMemory) -> Vec<(RunKind, u64, u64)> {
         let mut walk = Walk::new(memory, 0, 1);
         let mut runs = Vec::new();
-        while walk.next_runs(memory, &mut runs).unwrap() {}
+        while walk.next_runs(memory, u64::MAX, &mut runs).unwrap() {}
         runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
     }
 
@@ -406,7 +427,7 @@ mod tests {
         let mut walk = Walk::new(&memory, 0, 1);
         let mut runs = Vec::new();
         memory.pivot.set(RegionId(0), 700);
-        walk.next_runs(&memory, &mut runs).unwrap();
+        walk.next_runs(&memory, u64::MAX, &mut runs).unwrap();
         assert_eq!(runs[0].range.first, 512);
     }
 }

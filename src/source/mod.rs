@@ -17,6 +17,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::poll::PollFlags;
 use serde_json::json;
 use umem_ring::{Outcome, Waker};
 use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
@@ -35,6 +36,7 @@ use crate::lane::{self, Lane};
 use crate::memory::region::RamFile;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Output};
+use crate::single::Single;
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
@@ -55,7 +57,8 @@ pub struct Options {
     pub ram: Vec<RamPath>,
     /// The monitor's QMP socket.
     pub qmp: Option<PathBuf>,
-    /// Bulk lanes.
+    /// Bulk lanes, 1 to [`LANES_MAX`](umem_wire::limits::LANES_MAX); 0 where the URI is one
+    /// connection.
     pub lanes: u16,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
@@ -102,6 +105,16 @@ impl From<Answer> for Note {
 /// # Errors
 /// Anything that kept the guest from moving; until the switchover it runs here as before then.
 pub fn run(options: &Options) -> Result<()> {
+    // Before anything else makes descriptors.
+    let single = Single::open(&options.uri)?;
+    let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
+    migrate(options, socket).map_err(|error| match &mut command {
+        Some(command) => command.explain(error),
+        None => error,
+    })
+}
+
+fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
     let output = Output { json: options.json };
     let inbox = Inbox::new()?;
     let (host, ram) = guest(options)?;
@@ -110,7 +123,7 @@ pub fn run(options: &Options) -> Result<()> {
         .map(|ram| RamFile::open_source(&ram.name, &ram.path))
         .collect::<Result<Vec<_>>>()?;
     let memory = Arc::new(SourceMemory::new(files));
-    let lanes = dial(options, lane::new_session()?, &inbox)?;
+    let lanes = dial(options, socket, lane::new_session()?, &inbox)?;
     output.event(
         "connected",
         json!({ "uri": options.uri.to_string(), "lanes": options.lanes }),
@@ -144,14 +157,23 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
     Ok((Box::new(qemu), ram))
 }
 
-/// Opens every lane, the demand lane first.
-fn dial(options: &Options, session: SessionId, inbox: &Inbox<Note>) -> Result<Vec<Lane>> {
-    let wait = |socket: BorrowedFd<'_>, timeout| match inbox.wait(&[socket], Some(timeout))? {
+/// Opens every lane, the demand lane first; only this one where there is a connection already.
+fn dial(
+    options: &Options,
+    socket: Option<OwnedFd>,
+    session: SessionId,
+    inbox: &Inbox<Note>,
+) -> Result<Vec<Lane>> {
+    let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| match inbox.wait_for(fds, limit)? {
         Wake::Signal => Err(Error::Interrupted("the guest goes on here".into())),
         Wake::Timeout => Ok(false),
         // Nobody posts before there are workers.
         Wake::Ready(_) | Wake::Message(_) => Ok(true),
     };
+    if let Some(socket) = socket {
+        let hello = lane::hello(session, LaneRole::Demand, 0, 0);
+        return Ok(vec![lane::open_shared(socket, &hello, &wait)?]);
+    }
     (0..=options.lanes)
         .map(|index| {
             let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
@@ -392,6 +414,10 @@ impl Migration {
 
     fn start_bulk(&mut self) -> Result<()> {
         self.times.first_page.get_or_insert_with(Instant::now);
+        if self.lane_count == 0 {
+            self.command(Command::Background);
+            return Ok(());
+        }
         let lanes = self.idle.len();
         for (index, lane) in std::mem::take(&mut self.idle).into_iter().enumerate() {
             let bulk = BulkLane {
@@ -508,8 +534,12 @@ impl Migration {
     }
 
     fn send_bytes(&self, bytes: Vec<u8>) {
+        self.command(Command::Send(bytes));
+    }
+
+    fn command(&self, command: Command) {
         // The thread has ended where this fails, and its own note says why.
-        let _ = self.commands.send(Command::Send(bytes));
+        let _ = self.commands.send(command);
         self.demand.wake();
     }
 
@@ -519,8 +549,7 @@ impl Migration {
         if let Some(error) = error {
             self.send(&Frame::Error(error.to_fault()));
         }
-        let _ = self.commands.send(Command::End);
-        self.demand.wake();
+        self.command(Command::End);
         self.bulk_wakers.iter().for_each(Waker::wake);
         for thread in self.bulk_threads.drain(..) {
             let _ = thread.join();

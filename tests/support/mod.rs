@@ -4,6 +4,7 @@
 //! - [`Umem`]: a `umem` process, its events and what it complained of
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
 //! - [`Serial`]: what our Linux guest says on its console
+//! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
 //! - [`HugeFile`]: a file of huge pages, which the machine gives back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //!
@@ -12,6 +13,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+mod destination;
 mod hugepages;
 mod process;
 mod qemu;
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
+    destination::LaneFromSource,
     hugepages::HugeFile,
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},
