@@ -174,6 +174,10 @@ struct Migrate {
     /// exec:)
     #[argh(option)]
     lanes: Option<u16>,
+    /// free the guest's RAM here as it arrives there, from the switchover on; afterwards it is gone
+    /// here, so that the guest's process here can only be ended
+    #[argh(switch)]
+    release_ram: bool,
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
@@ -449,6 +453,7 @@ impl Migrate {
             ram: self.ram,
             qmp: self.qmp,
             lanes,
+            release_ram: self.release_ram,
             cores: self.cores.0,
             json: self.json,
             quiet: self.quiet,

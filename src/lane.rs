@@ -261,7 +261,15 @@ fn greet(lane: &Lane, hello: &Hello, limit: Option<Duration>, wait: Wait<'_>) ->
         HelloError::Refused { code, text } => Error::Peer { side: "destination", code, text },
         other => Error::protocol(&lane.name, other),
     })?;
-    welcome.check(hello).map_err(|error| Error::protocol(&lane.name, error))
+    welcome.check(hello).map_err(|error| Error::protocol(&lane.name, error))?;
+    if welcome.capabilities.contains(hello.capabilities) {
+        return Ok(());
+    }
+    Err(Error::Unsupported(
+        "the destination does not acknowledge pages, so that they could not be freed here: leave out \
+         --release-ram, or use a newer umem there"
+            .into(),
+    ))
 }
 
 /// A hello or a welcome that is coming in, in as many pieces as it likes.
@@ -390,7 +398,7 @@ impl Drop for Listener {
 
 /// Answers a hello that fits.
 pub(crate) fn welcome(lane: &Lane, hello: &Hello) -> Result<()> {
-    let welcome = match Welcome::answer(hello, PROTOCOL, Capabilities::NONE, [0; 32]) {
+    let welcome = match Welcome::answer(hello, PROTOCOL, Capabilities::ACKS, [0; 32]) {
         Ok(welcome) => welcome,
         Err(error) => {
             refuse(lane, FaultCode::Protocol, &error.to_string());
@@ -407,11 +415,17 @@ pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) {
     }
 }
 
-/// The hello of one lane of a new session.
-pub(crate) fn hello(session: SessionId, role: LaneRole, index: u16, bulk_lanes: u16) -> Hello {
+/// The hello of one lane of a new session, in which acknowledgements are wanted or not.
+pub(crate) fn hello(
+    session: SessionId,
+    role: LaneRole,
+    index: u16,
+    bulk_lanes: u16,
+    acks: bool,
+) -> Hello {
     Hello {
         versions: PROTOCOL,
-        capabilities: Capabilities::NONE,
+        capabilities: if acks { Capabilities::ACKS } else { Capabilities::NONE },
         session,
         role,
         index,

@@ -9,7 +9,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use umem_wire::limits::LANES_MAX;
-use umem_wire::{Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
+use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
 
 use super::prepare::{Adopted, Prepared};
 use super::{Note, Options, peer};
@@ -22,6 +22,8 @@ use crate::uri::Uri;
 pub(super) struct Lanes {
     pub(super) demand: Lane,
     pub(super) bulk: Vec<Lane>,
+    /// The source wants to hear which pages have come.
+    pub(super) acks: bool,
 }
 
 /// Where the source comes in.
@@ -243,7 +245,8 @@ impl Session {
     fn place(&self, hello: &Hello) -> Option<usize> {
         let is_ours = hello.role == LaneRole::Bulk
             && hello.session == self.hello.session
-            && hello.bulk_lanes == self.hello.bulk_lanes;
+            && hello.bulk_lanes == self.hello.bulk_lanes
+            && hello.capabilities == self.hello.capabilities;
         let place = usize::from(hello.index).checked_sub(1)?;
         (is_ours && self.bulk.get(place)?.is_none()).then_some(place)
     }
@@ -253,8 +256,13 @@ impl Session {
     }
 
     fn into_lanes(self) -> Lanes {
-        Lanes { demand: self.demand, bulk: self.bulk.into_iter().flatten().collect() }
+        let bulk = self.bulk.into_iter().flatten().collect();
+        Lanes { demand: self.demand, bulk, acks: wants_acks(&self.hello) }
     }
+}
+
+fn wants_acks(hello: &Hello) -> bool {
+    hello.capabilities.contains(Capabilities::ACKS)
 }
 
 fn ignored(why: &str) {
@@ -289,7 +297,7 @@ fn accept_single(socket: OwnedFd, inbox: &Inbox<Note>, prepared: &Prepared) -> R
         return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
     }
     lane::welcome(&demand, &hello)?;
-    Ok(Lanes { demand, bulk: Vec::new() })
+    Ok(Lanes { demand, bulk: Vec::new(), acks: wants_acks(&hello) })
 }
 
 fn interrupted() -> Error {

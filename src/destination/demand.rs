@@ -17,6 +17,7 @@ use umem_wire::limits::REQUEST_ENTRIES_MAX;
 use umem_wire::{Event, Receiver, RegionId, transmit};
 
 use super::Note;
+use super::acks::Acks;
 use super::faults::{self, Faults, MESSAGE_ASK, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::reader::{Arrived, LaneReader, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN};
@@ -54,6 +55,7 @@ pub(crate) struct DemandLane {
     pub(crate) core: Option<usize>,
     /// There are no bulk lanes: pages come here that nobody asked for.
     pub(crate) has_background: bool,
+    pub(crate) acks: Acks,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
 }
@@ -70,6 +72,7 @@ struct DemandThread {
     has_background: bool,
     /// Pages that have come since they were counted, where the lane has a background.
     pages_arrived: u64,
+    acks: Acks,
     commands: Commands<Command>,
     post: Post<Note>,
     /// The source's guest has stopped: before that its pages may still change.
@@ -100,6 +103,7 @@ impl DemandLane {
             socket: Fd::from(self.lane.socket()),
             has_background: self.has_background,
             pages_arrived: 0,
+            acks: self.acks,
             commands: self.commands,
             post: self.post,
             may_ask: false,
@@ -209,6 +213,7 @@ impl DemandThread {
     fn arrived(&mut self, guest: &GuestMemory, arrived: Arrived) -> Result<()> {
         match arrived {
             Arrived::Run { range, last } => {
+                self.acks.cached(range, guest.bytes(range));
                 if self.has_background {
                     self.pages_arrived += range.pages;
                 } else {
@@ -256,6 +261,9 @@ impl DemandThread {
             }
         }
         buffer.append(&mut self.outbox);
+        if self.acks.is_due() {
+            self.acks.encode(&mut buffer);
+        }
         if buffer.is_empty() {
             self.spare = Some(buffer);
             return Ok(());

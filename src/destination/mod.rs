@@ -6,6 +6,7 @@
 //! a thread of its own.
 
 mod accept;
+mod acks;
 mod bulk;
 mod demand;
 mod faults;
@@ -44,6 +45,7 @@ use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
 use accept::{Entrance, Lanes};
+use acks::Acks;
 use bulk::BulkLane;
 use demand::{Command, DemandLane, Reach};
 use faults::{FaultThread, Servers};
@@ -247,6 +249,7 @@ impl<'a> Migration<'a> {
             serves_faults: !is_sharded,
             core: cores.demand(),
             has_background: lanes.bulk.is_empty(),
+            acks: Acks::new(lanes.acks),
             commands: queue,
             post: inbox.post(),
         };
@@ -279,7 +282,7 @@ impl<'a> Migration<'a> {
         };
         let servers = migration.start_faults(is_sharded, &cores, &reach)?;
         migration.start_toucher(options, &cores, prepared)?;
-        migration.start_bulk(lanes.bulk, &landing, &cores, &servers)?;
+        migration.start_bulk(lanes.bulk, lanes.acks, &landing, &cores, &servers)?;
         let ready = Frame::Ready(landing.units());
         migration.step(Input::Received(&Event::Regions(landing)))?;
         migration.step(Input::GuestReady)?;
@@ -346,6 +349,7 @@ impl<'a> Migration<'a> {
     fn start_bulk(
         &mut self,
         lanes: Vec<Lane>,
+        acks: bool,
         landing: &RegionTable,
         cores: &Cores,
         servers: &Servers,
@@ -354,6 +358,7 @@ impl<'a> Migration<'a> {
             let bulk = BulkLane {
                 lane,
                 regions: landing.clone(),
+                acks: Acks::new(acks),
                 guest: self.guest.clone(),
                 core: cores.bulk(index),
                 servers: servers.clone(),

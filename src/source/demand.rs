@@ -169,6 +169,7 @@ impl DemandThread {
         while let Some(event) = self.receiver.poll_event() {
             match event {
                 Event::Request(pages) => self.answer(&pages)?,
+                Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
                 other => self.post.send(Note::Received(other)),
             }
         }

@@ -8,6 +8,7 @@
 mod bulk;
 mod demand;
 mod memory;
+mod release;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -43,6 +44,7 @@ use crate::worker::{self, Failure};
 use bulk::BulkLane;
 use demand::{Command, DemandLane};
 use memory::SourceMemory;
+use release::Releaser;
 
 /// What `umem migrate` is asked to do.
 #[derive(Clone, Debug)]
@@ -60,6 +62,8 @@ pub struct Options {
     /// Bulk lanes, 1 to [`LANES_MAX`](umem_wire::limits::LANES_MAX); 0 where the URI is one
     /// connection.
     pub lanes: u16,
+    /// Free the guest's RAM here as the destination gets it.
+    pub release_ram: bool,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
     /// JSON events on stdout.
@@ -120,9 +124,9 @@ fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
     let (host, ram) = guest(options)?;
     let files = ram
         .iter()
-        .map(|ram| RamFile::open_source(&ram.name, &ram.path))
+        .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
         .collect::<Result<Vec<_>>>()?;
-    let memory = Arc::new(SourceMemory::new(files));
+    let memory = Arc::new(SourceMemory::new(files, options.release_ram));
     let lanes = dial(options, socket, lane::new_session()?, &inbox)?;
     output.event(
         "connected",
@@ -171,13 +175,15 @@ fn dial(
         Wake::Ready(_) | Wake::Message(_) => Ok(true),
     };
     if let Some(socket) = socket {
-        let hello = lane::hello(session, LaneRole::Demand, 0, 0);
+        let hello = lane::hello(session, LaneRole::Demand, 0, 0, options.release_ram);
         return Ok(vec![lane::open_shared(socket, &hello, &wait)?]);
     }
     (0..=options.lanes)
         .map(|index| {
             let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
-            lane::dial(&options.uri, &lane::hello(session, role, index, options.lanes), &wait)
+            let acks = options.release_ram;
+            let hello = lane::hello(session, role, index, options.lanes, acks);
+            lane::dial(&options.uri, &hello, &wait)
         })
         .collect()
 }
@@ -225,6 +231,9 @@ struct Migration {
     bulk_wakers: Vec<Waker>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     bulk_ended: usize,
+    release_thread: Option<JoinHandle<Option<()>>>,
+    /// What the RAM files held at the switchover, where they are freed.
+    allocated_bytes: u64,
     congestion: String,
     times: Times,
     progress: Progress,
@@ -275,6 +284,8 @@ impl Migration {
             bulk_wakers: Vec::new(),
             bulk_threads: Vec::new(),
             bulk_ended: 0,
+            release_thread: None,
+            allocated_bytes: 0,
             congestion,
             times: Times::default(),
             progress: Progress::new(memory.total_bytes(), options.quiet),
@@ -292,7 +303,13 @@ impl Migration {
             self.until_completed().map_err(|error| worker::first_cause(&self.inbox, error));
         self.end(driven.as_ref().err());
         match driven {
-            Ok(totals) => Ok(self.report(totals)),
+            Ok(totals) => {
+                let release_bytes = self.release_rest().unwrap_or_else(|error| {
+                    eprintln!("umem: the guest has moved, but its RAM here stays: {error}");
+                    0
+                });
+                Ok(Completed { release_bytes, ..self.report(totals) })
+            }
             Err(error) => Err(self.give_up(error)),
         }
     }
@@ -386,7 +403,31 @@ impl Migration {
         let stopped = self.times.stopped.map_or(Duration::ZERO, |at| at.elapsed());
         let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Switchover { stopped_us });
+        self.start_release()
+    }
+
+    /// The guest has gone: what the destination has of it, and has had already, is freed from now on.
+    fn start_release(&mut self) -> Result<()> {
+        if !self.memory.releases {
+            return Ok(());
+        }
+        self.allocated_bytes = self.memory.allocated_bytes()?;
+        let releaser = Releaser { memory: self.memory.clone() };
+        let start = move |started| releaser.run(started);
+        let (waker, thread) = worker::start("umem-release", &self.inbox, start)?;
+        // What was acknowledged before this found nobody to wake.
+        self.memory.releaser.get_or_init(|| waker).wake();
+        self.release_thread = Some(thread);
         Ok(())
+    }
+
+    /// At the end the destination has every page.
+    fn release_rest(&self) -> Result<u64> {
+        if !self.memory.releases {
+            return Ok(0);
+        }
+        self.memory.regions.iter().try_for_each(|region| region.ram.free())?;
+        Ok(self.allocated_bytes.saturating_sub(self.memory.allocated_bytes()?))
     }
 
     fn running(&mut self) -> Result<()> {
@@ -551,7 +592,9 @@ impl Migration {
         }
         self.command(Command::End);
         self.bulk_wakers.iter().for_each(Waker::wake);
-        for thread in self.bulk_threads.drain(..) {
+        self.memory.is_ending.store(true, Release);
+        self.memory.releaser.get().into_iter().for_each(Waker::wake);
+        for thread in self.bulk_threads.drain(..).chain(self.release_thread.take()) {
             let _ = thread.join();
         }
         let demand = self.demand_thread.take().expect("ended once");

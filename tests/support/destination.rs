@@ -3,8 +3,8 @@
 use std::io::{Read, Write};
 
 use umem_wire::{
-    Capabilities, Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, Receiver, RegionTable,
-    Target, Welcome, transmit,
+    Capabilities, Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, Receiver,
+    RegionTable, Target, Welcome, transmit,
 };
 
 /// One lane of a `umem migrate`, the destination's end.
@@ -86,6 +86,19 @@ impl<S: Read + Write> LaneFromSource<S> {
         self.send(&Frame::Ready(table.units()));
         assert!(matches!(self.event(), Some(Event::Stopped { .. })));
         table
+    }
+
+    /// The next pages that have come, data or not; none when the source has closed the lane, or has
+    /// ended it.
+    pub(crate) fn pages(&mut self) -> Option<PageRange> {
+        loop {
+            match self.event()? {
+                Event::Data(range) | Event::Zero(range) | Event::Hole(range) => return Some(range),
+                Event::RunBegins(_) => {}
+                Event::LaneEnd => return None,
+                other => panic!("{} among pages", other.name()),
+            }
+        }
     }
 
     /// On the demand lane, after that: up to the guest running here. Pages may come in between.
