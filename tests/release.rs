@@ -112,8 +112,8 @@ fn before_the_switchover_nothing_is_freed() {
     // Every page has been sent and acknowledged, and the guest goes on at the source after all.
     let mut source = Source::start(&[]);
     source.receive_all();
-    source.bulk.send(&Frame::Ack(range(0, PAGES)));
-    // Whoever answers this has read what came before it on this lane …
+    source.demand.send(&Frame::Ack(range(0, PAGES)));
+    // Whoever answers this has read what came before it.
     source.demand.send(&Frame::Ping(1));
     while !matches!(source.demand.control_event(), Some(Event::Pong(1))) {}
     source.migrate.signal(Signal::SIGINT);
