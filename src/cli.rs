@@ -90,7 +90,9 @@ struct Demo {
 #[argh(
     subcommand,
     name = "incoming",
-    note = "URI is tcp:HOST:PORT or unix:PATH. COMMAND is a QEMU whose RAM is a \
+    note = "URI is where to listen, tcp:HOST:PORT or unix:PATH, or one connection that is there \
+            already: fd:N, an inherited stream socket, or exec:CMD, whose standard input and output \
+            lead to the source (run by /bin/sh). COMMAND is a QEMU whose RAM is a \
             memory-backend-file with share=on (--kind private: share=off), or another monitor that \
             maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
             options itself.",
@@ -121,9 +123,9 @@ struct Incoming {
     /// the monitor's QMP socket (default: one that umem gives a QEMU)
     #[argh(option)]
     qmp: Option<PathBuf>,
-    /// bulk lanes that a source may open at most (default 16)
-    #[argh(option, default = "16")]
-    lanes: u16,
+    /// bulk lanes that a source may open at most (default 16; none with fd: and exec:)
+    #[argh(option)]
+    lanes: Option<u16>,
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
@@ -136,7 +138,7 @@ struct Incoming {
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
-    /// tcp:HOST:PORT or unix:PATH, where to listen
+    /// tcp:HOST:PORT or unix:PATH to listen at, or fd:N or exec:CMD
     #[argh(positional)]
     uri: Uri,
     /// the guest's monitor and its arguments, after --
@@ -149,7 +151,9 @@ struct Incoming {
 #[argh(
     subcommand,
     name = "migrate",
-    note = "URI is tcp:HOST:PORT or unix:PATH. Until the switchover any failure, and Ctrl-C, leave \
+    note = "URI is where `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or one connection to \
+            it, over which everything goes: fd:N, an inherited stream socket, or exec:CMD, whose \
+            standard input and output lead there (run by /bin/sh). Until the switchover any failure, and Ctrl-C, leave \
             the guest running here; after it the guest never runs here again. With -n, Ctrl-C \
             sends the rest.",
     example = "{command_name} -p --qmp /run/qmp.sock tcp:DESTINATION:4444",
@@ -169,9 +173,14 @@ struct Migrate {
     /// the monitor's QMP socket
     #[argh(option)]
     qmp: Option<PathBuf>,
-    /// bulk lanes, connections that carry pages in the background (default 1)
-    #[argh(option, default = "1")]
-    lanes: u16,
+    /// bulk lanes, connections that carry pages in the background (default 1; none with fd: and
+    /// exec:)
+    #[argh(option)]
+    lanes: Option<u16>,
+    /// free the guest's RAM here as it arrives there, from the switchover on; afterwards it is gone
+    /// here, so that the guest's process here can only be ended
+    #[argh(switch)]
+    release_ram: bool,
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
@@ -181,7 +190,7 @@ struct Migrate {
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
-    /// tcp:HOST:PORT or unix:PATH of the destination
+    /// tcp:HOST:PORT, unix:PATH, fd:N or exec:CMD
     #[argh(positional)]
     uri: Uri,
 }
@@ -337,6 +346,22 @@ fn check_lanes(lanes: u16) -> Result<()> {
     Err(Error::Usage(format!("--lanes is 1 to {}, not {lanes}", umem_wire::limits::LANES_MAX)))
 }
 
+/// The number of bulk lanes: what was asked for, or the default; none on a single connection.
+fn lanes_to(uri: &Uri, asked: Option<u16>, default: u16) -> Result<u16> {
+    match asked {
+        Some(_) if uri.is_one_connection() => Err(Error::Usage(format!(
+            "--lanes: {uri} is one connection, which all pages share; leave it out, or use tcp: or \
+             unix:"
+        ))),
+        None if uri.is_one_connection() => Ok(0),
+        asked => {
+            let lanes = asked.unwrap_or(default);
+            check_lanes(lanes)?;
+            Ok(lanes)
+        }
+    }
+}
+
 impl Demo {
     fn run(self) -> Result<i32> {
         if self.kind != Kind::Anonymous && (self.shards != 1 || self.huge) {
@@ -380,7 +405,7 @@ impl Demo {
 
 impl Incoming {
     fn run(self) -> Result<i32> {
-        check_lanes(self.lanes)?;
+        let lanes_max = lanes_to(&self.uri, self.lanes, 16)?;
         if self.kind == Kind::Anonymous && self.handoff.is_none() {
             return Err(Error::Usage(
                 "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \
@@ -413,7 +438,7 @@ impl Incoming {
             touch: self.postcopy_flags.0 == 1,
             handoff: self.handoff,
             qmp: self.qmp,
-            lanes_max: self.lanes,
+            lanes_max,
             cores: self.cores.0,
             preload: self.preload,
             json: self.json,
@@ -425,7 +450,7 @@ impl Incoming {
 
 impl Migrate {
     fn run(self) -> Result<i32> {
-        check_lanes(self.lanes)?;
+        let lanes = lanes_to(&self.uri, self.lanes, 1)?;
         if self.no_background && !self.postcopy {
             return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
         }
@@ -435,7 +460,8 @@ impl Migrate {
             background: !self.no_background,
             ram: self.ram,
             qmp: self.qmp,
-            lanes: self.lanes,
+            lanes,
+            release_ram: self.release_ram,
             cores: self.cores.0,
             json: self.json,
             quiet: self.quiet,

@@ -60,7 +60,7 @@ pub(crate) enum Wake<T> {
     Message(T),
     /// SIGINT or SIGTERM.
     Signal,
-    /// `extra[i]` is readable or was closed.
+    /// `extra[i]` is ready for what was asked, or was closed.
     Ready(usize),
     /// The time is up.
     Timeout,
@@ -94,6 +94,16 @@ impl<T> Inbox<T> {
         extra: &[BorrowedFd<'_>],
         timeout: Option<Duration>,
     ) -> Result<Wake<T>> {
+        let extra: Vec<_> = extra.iter().map(|fd| (*fd, PollFlags::POLLIN)).collect();
+        self.wait_for(&extra, timeout)
+    }
+
+    /// The same, with what each of `extra` is to be ready for.
+    pub(crate) fn wait_for(
+        &self,
+        extra: &[(BorrowedFd<'_>, PollFlags)],
+        timeout: Option<Duration>,
+    ) -> Result<Wake<T>> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             match self.receiver.try_recv() {
@@ -105,7 +115,7 @@ impl<T> Inbox<T> {
                 PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             ];
-            fds.extend(extra.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)));
+            fds.extend(extra.iter().map(|&(fd, flags)| PollFd::new(fd, flags)));
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             match poll(&mut fds, poll_timeout(left)) {
                 Ok(0) => return Ok(Wake::Timeout),

@@ -1,33 +1,47 @@
 //! Lanes: the connections between source and destination, up to the point where a ring takes over.
 //!
-//! The source dials. Each lane opens with its hello and the destination's welcome, exchanged with
-//! ordinary blocking calls under a time limit; from then on the lane's descriptor belongs to the
-//! ring of the thread that serves it.
+//! The source dials, or both sides were given one connection that all lanes share. Each lane opens
+//! with its hello and the destination's welcome, which nobody waits for alone: signals end the wait.
+//! From then on the lane's descriptor belongs to the ring of the thread that serves it.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::{TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
-use nix::sys::time::{TimeVal, TimeValLike};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::PollFlags;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
+    getsockopt, setsockopt, socket, sockopt,
+};
 use umem_wire::{
     Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId,
     Welcome, transmit,
 };
 
 use crate::error::{Context, Error, Result};
+use crate::single;
 use crate::uri::Uri;
 
 /// How long either side waits for the other's hello. A peer that says nothing is not umem.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Unsent bytes that a lane lets the kernel queue before it stops feeding it: enough to keep
 /// 40 Gbit/s busy for 100 µs, and little enough that the order of pages can still change.
 const NOTSENT_LOWAT_BYTES: u32 = 512 << 10;
+
+/// The same where background pages share the connection with demand pages, which wait for what is
+/// queued: 64 KiB are 50 µs at 10 Gbit/s.
+pub(crate) const SHARED_QUEUE_BYTES: u32 = 64 << 10;
+
+/// How often a unix socket is tried whose queue of connections is full.
+const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Silence of this long means the peer or the path is dead (TCP_USER_TIMEOUT).
 const USER_TIMEOUT_MS: u32 = 30_000;
@@ -51,19 +65,44 @@ impl Lane {
         Ok(File::from(self.socket.try_clone().context(|| self.name.clone())?))
     }
 
-    fn new(socket: OwnedFd, name: String, is_tcp: bool) -> Result<Lane> {
-        let congestion =
-            if is_tcp { Some(tune(socket.as_fd()).context(|| name.clone())?) } else { None };
+    /// A lane with a connection of its own.
+    pub(crate) fn new(socket: OwnedFd, name: String) -> Result<Lane> {
+        Lane::queueing(socket, name, NOTSENT_LOWAT_BYTES)
+    }
+
+    /// The one lane of a connection that everything shares.
+    pub(crate) fn shared(socket: OwnedFd) -> Result<Lane> {
+        let lane = Lane::queueing(socket, lane_name(LaneRole::Demand, 0), SHARED_QUEUE_BYTES)?;
+        if lane.congestion.is_none() {
+            // The kernel doubles it, for its own bookkeeping (socket(7)).
+            setsockopt(&lane.socket, sockopt::SndBuf, &(SHARED_QUEUE_BYTES as usize))
+                .context(|| lane.name.clone())?;
+        }
+        Ok(lane)
+    }
+
+    fn queueing(socket: OwnedFd, name: String, queue_bytes: u32) -> Result<Lane> {
+        let congestion = if single::is_tcp(&socket) {
+            Some(tune(socket.as_fd(), queue_bytes).context(|| name.clone())?)
+        } else {
+            None
+        };
         Ok(Lane { socket: Arc::new(socket), name, congestion })
     }
 }
 
+impl AsFd for Lane {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 /// Sets what every TCP lane wants and returns the congestion control it got.
-fn tune(socket: BorrowedFd<'_>) -> nix::Result<String> {
+fn tune(socket: BorrowedFd<'_>, queue_bytes: u32) -> nix::Result<String> {
     setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
     setsockopt(&socket, sockopt::KeepAlive, &true)?;
     setsockopt(&socket, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS)?;
-    setsockopt_raw(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)?;
+    setsockopt_raw(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, queue_bytes)?;
     // A page lane wants the path's whole rate at once; cubic gives two to three times bbr's on
     // short paths. Where the administrator does not allow it, the system's own choice stays.
     let _ = setsockopt(&socket, sockopt::TcpCongestion, &"cubic".into());
@@ -72,7 +111,6 @@ fn tune(socket: BorrowedFd<'_>) -> nix::Result<String> {
 }
 
 fn setsockopt_raw(socket: BorrowedFd<'_>, level: i32, name: i32, value: u32) -> nix::Result<()> {
-    use std::os::fd::AsRawFd;
     // SAFETY: the option reads four bytes from a local variable that outlives the call.
     let result = unsafe {
         libc::setsockopt(
@@ -89,7 +127,6 @@ fn setsockopt_raw(socket: BorrowedFd<'_>, level: i32, name: i32, value: u32) -> 
 /// Sends the reason why we give up on a lane that no ring serves (any more). It never waits: a peer
 /// that does not read, or has gone, finds out by the lane's end.
 pub(crate) fn tell(socket: &OwnedFd, error: &Error) {
-    use std::os::fd::AsRawFd;
     let mut bytes = Vec::new();
     transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -104,68 +141,164 @@ pub(crate) fn lane_name(role: LaneRole, index: u16) -> String {
     }
 }
 
-/// Waits until the socket is readable: false when it is not in time, an error when waiting is over
-/// for another reason, such as a signal.
-pub(crate) type Wait<'a> = &'a dyn Fn(BorrowedFd<'_>, Duration) -> Result<bool>;
+/// Waits until one of the descriptors is ready for what is asked of it: false when none is in time, an
+/// error when waiting is over for another reason, such as a signal.
+pub(crate) type Wait<'a> =
+    &'a dyn Fn(&[(BorrowedFd<'_>, PollFlags)], Option<Duration>) -> Result<bool>;
 
 /// Connects to a destination and opens a lane there.
 pub(crate) fn dial(uri: &Uri, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
     let name = lane_name(hello.role, hello.index);
-    let failed = |source| Error::Connect { uri: uri.to_string(), source };
-    let (socket, is_tcp) = match uri {
-        Uri::Tcp { host, port } => (OwnedFd::from(connect_tcp(host, *port).map_err(failed)?), true),
-        Uri::Unix { path } => (OwnedFd::from(UnixStream::connect(path).map_err(failed)?), false),
+    let socket = match uri {
+        Uri::Tcp { host, port } => connect_tcp(uri, host, *port, wait)?,
+        Uri::Unix { path } => connect_unix(uri, path, wait)?,
+        Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("one connection is not dialled"),
     };
-    let lane = Lane::new(socket, name, is_tcp)?;
-    greet(&lane, hello, wait)?;
+    let lane = Lane::new(socket, name)?;
+    greet(&lane, hello, Some(HELLO_TIMEOUT), wait)?;
+    Ok(lane)
+}
+
+/// Opens the one lane of a connection that is there already. Who is at its other end may have to be
+/// started first, so that the answer is waited for without a limit.
+pub(crate) fn open_shared(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
+    let lane = Lane::shared(socket)?;
+    greet(&lane, hello, None, wait)?;
     Ok(lane)
 }
 
 /// Tries each address that the name has; a dead one costs [`HELLO_TIMEOUT`].
-fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+fn connect_tcp(uri: &Uri, host: &str, port: u16, wait: Wait<'_>) -> Result<OwnedFd> {
+    let failed = |source| Error::Connect { uri: uri.to_string(), source };
     let mut error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, HELLO_TIMEOUT) {
-            Ok(stream) => return Ok(stream),
-            Err(failed) => error = failed,
+    for address in (host, port).to_socket_addrs().map_err(failed)? {
+        let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        match connect(family, &SockaddrStorage::from(address), wait)? {
+            Ok(socket) => return Ok(socket),
+            Err(errno) => error = errno.into(),
         }
     }
-    Err(error)
+    Err(failed(error))
 }
 
-fn greet(lane: &Lane, hello: &Hello, wait: Wait<'_>) -> Result<()> {
-    let lost = |error: io::Error| Error::Lost {
+fn connect_unix(uri: &Uri, path: &Path, wait: Wait<'_>) -> Result<OwnedFd> {
+    let failed = |errno: Errno| Error::Connect { uri: uri.to_string(), source: errno.into() };
+    let address = UnixAddr::new(path).map_err(failed)?;
+    let deadline = Instant::now() + HELLO_TIMEOUT;
+    loop {
+        match connect(AddressFamily::Unix, &address, wait)? {
+            Ok(socket) => return Ok(socket),
+            // Its queue of connections is full, which nothing but another try can tell.
+            Err(Errno::EAGAIN) if Instant::now() < deadline => {
+                wait(&[], Some(CONNECT_INTERVAL))?;
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+}
+
+/// One attempt, given up after [`HELLO_TIMEOUT`] or when waiting is over.
+fn connect(
+    family: AddressFamily,
+    address: &dyn SockaddrLike,
+    wait: Wait<'_>,
+) -> Result<nix::Result<OwnedFd>> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(family, SockType::Stream, flags, None).context(|| "socket")?;
+    match nix::sys::socket::connect(socket.as_raw_fd(), address) {
+        Ok(()) => {}
+        Err(Errno::EINPROGRESS) => {
+            if !wait(&[(socket.as_fd(), PollFlags::POLLOUT)], Some(HELLO_TIMEOUT))? {
+                return Ok(Err(Errno::ETIMEDOUT));
+            }
+            match getsockopt(&socket, sockopt::SocketError).context(|| "SO_ERROR")? {
+                0 => {}
+                errno => return Ok(Err(Errno::from_raw(errno))),
+            }
+        }
+        Err(errno) => return Ok(Err(errno)),
+    }
+    // A ring waits on sockets that block.
+    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty())).context(|| "fcntl")?;
+    Ok(Ok(socket))
+}
+
+fn greet(lane: &Lane, hello: &Hello, limit: Option<Duration>, wait: Wait<'_>) -> Result<()> {
+    let lost = |what: String| Error::Lost {
         side: "destination",
         lane: lane.name.clone(),
-        what: format!("no welcome: {error}; check that it is `umem incoming` that listens there"),
+        what: format!("no welcome: {what}; check that it is `umem incoming` that listens there"),
     };
-    with_timeout(lane, |mut socket| {
-        socket.write_all(&hello.encode()).map_err(lost)?;
-        if !wait(lane.socket.as_fd(), HELLO_TIMEOUT)? {
-            return Err(lost(io::ErrorKind::TimedOut.into()));
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    let wait = |flags| {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        match wait(&[(lane.socket.as_fd(), flags)], left)? {
+            true => Ok(()),
+            false => Err(lost(io::Error::from(io::ErrorKind::TimedOut).to_string())),
         }
-        let mut bytes = [0; HELLO_BYTES];
-        socket.read_exact(&mut bytes).map_err(lost)?;
-        let welcome = Welcome::decode(&bytes).map_err(|error| match error {
-            HelloError::Refused { code, text } => Error::Peer { side: "destination", code, text },
-            other => Error::protocol(&lane.name, other),
-        })?;
-        welcome.check(hello).map_err(|error| Error::protocol(&lane.name, error))
-    })
+    };
+    let bytes = hello.encode();
+    let mut sent = 0;
+    while sent < bytes.len() {
+        wait(PollFlags::POLLOUT)?;
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match nix::sys::socket::send(lane.socket.as_raw_fd(), &bytes[sent..], flags) {
+            Ok(count) => sent += count,
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(errno) => return Err(lost(errno.to_string())),
+        }
+    }
+    let mut answer = HelloBytes::new();
+    let bytes = loop {
+        wait(PollFlags::POLLIN)?;
+        match answer.read(lane.socket.as_fd()) {
+            Ok(Some(bytes)) => break bytes,
+            Ok(None) => {}
+            Err(error) => return Err(lost(error.to_string())),
+        }
+    };
+    let welcome = Welcome::decode(&bytes).map_err(|error| match error {
+        HelloError::Refused { code, text } => Error::Peer { side: "destination", code, text },
+        other => Error::protocol(&lane.name, other),
+    })?;
+    welcome.check(hello).map_err(|error| Error::protocol(&lane.name, error))?;
+    if welcome.capabilities.contains(hello.capabilities) {
+        return Ok(());
+    }
+    Err(Error::Unsupported(
+        "the destination does not acknowledge pages, so that they could not be freed here: leave out \
+         --release-ram, or use a newer umem there"
+            .into(),
+    ))
 }
 
-/// Runs the blocking hello exchange with a limit on each read and write.
-fn with_timeout<T>(lane: &Lane, exchange: impl FnOnce(File) -> Result<T>) -> Result<T> {
-    let socket = lane.socket.as_fd();
-    let set = |seconds| -> nix::Result<()> {
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(seconds))?;
-        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(seconds))
-    };
-    set(HELLO_TIMEOUT.as_secs().cast_signed()).context(|| lane.name.clone())?;
-    let answer = exchange(lane.blocking()?)?;
-    // Zero means no limit (socket(7)).
-    set(0).context(|| lane.name.clone())?;
-    Ok(answer)
+/// A hello or a welcome that is coming in, in as many pieces as it likes.
+pub(crate) struct HelloBytes {
+    bytes: [u8; HELLO_BYTES],
+    filled: usize,
+}
+
+impl HelloBytes {
+    pub(crate) fn new() -> HelloBytes {
+        HelloBytes { bytes: [0; HELLO_BYTES], filled: 0 }
+    }
+
+    /// Reads what there is, without waiting; all of it once it is whole.
+    pub(crate) fn read(&mut self, socket: BorrowedFd<'_>) -> io::Result<Option<[u8; HELLO_BYTES]>> {
+        let rest = &mut self.bytes[self.filled..];
+        match nix::sys::socket::recv(socket.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => return Err(closed()),
+            Ok(count) => self.filled += count,
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(Errno::ECONNRESET | Errno::EPIPE) => return Err(closed()),
+            Err(errno) => return Err(errno.into()),
+        }
+        Ok((self.filled == HELLO_BYTES).then_some(self.bytes))
+    }
+}
+
+fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the other side closed it")
 }
 
 /// Where a destination waits for lanes.
@@ -187,15 +320,21 @@ impl Listener {
             },
             source,
         };
-        match uri {
+        let listener = match uri {
             Uri::Tcp { host, port } => {
                 let host = if host.is_empty() { "0.0.0.0" } else { host };
-                Ok(Listener::Tcp(TcpListener::bind((host, *port)).map_err(failed)?))
+                Listener::Tcp(TcpListener::bind((host, *port)).map_err(failed)?)
             }
-            Uri::Unix { path } => {
-                Ok(Listener::Unix(bind_private(path).map_err(failed)?, path.clone()))
-            }
+            Uri::Unix { path } => Listener::Unix(bind_private(path).map_err(failed)?, path.clone()),
+            Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("nobody listens there"),
+        };
+        // Who waits may have gone when it is accepted.
+        match &listener {
+            Listener::Tcp(listener) => listener.set_nonblocking(true),
+            Listener::Unix(listener, _) => listener.set_nonblocking(true),
         }
+        .map_err(failed)?;
+        Ok(listener)
     }
 
     /// The address with the port that the kernel chose.
@@ -209,36 +348,23 @@ impl Listener {
         }
     }
 
-    /// Accepts one connection and reads its hello. A connection that does not speak umem is
-    /// dropped and reported as `Ok(Err(why))`: a port scanner must not end a migration.
-    pub(crate) fn accept(
-        &self,
-        wait: Wait<'_>,
-    ) -> Result<std::result::Result<(Lane, Hello), String>> {
-        let (socket, is_tcp) = match self {
-            Listener::Tcp(listener) => {
-                (OwnedFd::from(listener.accept().context(|| "accepting a lane")?.0), true)
-            }
-            Listener::Unix(listener, _) => {
-                (OwnedFd::from(listener.accept().context(|| "accepting a lane")?.0), false)
-            }
+    /// The next connection that waits, if it still does.
+    pub(crate) fn accept(&self) -> Result<Option<OwnedFd>> {
+        let accepted = match self {
+            Listener::Tcp(listener) => listener.accept().map(|(socket, _)| socket.into()),
+            Listener::Unix(listener, _) => listener.accept().map(|(socket, _)| socket.into()),
         };
-        let mut lane = Lane::new(socket, "new lane".into(), is_tcp)?;
-        if !wait(lane.socket.as_fd(), HELLO_TIMEOUT)? {
-            return Ok(Err("it says nothing".into()));
+        match accepted {
+            Ok(socket) => Ok(Some(socket)),
+            Err(error) => match error.kind() {
+                // Who dialled has gone again.
+                io::ErrorKind::WouldBlock
+                | io::ErrorKind::ConnectionAborted
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::Interrupted => Ok(None),
+                _ => Err(error).context(|| "accepting a lane"),
+            },
         }
-        let hello = with_timeout(&lane, |mut socket| {
-            let mut bytes = [0; HELLO_BYTES];
-            socket.read_exact(&mut bytes).context(|| "its hello")?;
-            Hello::decode(&bytes).map_err(|error| Error::protocol("new lane", error))
-        });
-        Ok(match hello {
-            Ok(hello) => {
-                lane.name = lane_name(hello.role, hello.index);
-                Ok((lane, hello))
-            }
-            Err(error) => Err(error.to_string()),
-        })
     }
 }
 
@@ -246,7 +372,7 @@ impl Listener {
 ///
 /// It is made under a mask for that; umask is per process, so no other thread may have been started
 /// yet.
-pub(crate) fn bind_private(path: &std::path::Path) -> io::Result<UnixListener> {
+pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
     let listener = UnixListener::bind(path);
     nix::sys::stat::umask(mask);
@@ -272,26 +398,34 @@ impl Drop for Listener {
 
 /// Answers a hello that fits.
 pub(crate) fn welcome(lane: &Lane, hello: &Hello) -> Result<()> {
-    let welcome = match Welcome::answer(hello, PROTOCOL, Capabilities::NONE, [0; 32]) {
+    let welcome = match Welcome::answer(hello, PROTOCOL, Capabilities::ACKS, [0; 32]) {
         Ok(welcome) => welcome,
         Err(error) => {
-            refuse(lane, FaultCode::Protocol, &error.to_string())?;
+            refuse(lane, FaultCode::Protocol, &error.to_string());
             return Err(Error::protocol(&lane.name, error));
         }
     };
     lane.blocking()?.write_all(&welcome.encode()).context(|| lane.name.clone())
 }
 
-/// Answers a hello that does not fit.
-pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) -> Result<()> {
-    lane.blocking()?.write_all(&Welcome::refuse(code, text)).context(|| lane.name.clone())
+/// Answers a hello that does not fit. Who has gone already needs no answer.
+pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) {
+    if let Ok(mut socket) = lane.blocking() {
+        let _ = socket.write_all(&Welcome::refuse(code, text));
+    }
 }
 
-/// The hello of one lane of a new session.
-pub(crate) fn hello(session: SessionId, role: LaneRole, index: u16, bulk_lanes: u16) -> Hello {
+/// The hello of one lane of a new session, in which acknowledgements are wanted or not.
+pub(crate) fn hello(
+    session: SessionId,
+    role: LaneRole,
+    index: u16,
+    bulk_lanes: u16,
+    acks: bool,
+) -> Hello {
     Hello {
         versions: PROTOCOL,
-        capabilities: Capabilities::NONE,
+        capabilities: if acks { Capabilities::ACKS } else { Capabilities::NONE },
         session,
         role,
         index,
@@ -312,7 +446,8 @@ pub(crate) fn new_session() -> Result<SessionId> {
 /// True when the lane stays on this machine, where zero-copy sends are copied anyway.
 pub(crate) fn stays_local(uri: &Uri) -> bool {
     match uri {
-        Uri::Unix { .. } => true,
+        // What is behind one connection is not known; no bulk lane is.
+        Uri::Unix { .. } | Uri::Fd { .. } | Uri::Exec { .. } => true,
         Uri::Tcp { host, port } => (host.as_str(), *port)
             .to_socket_addrs()
             .is_ok_and(|mut addresses| addresses.all(|address| address.ip().is_loopback())),

@@ -34,6 +34,7 @@ mod memory;
 mod priority;
 mod progress;
 pub mod report;
+mod single;
 pub mod source;
 mod uri;
 mod worker;

@@ -92,7 +92,8 @@ pub struct Completed {
     pub cpu_s: CpuTime,
     /// How the pages left the source without being copied; at the destination, how they landed.
     pub zero_copy: String,
-    /// Bytes released with MADV_REMOVE; nothing to release with kind `shared`.
+    /// Bytes of the guest's RAM that the source has freed, with `--release-ram`; the destination has
+    /// nothing to release with kind `shared`.
     pub release_bytes: u64,
     /// Kind `private`: the most that was in the destination's file at a time beside the guest's own
     /// pages, bytes.

@@ -1,10 +1,11 @@
-//! Addresses as QEMU writes them: `tcp:HOST:PORT` and `unix:PATH`.
+//! Addresses as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`, `fd:N` and `exec:COMMAND`.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Where a destination listens and a source dials.
+/// Where a destination and a source meet. At the first two a destination listens and each lane is a
+/// connection of its own; each of the others is one connection, which all lanes share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
     /// `tcp:HOST:PORT`; an empty host (or `0`) means every address when listening; IPv6 addresses
@@ -20,9 +21,26 @@ pub enum Uri {
         /// The socket's path.
         path: PathBuf,
     },
+    /// `fd:N`: a connected stream socket that this process has inherited.
+    Fd {
+        /// Its descriptor, which this process takes over.
+        number: i32,
+    },
+    /// `exec:COMMAND`: a command whose standard input and output lead to the other side.
+    Exec {
+        /// What `/bin/sh -c` runs.
+        command: String,
+    },
 }
 
-const FORMS: &str = "write tcp:HOST:PORT or unix:PATH";
+const FORMS: &str = "write tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND";
+
+impl Uri {
+    /// Whether this is one connection, shared by all lanes, and nothing to listen at.
+    pub fn is_one_connection(&self) -> bool {
+        matches!(self, Uri::Fd { .. } | Uri::Exec { .. })
+    }
+}
 
 impl FromStr for Uri {
     type Err = String;
@@ -34,6 +52,18 @@ impl FromStr for Uri {
                 0 => Err(format!("{text:?} names no socket: {FORMS}")),
                 1..=107 => Ok(Uri::Unix { path: PathBuf::from(path) }),
                 _ => Err(format!("the socket path in {text:?} is longer than 107 bytes")),
+            };
+        }
+        if let Some(number) = text.strip_prefix("fd:") {
+            return match number.parse() {
+                Ok(number) if number >= 0 => Ok(Uri::Fd { number }),
+                _ => Err(format!("{number:?} in {text:?} is no descriptor's number: {FORMS}")),
+            };
+        }
+        if let Some(command) = text.strip_prefix("exec:") {
+            return match command.trim() {
+                "" => Err(format!("{text:?} names no command: {FORMS}")),
+                _ => Ok(Uri::Exec { command: command.into() }),
             };
         }
         let Some(rest) = text.strip_prefix("tcp:") else {
@@ -59,6 +89,8 @@ impl fmt::Display for Uri {
             Uri::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Uri::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Uri::Unix { path } => write!(f, "unix:{}", path.display()),
+            Uri::Fd { number } => write!(f, "fd:{number}"),
+            Uri::Exec { command } => write!(f, "exec:{command}"),
         }
     }
 }
@@ -69,8 +101,16 @@ mod tests {
 
     #[test]
     fn reads_what_qemu_writes() {
-        for text in ["tcp:localhost:4444", "tcp:0:4444", "tcp::0", "tcp:[::1]:4444", "unix:/run/m"]
-        {
+        for text in [
+            "tcp:localhost:4444",
+            "tcp:0:4444",
+            "tcp::0",
+            "tcp:[::1]:4444",
+            "unix:/run/m",
+            "fd:0",
+            "fd:17",
+            "exec:ssh there umem incoming fd:0 -- qemu",
+        ] {
             assert_eq!(text.parse::<Uri>().unwrap().to_string(), text);
         }
     }
@@ -84,6 +124,10 @@ mod tests {
             ("tcp:localhost:http", "not a port"),
             ("tcp:::1:4444", "brackets"),
             ("unix:", "names no socket"),
+            ("fd:", "no descriptor's number"),
+            ("fd:-1", "no descriptor's number"),
+            ("fd:99999999999", "no descriptor's number"),
+            ("exec: ", "names no command"),
             ("rdma:x:1", "unix:PATH"),
             (long.as_str(), "107 bytes"),
         ] {

@@ -527,7 +527,7 @@ fn a_wrong_command_line_is_one_line_and_exit_status_2() {
     for (line, expected) in [
         ("incoming tcp:127.0.0.1:0", "no COMMAND"),
         ("incoming tcp:127.0.0.1:0 -- true", "name its RAM files with --ram NAME=PATH"),
-        ("incoming 127.0.0.1:4444 -- QEMU", "write tcp:HOST:PORT or unix:PATH"),
+        ("incoming 127.0.0.1:4444 -- QEMU", "write tcp:HOST:PORT, unix:PATH, fd:N or"),
         ("incoming --lanes 0 tcp::0 -- QEMU", "--lanes is 1 to"),
         ("incoming --kind quick tcp::0 -- QEMU", "kinds are shared, private and anonymous"),
         ("migrate -p tcp:127.0.0.1:1", "give the guest's QMP socket with --qmp"),

@@ -6,6 +6,7 @@ mod support;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -410,6 +411,141 @@ fn strangers_at_the_door_do_not_disturb() {
     migrate.event("completed");
     incoming.event("completed");
     assert!(bytes_of(&source) == bytes_of(&scratch.ram("destination")));
+}
+
+/// Connections that say nothing, or not enough, for as long as they like.
+#[test]
+fn the_silent_hold_up_nobody() {
+    let scratch = Scratch::new();
+    let source = scratch.ram("source");
+    write_snapshot(&source, 8);
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    let uri = uri(&mut incoming);
+    let address = uri.strip_prefix("tcp:").unwrap();
+    // One after the other they would take longer than a test waits.
+    let silent: Vec<TcpStream> = (0..40)
+        .map(|index| {
+            let mut silent = TcpStream::connect(address).unwrap();
+            silent.write_all(&hello(0, 0).encode()[..index]).unwrap();
+            silent
+        })
+        .collect();
+    let ram = format!("ram0={}", source.display());
+    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
+    migrate.event("completed");
+    incoming.event("completed");
+    drop(silent);
+    assert!(bytes_of(&source) == bytes_of(&scratch.ram("destination")));
+}
+
+#[test]
+fn half_a_hello_does_not_keep_ctrl_c_out() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    let uri = uri(&mut incoming);
+    let mut half = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
+    half.write_all(&hello(0, 0).encode()[..64]).unwrap();
+    // Somebody behind it is heard, so that the half hello has been as well.
+    let mut bulk = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
+    bulk.write_all(&hello(1, 1).encode()).unwrap();
+    bulk.read_exact(&mut [0; HELLO_BYTES]).unwrap();
+    incoming.signal(Signal::SIGINT);
+    let error = incoming.fails();
+    assert!(error.contains("interrupted"), "{error}");
+}
+
+/// A source that is gone, or does not go on, before its last lane has come.
+#[test]
+fn half_a_session_does_not_keep_the_next_one_out() {
+    for is_closed in [true, false] {
+        let scratch = Scratch::new();
+        let source = scratch.ram("source");
+        write_snapshot(&source, 8);
+        let mut incoming = incoming_to_idle_guest(&scratch, 8);
+        let uri = uri(&mut incoming);
+        let address = uri.strip_prefix("tcp:").unwrap();
+        let mut half = Vec::new();
+        // The second of three bulk lanes: they may come in any order.
+        for index in [0, 2] {
+            let mut lane = TcpStream::connect(address).unwrap();
+            lane.write_all(&hello(index, 3).encode()).unwrap();
+            let mut welcome = [0; HELLO_BYTES];
+            lane.read_exact(&mut welcome).unwrap();
+            Welcome::decode(&welcome).unwrap();
+            half.push(lane);
+        }
+        if is_closed {
+            half.clear();
+        }
+        let ram = format!("ram0={}", source.display());
+        let mut migrate = wait_for("a migration that is let in", || {
+            let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
+            migrate.connects().then_some(migrate)
+        });
+        migrate.event("completed");
+        incoming.event("completed");
+    }
+}
+
+/// A reset is not another error than a close.
+#[test]
+fn a_source_that_goes_before_its_regions_has_closed_its_lane() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_idle_guest(&scratch, 8);
+    let peer = Peer::dial(&uri(&mut incoming), 1);
+    let no_wait = libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(&peer.lanes[0], nix::sys::socket::sockopt::Linger, &no_wait)
+        .unwrap();
+    incoming.event("connected");
+    drop(peer);
+    let error = incoming.fails();
+    assert!(error.contains("demand lane") && error.contains("the source closed it"), "{error}");
+}
+
+/// Nothing answers at the other end: its queue of connections is full.
+#[test]
+fn connecting_to_nobody_can_be_interrupted() {
+    let scratch = Scratch::new();
+    let source = scratch.ram("source");
+    write_snapshot(&source, 8);
+    let ram = format!("ram0={}", source.display());
+    let full = FullListener::new();
+    let uri = format!("tcp:127.0.0.1:{}", full.port);
+    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
+    full.wait_for_another();
+    migrate.signal(Signal::SIGINT);
+    let error = migrate.fails();
+    assert!(error.contains("interrupted"), "{error}");
+}
+
+/// A TCP listener that takes no more connections.
+struct FullListener {
+    port: u16,
+    _listener: std::os::fd::OwnedFd,
+    _queued: TcpStream,
+}
+
+impl FullListener {
+    fn new() -> FullListener {
+        use nix::sys::socket::*;
+        let listener =
+            socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(listener.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
+        // Room for one: tcp(7) counts from zero.
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let address: SockaddrIn = getsockname(listener.as_raw_fd()).unwrap();
+        let queued = TcpStream::connect(("127.0.0.1", address.port())).unwrap();
+        FullListener { port: address.port(), _listener: listener, _queued: queued }
+    }
+
+    /// Until somebody tries to connect: a socket in state SYN_SENT (2) towards this port.
+    fn wait_for_another(&self) {
+        let remote = format!("0100007F:{:04X} 02", self.port);
+        wait_for("somebody who connects", || {
+            let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+            sockets.contains(&remote).then_some(())
+        });
+    }
 }
 
 #[test]

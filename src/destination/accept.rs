@@ -1,88 +1,307 @@
 //! The beginning of a session at the destination: a source dials, its lanes are accepted, its regions
 //! are read.
 
-use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
 
-use umem_wire::{Event, FaultCode, LaneRole, Receiver, RegionTable, Target};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use umem_wire::limits::LANES_MAX;
+use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
 
 use super::prepare::{Adopted, Prepared};
 use super::{Note, Options, peer};
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, Lane, Listener};
+use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
+use crate::uri::Uri;
 
 /// The lanes of one session.
 pub(super) struct Lanes {
     pub(super) demand: Lane,
     pub(super) bulk: Vec<Lane>,
+    /// The source wants to hear which pages have come.
+    pub(super) acks: bool,
 }
 
-/// Accepts the lanes of the first session that dials, demand lane first.
-pub(super) fn accept(
+/// Where the source comes in.
+pub(super) enum Entrance {
+    Listener(Listener),
+    /// The one connection there is.
+    Connection(OwnedFd),
+}
+
+impl Entrance {
+    /// Its address, with a port that the kernel chose.
+    pub(super) fn uri(&self, asked: &Uri) -> Uri {
+        match self {
+            Entrance::Listener(listener) => listener.uri(asked),
+            Entrance::Connection(_) => asked.clone(),
+        }
+    }
+
+    /// Opens all lanes of a session. Nobody else comes in then.
+    pub(super) fn accept(
+        self,
+        options: &Options,
+        inbox: &Inbox<Note>,
+        prepared: &Prepared,
+    ) -> Result<Lanes> {
+        match self {
+            Entrance::Listener(listener) => accept(&listener, options, inbox, prepared),
+            Entrance::Connection(socket) => accept_single(socket, inbox, prepared),
+        }
+    }
+}
+
+/// Connections that have not said yet who they are. When there are more the oldest is dropped, which
+/// has had the most time: a source says it at once. Room for all lanes of a session and as many
+/// strangers.
+const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
+
+/// Accepts the lanes of the first session that opens all of them. No connection holds up another, and
+/// a session that comes to nothing does not keep the next one out.
+fn accept(
     listener: &Listener,
     options: &Options,
     inbox: &Inbox<Note>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
-    let wait = |socket: BorrowedFd<'_>, timeout| {
-        match inbox.wait(&[socket, prepared.monitor.exited()], Some(timeout))? {
-            Wake::Signal => Err(Error::Interrupted("no guest had arrived".into())),
-            Wake::Ready(0) => Ok(true),
-            Wake::Ready(_) => Err(exited()),
-            // Nobody posts before there are workers.
-            Wake::Message(_) | Wake::Timeout => Ok(false),
-        }
-    };
-    let mut lanes: Option<(Lanes, umem_wire::Hello)> = None;
+    let mut door = Door { lanes_max: options.lanes_max, pending: VecDeque::new(), session: None };
     loop {
-        if let Some((lanes, hello)) =
-            lanes.take_if(|(lanes, hello)| lanes.bulk.len() == usize::from(hello.bulk_lanes))
-        {
-            debug_assert_eq!(hello.role, LaneRole::Demand);
-            return Ok(lanes);
+        if let Some(session) = door.session.take_if(|session| session.is_whole()) {
+            return Ok(session.into_lanes());
         }
-        match inbox.wait(&[listener.as_fd(), prepared.monitor.exited()], None)? {
-            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
-            Wake::Ready(0) => {}
-            Wake::Ready(_) => return Err(exited()),
+        let fds = door.fds();
+        let first = 1 + fds.len();
+        let fds: Vec<_> = std::iter::once(prepared.monitor.exited())
+            .chain(fds.into_iter().map(|(_, fd)| fd))
+            .chain([listener.as_fd()])
+            .collect();
+        let limit = door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        match inbox.wait(&fds, limit)? {
+            Wake::Signal => return Err(interrupted()),
+            Wake::Ready(0) => return Err(exited()),
+            Wake::Ready(index) if index == first => door.knock(listener)?,
+            Wake::Ready(index) => {
+                let (who, _) = door.fds()[index - 1];
+                door.hear(who);
+            }
             Wake::Message(Note::Failed(error)) => return Err(error),
-            Wake::Message(_) | Wake::Timeout => continue,
+            // Nobody else posts before there are workers.
+            Wake::Message(_) | Wake::Timeout => {}
         }
-        let (lane, hello) = match listener.accept(&wait)? {
-            Ok(accepted) => accepted,
-            Err(why) => {
-                eprintln!("umem: ignored a connection: {why}");
-                continue;
-            }
+        door.forget_late(Instant::now());
+    }
+}
+
+/// Everybody who has dialled and is not a lane of a whole session yet.
+struct Door {
+    lanes_max: u16,
+    /// The oldest first.
+    pending: VecDeque<Pending>,
+    session: Option<Session>,
+}
+
+/// A connection that has not said who it is.
+struct Pending {
+    socket: OwnedFd,
+    hello: HelloBytes,
+    deadline: Instant,
+}
+
+/// A session some of whose lanes have come, the demand lane among them.
+struct Session {
+    hello: Hello,
+    demand: Lane,
+    /// Lane i at index i - 1.
+    bulk: Vec<Option<Lane>>,
+    /// The next lane has to come before this.
+    deadline: Instant,
+    /// The source has begun to speak on the demand lane, which is read later: its end does not show
+    /// then.
+    has_spoken: bool,
+}
+
+#[derive(Clone, Copy)]
+enum Who {
+    Pending(usize),
+    Session,
+}
+
+impl Door {
+    /// Whom to listen to.
+    fn fds(&self) -> Vec<(Who, BorrowedFd<'_>)> {
+        let session = self.session.iter().filter(|session| !session.has_spoken);
+        let session = session.map(|session| (Who::Session, session.demand.as_fd()));
+        let pending = self.pending.iter().enumerate();
+        session.chain(pending.map(|(i, p)| (Who::Pending(i), p.socket.as_fd()))).collect()
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let session = self.session.iter().map(|session| session.deadline);
+        self.pending.iter().map(|pending| pending.deadline).chain(session).min()
+    }
+
+    fn knock(&mut self, listener: &Listener) -> Result<()> {
+        let Some(socket) = listener.accept()? else {
+            return Ok(());
         };
-        let expected = match &lanes {
-            None => hello.role == LaneRole::Demand,
-            Some((lanes, first)) => {
-                hello.role == LaneRole::Bulk
-                    && hello.session == first.session
-                    && usize::from(hello.index) == lanes.bulk.len() + 1
-            }
+        if self.pending.len() == PENDING_MAX {
+            self.pending.pop_front();
+            ignored("others came before it had said who it is");
+        }
+        let deadline = Instant::now() + HELLO_TIMEOUT;
+        self.pending.push_back(Pending { socket, hello: HelloBytes::new(), deadline });
+        Ok(())
+    }
+
+    fn hear(&mut self, who: Who) {
+        let index = match who {
+            Who::Pending(index) => index,
+            Who::Session => return self.look_after_session(),
         };
-        if !expected {
-            lane::refuse(&lane, FaultCode::Refused, "another migration is being received")?;
-            continue;
-        }
-        if hello.bulk_lanes > options.lanes_max {
-            let text = format!("at most {} lanes here; use --lanes there", options.lanes_max);
-            lane::refuse(&lane, FaultCode::Refused, &text)?;
-            continue;
-        }
-        if lane::welcome(&lane, &hello).is_err() {
-            continue;
-        }
-        match &mut lanes {
-            None => {
-                lanes = Some((Lanes { demand: lane, bulk: Vec::new() }, hello));
-            }
-            Some((lanes, _)) => lanes.bulk.push(lane),
+        let pending = &mut self.pending[index];
+        let hello = match pending.hello.read(pending.socket.as_fd()) {
+            Ok(None) => return,
+            Ok(Some(bytes)) => Hello::decode(&bytes).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let pending = self.pending.remove(index).expect("it is there");
+        let opened = hello.and_then(|hello| {
+            let lane = Lane::new(pending.socket, lane::lane_name(hello.role, hello.index));
+            Ok((lane.map_err(|error| error.to_string())?, hello))
+        });
+        match opened {
+            Ok((lane, hello)) => self.greet(lane, hello),
+            Err(why) => ignored(&why),
         }
     }
+
+    /// A lane that has said what it is for.
+    fn greet(&mut self, lane: Lane, hello: Hello) {
+        let place = match &mut self.session {
+            None if hello.role == LaneRole::Demand => None,
+            Some(session) => match session.place(&hello) {
+                Some(place) => Some(place),
+                None => return refuse(&lane),
+            },
+            None => return refuse(&lane),
+        };
+        if hello.bulk_lanes > self.lanes_max {
+            let text = format!("at most {} lanes here; use --lanes there", self.lanes_max);
+            return lane::refuse(&lane, FaultCode::Refused, &text);
+        }
+        if lane::welcome(&lane, &hello).is_err() {
+            return;
+        }
+        match (place, &mut self.session) {
+            (Some(place), Some(session)) => {
+                session.bulk[place] = Some(lane);
+                session.deadline = Instant::now() + HELLO_TIMEOUT;
+            }
+            _ => self.session = Some(Session::new(lane, hello)),
+        }
+    }
+
+    /// The demand lane of a session that is not whole is readable: mostly because it was closed.
+    fn look_after_session(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(session.demand.as_fd().as_raw_fd(), &mut [0], flags) {
+            Ok(1..) => session.has_spoken = true,
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Ok(0) | Err(_) => {
+                self.session = None;
+                ignored("its demand lane closed before all of its lanes had come");
+            }
+        }
+    }
+
+    fn forget_late(&mut self, now: Instant) {
+        let before = self.pending.len();
+        self.pending.retain(|pending| pending.deadline > now);
+        for _ in self.pending.len()..before {
+            ignored("it did not say who it is");
+        }
+        if let Some(session) = self.session.take_if(|session| session.deadline <= now) {
+            let what = "not all of its lanes have come";
+            lane::tell(&session.demand.socket(), &lost(&session.demand, what));
+            ignored(what);
+        }
+    }
+}
+
+impl Session {
+    fn new(demand: Lane, hello: Hello) -> Session {
+        let bulk = (0..hello.bulk_lanes).map(|_| None).collect();
+        let deadline = Instant::now() + HELLO_TIMEOUT;
+        Session { hello, demand, bulk, deadline, has_spoken: false }
+    }
+
+    /// Where a lane belongs, if it is one of ours that has not come.
+    fn place(&self, hello: &Hello) -> Option<usize> {
+        let is_ours = hello.role == LaneRole::Bulk
+            && hello.session == self.hello.session
+            && hello.bulk_lanes == self.hello.bulk_lanes
+            && hello.capabilities == self.hello.capabilities;
+        let place = usize::from(hello.index).checked_sub(1)?;
+        (is_ours && self.bulk.get(place)?.is_none()).then_some(place)
+    }
+
+    fn is_whole(&self) -> bool {
+        self.bulk.iter().all(Option::is_some)
+    }
+
+    fn into_lanes(self) -> Lanes {
+        let bulk = self.bulk.into_iter().flatten().collect();
+        Lanes { demand: self.demand, bulk, acks: wants_acks(&self.hello) }
+    }
+}
+
+fn wants_acks(hello: &Hello) -> bool {
+    hello.capabilities.contains(Capabilities::ACKS)
+}
+
+fn ignored(why: &str) {
+    eprintln!("umem: ignored a connection: {why}");
+}
+
+fn refuse(lane: &Lane) {
+    lane::refuse(lane, FaultCode::Refused, "another migration is being received");
+}
+
+/// Opens the lane of the one connection there is. The source may come at any time.
+fn accept_single(socket: OwnedFd, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
+    let demand = Lane::shared(socket)?;
+    let mut bytes = HelloBytes::new();
+    let hello = loop {
+        match inbox.wait(&[demand.as_fd(), prepared.monitor.exited()], None)? {
+            Wake::Signal => return Err(interrupted()),
+            Wake::Ready(0) => {}
+            Wake::Ready(_) => return Err(exited()),
+            Wake::Message(_) | Wake::Timeout => continue,
+        }
+        match bytes.read(demand.as_fd()) {
+            Ok(None) => {}
+            Ok(Some(bytes)) => break Hello::decode(&bytes),
+            Err(error) => return Err(lost(&demand, &format!("no source: {error}"))),
+        }
+    };
+    let hello = hello.map_err(|error| Error::protocol(&demand.name, error))?;
+    if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 {
+        let text = "one connection here: the source must use fd: or exec: too";
+        lane::refuse(&demand, FaultCode::Refused, text);
+        return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
+    }
+    lane::welcome(&demand, &hello)?;
+    Ok(Lanes { demand, bulk: Vec::new(), acks: wants_acks(&hello) })
+}
+
+fn interrupted() -> Error {
+    Error::Interrupted("no guest had arrived".into())
 }
 
 fn exited() -> Error {
@@ -121,7 +340,7 @@ fn read_regions(
     let mut buffer = Vec::new();
     loop {
         match inbox.wait(&[socket.as_fd(), prepared.monitor.exited()], None)? {
-            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => {}
             Wake::Ready(_) => return Err(exited()),
             Wake::Message(_) | Wake::Timeout => continue,
@@ -130,10 +349,15 @@ fn read_regions(
             return Err(Error::protocol(&demand.name, "pages before the regions"));
         };
         buffer.resize(exact, 0);
-        let count = socket.read(&mut buffer).context(|| demand.name.clone())?;
-        if count == 0 {
-            return Err(lost(demand, "the source closed it"));
-        }
+        let count = match socket.read(&mut buffer) {
+            Ok(0) => return Err(lost(demand, "the source closed it")),
+            Ok(count) => count,
+            Err(error) => match error.kind() {
+                ErrorKind::ConnectionReset => return Err(lost(demand, "the source closed it")),
+                ErrorKind::Interrupted => continue,
+                _ => return Err(error).context(|| demand.name.clone()),
+            },
+        };
         receiver.control(&buffer[..count]).map_err(|error| Error::protocol(&demand.name, error))?;
         match receiver.poll_event() {
             None | Some(Event::Ping(_) | Event::Pong(_)) => {}

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use umem_ring::{Config, Ring, TOKEN_WAKE, Wait, Waker};
+use umem_ring::{Config, Fd, Op, Ring, TOKEN_WAKE, Wait, Waker};
 use umem_wire::{Event, RegionTable};
 
 use super::Note;
+use super::acks::Acks;
 use super::faults::{self, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::reader::{Arrived, LaneReader, TOKEN_FREE};
@@ -16,11 +17,13 @@ use crate::report::Counters;
 use crate::worker::Started;
 
 const TOKEN_POSTED: u64 = TOKEN_FREE;
+const TOKEN_ACKED: u64 = TOKEN_FREE + 1;
 
 /// What a bulk thread needs.
 pub(crate) struct BulkLane {
     pub(crate) lane: Lane,
     pub(crate) regions: RegionTable,
+    pub(crate) acks: Acks,
     pub(crate) guest: Arc<GuestMemory>,
     pub(crate) core: Option<usize>,
     /// Who wakes vCPUs.
@@ -37,7 +40,7 @@ impl BulkLane {
         Ok(())
     }
 
-    fn receive(self, started: Started<Waker>) -> Result<()> {
+    fn receive(mut self, started: Started<Waker>) -> Result<()> {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
             core: self.core,
@@ -48,12 +51,15 @@ impl BulkLane {
         reader.arm(&mut ring)?;
         let mut wanted = Vec::new();
         let mut ended = false;
+        let mut acking = false;
         loop {
             ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => return Ok(()),
                     TOKEN_POSTED => faults::posted(completion.outcome)?,
+                    // A source that has gone is noticed where its pages are received.
+                    TOKEN_ACKED => acking = false,
                     _ => reader.complete(
                         &mut ring,
                         completion,
@@ -63,15 +69,23 @@ impl BulkLane {
                 }
             }
             self.wake(&mut ring, &mut wanted)?;
+            if !acking && (self.acks.is_due() || ended && !self.acks.is_empty()) {
+                let mut bytes = Vec::new();
+                self.acks.encode(&mut bytes);
+                let op = Op::send(Fd::from(self.lane.socket()), bytes).wait_all();
+                ring.submit(op, TOKEN_ACKED).map_err(|rejected| Error::Ring(rejected.error))?;
+                acking = true;
+            }
             if ended && ring.in_flight() == 0 {
                 return Ok(());
             }
         }
     }
 
-    fn arrived(&self, arrived: Arrived, ended: &mut bool) -> Result<()> {
+    fn arrived(&mut self, arrived: Arrived, ended: &mut bool) -> Result<()> {
         match arrived {
             Arrived::Run { range, last } => {
+                self.acks.cached(range, self.guest.bytes(range));
                 Counters::add(&self.guest.counters.pages_background, range.pages);
                 if last {
                     self.post.send(Note::AllCached);

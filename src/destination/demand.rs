@@ -17,6 +17,7 @@ use umem_wire::limits::REQUEST_ENTRIES_MAX;
 use umem_wire::{Event, Receiver, RegionId, transmit};
 
 use super::Note;
+use super::acks::Acks;
 use super::faults::{self, Faults, MESSAGE_ASK, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::reader::{Arrived, LaneReader, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN};
@@ -52,6 +53,9 @@ pub(crate) struct DemandLane {
     /// Serve the guest's faults as well; if not, [`Command::Servers`] says who does.
     pub(crate) serves_faults: bool,
     pub(crate) core: Option<usize>,
+    /// There are no bulk lanes: pages come here that nobody asked for.
+    pub(crate) has_background: bool,
+    pub(crate) acks: Acks,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
 }
@@ -65,6 +69,10 @@ pub(crate) struct Reach {
 struct DemandThread {
     guest: Arc<GuestMemory>,
     socket: Fd,
+    has_background: bool,
+    /// Pages that have come since they were counted, where the lane has a background.
+    pages_arrived: u64,
+    acks: Acks,
     commands: Commands<Command>,
     post: Post<Note>,
     /// The source's guest has stopped: before that its pages may still change.
@@ -93,6 +101,9 @@ impl DemandLane {
         let mut thread = DemandThread {
             guest: self.guest.clone(),
             socket: Fd::from(self.lane.socket()),
+            has_background: self.has_background,
+            pages_arrived: 0,
+            acks: self.acks,
             commands: self.commands,
             post: self.post,
             may_ask: false,
@@ -160,6 +171,11 @@ impl DemandThread {
                     |page| wanted.push(page),
                     |arrived| self.arrived(&guest, arrived),
                 )?;
+                // Where others come here too, a page was asked for if somebody waits for it now.
+                let arrived = std::mem::take(&mut self.pages_arrived);
+                let demand = arrived.min(wanted.len() as u64);
+                Counters::add(&guest.counters.pages_demand, demand);
+                Counters::add(&guest.counters.pages_background, arrived - demand);
                 wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;
                 self.wanted = wanted;
                 Ok(())
@@ -197,7 +213,12 @@ impl DemandThread {
     fn arrived(&mut self, guest: &GuestMemory, arrived: Arrived) -> Result<()> {
         match arrived {
             Arrived::Run { range, last } => {
-                Counters::add(&guest.counters.pages_demand, range.pages);
+                self.acks.cached(range, guest.bytes(range));
+                if self.has_background {
+                    self.pages_arrived += range.pages;
+                } else {
+                    Counters::add(&guest.counters.pages_demand, range.pages);
+                }
                 if last {
                     self.post.send(Note::AllCached);
                 }
@@ -240,6 +261,9 @@ impl DemandThread {
             }
         }
         buffer.append(&mut self.outbox);
+        if self.acks.is_due() {
+            self.acks.encode(&mut buffer);
+        }
         if buffer.is_empty() {
             self.spare = Some(buffer);
             return Ok(());

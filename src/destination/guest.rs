@@ -230,6 +230,10 @@ impl GuestMemory {
         }
     }
 
+    pub(crate) fn bytes(&self, range: PageRange) -> u64 {
+        self.region(range.region).byte_offset(range.pages)
+    }
+
     pub(crate) fn total_bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.bytes).sum()
     }

@@ -6,6 +6,7 @@
 //! a thread of its own.
 
 mod accept;
+mod acks;
 mod bulk;
 mod demand;
 mod faults;
@@ -39,10 +40,12 @@ use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
+use crate::single::Single;
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
-use accept::Lanes;
+use accept::{Entrance, Lanes};
+use acks::Acks;
 use bulk::BulkLane;
 use demand::{Command, DemandLane, Reach};
 use faults::{FaultThread, Servers};
@@ -68,7 +71,7 @@ pub struct Options {
     pub handoff: Option<PathBuf>,
     /// The monitor's QMP socket, where it has one of its own.
     pub qmp: Option<PathBuf>,
-    /// The most bulk lanes that a source may open.
+    /// The most bulk lanes that a source may open; where the URI is one connection there are none.
     pub lanes_max: u16,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
@@ -124,10 +127,26 @@ impl From<Answer> for Note {
 /// # Errors
 /// Anything that kept the guest from arriving; until the switchover nothing is left behind then.
 pub fn run(options: &Options) -> Result<i32> {
-    let output = Output { json: options.json };
+    // Before anything else makes descriptors.
+    let single = Single::open(&options.uri)?;
+    let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let inbox = Inbox::new()?;
-    let listener = Listener::bind(&options.uri)?;
-    let uri = listener.uri(&options.uri).to_string();
+    let received = receive(options, socket, &inbox).map_err(|error| match &mut command {
+        Some(command) => command.explain(error),
+        None => error,
+    });
+    drop(command);
+    received?.outlive(&inbox)
+}
+
+/// Receives it, and gives back what it runs in.
+fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> Result<Prepared> {
+    let output = Output { json: options.json };
+    let entrance = match socket {
+        Some(socket) => Entrance::Connection(socket),
+        None => Entrance::Listener(Listener::bind(&options.uri)?),
+    };
+    let uri = entrance.uri(&options.uri).to_string();
     let expected = Expected::new(options)?;
     let announce = |guest_pid| {
         let handoff = options.handoff.as_ref().map(|path| path.display().to_string());
@@ -142,23 +161,21 @@ pub fn run(options: &Options) -> Result<i32> {
     if is_to_come {
         announce(None);
     }
-    let mut prepared = expected.prepare(&inbox)?;
+    let mut prepared = expected.prepare(inbox)?;
     if !is_to_come {
         announce(Some(prepared.monitor.pid()));
     }
-    let lanes = accept::accept(&listener, options, &inbox, &prepared)?;
-    drop(listener);
+    let lanes = entrance.accept(options, inbox, &prepared)?;
     output.event(
         "connected",
         json!({ "lanes": lanes.bulk.len() }),
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
-    let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
-    let report =
-        Migration::start(options, output, &inbox, lanes, receiver, adopted, &mut prepared)?
-            .drive(&mut prepared)?;
+    let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;
+    let report = Migration::start(options, output, inbox, lanes, receiver, adopted, &mut prepared)?
+        .drive(&mut prepared)?;
     output.completed(&report);
-    prepared.outlive(&inbox)
+    Ok(prepared)
 }
 
 fn peer(fault: Fault) -> Error {
@@ -231,6 +248,8 @@ impl<'a> Migration<'a> {
             guest: guest.clone(),
             serves_faults: !is_sharded,
             core: cores.demand(),
+            has_background: lanes.bulk.is_empty(),
+            acks: Acks::new(lanes.acks),
             commands: queue,
             post: inbox.post(),
         };
@@ -263,7 +282,7 @@ impl<'a> Migration<'a> {
         };
         let servers = migration.start_faults(is_sharded, &cores, &reach)?;
         migration.start_toucher(options, &cores, prepared)?;
-        migration.start_bulk(lanes.bulk, &landing, &cores, &servers)?;
+        migration.start_bulk(lanes.bulk, lanes.acks, &landing, &cores, &servers)?;
         let ready = Frame::Ready(landing.units());
         migration.step(Input::Received(&Event::Regions(landing)))?;
         migration.step(Input::GuestReady)?;
@@ -330,6 +349,7 @@ impl<'a> Migration<'a> {
     fn start_bulk(
         &mut self,
         lanes: Vec<Lane>,
+        acks: bool,
         landing: &RegionTable,
         cores: &Cores,
         servers: &Servers,
@@ -338,6 +358,7 @@ impl<'a> Migration<'a> {
             let bulk = BulkLane {
                 lane,
                 regions: landing.clone(),
+                acks: Acks::new(acks),
                 guest: self.guest.clone(),
                 core: cores.bulk(index),
                 servers: servers.clone(),

@@ -223,12 +223,22 @@ impl ProcessHandle {
         Ok(ProcessHandle(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// Becomes readable when the process ends.
+    pub(crate) fn exited(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     /// Ends the process; one that has ended already stays so.
     pub(crate) fn kill(&self) {
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Sends a signal; a process that has ended already does not mind.
+    pub(crate) fn signal(&self, number: i32) {
         let info = std::ptr::null::<libc::siginfo_t>();
         // SAFETY: pidfd_send_signal(2) with no siginfo; the descriptor is ours.
         let _ = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), libc::SIGKILL, info, 0)
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), number, info, 0)
         };
     }
 }
@@ -242,7 +252,7 @@ impl Monitor {
 
     /// Becomes readable when the process ends.
     pub(crate) fn exited(&self) -> BorrowedFd<'_> {
-        self.handle.0.as_fd()
+        self.handle.exited()
     }
 
     pub(crate) fn pid(&self) -> u32 {

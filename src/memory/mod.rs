@@ -5,9 +5,11 @@
 //! - [`blocks`]: which parts of a region are complete and can leave the userfaultfd
 //! - [`kind`]: how the guest maps it: shared, private, anonymous
 //! - [`fragments`]: discarded parts of landing units that are larger than the guest's pages
+//! - [`acks`]: what the destination has of the source's pages, so that they may be freed
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
 //! - [`zero`]: is this page all zeroes
 
+pub(crate) mod acks;
 pub(crate) mod blocks;
 pub(crate) mod claims;
 pub(crate) mod fragments;

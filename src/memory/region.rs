@@ -5,14 +5,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
-use umem_ring::Span;
+use umem_ring::{Fd, Span};
 
 use crate::error::{Context, Error, Result};
 
@@ -48,13 +48,21 @@ pub(crate) struct RamFile {
     mapping: Arc<Mapping>,
 }
 
+/// Whether a file is shared memory: on tmpfs, as a memfd is, or hugetlbfs.
+fn is_memory(file: &File) -> nix::Result<bool> {
+    let kind = nix::sys::statfs::fstatfs(file)?.filesystem_type();
+    Ok(kind == nix::sys::statfs::TMPFS_MAGIC || kind == nix::sys::statfs::HUGETLBFS_MAGIC)
+}
+
 impl RamFile {
-    /// Opens a source's RAM file for reading only. It may be any file: a snapshot, or what QEMU
-    /// maps.
-    pub(crate) fn open_source(name: &str, path: &Path) -> Result<RamFile> {
+    /// Opens a source's RAM file, to be mapped for reading only. It may be any file, a snapshot or
+    /// what QEMU maps; one that is to be freed has to be memory.
+    pub(crate) fn open_source(name: &str, path: &Path, to_free: bool) -> Result<RamFile> {
         let ram = |what: String| Error::Ram { name: name.into(), path: path.into(), what };
         let file =
-            OpenOptions::new().read(true).open(path).map_err(|error| match error.kind() {
+            OpenOptions::new().read(true).write(to_free).open(path).map_err(|error| match error
+                .kind()
+            {
                 std::io::ErrorKind::NotFound => {
                     ram("no such file; give the file that backs the guest's RAM".into())
                 }
@@ -68,6 +76,13 @@ impl RamFile {
         if !kind.is_file() {
             return Err(ram(
                 "is not a regular file; give the file that backs the guest's RAM".into()
+            ));
+        }
+        if to_free && !is_memory(&file).map_err(|error| ram(error.to_string()))? {
+            return Err(ram(
+                "--release-ram would destroy what is in this file, which is on a disk; \
+                            leave the option out, or name a file in /dev/shm or on hugetlbfs"
+                    .into(),
             ));
         }
         RamFile::map(name, file, ProtFlags::PROT_READ).map_err(|what| ram(what.to_string()))
@@ -208,6 +223,21 @@ impl RamFile {
         let signed = |n: u64| i64::try_from(n).expect("file offsets fit");
         nix::fcntl::fallocate(self.file.as_fd(), flags, signed(offset), signed(len))
             .context(|| format!("discarding pages of RAM {}", self.name))
+    }
+
+    /// Gives back the memory of the whole file.
+    pub(crate) fn free(&self) -> Result<()> {
+        let flags = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE
+            | nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+        let bytes = i64::try_from(self.bytes).expect("file lengths fit");
+        nix::fcntl::fallocate(self.file.as_fd(), flags, 0, bytes)
+            .context(|| format!("freeing RAM {}", self.name))
+    }
+
+    /// The file, for a ring.
+    pub(crate) fn shared_file(&self) -> Result<Fd> {
+        let file = self.file.try_clone().context(|| format!("RAM {}", self.name))?;
+        Ok(Fd::from(OwnedFd::from(file)))
     }
 
     /// Bytes that the file holds in memory or on disk (holes not counted).

@@ -7,20 +7,25 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
-use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Target, transmit};
+use umem_ring::{
+    Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
+};
+use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, transmit};
 
 use super::Note;
 use super::memory::{SourceMemory, Walk};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
-use crate::memory::claims::{Run, RunKind};
+use crate::memory::claims::Run;
 use crate::report::Counters;
 use crate::worker::Started;
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
+
+/// Acknowledgements, 32 bytes each, that are read at once.
+const RECEIVE_BYTES: usize = 4 << 10;
 
 /// A batch is sent when it holds this many bytes of pages: enough for the cost of a send not to show,
 /// and little enough that who waits for a page of the next batch waits 0.2 ms at 10 Gbit/s; or
@@ -55,21 +60,17 @@ struct BulkThread {
     spare: Vec<Run>,
     lane_end_sent: bool,
     in_flight: usize,
+    /// The destination has closed the lane, after its end.
+    closed: bool,
 }
 
 impl BulkLane {
     /// Sends every page that is left, then the lane's end, unless it is woken to stop. Runs on the
-    /// calling thread.
+    /// calling thread. Where the destination acknowledges pages it reads them until the destination has
+    /// closed the lane: an end that closes before all has been read resets the connection, and what
+    /// is on its way there would be lost.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
-        let post = self.post.clone();
-        if self.send(started)? {
-            post.send(Note::BulkEnded);
-        }
-        Ok(())
-    }
-
-    /// True when everything was sent, false when woken to stop.
-    fn send(self, started: Started<Waker>) -> Result<bool> {
+        let post = self.post;
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
             core: self.core,
@@ -88,19 +89,26 @@ impl BulkLane {
             spare: Vec::with_capacity(1024),
             lane_end_sent: false,
             in_flight: 0,
+            closed: false,
         };
         let mut receiver = Receiver::for_source_bulk();
         receiver.set_regions(thread.memory.landing());
-        thread.receive(&mut ring, &receiver)?;
+        thread.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
+        let mut has_told = false;
         loop {
             thread.advance(&mut ring)?;
             if thread.lane_end_sent && thread.in_flight == 0 {
-                return Ok(true);
+                if !std::mem::replace(&mut has_told, true) {
+                    post.send(Note::BulkEnded);
+                }
+                if !thread.memory.releases || thread.closed {
+                    return Ok(());
+                }
             }
             ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
                 match completion.token {
-                    TOKEN_WAKE => return Ok(false),
+                    TOKEN_WAKE => return Ok(()),
                     TOKEN_SENT => thread.sent(completion)?,
                     _ => thread.received(&mut ring, &mut receiver, completion)?,
                 }
@@ -142,7 +150,7 @@ impl BulkThread {
     /// Claims pages until there is a batch, or nothing is left.
     fn gather(&mut self) -> Result<()> {
         while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered() < BATCH_BYTES {
-            self.exhausted = !self.walk.next_runs(&self.memory, &mut self.runs)?;
+            self.exhausted = !self.walk.next_runs(&self.memory, BATCH_BYTES, &mut self.runs)?;
         }
         Ok(())
     }
@@ -151,9 +159,7 @@ impl BulkThread {
     fn gathered(&self) -> u64 {
         let mut bytes = 0;
         for run in &self.runs {
-            if run.kind == RunKind::Data {
-                bytes += self.memory.bytes(run.range);
-            }
+            bytes += self.memory.data_bytes(run);
             if bytes >= BATCH_BYTES {
                 break;
             }
@@ -172,15 +178,11 @@ impl BulkThread {
             if sending.len() == BATCH_RUNS || bytes >= BATCH_BYTES {
                 break;
             }
-            let header = match run.kind {
-                RunKind::Data => transmit::data_header(run.range),
-                RunKind::Zero => transmit::zero_header(run.range),
-                RunKind::Hole => transmit::hole_header(run.range),
-            };
+            let (header, pages) = self.memory.pieces(run)?;
             headers.extend_from_slice(&header);
-            if run.kind == RunKind::Data {
+            if let Some(pages) = pages {
                 pieces.push(Memory::from(std::mem::take(&mut headers)));
-                pieces.push(self.memory.contents(run.range)?);
+                pieces.push(pages);
                 bytes += self.memory.bytes(run.range);
             }
             sending.push(*run);
@@ -203,7 +205,7 @@ impl BulkThread {
                 let pages = runs.iter().map(|run| run.range.pages).sum();
                 Counters::add(&self.memory.counters.pages_background, pages);
                 let counters = &self.memory.counters;
-                let bytes: u64 = runs.iter().map(|run| self.data_bytes(run)).sum();
+                let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
                 let counter = if completion.last {
                     &counters.copied_bytes
                 } else {
@@ -237,23 +239,13 @@ impl BulkThread {
         Ok(())
     }
 
-    fn data_bytes(&self, run: &Run) -> u64 {
-        if run.kind != RunKind::Data {
-            return 0;
-        }
-        self.memory.bytes(run.range)
-    }
-
-    fn receive(&self, ring: &mut Ring, receiver: &Receiver) -> Result<()> {
-        let Target::Control { exact } = receiver.next_target() else {
-            unreachable!("no pages come to the source")
-        };
-        ring.submit(Op::recv(self.socket.clone(), vec![0; exact]).wait_all(), TOKEN_RECEIVED)
+    fn receive(&self, ring: &mut Ring, buffer: Bytes) -> Result<()> {
+        ring.submit(Op::recv(self.socket.clone(), buffer), TOKEN_RECEIVED)
             .map_err(|rejected| Error::Ring(rejected.error))?;
         Ok(())
     }
 
-    /// A destination says nothing on a bulk lane but why it gives up.
+    /// A destination says on a bulk lane which pages it has, or why it gives up.
     fn received(
         &mut self,
         ring: &mut Ring,
@@ -267,18 +259,23 @@ impl BulkThread {
         else {
             return Err(lost(super::outcome_text(completion.outcome)));
         };
-        // It has read the lane's end; that the send of it has completed may show later.
-        if count == 0 && self.lane_end_sent {
+        if count == 0 {
+            if !self.lane_end_sent {
+                return Err(lost("the destination closed it".into()));
+            }
+            // It has read the lane's end; that the send of it has completed may show later.
+            self.closed = true;
             return Ok(());
         }
-        receiver
-            .control(&bytes.as_slice()[..count as usize])
-            .map_err(|error| Error::protocol(&self.name, error))?;
+        let result = receiver.control(&bytes.as_slice()[..count as usize]);
         while let Some(event) = receiver.poll_event() {
-            if let Event::Error(fault) = event {
-                return Err(super::peer(fault));
+            match event {
+                Event::Error(fault) => return Err(super::peer(fault)),
+                Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
+                _ => {}
             }
         }
-        self.receive(ring, receiver)
+        result.map_err(|error| Error::protocol(&self.name, error))?;
+        self.receive(ring, bytes)
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! The thread that reads a request answers it: no queue and no other thread stand between. Control
 //! frames share the lane, behind the answers.
+//!
+//! In a session without bulk lanes the background shares it too: a small batch at a time, and only when
+//! there is nothing else to send, so that an answer waits for one batch at most.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -10,20 +13,22 @@ use std::sync::mpsc::Receiver as Commands;
 use umem_ring::{
     Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
 };
-use umem_wire::{Event, Receiver, RegionId, transmit};
+use umem_wire::{Event, Receiver, RegionId};
 
 use super::Note;
-use super::memory::SourceMemory;
+use super::memory::{SourceMemory, Walk};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
-use crate::lane::Lane;
-use crate::memory::claims::{Run, RunKind};
+use crate::lane::{Lane, SHARED_QUEUE_BYTES};
+use crate::memory::claims::Run;
 use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
+/// Go on looking for background pages.
+const TOKEN_GO_ON: u64 = 2;
 
 /// Requests are small; what is read at once is a few of them.
 const RECEIVE_BYTES: usize = 16 << 10;
@@ -31,10 +36,23 @@ const RECEIVE_BYTES: usize = 16 << 10;
 /// Answers that leave with one send: two pieces each, of the 1024 that a send takes.
 const ANSWERS_MAX: usize = 256;
 
+/// Bytes of pages in a background batch, of which one is in flight at most: what an answer waits for,
+/// 50 µs at 10 Gbit/s. A single larger page is a batch.
+const BACKGROUND_BYTES: u64 = SHARED_QUEUE_BYTES as u64;
+
+/// Runs in a background batch: two pieces each, as in an answer.
+const BACKGROUND_RUNS: usize = ANSWERS_MAX;
+
+/// Claims for one batch, each of [`BACKGROUND_BYTES`]: the most that is looked through for pages that
+/// are not zero while an answer may be waiting, 1 MiB, or 0.1 ms.
+const BACKGROUND_CLAIMS: usize = 16;
+
 /// What the control thread tells the demand thread, followed by a wake.
 pub(crate) enum Command {
     /// Send these bytes, whole frames.
     Send(Vec<u8>),
+    /// There are no bulk lanes: send the background from here.
+    Background,
     /// End, once what was to be sent has been.
     End,
 }
@@ -59,8 +77,17 @@ struct DemandThread {
     post: Post<Note>,
     answers: Vec<Run>,
     outbox: Vec<u8>,
+    background: Option<Background>,
+    going_on: bool,
     sending: bool,
     ending: bool,
+}
+
+/// The background's way through the memory.
+struct Background {
+    walk: Walk,
+    /// Claimed and not sent yet.
+    runs: Vec<Run>,
 }
 
 impl DemandLane {
@@ -75,6 +102,8 @@ impl DemandLane {
             post: self.post,
             answers: Vec::with_capacity(ANSWERS_MAX),
             outbox: Vec::with_capacity(4096),
+            background: None,
+            going_on: false,
             sending: false,
             ending: false,
         };
@@ -94,6 +123,7 @@ impl DemandThread {
                 match completion.token {
                     TOKEN_WAKE => self.take_commands(),
                     TOKEN_SENT => self.sent(completion)?,
+                    TOKEN_GO_ON => self.going_on = false,
                     _ => self.received(&mut ring, completion)?,
                 }
             }
@@ -108,6 +138,11 @@ impl DemandThread {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Send(bytes) => self.outbox.extend_from_slice(&bytes),
+                Command::Background => {
+                    let walk = Walk::new(&self.memory, 0, 1);
+                    let runs = Vec::with_capacity(BACKGROUND_RUNS + 64);
+                    self.background = Some(Background { walk, runs });
+                }
                 Command::End => self.ending = true,
             }
         }
@@ -134,6 +169,7 @@ impl DemandThread {
         while let Some(event) = self.receiver.poll_event() {
             match event {
                 Event::Request(pages) => self.answer(&pages)?,
+                Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
                 other => self.post.send(Note::Received(other)),
             }
         }
@@ -156,34 +192,80 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Sends what there is, answers first, all in one.
+    /// Sends what there is, answers first, all in one; if nobody waits, the next of the background.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
-        if self.sending || (self.answers.is_empty() && self.outbox.is_empty()) {
+        if self.sending {
             return Ok(());
         }
-        let count = self.answers.len().min(ANSWERS_MAX);
-        let mut pieces = Vec::with_capacity(2 * count + 1);
-        for run in self.answers.drain(..count) {
-            let header = match run.kind {
-                RunKind::Data => transmit::data_header(run.range),
-                RunKind::Zero => transmit::zero_header(run.range),
-                RunKind::Hole => transmit::hole_header(run.range),
-            };
-            pieces.push(Memory::from(header.to_vec()));
-            if run.kind == RunKind::Data {
-                pieces.push(self.memory.contents(run.range)?);
-            }
-            self.memory.count(&run);
-            Counters::add(&self.memory.counters.pages_demand, run.range.pages);
+        let mut pieces = self.urgent()?;
+        if pieces.is_empty() && !self.ending {
+            pieces = self.batch()?;
         }
-        if !self.outbox.is_empty() {
-            pieces.push(Memory::from(std::mem::take(&mut self.outbox)));
+        if pieces.is_empty() {
+            return self.go_on(ring);
         }
         ring.submit(Op::send_vectored(self.socket.clone(), pieces), TOKEN_SENT)
             .map_err(|rejected| Error::Ring(rejected.error))?;
         self.sending = true;
         ring.enter(Wait::No)?;
         Ok(())
+    }
+
+    /// Where many pages in a row have left already there may be more of the background behind them:
+    /// has this thread come back, after whatever else there is to do.
+    fn go_on(&mut self, ring: &mut Ring) -> Result<()> {
+        if self.background.is_some() && !self.going_on && !self.ending {
+            ring.submit(Op::Nop, TOKEN_GO_ON).map_err(|rejected| Error::Ring(rejected.error))?;
+            self.going_on = true;
+        }
+        Ok(())
+    }
+
+    /// Answers, and control frames behind them.
+    fn urgent(&mut self) -> Result<Vec<Memory>> {
+        let count = self.answers.len().min(ANSWERS_MAX);
+        let mut pieces = Vec::with_capacity(2 * count + 1);
+        for run in self.answers.drain(..count) {
+            let (header, pages) = self.memory.pieces(&run)?;
+            pieces.push(Memory::from(header.to_vec()));
+            pieces.extend(pages);
+            self.memory.count(&run);
+            Counters::add(&self.memory.counters.pages_demand, run.range.pages);
+        }
+        if !self.outbox.is_empty() {
+            pieces.push(Memory::from(std::mem::take(&mut self.outbox)));
+        }
+        Ok(pieces)
+    }
+
+    /// The next of the background, if it is sent from here; at its end the control thread is told.
+    fn batch(&mut self) -> Result<Vec<Memory>> {
+        let mut pieces = Vec::new();
+        let Some(Background { walk, runs }) = &mut self.background else {
+            return Ok(pieces);
+        };
+        let (memory, mut bytes, mut left) = (&self.memory, 0, true);
+        for _ in 0..BACKGROUND_CLAIMS {
+            if !left || bytes >= BACKGROUND_BYTES || runs.len() >= BACKGROUND_RUNS {
+                break;
+            }
+            left = walk.next_runs(memory, BACKGROUND_BYTES, runs)?;
+            bytes = runs.iter().map(|run| memory.data_bytes(run)).sum();
+        }
+        let counters = &memory.counters;
+        for run in runs.drain(..) {
+            let (header, pages) = memory.pieces(&run)?;
+            pieces.push(Memory::from(header.to_vec()));
+            pieces.extend(pages);
+            memory.count(&run);
+            Counters::add(&counters.pages_background, run.range.pages);
+        }
+        Counters::add(&counters.copied_bytes, bytes);
+        if pieces.is_empty() && !left {
+            self.background = None;
+            self.post.send(Note::BulkEnded);
+        }
+        Ok(pieces)
     }
 
     fn sent(&mut self, completion: Completion) -> Result<()> {

@@ -5,12 +5,14 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Acquire;
 
-use umem_ring::Memory;
+use umem_ring::{Memory, Waker};
 use umem_wire::limits::RUN_BYTES_MAX;
-use umem_wire::{PageRange, PageSize, Region, RegionId, RegionTable};
+use umem_wire::{HEADER_BYTES, PageRange, PageSize, Region, RegionId, RegionTable, transmit};
 
 use crate::error::{Error, Result};
+use crate::memory::acks::{Acks, NotSent};
 use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
 use crate::memory::region::RamFile;
 use crate::report::Counters;
@@ -26,6 +28,8 @@ pub(crate) struct SourceRegion {
 struct Landing {
     unit: PageSize,
     claims: Claims,
+    /// With `--release-ram`.
+    acks: Option<Acks>,
 }
 
 /// All regions, in the order of the table that went to the destination.
@@ -40,10 +44,16 @@ pub(crate) struct SourceMemory {
     pub(crate) stopped: AtomicBool,
     /// A zero-copy send was copied by the kernel: plain sends are cheaper then.
     pub(crate) zero_copy_is_copied: AtomicBool,
+    /// The destination acknowledges pages, which are freed here.
+    pub(crate) releases: bool,
+    /// Wakes the thread that frees pages, from the switchover on.
+    pub(crate) releaser: OnceLock<Waker>,
+    /// That thread is to end.
+    pub(crate) is_ending: AtomicBool,
 }
 
 impl SourceMemory {
-    pub(crate) fn new(files: Vec<RamFile>) -> SourceMemory {
+    pub(crate) fn new(files: Vec<RamFile>, releases: bool) -> SourceMemory {
         let region = |ram| SourceRegion { ram, landing: OnceLock::new() };
         SourceMemory {
             regions: files.into_iter().map(region).collect(),
@@ -52,6 +62,9 @@ impl SourceMemory {
             pivot: Pivot::default(),
             stopped: AtomicBool::new(false),
             zero_copy_is_copied: AtomicBool::new(false),
+            releases,
+            releaser: OnceLock::new(),
+            is_ending: AtomicBool::new(false),
         }
     }
 
@@ -73,7 +86,8 @@ impl SourceMemory {
     pub(crate) fn land(&self, landing: RegionTable) {
         for (region, (_, landed)) in self.regions.iter().zip(landing.iter()) {
             let claims = Claims::new(landed.pages(), landed.page_size.shift());
-            region.landing.get_or_init(|| Landing { unit: landed.page_size, claims });
+            let acks = self.releases.then(|| Acks::new(landed.pages()));
+            region.landing.get_or_init(|| Landing { unit: landed.page_size, claims, acks });
         }
         self.landing.get_or_init(|| landing);
     }
@@ -121,10 +135,49 @@ impl SourceMemory {
         range.pages * self.region(range.region).unit().bytes()
     }
 
+    /// The destination has made these pages its own: they may be freed once the guest is.
+    pub(crate) fn acknowledged(&self, range: PageRange, lane: &str) -> Result<()> {
+        if !self.stopped.load(Acquire) {
+            return Err(Error::protocol(lane, "an acknowledgement before the guest had stopped"));
+        }
+        let region = self.region(range.region);
+        let Some(acks) = &region.landing().acks else {
+            return Err(Error::protocol(lane, "an acknowledgement that nobody wanted"));
+        };
+        acks.acknowledge(range.first, range.pages).map_err(|NotSent { page }| {
+            let name = &region.ram.name;
+            let what = format!(
+                "page {page} of RAM {name} was acknowledged, which was not sent, or a second time"
+            );
+            Error::protocol(lane, what)
+        })?;
+        if let Some(releaser) = self.releaser.get() {
+            releaser.wake();
+        }
+        Ok(())
+    }
+
+    /// A run as it is sent, at once: its header, and its pages if they go with it.
+    pub(crate) fn pieces(&self, run: &Run) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
+        if let Some(acks) = &self.region(run.range.region).landing().acks {
+            acks.sending(run.range.first, run.range.pages);
+        }
+        Ok(match run.kind {
+            RunKind::Data => (transmit::data_header(run.range), Some(self.contents(run.range)?)),
+            RunKind::Zero => (transmit::zero_header(run.range), None),
+            RunKind::Hole => (transmit::hole_header(run.range), None),
+        })
+    }
+
+    /// Bytes of a run that cross the wire as page contents.
+    pub(crate) fn data_bytes(&self, run: &Run) -> u64 {
+        if run.kind == RunKind::Data { self.bytes(run.range) } else { 0 }
+    }
+
     /// The pages of a data run, to be sent: from the mapping, but where one landing unit holds holes
     /// of the file from a copy, as a send would allocate them. A unit over [`RUN_BYTES_MAX`] is not
     /// copied, and its holes are allocated.
-    pub(crate) fn contents(&self, range: PageRange) -> Result<Memory> {
+    fn contents(&self, range: PageRange) -> Result<Memory> {
         let region = self.region(range.region);
         let (offset, len) = (range.first * region.unit().bytes(), self.bytes(range));
         let may_have_holes = region.unit().shift() > region.ram.page_shift;
@@ -132,6 +185,11 @@ impl SourceMemory {
             return Ok(Memory::from(region.ram.read(offset, len)?));
         }
         Ok(Memory::from(region.ram.span(offset, len)))
+    }
+
+    /// What the files hold in memory.
+    pub(crate) fn allocated_bytes(&self) -> Result<u64> {
+        self.regions.iter().map(|region| region.ram.allocated_bytes()).sum()
     }
 
     pub(crate) fn total_bytes(&self) -> u64 {
@@ -146,6 +204,14 @@ impl SourceRegion {
 
     fn claims(&self) -> &Claims {
         &self.landing().claims
+    }
+
+    /// Takes some of what was acknowledged, as ranges of bytes (offset and length): the caller frees it.
+    pub(crate) fn take_acknowledged(&self, mut range: impl FnMut(u64, u64)) {
+        if let Some(acks) = &self.landing().acks {
+            let unit = self.unit().bytes();
+            acks.take(|pages| range(pages.start * unit, (pages.end - pages.start) * unit));
+        }
     }
 
     /// The landing unit.
@@ -179,16 +245,22 @@ impl Walk {
         Walk { region: 0, block, pivot_seen: 0, current: None }
     }
 
-    /// Claims the next 64 pages at most and appends their runs; false when nothing is left.
+    /// Claims the next `most` bytes of pages, 1 to 64 pages, and appends their runs; false when nothing
+    /// is left.
     ///
     /// No more is claimed than is about to be sent: who waits for a claimed page waits for
     /// everything that was claimed before it.
-    pub(crate) fn next_runs(&mut self, memory: &SourceMemory, runs: &mut Vec<Run>) -> Result<bool> {
+    pub(crate) fn next_runs(
+        &mut self,
+        memory: &SourceMemory,
+        most: u64,
+        runs: &mut Vec<Run>,
+    ) -> Result<bool> {
         if self.current.is_none() {
             self.current = self.take_block(memory)?;
         }
         let Some(block) = &mut self.current else { return Ok(false) };
-        block.claim_word(memory.region(block.region), runs)?;
+        block.claim_word(memory.region(block.region), most, runs)?;
         if block.next == block.end {
             self.current = None;
         }
@@ -221,10 +293,11 @@ impl Walk {
 }
 
 impl Block {
-    fn claim_word(&mut self, region: &SourceRegion, runs: &mut Vec<Run>) -> Result<()> {
+    fn claim_word(&mut self, region: &SourceRegion, most: u64, runs: &mut Vec<Run>) -> Result<()> {
         let unit = region.unit();
         let word = self.next;
-        let count = (64 - word % 64).min(self.end - word);
+        let most = (most / unit.bytes()).max(1);
+        let count = (64 - word % 64).min(self.end - word).min(most);
         self.next += count;
         let mut won = region.claims().claim_word(word, count);
         while won != 0 {
@@ -307,7 +380,8 @@ mod tests {
             file.seek(SeekFrom::Start(1024 * 4096)).unwrap();
             file.write_all(&[0; 4096]).unwrap();
         }
-        let memory = SourceMemory::new(vec![RamFile::open_source("ram0", file.path()).unwrap()]);
+        let ram = vec![RamFile::open_source("ram0", file.path(), false).unwrap()];
+        let memory = SourceMemory::new(ram, false);
         memory.land(memory.table().unwrap().with_units(&[unit]).unwrap());
         memory
     }
@@ -319,7 +393,7 @@ mod tests {
     fn all(memory: &SourceMemory) -> Vec<(RunKind, u64, u64)> {
         let mut walk = Walk::new(memory, 0, 1);
         let mut runs = Vec::new();
-        while walk.next_runs(memory, &mut runs).unwrap() {}
+        while walk.next_runs(memory, u64::MAX, &mut runs).unwrap() {}
         runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
     }
 
@@ -406,7 +480,7 @@ mod tests {
         let mut walk = Walk::new(&memory, 0, 1);
         let mut runs = Vec::new();
         memory.pivot.set(RegionId(0), 700);
-        walk.next_runs(&memory, &mut runs).unwrap();
+        walk.next_runs(&memory, u64::MAX, &mut runs).unwrap();
         assert_eq!(runs[0].range.first, 512);
     }
 }

@@ -8,6 +8,7 @@
 mod bulk;
 mod demand;
 mod memory;
+mod release;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::poll::PollFlags;
 use serde_json::json;
 use umem_ring::{Outcome, Waker};
 use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
@@ -35,12 +37,14 @@ use crate::lane::{self, Lane};
 use crate::memory::region::RamFile;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Output};
+use crate::single::Single;
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
 use bulk::BulkLane;
 use demand::{Command, DemandLane};
 use memory::SourceMemory;
+use release::Releaser;
 
 /// What `umem migrate` is asked to do.
 #[derive(Clone, Debug)]
@@ -55,8 +59,11 @@ pub struct Options {
     pub ram: Vec<RamPath>,
     /// The monitor's QMP socket.
     pub qmp: Option<PathBuf>,
-    /// Bulk lanes.
+    /// Bulk lanes, 1 to [`LANES_MAX`](umem_wire::limits::LANES_MAX); 0 where the URI is one
+    /// connection.
     pub lanes: u16,
+    /// Free the guest's RAM here as the destination gets it.
+    pub release_ram: bool,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
     /// JSON events on stdout.
@@ -102,15 +109,25 @@ impl From<Answer> for Note {
 /// # Errors
 /// Anything that kept the guest from moving; until the switchover it runs here as before then.
 pub fn run(options: &Options) -> Result<()> {
+    // Before anything else makes descriptors.
+    let single = Single::open(&options.uri)?;
+    let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
+    migrate(options, socket).map_err(|error| match &mut command {
+        Some(command) => command.explain(error),
+        None => error,
+    })
+}
+
+fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
     let output = Output { json: options.json };
     let inbox = Inbox::new()?;
     let (host, ram) = guest(options)?;
     let files = ram
         .iter()
-        .map(|ram| RamFile::open_source(&ram.name, &ram.path))
+        .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
         .collect::<Result<Vec<_>>>()?;
-    let memory = Arc::new(SourceMemory::new(files));
-    let lanes = dial(options, lane::new_session()?, &inbox)?;
+    let memory = Arc::new(SourceMemory::new(files, options.release_ram));
+    let lanes = dial(options, socket, lane::new_session()?, &inbox)?;
     output.event(
         "connected",
         json!({ "uri": options.uri.to_string(), "lanes": options.lanes }),
@@ -144,18 +161,29 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
     Ok((Box::new(qemu), ram))
 }
 
-/// Opens every lane, the demand lane first.
-fn dial(options: &Options, session: SessionId, inbox: &Inbox<Note>) -> Result<Vec<Lane>> {
-    let wait = |socket: BorrowedFd<'_>, timeout| match inbox.wait(&[socket], Some(timeout))? {
+/// Opens every lane, the demand lane first; only this one where there is a connection already.
+fn dial(
+    options: &Options,
+    socket: Option<OwnedFd>,
+    session: SessionId,
+    inbox: &Inbox<Note>,
+) -> Result<Vec<Lane>> {
+    let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| match inbox.wait_for(fds, limit)? {
         Wake::Signal => Err(Error::Interrupted("the guest goes on here".into())),
         Wake::Timeout => Ok(false),
         // Nobody posts before there are workers.
         Wake::Ready(_) | Wake::Message(_) => Ok(true),
     };
+    if let Some(socket) = socket {
+        let hello = lane::hello(session, LaneRole::Demand, 0, 0, options.release_ram);
+        return Ok(vec![lane::open_shared(socket, &hello, &wait)?]);
+    }
     (0..=options.lanes)
         .map(|index| {
             let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
-            lane::dial(&options.uri, &lane::hello(session, role, index, options.lanes), &wait)
+            let acks = options.release_ram;
+            let hello = lane::hello(session, role, index, options.lanes, acks);
+            lane::dial(&options.uri, &hello, &wait)
         })
         .collect()
 }
@@ -203,6 +231,9 @@ struct Migration {
     bulk_wakers: Vec<Waker>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     bulk_ended: usize,
+    release_thread: Option<JoinHandle<Option<()>>>,
+    /// What the RAM files held at the switchover, where they are freed.
+    allocated_bytes: u64,
     congestion: String,
     times: Times,
     progress: Progress,
@@ -253,6 +284,8 @@ impl Migration {
             bulk_wakers: Vec::new(),
             bulk_threads: Vec::new(),
             bulk_ended: 0,
+            release_thread: None,
+            allocated_bytes: 0,
             congestion,
             times: Times::default(),
             progress: Progress::new(memory.total_bytes(), options.quiet),
@@ -270,7 +303,13 @@ impl Migration {
             self.until_completed().map_err(|error| worker::first_cause(&self.inbox, error));
         self.end(driven.as_ref().err());
         match driven {
-            Ok(totals) => Ok(self.report(totals)),
+            Ok(totals) => {
+                let release_bytes = self.release_rest().unwrap_or_else(|error| {
+                    eprintln!("umem: the guest has moved, but its RAM here stays: {error}");
+                    0
+                });
+                Ok(Completed { release_bytes, ..self.report(totals) })
+            }
             Err(error) => Err(self.give_up(error)),
         }
     }
@@ -364,7 +403,31 @@ impl Migration {
         let stopped = self.times.stopped.map_or(Duration::ZERO, |at| at.elapsed());
         let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Switchover { stopped_us });
+        self.start_release()
+    }
+
+    /// The guest has gone: what the destination has of it, and has had already, is freed from now on.
+    fn start_release(&mut self) -> Result<()> {
+        if !self.memory.releases {
+            return Ok(());
+        }
+        self.allocated_bytes = self.memory.allocated_bytes()?;
+        let releaser = Releaser { memory: self.memory.clone() };
+        let start = move |started| releaser.run(started);
+        let (waker, thread) = worker::start("umem-release", &self.inbox, start)?;
+        // What was acknowledged before this found nobody to wake.
+        self.memory.releaser.get_or_init(|| waker).wake();
+        self.release_thread = Some(thread);
         Ok(())
+    }
+
+    /// At the end the destination has every page.
+    fn release_rest(&self) -> Result<u64> {
+        if !self.memory.releases {
+            return Ok(0);
+        }
+        self.memory.regions.iter().try_for_each(|region| region.ram.free())?;
+        Ok(self.allocated_bytes.saturating_sub(self.memory.allocated_bytes()?))
     }
 
     fn running(&mut self) -> Result<()> {
@@ -392,6 +455,10 @@ impl Migration {
 
     fn start_bulk(&mut self) -> Result<()> {
         self.times.first_page.get_or_insert_with(Instant::now);
+        if self.lane_count == 0 {
+            self.command(Command::Background);
+            return Ok(());
+        }
         let lanes = self.idle.len();
         for (index, lane) in std::mem::take(&mut self.idle).into_iter().enumerate() {
             let bulk = BulkLane {
@@ -508,8 +575,12 @@ impl Migration {
     }
 
     fn send_bytes(&self, bytes: Vec<u8>) {
+        self.command(Command::Send(bytes));
+    }
+
+    fn command(&self, command: Command) {
         // The thread has ended where this fails, and its own note says why.
-        let _ = self.commands.send(Command::Send(bytes));
+        let _ = self.commands.send(command);
         self.demand.wake();
     }
 
@@ -519,10 +590,11 @@ impl Migration {
         if let Some(error) = error {
             self.send(&Frame::Error(error.to_fault()));
         }
-        let _ = self.commands.send(Command::End);
-        self.demand.wake();
+        self.command(Command::End);
         self.bulk_wakers.iter().for_each(Waker::wake);
-        for thread in self.bulk_threads.drain(..) {
+        self.memory.is_ending.store(true, Release);
+        self.memory.releaser.get().into_iter().for_each(Waker::wake);
+        for thread in self.bulk_threads.drain(..).chain(self.release_thread.take()) {
             let _ = thread.join();
         }
         let demand = self.demand_thread.take().expect("ended once");

@@ -4,6 +4,7 @@
 //! - [`Umem`]: a `umem` process, its events and what it complained of
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
 //! - [`Serial`]: what our Linux guest says on its console
+//! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //! - [`Fifo`]: lets another program go on
@@ -13,6 +14,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+mod destination;
 mod fifo;
 mod hugepages;
 mod process;
@@ -29,6 +31,7 @@ use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
+    destination::LaneFromSource,
     fifo::Fifo,
     hugepages::{HugeFile, HugePages},
     process::Process,

@@ -2,6 +2,8 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -32,6 +34,23 @@ impl Umem {
         wrapper: &[&str],
         arguments: impl IntoIterator<Item = S>,
     ) -> Umem {
+        Umem::start_with(wrapper, None, arguments)
+    }
+
+    /// `umem ARGUMENTS` that inherits a descriptor under this number.
+    pub(crate) fn start_inheriting<S: AsRef<OsStr>>(
+        descriptor: &impl AsRawFd,
+        number: i32,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Umem {
+        Umem::start_with(&[], Some((descriptor.as_raw_fd(), number)), arguments)
+    }
+
+    fn start_with<S: AsRef<OsStr>>(
+        wrapper: &[&str],
+        inherited: Option<(i32, i32)>,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Umem {
         let command = match wrapper {
             [] => Command::new(UMEM),
             [program, rest @ ..] => {
@@ -40,7 +59,7 @@ impl Umem {
                 command
             }
         };
-        Umem::start_command(command, arguments)
+        Umem::start_command(command, inherited, arguments)
     }
 
     /// Another program.
@@ -48,11 +67,12 @@ impl Umem {
         program: &Path,
         arguments: impl IntoIterator<Item = S>,
     ) -> Umem {
-        Umem::start_command(Command::new(program), arguments)
+        Umem::start_command(Command::new(program), None, arguments)
     }
 
     fn start_command<S: AsRef<OsStr>>(
         mut command: Command,
+        inherited: Option<(i32, i32)>,
         arguments: impl IntoIterator<Item = S>,
     ) -> Umem {
         // A file, because the guest's monitor has the same stderr and may live longer than umem.
@@ -63,6 +83,16 @@ impl Umem {
             .stdin(Stdio::null())
             .stdout(writer)
             .stderr(stderr.reopen().expect("it is there"));
+        if let Some((descriptor, number)) = inherited {
+            // SAFETY: between fork and exec only dup2 runs, which is async-signal-safe; the descriptor
+            // is open until the process has been started.
+            unsafe {
+                command.pre_exec(move || match libc::dup2(descriptor, number) {
+                    0.. => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                });
+            }
+        }
         let process = Process::start(&mut command);
         // The command holds the pipe's writing end, which has to close with the process.
         drop(command);
@@ -101,6 +131,18 @@ impl Umem {
                 return event;
             }
             assert_ne!(event["event"], "failed", "before {name:?}: {event}");
+        }
+    }
+
+    /// Waits for the event `connected`: false when umem ends first.
+    pub(crate) fn connects(&mut self) -> bool {
+        loop {
+            match self.events.recv_timeout(DEADLINE) {
+                Ok(event) if event["event"] == "connected" => return true,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
+                Err(RecvTimeoutError::Timeout) => panic!("neither an event nor the end"),
+            }
         }
     }
 

@@ -269,14 +269,18 @@ pub fn select_version(ours: VersionRange, theirs: VersionRange) -> Option<u16> {
     common.is_valid().then_some(common.max)
 }
 
-/// What an end can do beyond its version, a bit each. Version 1 names none; unknown bits are kept
-/// until the intersection drops them.
+/// What an end can do beyond its version, a bit each. Unknown bits are kept until the intersection
+/// drops them. All lanes of a session say the same.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Capabilities(pub u64);
 
 impl Capabilities {
     /// Nothing beyond the version.
     pub const NONE: Capabilities = Capabilities(0);
+
+    /// Acknowledgements: the source wants to hear which pages are the destination's own, as it frees
+    /// them; the destination tells it. Without this no ack frame is sent.
+    pub const ACKS: Capabilities = Capabilities(1);
 
     /// What both can do.
     pub const fn intersection(self, other: Capabilities) -> Capabilities {

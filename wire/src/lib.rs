@@ -31,7 +31,7 @@
 //! | 2 | zero | → | any | these pages hold zeroes only |
 //! | 3 | hole | → | any | these pages were never written |
 //! | 4 | request | ← | demand | somebody waits for these pages |
-//! | 5 | ack | ← | any | these pages are the destination's own |
+//! | 5 | ack | ← | any | these pages are the destination's own, with [`Capabilities::ACKS`] |
 //! | 16 | regions | → | demand | the source's table of regions |
 //! | 17 | ready | ← | demand | the regions match and the guest is prepared; each one's landing unit |
 //! | 18 | stopped | → | demand | the source's guest has stopped; pages begin |
@@ -79,7 +79,8 @@
 //! ```
 //!
 //! Requests and their answers, acknowledgements and pages run through all of this from *stopped* to
-//! *complete*. Each page goes once, as data, zero or hole: a request for a page that is on its way
+//! *complete*. An acknowledgement says that pages are cached, each once, after they came; one that was
+//! not sent is none that was not given: *complete* acknowledges every page. Each page goes once, as data, zero or hole: a request for a page that is on its way
 //! already needs no other answer. Ping, pong and error may come any time after the welcome.
 //!
 //! The source's guest may run until the switchover frame is handed to the kernel, the destination's
