@@ -1,0 +1,72 @@
+//! A source whose pages are larger than the destination's: what lands as one is many pages there, of
+//! which the guest may discard some before they come.
+
+mod support;
+
+use serde_json::json;
+use support::{HugeFile, Qmp, Scratch, Umem};
+
+const MIB: &str = "24";
+const PAGES: u64 = 24 * 256;
+
+/// Moves a guest whose RAM is of 2 MiB pages into one of 4 KiB pages of this kind, which discards
+/// pages while it is filled, and has it check all of them.
+fn arrives(kind: &str, incoming: &[&str]) {
+    let scratch = Scratch::new();
+    let huge = HugeFile::with_room(12);
+    let path = |name: &str| scratch.path(name).display().to_string();
+    let source_ram = format!("ram0={}", huge.path().display());
+    let shape = ["--size", MIB, "--threads", "3", "--zero-percent", "5"];
+    let guest = ["guest", "--qmp", &path("source.qmp"), "--ram", &source_ram];
+    let mut source = Umem::start([&guest[..], &shape].concat());
+    source.event("ready");
+
+    let file = format!("ram0={}", scratch.ram("destination").display());
+    let ram = if kind == "anonymous" { "ram0" } else { &file };
+    let options = ["--json", "--qmp", &path("destination.qmp")];
+    let memory = match kind {
+        "anonymous" => ["--handoff".to_owned(), path("handoff")],
+        _ => ["--ram".to_owned(), file.clone()],
+    };
+    let memory = memory.each_ref().map(String::as_str);
+    let command = ["tcp:127.0.0.1:0", "--", env!("CARGO_BIN_EXE_umem"), "guest", "--incoming"];
+    let kinds = ["--kind", kind];
+    let guest = ["--discard", "--qmp", &path("destination.qmp"), "--ram", ram];
+    let handoff = if kind == "anonymous" { &memory[..] } else { &[] };
+    let parts: [&[&str]; 9] =
+        [&["incoming"], &options, &kinds, &memory, incoming, &command, &kinds, handoff, &guest];
+    let mut incoming = Umem::start([&parts.concat()[..], &shape].concat());
+    let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
+
+    let words = ["migrate", "-p", "--json", "--qmp", &path("source.qmp"), &uri];
+    let mut migrate = Umem::start(words);
+    let report = incoming.event("completed");
+    migrate.event("completed");
+    assert_eq!(report["page_size"], 2 << 20, "what lands as one: {report}");
+    assert_eq!(report["kind"], kind);
+    let mut qmp = Qmp::connect(&scratch.path("destination.qmp"));
+    let verdict = qmp.execute("umem-verify", json!({}));
+    assert_eq!(verdict["verified_pages"], PAGES, "{verdict}");
+    assert_eq!((&verdict["bad_pages"], &verdict["guest_writes_lost"]), (&json!(0), &json!(0)));
+    qmp.quit();
+    migrate.succeeds();
+    incoming.succeeds();
+    Qmp::connect(&scratch.path("source.qmp")).quit();
+    assert!(source.wait().success());
+}
+
+#[test]
+fn into_shared_memory() {
+    arrives("shared", &[]);
+}
+
+#[test]
+fn into_anonymous_memory() {
+    arrives("anonymous", &[]);
+}
+
+#[test]
+fn into_private_memory() {
+    arrives("private", &[]);
+    arrives("private", &["--postcopy-flags", "1"]);
+}
