@@ -133,11 +133,10 @@ fn write_snapshot(path: &Path, mib: u64) {
             continue;
         }
         page.clear();
-        match in_group {
-            1 => page.resize(PAGE as usize, 0),
-            _ => {
-                page.extend((0..512).flat_map(|word| (number << 9 | word | 1 << 63).to_le_bytes()))
-            }
+        if in_group == 1 {
+            page.resize(PAGE as usize, 0);
+        } else {
+            page.extend((0..512).flat_map(|word| (number << 9 | word | 1 << 63).to_le_bytes()));
         }
         file.write_all_at(&page, number * PAGE).expect("there is room");
     }
