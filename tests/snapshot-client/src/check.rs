@@ -20,7 +20,7 @@ const RANGE_PAGES_MAX: usize = 8;
 const DISCARDED_MIN: usize = 4;
 
 /// With fewer pages there is nothing to choose.
-const BALLOON_PAGES_MIN: usize = 32;
+const BALLOON_PAGES_MIN: usize = 16;
 
 /// Wrong pages that are described; all are counted.
 const DESCRIBED_MAX: u64 = 10;
@@ -39,8 +39,10 @@ pub(crate) struct Checker<'a> {
     memory: &'a Memory,
     snapshot: &'a File,
     random: Random,
-    /// All pages in random order; the first half is looked at first.
+    /// All pages in random order.
     order: Vec<u64>,
+    /// How many are looked at before the middle.
+    first: usize,
     /// What is given back in the middle …
     discarded: Vec<Range<u64>>,
     /// … by page.
@@ -49,7 +51,13 @@ pub(crate) struct Checker<'a> {
 }
 
 impl<'a> Checker<'a> {
-    pub(crate) fn new(memory: &'a Memory, snapshot: &'a File, seed: u64) -> Checker<'a> {
+    /// The middle is after `first` pages, or after half of them.
+    pub(crate) fn new(
+        memory: &'a Memory,
+        snapshot: &'a File,
+        seed: u64,
+        first: Option<usize>,
+    ) -> Checker<'a> {
         let mut order: Vec<u64> = (0..memory.pages()).collect();
         let mut random = Random(seed);
         // Every order is as likely as any other (Fisher and Yates, 1938).
@@ -58,22 +66,23 @@ impl<'a> Checker<'a> {
         }
         let is_discarded = vec![false; order.len()];
         let (discarded, wrong_pages) = (Vec::new(), AtomicU64::new(0));
-        Checker { memory, snapshot, random, order, discarded, is_discarded, wrong_pages }
+        let first = first.unwrap_or(order.len() / 2).min(order.len());
+        Checker { memory, snapshot, random, order, first, discarded, is_discarded, wrong_pages }
     }
 
-    /// Compares half of the pages with the snapshot, and says how many that are.
-    pub(crate) fn see_first_half(&self) -> usize {
-        let (first, _) = self.halves();
+    /// Compares the first pages with the snapshot, and says how many that are.
+    pub(crate) fn see_the_first(&self) -> usize {
+        let (first, _) = self.parts();
         self.compare(first, Expect::Snapshot);
         first.len()
     }
 
-    /// Chooses what is given back while the second half is looked at.
+    /// Chooses what is given back while the rest is looked at.
     pub(crate) fn choose_what_goes(&mut self) -> Result<()> {
         let pages = self.order.len();
-        if pages < BALLOON_PAGES_MIN {
+        if self.first.min(pages - self.first) < BALLOON_PAGES_MIN {
             return Err(format!(
-                "--balloon needs {BALLOON_PAGES_MIN} pages, and there are {pages}"
+                "--balloon needs {BALLOON_PAGES_MIN} pages before the middle and after it"
             ));
         }
         loop {
@@ -92,9 +101,9 @@ impl<'a> Checker<'a> {
 
     /// Compares the rest with the snapshot, while what was chosen is given back, which must read as
     /// zeroes then.
-    pub(crate) fn see_second_half(&self) -> Result<()> {
-        let (_, second) = self.halves();
-        let (gone, stay) = self.split(second);
+    pub(crate) fn see_the_rest(&self) -> Result<()> {
+        let (_, rest) = self.parts();
+        let (gone, stay) = self.split(rest);
         thread::scope(|scope| {
             let discarding = scope
                 .spawn(|| self.discarded.iter().try_for_each(|range| self.memory.discard(range)));
@@ -118,8 +127,9 @@ impl<'a> Checker<'a> {
         Found { pages: self.memory.pages(), wrong_pages, discarded_seen, discarded_unseen }
     }
 
-    fn halves(&self) -> (&[u64], &[u64]) {
-        self.order.split_at(self.order.len() / 2)
+    /// What is looked at before the middle, and after it.
+    fn parts(&self) -> (&[u64], &[u64]) {
+        self.order.split_at(self.first)
     }
 
     /// Pages that are given back, and those that stay.
@@ -129,8 +139,8 @@ impl<'a> Checker<'a> {
 
     /// How many of them have been seen before, and how many not.
     fn discarded_pages(&self) -> [usize; 2] {
-        let (seen, unseen) = self.halves();
-        [seen, unseen].map(|half| self.split(half).0.len())
+        let (seen, unseen) = self.parts();
+        [seen, unseen].map(|part| self.split(part).0.len())
     }
 
     fn compare(&self, pages: &[u64], expect: Expect) {
@@ -220,10 +230,10 @@ mod tests {
         if let Some(at) = wrong_byte {
             file.write_all_at(&[1], at).unwrap();
         }
-        let mut checker = Checker::new(&memory, &file, 3);
-        assert_eq!(checker.see_first_half(), 128);
+        let mut checker = Checker::new(&memory, &file, 3, None);
+        assert_eq!(checker.see_the_first(), 128);
         checker.choose_what_goes().unwrap();
-        checker.see_second_half().unwrap();
+        checker.see_the_rest().unwrap();
         checker.see_everything();
         checker.found()
     }

@@ -59,6 +59,9 @@ struct Options {
     /// pages of 2 MiB, from the kernel's hugetlb pool
     #[argh(switch)]
     huge: bool,
+    /// pages that are looked at before the middle (default: half of them)
+    #[argh(option)]
+    first: Option<usize>,
     /// give some of the memory back in the middle
     #[argh(switch)]
     balloon: bool,
@@ -95,14 +98,14 @@ fn run(options: &Options) -> Result<bool> {
 
     let snapshot = File::open(&options.expect)
         .map_err(|error| format!("the snapshot {}: {error}", options.expect.display()))?;
-    let mut checker = Checker::new(&memory, &snapshot, seed);
-    let middle = checker.see_first_half();
+    let mut checker = Checker::new(&memory, &snapshot, seed, options.first);
+    let middle = checker.see_the_first();
     say(&format!(r#"{{"event":"middle","pages":{middle}}}"#));
     wait_for_byte(options.pause.as_deref())?;
     if options.balloon {
         checker.choose_what_goes()?;
     }
-    checker.see_second_half()?;
+    checker.see_the_rest()?;
     say(r#"{"event":"seen"}"#);
     wait_for_byte(options.until.as_deref())?;
     checker.see_everything();
