@@ -9,6 +9,7 @@ mod support;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -126,6 +127,30 @@ fn every_ram_backend_moves_whatever_their_order() {
     let destination = Destination::start(&receiver, &scratch);
     let moved = Moved::start(source, destination, &["-p"]).complete();
     assert_eq!(moved.report["total_bytes"], 512 << 20);
+    moved.end();
+}
+
+/// The RFC's own shape: RAM ends as the guest's own anonymous memory, and the file empty.
+#[test]
+fn a_guests_memory_becomes_its_own_with_qemu_10_0() {
+    becomes_private(QemuVersion::V10_0, "1");
+}
+
+#[test]
+fn a_guests_memory_becomes_its_own_at_the_end_with_qemu_7_2() {
+    becomes_private(QemuVersion::V7_2, "0");
+}
+
+fn becomes_private(version: QemuVersion, flags: &str) {
+    let scratch = Scratch::new();
+    let machine = Machine { becomes_private: true, ..Machine::linux(version) };
+    let source = boot(&machine, &scratch);
+    let options = ["--kind", "private", "--postcopy-flags", flags];
+    let destination = Destination::start_with(&machine, &scratch, &options, "tcp:127.0.0.1:0");
+    let moved = Moved::start(source, destination, &["-p"]).complete();
+    for path in &moved.destination.ram_files {
+        assert_eq!(fs::metadata(path).expect("the guest has it").blocks(), 0);
+    }
     moved.end();
 }
 
@@ -778,6 +803,8 @@ fn bytes_of(path: &Path) -> u64 {
 
 /// Checks the two reports of one migration, each for itself and against each other.
 fn check_reports(source: &Value, destination: &Value) {
+    let kind = destination["kind"].as_str().expect("a kind");
+    assert!(["shared", "private"].contains(&kind), "{destination}");
     for (report, role) in [(source, "source"), (destination, "destination")] {
         let number = |name: &str| {
             report[name].as_u64().unwrap_or_else(|| panic!("{name} is not a count: {report}"))
@@ -786,7 +813,7 @@ fn check_reports(source: &Value, destination: &Value) {
             report[name].as_f64().unwrap_or_else(|| panic!("{name} is no number: {report}"))
         };
         assert_eq!(report["role"], role);
-        assert_eq!(report["kind"], "shared");
+        assert_eq!(report["kind"].as_str(), Some(if role == "source" { "shared" } else { kind }));
         assert_eq!(report["page_size"], 4096);
         assert!(number("lanes") > 0, "{report}");
         let total = number("total_bytes");
@@ -797,7 +824,8 @@ fn check_reports(source: &Value, destination: &Value) {
         assert!(seconds("downtime_ms") > 0.0, "{report}");
         assert!(seconds("total_s") > 0.0 && seconds("gbps") > 0.0, "{report}");
         assert!(seconds("drain_s") <= seconds("total_s"), "{report}");
-        assert_eq!(number("release_bytes"), 0);
+        let is_released = report["kind"] == "private";
+        assert_eq!(number("release_bytes"), if is_released { parts[0] } else { 0 }, "{report}");
         let cpu = &report["cpu_s"];
         assert!(cpu["user"].is_f64() && cpu["system"].is_f64(), "{report}");
         assert!(report["zero_copy"].is_string(), "{report}");

@@ -352,7 +352,7 @@ fn host(
         (None, None) => return Ok(None),
     };
     let mut qemu = Qemu::new(qmp);
-    qemu.check()?;
+    qemu.check(options.kind)?;
     Ok(Some(Box::new(qemu)))
 }
 

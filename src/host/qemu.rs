@@ -16,6 +16,7 @@ use umem_wire::limits::STATE_BYTES_MAX;
 use super::qmp::{Qmp, socket_pair};
 use super::{DestinationHost, SourceHost};
 use crate::error::{Context, Error, Result};
+use crate::memory::kind::Kind;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -61,18 +62,19 @@ impl Qemu {
         Qemu { qmp, was_running: true, saved: None }
     }
 
-    /// Checks that this guest can be moved, and returns its RAM backends. Changes nothing.
-    pub(crate) fn check(&mut self) -> Result<Vec<Backend>> {
-        let backends = self.backends()?;
+    /// Checks that this guest can be moved, its RAM mapped as `kind` says, and returns its RAM
+    /// backends. Changes nothing.
+    pub(crate) fn check(&mut self, kind: Kind) -> Result<Vec<Backend>> {
+        let backends = self.backends(kind)?;
         self.check_devices()?;
         Ok(backends)
     }
 
-    fn backends(&mut self) -> Result<Vec<Backend>> {
+    fn backends(&mut self, wanted: Kind) -> Result<Vec<Backend>> {
         let mut backends = Vec::new();
         for (name, kind) in self.qmp.children("/objects")? {
             if let Some(kind) = kind.strip_prefix("memory-backend-") {
-                backends.push(self.backend(name, kind)?);
+                backends.push(self.backend(name, kind, wanted)?);
             }
         }
         let main = self.qmp.property("/machine", "memory-backend")?;
@@ -88,7 +90,7 @@ impl Qemu {
         Ok(backends)
     }
 
-    fn backend(&mut self, name: String, kind: &str) -> Result<Backend> {
+    fn backend(&mut self, name: String, kind: &str, wanted: Kind) -> Result<Backend> {
         let path = format!("/objects/{name}");
         let mut get = |property: &str| -> Result<Value> {
             Ok(self.qmp.property(&path, property)?.unwrap_or_default())
@@ -108,7 +110,8 @@ impl Qemu {
                 )));
             }
         }
-        if get("share")? != json!(true) {
+        // Of private memory the preload object has seen that it is mapped so.
+        if wanted == Kind::Shared && get("share")? != json!(true) {
             return Err(Error::Unsupported(format!(
                 "RAM backend {name} has share=off: its file does not hold what the guest writes; \
                  add share=on to its -object option"

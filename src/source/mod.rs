@@ -34,6 +34,7 @@ use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane};
+use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Output};
@@ -152,7 +153,7 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
         return Ok((Box::new(FileOnly), options.ram.clone()));
     };
     let mut qemu = Qemu::new(Qmp::connect(path)?);
-    let found = qemu.check()?;
+    let found = qemu.check(Kind::Shared)?;
     let ram = if options.ram.is_empty() {
         found.into_iter().map(|b| RamPath { name: b.name, path: b.path }).collect()
     } else {

@@ -72,6 +72,8 @@ pub(crate) struct Machine {
     pub(crate) guest: String,
     /// More options.
     pub(crate) extra: Vec<String>,
+    /// At the destination the guest maps its RAM files privately.
+    pub(crate) becomes_private: bool,
 }
 
 impl Machine {
@@ -90,6 +92,7 @@ impl Machine {
             ram: vec![Ram { id: "ram0", mib: 256 }],
             guest: String::new(),
             extra: Vec::new(),
+            becomes_private: false,
         }
     }
 
@@ -104,10 +107,12 @@ impl Machine {
             1 => add(&format!("-m {}M", main.mib)),
             slots => add(&format!("-m {}M,slots={slots},maxmem=4G", main.mib)),
         }
+        let is_private = self.becomes_private && matches!(side, Side::Destination);
+        let share = if is_private { "off" } else { "on" };
         for Ram { id, mib } in &self.ram {
             let path = self.ram_file(scratch, side, id);
             add(&format!(
-                "-object memory-backend-file,id={id},size={mib}M,share=on,mem-path={}",
+                "-object memory-backend-file,id={id},size={mib}M,share={share},mem-path={}",
                 path.display()
             ));
             if *id != "ram0" {
