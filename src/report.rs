@@ -92,8 +92,8 @@ pub struct Completed {
     pub cpu_s: CpuTime,
     /// How the pages left the source without being copied; at the destination, how they landed.
     pub zero_copy: String,
-    /// Bytes of the guest's RAM that the source has freed, with `--release-ram`; the destination has
-    /// nothing to release with kind `shared`.
+    /// Bytes of guest memory that this side has freed: at the source the guest's RAM, with
+    /// `--release-ram`; at the destination spare copies, of which kind `shared` has none.
     pub release_bytes: u64,
     /// Kind `private`: the most that was in the destination's file at a time beside the guest's own
     /// pages, bytes.
