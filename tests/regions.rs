@@ -63,8 +63,12 @@ const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const MODE_MISSING: u64 = 1;
 const MODE_MINOR: u64 = 4;
 
-nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, [u64; 3]);
-nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, [u64; 4]);
+/// Of `linux/userfaultfd.h`, with its structures as words.
+#[allow(missing_docs, clippy::missing_safety_doc, reason = "made by nix's macros")]
+mod ioctl {
+    nix::ioctl_readwrite!(api, 0xaa, 0x3f, [u64; 3]);
+    nix::ioctl_readwrite!(register, 0xaa, 0x00, [u64; 4]);
+}
 
 fn userfaultfd(features: u64) -> OwnedFd {
     // SAFETY: a system call without pointers.
@@ -75,14 +79,14 @@ fn userfaultfd(features: u64) -> OwnedFd {
     let uffd = unsafe { OwnedFd::from_raw_fd(number) };
     let mut api = [0xaa, features, 0];
     // SAFETY: the argument has the layout of `struct uffdio_api`.
-    unsafe { uffdio_api(uffd.as_raw_fd(), &mut api) }.expect("these features");
+    unsafe { ioctl::api(uffd.as_raw_fd(), &mut api) }.expect("these features");
     uffd
 }
 
 fn register(uffd: &OwnedFd, memory: &Memory, mode: u64) {
     let mut range = [memory.start.addr() as u64, memory.bytes as u64, mode, 0];
     // SAFETY: the argument has the layout of `struct uffdio_register`.
-    unsafe { uffdio_register(uffd.as_raw_fd(), &mut range) }.expect("it can be registered");
+    unsafe { ioctl::register(uffd.as_raw_fd(), &mut range) }.expect("it can be registered");
 }
 
 fn hand_over(socket: &UnixStream, pieces: &[String], descriptors: &[i32]) {

@@ -20,14 +20,14 @@ use serde::Deserialize;
 use umem_ring::{
     Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
 };
-use umem_wire::PageRange;
+use umem_wire::{PageRange, RegionId};
 
 use super::Note;
 use super::faults::RETRY_INTERVAL;
-use super::guest::GuestMemory;
+use super::guest::{GuestMemory, GuestRegion};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
-use crate::memory::BLOCK_BYTES;
+use crate::memory::block_pages;
 use crate::memory::claims::RunKind;
 use crate::worker::Started;
 
@@ -172,8 +172,10 @@ struct TouchState {
     post: Post<Note>,
     /// Landed and not visible yet.
     hidden: VecDeque<(PageRange, RunKind)>,
-    /// Visible data that is to be touched.
+    /// Visible data that is to be touched next.
     ready: VecDeque<PageRange>,
+    /// Visible data that is to be touched at the end.
+    later: Later,
     asked: VecDeque<Asked>,
     asked_bytes: u64,
     /// Being released.
@@ -189,6 +191,58 @@ struct TouchState {
     ended: bool,
 }
 
+/// Pages to touch at the end: one bit each, as they may be all of the guest's.
+#[derive(Default)]
+struct Later {
+    /// By region.
+    bits: Vec<Vec<u64>>,
+    /// Where the next ones are looked for.
+    region: usize,
+    page: u64,
+}
+
+impl Later {
+    fn new(guest: &GuestMemory) -> Later {
+        let words = |region: &GuestRegion| {
+            let pages = region.bytes >> region.unit_shift;
+            vec![0; usize::try_from(pages.div_ceil(64)).expect("page state is in memory")]
+        };
+        Later { bits: guest.regions.iter().map(words).collect(), region: 0, page: 0 }
+    }
+
+    fn add(&mut self, range: PageRange) {
+        let bits = &mut self.bits[usize::from(range.region.0)];
+        for page in range.first..range.first + range.pages {
+            bits[index(page / 64)] |= 1 << (page % 64);
+        }
+    }
+
+    /// The next run, which is of one block; every page is given once.
+    fn take(&mut self, guest: &GuestMemory) -> Option<PageRange> {
+        while let Some(bits) = self.bits.get_mut(self.region) {
+            let shift = guest.regions[self.region].unit_shift;
+            let block_pages = block_pages(shift);
+            let end = guest.regions[self.region].bytes >> shift;
+            let is_set = |page: u64| bits[index(page / 64)] >> (page % 64) & 1 == 1;
+            let first = (self.page..end).find(|&page| is_set(page));
+            let Some(first) = first else {
+                (self.region, self.page) = (self.region + 1, 0);
+                continue;
+            };
+            let block_end = end.min((first / block_pages + 1) * block_pages);
+            let after = (first..block_end).find(|&page| !is_set(page)).unwrap_or(block_end);
+            self.page = after;
+            let region = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
+            return Some(PageRange { region, first, pages: after - first });
+        }
+        None
+    }
+}
+
+fn index(word: u64) -> usize {
+    usize::try_from(word).expect("page state is in memory, so its index fits")
+}
+
 impl TouchThread {
     /// Serves until told to end.
     pub(crate) fn run(self, work: TouchReceiver, started: Started<Waker>) -> Result<()> {
@@ -202,6 +256,7 @@ impl TouchThread {
             .filter(|region| region.kind == crate::memory::kind::Kind::Private)
             .map(|region| region.bytes >> region.unit_shift)
             .sum();
+        let later = if self.eager { Later::default() } else { Later::new(&self.guest) };
         let mut thread = TouchState {
             guest: self.guest,
             socket: Fd::from(Arc::new(self.socket)),
@@ -209,6 +264,7 @@ impl TouchThread {
             post: self.post,
             hidden: VecDeque::new(),
             ready: VecDeque::new(),
+            later,
             asked: VecDeque::new(),
             asked_bytes: 0,
             releasing: std::iter::repeat_with(|| None).take(RELEASES_MAX).collect(),
@@ -274,8 +330,12 @@ impl TouchState {
 
     /// Neighbours are touched together, as far as a block goes.
     fn push_ready(&mut self, range: PageRange) {
+        if !self.eager {
+            self.later.add(range);
+            return;
+        }
         let shift = self.guest.region(range.region).unit_shift;
-        let pages_max = (BLOCK_BYTES >> shift).max(1);
+        let pages_max = block_pages(shift);
         if let Some(last) = self.ready.back_mut()
             && last.region == range.region
             && last.first + last.pages == range.first
@@ -288,11 +348,12 @@ impl TouchState {
     }
 
     fn ask(&mut self) {
-        if !self.eager && !self.touch_rest {
+        // At the end everything is visible before the first of it is taken.
+        if !self.eager && !(self.touch_rest && self.hidden.is_empty()) {
             return;
         }
         while self.asked_bytes < ASKED_BYTES_MAX
-            && let Some(range) = self.ready.pop_front()
+            && let Some(range) = self.ready.pop_front().or_else(|| self.later.take(&self.guest))
         {
             let guest = self.guest.clone();
             let region = guest.region(range.region);
