@@ -349,7 +349,8 @@ impl TouchState {
 
     fn ask(&mut self) {
         // At the end everything is visible before the first of it is taken.
-        if !self.eager && !(self.touch_rest && self.hidden.is_empty()) {
+        let is_time = self.eager || (self.touch_rest && self.hidden.is_empty());
+        if !is_time {
             return;
         }
         while self.asked_bytes < ASKED_BYTES_MAX
