@@ -5,7 +5,9 @@
 mod support;
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 
@@ -258,6 +260,46 @@ fn a_migration_that_is_interrupted_leaves_no_socket() {
     incoming.signal(Signal::SIGINT);
     assert!(incoming.fails().contains("interrupted"));
     assert!(!scratch.path("handoff").exists());
+}
+
+/// Who only looks in, or says something else, is neither waited for nor harmed.
+#[test]
+fn strangers_on_the_hand_over_socket_live_on() {
+    let scratch = Scratch::new();
+    let (incoming, _) = incoming(&scratch);
+    // This process is the stranger.
+    drop(UnixStream::connect(handoff(&scratch)).expect("it listens"));
+    let mut talkative = UnixStream::connect(handoff(&scratch)).expect("it listens on");
+    talkative.write_all(b"[{\"size\":1}]").expect("it reads");
+    assert_eq!(talkative.read(&mut [0]).expect("it hangs up"), 0);
+    assert!(incoming.fails().contains("is not understood"));
+}
+
+/// The process that umem starts may be a wrapper of the one whose memory it is.
+#[test]
+fn a_client_behind_a_wrapper_is_ended_with_it() {
+    let scratch = Scratch::new();
+    let snapshot = scratch.ram("snapshot");
+    write_snapshot(&snapshot, 8);
+    let handoff = handoff(&scratch).display().to_string();
+    let client = support::program("umem-test-snapshot-client").display().to_string();
+    let snapshot = snapshot.display();
+    let pid = scratch.path("pid");
+    let script = format!(
+        "{client} --handoff {handoff} --mib 8 --expect {snapshot} & echo $! > {}; wait",
+        pid.display()
+    );
+    let words = ["incoming", "--json", "--handoff", &handoff, "tcp:127.0.0.1:0", "--", "sh", "-c"];
+    let mut incoming = Umem::start([&words[..], &[&script]].concat());
+    incoming.event("listening");
+    incoming.signal(Signal::SIGINT);
+    incoming.fails();
+    let pid = std::fs::read_to_string(pid).expect("the wrapper wrote it");
+    support::wait_for("the client to be gone", || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+        // A zombie waits for whoever inherited it.
+        stat.map_or(Some(()), |stat| stat.contains(") Z ").then_some(()))
+    });
 }
 
 /// At any moment of what is said about it.

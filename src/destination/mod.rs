@@ -388,9 +388,11 @@ impl<'a> Migration<'a> {
     fn until_completed(&mut self, prepared: &mut Prepared) -> Result<()> {
         let mut guest_ended = false;
         while !matches!(self.phase, Phase::Completed(_)) {
-            // Answers of private memory's guest side go to the toucher; then the process's end will do.
+            // Answers of private memory's guest side go to the toucher, and who does not know umem may
+            // close the socket when it likes: then the process's end has to do.
             let extra = [prepared.monitor.exited(), prepared.handoff.stream().as_fd()];
-            let count = if guest_ended { 0 } else { 2 - usize::from(self.toucher.is_some()) };
+            let is_ours = prepared.knows_umem && self.toucher.is_none();
+            let count = if guest_ended { 0 } else { 1 + usize::from(is_ours) };
             let extra = &extra[..count];
             match self.inbox.wait(extra, Some(progress::INTERVAL))? {
                 Wake::Timeout => {}

@@ -100,10 +100,10 @@ impl Expected<'_> {
             hands_over: self.listener.is_some(),
             add_qmp: qemu && options.qmp.is_none(),
         };
-        let (monitor, sockets) = command::start(&start)?;
+        let (mut monitor, sockets) = command::start(&start)?;
         let Sockets { handoff, qmp } = sockets;
         let (handoff, memory) = match (self.listener, handoff) {
-            (Some(listener), _) => accept_memory(&listener, &monitor, inbox)?,
+            (Some(listener), _) => accept_memory(&listener, &mut monitor, inbox)?,
             (None, handoff) => {
                 let stream = handoff.expect("the preload object has a socket");
                 let mut handoff = HandoffSocket::new(stream);
@@ -142,18 +142,19 @@ fn take_over_stranger(
                 continue;
             }
         };
-        let monitor = Monitor::follow(pid)?;
-        let Some(memory) = receive_memory(&mut handoff, &monitor, inbox)? else { continue };
+        let mut monitor = Monitor::follow(pid)?;
+        let memory = receive_memory(&mut handoff, &mut monitor, pid, inbox)?;
+        let Some(memory) = memory else { continue };
         let host = host(options, None, &monitor, inbox)?;
         let Memory { handed, knows_umem } = memory;
         return Ok(Prepared { monitor, handoff, knows_umem, host, handed });
     }
 }
 
-/// Waits until the process that we have started has handed over its memory.
+/// Waits until the process that we have started, or one that it has started, hands over its memory.
 fn accept_memory(
     listener: &HandoffListener,
-    monitor: &Monitor,
+    monitor: &mut Monitor,
     inbox: &Inbox<Note>,
 ) -> Result<(HandoffSocket, Memory)> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
@@ -175,14 +176,14 @@ fn accept_memory(
             }
             Wake::Message(_) => continue,
         }
-        let (mut handoff, _) = match listener.accept()? {
+        let (mut handoff, pid) = match listener.accept()? {
             Ok(accepted) => accepted,
             Err(why) => {
                 eprintln!("umem: ignored a connection to the hand-over socket: {why}");
                 continue;
             }
         };
-        if let Some(memory) = receive_memory(&mut handoff, monitor, inbox)? {
+        if let Some(memory) = receive_memory(&mut handoff, monitor, pid, inbox)? {
             return Ok((handoff, memory));
         }
     }
@@ -191,7 +192,8 @@ fn accept_memory(
 /// None when the process has closed the socket without handing anything over.
 fn receive_memory(
     handoff: &mut HandoffSocket,
-    monitor: &Monitor,
+    monitor: &mut Monitor,
+    pid: u32,
     inbox: &Inbox<Note>,
 ) -> Result<Option<Memory>> {
     let mut memory = Memory { handed: Vec::new(), knows_umem: true };
@@ -219,6 +221,9 @@ fn receive_memory(
         };
         for message in messages {
             let Message::Memory { pieces, more, knows_umem } = message else { continue };
+            if memory.handed.is_empty() {
+                monitor.hold(pid)?;
+            }
             memory.handed.extend(pieces);
             memory.knows_umem &= knows_umem;
             if memory.handed.len() > PIECES_MAX {

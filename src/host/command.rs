@@ -52,6 +52,8 @@ pub(crate) struct Monitor {
     /// None for a process that came to us.
     child: Option<Child>,
     handle: ProcessHandle,
+    /// Whose memory it is, where that is not the process itself but one that it has started.
+    owner: Option<ProcessHandle>,
     created: Vec<PathBuf>,
     released: bool,
 }
@@ -127,7 +129,8 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     })?;
     let pid = child.id();
     let handle = ProcessHandle::open(pid)?;
-    let monitor = Monitor { pid, child: Some(child), handle, created, released: false };
+    let monitor =
+        Monitor { pid, child: Some(child), handle, owner: None, created, released: false };
     Ok((monitor, Sockets { handoff, qmp }))
 }
 
@@ -244,10 +247,20 @@ impl ProcessHandle {
 }
 
 impl Monitor {
-    /// A process that has connected to us, and still waits for us to answer its faults.
+    /// A process that has connected to us. It is released until it hands over its memory.
     pub(crate) fn follow(pid: u32) -> Result<Monitor> {
         let handle = ProcessHandle::open(pid)?;
-        Ok(Monitor { pid, child: None, handle, created: Vec::new(), released: false })
+        Ok(Monitor { pid, child: None, handle, owner: None, created: Vec::new(), released: true })
+    }
+
+    /// A process has handed over its memory, this one or one that it has started: without us its faults
+    /// would not be answered any more.
+    pub(crate) fn hold(&mut self, pid: u32) -> Result<()> {
+        if pid != self.pid {
+            self.owner = Some(ProcessHandle::open(pid)?);
+        }
+        self.released = false;
+        Ok(())
     }
 
     /// Becomes readable when the process ends.
@@ -291,6 +304,9 @@ impl Drop for Monitor {
         // down gently. A thread that waits in a page fault can be killed; the userfaultfd dies with
         // the process.
         self.handle.kill();
+        if let Some(owner) = &self.owner {
+            owner.kill();
+        }
         if let Some(child) = &mut self.child {
             let _ = child.wait();
         }
