@@ -300,7 +300,7 @@ pub fn main() -> i32 {
     match result {
         Ok(status) => status,
         Err(error) => {
-            crate::report::Output { json }.failed(&error);
+            crate::report::Output::new(json).failed(&error);
             error.exit_status()
         }
     }

@@ -64,7 +64,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Anything that kept the guest from moving.
 pub fn run(options: &Options) -> Result<i32> {
     let inbox = Inbox::new()?;
-    let output = Output { json: options.json };
+    let output = Output::new(options.json);
     let seed = options.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
     let directory = Directory::new()?;
     let source_ram = shared_ram(options.size_mib)?;
@@ -230,7 +230,7 @@ impl Demo<'_> {
             && !verdict.registered
             && is_released
             && verdict.verified_pages == (self.options.size_mib << 20) / 4096;
-        if output.json {
+        if matches!(output, Output::Json) {
             let mut object = serde_json::to_value(&destination).expect("plain fields");
             let checked = serde_json::to_value(verdict).expect("plain fields");
             if let (Value::Object(object), Value::Object(checked)) = (&mut object, checked) {

@@ -109,12 +109,12 @@ pub enum Error {
     #[error("{0}")]
     OutOfMemory(String),
 
-    /// A thread of umem panicked; its message has been printed.
+    /// A thread of umem panicked, with this message.
     #[error(
-        "umem has a bug and cannot go on; please report it with the message above. A guest that \
-         misses pages waits for them; it does not read zeroes"
+        "umem has a bug and cannot go on; please report it: {0}. A guest that misses pages waits for \
+         them; it does not read zeroes"
     )]
-    Internal,
+    Internal(String),
 
     /// Somebody pressed Ctrl-C (or sent SIGTERM) while stopping was still possible.
     #[error("interrupted; {0}")]

@@ -370,13 +370,16 @@ impl Listener {
 
 /// Makes a listening unix socket that is the owner's alone.
 ///
-/// It is made under a mask for that; umask is per process, so no other thread may have been started
-/// yet.
+/// The file that bind makes has the socket's own mode, so that no mask of the whole process has to
+/// change for it, whose other threads may make files meanwhile.
 pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
-    nix::sys::stat::umask(mask);
-    listener
+    use nix::sys::socket::{Backlog, bind, listen};
+    use nix::sys::stat::{Mode, fchmod};
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
 }
 
 impl AsFd for Listener {

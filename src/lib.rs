@@ -31,6 +31,7 @@ pub mod host;
 mod inbox;
 mod lane;
 mod memory;
+mod panics;
 mod priority;
 mod progress;
 pub mod report;

@@ -1,6 +1,7 @@
 //! What a migration tells at its end, and the events on the way, as JSON or for a person.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -190,48 +191,77 @@ impl Completed {
     }
 }
 
-/// Where events go: JSON objects on stdout with `--json`, else sentences on stderr.
-#[derive(Clone, Copy)]
-pub(crate) struct Output {
-    pub(crate) json: bool,
+/// Where events go.
+#[derive(Clone)]
+pub(crate) enum Output {
+    /// Sentences on stderr, the report on stdout.
+    Person,
+    /// JSON objects on stdout.
+    Json,
+    /// To the program that umem is a part of, as name and fields; nothing is printed.
+    Host(Arc<dyn Fn(&str, &serde_json::Value) + Send + Sync>),
 }
 
 impl Output {
+    /// For a program of its own, with or without `--json`.
+    pub(crate) fn new(json: bool) -> Output {
+        if json { Output::Json } else { Output::Person }
+    }
+
+    pub(crate) fn is_for_person(&self) -> bool {
+        matches!(self, Output::Person)
+    }
+
     /// An event on the way, with its sentence for a person.
-    pub(crate) fn event(self, name: &str, fields: serde_json::Value, sentence: &str) {
-        if self.json {
-            let mut object = serde_json::json!({ "event": name });
-            if let (Some(object), serde_json::Value::Object(fields)) =
-                (object.as_object_mut(), fields)
-            {
-                object.extend(fields);
+    pub(crate) fn event(&self, name: &str, fields: serde_json::Value, sentence: &str) {
+        match self {
+            Output::Json => {
+                let mut object = serde_json::json!({ "event": name });
+                if let (Some(object), serde_json::Value::Object(fields)) =
+                    (object.as_object_mut(), fields)
+                {
+                    object.extend(fields);
+                }
+                self.line(&object.to_string());
             }
-            self.line(&object.to_string());
-        } else if !sentence.is_empty() {
+            Output::Person if !sentence.is_empty() => eprintln!("umem: {sentence}"),
+            Output::Person => {}
+            Output::Host(take) => take(name, &fields),
+        }
+    }
+
+    /// A sentence for whoever started this program.
+    pub(crate) fn remark(&self, sentence: &str) {
+        if !matches!(self, Output::Host(_)) {
             eprintln!("umem: {sentence}");
         }
     }
 
-    pub(crate) fn completed(self, report: &Completed) {
-        if self.json {
-            self.line(&serde_json::to_string(report).expect("plain numbers and strings"));
-        } else {
-            print!("{}", report.summary());
-            let _ = std::io::stdout().flush();
+    pub(crate) fn completed(&self, report: &Completed) {
+        match self {
+            Output::Json => {
+                self.line(&serde_json::to_string(report).expect("plain numbers and strings"));
+            }
+            Output::Person => {
+                print!("{}", report.summary());
+                let _ = std::io::stdout().flush();
+            }
+            // It gets the report itself.
+            Output::Host(_) => {}
         }
     }
 
     /// The one line that an error ends in.
-    pub(crate) fn failed(self, error: &Error) {
-        eprintln!("umem: {error}");
-        if self.json {
+    pub(crate) fn failed(&self, error: &Error) {
+        self.remark(&error.to_string());
+        if matches!(self, Output::Json) {
             let object = serde_json::json!({ "event": "failed", "error": error.to_string() });
             self.line(&object.to_string());
         }
     }
 
     /// One line on stdout, at once; a reader that has gone is not our failure.
-    fn line(self, text: &str) {
+    fn line(&self, text: &str) {
         let mut stdout = std::io::stdout().lock();
         let _ = writeln!(stdout, "{text}");
         let _ = stdout.flush();

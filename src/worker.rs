@@ -10,6 +10,7 @@ use umem_wire::LaneRole;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Post, Wake};
 use crate::lane::lane_name;
+use crate::panics;
 
 /// How far the demand lane may be behind a bulk lane when a peer gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -57,8 +58,8 @@ fn run<N: Failure, T>(post: &Post<N>, body: impl FnOnce() -> Result<T>) -> Optio
             post.send(N::failed(error));
             None
         }
-        Err(_) => {
-            post.send(N::failed(Error::Internal));
+        Err(payload) => {
+            post.send(N::failed(panics::error(&*payload)));
             None
         }
     }
@@ -135,7 +136,7 @@ mod tests {
     #[test]
     fn a_cause_of_its_own_is_not_waited_for() {
         let inbox = Inbox::<Note>::new().unwrap();
-        inbox.post().send(Note(Some(Error::Internal)));
+        inbox.post().send(Note(Some(Error::Internal("why".into()))));
         let cause = first_cause(&inbox, lost("demand lane"));
         assert!(cause.to_string().contains("demand lane"), "{cause}");
     }

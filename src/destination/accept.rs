@@ -12,10 +12,11 @@ use umem_wire::limits::LANES_MAX;
 use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
 
 use super::prepare::{Adopted, Prepared};
-use super::{Note, Options, peer};
+use super::{Note, peer};
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
+use crate::report::Output;
 use crate::uri::Uri;
 
 /// The lanes of one session.
@@ -45,12 +46,13 @@ impl Entrance {
     /// Opens all lanes of a session. Nobody else comes in then.
     pub(super) fn accept(
         self,
-        options: &Options,
+        lanes_max: u16,
+        output: &Output,
         inbox: &Inbox<Note>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
         match self {
-            Entrance::Listener(listener) => accept(&listener, options, inbox, prepared),
+            Entrance::Listener(listener) => accept(&listener, lanes_max, output, inbox, prepared),
             Entrance::Connection(socket) => accept_single(socket, inbox, prepared),
         }
     }
@@ -65,18 +67,19 @@ const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
 /// a session that comes to nothing does not keep the next one out.
 fn accept(
     listener: &Listener,
-    options: &Options,
+    lanes_max: u16,
+    output: &Output,
     inbox: &Inbox<Note>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
-    let mut door = Door { lanes_max: options.lanes_max, pending: VecDeque::new(), session: None };
+    let mut door = Door { lanes_max, output, pending: VecDeque::new(), session: None };
     loop {
         if let Some(session) = door.session.take_if(|session| session.is_whole()) {
             return Ok(session.into_lanes());
         }
         let fds = door.fds();
         let first = 1 + fds.len();
-        let fds: Vec<_> = std::iter::once(prepared.monitor.exited())
+        let fds: Vec<_> = std::iter::once(prepared.side.exited())
             .chain(fds.into_iter().map(|(_, fd)| fd))
             .chain([listener.as_fd()])
             .collect();
@@ -98,8 +101,9 @@ fn accept(
 }
 
 /// Everybody who has dialled and is not a lane of a whole session yet.
-struct Door {
+struct Door<'a> {
     lanes_max: u16,
+    output: &'a Output,
     /// The oldest first.
     pending: VecDeque<Pending>,
     session: Option<Session>,
@@ -131,7 +135,7 @@ enum Who {
     Session,
 }
 
-impl Door {
+impl Door<'_> {
     /// Whom to listen to.
     fn fds(&self) -> Vec<(Who, BorrowedFd<'_>)> {
         let session = self.session.iter().filter(|session| !session.has_spoken);
@@ -151,7 +155,7 @@ impl Door {
         };
         if self.pending.len() == PENDING_MAX {
             self.pending.pop_front();
-            ignored("others came before it had said who it is");
+            self.ignored("others came before it had said who it is");
         }
         let deadline = Instant::now() + HELLO_TIMEOUT;
         self.pending.push_back(Pending { socket, hello: HelloBytes::new(), deadline });
@@ -176,7 +180,7 @@ impl Door {
         });
         match opened {
             Ok((lane, hello)) => self.greet(lane, hello),
-            Err(why) => ignored(&why),
+            Err(why) => self.ignored(&why),
         }
     }
 
@@ -215,7 +219,7 @@ impl Door {
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             Ok(0) | Err(_) => {
                 self.session = None;
-                ignored("its demand lane closed before all of its lanes had come");
+                self.ignored("its demand lane closed before all of its lanes had come");
             }
         }
     }
@@ -224,13 +228,19 @@ impl Door {
         let before = self.pending.len();
         self.pending.retain(|pending| pending.deadline > now);
         for _ in self.pending.len()..before {
-            ignored("it did not say who it is");
+            self.ignored("it did not say who it is");
         }
         if let Some(session) = self.session.take_if(|session| session.deadline <= now) {
             let what = "not all of its lanes have come";
             lane::tell(&session.demand.socket(), &lost(&session.demand, what));
-            ignored(what);
+            self.ignored(what);
         }
+    }
+}
+
+impl Door<'_> {
+    fn ignored(&self, why: &str) {
+        self.output.remark(&format!("ignored a connection: {why}"));
     }
 }
 
@@ -265,10 +275,6 @@ fn wants_acks(hello: &Hello) -> bool {
     hello.capabilities.contains(Capabilities::ACKS)
 }
 
-fn ignored(why: &str) {
-    eprintln!("umem: ignored a connection: {why}");
-}
-
 fn refuse(lane: &Lane) {
     lane::refuse(lane, FaultCode::Refused, "another migration is being received");
 }
@@ -278,7 +284,7 @@ fn accept_single(socket: OwnedFd, inbox: &Inbox<Note>, prepared: &Prepared) -> R
     let demand = Lane::shared(socket)?;
     let mut bytes = HelloBytes::new();
     let hello = loop {
-        match inbox.wait(&[demand.as_fd(), prepared.monitor.exited()], None)? {
+        match inbox.wait(&[demand.as_fd(), prepared.side.exited()], None)? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => {}
             Wake::Ready(_) => return Err(exited()),
@@ -339,7 +345,7 @@ fn read_regions(
     let mut socket = demand.blocking()?;
     let mut buffer = Vec::new();
     loop {
-        match inbox.wait(&[socket.as_fd(), prepared.monitor.exited()], None)? {
+        match inbox.wait(&[socket.as_fd(), prepared.side.exited()], None)? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => {}
             Wake::Ready(_) => return Err(exited()),

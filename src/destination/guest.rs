@@ -25,7 +25,7 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use umem_wire::{PageRange, RegionId};
 
@@ -186,7 +186,7 @@ impl GuestRegion {
 pub(crate) struct GuestMemory {
     pub(crate) regions: Vec<GuestRegion>,
     pub(crate) sources: Vec<FaultSource>,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Arc<Counters>,
     /// Private memory: bytes that have landed and are not released, and the most that ever were.
     spare_bytes: AtomicU64,
     spare_bytes_max: AtomicU64,
@@ -221,7 +221,7 @@ impl GuestMemory {
         GuestMemory {
             regions,
             sources,
-            counters: Counters::default(),
+            counters: Arc::default(),
             spare_bytes: AtomicU64::new(0),
             spare_bytes_max: AtomicU64::new(0),
             release_bytes: AtomicU64::new(0),

@@ -13,10 +13,11 @@ mod faults;
 mod guest;
 mod prepare;
 mod reader;
+mod side;
 mod touch;
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -31,7 +32,6 @@ use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, transmit};
 
 use crate::cores::Cores;
 use crate::error::{Context, Error, Result};
-use crate::fault::handoff::Message;
 use crate::host::command::RamPath;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
@@ -51,6 +51,7 @@ use demand::{Command, DemandLane, Reach};
 use faults::{FaultThread, Servers};
 use guest::GuestMemory;
 use prepare::{Adopted, Expected, Prepared};
+use side::GuestSide;
 use touch::{TouchThread, Toucher};
 
 /// Threads that serve the faults of a guest in shards, each with its own ring.
@@ -136,12 +137,12 @@ pub fn run(options: &Options) -> Result<i32> {
         None => error,
     });
     drop(command);
-    received?.outlive(&inbox)
+    received?.side.outlive(&inbox)
 }
 
 /// Receives it, and gives back what it runs in.
 fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> Result<Prepared> {
-    let output = Output { json: options.json };
+    let output = Output::new(options.json);
     let entrance = match socket {
         Some(socket) => Entrance::Connection(socket),
         None => Entrance::Listener(Listener::bind(&options.uri)?),
@@ -163,17 +164,21 @@ fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> R
     }
     let mut prepared = expected.prepare(inbox)?;
     if !is_to_come {
-        announce(Some(prepared.monitor.pid()));
+        announce(prepared.side.pid());
     }
-    let lanes = entrance.accept(options, inbox, &prepared)?;
+    let lanes = entrance.accept(options.lanes_max, &output, inbox, &prepared)?;
     output.event(
         "connected",
         json!({ "lanes": lanes.bulk.len() }),
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
     let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;
-    let report = Migration::start(options, output, inbox, lanes, receiver, adopted, &mut prepared)?
-        .drive(&mut prepared)?;
+    let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
+    let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
+    let plan = Plan { touch: options.touch, cores: &options.cores, quiet: options.quiet };
+    let open = Open { lanes, receiver, adopted };
+    let report = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?
+        .drive(&mut prepared.side)?;
     output.completed(&report);
     Ok(prepared)
 }
@@ -191,6 +196,21 @@ struct Times {
     first_page: Option<Instant>,
     cached: Option<Instant>,
     downtime: Duration,
+}
+
+/// How to receive.
+struct Plan<'a> {
+    /// As in [`Options`].
+    touch: bool,
+    cores: &'a [usize],
+    quiet: bool,
+}
+
+/// The lanes, and what has been agreed on them.
+struct Open {
+    lanes: Lanes,
+    receiver: Receiver,
+    adopted: Adopted,
 }
 
 /// A migration with its lanes open: the control thread's state.
@@ -225,20 +245,18 @@ struct Migration<'a> {
 
 impl<'a> Migration<'a> {
     fn start(
-        options: &Options,
+        plan: &Plan<'_>,
         output: Output,
         inbox: &'a Inbox<Note>,
-        lanes: Lanes,
-        receiver: Receiver,
-        adopted: Adopted,
-        prepared: &mut Prepared,
+        open: Open,
+        host: HostThread<dyn DestinationHost>,
+        side: &GuestSide,
     ) -> Result<Migration<'a>> {
+        let Open { lanes, receiver, adopted } = open;
         let Adopted { regions, sources, landing } = adopted;
         let guest = Arc::new(GuestMemory::new(regions, sources));
         let is_sharded = guest.is_sharded();
-        let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
-        let host = HostThread::start(host, inbox.post())?;
-        let cores = Cores::choose(&options.cores, crate::cores::Role::Destination);
+        let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
         let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         let (commands, queue) = channel();
         let demand_socket = lanes.demand.socket();
@@ -277,11 +295,11 @@ impl<'a> Migration<'a> {
             touch_thread: None,
             congestion,
             times: Times::default(),
-            progress: Progress::new(landing.total_bytes(), options.quiet),
+            progress: Progress::new(landing.total_bytes(), plan.quiet),
             inbox,
         };
         let servers = migration.start_faults(is_sharded, &cores, &reach)?;
-        migration.start_toucher(options, &cores, prepared)?;
+        migration.start_toucher(plan.touch, &cores, side)?;
         migration.start_bulk(lanes.bulk, lanes.acks, &landing, &cores, &servers)?;
         let ready = Frame::Ready(landing.units());
         migration.step(Input::Received(&Event::Regions(landing)))?;
@@ -319,27 +337,23 @@ impl<'a> Migration<'a> {
         Ok(servers)
     }
 
-    fn start_toucher(
-        &mut self,
-        options: &Options,
-        cores: &Cores,
-        prepared: &Prepared,
-    ) -> Result<()> {
+    fn start_toucher(&mut self, eager: bool, cores: &Cores, side: &GuestSide) -> Result<()> {
         if !self.guest.has_private() {
             return Ok(());
         }
-        let socket = prepared.handoff.stream().try_clone();
+        let process = side.process().expect("our own memory is shared or anonymous");
+        let socket = process.handoff.stream().try_clone();
         let thread = TouchThread {
             guest: self.guest.clone(),
             socket: socket.context(|| "the hand-over socket")?.into(),
-            eager: options.touch,
+            eager,
             core: cores.bulk(0),
             post: self.inbox.post(),
         };
         let (work, ours) = touch::ways();
         let (waker, handle) =
             worker::start("umem-touch", self.inbox, move |started| thread.run(work, started))?;
-        let (queue, toucher) = ours.reach(waker, options.touch);
+        let (queue, toucher) = ours.reach(waker, eager);
         self.guest.set_toucher(queue);
         self.toucher = Some(toucher);
         self.touch_thread = Some(handle);
@@ -375,46 +389,41 @@ impl<'a> Migration<'a> {
 
     /// Runs the phases to their end. After an error before the switchover the source is told, so
     /// that its guest goes on there.
-    fn drive(mut self, prepared: &mut Prepared) -> Result<Completed> {
+    fn drive(mut self, side: &mut GuestSide) -> Result<Completed> {
         let driven =
-            self.until_completed(prepared).map_err(|error| worker::first_cause(self.inbox, error));
+            self.until_completed(side).map_err(|error| worker::first_cause(self.inbox, error));
         self.progress.phase("ending");
         let latency = self.end(driven.as_ref().err());
         driven.map_err(|error| self.explain(error))?;
-        prepared.release()?;
+        side.release()?;
         Ok(self.report(&latency))
     }
 
-    fn until_completed(&mut self, prepared: &mut Prepared) -> Result<()> {
+    fn until_completed(&mut self, side: &mut GuestSide) -> Result<()> {
         let mut guest_ended = false;
         while !matches!(self.phase, Phase::Completed(_)) {
-            // Answers of private memory's guest side go to the toucher, and who does not know umem may
-            // close the socket when it likes: then the process's end has to do.
-            let extra = [prepared.monitor.exited(), prepared.handoff.stream().as_fd()];
-            let is_ours = prepared.knows_umem && self.toucher.is_none();
-            let count = if guest_ended { 0 } else { 1 + usize::from(is_ours) };
-            let extra = &extra[..count];
-            match self.inbox.wait(extra, Some(progress::INTERVAL))? {
+            let watched =
+                if guest_ended { Vec::new() } else { side.watched(self.toucher.is_some()) };
+            match self.inbox.wait(&watched, Some(progress::INTERVAL))? {
                 Wake::Timeout => {}
                 Wake::Signal => self.interrupted()?,
                 Wake::Ready(index) => {
-                    // Nothing is said on the socket before the end; an end of file comes with the exit.
-                    guest_ended = index == 0 || prepared.handoff.read()?.is_none();
+                    guest_ended = side.has_ended(index)?;
                     // A guest that has all of its memory may end before we have heard of it.
                     if guest_ended && self.guest.pages_missing() > 0 {
-                        return Err(self.guest_exited(prepared));
+                        return Err(self.guest_exited(side));
                     }
                 }
-                Wake::Message(note) => self.note(note, prepared)?,
+                Wake::Message(note) => self.note(note, side)?,
             }
             self.progress.update(&self.guest.counters);
         }
         Ok(())
     }
 
-    fn note(&mut self, note: Note, prepared: &mut Prepared) -> Result<()> {
+    fn note(&mut self, note: Note, side: &mut GuestSide) -> Result<()> {
         match note {
-            Note::Received(event) => self.received(event, prepared),
+            Note::Received(event) => self.received(event, side),
             Note::AllCached => {
                 self.all_cached = true;
                 self.times.cached = Some(Instant::now());
@@ -447,7 +456,7 @@ impl<'a> Migration<'a> {
         }
     }
 
-    fn received(&mut self, event: Event, prepared: &mut Prepared) -> Result<()> {
+    fn received(&mut self, event: Event, side: &mut GuestSide) -> Result<()> {
         if let Event::Error(fault) = event {
             return Err(peer(fault));
         }
@@ -463,12 +472,7 @@ impl<'a> Migration<'a> {
             Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
             Event::Load { .. } => self.host.load_state(std::mem::take(&mut self.state)),
             Event::Switchover { stopped_us } => {
-                // From here on the guest is ours: its process stays, whatever happens to umem, if its
-                // faults wait then. One that would go on with zeroes is ended.
-                if prepared.knows_umem {
-                    prepared.monitor.release();
-                    prepared.handoff.keep()?;
-                }
+                side.keep()?;
                 let now = Instant::now();
                 self.times.switched = Some(now);
                 self.times.downtime = Duration::from_micros(stopped_us);
@@ -529,17 +533,16 @@ impl<'a> Migration<'a> {
         if !self.phase.may_run() {
             return Err(Error::Interrupted("the guest stays at the source".into()));
         }
-        eprintln!(
-            "umem: the guest runs here and still needs {} pages from the source; stopping now \
-             would stop it, so this goes on until they have come",
+        self.output.remark(&format!(
+            "the guest runs here and still needs {} pages from the source; stopping now would stop \
+             it, so this goes on until they have come",
             self.guest.pages_missing()
-        );
+        ));
         Ok(())
     }
 
-    fn guest_exited(&self, prepared: &mut Prepared) -> Error {
-        let status = prepared.monitor.status().ok().flatten();
-        let how = status.map_or_else(String::new, |status| format!(" ({status})"));
+    fn guest_exited(&self, side: &mut GuestSide) -> Error {
+        let how = side.status().map_or_else(String::new, |status| format!(" ({status})"));
         if self.phase.may_run() {
             Error::Host(format!("the guest's process ended{how} before all of its memory had come"))
         } else {
@@ -660,41 +663,4 @@ impl<'a> Migration<'a> {
 
 fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
-}
-
-impl Prepared {
-    /// The guest runs alone now. Waits until its monitor ends, whose exit status is ours, so that
-    /// its terminal stays its own; a signal ends the waiting, not the guest.
-    fn outlive(&mut self, inbox: &Inbox<Note>) -> Result<i32> {
-        while self.monitor.is_child() {
-            match inbox.wait(&[self.monitor.exited()], None)? {
-                Wake::Signal => break,
-                Wake::Ready(_) => {
-                    let status = self.monitor.wait()?;
-                    return Ok(status.and_then(|status| status.code()).unwrap_or(1));
-                }
-                Wake::Message(_) | Wake::Timeout => {}
-            }
-        }
-        Ok(0)
-    }
-
-    /// The guest is complete: its process closes its userfaultfds and runs on alone.
-    fn release(&mut self) -> Result<()> {
-        self.monitor.release();
-        if !self.knows_umem {
-            return Ok(());
-        }
-        self.handoff.release()?;
-        loop {
-            match self.handoff.read()? {
-                // The process ended meanwhile, as a guest may.
-                None => return Ok(()),
-                Some(messages) if messages.iter().any(|m| matches!(m, Message::Released)) => {
-                    return Ok(());
-                }
-                Some(_) => {}
-            }
-        }
-    }
 }

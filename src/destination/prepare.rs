@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use umem_wire::{Agreement, PageSize, Region, RegionId, RegionTable};
 
 use super::guest::{COPIED_PAGE_BYTES_MAX, FaultSource, GuestRegion, Part, RegionSetup};
+use super::side::{GuestProcess, GuestSide};
 use super::{Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
@@ -37,10 +38,7 @@ const PIECES_MAX: usize = 4096;
 
 /// A guest that waits for its memory.
 pub(crate) struct Prepared {
-    pub(crate) monitor: Monitor,
-    pub(crate) handoff: HandoffSocket,
-    /// The guest side keeps its userfaultfds without us, and understands our commands.
-    pub(crate) knows_umem: bool,
+    pub(crate) side: GuestSide,
     pub(crate) host: Option<Box<dyn DestinationHost>>,
     handed: Vec<Handed>,
 }
@@ -113,7 +111,8 @@ impl Expected<'_> {
         };
         let host = host(options, qmp, &monitor, inbox)?;
         let Memory { handed, knows_umem } = memory;
-        Ok(Prepared { monitor, handoff, knows_umem, host, handed })
+        let process = GuestProcess { monitor, handoff, knows_umem };
+        Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed })
     }
 }
 
@@ -147,7 +146,8 @@ fn take_over_stranger(
         let Some(memory) = memory else { continue };
         let host = host(options, None, &monitor, inbox)?;
         let Memory { handed, knows_umem } = memory;
-        return Ok(Prepared { monitor, handoff, knows_umem, host, handed });
+        let process = GuestProcess { monitor, handoff, knows_umem };
+        return Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed });
     }
 }
 
@@ -382,6 +382,11 @@ fn connect(path: &Path, monitor: &Monitor, inbox: &Inbox<Note>) -> Result<Qmp> {
 }
 
 impl Prepared {
+    /// Memory of this process.
+    pub(crate) fn here(handed: Vec<Handed>) -> Result<Prepared> {
+        Ok(Prepared { side: GuestSide::here()?, host: None, handed })
+    }
+
     /// Compares the source's regions with ours, checks that they fit, and makes the guest's memory of
     /// them in the source's order.
     pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<Adopted> {

@@ -1,5 +1,7 @@
-//! The host's thread: talks to the monitor, which may block, so that the control thread never does.
+//! The way to the monitor: through a thread, as talking to it may block, which the control thread never
+//! does; or, where umem is a part of the monitor, through whatever that listens to.
 
+use std::marker::PhantomData;
 use std::sync::mpsc::{Sender, channel};
 
 use super::{DestinationHost, SourceHost};
@@ -15,56 +17,95 @@ pub(crate) enum Answer {
     Running(Result<()>),
 }
 
-type Job<H> = Box<dyn FnOnce(&mut H) -> Answer + Send>;
-
-/// Hands jobs to a host on a thread of its own. The thread ends when this is dropped and its job
-/// is done; a monitor that never answers keeps the thread, not the process.
-pub(crate) struct HostThread<H: ?Sized> {
-    jobs: Sender<Job<Box<H>>>,
+/// What the monitor is asked to do.
+pub(crate) enum Question {
+    Stop,
+    Save,
+    Resume,
+    Load(Vec<u8>),
+    Run,
 }
 
-impl<H: ?Sized + Send + 'static> HostThread<H> {
-    pub(crate) fn start<T: From<Answer> + Send + 'static>(
-        mut host: Box<H>,
-        post: Post<T>,
+/// Hands questions to a monitor; the answers come as posts.
+pub(crate) struct HostThread<H: ?Sized> {
+    ask: Box<dyn Fn(Question) + Send>,
+    host: PhantomData<fn(Box<H>)>,
+}
+
+impl<H: ?Sized> HostThread<H> {
+    /// Questions go to `ask`, which does not block; whoever takes them there posts the answers.
+    pub(crate) fn elsewhere(ask: impl Fn(Question) + Send + 'static) -> HostThread<H> {
+        HostThread { ask: Box::new(ask), host: PhantomData }
+    }
+
+    /// Questions are answered on a thread of their own. The thread ends when this is dropped and its
+    /// question is answered; a monitor that never answers keeps the thread, not the process.
+    fn with(
+        mut answer: impl FnMut(Question) -> Answer + Send + 'static,
+        post: Post<impl From<Answer> + Send + 'static>,
     ) -> Result<HostThread<H>> {
-        let (jobs, queue) = channel::<Job<Box<H>>>();
+        let (questions, queue): (Sender<Question>, _) = channel();
         std::thread::Builder::new()
             .name("umem-host".into())
             .spawn(move || {
-                for job in queue {
-                    post.send(job(&mut host).into());
+                for question in queue {
+                    post.send(answer(question).into());
                 }
             })
             .map_err(|source| Error::System { what: "starting a thread".into(), source })?;
-        Ok(HostThread { jobs })
-    }
-
-    fn ask(&self, job: impl FnOnce(&mut Box<H>) -> Answer + Send + 'static) {
-        self.jobs.send(Box::new(job)).expect("the thread ends after this sender");
+        Ok(HostThread::elsewhere(move |question| {
+            questions.send(question).expect("the thread ends after this sender");
+        }))
     }
 }
 
 impl HostThread<dyn SourceHost> {
+    pub(crate) fn start<T: From<Answer> + Send + 'static>(
+        mut host: Box<dyn SourceHost>,
+        post: Post<T>,
+    ) -> Result<Self> {
+        let answer = move |question| match question {
+            Question::Stop => Answer::Stopped(host.stop()),
+            Question::Save => Answer::Saved(host.save_state()),
+            Question::Resume => Answer::Resumed(host.resume()),
+            Question::Load(_) | Question::Run => unreachable!("a source is not asked that"),
+        };
+        HostThread::with(answer, post)
+    }
+
     pub(crate) fn stop(&self) {
-        self.ask(|host| Answer::Stopped(host.stop()));
+        (self.ask)(Question::Stop);
     }
 
     pub(crate) fn save_state(&self) {
-        self.ask(|host| Answer::Saved(host.save_state()));
+        (self.ask)(Question::Save);
     }
 
     pub(crate) fn resume(&self) {
-        self.ask(|host| Answer::Resumed(host.resume()));
+        (self.ask)(Question::Resume);
     }
 }
 
 impl HostThread<dyn DestinationHost> {
+    pub(crate) fn start<T: From<Answer> + Send + 'static>(
+        mut host: Box<dyn DestinationHost>,
+        post: Post<T>,
+    ) -> Result<Self> {
+        let answer = move |question| match question {
+            Question::Load(state) => Answer::Loaded(host.load_state(state)),
+            Question::Run => Answer::Running(host.run()),
+            Question::Stop | Question::Save | Question::Resume => {
+                unreachable!("a destination is not asked that")
+            }
+        };
+        HostThread::with(answer, post)
+    }
+
     pub(crate) fn load_state(&self, state: Vec<u8>) {
-        self.ask(|host| Answer::Loaded(host.load_state(state)));
+        (self.ask)(Question::Load(state));
     }
 
     pub(crate) fn run(&self) {
-        self.ask(|host| Answer::Running(host.run()));
+        (self.ask)(Question::Run);
     }
 }

@@ -3,9 +3,9 @@
 //! Pages here are landing units, which the destination names when it is ready: a page of the file,
 //! or several where the destination's pages are larger.
 
-use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Acquire;
+use std::sync::{Arc, OnceLock};
 
 use umem_ring::{Memory, Waker};
 use umem_wire::limits::RUN_BYTES_MAX;
@@ -37,7 +37,7 @@ pub(crate) struct SourceMemory {
     pub(crate) regions: Vec<SourceRegion>,
     /// The landing table: what page numbers refer to.
     landing: OnceLock<RegionTable>,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Arc<Counters>,
     /// The last demand: bulk lanes go on from there.
     pub(crate) pivot: Pivot,
     /// The guest has stopped: only from then on are its pages what the destination must get.
@@ -58,7 +58,7 @@ impl SourceMemory {
         SourceMemory {
             regions: files.into_iter().map(region).collect(),
             landing: OnceLock::new(),
-            counters: Counters::default(),
+            counters: Arc::default(),
             pivot: Pivot::default(),
             stopped: AtomicBool::new(false),
             zero_copy_is_copied: AtomicBool::new(false),

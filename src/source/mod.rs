@@ -120,7 +120,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
-    let output = Output { json: options.json };
+    let output = Output::new(options.json);
     let inbox = Inbox::new()?;
     let (host, ram) = guest(options)?;
     let files = ram
@@ -134,7 +134,16 @@ fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
         json!({ "uri": options.uri.to_string(), "lanes": options.lanes }),
         &format!("connected to {}", options.uri),
     );
-    let migration = Migration::start(options, output, inbox, lanes, memory, host)?;
+    let plan = Plan {
+        postcopy: options.postcopy,
+        background: options.background,
+        has_monitor: options.qmp.is_some(),
+        stays_local: lane::stays_local(&options.uri),
+        cores: &options.cores,
+        quiet: options.quiet,
+    };
+    let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
+    let migration = Migration::start(&plan, output.clone(), inbox, lanes, memory, host)?;
     let report = migration.drive()?;
     output.completed(&report);
     Ok(())
@@ -210,6 +219,19 @@ struct Times {
     completed: Option<Instant>,
 }
 
+/// How to send.
+struct Plan<'a> {
+    /// As in [`Options`].
+    postcopy: bool,
+    background: bool,
+    cores: &'a [usize],
+    quiet: bool,
+    /// There is somebody else who could resume the guest.
+    has_monitor: bool,
+    /// The lanes do not leave this machine.
+    stays_local: bool,
+}
+
 /// A migration with its lanes open: the control thread's state.
 struct Migration {
     postcopy: bool,
@@ -242,18 +264,18 @@ struct Migration {
 
 impl Migration {
     fn start(
-        options: &Options,
+        plan: &Plan<'_>,
         output: Output,
         inbox: Inbox<Note>,
         mut lanes: Vec<Lane>,
         memory: Arc<SourceMemory>,
-        host: Box<dyn SourceHost>,
+        host: HostThread<dyn SourceHost>,
     ) -> Result<Migration> {
         let table = memory.table()?;
         let idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
         let congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
-        let cores = Cores::choose(&options.cores, crate::cores::Role::Source);
+        let cores = Cores::choose(plan.cores, crate::cores::Role::Source);
         let receiver = Receiver::for_source(&table);
         let (commands, queue) = channel();
         let demand_socket = lane.socket();
@@ -268,15 +290,15 @@ impl Migration {
         let (waker, demand_thread) =
             worker::start("umem-demand", &inbox, move |started| demand.run(started))?;
         let mut migration = Migration {
-            postcopy: options.postcopy,
-            background: options.background,
-            lane_count: options.lanes,
+            postcopy: plan.postcopy,
+            background: plan.background,
+            lane_count: u16::try_from(idle.len()).expect("at most 64"),
             output,
-            host: HostThread::start(host, inbox.post())?,
-            has_monitor: options.qmp.is_some(),
+            host,
+            has_monitor: plan.has_monitor,
             phase: Phase::new(),
             cores,
-            zero_copy: !lane::stays_local(&options.uri),
+            zero_copy: !plan.stays_local,
             commands,
             demand: waker,
             demand_socket,
@@ -289,7 +311,7 @@ impl Migration {
             allocated_bytes: 0,
             congestion,
             times: Times::default(),
-            progress: Progress::new(memory.total_bytes(), options.quiet),
+            progress: Progress::new(memory.total_bytes(), plan.quiet),
             memory,
             inbox,
         };
@@ -306,7 +328,8 @@ impl Migration {
         match driven {
             Ok(totals) => {
                 let release_bytes = self.release_rest().unwrap_or_else(|error| {
-                    eprintln!("umem: the guest has moved, but its RAM here stays: {error}");
+                    let what = format!("the guest has moved, but its RAM here stays: {error}");
+                    self.output.remark(&what);
                     0
                 });
                 Ok(Completed { release_bytes, ..self.report(totals) })
@@ -502,15 +525,15 @@ impl Migration {
         }
         if !self.background && matches!(self.phase, Phase::Serving) {
             self.background = true;
-            eprintln!("umem: sending the pages that nobody has asked for, then ending");
+            self.output.remark("sending the pages that nobody has asked for, then ending");
             return self.start_bulk();
         }
         let left = self.memory.total_bytes() - self.bytes_done();
-        eprintln!(
-            "umem: the guest runs at the destination and needs {} MiB more from here; going on \
-             until it has them",
+        self.output.remark(&format!(
+            "the guest runs at the destination and needs {} MiB more from here; going on until it \
+             has them",
             left >> 20
-        );
+        ));
         Ok(())
     }
 
@@ -613,8 +636,9 @@ impl Migration {
         let ours = self.memory.counters.totals();
         let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
         let unit = self.memory.regions.iter().map(|region| region.unit()).min();
-        if self.has_monitor && !self.output.json {
-            eprintln!("umem: the guest here is stopped and must not be resumed; quit its monitor");
+        if self.has_monitor && self.output.is_for_person() {
+            self.output
+                .remark("the guest here is stopped and must not be resumed; quit its monitor");
         }
         Completed {
             event: "completed".into(),

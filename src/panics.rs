@@ -1,0 +1,68 @@
+//! What becomes of a panic: an error with its message.
+//!
+//! A program of its own prints it as well, as every Rust program does. As a part of another program
+//! umem prints nothing: [`keep_quiet`] then makes the panics of its threads, and of the calls into it,
+//! end in the error alone. A panic hook is the whole process's; those of all other threads still go to
+//! the hook that was there before.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::sync::Once;
+
+use crate::error::Error;
+
+/// What the names of umem's threads begin with.
+pub(crate) const THREAD_PREFIX: &str = "umem-";
+
+thread_local! {
+    /// The last panic of this thread, with its place.
+    static LAST: RefCell<Option<String>> = const { RefCell::new(None) };
+    /// The thread is inside a call into umem.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The error that a caught panic becomes.
+pub(crate) fn error(payload: &(dyn Any + Send)) -> Error {
+    let text = LAST.take().unwrap_or_else(|| message(payload).to_owned());
+    Error::Internal(text.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+fn message(payload: &(dyn Any + Send)) -> &str {
+    match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
+        (Some(text), _) => text,
+        (None, Some(text)) => text,
+        (None, None) => "a panic without words",
+    }
+}
+
+/// From here on umem's own panics are not printed.
+pub(crate) fn keep_quiet() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !is_ours() {
+                return others(panic);
+            }
+            let place = panic.location().map_or_else(String::new, |at| format!(" at {at}"));
+            LAST.set(Some(format!("{}{place}", message(panic.payload()))));
+        }));
+    });
+}
+
+fn is_ours() -> bool {
+    INSIDE.get()
+        || std::thread::current().name().is_some_and(|name| name.starts_with(THREAD_PREFIX))
+}
+
+/// Runs a call into umem, on whatever thread that comes.
+pub(crate) fn inside<T>(call: impl FnOnce() -> T) -> T {
+    struct Leave(bool);
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            INSIDE.set(self.0);
+        }
+    }
+    let _leave = Leave(INSIDE.replace(true));
+    call()
+}
