@@ -18,7 +18,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::PollFlags;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
-    getsockopt, setsockopt, socket, sockopt,
+    getsockname, getsockopt, setsockopt, socket, sockopt,
 };
 use umem_wire::{
     Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId,
@@ -163,6 +163,13 @@ pub(crate) fn dial(uri: &Uri, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
 /// started first, so that the answer is waited for without a limit.
 pub(crate) fn open_shared(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
     let lane = Lane::shared(socket)?;
+    greet(&lane, hello, None, wait)?;
+    Ok(lane)
+}
+
+/// Opens one of several lanes on a connection that is there already, as [`open_shared`] does.
+pub(crate) fn open(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
+    let lane = Lane::new(socket, lane_name(hello.role, hello.index))?;
     greet(&lane, hello, None, wait)?;
     Ok(lane)
 }
@@ -454,5 +461,15 @@ pub(crate) fn stays_local(uri: &Uri) -> bool {
         Uri::Tcp { host, port } => (host.as_str(), *port)
             .to_socket_addrs()
             .is_ok_and(|mut addresses| addresses.all(|address| address.ip().is_loopback())),
+    }
+}
+
+/// True when a connection does not leave this machine, as for [`stays_local`].
+pub(crate) fn is_local(socket: &OwnedFd) -> bool {
+    let Ok(address) = getsockname::<SockaddrStorage>(socket.as_raw_fd()) else { return false };
+    match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+        (Some(address), _) => address.ip().is_loopback(),
+        (None, Some(address)) => address.ip().is_loopback(),
+        (None, None) => true,
     }
 }

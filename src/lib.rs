@@ -21,10 +21,12 @@
 
 #![warn(missing_docs)]
 
+pub mod capi;
 pub mod cli;
 mod cores;
 pub mod demo;
 pub mod destination;
+pub mod embed;
 mod error;
 mod fault;
 pub mod host;

@@ -199,8 +199,10 @@ pub(crate) enum Output {
     /// JSON objects on stdout.
     Json,
     /// To the program that umem is a part of, as name and fields; nothing is printed.
-    Host(Arc<dyn Fn(&str, &serde_json::Value) + Send + Sync>),
+    Host(Take),
 }
+
+type Take = Arc<dyn Fn(&str, &serde_json::Value) + Send + Sync>;
 
 impl Output {
     /// For a program of its own, with or without `--json`.

@@ -271,7 +271,7 @@ impl Session {
     }
 }
 
-fn wants_acks(hello: &Hello) -> bool {
+pub(super) fn wants_acks(hello: &Hello) -> bool {
     hello.capabilities.contains(Capabilities::ACKS)
 }
 

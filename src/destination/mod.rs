@@ -9,6 +9,7 @@ mod accept;
 mod acks;
 mod bulk;
 mod demand;
+pub(crate) mod embedded;
 mod faults;
 mod guest;
 mod prepare;
@@ -298,14 +299,28 @@ impl<'a> Migration<'a> {
             progress: Progress::new(landing.total_bytes(), plan.quiet),
             inbox,
         };
-        let servers = migration.start_faults(is_sharded, &cores, &reach)?;
-        migration.start_toucher(plan.touch, &cores, side)?;
-        migration.start_bulk(lanes.bulk, lanes.acks, &landing, &cores, &servers)?;
+        let started = migration
+            .start_faults(is_sharded, &cores, &reach)
+            .and_then(|servers| {
+                migration.start_toucher(plan.touch, &cores, side)?;
+                migration.start_bulk(lanes.bulk, lanes.acks, &landing, &cores, &servers)
+            })
+            .and_then(|()| migration.get_ready(landing));
+        match started {
+            Ok(()) => Ok(migration),
+            Err(error) => {
+                migration.end(Some(&error));
+                Err(error)
+            }
+        }
+    }
+
+    fn get_ready(&mut self, landing: RegionTable) -> Result<()> {
         let ready = Frame::Ready(landing.units());
-        migration.step(Input::Received(&Event::Regions(landing)))?;
-        migration.step(Input::GuestReady)?;
-        migration.send(&ready);
-        Ok(migration)
+        self.step(Input::Received(&Event::Regions(landing)))?;
+        self.step(Input::GuestReady)?;
+        self.send(&ready);
+        Ok(())
     }
 
     /// Starts those who serve the faults of a guest in shards; returns who serves which.

@@ -72,20 +72,25 @@ impl RamFile {
                 }
                 _ => ram(format!("cannot be opened: {error}")),
             })?;
-        let kind = file.metadata().map_err(|error| ram(error.to_string()))?.file_type();
-        if !kind.is_file() {
-            return Err(ram(
-                "is not a regular file; give the file that backs the guest's RAM".into()
-            ));
-        }
         if to_free && !is_memory(&file).map_err(|error| ram(error.to_string()))? {
             return Err(ram(
-                "--release-ram would destroy what is in this file, which is on a disk; \
-                            leave the option out, or name a file in /dev/shm or on hugetlbfs"
+                "--release-ram would destroy what is in this file, which is on a disk; leave the \
+                 option out, or name a file in /dev/shm or on hugetlbfs"
                     .into(),
             ));
         }
-        RamFile::map(name, file, ProtFlags::PROT_READ).map_err(|what| ram(what.to_string()))
+        RamFile::of_source(name, file).map_err(|error| ram(error.to_string()))
+    }
+
+    /// A source's RAM file that is open already, for reading at least.
+    pub(crate) fn of_source(name: &str, file: File) -> Result<RamFile> {
+        let kind = file.metadata().context(|| format!("RAM {name}"))?.file_type();
+        if !kind.is_file() {
+            return Err(Error::Unsupported(
+                "is not a regular file; give the file that backs the guest's RAM".into(),
+            ));
+        }
+        RamFile::map(name, file, ProtFlags::PROT_READ)
     }
 
     /// Takes over the RAM file that a guest handed to us, for landing pages in it.

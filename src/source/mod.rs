@@ -7,6 +7,7 @@
 
 mod bulk;
 mod demand;
+pub(crate) mod embedded;
 mod memory;
 mod release;
 
@@ -178,24 +179,37 @@ fn dial(
     session: SessionId,
     inbox: &Inbox<Note>,
 ) -> Result<Vec<Lane>> {
-    let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| match inbox.wait_for(fds, limit)? {
-        Wake::Signal => Err(Error::Interrupted("the guest goes on here".into())),
-        Wake::Timeout => Ok(false),
-        // Nobody posts before there are workers.
-        Wake::Ready(_) | Wake::Message(_) => Ok(true),
-    };
+    let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
     if let Some(socket) = socket {
         let hello = lane::hello(session, LaneRole::Demand, 0, 0, options.release_ram);
         return Ok(vec![lane::open_shared(socket, &hello, &wait)?]);
     }
     (0..=options.lanes)
         .map(|index| {
-            let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
             let acks = options.release_ram;
-            let hello = lane::hello(session, role, index, options.lanes, acks);
+            let hello = lane::hello(session, role(index), index, options.lanes, acks);
             lane::dial(&options.uri, &hello, &wait)
         })
         .collect()
+}
+
+/// What lane `index` is for.
+fn role(index: u16) -> LaneRole {
+    if index == 0 { LaneRole::Demand } else { LaneRole::Bulk }
+}
+
+/// Waits for a lane that is being opened.
+fn wait(
+    inbox: &Inbox<Note>,
+    fds: &[(BorrowedFd<'_>, PollFlags)],
+    limit: Option<Duration>,
+) -> Result<bool> {
+    match inbox.wait_for(fds, limit)? {
+        Wake::Signal => Err(Error::Interrupted("the guest goes on here".into())),
+        Wake::Timeout => Ok(false),
+        // Nobody posts before there are workers.
+        Wake::Ready(_) | Wake::Message(_) => Ok(true),
+    }
 }
 
 /// Why a send or receive did not do what it had to.
@@ -315,7 +329,10 @@ impl Migration {
             memory,
             inbox,
         };
-        migration.step(Input::SentRegions)?;
+        if let Err(error) = migration.step(Input::SentRegions) {
+            migration.end(Some(&error));
+            return Err(error);
+        }
         migration.send(&Frame::Regions(table));
         Ok(migration)
     }

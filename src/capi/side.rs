@@ -1,0 +1,150 @@
+//! What the handles of both sides have in common: first a setup, then a migration.
+
+use std::ffi::{CString, c_int};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use super::types::{c_text, umem_event, umem_event_kind, umem_guest, umem_status};
+use crate::embed::handle::check_connections;
+use crate::embed::{Event, Failure};
+use crate::error::{Error, Result};
+use crate::uri::Uri;
+
+/// A setup `S` that becomes a migration `R`.
+pub(super) struct Side<S, R> {
+    setup: Mutex<Option<S>>,
+    running: OnceLock<R>,
+    held: Mutex<Held>,
+}
+
+/// What the event that was taken last points to.
+#[derive(Default)]
+struct Held {
+    text: CString,
+    data: Vec<u8>,
+}
+
+impl<S, R> Side<S, R> {
+    pub(super) fn new(setup: S) -> Side<S, R> {
+        Side { setup: Mutex::new(Some(setup)), running: OnceLock::new(), held: Mutex::default() }
+    }
+
+    /// Before the start.
+    pub(super) fn set_up(&self, change: impl FnOnce(&mut S) -> Result<()>) -> Result<()> {
+        change(lock(&self.setup).as_mut().ok_or_else(has_started)?)
+    }
+
+    /// Whether it starts or not, its setup is used up.
+    pub(super) fn start(&self, start: impl FnOnce(S) -> Result<R>) -> Result<()> {
+        let running = start(lock(&self.setup).take().ok_or_else(has_started)?)?;
+        // There was one setup only.
+        let _ = self.running.set(running);
+        Ok(())
+    }
+
+    /// After the start.
+    pub(super) fn running(&self) -> Result<&R> {
+        self.running.get().ok_or_else(|| {
+            Error::Usage("it has not been started, or could not be: call start first".into())
+        })
+    }
+
+    /// Fills `to`; what it points to stays until the next event is taken.
+    pub(super) fn take(&self, event: Option<Event>, to: *mut umem_event) -> Result<()> {
+        if to.is_null() {
+            return Err(Error::Usage("event is NULL".into()));
+        }
+        let event = event.map_or(umem_event::NONE, |event| self.describe(event));
+        // SAFETY: the caller's, for one event, as the header says.
+        unsafe { to.write(event) };
+        Ok(())
+    }
+
+    fn describe(&self, event: Event) -> umem_event {
+        use umem_event_kind as kind;
+        let at_destination = umem_guest::UMEM_GUEST_AT_DESTINATION;
+        let mut held = lock(&self.held);
+        *held = Held::default();
+        let mut described = umem_event::NONE;
+        match event {
+            Event::Connected => described.kind = kind::UMEM_EVENT_CONNECTED,
+            Event::Stop => described.kind = kind::UMEM_EVENT_STOP,
+            Event::SaveState => described.kind = kind::UMEM_EVENT_SAVE,
+            Event::LoadState(state) => {
+                described.kind = kind::UMEM_EVENT_LOAD;
+                held.data = state;
+                described.data = held.data.as_ptr().cast();
+                described.data_bytes = held.data.len();
+            }
+            Event::Run => {
+                described.kind = kind::UMEM_EVENT_RUN;
+                described.guest = at_destination;
+            }
+            Event::Running { downtime } => {
+                described.kind = kind::UMEM_EVENT_RUNNING;
+                described.guest = at_destination;
+                described.downtime_us = u64::try_from(downtime.as_micros()).unwrap_or(u64::MAX);
+            }
+            Event::Completed(report) => {
+                described.kind = kind::UMEM_EVENT_COMPLETED;
+                described.guest = at_destination;
+                let report = serde_json::to_string(&report).expect("plain numbers and strings");
+                held.text = c_text(&report);
+                described.text = held.text.as_ptr();
+            }
+            Event::Failed(Failure { error, guest }) => {
+                described.kind = kind::UMEM_EVENT_FAILED;
+                described.status = umem_status::from(&error);
+                described.guest = guest.into();
+                held.text = c_text(&error.to_string());
+                described.text = held.text.as_ptr();
+            }
+        }
+        described
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn has_started() -> Error {
+    Error::Usage("it has been started already: a handle is for one migration".into())
+}
+
+/// Milliseconds; a negative number is for ever.
+pub(super) fn timeout(timeout_ms: c_int) -> Option<Duration> {
+    u64::try_from(timeout_ms).ok().map(Duration::from_millis)
+}
+
+pub(super) fn address(text: &str) -> Result<Uri> {
+    text.parse().map_err(Error::Usage)
+}
+
+/// A descriptor of the caller's.
+///
+/// # Safety
+/// Nobody closes it while the answer is used.
+pub(super) unsafe fn descriptor<'a>(number: c_int, what: &str) -> Result<BorrowedFd<'a>> {
+    if number < 0 {
+        return Err(Error::Usage(format!("{what} is {number}, which is no descriptor")));
+    }
+    // SAFETY: a number that is not -1; one that is not open is refused by the first system call.
+    Ok(unsafe { BorrowedFd::borrow_raw(number) })
+}
+
+/// Sockets that become ours if they will do; if not they stay the caller's.
+///
+/// # Safety
+/// They are the caller's to give away.
+pub(super) unsafe fn take_sockets(numbers: &[c_int]) -> Result<Vec<OwnedFd>> {
+    let sockets: Vec<BorrowedFd<'_>> = numbers
+        .iter()
+        // SAFETY: the caller's, for the length of this call.
+        .map(|&number| unsafe { descriptor(number, "a socket") })
+        .collect::<Result<_>>()?;
+    check_connections(&sockets)?;
+    // SAFETY: open, each named once, and given to us.
+    Ok(sockets.iter().map(|socket| unsafe { OwnedFd::from_raw_fd(socket.as_raw_fd()) }).collect())
+}

@@ -1,0 +1,220 @@
+//! The functions of a source.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::os::fd::AsRawFd;
+
+use super::side::{Side, address, descriptor, take_sockets, timeout};
+use super::types::{given, guard, list, make, text, umem_event, umem_stats, umem_status, unmake};
+use crate::embed::{Source, SourceSetup};
+use crate::error::Error;
+
+/// The side that a guest leaves. One handle is for one migration.
+pub struct umem_source {
+    side: Side<SourceSetup, Source>,
+}
+
+/// Makes a source, which the caller destroys with umem_source_destroy. NULL if that fails.
+#[unsafe(no_mangle)]
+pub extern "C" fn umem_source_new() -> *mut umem_source {
+    make(|| umem_source { side: Side::new(SourceSetup::new()) })
+}
+
+/// Adds a region: all of the file behind `fd`, which the guest maps MAP_SHARED, or a file that does
+/// not change. `name` is the same at the destination. umem duplicates the descriptor and maps the file.
+///
+/// UMEM_ERR_UNSUPPORTED: it is no regular file open for reading, or its size is not whole pages.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_region(
+    source: *const umem_source,
+    name: *const c_char,
+    fd: c_int,
+) -> umem_status {
+    // SAFETY: the pointers are as the header says; here and in every function below.
+    guard(|| unsafe {
+        let (name, file) = (text(name, "name")?, descriptor(fd, "fd")?);
+        given(source, "source")?.side.set_up(|setup| setup.region(name, file))
+    })
+}
+
+/// Connects, once started, to a destination that listens at `uri` (tcp:HOST:PORT or unix:PATH), with
+/// one connection for demanded pages and `lanes` more, 1 to 64, for the rest.
+///
+/// UMEM_ERR_USAGE: `uri` is no address, or `lanes` is out of range.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_dial(
+    source: *const umem_source,
+    uri: *const c_char,
+    lanes: u16,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let uri = address(text(uri, "uri")?)?;
+        given(source, "source")?.side.set_up(|setup| setup.dial(uri, lanes))
+    })
+}
+
+/// Uses `count` connected stream sockets, 1 to 65: the first for demanded pages, the others for the
+/// rest; a single one is for all. At the destination are their other ends, in the same order. With UMEM_OK they are umem's,
+/// which closes them; otherwise they stay the caller's.
+///
+/// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_connections(
+    source: *const umem_source,
+    sockets: *const c_int,
+    count: usize,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let numbers = list(sockets, count, "sockets")?;
+        let set_up = |setup: &mut SourceSetup| setup.connections(take_sockets(numbers)?);
+        given(source, "source")?.side.set_up(set_up)
+    })
+}
+
+/// With true, as if nothing is said, pages are sent after the switchover; with false all of them before
+/// it, while the guest stands still.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_postcopy(
+    source: *const umem_source,
+    postcopy: bool,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        given(source, "source")?.side.set_up(|setup| {
+            setup.postcopy(postcopy);
+            Ok(())
+        })
+    })
+}
+
+/// Begins. Everything else is told by events; connecting, too, happens on umem's threads.
+///
+/// UMEM_ERR_USAGE: no region, or no way to the destination. UMEM_ERR_SYSTEM: the kernel gave no thread
+/// or no descriptor. After an error the handle can only be destroyed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_start(source: *const umem_source) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe { given(source, "source")?.side.start(SourceSetup::start) })
+}
+
+/// A descriptor that is readable while there are events, for poll() and its like; -1 before the start.
+/// It is umem's, and only polled: take events with umem_source_next_event.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_event_fd(source: *const umem_source) -> c_int {
+    let mut number = -1;
+    // SAFETY: as above.
+    guard(|| unsafe {
+        number = given(source, "source")?.side.running()?.event_fd().as_raw_fd();
+        Ok(())
+    });
+    number
+}
+
+/// Takes the next event without waiting; UMEM_EVENT_NONE if there is none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_next_event(
+    source: *const umem_source,
+    event: *mut umem_event,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let side = &given(source, "source")?.side;
+        given(event, "event")?;
+        side.take(side.running()?.next_event(), event)
+    })
+}
+
+/// Takes the next event, for which it waits up to `timeout_ms` milliseconds, or for ever if that is
+/// negative; UMEM_EVENT_NONE if none has come. Nothing comes after UMEM_EVENT_COMPLETED or
+/// UMEM_EVENT_FAILED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_wait(
+    source: *const umem_source,
+    timeout_ms: c_int,
+    event: *mut umem_event,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let side = &given(source, "source")?.side;
+        given(event, "event")?;
+        side.take(side.running()?.wait(timeout(timeout_ms))?, event)
+    })
+}
+
+/// Answers UMEM_EVENT_STOP: nobody writes the guest's memory any more.
+///
+/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_stopped(source: *const umem_source) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe { given(source, "source")?.side.running()?.stopped() })
+}
+
+/// Answers UMEM_EVENT_SAVE with the device state, `bytes` bytes that are copied; 0 if there is none.
+/// The destination's program gets it as it is.
+///
+/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_saved(
+    source: *const umem_source,
+    state: *const c_void,
+    bytes: usize,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let state = list(state.cast::<u8>(), bytes, "state")?.to_vec();
+        given(source, "source")?.side.running()?.saved(state)
+    })
+}
+
+/// Says instead of an answer why what was asked for cannot be done. UMEM_EVENT_FAILED follows, with
+/// UMEM_ERR_HOST and this reason, which the other side hears of as well.
+///
+/// UMEM_ERR_USAGE: nothing is asked.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_refuse(
+    source: *const umem_source,
+    why: *const c_char,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe { given(source, "source")?.side.running()?.refuse(text(why, "why")?) })
+}
+
+/// How far it has come.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_stats(
+    source: *const umem_source,
+    stats: *mut umem_stats,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let now = given(source, "source")?.side.running()?.stats();
+        if stats.is_null() {
+            return Err(Error::Usage("stats is NULL".into()));
+        }
+        stats.write(now.into());
+        Ok(())
+    })
+}
+
+/// Gives up before the switchover: UMEM_EVENT_FAILED follows, with UMEM_ERR_CANCELLED. Has no effect
+/// after it, as the destination's guest needs its pages.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        given(source, "source")?.side.running()?.cancel();
+        Ok(())
+    })
+}
+
+/// Ends the source, whatever it does at the moment, and frees the handle; NULL is allowed. Before the
+/// switchover the guest stays at this side. After it, and before UMEM_EVENT_COMPLETED, the
+/// destination's guest loses the pages that it still misses. May wait for about a second, while the
+/// other side is told; none of umem's threads is left then.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_destroy(source: *mut umem_source) {
+    // SAFETY: as above.
+    unsafe { unmake(source) };
+}

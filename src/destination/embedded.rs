@@ -1,0 +1,124 @@
+//! The destination as a part of another program: its memory, its monitor's answers, its sockets.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use umem_wire::{FaultCode, Hello, LaneRole};
+
+use super::accept::{self, Lanes};
+use super::prepare::Prepared;
+use super::{Migration, Note, Open, Plan};
+use crate::embed::desk::Desk;
+use crate::error::{Error, Result};
+use crate::fault::handoff::Handed;
+use crate::host::thread::HostThread;
+use crate::inbox::{Inbox, Wake};
+use crate::lane::{self, HelloBytes, Lane, Listener};
+use crate::report::{Completed, Output};
+
+/// Where the source comes in.
+pub(crate) enum Entrance {
+    Listener(Listener),
+    /// One for each lane, the demand lane's first.
+    Connections(Vec<OwnedFd>),
+}
+
+/// What to receive, and how.
+pub(crate) struct Reception {
+    pub(crate) entrance: Entrance,
+    pub(crate) handed: Vec<Handed>,
+    /// Bulk lanes that a source may open at an address.
+    pub(crate) lanes_max: u16,
+    /// As in [`Options`](super::Options).
+    pub(crate) cores: Vec<usize>,
+}
+
+/// Receives one guest into memory of this process. Nothing of it runs any more when this returns.
+pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Completed> {
+    let Reception { entrance, handed, lanes_max, cores } = reception;
+    let inbox = Inbox::embedded(desk.canceller())?;
+    let post = inbox.post();
+    desk.answers(move |answer| post.send(Note::Host(answer)));
+    // Its events are the questions, which take another way.
+    let output = Output::Host(Arc::new(|_, _| {}));
+    let mut prepared = Prepared::here(handed)?;
+    let lanes = match entrance {
+        Entrance::Listener(listener) => {
+            accept::Entrance::Listener(listener).accept(lanes_max, &output, &inbox, &prepared)?
+        }
+        Entrance::Connections(sockets) => match <[OwnedFd; 1]>::try_from(sockets) {
+            Ok([single]) => {
+                accept::Entrance::Connection(single).accept(0, &output, &inbox, &prepared)?
+            }
+            Err(sockets) => accept_connected(sockets, &inbox)?,
+        },
+    };
+    desk.connected(lanes.bulk.iter().chain([&lanes.demand]).map(Lane::socket).collect());
+    let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
+    let asking = desk.clone();
+    let host = HostThread::elsewhere(move |question| asking.ask(question));
+    let plan = Plan { touch: false, cores: &cores, quiet: true };
+    let open = Open { lanes, receiver, adopted };
+    let migration = Migration::start(&plan, output, &inbox, open, host, &prepared.side)?;
+    desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
+    migration.drive(&mut prepared.side)
+}
+
+/// Opens a lane on each of several connections. The source may come at any time.
+fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes> {
+    let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
+    let mut first: Option<Hello> = None;
+    let mut lanes = Vec::new();
+    for (index, socket) in (0..).zip(sockets) {
+        let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
+        let lane = Lane::new(socket, lane::lane_name(role, index))?;
+        let hello = hear(&lane, inbox)?;
+        let session = first.as_ref().map_or(hello.session, |first| first.session);
+        let is_expected = hello.role == role
+            && hello.index == index
+            && hello.bulk_lanes == count
+            && hello.session == session;
+        if !is_expected {
+            let text = format!(
+                "{} connections here: the source must be given the other ends of the same ones, in \
+                 the same order",
+                count + 1
+            );
+            lane::refuse(&lane, FaultCode::Refused, &text);
+            return Err(Error::protocol(&lane.name, text));
+        }
+        lane::welcome(&lane, &hello)?;
+        first.get_or_insert(hello);
+        lanes.push(lane);
+    }
+    let bulk = lanes.split_off(1);
+    let demand = lanes.pop().expect("there is one connection at least");
+    Ok(Lanes { demand, bulk, acks: first.is_some_and(|hello| accept::wants_acks(&hello)) })
+}
+
+/// What the source says that a connection is for.
+fn hear(lane: &Lane, inbox: &Inbox<Note>) -> Result<Hello> {
+    let mut bytes = HelloBytes::new();
+    loop {
+        match inbox.wait(&[lane.as_fd()], None)? {
+            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Ready(_) => {}
+            // Nobody posts before there are workers.
+            Wake::Message(_) | Wake::Timeout => continue,
+        }
+        match bytes.read(lane.as_fd()) {
+            Ok(None) => {}
+            Ok(Some(bytes)) => {
+                let hello = Hello::decode(&bytes);
+                return hello.map_err(|error| Error::protocol(&lane.name, error));
+            }
+            Err(error) => {
+                return Err(Error::Lost {
+                    side: "source",
+                    lane: lane.name.clone(),
+                    what: format!("no source: {error}"),
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! What the control thread and the program around it share: events one way, answers the other.
+//!
+//! The control thread never waits here: it puts an event down and rings; the program takes it when it
+//! likes. A question that is put down stays open until the program answers, and its answer goes
+//! straight into the control thread's inbox.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::Shutdown;
+
+use super::{Event, Failure, Guest, Stats};
+use crate::error::{Context, Error, Result};
+use crate::host::thread::{Answer, Question};
+use crate::inbox::Canceller;
+use crate::report::{Completed, Counters, Output};
+
+type Answers = Arc<dyn Fn(Answer) + Send + Sync>;
+
+pub(crate) struct Desk {
+    desk: Mutex<Papers>,
+    /// Counts the events that are there.
+    bell: EventFd,
+    ended: Condvar,
+    canceller: Canceller,
+}
+
+#[derive(Default)]
+struct Papers {
+    events: VecDeque<Event>,
+    open: Option<Open>,
+    answers: Option<Answers>,
+    /// The source's guest was to stop.
+    stop_asked: bool,
+    /// It was to go on afterwards.
+    resume_asked: bool,
+    /// The destination's guest was to run: it belongs to that side.
+    run_asked: bool,
+    counters: Option<(Arc<Counters>, u64)>,
+    /// Until it has ended.
+    lanes: Vec<Arc<OwnedFd>>,
+    has_ended: bool,
+}
+
+/// A question that has not been answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Open {
+    Stop,
+    Save,
+    Load,
+    Run,
+}
+
+impl Desk {
+    pub(crate) fn new() -> Result<Desk> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
+        Ok(Desk {
+            desk: Mutex::default(),
+            bell: EventFd::from_flags(flags).context(|| "eventfd")?,
+            ended: Condvar::new(),
+            canceller: Canceller::new()?,
+        })
+    }
+
+    fn papers(&self) -> MutexGuard<'_, Papers> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, papers: &mut Papers, event: Event) {
+        papers.events.push_back(event);
+        // As many as there are events, which is a handful in all.
+        let _ = self.bell.write(1);
+    }
+}
+
+/// For the control thread.
+impl Desk {
+    pub(crate) fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
+    /// Where answers go from here on.
+    pub(crate) fn answers(&self, post: impl Fn(Answer) + Send + Sync + 'static) {
+        self.papers().answers = Some(Arc::new(post));
+    }
+
+    /// Every lane is open.
+    pub(crate) fn connected(&self, lanes: Vec<Arc<OwnedFd>>) {
+        let mut papers = self.papers();
+        papers.lanes = lanes;
+        self.put(&mut papers, Event::Connected);
+    }
+
+    /// What is counted from here on, and the size of the guest's memory in bytes.
+    pub(crate) fn watch(&self, counters: Arc<Counters>, total_bytes: u64) {
+        self.papers().counters = Some((counters, total_bytes));
+    }
+
+    pub(crate) fn ask(&self, question: Question) {
+        let mut papers = self.papers();
+        let (open, event) = match question {
+            Question::Stop => {
+                papers.stop_asked = true;
+                (Open::Stop, Event::Stop)
+            }
+            Question::Save => (Open::Save, Event::SaveState),
+            Question::Load(state) => (Open::Load, Event::LoadState(state)),
+            Question::Run => {
+                papers.run_asked = true;
+                (Open::Run, Event::Run)
+            }
+            // The failure that follows says so; the program has nothing to answer.
+            Question::Resume => {
+                papers.resume_asked = true;
+                let answers = papers.answers.clone();
+                drop(papers);
+                if let Some(answers) = answers {
+                    answers(Answer::Resumed(Ok(())));
+                }
+                return;
+            }
+        };
+        papers.open = Some(open);
+        self.put(&mut papers, event);
+    }
+
+    /// Where a source's events go that are neither questions nor its end.
+    pub(crate) fn output(self: &Arc<Desk>) -> Output {
+        let desk = self.clone();
+        Output::Host(Arc::new(move |name, fields| {
+            if let ("running", Some(ms)) = (name, fields["downtime_ms"].as_f64()) {
+                let downtime = Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default();
+                desk.put(&mut desk.papers(), Event::Running { downtime });
+            }
+        }))
+    }
+
+    /// Whether the guest belongs to this side, a destination, and misses pages.
+    pub(crate) fn guest_waits(&self) -> bool {
+        let papers = self.papers();
+        let missing = papers.stats().missing_bytes;
+        papers.run_asked && (papers.counters.is_none() || missing > 0)
+    }
+
+    /// The last event.
+    pub(crate) fn end(&self, result: Result<Completed>) {
+        let mut papers = self.papers();
+        let is_committed = papers.run_asked || (papers.stop_asked && !papers.resume_asked);
+        let guest = if is_committed { Guest::AtDestination } else { Guest::AtSource };
+        papers.open = None;
+        papers.answers = None;
+        papers.lanes.clear();
+        let event = match result {
+            Ok(report) => Event::Completed(Box::new(report)),
+            Err(error) => Event::Failed(Failure { error, guest }),
+        };
+        self.put(&mut papers, event);
+        papers.has_ended = true;
+        self.ended.notify_all();
+    }
+}
+
+/// For the program.
+impl Desk {
+    pub(crate) fn event_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    pub(crate) fn next_event(&self) -> Option<Event> {
+        let mut papers = self.papers();
+        let event = papers.events.pop_front()?;
+        let _ = self.bell.read();
+        Some(event)
+    }
+
+    /// Waits for an event, no longer than `timeout` if there is one.
+    pub(crate) fn wait(&self, timeout: Option<Duration>) -> Result<Option<Event>> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            if let Some(event) = self.next_event() {
+                return Ok(Some(event));
+            }
+            let left = match deadline {
+                None => PollTimeout::NONE,
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(None);
+                    }
+                    // Rounded up, so that the wait does not become a busy loop at its end.
+                    PollTimeout::try_from(left.as_micros().div_ceil(1000))
+                        .unwrap_or(PollTimeout::MAX)
+                }
+            };
+            match poll(&mut [PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)], left) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context(|| "poll"),
+            }
+        }
+    }
+
+    /// Takes the answer to the question `expected`; `answer` is only made if that is open.
+    pub(crate) fn answer(&self, expected: Open, answer: impl FnOnce() -> Answer) -> Result<()> {
+        let mut papers = self.papers();
+        if papers.open != Some(expected) {
+            return Err(not_asked(&format!("{expected:?}").to_lowercase()));
+        }
+        papers.answer(answer());
+        Ok(())
+    }
+
+    /// The open question cannot be done, for this reason.
+    pub(crate) fn refuse(&self, why: &str) -> Result<()> {
+        let mut papers = self.papers();
+        let failed = Error::Host(why.split_whitespace().collect::<Vec<_>>().join(" "));
+        let answer = match papers.open {
+            Some(Open::Stop) => Answer::Stopped(Err(failed)),
+            Some(Open::Save) => Answer::Saved(Err(failed)),
+            Some(Open::Load) => Answer::Loaded(Err(failed)),
+            Some(Open::Run) => Answer::Running(Err(failed)),
+            None => return Err(not_asked("do anything")),
+        };
+        papers.answer(answer);
+        Ok(())
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        self.papers().stats()
+    }
+
+    /// False when it has not ended after `patience`.
+    pub(crate) fn wait_for_end(&self, patience: Duration) -> bool {
+        let running = |papers: &mut Papers| !papers.has_ended;
+        let waited = self.ended.wait_timeout_while(self.papers(), patience, running);
+        waited.unwrap_or_else(PoisonError::into_inner).0.has_ended
+    }
+
+    /// Whatever is being sent or received ends.
+    pub(crate) fn cut_lanes(&self) {
+        for lane in &self.papers().lanes {
+            let _ = nix::sys::socket::shutdown(lane.as_raw_fd(), Shutdown::Both);
+        }
+    }
+}
+
+impl Papers {
+    fn answer(&mut self, answer: Answer) {
+        self.open = None;
+        if let Some(answers) = &self.answers {
+            answers(answer);
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        let Some((counters, total_bytes)) = &self.counters else { return Stats::default() };
+        let totals = counters.totals();
+        let done = totals.data_bytes + totals.zero_bytes + totals.hole_bytes;
+        Stats {
+            total_bytes: *total_bytes,
+            missing_bytes: total_bytes.saturating_sub(done),
+            data_bytes: totals.data_bytes,
+            zero_bytes: totals.zero_bytes,
+            hole_bytes: totals.hole_bytes,
+            pages_demand: totals.pages_demand,
+            pages_background: totals.pages_background,
+        }
+    }
+}
+
+fn not_asked(what: &str) -> Error {
+    Error::Usage(format!(
+        "nobody has asked to {what}: answer an event once, when it has come and before the migration \
+         ends"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn desk() -> (Desk, std::sync::mpsc::Receiver<Answer>) {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let desk = Desk::new().unwrap();
+        desk.answers(move |answer| sender.send(answer).unwrap());
+        (desk, receiver)
+    }
+
+    fn is_readable(desk: &Desk) -> bool {
+        let mut fds = [PollFd::new(desk.event_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap() == 1
+    }
+
+    #[test]
+    fn the_descriptor_is_readable_while_there_are_events() {
+        let (desk, _answers) = desk();
+        assert!(!is_readable(&desk));
+        desk.ask(Question::Stop);
+        desk.ask(Question::Save);
+        for _ in 0..2 {
+            assert!(is_readable(&desk));
+            desk.next_event().unwrap();
+        }
+        assert!(!is_readable(&desk) && desk.next_event().is_none());
+    }
+
+    #[test]
+    fn only_what_was_asked_is_answered_and_only_once() {
+        let (desk, answers) = desk();
+        let saved = || Answer::Saved(Ok(Vec::new()));
+        assert!(desk.answer(Open::Save, saved).is_err() && desk.refuse("why").is_err());
+        desk.ask(Question::Save);
+        assert!(desk.answer(Open::Stop, || Answer::Stopped(Ok(()))).is_err());
+        desk.answer(Open::Save, saved).unwrap();
+        assert!(desk.answer(Open::Save, saved).is_err());
+        desk.ask(Question::Run);
+        desk.refuse("two\nlines").unwrap();
+        let answers: Vec<_> = answers.try_iter().collect();
+        let [Answer::Saved(Ok(_)), Answer::Running(Err(error))] = &answers[..] else { panic!() };
+        assert!(error.to_string().contains("two lines"), "{error}");
+    }
+
+    #[test]
+    fn a_failure_says_whose_the_guest_is() {
+        use Question::{Load, Resume, Run, Save, Stop};
+        for (questions, guest) in [
+            (vec![], Guest::AtSource),
+            (vec![Stop, Resume], Guest::AtSource),
+            (vec![Stop, Save, Resume], Guest::AtSource),
+            (vec![Stop, Save], Guest::AtDestination),
+            (vec![Load(Vec::new())], Guest::AtSource),
+            (vec![Load(Vec::new()), Run], Guest::AtDestination),
+        ] {
+            let (desk, _answers) = desk();
+            questions.into_iter().for_each(|question| desk.ask(question));
+            desk.end(Err(Error::Interrupted("why".into())));
+            let last = std::iter::from_fn(|| desk.next_event()).last();
+            let Some(Event::Failed(failure)) = last else { panic!("{last:?}") };
+            assert_eq!(failure.guest, guest);
+        }
+    }
+}

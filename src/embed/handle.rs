@@ -1,0 +1,184 @@
+//! A running migration, whichever side it is.
+
+use std::any::Any;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, sockopt};
+use umem_wire::limits::LANES_MAX;
+
+use super::desk::Desk;
+use crate::error::{Context, Error, Result};
+use crate::panics;
+use crate::report::Completed;
+use crate::uri::Uri;
+
+/// How long a migration whose handle is dropped may take to tell the other side; then its connections
+/// are cut.
+const PARTING_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The control thread, which leaves a `T` behind.
+pub(super) struct Handle<T> {
+    pub(super) desk: Arc<Desk>,
+    thread: Mutex<Option<JoinHandle<T>>>,
+}
+
+impl<T: Send + 'static> Handle<T> {
+    /// Runs `migrate` on a thread that takes no signal; `end` comes after it, whatever became of it,
+    /// and before the last event.
+    pub(super) fn start(
+        desk: Arc<Desk>,
+        migrate: impl FnOnce(&Arc<Desk>) -> Result<Completed> + Send + 'static,
+        end: impl FnOnce(&Desk, bool) -> T + Send + 'static,
+    ) -> Result<Handle<T>> {
+        let ours = desk.clone();
+        let body = move || {
+            let result = catch_unwind(AssertUnwindSafe(|| migrate(&ours)))
+                .unwrap_or_else(|payload: Box<dyn Any + Send>| Err(panics::error(&*payload)));
+            let left = end(&ours, result.is_ok());
+            ours.end(result);
+            left
+        };
+        // It inherits the mask, and so do those that it starts.
+        let before = SigSet::all()
+            .thread_swap_mask(SigmaskHow::SIG_SETMASK)
+            .context(|| "blocking signals")?;
+        let thread = std::thread::Builder::new()
+            .name(format!("{}control", panics::THREAD_PREFIX))
+            .spawn(body);
+        before.thread_set_mask().context(|| "unblocking signals")?;
+        let thread = thread.context(|| "starting a thread")?;
+        Ok(Handle { desk, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Ends it, wherever it is; what it left behind, the first time.
+    pub(super) fn end(&self) -> Option<T> {
+        self.desk.canceller().abandon();
+        self.join()
+    }
+
+    /// Waits for its end, which is near.
+    pub(super) fn join(&self) -> Option<T> {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        if !self.desk.wait_for_end(PARTING_PATIENCE) {
+            self.desk.cut_lanes();
+        }
+        // What could panic in it is caught.
+        thread.join().ok()
+    }
+}
+
+/// Checks sockets that are to be lanes, the demand lane's first.
+pub(crate) fn check_connections(sockets: &[impl AsFd]) -> Result<()> {
+    let most = usize::from(LANES_MAX) + 1;
+    if !(1..=most).contains(&sockets.len()) {
+        return Err(Error::Usage(format!(
+            "{} connections: give 1 to {most}, one for demanded pages and more for the rest",
+            sockets.len()
+        )));
+    }
+    let number = |socket: &dyn AsFd| socket.as_fd().as_raw_fd();
+    for (index, socket) in sockets.iter().enumerate() {
+        if sockets[..index].iter().any(|other| number(other) == number(socket)) {
+            return Err(Error::Usage(format!("connection {index} is given twice")));
+        }
+        check_connection(socket.as_fd())
+            .map_err(|what| Error::Usage(format!("connection {index} {what}")))?;
+    }
+    Ok(())
+}
+
+fn check_connection(socket: BorrowedFd<'_>) -> std::result::Result<(), String> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    match getsockopt(&socket, sockopt::SockType) {
+        Ok(SockType::Stream) => {}
+        Ok(_) => return Err("is no stream socket".into()),
+        Err(errno) => return Err(format!("is no socket: {errno}")),
+    }
+    getpeername::<SockaddrStorage>(socket.as_raw_fd())
+        .map_err(|errno| format!("is not connected: {errno}"))?;
+    // A ring does not wait on a socket that says it would rather not.
+    let flags = fcntl(socket, FcntlArg::F_GETFL).map_err(|errno| errno.to_string())?;
+    let flags = OFlag::from_bits_retain(flags) - OFlag::O_NONBLOCK;
+    fcntl(socket, FcntlArg::F_SETFL(flags)).map_err(|errno| errno.to_string())?;
+    Ok(())
+}
+
+/// Refuses an address that is one connection: the program has it, and gives it itself.
+pub(super) fn check_address(uri: &Uri) -> Result<()> {
+    if !uri.is_one_connection() {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "{uri} is one connection: give its socket, or an address, tcp:HOST:PORT or unix:PATH"
+    )))
+}
+
+/// Checks a number of bulk lanes.
+pub(super) fn check_lanes(lanes: u16) -> Result<u16> {
+    if (1..=LANES_MAX).contains(&lanes) {
+        return Ok(lanes);
+    }
+    Err(Error::Usage(format!("the number of bulk lanes is 1 to {LANES_MAX}, not {lanes}")))
+}
+
+/// What both kinds of handles can do, besides answering.
+macro_rules! handle {
+    ($name:ident) => {
+        impl $name {
+            /// Readable while there are events: for `poll` and its like, in the program's main loop.
+            /// Whoever polls takes events with [`next_event`](Self::next_event), and never reads the
+            /// descriptor itself.
+            pub fn event_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+                self.handle.desk.event_fd()
+            }
+
+            /// The next event, if there is one.
+            pub fn next_event(&self) -> Option<Event> {
+                self.handle.desk.next_event()
+            }
+
+            /// Waits for the next event: none if there is none in time. No timeout is for ever; after
+            /// the last event, [`Event::Completed`] or [`Event::Failed`], nothing comes any more.
+            ///
+            /// # Errors
+            /// The kernel did not let it wait.
+            pub fn wait(&self, timeout: Option<std::time::Duration>) -> Result<Option<Event>> {
+                self.handle.desk.wait(timeout)
+            }
+
+            /// How far it has come. May be called from any thread.
+            pub fn stats(&self) -> Stats {
+                self.handle.desk.stats()
+            }
+
+            /// Says instead of an answer why what was asked for cannot be done, which ends the
+            /// migration.
+            ///
+            /// # Errors
+            /// [`Error::Usage`](crate::Error::Usage) if no question is open.
+            pub fn refuse(&self, why: &str) -> Result<()> {
+                self.handle.desk.refuse(why)
+            }
+
+            /// Gives up, if the guest has not been handed over: [`Event::Failed`] follows. After the
+            /// switchover this has no effect, because the guest needs both sides until its last page
+            /// has come. May be called from any thread.
+            pub fn cancel(&self) {
+                self.handle.desk.canceller().cancel();
+            }
+        }
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct(stringify!($name)).field("stats", &self.stats()).finish()
+            }
+        }
+    };
+}
+
+pub(super) use handle;

@@ -1,0 +1,129 @@
+//! The source's side of the library.
+
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use super::desk::{Desk, Open};
+use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
+use super::{Event, Stats};
+use crate::error::{Context, Error, Result};
+use crate::host::thread::Answer;
+use crate::memory::region::RamFile;
+use crate::source::embedded::{Departure, Way, send};
+use crate::uri::Uri;
+
+/// What a source is to move, and where to.
+pub struct SourceSetup {
+    files: Vec<RamFile>,
+    way: Option<Way>,
+    postcopy: bool,
+    cores: Vec<usize>,
+}
+
+impl SourceSetup {
+    /// Nothing yet; postcopy.
+    #[expect(clippy::new_without_default, reason = "an empty setup is no default of anything")]
+    pub fn new() -> SourceSetup {
+        SourceSetup { files: Vec::new(), way: None, postcopy: true, cores: Vec::new() }
+    }
+
+    /// Adds a region: all of a file, which the guest maps MAP_SHARED, or a file that does not change.
+    /// The descriptor is duplicated. `name` is the same at the destination.
+    ///
+    /// # Errors
+    /// Not a regular file open for reading, or one whose size is not whole pages.
+    pub fn region(&mut self, name: &str, file: BorrowedFd<'_>) -> Result<()> {
+        let named = |what: String| Error::Unsupported(format!("RAM {name}: {what}"));
+        let file = file.try_clone_to_owned().context(|| format!("RAM {name}"))?;
+        let file = RamFile::of_source(name, File::from(file));
+        self.files.push(file.map_err(|error| named(error.to_string()))?);
+        Ok(())
+    }
+
+    /// Connects to a destination that listens at `uri`, with a lane for demanded pages and `lanes`
+    /// more, 1 to 64, for the rest.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a number of lanes out of range, and for `fd:` and `exec:`.
+    pub fn dial(&mut self, uri: Uri, lanes: u16) -> Result<()> {
+        check_address(&uri)?;
+        self.way = Some(Way::Dial { uri, lanes: check_lanes(lanes)? });
+        Ok(())
+    }
+
+    /// Uses these connected stream sockets, 1 to 65: the first for demanded pages, the others for the
+    /// rest; a single one is for all. They are umem's from here on. At the destination are their other ends, in the same order.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for too few or too many, and for what is no connected stream socket.
+    pub fn connections(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
+        check_connections(&sockets)?;
+        self.way = Some(Way::Connections(sockets));
+        Ok(())
+    }
+
+    /// Whether pages are sent after the switchover (as if nothing is said), or all of them before,
+    /// while the guest stands still.
+    pub fn postcopy(&mut self, postcopy: bool) {
+        self.postcopy = postcopy;
+    }
+
+    /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses if
+    /// nothing is said.
+    pub fn cores(&mut self, cores: &[usize]) {
+        self.cores = cores.to_vec();
+    }
+
+    /// Begins: connects, and asks the program to stop its guest when the destination is ready.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where there is nothing to move or no way to the destination; a thread or an
+    /// eventfd that the kernel does not give.
+    pub fn start(self) -> Result<Source> {
+        let SourceSetup { files, way, postcopy, cores } = self;
+        if files.is_empty() {
+            return Err(Error::Usage("nothing to move: add the guest's regions first".into()));
+        }
+        let way = way.ok_or_else(|| {
+            Error::Usage("no way to the destination: give an address or connections first".into())
+        })?;
+        let departure = Departure { way, files, postcopy, cores };
+        let migrate = move |desk: &Arc<Desk>| send(departure, desk);
+        let handle = Handle::start(Arc::new(Desk::new()?), migrate, |_, _| ())?;
+        Ok(Source { handle })
+    }
+}
+
+/// A source that runs. Dropping it ends it at once: before the switchover as [`Source::cancel`] does;
+/// after it the destination's guest loses the pages that it still misses.
+pub struct Source {
+    handle: Handle<()>,
+}
+
+handle!(Source);
+
+impl Source {
+    /// Answers [`Event::Stop`]: nobody writes the guest's memory any more.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if that is not asked.
+    pub fn stopped(&self) -> Result<()> {
+        self.handle.desk.answer(Open::Stop, || Answer::Stopped(Ok(())))
+    }
+
+    /// Answers [`Event::SaveState`]: this is the device state, which the destination's program gets as
+    /// it is. It may be empty.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if that is not asked.
+    pub fn saved(&self, state: Vec<u8>) -> Result<()> {
+        self.handle.desk.answer(Open::Save, || Answer::Saved(Ok(state)))
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.handle.end();
+    }
+}

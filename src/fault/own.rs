@@ -1,0 +1,386 @@
+//! Userfaultfds for memory of this process: made, registered, and given up again.
+//!
+//! [`Guarded`] holds a spare duplicate of the userfaultfd that nothing closes by itself: whatever ends,
+//! a panic included, missing pages are waited for and never read as zeroes, until
+//! [`release`](Guarded::release) is called.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::fcntl::{FcntlArg, fcntl};
+
+use super::uffd::Uffd;
+use crate::error::{Context, Error, Result};
+
+const API: u64 = 0xaa;
+/// `_IO(USERFAULTFD_IOC, 0x00)`, whose argument is flags.
+const NEW: libc::c_ulong = 0xaa00;
+
+const FEATURES: [(u64, &str); 5] = [
+    (1 << 3, "EVENT_REMOVE"),
+    (1 << 4, "MISSING_HUGETLBFS"),
+    (1 << 5, "MISSING_SHMEM"),
+    (1 << 9, "MINOR_HUGETLBFS (Linux 5.13)"),
+    (1 << 10, "MINOR_SHMEM (Linux 5.14)"),
+];
+
+const MODE_MISSING: u64 = 1 << 0;
+const MODE_MINOR: u64 = 1 << 2;
+
+/// Present in memory, or swapped out (`Documentation/admin-guide/mm/pagemap.rst`).
+const PAGEMAP_POPULATED: u64 = 1 << 63 | 1 << 62;
+/// Entries of the page map read at a time.
+const PAGEMAP_ENTRIES: usize = 8192;
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_register`.
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+nix::ioctl_readwrite!(ioctl_api, 0xaa, 0x3f, Api);
+nix::ioctl_readwrite!(ioctl_register, 0xaa, 0x00, Register);
+
+/// A piece of this process's memory that is to be filled.
+#[derive(Clone, Debug)]
+pub(crate) struct Area {
+    /// The region's name.
+    pub(crate) name: String,
+    pub(crate) addresses: Range<u64>,
+    /// What is mapped there, MAP_SHARED; none where it is private and of no file.
+    pub(crate) file: Option<Mapped>,
+}
+
+/// A file from one of its bytes on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mapped {
+    pub(crate) inode: u64,
+    pub(crate) offset: u64,
+}
+
+/// What [`check`] has found out about an area.
+struct Checked {
+    /// A forked child would have it.
+    forks: bool,
+    page_bytes: u64,
+}
+
+/// Areas that are registered with a userfaultfd.
+pub(crate) struct Guarded {
+    areas: Vec<(Area, Checked)>,
+    uffd: Uffd,
+    /// Another number of the same, which stays open when this is dropped.
+    spare: RawFd,
+}
+
+impl Guarded {
+    /// Registers the areas with a userfaultfd of ours, or takes over `existing`, which they have to be
+    /// registered with. From here on whoever touches a missing page waits.
+    ///
+    /// The areas must be mapped as they say, hold nothing yet, and stay so until [`Guarded::release`].
+    ///
+    /// # Errors
+    /// No permission for userfaultfd, a kernel that lacks a feature, memory that is not as it should
+    /// be. Nothing is registered then by us.
+    pub(crate) fn new(areas: Vec<Area>, existing: Option<BorrowedFd<'_>>) -> Result<Guarded> {
+        let areas = areas
+            .into_iter()
+            .map(|area| check(&area, existing.is_some()).map(|checked| (area, checked)))
+            .collect::<Result<Vec<_>>>()?;
+        let descriptor = match existing {
+            Some(existing) => {
+                existing.try_clone_to_owned().context(|| "duplicating the userfaultfd")?
+            }
+            None => make()?,
+        };
+        if existing.is_none() {
+            // On an error the descriptor is closed, and with it what has been registered leaves it.
+            areas.iter().try_for_each(|(area, _)| register(&descriptor, area))?;
+        }
+        let number = fcntl(&descriptor, FcntlArg::F_DUPFD_CLOEXEC(3))
+            .context(|| "duplicating the userfaultfd")?;
+        let uffd = Uffd::new(descriptor);
+        let guarded = Guarded { areas, uffd, spare: number };
+        if let Err(error) = guarded.take() {
+            guarded.release();
+            return Err(error);
+        }
+        Ok(guarded)
+    }
+
+    /// A child that is forked meanwhile has the memory without the userfaultfd, and would read zeroes.
+    fn take(&self) -> Result<()> {
+        self.uffd.set_nonblocking().context(|| "the userfaultfd")?;
+        self.areas.iter().try_for_each(|(area, _)| {
+            area.advise(libc::MADV_DONTFORK).context(|| format!("madvise of RAM {}", area.name))
+        })
+    }
+
+    /// The areas, each with its page size in bytes.
+    pub(crate) fn areas(&self) -> impl Iterator<Item = (&Area, u64)> {
+        self.areas.iter().map(|(area, checked)| (area, checked.page_bytes))
+    }
+
+    /// For those who serve it.
+    pub(crate) fn uffd(&self) -> Uffd {
+        self.uffd.clone()
+    }
+
+    /// Nobody waits any more: pages that are missing are zeroes from here on.
+    pub(crate) fn release(self) {
+        for (area, checked) in &self.areas {
+            // Fails where the program has unmapped some of it meanwhile, which is its own affair.
+            let _ = self.uffd.unregister(area.addresses.start, area.bytes());
+            if checked.forks {
+                let _ = area.advise(libc::MADV_DOFORK);
+            }
+        }
+        // SAFETY: it was made for us in `new`, and nobody else has the number.
+        drop(unsafe { OwnedFd::from_raw_fd(self.spare) });
+    }
+}
+
+impl Area {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.addresses.end - self.addresses.start
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        let address = usize::try_from(self.addresses.start).expect("64-bit Linux");
+        let start = std::ptr::with_exposed_provenance_mut(address);
+        let len = usize::try_from(self.bytes()).expect("64-bit Linux");
+        // SAFETY: what a forked child inherits changes, and no content.
+        let result = unsafe { libc::madvise(start, len, advice) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+/// The device first: its file permissions are the modern way to allow userfaultfd. Never for faults of
+/// user mode only, as system calls and KVM reach the guest's memory too.
+fn create() -> Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd");
+    // SAFETY: neither takes memory: an ioctl whose argument is a number, and a system call with flags.
+    let number =
+        device.map_or(-1, |device| unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) }.into());
+    let number = match number {
+        // SAFETY: as above.
+        ..0 => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) },
+        number => number,
+    };
+    let error = io::Error::last_os_error();
+    match i32::try_from(number) {
+        // SAFETY: the kernel has just made it for us.
+        Ok(number @ 0..) => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
+        _ => Err(Error::Unsupported(format!(
+            "no userfaultfd for the guest's memory: {error}; let this program's user read and write \
+             /dev/userfaultfd, or set `sysctl vm.unprivileged_userfaultfd=1`"
+        ))),
+    }
+}
+
+/// A userfaultfd with every feature that any kind of memory needs.
+fn make() -> Result<OwnedFd> {
+    let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
+    // Asking for a feature that the kernel lacks spoils the descriptor, so one is spent on asking.
+    let lacking = wanted & !handshake(&create()?, 0)?;
+    if lacking != 0 {
+        let names: Vec<_> =
+            FEATURES.iter().filter(|(bit, _)| lacking & bit != 0).map(|(_, name)| *name).collect();
+        return Err(Error::Unsupported(format!(
+            "this kernel's userfaultfd lacks {}; umem needs Linux 6.3 or later",
+            names.join(", ")
+        )));
+    }
+    let uffd = create()?;
+    handshake(&uffd, wanted)?;
+    Ok(uffd)
+}
+
+/// Switches features on; the answer are those that the kernel has.
+fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64> {
+    let mut api = Api { api: API, features, ioctls: 0 };
+    // SAFETY: the structure is the one that the ioctl takes, alive for the call.
+    unsafe { ioctl_api(uffd.as_raw_fd(), &mut api) }.context(|| "UFFDIO_API")?;
+    Ok(api.features)
+}
+
+fn register(uffd: &OwnedFd, area: &Area) -> Result<()> {
+    let mode = if area.file.is_some() { MODE_MISSING | MODE_MINOR } else { MODE_MISSING };
+    let start = area.addresses.start;
+    let mut register = Register { start, len: area.bytes(), mode, ioctls: 0 };
+    // SAFETY: as in handshake.
+    unsafe { ioctl_register(uffd.as_raw_fd(), &mut register) }.map_err(|errno| {
+        Error::Unsupported(format!(
+            "RAM {} cannot be registered with userfaultfd: {}; shared memory must be of a memfd, of \
+             tmpfs or of hugetlbfs, and no other userfaultfd may have it",
+            area.name,
+            io::Error::from(errno)
+        ))
+    })?;
+    Ok(())
+}
+
+/// Checks that the area is mapped as it says and holds nothing.
+fn check(area: &Area, is_registered: bool) -> Result<Checked> {
+    let wrong = |what: &str| Error::Unsupported(format!("RAM {}: {what}", area.name));
+    let smaps = File::open("/proc/self/smaps").context(|| "/proc/self/smaps")?;
+    let mappings = mappings(BufReader::new(smaps), &area.addresses)
+        .context(|| "/proc/self/smaps")?
+        .ok_or_else(|| wrong("not all of its addresses are mapped: map it first, whole"))?;
+    let is_as_said = |mapping: &Mapping| match &area.file {
+        Some(file) => {
+            let offset = mapping.addresses.start.wrapping_sub(area.addresses.start);
+            let is_the_same =
+                mapping.inode == file.inode && mapping.offset == file.offset.wrapping_add(offset);
+            mapping.has("sh") && is_the_same
+        }
+        None => !mapping.has("sh") && mapping.inode == 0,
+    };
+    if !mappings.iter().all(is_as_said) {
+        return Err(wrong(match area.file {
+            Some(_) => "its file is not what is mapped there, from its first byte on, MAP_SHARED",
+            None => "it is not mapped MAP_PRIVATE | MAP_ANONYMOUS; memory of a file needs the file",
+        }));
+    }
+    let modes: &[&str] = if area.file.is_some() { &["um", "ui"] } else { &["um"] };
+    if is_registered && !modes.iter().all(|mode| mappings.iter().all(|m| m.has(mode))) {
+        return Err(wrong(
+            "it is not registered with the userfaultfd that was given: register it first, for \
+             missing and, if it is shared, for minor faults",
+        ));
+    }
+    let page_bytes = mappings[0].page_bytes;
+    let is_whole = |number: u64| number.is_multiple_of(page_bytes.max(4096));
+    if !is_whole(area.addresses.start) || !is_whole(area.addresses.end) {
+        return Err(wrong("its address and size must be multiples of its page size"));
+    }
+    if area.file.is_none() && is_populated(&area.addresses).context(|| "/proc/self/pagemap")? {
+        return Err(wrong(
+            "it has contents already, which no fault would ever replace: discard them with \
+             madvise(MADV_DONTNEED), and do not touch it before it is registered",
+        ));
+    }
+    Ok(Checked { forks: !mappings.iter().any(|mapping| mapping.has("dc")), page_bytes })
+}
+
+/// A mapping of this process, from its entry in smaps (proc_pid_smaps(5)).
+struct Mapping {
+    addresses: Range<u64>,
+    /// Where in its file the mapping begins, bytes.
+    offset: u64,
+    /// Of its file; 0 where there is none.
+    inode: u64,
+    page_bytes: u64,
+    flags: String,
+}
+
+impl Mapping {
+    /// `START-END PERMISSIONS OFFSET DEVICE INODE …`, the first line of its entry.
+    fn begin(line: &str) -> Option<Mapping> {
+        let mut words = line.split_ascii_whitespace();
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        let (start, end) = words.next()?.split_once('-')?;
+        let addresses = number(start)?..number(end)?;
+        let offset = number(words.nth(1)?)?;
+        let inode = words.nth(1)?.parse().ok()?;
+        Some(Mapping { addresses, offset, inode, page_bytes: 4096, flags: String::new() })
+    }
+
+    fn has(&self, flag: &str) -> bool {
+        self.flags.split_ascii_whitespace().any(|word| word == flag)
+    }
+}
+
+/// The mappings that make up a range; none when they do not cover it.
+fn mappings(smaps: impl BufRead, range: &Range<u64>) -> io::Result<Option<Vec<Mapping>>> {
+    let mut at = range.start;
+    let mut all = Vec::new();
+    let mut current: Option<Mapping> = None;
+    for line in smaps.lines() {
+        let line = line?;
+        if let Some(mapping) = Mapping::begin(&line) {
+            current = mapping.addresses.contains(&at).then_some(mapping);
+            continue;
+        }
+        let Some(mapping) = &mut current else { continue };
+        if let Some(size) = line.strip_prefix("KernelPageSize:") {
+            let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok());
+            mapping.page_bytes = kib.map_or(mapping.page_bytes, |kib| kib << 10);
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            flags.clone_into(&mut mapping.flags);
+            at = mapping.addresses.end;
+            all.extend(current.take());
+            if at >= range.end {
+                return Ok(Some(all));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Whether any page of the range holds something.
+fn is_populated(range: &Range<u64>) -> io::Result<bool> {
+    let mut map = File::open("/proc/self/pagemap")?;
+    map.seek(SeekFrom::Start(range.start / 4096 * 8))?;
+    let mut left = usize::try_from((range.end - range.start) / 4096).expect("64-bit Linux");
+    let mut entries = vec![0; PAGEMAP_ENTRIES * 8];
+    while left > 0 {
+        let count = left.min(PAGEMAP_ENTRIES);
+        let entries = &mut entries[..count * 8];
+        map.read_exact(entries)?;
+        let (words, _) = entries.as_chunks::<8>();
+        if words.iter().any(|word| u64::from_ne_bytes(*word) & PAGEMAP_POPULATED != 0) {
+            return Ok(true);
+        }
+        left -= count;
+    }
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+1000-3000 rw-s 00000000 00:01 5   /memfd:a (deleted)
+KernelPageSize:        4 kB
+VmFlags: rd wr sh um ui
+3000-5000 rw-s 00002000 00:01 5   /memfd:a (deleted)
+KernelPageSize:        4 kB
+VmFlags: rd wr sh dc
+200000-400000 rw-p 00000000 00:00 0
+KernelPageSize:     2048 kB
+VmFlags: rd wr ht
+";
+
+    #[test]
+    fn every_mapping_of_a_range_is_looked_at() {
+        let of = |range: Range<u64>| mappings(SMAPS.as_bytes(), &range).unwrap();
+        let all = of(0x2000..0x5000).unwrap();
+        assert_eq!(all.iter().map(|m| m.has("um")).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(all.iter().map(|m| m.has("dc")).collect::<Vec<_>>(), [false, true]);
+        assert_eq!(
+            all.iter().map(|m| (m.offset, m.inode)).collect::<Vec<_>>(),
+            [(0, 5), (0x2000, 5)]
+        );
+        let huge = &of(0x20_0000..0x40_0000).unwrap()[0];
+        assert_eq!((huge.has("sh"), huge.inode, huge.page_bytes), (false, 0, 2 << 20));
+        assert!(of(0x4000..0x6000).is_none(), "a gap after it");
+        assert!(of(0x0..0x2000).is_none(), "a gap before it");
+        assert!(of(0x20_0000..0x50_0000).is_none(), "nothing behind it");
+    }
+}

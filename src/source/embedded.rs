@@ -1,0 +1,78 @@
+//! The source as a part of another program: its memory, its monitor's answers, its sockets.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::poll::PollFlags;
+
+use super::memory::SourceMemory;
+use super::{Migration, Note, Plan, role, wait};
+use crate::embed::desk::Desk;
+use crate::error::Result;
+use crate::host::thread::HostThread;
+use crate::inbox::Inbox;
+use crate::lane::{self, Lane};
+use crate::memory::region::RamFile;
+use crate::report::Completed;
+use crate::uri::Uri;
+
+/// The way to the destination.
+pub(crate) enum Way {
+    /// Where it listens, and how many bulk lanes to open there.
+    Dial { uri: Uri, lanes: u16 },
+    /// One for each lane, the demand lane's first.
+    Connections(Vec<OwnedFd>),
+}
+
+/// What to send, and how.
+pub(crate) struct Departure {
+    pub(crate) way: Way,
+    pub(crate) files: Vec<RamFile>,
+    pub(crate) postcopy: bool,
+    /// As in [`Options`](super::Options).
+    pub(crate) cores: Vec<usize>,
+}
+
+/// Moves one guest away. Nothing of it runs any more when this returns.
+pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> {
+    let Departure { way, files, postcopy, cores } = departure;
+    let inbox = Inbox::embedded(desk.canceller())?;
+    let post = inbox.post();
+    desk.answers(move |answer| post.send(Note::Host(answer)));
+    let memory = Arc::new(SourceMemory::new(files, false));
+    let session = lane::new_session()?;
+    let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
+    let (lanes, stays_local) = match way {
+        Way::Dial { uri, lanes } => {
+            let open = |index| {
+                lane::dial(&uri, &lane::hello(session, role(index), index, lanes, false), &wait)
+            };
+            ((0..=lanes).map(open).collect::<Result<Vec<_>>>()?, lane::stays_local(&uri))
+        }
+        Way::Connections(sockets) => {
+            let stays_local = sockets.iter().all(lane::is_local);
+            let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
+            let open = |(index, socket)| {
+                let hello = lane::hello(session, role(index), index, count, false);
+                match count {
+                    0 => lane::open_shared(socket, &hello, &wait),
+                    _ => lane::open(socket, &hello, &wait),
+                }
+            };
+            ((0..).zip(sockets).map(open).collect::<Result<Vec<_>>>()?, stays_local)
+        }
+    };
+    desk.connected(lanes.iter().map(Lane::socket).collect());
+    desk.watch(memory.counters.clone(), memory.total_bytes());
+    let asking = desk.clone();
+    let host = HostThread::elsewhere(move |question| asking.ask(question));
+    let plan = Plan {
+        postcopy,
+        background: true,
+        cores: &cores,
+        quiet: true,
+        has_monitor: false,
+        stays_local,
+    };
+    Migration::start(&plan, desk.output(), inbox, lanes, memory, host)?.drive()
+}
