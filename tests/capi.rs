@@ -1,0 +1,160 @@
+//! The C interface: its header is the one that the code makes, its library exports what is in it, and a
+//! C program that embeds both sides moves memory with it, under AddressSanitizer.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use support::Scratch;
+
+/// Where the sources of the interface are, in the order of the header.
+const SOURCES: [&str; 3] = ["types.rs", "source.rs", "destination.rs"];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Where cargo has put the libraries that belong to this test.
+fn library(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name("deps").join(name);
+    assert!(path.exists(), "{} is not there", path.display());
+    path
+}
+
+/// Runs a program to its end; what it has printed.
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}\n{out}\n{err}", output.status);
+    assert_eq!(err, "", "{command:?} complains");
+    out.into_owned()
+}
+
+fn header() -> String {
+    let folder = root().join("src/capi");
+    let config = cbindgen::Config::from_file(folder.join("cbindgen.toml")).unwrap();
+    let builder = SOURCES.iter().fold(cbindgen::Builder::new().with_config(config), |all, name| {
+        all.with_src(folder.join(name))
+    });
+    let mut header = Vec::new();
+    builder.generate().unwrap().write(&mut header);
+    String::from_utf8(header).unwrap()
+}
+
+/// With UMEM_WRITE_HEADER=1 it is written anew.
+#[test]
+fn the_header_is_up_to_date() {
+    let path = root().join("src/capi/umem.h");
+    let made = header();
+    if std::env::var_os("UMEM_WRITE_HEADER").is_some() {
+        std::fs::write(&path, &made).unwrap();
+    }
+    let there = std::fs::read_to_string(&path).unwrap();
+    assert!(
+        there == made,
+        "src/capi/umem.h is not what src/capi makes: run \
+         `UMEM_WRITE_HEADER=1 cargo test --test capi header` and look at the difference"
+    );
+}
+
+#[test]
+fn the_shared_library_exports_the_interface_and_nothing_else() {
+    let header = std::fs::read_to_string(root().join("src/capi/umem.h")).unwrap();
+    let code = header.lines().filter(|line| !line.starts_with("//") && !line.starts_with(" *"));
+    let mut declared: Vec<&str> = code
+        .filter_map(|line| line.split_once('(')?.0.rsplit([' ', '*']).next())
+        .filter(|name| name.starts_with("umem_"))
+        .collect();
+    declared.sort_unstable();
+    let listing = run(Command::new("nm").args(["-D", "--defined-only"]).arg(library("libumem.so")));
+    let mut exported: Vec<&str> =
+        listing.lines().filter_map(|line| line.split_whitespace().last()).collect();
+    exported.sort_unstable();
+    assert_eq!(exported, declared);
+}
+
+/// Compiles the C program; `link` is what it is linked with.
+fn compile(scratch: &Scratch, sanitizers: &str, link: &[&str]) -> PathBuf {
+    let program = scratch.path("embed");
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-g", "-O1"])
+        .args(["-fno-omit-frame-pointer", sanitizers])
+        .arg(format!("-I{}", root().join("src/capi").display()))
+        .arg(root().join("tests/embed/embed.c"))
+        .args(link)
+        .arg("-o")
+        .arg(&program);
+    run(&mut gcc);
+    program
+}
+
+/// Linked with the static library, every byte of which the sanitizer's allocator serves.
+fn sanitized(scratch: &Scratch) -> PathBuf {
+    let archive = library("libumem.a").display().to_string();
+    let link = [archive.as_str(), "-lpthread", "-ldl", "-lm"];
+    compile(scratch, "-fsanitize=address,undefined", &link)
+}
+
+fn embed(scenario: &str) {
+    let scratch = Scratch::new();
+    let program = sanitized(&scratch);
+    let printed = run(Command::new(program)
+        .arg(scenario)
+        .arg(scratch.path("socket"))
+        .env("ASAN_OPTIONS", "detect_leaks=1:abort_on_error=0")
+        .env("UBSAN_OPTIONS", "halt_on_error=1"));
+    assert_eq!(printed, format!("{scenario}: ok\n"));
+}
+
+#[test]
+fn a_c_program_moves_shared_memory() {
+    embed("shared");
+}
+
+#[test]
+fn a_c_program_moves_anonymous_memory() {
+    embed("anonymous");
+}
+
+#[test]
+fn a_c_program_moves_memory_with_a_userfaultfd_of_its_own() {
+    embed("userfaultfd");
+}
+
+#[test]
+fn a_c_program_moves_everything_before_the_switchover() {
+    embed("precopy");
+}
+
+#[test]
+fn a_cancelled_migration_leaves_the_guest_at_the_source() {
+    embed("cancel");
+}
+
+#[test]
+fn a_program_that_refuses_ends_the_migration_on_both_sides() {
+    embed("refuse");
+}
+
+#[test]
+fn pages_that_nobody_brings_any_more_are_waited_for() {
+    embed("lost");
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_a_text() {
+    embed("misuse");
+}
+
+/// The same with the shared library, as a program would have it that is not built with umem.
+#[test]
+fn a_c_program_uses_the_shared_library() {
+    let scratch = Scratch::new();
+    let library = library("libumem.so");
+    let rpath = format!("-Wl,-rpath,{}", library.parent().unwrap().display());
+    let program = compile(&scratch, "-fsanitize=undefined", &[library.to_str().unwrap(), &rpath]);
+    let printed = run(Command::new(program).arg("shared").arg(scratch.path("socket")));
+    assert_eq!(printed, "shared: ok\n");
+}

@@ -1,0 +1,685 @@
+/*
+ * A program that embeds both sides of umem, as a monitor would embed one of them: an event loop around
+ * poll(), vCPUs that read and write guest memory while it comes, a device state that touches it.
+ *
+ *     embed SCENARIO SOCKET    prints "SCENARIO: ok", or what is wrong, with exit status 1
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "umem.h"
+
+#define PAGE 4096ul
+#define WORDS (PAGE / sizeof(uint64_t))
+#define PAGES 4096ul
+#define BYTES (PAGES * PAGE)
+#define VCPUS 2ul
+#define ACCESSES (2 * PAGES)
+#define LANES 3
+/* Long after anything that is waited for should have happened. */
+#define DEADLINE_MS 60000
+
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition))                                                                          \
+            fail(__LINE__, #condition);                                                            \
+    } while (0)
+#define OK(call) CHECK((call) == UMEM_OK)
+
+static const char STATE[] = "registers, and where the rings are";
+
+static _Noreturn void fail(int line, const char *what) {
+    printf("line %d: not so: %s; umem says: %s; errno: %s\n", line, what, umem_last_error(),
+           strerror(errno));
+    fflush(stdout);
+    _exit(1);
+}
+
+/* What a page holds: a quarter of them were never written, a quarter hold zeroes. */
+static uint64_t word(uint64_t page, uint64_t index, uint64_t version) {
+    if (version == 0 && page % 4 < 2)
+        return 0;
+    return ((page << 32) + (version << 16) + index) * 0x9e3779b97f4a7c15ul | 1;
+}
+
+static int memory_file(void) {
+    int file = memfd_create("ram", MFD_CLOEXEC);
+    CHECK(file >= 0 && ftruncate(file, BYTES) == 0);
+    return file;
+}
+
+/* The source's memory: its guest has been running for a while. */
+static int source_memory(void) {
+    int file = memory_file();
+    uint64_t content[WORDS];
+    for (uint64_t page = 0; page < PAGES; page++) {
+        for (uint64_t index = 0; index < WORDS; index++)
+            content[index] = word(page, index, 0);
+        if (page % 4 != 0)
+            CHECK(pwrite(file, content, PAGE, (off_t)(page * PAGE)) == (ssize_t)PAGE);
+    }
+    return file;
+}
+
+static void check_source(int file) {
+    uint64_t content[WORDS];
+    for (uint64_t page = 0; page < PAGES; page++) {
+        CHECK(pread(file, content, PAGE, (off_t)(page * PAGE)) == (ssize_t)PAGE);
+        for (uint64_t index = 0; index < WORDS; index++)
+            CHECK(content[index] == word(page, index, 0));
+    }
+}
+
+/* The destination's guest. */
+struct guest {
+    volatile uint64_t *memory;
+    int file; /* -1: anonymous */
+    uint64_t version[PAGES];
+    pthread_t vcpus[VCPUS];
+    size_t started;
+};
+
+struct vcpu {
+    struct guest *guest;
+    size_t index;
+};
+
+static struct guest *new_guest(int file) {
+    struct guest *guest = calloc(1, sizeof *guest);
+    CHECK(guest);
+    int flags = file < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    void *memory = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, flags, file, 0);
+    CHECK(memory != MAP_FAILED);
+    guest->memory = memory;
+    guest->file = file;
+    return guest;
+}
+
+static void free_guest(struct guest *guest) {
+    CHECK(munmap((void *)guest->memory, BYTES) == 0);
+    if (guest->file >= 0)
+        close(guest->file);
+    free(guest);
+}
+
+static void check_page(struct guest *guest, uint64_t page) {
+    for (uint64_t index = 0; index < WORDS; index++)
+        CHECK(guest->memory[page * WORDS + index] == word(page, index, guest->version[page]));
+}
+
+/* Reads pages of its own at random, and writes a third of them anew. */
+static void *run_vcpu(void *argument) {
+    struct vcpu vcpu = *(struct vcpu *)argument;
+    free(argument);
+    struct guest *guest = vcpu.guest;
+    uint64_t random = 88172645463325252ul + vcpu.index;
+    for (size_t access = 0; access < ACCESSES; access++) {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        uint64_t page = random % (PAGES / VCPUS) * VCPUS + vcpu.index;
+        check_page(guest, page);
+        if (random >> 60 < 5) {
+            uint64_t version = ++guest->version[page];
+            for (uint64_t index = 0; index < WORDS; index++)
+                guest->memory[page * WORDS + index] = word(page, index, version);
+        }
+    }
+    return NULL;
+}
+
+static void start_guest(struct guest *guest) {
+    for (size_t index = 0; index < VCPUS; index++) {
+        struct vcpu *vcpu = malloc(sizeof *vcpu);
+        CHECK(vcpu);
+        *vcpu = (struct vcpu){guest, index};
+        CHECK(pthread_create(&guest->vcpus[index], NULL, run_vcpu, vcpu) == 0);
+        guest->started++;
+    }
+}
+
+/* Waits for the vCPUs, then looks at every page. */
+static void check_guest(struct guest *guest) {
+    for (size_t index = 0; index < guest->started; index++)
+        CHECK(pthread_join(guest->vcpus[index], NULL) == 0);
+    for (uint64_t page = 0; page < PAGES; page++)
+        check_page(guest, page);
+}
+
+/* Whether any mapping in the range is registered with a userfaultfd. */
+static bool is_registered(const volatile void *memory) {
+    FILE *smaps = fopen("/proc/self/smaps", "r");
+    CHECK(smaps);
+    unsigned long start = 0, end = 0, at = (unsigned long)memory;
+    bool found = false;
+    char line[1024];
+    while (fgets(line, sizeof line, smaps)) {
+        if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+            continue;
+        if (strncmp(line, "VmFlags:", 8) == 0 && start < at + BYTES && at < end)
+            found |= strstr(line, " um") != NULL;
+    }
+    fclose(smaps);
+    return found;
+}
+
+/* Threads of this process whose names begin with umem-; each must have blocked what a host handles. */
+static size_t umem_threads(void) {
+    static const int handled[] = {SIGHUP, SIGINT, SIGUSR1, SIGPIPE, SIGALRM, SIGTERM, SIGCHLD};
+    DIR *tasks = opendir("/proc/self/task");
+    CHECK(tasks);
+    size_t count = 0;
+    for (struct dirent *task; (task = readdir(tasks));) {
+        char path[512], line[256];
+        bool ours = false;
+        snprintf(path, sizeof path, "/proc/self/task/%s/status", task->d_name);
+        FILE *status = task->d_name[0] == '.' ? NULL : fopen(path, "r");
+        if (!status)
+            continue;
+        unsigned long blocked = 0;
+        while (fgets(line, sizeof line, status)) {
+            ours |= strncmp(line, "Name:\tumem-", 11) == 0;
+            if (strncmp(line, "SigBlk:", 7) == 0)
+                blocked = strtoul(line + 7, NULL, 16);
+        }
+        fclose(status);
+        count += ours;
+        for (size_t index = 0; ours && index < sizeof handled / sizeof *handled; index++)
+            CHECK(blocked >> (handled[index] - 1) & 1);
+    }
+    closedir(tasks);
+    return count;
+}
+
+/* Both sides of one migration, and what has been seen of it. */
+struct migration {
+    umem_source *source;
+    umem_destination *destination;
+    struct guest *guest;
+    pthread_t loader;
+    bool is_loading;
+    bool cancels;        /* when the guest is to stop */
+    const char *refuses; /* to load the device state */
+    bool loses;          /* the source, when the guest is to run */
+    unsigned seen_by_source, seen_by_destination;
+    umem_status failed_source, failed_destination;
+    umem_guest guest_of_source, guest_of_destination;
+    char text_source[512], text_destination[512];
+};
+
+#define SEEN(kind) (1u << (kind))
+#define ENDED (SEEN(UMEM_EVENT_COMPLETED) | SEEN(UMEM_EVENT_FAILED))
+
+/* A device's state says where its rings are, and loading it reads there. */
+static void *load(void *argument) {
+    struct migration *migration = argument;
+    check_page(migration->guest, 2);
+    check_page(migration->guest, PAGES - 1);
+    OK(umem_destination_loaded(migration->destination));
+    return NULL;
+}
+
+static void source_event(struct migration *migration, const umem_event *event) {
+    migration->seen_by_source |= SEEN(event->kind);
+    umem_stats stats;
+    switch (event->kind) {
+    case UMEM_EVENT_STOP:
+        if (migration->cancels)
+            OK(umem_source_cancel(migration->source));
+        else
+            OK(umem_source_stopped(migration->source));
+        break;
+    case UMEM_EVENT_SAVE:
+        OK(umem_source_saved(migration->source, STATE, sizeof STATE));
+        break;
+    case UMEM_EVENT_RUNNING:
+        CHECK(event->downtime_us > 0 && event->guest == UMEM_GUEST_AT_DESTINATION);
+        break;
+    case UMEM_EVENT_COMPLETED:
+        CHECK(strstr(event->text, "\"role\":\"source\""));
+        OK(umem_source_stats(migration->source, &stats));
+        CHECK(stats.total_bytes == BYTES && stats.missing_bytes == 0);
+        break;
+    case UMEM_EVENT_FAILED:
+        migration->failed_source = event->status;
+        migration->guest_of_source = event->guest;
+        snprintf(migration->text_source, sizeof migration->text_source, "%s", event->text);
+        break;
+    default:
+        break;
+    }
+}
+
+static void destination_event(struct migration *migration, const umem_event *event) {
+    migration->seen_by_destination |= SEEN(event->kind);
+    umem_stats stats;
+    switch (event->kind) {
+    case UMEM_EVENT_LOAD:
+        CHECK(event->data_bytes == sizeof STATE && memcmp(event->data, STATE, sizeof STATE) == 0);
+        if (migration->refuses) {
+            OK(umem_destination_refuse(migration->destination, migration->refuses));
+            break;
+        }
+        CHECK(pthread_create(&migration->loader, NULL, load, migration) == 0);
+        migration->is_loading = true;
+        break;
+    case UMEM_EVENT_RUN:
+        CHECK(event->guest == UMEM_GUEST_AT_DESTINATION);
+        CHECK(umem_threads() >= 4);
+        if (migration->loses) {
+            umem_source_destroy(migration->source);
+            migration->source = NULL;
+            break;
+        }
+        start_guest(migration->guest);
+        OK(umem_destination_running(migration->destination));
+        break;
+    case UMEM_EVENT_COMPLETED:
+        CHECK(strstr(event->text, "\"role\":\"destination\""));
+        OK(umem_destination_stats(migration->destination, &stats));
+        CHECK(stats.total_bytes == BYTES && stats.missing_bytes == 0);
+        CHECK(stats.data_bytes + stats.zero_bytes + stats.hole_bytes == BYTES);
+        CHECK(stats.pages_demand + stats.pages_background == PAGES);
+        break;
+    case UMEM_EVENT_FAILED:
+        migration->failed_destination = event->status;
+        migration->guest_of_destination = event->guest;
+        snprintf(migration->text_destination, sizeof migration->text_destination, "%s",
+                 event->text);
+        break;
+    default:
+        break;
+    }
+}
+
+/* The program's main loop, until both sides have come to their end. */
+static void run(struct migration *migration) {
+    umem_event event;
+    while (!(migration->seen_by_destination & ENDED) ||
+           (migration->source && !(migration->seen_by_source & ENDED))) {
+        struct pollfd ready[2] = {
+            {umem_destination_event_fd(migration->destination), POLLIN, 0},
+            {migration->source ? umem_source_event_fd(migration->source) : -1, POLLIN, 0},
+        };
+        CHECK(ready[0].fd >= 0);
+        CHECK(poll(ready, 2, DEADLINE_MS) > 0);
+        if (ready[1].revents) {
+            OK(umem_source_next_event(migration->source, &event));
+            CHECK(event.kind != UMEM_EVENT_NONE);
+            source_event(migration, &event);
+        }
+        if (ready[0].revents) {
+            OK(umem_destination_next_event(migration->destination, &event));
+            CHECK(event.kind != UMEM_EVENT_NONE);
+            destination_event(migration, &event);
+        }
+    }
+    if (migration->is_loading)
+        CHECK(pthread_join(migration->loader, NULL) == 0);
+}
+
+static void finish(struct migration *migration) {
+    umem_source_destroy(migration->source);
+    umem_destination_destroy(migration->destination);
+    CHECK(umem_threads() == 0);
+    free_guest(migration->guest);
+    free(migration);
+}
+
+/* Both sides, not started, without a way between them. */
+static struct migration *new_migration(int source_file, int destination_file) {
+    struct migration *migration = calloc(1, sizeof *migration);
+    CHECK(migration);
+    migration->guest = new_guest(destination_file);
+    migration->source = umem_source_new();
+    migration->destination = umem_destination_new();
+    CHECK(migration->source && migration->destination);
+    OK(umem_source_region(migration->source, "ram0", source_file));
+    OK(umem_destination_region(migration->destination, "ram0", (void *)migration->guest->memory,
+                               BYTES, destination_file));
+    return migration;
+}
+
+static void connect_both(struct migration *migration, int lanes) {
+    int here[LANES], there[LANES];
+    for (int lane = 0; lane < lanes; lane++) {
+        int pair[2];
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+        here[lane] = pair[0];
+        there[lane] = pair[1];
+    }
+    OK(umem_source_connections(migration->source, here, lanes));
+    OK(umem_destination_connections(migration->destination, there, lanes));
+}
+
+static void start_both(struct migration *migration) {
+    OK(umem_destination_start(migration->destination));
+    CHECK(is_registered(migration->guest->memory));
+    OK(umem_source_start(migration->source));
+}
+
+static void listen_and_start(struct migration *migration, const char *uri) {
+    OK(umem_destination_listen(migration->destination, uri, LANES));
+    OK(umem_destination_start(migration->destination));
+    const char *bound = umem_destination_uri(migration->destination);
+    CHECK(bound && !strstr(bound, ":0:") && is_registered(migration->guest->memory));
+    OK(umem_source_dial(migration->source, bound, LANES - 1));
+    OK(umem_source_start(migration->source));
+}
+
+/* It runs to its end, and every word is right, what the guest has written meanwhile included. */
+static void succeed(struct migration *migration) {
+    run(migration);
+    if (!(migration->seen_by_source & migration->seen_by_destination & SEEN(UMEM_EVENT_COMPLETED)))
+        printf("source: %s; destination: %s\n", migration->text_source,
+               migration->text_destination);
+    CHECK(migration->seen_by_destination ==
+          (SEEN(UMEM_EVENT_CONNECTED) | SEEN(UMEM_EVENT_LOAD) | SEEN(UMEM_EVENT_RUN) |
+           SEEN(UMEM_EVENT_COMPLETED)));
+    CHECK(migration->seen_by_source ==
+          (SEEN(UMEM_EVENT_CONNECTED) | SEEN(UMEM_EVENT_STOP) | SEEN(UMEM_EVENT_SAVE) |
+           SEEN(UMEM_EVENT_RUNNING) | SEEN(UMEM_EVENT_COMPLETED)));
+    check_guest(migration->guest);
+    CHECK(!is_registered(migration->guest->memory));
+    finish(migration);
+}
+
+static void shared(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    struct migration *migration = new_migration(file, memory_file());
+    connect_both(migration, LANES);
+    start_both(migration);
+    succeed(migration);
+    check_source(file);
+    close(file);
+}
+
+static void anonymous(const char *socket) {
+    char uri[256];
+    snprintf(uri, sizeof uri, "unix:%s", socket);
+    int file = source_memory();
+    struct migration *migration = new_migration(file, -1);
+    listen_and_start(migration, uri);
+    succeed(migration);
+    check_source(file);
+    close(file);
+}
+
+static void precopy(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    struct migration *migration = new_migration(file, -1);
+    OK(umem_source_postcopy(migration->source, false));
+    connect_both(migration, 1);
+    start_both(migration);
+    succeed(migration);
+    close(file);
+}
+
+static void with_userfaultfd(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    struct migration *migration = new_migration(file, memory_file());
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    CHECK(uffd >= 0);
+    struct uffdio_api api = {
+        .api = UFFD_API,
+        .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_MISSING_SHMEM |
+                    UFFD_FEATURE_MINOR_SHMEM,
+    };
+    CHECK(ioctl(uffd, UFFDIO_API, &api) == 0);
+    OK(umem_destination_userfaultfd(migration->destination, uffd));
+    struct uffdio_register registration = {
+        .range = {(unsigned long)migration->guest->memory, BYTES},
+        .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
+    };
+    CHECK(ioctl(uffd, UFFDIO_REGISTER, &registration) == 0);
+    listen_and_start(migration, "tcp:127.0.0.1:0");
+    succeed(migration);
+    close(uffd);
+    close(file);
+}
+
+static void cancelled(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    struct migration *migration = new_migration(file, memory_file());
+    migration->cancels = true;
+    connect_both(migration, LANES);
+    start_both(migration);
+    run(migration);
+    CHECK(migration->failed_source == UMEM_ERR_CANCELLED);
+    CHECK(migration->guest_of_source == UMEM_GUEST_AT_SOURCE);
+    CHECK(migration->failed_destination == UMEM_ERR_PEER);
+    CHECK(migration->guest_of_destination == UMEM_GUEST_AT_SOURCE);
+    CHECK(!is_registered(migration->guest->memory));
+    finish(migration);
+    /* The guest has gone on, and moves another time. */
+    check_source(file);
+    migration = new_migration(file, memory_file());
+    connect_both(migration, LANES);
+    start_both(migration);
+    succeed(migration);
+    close(file);
+}
+
+static void refused(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    struct migration *migration = new_migration(file, -1);
+    migration->refuses = "no such device here:\nadd it";
+    connect_both(migration, LANES);
+    start_both(migration);
+    run(migration);
+    CHECK(migration->failed_destination == UMEM_ERR_HOST);
+    CHECK(strstr(migration->text_destination, "no such device here: add it"));
+    CHECK(migration->guest_of_destination == UMEM_GUEST_AT_SOURCE);
+    CHECK(migration->failed_source == UMEM_ERR_PEER);
+    CHECK(strstr(migration->text_source, "no such device here: add it"));
+    CHECK(migration->guest_of_source == UMEM_GUEST_AT_SOURCE);
+    CHECK(!is_registered(migration->guest->memory));
+    finish(migration);
+    check_source(file);
+    close(file);
+}
+
+struct reader {
+    volatile uint64_t *at;
+    uint64_t value;
+    atomic_bool is_done;
+};
+
+static void *read_word(void *argument) {
+    struct reader *reader = argument;
+    reader->value = *reader->at;
+    atomic_store(&reader->is_done, true);
+    return NULL;
+}
+
+/* A page that has come with the device state, and one that nobody has asked for. */
+#define CAME 2
+#define MISSING 1003
+
+static struct migration *lose_source(int file, int destination_file) {
+    struct migration *migration = new_migration(file, destination_file);
+    migration->loses = true;
+    connect_both(migration, LANES);
+    start_both(migration);
+    run(migration);
+    CHECK(migration->seen_by_destination & SEEN(UMEM_EVENT_FAILED));
+    CHECK(migration->failed_destination == UMEM_ERR_PEER ||
+          migration->failed_destination == UMEM_ERR_LOST);
+    CHECK(migration->text_destination[0] && !strchr(migration->text_destination, '\n'));
+    CHECK(migration->guest_of_destination == UMEM_GUEST_AT_DESTINATION);
+    return migration;
+}
+
+static void lost(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    for (int kind = 0; kind < 2; kind++) {
+        struct migration *migration = lose_source(file, kind == 0 ? memory_file() : -1);
+        check_page(migration->guest, CAME);
+        struct reader reader = {.at = migration->guest->memory + MISSING * WORDS};
+        pthread_t thread;
+        CHECK(pthread_create(&thread, NULL, read_word, &reader) == 0);
+        umem_event event;
+        OK(umem_destination_wait(migration->destination, 0, &event));
+        CHECK(event.kind == UMEM_EVENT_NONE);
+        CHECK(is_registered(migration->guest->memory) && !atomic_load(&reader.is_done));
+        /* Only the program can say that nobody believes the memory any more. */
+        OK(umem_destination_guest_has_stopped(migration->destination));
+        CHECK(pthread_join(thread, NULL) == 0 && reader.value == 0);
+        CHECK(!is_registered(migration->guest->memory));
+        finish(migration);
+    }
+    /* Without that they stay waited for, also without a handle. */
+    struct migration *migration = lose_source(file, memory_file());
+    umem_destination_destroy(migration->destination);
+    migration->destination = NULL;
+    CHECK(umem_threads() == 0);
+    CHECK(is_registered(migration->guest->memory));
+    check_page(migration->guest, CAME);
+    finish(migration);
+    close(file);
+}
+
+static void wrong(umem_status status, umem_status expected, const char *hint) {
+    if (status != expected || !strstr(umem_last_error(), hint))
+        printf("%d, not %d with: %s\n", status, expected, hint);
+    CHECK(status == expected);
+    CHECK(strstr(umem_last_error(), hint) && !strchr(umem_last_error(), '\n'));
+}
+
+static void misused(const char *socket) {
+    CHECK(strcmp(umem_last_error(), "") == 0 && strchr(umem_version(), '.'));
+    umem_event event;
+    umem_stats stats;
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+    int empty = memory_file(), full = source_memory();
+
+    umem_source *source = umem_source_new();
+    wrong(umem_source_region(NULL, "ram0", full), UMEM_ERR_USAGE, "source is NULL");
+    wrong(umem_source_region(source, NULL, full), UMEM_ERR_USAGE, "name is NULL");
+    wrong(umem_source_region(source, "\xff", full), UMEM_ERR_USAGE, "UTF-8");
+    wrong(umem_source_region(source, "ram0", -1), UMEM_ERR_USAGE, "no descriptor");
+    wrong(umem_source_region(source, "ram0", pair[0]), UMEM_ERR_UNSUPPORTED, "regular file");
+    wrong(umem_source_dial(source, "localhost", 1), UMEM_ERR_USAGE, "tcp:HOST:PORT");
+    wrong(umem_source_dial(source, "fd:0", 1), UMEM_ERR_USAGE, "one connection");
+    wrong(umem_source_dial(source, "tcp:localhost:1", 0), UMEM_ERR_USAGE, "1 to 64");
+    wrong(umem_source_connections(source, pair, 0), UMEM_ERR_USAGE, "1 to 65");
+    wrong(umem_source_connections(source, NULL, 2), UMEM_ERR_USAGE, "sockets is NULL");
+    int twice[2] = {pair[0], pair[0]}, files[2] = {pair[0], full};
+    wrong(umem_source_connections(source, twice, 2), UMEM_ERR_USAGE, "twice");
+    wrong(umem_source_connections(source, files, 2), UMEM_ERR_USAGE, "no socket");
+    CHECK(fcntl(pair[0], F_GETFD) >= 0); /* still ours */
+    CHECK(umem_source_event_fd(source) == -1);
+    wrong(umem_source_next_event(source, &event), UMEM_ERR_USAGE, "call start first");
+    wrong(umem_source_stats(source, &stats), UMEM_ERR_USAGE, "call start first");
+    wrong(umem_source_start(source), UMEM_ERR_USAGE, "regions");
+    wrong(umem_source_start(source), UMEM_ERR_USAGE, "started already");
+    umem_source_destroy(source);
+
+    source = umem_source_new();
+    OK(umem_source_region(source, "ram0", full));
+    char uri[256];
+    snprintf(uri, sizeof uri, "unix:%s", socket);
+    OK(umem_source_dial(source, uri, 1));
+    OK(umem_source_start(source));
+    wrong(umem_source_wait(source, 0, NULL), UMEM_ERR_USAGE, "event is NULL");
+    OK(umem_source_wait(source, DEADLINE_MS, &event));
+    CHECK(event.kind == UMEM_EVENT_FAILED && event.status == UMEM_ERR_CONNECT);
+    CHECK(event.guest == UMEM_GUEST_AT_SOURCE && strstr(event.text, uri));
+    wrong(umem_source_stopped(source), UMEM_ERR_USAGE, "nobody has asked");
+    umem_source_destroy(source);
+    umem_source_destroy(NULL);
+
+    void *memory = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *of_file = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, empty, 0);
+    CHECK(memory != MAP_FAILED && of_file != MAP_FAILED);
+    *((volatile char *)memory + PAGE) = 1;
+    struct {
+        void *address;
+        int file;
+        const char *hint;
+    } cases[] = {
+        {memory, -1, "MADV_DONTNEED"},
+        {memory, empty, "MAP_SHARED"},
+        {of_file, -1, "MAP_PRIVATE | MAP_ANONYMOUS"},
+        {(char *)of_file + PAGE, empty, "not"},
+        {(void *)PAGE, -1, "not all of its addresses are mapped"},
+    };
+    for (size_t index = 0; index < sizeof cases / sizeof *cases; index++) {
+        umem_destination *destination = umem_destination_new();
+        OK(umem_destination_region(destination, "ram0", cases[index].address, BYTES,
+                                   cases[index].file));
+        wrong(umem_destination_guest_has_stopped(destination), UMEM_ERR_USAGE, "start first");
+        OK(umem_destination_listen(destination, "tcp:127.0.0.1:0", 1));
+        wrong(umem_destination_start(destination), UMEM_ERR_UNSUPPORTED, cases[index].hint);
+        CHECK(!umem_destination_uri(destination));
+        umem_destination_destroy(destination);
+    }
+    umem_destination *destination = umem_destination_new();
+    wrong(umem_destination_region(destination, "ram0", of_file, BYTES, full),
+          UMEM_ERR_UNSUPPORTED, "contents");
+    wrong(umem_destination_region(destination, "ram0", of_file, 0, empty), UMEM_ERR_USAGE, "0");
+    OK(umem_destination_region(destination, "ram0", of_file, BYTES, empty));
+    wrong(umem_destination_listen(destination, "unix:", 1), UMEM_ERR_USAGE, "names no socket");
+    OK(umem_destination_listen(destination, uri, 1));
+    OK(umem_destination_start(destination));
+    CHECK(is_registered(of_file));
+    wrong(umem_destination_running(destination), UMEM_ERR_USAGE, "nobody has asked");
+    wrong(umem_destination_refuse(destination, "why"), UMEM_ERR_USAGE, "nobody has asked");
+    wrong(umem_destination_guest_has_stopped(destination), UMEM_ERR_USAGE, "goes on");
+    umem_destination *second = umem_destination_new();
+    OK(umem_destination_region(second, "ram0", memory, BYTES, -1));
+    OK(umem_destination_listen(second, uri, 1));
+    wrong(umem_destination_start(second), UMEM_ERR_LISTEN, "listens there");
+    umem_destination_destroy(second);
+    OK(umem_destination_cancel(destination));
+    OK(umem_destination_wait(destination, DEADLINE_MS, &event));
+    CHECK(event.kind == UMEM_EVENT_FAILED && event.status == UMEM_ERR_CANCELLED);
+    CHECK(!is_registered(of_file));
+    umem_destination_destroy(destination);
+
+    CHECK(umem_threads() == 0);
+    CHECK(munmap(memory, BYTES) == 0 && munmap(of_file, BYTES) == 0);
+    close(empty), close(full), close(pair[0]), close(pair[1]);
+}
+
+int main(int count, char **arguments) {
+    static const struct {
+        const char *name;
+        void (*run)(const char *socket);
+    } scenarios[] = {
+        {"shared", shared},       {"anonymous", anonymous}, {"userfaultfd", with_userfaultfd},
+        {"precopy", precopy},     {"cancel", cancelled},    {"refuse", refused},
+        {"lost", lost},           {"misuse", misused},
+    };
+    for (size_t index = 0; count == 3 && index < sizeof scenarios / sizeof *scenarios; index++) {
+        if (strcmp(scenarios[index].name, arguments[1]) == 0) {
+            scenarios[index].run(arguments[2]);
+            printf("%s: ok\n", arguments[1]);
+            return 0;
+        }
+    }
+    fprintf(stderr, "usage: embed SCENARIO SOCKET\n");
+    return 2;
+}
