@@ -89,7 +89,7 @@ pub struct Completed {
     pub gbps: f64,
     /// From reading a fault to waking the guest, at the destination; null at the source.
     pub fault_latency_us: Option<Latency>,
-    /// Processor time of this umem process.
+    /// Processor time of the process that umem runs in.
     pub cpu_s: CpuTime,
     /// How the pages left the source without being copied; at the destination, how they landed.
     pub zero_copy: String,

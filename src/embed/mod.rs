@@ -23,7 +23,7 @@
 //!
 //! Nothing is written to its standard streams, no signal handler is set and no signal is taken: umem's
 //! threads have every signal blocked. No panic leaves umem's threads; one becomes
-//! [`Error::Internal`](crate::Error::Internal). When a handle has been dropped none of its threads is
+//! [`Error::Internal`]. When a handle has been dropped none of its threads is
 //! left. The thread that serves demand pages asks for the lowest real-time priority, for itself alone.
 //!
 //! # What must hold
