@@ -66,10 +66,17 @@ pub(crate) fn two_cores() -> Result<[usize; 2]> {
 
 /// Pins the calling thread.
 pub(crate) fn pin(core: usize) -> Result<()> {
+    pin_to(&[core])
+}
+
+/// Lets the calling thread run on these cores only.
+pub(crate) fn pin_to(cores: &[usize]) -> Result<()> {
     let mut set = nix::sched::CpuSet::new();
-    set.set(core)
+    cores
+        .iter()
+        .try_for_each(|&core| set.set(core))
         .and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set))
-        .context(|| format!("pinning to core {core}"))
+        .context(|| format!("pinning to cores {cores:?}"))
 }
 
 fn memory_total_mib() -> u64 {

@@ -10,12 +10,14 @@ mod interrupt;
 mod land;
 mod machine;
 mod memory;
+mod migration;
 mod process;
 mod qemu;
 mod qmp;
 mod report;
 mod scratch;
 mod statistics;
+mod userfault;
 
 use argh::FromArgs;
 

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use serde::Serialize;
 
 use crate::error::{Context, Result, failure};
@@ -15,35 +15,144 @@ use crate::error::{Context, Result, failure};
 /// Bytes of a base page.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
-/// What a memory file consists of.
+/// Bytes of a huge page.
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// What the memory that is filled consists of, and how it is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Pages {
-    /// A memfd of 4 KiB pages.
+    /// A memfd of 4 KiB pages, mapped shared.
     Memfd,
-    /// A file in a tmpfs mounted with `huge=always`.
+    /// A file in a tmpfs mounted with `huge=always`, mapped shared.
     HugeTmpfs,
+    /// A memfd of 2 MiB pages from the kernel's pool, mapped shared.
+    Hugetlb,
+    /// Anonymous memory of 4 KiB pages.
+    Anonymous,
+    /// Anonymous memory of 2 MiB pages from the kernel's pool.
+    AnonymousHuge,
+    /// A memfd mapped private, which is empty when every page has become the guest's own.
+    Private,
 }
 
 impl Pages {
+    pub(crate) const ALL: [Pages; 6] = [
+        Pages::Memfd,
+        Pages::HugeTmpfs,
+        Pages::Hugetlb,
+        Pages::Anonymous,
+        Pages::AnonymousHuge,
+        Pages::Private,
+    ];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Pages::Memfd => "memfd, 4 KiB pages",
             Pages::HugeTmpfs => "tmpfs huge=always",
+            Pages::Hugetlb => "hugetlb, 2 MiB pages",
+            Pages::Anonymous => "anonymous, 4 KiB pages",
+            Pages::AnonymousHuge => "anonymous, 2 MiB hugetlb",
+            Pages::Private => "private memfd, 4 KiB pages",
         }
+    }
+
+    /// Its word on the command line.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Pages::Memfd => "memfd",
+            Pages::HugeTmpfs => "huge-tmpfs",
+            Pages::Hugetlb => "hugetlb",
+            Pages::Anonymous => "anonymous",
+            Pages::AnonymousHuge => "anonymous-huge",
+            Pages::Private => "private",
+        }
+    }
+
+    /// What the file consists of from which such memory is filled: pages of about the same size.
+    pub(crate) fn source(self) -> Pages {
+        match self {
+            Pages::Memfd | Pages::Anonymous | Pages::Private => Pages::Memfd,
+            Pages::HugeTmpfs | Pages::Hugetlb | Pages::AnonymousHuge => Pages::HugeTmpfs,
+        }
+    }
+
+    /// Its pages come from the kernel's pool of huge pages.
+    pub(crate) fn is_from_pool(self) -> bool {
+        matches!(self, Pages::Hugetlb | Pages::AnonymousHuge)
+    }
+
+    /// No file is behind it.
+    pub(crate) fn is_anonymous(self) -> bool {
+        matches!(self, Pages::Anonymous | Pages::AnonymousHuge)
     }
 
     /// A new, empty file of `bytes`, without a name: it goes when its last user does.
     pub(crate) fn file(self, bytes: usize) -> Result<File> {
+        let memfd = |flags| memfd_create(c"umem-perf", flags | MFdFlags::MFD_CLOEXEC);
         let file = match self {
-            Pages::Memfd => File::from(
-                memfd_create(c"umem-perf", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?,
-            ),
+            Pages::Memfd | Pages::Private => {
+                File::from(memfd(MFdFlags::empty()).context(|| "making a memfd")?)
+            }
+            Pages::Hugetlb => {
+                let flags = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+                File::from(memfd(flags).context(|| "making a memfd of huge pages")?)
+            }
             Pages::HugeTmpfs => huge_tmpfs_file(bytes)
                 .context(|| "making a tmpfs with huge pages (it takes CAP_SYS_ADMIN)")?,
+            Pages::Anonymous | Pages::AnonymousHuge => {
+                return failure("anonymous memory has no file");
+            }
         };
         file.set_len(bytes as u64).context(|| "sizing a memory file")?;
         Ok(file)
+    }
+
+    /// Memory of this kind, empty.
+    pub(crate) fn map(self, bytes: usize) -> Result<(Option<File>, Mapping)> {
+        if self.is_anonymous() {
+            return Ok((None, Mapping::anonymous(bytes, self == Pages::AnonymousHuge)?));
+        }
+        let file = self.file(bytes)?;
+        let sharing = match self {
+            Pages::Private => MapFlags::MAP_PRIVATE,
+            _ => MapFlags::MAP_SHARED,
+        };
+        let mapping = Mapping::with(&file, bytes, sharing)?;
+        Ok((Some(file), mapping))
+    }
+
+    /// Writes as much memory of this kind and gives it back: a virtual machine's memory that has not
+    /// been used for seconds costs several times more at first touch, as its host backs it again.
+    pub(crate) fn warm(self, bytes: usize) -> Result<()> {
+        let (_file, mapping) = self.map(bytes).context(|| "warming memory")?;
+        mapping.touch_for_writing()
+    }
+}
+
+impl std::str::FromStr for Pages {
+    type Err = String;
+
+    fn from_str(word: &str) -> std::result::Result<Pages, String> {
+        let words = Pages::ALL.map(Pages::word).join(", ");
+        let found = Pages::ALL.into_iter().find(|pages| pages.word() == word);
+        found.ok_or_else(|| format!("{word:?} is none of {words}"))
+    }
+}
+
+/// Values with commas between them, as an option takes them.
+#[derive(Clone, Debug)]
+pub(crate) struct List<T>(pub(crate) Vec<T>);
+
+impl<T: std::str::FromStr<Err: std::fmt::Display>> std::str::FromStr for List<T> {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<List<T>, String> {
+        let values = text.split(',').map(|word| {
+            let parsed = word.trim().parse();
+            parsed.map_err(|error: T::Err| format!("{word:?} in {text:?}: {error}"))
+        });
+        values.collect::<std::result::Result<_, _>>().map(List)
     }
 }
 
@@ -90,7 +199,7 @@ fn owned(result: libc::c_long) -> std::io::Result<OwnedFd> {
     }
 }
 
-/// A shared mapping of a whole memory file. Only pointers leave it: other threads, and the kernel
+/// Memory: a mapping of a whole memory file, or anonymous. Only pointers leave it: other threads, and the kernel
 /// on behalf of other sockets, write there.
 pub(crate) struct Mapping {
     start: NonNull<u8>,
@@ -104,15 +213,50 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
+    /// A shared mapping of a whole memory file.
     pub(crate) fn of(file: &File, bytes: usize) -> Result<Mapping> {
-        let Some(length) = NonZeroUsize::new(bytes) else {
-            return failure("a mapping of nothing");
-        };
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        Mapping::with(file, bytes, MapFlags::MAP_SHARED)
+    }
+
+    fn with(file: &File, bytes: usize, sharing: MapFlags) -> Result<Mapping> {
+        let length = length(bytes)?;
         // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) }
+        let start = unsafe { mmap(None, length, READ_WRITE, sharing, file, 0) }
             .context(|| "mapping a memory file")?;
         Ok(Mapping { start: start.cast(), bytes })
+    }
+
+    pub(crate) fn anonymous(bytes: usize, huge: bool) -> Result<Mapping> {
+        let pages =
+            if huge { MapFlags::MAP_HUGETLB | MapFlags::MAP_HUGE_2MB } else { MapFlags::empty() };
+        let flags = MapFlags::MAP_PRIVATE | pages;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { mmap_anonymous(None, length(bytes)?, READ_WRITE, flags) }
+            .context(|| "mapping anonymous memory")?;
+        Ok(Mapping { start: start.cast(), bytes })
+    }
+
+    /// Has every page made, writable.
+    fn touch_for_writing(&self) -> Result<()> {
+        for offset in (0..self.bytes).step_by(WARM_BYTES) {
+            crate::interrupt::check()?;
+            let (_, left) = self.at(offset);
+            self.advise(offset, left.min(WARM_BYTES), MmapAdvise::MADV_POPULATE_WRITE)?;
+        }
+        Ok(())
+    }
+
+    /// madvise(2) of a part of it.
+    pub(crate) fn advise(&self, offset: usize, bytes: usize, advice: MmapAdvise) -> Result<()> {
+        let (start, left) = self.at(offset);
+        assert!(bytes <= left);
+        let start = NonNull::new(start).ok_or("a mapping is nowhere")?;
+        // SAFETY: inside the mapping, which nobody holds a reference into.
+        unsafe { madvise(start.cast(), bytes, advice) }.context(|| format!("{advice:?}"))
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// The address of byte `offset`, and how many bytes lie from there to the end.
@@ -147,9 +291,87 @@ impl Mapping {
     }
 }
 
+const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+/// What is populated between two looks at whether somebody has pressed Ctrl-C.
+const WARM_BYTES: usize = 64 << 20;
+
+fn length(bytes: usize) -> Result<NonZeroUsize> {
+    NonZeroUsize::new(bytes).ok_or_else(|| "a mapping of nothing".into())
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: our own mapping; pointers into it do not outlive it.
         let _ = unsafe { munmap(self.start.cast(), self.bytes) };
+    }
+}
+
+/// Huge pages reserved in the kernel's pool; it has its former size again when this is dropped.
+pub(crate) struct Pool {
+    before: usize,
+}
+
+const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+impl Pool {
+    /// Makes sure that `bytes` in pages of 2 MiB are there for whoever takes them.
+    pub(crate) fn reserve(bytes: usize) -> Result<Pool> {
+        let needed = bytes.div_ceil(HUGE_PAGE_BYTES);
+        let count = |name: &str| -> Result<usize> {
+            let text = std::fs::read_to_string("/proc/meminfo")?;
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let number = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+            number.ok_or_else(|| "this kernel has no pool of huge pages".into())
+        };
+        let free = || -> Result<usize> {
+            Ok(count("HugePages_Free")?.saturating_sub(count("HugePages_Rsvd")?))
+        };
+        let before: usize = std::fs::read_to_string(POOL)?.trim().parse()?;
+        let pool = Pool { before };
+        let missing = needed.saturating_sub(free()?);
+        if missing > 0 {
+            std::fs::write(POOL, (before + missing).to_string())
+                .context(|| format!("enlarging {POOL} (it takes root)"))?;
+        }
+        match free()? {
+            free if free >= needed => Ok(pool),
+            free => failure(format!(
+                "the kernel's pool has {free} huge pages free of the {needed} needed: choose a \
+                 smaller --size, or free memory"
+            )),
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let _ = std::fs::write(POOL, self.before.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_and_words() {
+        let list: List<Pages> = "memfd, private".parse().unwrap();
+        assert_eq!(list.0, [Pages::Memfd, Pages::Private]);
+        assert!("memfd,tape".parse::<List<Pages>>().unwrap_err().contains("tape"));
+        assert!("1,,2".parse::<List<u16>>().is_err());
+        for pages in Pages::ALL {
+            assert_eq!(pages.word().parse(), Ok(pages));
+        }
+    }
+
+    #[test]
+    fn what_is_filled_reads_right_until_a_page_is_lost() {
+        let mapping = Mapping::anonymous(8 * PAGE_BYTES, false).unwrap();
+        assert_eq!(mapping.first_wrong_page(), Some(0));
+        mapping.fill();
+        assert_eq!(mapping.first_wrong_page(), None);
+        mapping.advise(5 * PAGE_BYTES, PAGE_BYTES, MmapAdvise::MADV_DONTNEED).unwrap();
+        assert_eq!(mapping.first_wrong_page(), Some(5));
     }
 }

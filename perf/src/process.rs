@@ -7,7 +7,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, kill};
@@ -244,6 +245,47 @@ impl Cpu {
     }
 }
 
+/// The most memory of its own that each of some processes has had: anonymous pages, by looking every
+/// [`LOOK`]. What they map of a guest's file is not theirs.
+pub(crate) struct OwnMemory<const N: usize> {
+    stop: Sender<()>,
+    watcher: JoinHandle<[u64; N]>,
+}
+
+/// Between two looks at a process's memory.
+const LOOK: Duration = Duration::from_millis(5);
+
+impl<const N: usize> OwnMemory<N> {
+    pub(crate) fn watch(pids: [u32; N]) -> OwnMemory<N> {
+        let (stop, stopped) = channel();
+        let watcher = std::thread::spawn(move || {
+            let mut most = [0; N];
+            loop {
+                for (most, pid) in most.iter_mut().zip(pids) {
+                    *most = (*most).max(own_kib(pid));
+                }
+                if stopped.recv_timeout(LOOK) != Err(RecvTimeoutError::Timeout) {
+                    return most;
+                }
+            }
+        });
+        OwnMemory { stop, watcher }
+    }
+
+    pub(crate) fn most_mib(self) -> [f64; N] {
+        drop(self.stop);
+        let kib = self.watcher.join().unwrap_or([0; N]);
+        kib.map(|kib| kib as f64 / 1024.0)
+    }
+}
+
+/// `RssAnon` of proc_pid_status(5); 0 of a process that has ended.
+fn own_kib(pid: u32) -> u64 {
+    let status = read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+}
+
 /// utime + stime of `stat` in a directory of /proc.
 fn seconds(directory: &Path) -> f64 {
     let stat = read_to_string(directory.join("stat")).unwrap_or_default();
@@ -303,6 +345,17 @@ mod tests {
         let spun = Instant::now();
         while spun.elapsed() < Duration::from_millis(40) {}
         assert!(Cpu::of(std::process::id()).all_s > 0.0);
+    }
+
+    #[test]
+    fn memory_that_was_used_is_seen() {
+        let watch = OwnMemory::watch([std::process::id(), u32::MAX]);
+        let before = own_kib(std::process::id());
+        let used = std::hint::black_box(vec![1_u8; 64 << 20]);
+        let after = own_kib(std::process::id());
+        let [most, nobody] = watch.most_mib();
+        assert!(after >= before + (32 << 10) && most > 0.0 && nobody == 0.0);
+        drop(used);
     }
 
     #[test]

@@ -61,7 +61,7 @@ pub(crate) fn warm_shared_memory(bytes: u64) -> Result<()> {
 }
 
 /// Writes `bytes` to a memory file, so that the machine has as much at hand when it is gone.
-pub(crate) fn warm(mut file: &File, bytes: u64) -> Result<()> {
+fn warm(mut file: &File, bytes: u64) -> Result<()> {
     let chunk = vec![0x5a; 1 << 20];
     let mut left = bytes;
     while left > 0 {

@@ -1,7 +1,7 @@
 //! `floor`: what this kernel gives a page stream at best, without any protocol or page states.
 //!
-//! One thread sends a filled memory file over loopback TCP, another receives it, with plain system
-//! calls and a core each. No way of umem's can be faster than the best of these.
+//! One thread sends a filled memory file over loopback TCP, another receives it into memory of each
+//! kind, with plain system calls and a core each.
 
 mod receive;
 mod send;
@@ -18,14 +18,15 @@ use serde_json::json;
 use crate::error::{Context, Result, failure, usage};
 use crate::interrupt;
 use crate::machine::{Machine, pin, two_cores};
-use crate::memory::{Mapping, Pages};
+use crate::memory::{HUGE_PAGE_BYTES, List, Mapping, PAGE_BYTES, Pages, Pool};
 use crate::report::{Report, Table, progress};
 use crate::statistics::Spread;
 
 pub(crate) use receive::Receive;
+use receive::Target;
 pub(crate) use send::Send;
 
-/// What the kernel gives without protocol: a memory file → loopback TCP → a fresh memory file.
+/// What the kernel gives without protocol: a memory file → loopback TCP → fresh memory of each kind.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "floor")]
 pub(crate) struct Options {
@@ -35,6 +36,10 @@ pub(crate) struct Options {
     /// how often each way has its turn (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
+    /// kinds of memory with commas between them (default: all): memfd, huge-tmpfs, hugetlb,
+    /// anonymous, anonymous-huge, private
+    #[argh(option)]
+    into: Option<List<Pages>>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -43,10 +48,10 @@ pub(crate) struct Options {
 /// The lanes' congestion control; the system's own may be slower on a short path.
 const CONGESTION: &str = "cubic";
 
-/// One way from a memory file into another.
+/// One way from a memory file into memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Way {
-    /// Of the file that is sent, and of the one that is filled.
+    /// What is filled; see [`Pages::source`] for what is sent.
     pub(crate) pages: Pages,
     pub(crate) send: Send,
     pub(crate) receive: Receive,
@@ -56,7 +61,7 @@ pub(crate) struct Way {
 #[derive(Clone, Copy, Debug)]
 struct Run {
     gbps: f64,
-    /// Processor time of either thread as a share of the run.
+    /// Processor time of either end as a share of the run.
     sender_busy: f64,
     receiver_busy: f64,
     /// Processor seconds of both threads for each GiB: moves less than Gbit/s when others compute.
@@ -79,6 +84,9 @@ pub(crate) fn ways(pages: Pages) -> Vec<Way> {
     let receives: &[Receive] = match pages {
         Pages::Memfd => &[Receive::Discard, Receive::Map, Receive::Write, Receive::Splice],
         Pages::HugeTmpfs => &[Receive::Discard, Receive::Map, Receive::Write],
+        Pages::Hugetlb => &[Receive::Map],
+        Pages::Anonymous | Pages::AnonymousHuge => &[Receive::Copy],
+        Pages::Private => &[Receive::Own, Receive::OwnBeside],
     };
     let each = |&receive| [Send::Sendfile, Send::Mapping].map(|send| Way { pages, send, receive });
     receives.iter().flat_map(each).collect()
@@ -89,7 +97,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return usage("--size and --rounds are at least 1");
     }
     let machine = Machine::describe();
-    let mut floor = Floor::new(options.size << 20)?;
+    let mut floor = Floor::new(options.size << 20, &chosen(options.into.as_ref()))?;
     for round in 1..=options.rounds {
         progress(&format!("round {round} of {}", options.rounds));
         floor.round()?;
@@ -98,13 +106,22 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// The kinds of memory that were asked for.
+pub(crate) fn chosen(list: Option<&List<Pages>>) -> Vec<Pages> {
+    list.map_or_else(|| Pages::ALL.to_vec(), |list| list.0.clone())
+}
+
 /// The files to send, and what has been measured.
 pub(crate) struct Floor {
     bytes: usize,
     sources: Vec<(Pages, Source)>,
     runs: Vec<(Way, Vec<Run>)>,
+    /// The kinds of memory that can be measured here.
+    pub(crate) kinds: Vec<Pages>,
     /// What could not be measured here, and why.
     pub(crate) left_out: Vec<String>,
+    /// Given back at the end.
+    _pool: Option<Pool>,
 }
 
 /// A filled memory file and its mapping.
@@ -114,28 +131,46 @@ pub(crate) struct Source {
 }
 
 impl Floor {
-    pub(crate) fn new(bytes: usize) -> Result<Floor> {
-        let (mut sources, mut left_out) = (Vec::new(), Vec::new());
-        for pages in [Pages::Memfd, Pages::HugeTmpfs] {
-            match pages.file(bytes) {
-                Ok(file) => {
-                    let mapping = Mapping::of(&file, bytes)?;
-                    mapping.fill();
-                    sources.push((pages, Source { file, mapping }));
+    /// For memory of these kinds, as far as they can be had here.
+    pub(crate) fn new(bytes: usize, asked: &[Pages]) -> Result<Floor> {
+        let (mut sources, mut left_out, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
+        let mut pool = None;
+        for &pages in asked {
+            if kinds.contains(&pages) {
+                return usage(format!("--into names {} twice", pages.word()));
+            }
+            let possible = (|| {
+                // Before the sources take the memory.
+                if pages.is_from_pool() && pool.is_none() {
+                    pool = Some(Pool::reserve(bytes.next_multiple_of(HUGE_PAGE_BYTES))?);
                 }
-                Err(error) if pages == Pages::HugeTmpfs => left_out.push(error.to_string()),
-                Err(error) => return Err(error),
+                pages.source().file(PAGE_BYTES).map(drop)
+            })();
+            match possible {
+                Ok(()) => kinds.push(pages),
+                Err(error) => left_out.push(format!("{}: {error}", pages.name())),
             }
         }
-        let ways = sources.iter().flat_map(|(pages, _)| ways(*pages));
-        Ok(Floor { bytes, runs: ways.map(|way| (way, Vec::new())).collect(), sources, left_out })
+        if kinds.is_empty() {
+            return failure(left_out.join("; "));
+        }
+        for pages in [Pages::Memfd, Pages::HugeTmpfs] {
+            if kinds.iter().any(|kind| kind.source() == pages) {
+                let file = pages.file(bytes)?;
+                let mapping = Mapping::of(&file, bytes)?;
+                mapping.fill();
+                sources.push((pages, Source { file, mapping }));
+            }
+        }
+        let runs = kinds.iter().flat_map(|&pages| ways(pages)).map(|way| (way, Vec::new()));
+        Ok(Floor { bytes, runs: runs.collect(), sources, kinds, left_out, _pool: pool })
     }
 
     /// Gives every way its turn.
     pub(crate) fn round(&mut self) -> Result<()> {
         let (sources, bytes) = (&self.sources, self.bytes);
         for (way, runs) in &mut self.runs {
-            let source = sources.iter().find(|(pages, _)| *pages == way.pages);
+            let source = sources.iter().find(|(pages, _)| *pages == way.pages.source());
             let (_, source) = source.ok_or("every way has its source")?;
             if way.receive != Receive::Discard {
                 // Leaves the memory warm for the run that counts.
@@ -174,7 +209,7 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
     interrupt::check()?;
     let [sender_core, receiver_core] = two_cores()?;
     let (outgoing, incoming) = connection()?;
-    let target = way.pages.file(bytes)?;
+    let target = Target::new(way.pages, bytes)?;
     let started = Instant::now();
     let (sender, receiver) = std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
@@ -185,8 +220,8 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
         });
         let receiver = scope.spawn(|| {
             pin(receiver_core)?;
-            way.receive.all(incoming, &target, bytes)?;
-            Ok((started.elapsed().as_secs_f64(), thread_cpu_s()?))
+            let beside_cpu_s = way.receive.all(incoming, &target, way.pages, bytes)?;
+            Ok((started.elapsed().as_secs_f64(), thread_cpu_s()? + beside_cpu_s))
         });
         (joined(sender.join()), joined(receiver.join()))
     });
@@ -197,7 +232,7 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
         (Err(error), Ok(_)) | (Ok(_), Err(error)) => return Err(error),
     };
     if way.receive != Receive::Discard
-        && let Some(page) = Mapping::of(&target, bytes)?.first_wrong_page()
+        && let Some(page) = target.mapping.first_wrong_page()
     {
         return failure(format!("page {page} arrived wrong ({way:?})"));
     }
@@ -256,15 +291,23 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
         ]);
     }
     let mut method = format!(
-        "{} MiB from a filled memory file of the same page kind over one loopback TCP connection \
-         ({CONGESTION}) into a fresh memory file; sender and receiver are one thread each on a core \
-         of its own, with plain blocking system calls of up to 1 MiB (256 KiB through a hot \
-         buffer). Every way takes its turn in each of {} rounds, twice where memory is filled: the \
-         first run warms it, the second counts. Gbit/s is the median of the rounds, from the start of both \
-         threads to the last byte received; what arrived is checked after the clock has stopped. \
-         Busy is a thread's processor time over the run's; CPU is that of both threads.",
+        "{} MiB from a filled memory file over one loopback TCP connection ({CONGESTION}) into fresh \
+         memory; the file has 4 KiB pages for memory of 4 KiB pages, huge tmpfs pages for all other. \
+         Sender and receiver are one thread each on a core of its own, with plain blocking system \
+         calls of up to 1 MiB (256 KiB through a hot buffer, 2 MiB for 2 MiB pages). Anonymous and \
+         private memory is registered with a userfaultfd; private memory becomes the guest's own by \
+         UFFDIO_CONTINUE, MADV_POPULATE_WRITE and the release of the file's copy. Every way takes its \
+         turn in each of {} rounds, twice where memory is filled: the first run warms it, the second \
+         counts. Gbit/s is the median of the rounds, from the start of both threads to the last byte \
+         received (private: owned); what arrived is checked after the clock has stopped. Busy is a \
+         thread's processor time over the run's; CPU is that of both threads.",
         options.size, options.rounds
     );
+    let best: serde_json::Map<String, serde_json::Value> = floor
+        .kinds
+        .iter()
+        .map(|&pages| (pages.word().replace('-', "_"), json!(floor.best(pages))))
+        .collect();
     for left_out in &floor.left_out {
         method += &format!(" Left out: {left_out}.");
     }
@@ -278,10 +321,7 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
             "rounds": options.rounds,
             "congestion": CONGESTION,
             "figures": figures,
-            "best": {
-                "memfd": floor.best(Pages::Memfd),
-                "huge_tmpfs": floor.best(Pages::HugeTmpfs),
-            },
+            "best": best,
             "left_out": floor.left_out,
         }),
     }

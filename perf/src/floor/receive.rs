@@ -1,24 +1,31 @@
-//! How a memory file is filled from a socket.
+//! How memory is filled from a socket.
 
 use std::fs::File;
 use std::io::Read;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::sys::mman::MmapAdvise;
 use serde::Serialize;
 
 use crate::error::{Context, Result, failure};
 use crate::interrupt;
-use crate::memory::{Mapping, Pages};
+use crate::memory::{HUGE_PAGE_BYTES, Mapping, Pages};
+use crate::userfault::Userfault;
 
 /// A buffer that stays in the core's cache.
 const HOT_BYTES: usize = 256 << 10;
 
 /// Bytes that one call is asked to receive into the mapping, or to splice; also the pipe's size.
 const CALL_BYTES: usize = 1 << 20;
+
+/// Bytes that become the guest's own at a time, and how many such pieces may wait for it.
+const OWN_BYTES: usize = 1 << 20;
+const OWN_PIECES_MAX: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -31,6 +38,37 @@ pub(crate) enum Receive {
     Write,
     /// splice(2) socket → pipe → fresh file.
     Splice,
+    /// Into a buffer, then UFFDIO_COPY into registered anonymous memory.
+    Copy,
+    /// As `Write`, then UFFDIO_CONTINUE, MADV_POPULATE_WRITE and MADV_REMOVE by the same thread.
+    Own,
+    /// As `Own`, with everything after the write by a thread beside the receiver.
+    OwnBeside,
+}
+
+/// The memory that one run fills.
+pub(super) struct Target {
+    file: Option<File>,
+    pub(super) mapping: Mapping,
+    /// Only where pages become visible through it.
+    uffd: Option<Userfault>,
+}
+
+impl Target {
+    pub(super) fn new(pages: Pages, bytes: usize) -> Result<Target> {
+        let (file, mapping) = pages.map(bytes)?;
+        let is_registered = pages.is_anonymous() || pages == Pages::Private;
+        let uffd = is_registered.then(|| Userfault::of(&mapping, pages)).transpose()?;
+        Ok(Target { file, mapping, uffd })
+    }
+
+    fn file(&self) -> Result<&File> {
+        self.file.as_ref().ok_or_else(|| "this memory has no file".into())
+    }
+
+    fn uffd(&self) -> Result<&Userfault> {
+        self.uffd.as_ref().ok_or_else(|| "this memory has no userfaultfd".into())
+    }
 }
 
 impl Receive {
@@ -41,21 +79,121 @@ impl Receive {
             Receive::Map => format!("a fresh mapping: {file}"),
             Receive::Write => format!("a hot buffer, then pwrite: {file}"),
             Receive::Splice => format!("splice through a pipe: {file}"),
+            Receive::Copy => format!("a buffer, then UFFDIO_COPY: {file}"),
+            Receive::Own => format!("pwrite, then the guest's own: {file}"),
+            Receive::OwnBeside => format!("pwrite, made own by a thread: {file}"),
         }
     }
 
-    /// Receives `bytes`, and closes the connection.
-    pub(super) fn all(self, socket: TcpStream, target: &File, bytes: usize) -> Result<()> {
+    /// Receives `bytes`, and closes the connection. The value is the processor time of a thread
+    /// beside the receiver, seconds.
+    pub(super) fn all(
+        self,
+        socket: TcpStream,
+        target: &Target,
+        pages: Pages,
+        bytes: usize,
+    ) -> Result<f64> {
+        let none = |()| 0.0;
         match self {
-            Receive::Discard => through_buffer(socket, bytes, |_, _| Ok(())),
+            Receive::Discard => through_buffer(socket, bytes, |_, _| Ok(())).map(none),
             Receive::Write => {
-                through_buffer(socket, bytes, |data, offset| target.write_all_at(data, offset))
+                let file = target.file()?;
+                through_buffer(socket, bytes, |data, offset| file.write_all_at(data, offset))
+                    .map(none)
             }
-            Receive::Map => into_mapping(&socket, &Mapping::of(target, bytes)?, bytes),
-            Receive::Splice => through_pipe(&socket, target, bytes),
+            Receive::Map => into_mapping(&socket, &target.mapping, bytes).map(none),
+            Receive::Splice => through_pipe(&socket, target.file()?, bytes).map(none),
+            Receive::Copy => {
+                let buffer_bytes =
+                    if pages == Pages::AnonymousHuge { HUGE_PAGE_BYTES } else { HOT_BYTES };
+                into_anonymous(socket, target, bytes, buffer_bytes).map(none)
+            }
+            Receive::Own => {
+                into_own(socket, target, bytes, |piece| make_own(target, piece)).map(none)
+            }
+            Receive::OwnBeside => into_own_beside(socket, target, bytes),
         }
         .context(|| format!("{self:?}"))
     }
+}
+
+/// Anonymous memory: whole buffers, each copied in with one UFFDIO_COPY.
+fn into_anonymous(
+    mut socket: TcpStream,
+    target: &Target,
+    bytes: usize,
+    buffer_bytes: usize,
+) -> Result<()> {
+    let mut buffer = vec![0; buffer_bytes];
+    let uffd = target.uffd()?;
+    let mut received = 0;
+    while received < bytes {
+        interrupt::check()?;
+        let length = buffer.len().min(bytes - received);
+        socket.read_exact(&mut buffer[..length])?;
+        uffd.copy(&target.mapping, received, &buffer[..length])?;
+        received += length;
+    }
+    Ok(())
+}
+
+/// A part of the memory that has landed in the file.
+#[derive(Clone, Copy)]
+struct Piece {
+    offset: usize,
+    bytes: usize,
+}
+
+/// Private memory: into the file, and `own` for each piece that is complete.
+fn into_own(
+    socket: TcpStream,
+    target: &Target,
+    bytes: usize,
+    mut own: impl FnMut(Piece) -> Result<()>,
+) -> Result<()> {
+    let file = target.file()?;
+    let mut owned = 0;
+    through_buffer(socket, bytes, |data, offset| {
+        file.write_all_at(data, offset)?;
+        let landed = usize::try_from(offset).expect("64 bits") + data.len();
+        while owned + OWN_BYTES <= landed || (landed == bytes && owned < bytes) {
+            let piece = Piece { offset: owned, bytes: OWN_BYTES.min(bytes - owned) };
+            own(piece).map_err(std::io::Error::other)?;
+            owned += piece.bytes;
+        }
+        Ok(())
+    })
+}
+
+fn into_own_beside(socket: TcpStream, target: &Target, bytes: usize) -> Result<f64> {
+    std::thread::scope(|scope| {
+        let (sender, pieces): (_, Receiver<Piece>) = sync_channel(OWN_PIECES_MAX);
+        let helper = scope.spawn(move || {
+            // Not to the receiver's core alone, which it inherits.
+            crate::machine::pin_to(&crate::machine::two_cores()?)?;
+            pieces.into_iter().try_for_each(|piece| make_own(target, piece))?;
+            super::thread_cpu_s()
+        });
+        let received = into_own(socket, target, bytes, |piece| {
+            sender.send(piece).map_err(|_| "the thread beside the receiver has ended".into())
+        });
+        drop(sender);
+        let helped = super::joined(helper.join());
+        received.and(helped)
+    })
+}
+
+/// Makes pages of the file visible, then the guest's own, and has the file give them back.
+fn make_own(target: &Target, piece: Piece) -> Result<()> {
+    let (mapping, Piece { offset, bytes }) = (&target.mapping, piece);
+    target.uffd()?.proceed(mapping, offset, bytes)?;
+    mapping.advise(offset, bytes, MmapAdvise::MADV_POPULATE_WRITE)?;
+    // What MADV_REMOVE does to a shared mapping.
+    let flags = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    nix::fcntl::fallocate(target.file()?, flags, i64::try_from(offset)?, i64::try_from(bytes)?)
+        .context(|| "releasing the file's copy")
 }
 
 fn through_buffer(

@@ -1,0 +1,216 @@
+//! The processes of a migration, as `land`, `fault`, `size` and `link10` start them: on this machine,
+//! over the loopback address or from one network namespace to another.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::error::{Context, Result, failure};
+use crate::memory::{PAGE_BYTES, Pages};
+use crate::process::{Cpu, OwnMemory, Process};
+use crate::qmp::Qmp;
+use crate::scratch::Scratch;
+
+/// A child that says nothing for this long is stuck.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The region's name on both sides.
+const RAM: &str = "ram0";
+
+/// Where the two umems run, and which umem.
+#[derive(Clone, Copy)]
+pub(crate) struct Route<'a> {
+    pub(crate) umem: &'a Path,
+    /// None: both here, over the loopback address.
+    pub(crate) namespaces: Option<Namespaces<'a>>,
+}
+
+/// Names of network namespaces, and the destination's address.
+#[derive(Clone, Copy)]
+pub(crate) struct Namespaces<'a> {
+    pub(crate) source: &'a str,
+    pub(crate) destination: &'a str,
+    pub(crate) address: &'a str,
+}
+
+impl Route<'_> {
+    fn start(
+        &self,
+        name: &'static str,
+        namespace: Option<&str>,
+        arguments: &[OsString],
+        log: PathBuf,
+    ) -> Result<Process> {
+        let Some(namespace) = namespace else {
+            return Process::start(name, self.umem, arguments, log);
+        };
+        // It becomes the program, under the same process number.
+        let mut inside = words(&["netns", "exec", namespace]);
+        inside.push(self.umem.into());
+        inside.extend_from_slice(arguments);
+        Process::start(name, Path::new("ip"), &inside, log)
+    }
+
+    /// `umem incoming` with `options`, which starts `command` and listens at what this returns.
+    pub(crate) fn incoming(
+        &self,
+        scratch: &Scratch,
+        options: Vec<OsString>,
+        command: Vec<OsString>,
+    ) -> Result<(Process, String)> {
+        let address = self.namespaces.map_or("127.0.0.1", |namespaces| namespaces.address);
+        let mut arguments = words(&["incoming", "--json"]);
+        arguments.extend(options);
+        arguments.extend([format!("tcp:{address}:0").into(), "--".into()]);
+        arguments.extend(command);
+        let namespace = self.namespaces.map(|namespaces| namespaces.destination);
+        let log = scratch.file("incoming.log");
+        let mut incoming = self.start("umem incoming", namespace, &arguments, log)?;
+        let (_, listening) = incoming.event("listening", PATIENCE)?;
+        Ok((incoming, listening["uri"].as_str().unwrap_or_default().to_owned()))
+    }
+
+    /// `umem migrate -p` with `options`, to `uri`.
+    pub(crate) fn migrate(
+        &self,
+        scratch: &Scratch,
+        lanes: u16,
+        options: Vec<OsString>,
+        uri: &str,
+    ) -> Result<Process> {
+        let mut arguments = words(&["migrate", "-p", "--json", "--lanes", &lanes.to_string()]);
+        arguments.extend(options);
+        arguments.push(uri.into());
+        let namespace = self.namespaces.map(|namespaces| namespaces.source);
+        self.start("umem migrate", namespace, &arguments, scratch.file("migrate.log"))
+    }
+}
+
+/// A guest of umem's own and how it is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Subject {
+    /// The guest's memory at the destination.
+    pub(crate) pages: Pages,
+    pub(crate) size_mib: usize,
+    /// Pages of zeroes, percent.
+    pub(crate) zero_percent: u32,
+    /// Threads of the guest that read pages at random meanwhile, as fast as they can.
+    pub(crate) readers: u32,
+    /// Bulk lanes.
+    pub(crate) lanes: u16,
+}
+
+/// What one move gave.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Landing {
+    /// umem's own figure: page contents over the time from the first page to the last.
+    pub(crate) gbps: f64,
+    /// Source's guest stopped → last page cached.
+    pub(crate) total_s: f64,
+    pub(crate) downtime_ms: f64,
+    pub(crate) pages_demand: u64,
+    /// Processor time of both umem processes.
+    pub(crate) cpu_s: f64,
+    /// The most memory of its own that either umem had.
+    pub(crate) source_own_mib: f64,
+    pub(crate) destination_own_mib: f64,
+}
+
+impl Subject {
+    /// Moves the guest once, and has it check every word. Whatever was started ends here.
+    pub(crate) fn land(self, route: &Route<'_>) -> Result<Landing> {
+        let bytes = self.size_mib << 20;
+        let scratch = Scratch::new()?;
+        let from = self.pages.source().file(bytes)?;
+        let (here, there) = (scratch.file("source.qmp"), scratch.file("destination.qmp"));
+        let mut arguments = self.guest(&here);
+        arguments.extend(["--ram".into(), ram(&from).into()]);
+        let log = scratch.file("guest.log");
+        let mut guest = Process::start("the guest", route.umem, &arguments, log)?;
+        guest.event("ready", PATIENCE)?;
+        self.pages.warm(bytes)?;
+
+        let mut options = words(&["--qmp"]);
+        options.push(there.clone().into());
+        let mut command = vec![route.umem.into()];
+        command.extend(self.guest(&there));
+        command.push("--incoming".into());
+        let to = (!self.pages.is_anonymous()).then(|| self.pages.file(bytes)).transpose()?;
+        if let Some(to) = &to {
+            options.extend(["--ram".into(), ram(to).into()]);
+            command.extend(["--ram".into(), ram(to).into()]);
+            if self.pages == Pages::Private {
+                options.extend(words(&["--kind", "private", "--postcopy-flags", "1"]));
+                command.extend(words(&["--kind", "private"]));
+            }
+        } else {
+            let handoff = scratch.file("handoff");
+            options.extend(["--handoff".into(), handoff.clone().into()]);
+            command.extend(words(&["--kind", "anonymous", "--ram", RAM, "--handoff"]));
+            command.push(handoff.into());
+            if self.pages == Pages::AnonymousHuge {
+                command.push("--huge".into());
+            }
+        }
+        let (mut incoming, uri) = route.incoming(&scratch, options, command)?;
+        let options = vec!["--qmp".into(), here.into()];
+        let mut migrate = route.migrate(&scratch, self.lanes, options, &uri)?;
+        let own = OwnMemory::watch([migrate.pid(), incoming.pid()]);
+        let (_, source) = migrate.event("completed", PATIENCE)?;
+        let (_, destination) = incoming.event("completed", PATIENCE)?;
+        let cpu = Cpu::of_all(&[migrate.pid(), incoming.pid()]);
+        let own = own.most_mib();
+
+        let verdict = Qmp::connect(&there)?.execute("umem-verify", &json!({}))?;
+        let expected = (bytes / PAGE_BYTES) as u64;
+        let count = |name: &str| verdict[name].as_u64();
+        if count("verified_pages") != Some(expected) || count("bad_pages") != Some(0) {
+            return failure(format!("the guest did not arrive whole: {verdict}"));
+        }
+        landing(&source, &destination, cpu, own).context(|| "umem's report")
+    }
+
+    /// What both guests are told; where their memory is comes after.
+    fn guest(&self, qmp: &Path) -> Vec<OsString> {
+        let mut arguments = words(&["guest", "--write-percent", "0", "--hole-percent", "0"]);
+        arguments.extend(words(&["--zero-percent", &self.zero_percent.to_string()]));
+        arguments.extend(words(&["--threads", &self.readers.to_string()]));
+        arguments.extend(words(&["--size", &self.size_mib.to_string(), "--qmp"]));
+        arguments.push(qmp.into());
+        arguments
+    }
+}
+
+fn landing(
+    source: &Value,
+    destination: &Value,
+    cpu: Cpu,
+    own_mib: [f64; 2],
+) -> std::result::Result<Landing, String> {
+    let number = |report: &Value, name: &str| {
+        report[name].as_f64().ok_or_else(|| format!("it has no {name}"))
+    };
+    Ok(Landing {
+        gbps: number(destination, "gbps")?,
+        total_s: number(source, "total_s")?,
+        downtime_ms: number(source, "downtime_ms")?,
+        pages_demand: destination["pages_demand"].as_u64().unwrap_or(0),
+        cpu_s: cpu.all_s,
+        source_own_mib: own_mib[0],
+        destination_own_mib: own_mib[1],
+    })
+}
+
+/// NAME=PATH of a file of ours that has no name of its own.
+pub(crate) fn ram(file: &File) -> String {
+    format!("{RAM}=/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
+}
+
+pub(crate) fn words(words: &[&str]) -> Vec<OsString> {
+    words.iter().map(Into::into).collect()
+}
