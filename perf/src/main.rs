@@ -5,6 +5,7 @@
 //! same way for all, so that their ratios hold where absolute figures move from run to run.
 
 mod error;
+mod fault;
 mod floor;
 mod interrupt;
 mod land;
@@ -17,6 +18,7 @@ mod qmp;
 mod report;
 mod scratch;
 mod statistics;
+mod svg;
 mod userfault;
 
 use argh::FromArgs;
@@ -41,7 +43,9 @@ struct Arguments {
 enum What {
     Floor(floor::Options),
     Land(land::Options),
+    Fault(fault::Options),
     Qemu(qemu::Options),
+    Toucher(fault::Toucher),
 }
 
 fn main() {
@@ -67,7 +71,9 @@ fn run() -> i32 {
     let result = ready.and_then(|()| match &arguments.what {
         What::Floor(options) => floor::run(options),
         What::Land(options) => land::run(options),
+        What::Fault(options) => fault::run(options),
         What::Qemu(options) => qemu::run(options),
+        What::Toucher(options) => fault::touch(options),
     });
     process::end_orphans();
     match result {

@@ -59,11 +59,22 @@ impl Process {
 
     /// Waits for the JSON object with this `event`, and says when it came.
     pub(crate) fn event(&mut self, event: &str, patience: Duration) -> Result<(SystemTime, Value)> {
+        self.any_event(&[event], patience)
+    }
+
+    /// Waits for the first JSON object with one of these events.
+    pub(crate) fn any_event(
+        &mut self,
+        events: &[&str],
+        patience: Duration,
+    ) -> Result<(SystemTime, Value)> {
         let deadline = Instant::now() + patience;
         loop {
             let line = match self.events.next(deadline)? {
                 Next::Line(line) => line,
-                Next::Late => return failure(format!("{} does not say {event:?}", self.name)),
+                Next::Late => {
+                    return failure(format!("{} does not say {}", self.name, events.join(" or ")));
+                }
                 Next::Closed => return failure(self.last_words()),
             };
             // Its child may print something else.
@@ -71,7 +82,7 @@ impl Process {
                 continue;
             };
             match object["event"].as_str() {
-                Some(name) if name == event => return Ok((line.at, object)),
+                Some(name) if events.contains(&name) => return Ok((line.at, object)),
                 Some("failed") => {
                     let reason = object["error"].as_str().unwrap_or_default();
                     return failure(format!("{}: {reason}", self.name));
@@ -79,6 +90,12 @@ impl Process {
                 _ => {}
             }
         }
+    }
+
+    /// Ctrl-C for it alone.
+    pub(crate) fn interrupt(&self) -> Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.pid())?);
+        kill(pid, Signal::SIGINT).context(|| format!("interrupting {}", self.name))
     }
 
     /// Why it ended, as far as it said.

@@ -2,7 +2,7 @@
 //! `linux/userfaultfd.h`.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -83,6 +83,11 @@ impl Userfault {
         // SAFETY: as above; the mapping is ours.
         unsafe { register(uffd.as_raw_fd(), &mut range) }.context(|| "UFFDIO_REGISTER")?;
         Ok(Userfault(uffd.into()))
+    }
+
+    /// Its number, to be given to another process.
+    pub(crate) fn descriptor(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 
     /// UFFDIO_COPY of whole pages to `offset` of the mapping.

@@ -244,12 +244,12 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
     })
 }
 
-fn joined<T>(result: std::thread::Result<Result<T>>) -> Result<T> {
+pub(crate) fn joined<T>(result: std::thread::Result<Result<T>>) -> Result<T> {
     result.unwrap_or_else(|_| failure("a thread of the measurement panicked"))
 }
 
 /// Both ends of a connection over the loopback address.
-fn connection() -> Result<(TcpStream, TcpStream)> {
+pub(crate) fn connection() -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").context(|| "listening on 127.0.0.1")?;
     let outgoing = TcpStream::connect(listener.local_addr()?).context(|| "connecting")?;
     let (incoming, _) = listener.accept().context(|| "accepting")?;

@@ -1,0 +1,329 @@
+//! `fault`: what a guest's first access to a page takes, from the access to its return, beside the
+//! same round trip with plain system calls.
+
+mod floor;
+mod toucher;
+
+use std::path::PathBuf;
+
+use argh::FromArgs;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::error::{Context, Result, failure, usage};
+use crate::machine::Machine;
+use crate::memory::{List, Mapping, Pages, Pool};
+use crate::migration::{PATIENCE, Route, ram, words};
+use crate::process::find_umem;
+use crate::report::{Report, Table, cell, progress};
+use crate::scratch::Scratch;
+use crate::statistics::{Distribution, Spread};
+use crate::svg;
+
+pub(crate) use toucher::{Options as Toucher, run as touch};
+
+/// What a guest's first access to a page takes: idle, under full background load, and the floor of
+/// the same run.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "fault")]
+pub(crate) struct Options {
+    /// the guest's RAM, MiB (default 1024)
+    #[argh(option, default = "1024")]
+    size: usize,
+    /// how often each subject has its turn (default 3)
+    #[argh(option, default = "3")]
+    rounds: usize,
+    /// pages that are touched without background, and by each floor, a turn (default 4000)
+    #[argh(option, default = "4000")]
+    count: usize,
+    /// kinds of memory with commas between them (default memfd): memfd, huge-tmpfs, anonymous,
+    /// anonymous-huge
+    #[argh(option, default = "List(vec![Pages::Memfd])")]
+    into: List<Pages>,
+    /// bulk lanes (default 1)
+    #[argh(option, default = "1")]
+    lanes: u16,
+    /// the umem to measure (default: the one beside this program)
+    #[argh(option)]
+    umem: Option<PathBuf>,
+    /// write a plot of the distributions to this file
+    #[argh(option)]
+    svg: Option<PathBuf>,
+    /// print one JSON object
+    #[argh(switch)]
+    json: bool,
+}
+
+/// What answers the guest's faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Answers {
+    /// Plain system calls, with guest, handler and source on one core.
+    FloorOneCore,
+    /// The same, with the handler on another core than the guest and the source.
+    FloorTwoCores,
+    /// umem, which sends nothing else.
+    UmemIdle,
+    /// umem, while it sends everything in the background.
+    UmemLoaded,
+}
+
+impl Answers {
+    const ALL: [Answers; 4] =
+        [Answers::FloorOneCore, Answers::FloorTwoCores, Answers::UmemIdle, Answers::UmemLoaded];
+
+    fn name(self) -> &'static str {
+        match self {
+            Answers::FloorOneCore => "floor, one core",
+            Answers::FloorTwoCores => "floor, two cores",
+            Answers::UmemIdle => "umem, idle",
+            Answers::UmemLoaded => "umem, loaded",
+        }
+    }
+
+    fn is_umem(self) -> bool {
+        matches!(self, Answers::UmemIdle | Answers::UmemLoaded)
+    }
+}
+
+/// One turn.
+pub(crate) struct Touched {
+    /// Of each access that waited.
+    pub(crate) waited_ns: Vec<u64>,
+    /// Accesses to pages that had come already.
+    pub(crate) already_there: u64,
+    /// umem's own account of the same faults, from reading one to waking the guest.
+    umem_latency_us: Option<Value>,
+    /// Page contents while they moved, of a run with background.
+    pub(crate) gbps: Option<f64>,
+}
+
+/// How umem is run to be touched.
+#[derive(Clone, Copy)]
+pub(crate) struct Touching {
+    pub(crate) pages: Pages,
+    pub(crate) size_mib: usize,
+    pub(crate) lanes: u16,
+    /// Pages that are touched; none for all of them, with everything sent in the background.
+    pub(crate) count: Option<usize>,
+}
+
+/// A subject and its turns.
+struct Subject {
+    pages: Pages,
+    answers: Answers,
+    turns: Vec<Touched>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.size == 0 || options.rounds == 0 || options.count == 0 {
+        return usage("--size, --rounds and --count are at least 1");
+    }
+    for pages in &options.into.0 {
+        if matches!(pages, Pages::Hugetlb | Pages::Private) {
+            return usage(format!("--into {} is not measured by `fault`", pages.word()));
+        }
+    }
+    let umem = find_umem(options.umem.as_deref())?;
+    let machine = Machine::describe();
+    let bytes = options.size << 20;
+    let is_from_pool = options.into.0.iter().any(|pages| pages.is_from_pool());
+    let _pool = is_from_pool.then(|| Pool::reserve(bytes)).transpose()?;
+    let mut subjects: Vec<Subject> = Vec::new();
+    for &pages in &options.into.0 {
+        subjects.extend(Answers::ALL.map(|answers| Subject { pages, answers, turns: Vec::new() }));
+    }
+    let route = Route { umem: &umem, namespaces: None };
+    for round in 1..=options.rounds {
+        for subject in &mut subjects {
+            let (pages, answers) = (subject.pages, subject.answers);
+            progress(&format!(
+                "round {round} of {}: {}, {}",
+                options.rounds,
+                pages.name(),
+                answers.name()
+            ));
+            let touching =
+                |count| Touching { pages, size_mib: options.size, lanes: options.lanes, count };
+            subject.turns.push(match answers {
+                Answers::UmemIdle => touching(Some(options.count)).once(&route)?,
+                Answers::UmemLoaded => touching(None).once(&route)?,
+                Answers::FloorOneCore => raw(pages, bytes, options.count, true)?,
+                Answers::FloorTwoCores => raw(pages, bytes, options.count, false)?,
+            });
+        }
+    }
+    report(options, machine, &subjects)
+}
+
+fn raw(pages: Pages, bytes: usize, count: usize, one_core: bool) -> Result<Touched> {
+    pages.warm(bytes)?;
+    let waited_ns = floor::round_trips(pages, bytes, count, one_core)?;
+    Ok(Touched { waited_ns, already_there: 0, umem_latency_us: None, gbps: None })
+}
+
+impl Touching {
+    /// Serves a filled file to a `toucher` once. Whatever was started ends here.
+    pub(crate) fn once(self, route: &Route<'_>) -> Result<Touched> {
+        let bytes = self.size_mib << 20;
+        let scratch = Scratch::new()?;
+        let from = self.pages.source().file(bytes)?;
+        Mapping::of(&from, bytes)?.fill();
+        self.pages.warm(bytes)?;
+
+        let program = std::env::current_exe().context(|| "this program's path")?;
+        let mut command = vec![program.into()];
+        let (size, kind) = (self.size_mib.to_string(), self.pages.word());
+        command.extend(words(&["toucher", "--size", &size, "--kind", kind]));
+        if let Some(count) = self.count {
+            command.extend(words(&["--count", &count.to_string()]));
+        }
+        let to = (!self.pages.is_anonymous()).then(|| self.pages.file(bytes)).transpose()?;
+        let mut options = Vec::new();
+        if let Some(to) = &to {
+            options.extend(["--ram".into(), ram(to).into()]);
+            command.extend(["--ram".into(), ram(to).into()]);
+        } else {
+            let handoff = scratch.file("handoff");
+            options.extend(["--handoff".into(), handoff.clone().into()]);
+            command.extend(["--handoff".into(), handoff.into()]);
+        }
+        let (mut incoming, uri) = route.incoming(&scratch, options, command)?;
+        let mut options = vec!["--ram".into(), ram(&from).into()];
+        if self.count.is_some() {
+            options.push("-n".into());
+        }
+        let mut migrate = route.migrate(&scratch, self.lanes, options, &uri)?;
+        // Both print to the same stream, and which of them is done first is open.
+        let (mut touched, mut completed) = (None, None);
+        while touched.is_none() || completed.is_none() {
+            let (_, event) = incoming.any_event(&["touched", "completed"], PATIENCE)?;
+            if event["event"] == "completed" {
+                completed = Some(event);
+                continue;
+            }
+            touched = Some(event);
+            if self.count.is_some() {
+                // Has it send the rest.
+                migrate.interrupt()?;
+            }
+        }
+        migrate.event("completed", PATIENCE)?;
+        let (touched, completed) = (touched.unwrap_or_default(), completed.unwrap_or_default());
+        if touched["wrong"] != 0 {
+            return failure(format!("the guest read {} wrong pages", touched["wrong"]));
+        }
+        let waited = touched["waited_ns"].as_array().ok_or("the toucher told no latencies")?;
+        Ok(Touched {
+            waited_ns: waited.iter().filter_map(Value::as_u64).collect(),
+            already_there: touched["already_there"].as_u64().unwrap_or(0),
+            umem_latency_us: Some(completed["fault_latency_us"].clone()),
+            gbps: self.count.is_none().then(|| completed["gbps"].as_f64()).flatten(),
+        })
+    }
+}
+
+/// All turns of a subject together.
+fn distribution(turns: &[Touched]) -> Distribution {
+    Distribution::of(turns.iter().flat_map(|turn| turn.waited_ns.iter().copied()).collect())
+}
+
+fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<()> {
+    let mut table = Table::new(&[
+        "memory",
+        "answered by",
+        "waited",
+        "p50 µs",
+        "p90",
+        "p99",
+        "p99.9",
+        "max",
+        "p50 × floor",
+        "p99 × floor",
+        "p50 × idle",
+        "p99 × idle",
+    ]);
+    let (mut figures, mut curves) = (Vec::new(), Vec::new());
+    for subject in subjects {
+        let all = distribution(&subject.turns);
+        let of = |answers: Answers| {
+            let same = |other: &&Subject| other.pages == subject.pages && other.answers == answers;
+            subjects.iter().find(same).map(|other| distribution(&other.turns))
+        };
+        // The lower of the two floors, which is the harder one to reach.
+        let floors = [Answers::FloorOneCore, Answers::FloorTwoCores].map(of);
+        let floor = floors.into_iter().flatten().min_by(|a, b| a.p50_us.total_cmp(&b.p50_us));
+        let idle = of(Answers::UmemIdle);
+        let over = |other: Option<&Distribution>, get: fn(&Distribution) -> f64, is: bool| {
+            other.filter(|_| is).map_or(f64::NAN, |other| get(&all) / get(other))
+        };
+        let (p50, p99) = (|d: &Distribution| d.p50_us, |d: &Distribution| d.p99_us);
+        let is_umem = subject.answers.is_umem();
+        let is_loaded = subject.answers == Answers::UmemLoaded;
+        let ratios = [
+            over(floor.as_ref(), p50, is_umem),
+            over(floor.as_ref(), p99, is_umem),
+            over(idle.as_ref(), p50, is_loaded),
+            over(idle.as_ref(), p99, is_loaded),
+        ];
+        let mut row =
+            vec![subject.pages.name().into(), subject.answers.name().into(), all.count.to_string()];
+        row.extend(
+            [all.p50_us, all.p90_us, all.p99_us, all.p999_us, all.max_us].map(|us| cell(us, 1)),
+        );
+        row.extend(ratios.map(|ratio| cell(ratio, 2)));
+        table.row(row);
+        let each = |get: fn(&Distribution) -> f64| {
+            let turns = subject.turns.iter().map(|turn| Distribution::of(turn.waited_ns.clone()));
+            Spread::of(turns.map(|turn| get(&turn)).collect())
+        };
+        let already_there: u64 = subject.turns.iter().map(|turn| turn.already_there).sum();
+        let gbps: Vec<f64> = subject.turns.iter().filter_map(|turn| turn.gbps).collect();
+        let own: Vec<&Value> =
+            subject.turns.iter().filter_map(|turn| turn.umem_latency_us.as_ref()).collect();
+        figures.push(json!({
+            "pages": subject.pages,
+            "answered_by": subject.answers,
+            "latency": all,
+            "p50_us": each(p50),
+            "p99_us": each(p99),
+            "already_there": already_there,
+            "background_gbps": (!gbps.is_empty()).then(|| Spread::of(gbps)),
+            "umem_read_to_woken_us": (!own.is_empty()).then_some(own),
+            "ratio_to_floor": { "p50": ratios[0], "p99": ratios[1] },
+            "ratio_to_idle": { "p50": ratios[2], "p99": ratios[3] },
+        }));
+        let name = format!("{}, {}", subject.pages.name(), subject.answers.name());
+        curves.push(svg::Curve { name, points: all.curve() });
+    }
+    let method = format!(
+        "A thread reads the first word of {} random pages of {} MiB that it has not touched before \
+         (loaded: of all pages), one after another, and times each read; only reads that the thread \
+         slept in count. Floor: a thread reads the userfaultfd, asks over loopback TCP, receives the \
+         page from another thread and makes it visible (UFFDIO_CONTINUE; anonymous: UFFDIO_COPY), \
+         with plain blocking system calls at ordinary priority. umem: `umem migrate -p` (idle: -n) → \
+         loopback TCP, {} bulk lane(s) → `umem incoming`; loaded lasts until every page has come. \
+         Every subject takes its turn in each of {} rounds, after as much memory has been written and \
+         given back; percentiles are over all rounds, and every page read was checked. × floor is \
+         over the floor with the lower median, × idle over umem idle.",
+        options.count, options.size, options.lanes, options.rounds
+    );
+    if let Some(path) = &options.svg {
+        svg::curves("First access to a page", "µs, logarithmic", &curves).write(path)?;
+    }
+    Report {
+        what: "fault",
+        machine,
+        method,
+        tables: vec![table],
+        value: json!({
+            "size_mib": options.size,
+            "rounds": options.rounds,
+            "count": options.count,
+            "lanes": options.lanes,
+            "figures": figures,
+        }),
+    }
+    .print(options.json);
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! The guest that `fault` moves: it touches pages once, at random, and times each access.
+//!
+//! Its first access waits until the source has connected; from then on it runs. An access *waited* when
+//! its thread slept in it (a voluntary context switch): a page that has come already costs a fault at
+//! most, which does not sleep.
+
+use std::fs::{File, OpenOptions};
+use std::io::IoSlice;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use argh::FromArgs;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::json;
+
+use crate::error::{Context, Result, usage};
+use crate::memory::{HUGE_PAGE_BYTES, Mapping, PAGE_BYTES, Pages};
+use crate::userfault::Userfault;
+
+/// The guest of `fault`: touches each page once and times it. Started by it.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "toucher")]
+pub(crate) struct Options {
+    /// its memory, MiB
+    #[argh(option)]
+    size: usize,
+    /// what it consists of: memfd, huge-tmpfs, anonymous or anonymous-huge
+    #[argh(option)]
+    kind: Pages,
+    /// the file of its memory, NAME=PATH
+    #[argh(option)]
+    ram: Option<String>,
+    /// where anonymous memory is handed over
+    #[argh(option)]
+    handoff: Option<PathBuf>,
+    /// pages to touch (default: all)
+    #[argh(option)]
+    count: Option<usize>,
+}
+
+/// Touches, says what it took, and stays until somebody ends it.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let bytes = options.size << 20;
+    let mapping = match (&options.ram, &options.handoff) {
+        (Some(ram), None) => {
+            let path = ram.split_once('=').map_or(ram.as_str(), |(_, path)| path);
+            Mapping::of(&open(path)?, bytes)?
+        }
+        (None, Some(_)) => Mapping::anonymous(bytes, options.kind == Pages::AnonymousHuge)?,
+        _ => return usage("a toucher has either --ram or --handoff"),
+    };
+    let _kept = options
+        .handoff
+        .as_ref()
+        .map(|socket| hand_over(socket, &mapping, options.kind))
+        .transpose()?;
+    let pages = bytes / PAGE_BYTES;
+    let first = touch(&mapping, 0);
+    let mut waited_ns = Vec::with_capacity(pages);
+    let (mut already_there, mut wrong) = (0_u64, u64::from(first != 0));
+    let mut slept = sleeps()?;
+    for page in random_order(pages).into_iter().take(options.count.unwrap_or(pages)) {
+        let began = Instant::now();
+        let number = touch(&mapping, page);
+        let nanoseconds = u64::try_from(began.elapsed().as_nanos())?;
+        wrong += u64::from(number != page as u64);
+        let now = sleeps()?;
+        if now > slept {
+            waited_ns.push(nanoseconds);
+        } else {
+            already_there += 1;
+        }
+        slept = now;
+    }
+    println!(
+        "{}",
+        json!({
+            "event": "touched",
+            "waited_ns": waited_ns,
+            "already_there": already_there,
+            "wrong": wrong,
+        })
+    );
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// The first word of a page.
+pub(super) fn touch(mapping: &Mapping, page: usize) -> u64 {
+    let (start, _) = mapping.at(page * PAGE_BYTES);
+    // SAFETY: inside the mapping, aligned; volatile, as somebody else brings the page.
+    unsafe { start.cast::<u64>().read_volatile() }
+}
+
+/// All pages but the first, shuffled, the same way each time.
+pub(super) fn random_order(pages: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (1..pages).collect();
+    // SplitMix64's constants (Steele, Lea and Flood, 2014).
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for last in (1..order.len()).rev() {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut draw = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        draw = (draw ^ (draw >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let other = usize::try_from((draw ^ (draw >> 31)) % (last as u64 + 1)).expect("64 bits");
+        order.swap(last, other);
+    }
+    order
+}
+
+/// Times that this thread has slept.
+pub(super) fn sleeps() -> Result<i64> {
+    Ok(getrusage(UsageWho::RUSAGE_THREAD).context(|| "getrusage")?.voluntary_context_switches())
+}
+
+fn open(path: &str) -> Result<File> {
+    OpenOptions::new().read(true).write(true).open(path).context(|| path.to_owned())
+}
+
+/// Firecracker's message. What it returns has to be kept while umem serves the memory.
+fn hand_over(socket: &Path, mapping: &Mapping, pages: Pages) -> Result<(UnixStream, Userfault)> {
+    let uffd = Userfault::of(mapping, pages)?;
+    let stream = UnixStream::connect(socket).context(|| socket.display())?;
+    let page_bytes = if pages == Pages::AnonymousHuge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+    let message = json!([{
+        "base_host_virt_addr": mapping.at(0).0.expose_provenance() as u64,
+        "size": mapping.bytes(),
+        "offset": 0,
+        "page_size": page_bytes,
+        "page_size_kib": page_bytes,
+    }])
+    .to_string();
+    let (descriptors, text) = ([uffd.descriptor()], [IoSlice::new(message.as_bytes())]);
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    sendmsg::<()>(stream.as_raw_fd(), &text, &rights, MsgFlags::MSG_NOSIGNAL, None)
+        .context(|| "handing the memory over")?;
+    Ok((stream, uffd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_but_the_first_is_touched_once_in_no_order() {
+        let order = random_order(1000);
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (1..1000).collect::<Vec<_>>());
+        let ascending = order.windows(2).filter(|two| two[0] < two[1]).count();
+        assert!((400..600).contains(&ascending), "{ascending}");
+    }
+
+    #[test]
+    fn a_thread_that_waits_is_seen_to_sleep() {
+        let before = sleeps().unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let before = sleeps().unwrap();
+            receiver.recv().unwrap_err();
+            sleeps().unwrap() - before
+        });
+        // The thread cannot end before it has been waited for or has waited itself.
+        while !thread_sleeps() {
+            std::thread::yield_now();
+        }
+        drop(sender);
+        assert!(thread.join().unwrap() + (sleeps().unwrap() - before) > 0);
+    }
+
+    /// Some thread of this process sleeps.
+    fn thread_sleeps() -> bool {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        tasks.into_iter().any(|task| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+            stat.is_ok_and(|stat| stat.contains(") S "))
+        })
+    }
+}
