@@ -16,6 +16,7 @@ use crate::migration::{Landing, Route, Subject};
 use crate::process::find_umem;
 use crate::report::{Report, Table, cell, progress};
 use crate::statistics::Spread;
+use crate::svg;
 
 /// umem end to end into checked guest memory of every kind, as a share of the floor measured in the
 /// same run.
@@ -44,6 +45,9 @@ pub(crate) struct Options {
     /// the umem to measure (default: the one beside this program)
     #[argh(option)]
     umem: Option<PathBuf>,
+    /// write a plot of the throughputs to this file
+    #[argh(option)]
+    svg: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -76,6 +80,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             landings.push(subject.land(&route)?);
         }
     }
+    if let Some(path) = &options.svg {
+        let title = "Into checked guest memory (the marks are the floor)";
+        svg::bars(title, "Gbit/s", &bars(&floor, &subjects)).write(path)?;
+    }
     report(options, machine, &floor, &subjects).print(options.json);
     Ok(())
 }
@@ -95,6 +103,21 @@ fn subjects(options: &Options, kinds: &[Pages]) -> Vec<(Subject, Vec<Landing>)> 
         }
     }
     subjects
+}
+
+fn bars(floor: &Floor, subjects: &[(Subject, Vec<Landing>)]) -> Vec<svg::Bar> {
+    let bar = |(subject, landings): &(Subject, Vec<Landing>)| svg::Bar {
+        name: format!(
+            "{}, {} lane(s), {} % zeroes, {}",
+            subject.pages.name(),
+            subject.lanes,
+            subject.zero_percent,
+            if subject.readers == 0 { "idle" } else { "reads" }
+        ),
+        value: Spread::of(landings.iter().map(|landing| landing.gbps).collect()).median,
+        floor: floor.best(subject.pages).map(|best| best.gbps.median),
+    };
+    subjects.iter().map(bar).collect()
 }
 
 fn report(

@@ -80,8 +80,17 @@ pub(crate) fn pin_to(cores: &[usize]) -> Result<()> {
 }
 
 fn memory_total_mib() -> u64 {
-    let text = field("/proc/meminfo", "MemTotal").unwrap_or_default();
-    text.split(' ').next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1024
+    memory_mib("MemTotal") as u64
+}
+
+/// What processes can have without anything being swapped out.
+pub(crate) fn memory_available_mib() -> usize {
+    memory_mib("MemAvailable")
+}
+
+fn memory_mib(name: &str) -> usize {
+    let text = field("/proc/meminfo", name).unwrap_or_default();
+    text.split(' ').next().and_then(|kib| kib.parse::<usize>().ok()).unwrap_or(0) / 1024
 }
 
 /// The value of the first `name : value` line.

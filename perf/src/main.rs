@@ -9,6 +9,7 @@ mod fault;
 mod floor;
 mod interrupt;
 mod land;
+mod link10;
 mod machine;
 mod memory;
 mod migration;
@@ -17,6 +18,7 @@ mod qemu;
 mod qmp;
 mod report;
 mod scratch;
+mod size;
 mod statistics;
 mod svg;
 mod userfault;
@@ -44,6 +46,8 @@ enum What {
     Floor(floor::Options),
     Land(land::Options),
     Fault(fault::Options),
+    Size(size::Options),
+    Link10(link10::Options),
     Qemu(qemu::Options),
     Toucher(fault::Toucher),
 }
@@ -72,6 +76,8 @@ fn run() -> i32 {
         What::Floor(options) => floor::run(options),
         What::Land(options) => land::run(options),
         What::Fault(options) => fault::run(options),
+        What::Size(options) => size::run(options),
+        What::Link10(options) => link10::run(options),
         What::Qemu(options) => qemu::run(options),
         What::Toucher(options) => fault::touch(options),
     });

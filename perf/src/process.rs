@@ -92,6 +92,19 @@ impl Process {
         }
     }
 
+    /// Waits for a line of its stdout with this text.
+    pub(crate) fn says(&mut self, text: &str, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.events.next(deadline)? {
+                Next::Line(line) if line.text.contains(text) => return Ok(()),
+                Next::Line(_) => {}
+                Next::Late => return failure(format!("{} does not say {text:?}", self.name)),
+                Next::Closed => return failure(self.last_words()),
+            }
+        }
+    }
+
     /// Ctrl-C for it alone.
     pub(crate) fn interrupt(&self) -> Result<()> {
         let pid = Pid::from_raw(i32::try_from(self.pid())?);

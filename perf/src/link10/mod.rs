@@ -1,0 +1,175 @@
+//! `link10`: umem over a link of 10 Gbit/s, beside what iperf3 gets through the same link.
+
+mod link;
+
+use std::path::PathBuf;
+
+use argh::FromArgs;
+use serde_json::json;
+
+use crate::error::{Result, usage};
+use crate::fault::{Touched, Touching};
+use crate::machine::Machine;
+use crate::memory::Pages;
+use crate::migration::{Landing, Route, Subject};
+use crate::process::find_umem;
+use crate::report::{Report, Table, cell, progress};
+use crate::statistics::{Distribution, Spread};
+use crate::svg;
+use link::{CONGESTION, Link};
+
+/// umem over a link of 10 Gbit/s between two network namespaces, beside iperf3; and what a fault
+/// takes while the link is full. Takes root, ip, tc and iperf3.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "link10")]
+pub(crate) struct Options {
+    /// the guest's RAM, MiB (default 1024)
+    #[argh(option, default = "1024")]
+    size: usize,
+    /// how often each subject has its turn (default 3)
+    #[argh(option, default = "3")]
+    rounds: usize,
+    /// kind of memory (default memfd): memfd, huge-tmpfs, anonymous
+    #[argh(option, default = "Pages::Memfd")]
+    into: Pages,
+    /// bulk lanes (default 1)
+    #[argh(option, default = "1")]
+    lanes: u16,
+    /// pages that are touched while nothing else is sent, a turn (default 2000)
+    #[argh(option, default = "2000")]
+    count: usize,
+    /// seconds that iperf3 sends, a turn (default 3)
+    #[argh(option, default = "3")]
+    seconds: u32,
+    /// the link's rate, Gbit/s (default 10)
+    #[argh(option, default = "10")]
+    rate: u32,
+    /// the umem to measure (default: the one beside this program)
+    #[argh(option)]
+    umem: Option<PathBuf>,
+    /// write a plot of the fault latencies to this file
+    #[argh(option)]
+    svg: Option<PathBuf>,
+    /// print one JSON object
+    #[argh(switch)]
+    json: bool,
+}
+
+/// What the rounds gave.
+#[derive(Default)]
+struct Turns {
+    iperf3_gbps: Vec<f64>,
+    landings: Vec<Landing>,
+    idle: Vec<Touched>,
+    loaded: Vec<Touched>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if [options.size, options.rounds, options.count].contains(&0) {
+        return usage("--size, --rounds and --count are at least 1");
+    }
+    if options.rate == 0 || options.seconds == 0 {
+        return usage("--rate and --seconds are at least 1");
+    }
+    if options.into.is_from_pool() || options.into == Pages::Private {
+        return usage(format!("--into {} is not measured by `link10`", options.into.word()));
+    }
+    let umem = find_umem(options.umem.as_deref())?;
+    let machine = Machine::describe();
+    let link = Link::new(options.rate)?;
+    let route = Route { umem: &umem, namespaces: Some(link.namespaces()) };
+    let (pages, size_mib, lanes) = (options.into, options.size, options.lanes);
+    let subject = Subject { pages, size_mib, zero_percent: 0, readers: 0, lanes };
+    let touching = |count| Touching { pages, size_mib, lanes, count };
+    let mut turns = Turns::default();
+    for round in 1..=options.rounds {
+        let say = |what: &str| progress(&format!("round {round} of {}: {what}", options.rounds));
+        say("iperf3");
+        turns.iperf3_gbps.push(link.iperf3_gbps(options.seconds)?);
+        say("umem, idle guest");
+        turns.landings.push(subject.land(&route)?);
+        say("faults, nothing else on the link");
+        turns.idle.push(touching(Some(options.count)).once(&route)?);
+        say("faults, the link full");
+        turns.loaded.push(touching(None).once(&route)?);
+    }
+    report(options, machine, &turns)
+}
+
+fn report(options: &Options, machine: Machine, turns: &Turns) -> Result<()> {
+    let iperf3 = Spread::of(turns.iperf3_gbps.clone());
+    let umem = Spread::of(turns.landings.iter().map(|landing| landing.gbps).collect());
+    let touched = Spread::of(turns.loaded.iter().filter_map(|turn| turn.gbps).collect());
+    let mut throughput = Table::new(&["through the link", "Gbit/s", "min", "max", "of iperf3's"]);
+    for (name, gbps) in [
+        ("iperf3", &iperf3),
+        ("umem, idle guest", &umem),
+        ("umem, guest that touches every page", &touched),
+    ] {
+        throughput.row(vec![
+            name.into(),
+            cell(gbps.median, 2),
+            cell(gbps.min, 2),
+            cell(gbps.max, 2),
+            cell(gbps.median / iperf3.median, 3),
+        ]);
+    }
+    let mut latency =
+        Table::new(&["first access", "waited", "p50 µs", "p90", "p99", "p99.9", "max"]);
+    let distribution = |turns: &[Touched]| {
+        Distribution::of(turns.iter().flat_map(|turn| turn.waited_ns.iter().copied()).collect())
+    };
+    let (idle, loaded) = (distribution(&turns.idle), distribution(&turns.loaded));
+    let mut curves = Vec::new();
+    for (name, all) in [("nothing else on the link", &idle), ("the link full", &loaded)] {
+        let mut row = vec![name.to_owned(), all.count.to_string()];
+        row.extend(
+            [all.p50_us, all.p90_us, all.p99_us, all.p999_us, all.max_us].map(|us| cell(us, 1)),
+        );
+        latency.row(row);
+        curves.push(svg::Curve { name: name.into(), points: all.curve() });
+    }
+    if let Some(path) = &options.svg {
+        svg::curves("First access to a page, over the link", "µs, logarithmic", &curves)
+            .write(path)?;
+    }
+    let method = format!(
+        "Two network namespaces with a veth pair between them, shaped to {} Gbit/s in either direction \
+         (tbf, burst 4 MB, latency 1 ms). iperf3: one connection ({CONGESTION}, zero-copy, 1 MiB \
+         writes) for {} s after one that does not count. umem: `umem migrate -p`, {} bulk lane(s), \
+         to `umem incoming`; a guest of {} MiB ({}) without zero pages, which is idle, or of which \
+         each page is touched once, at random ({} pages with -n while nothing else is sent). Gbit/s \
+         is iperf3's figure of what was received, and umem's of page contents from the first page to \
+         the last. Only accesses that slept count as first accesses; percentiles are over all rounds. \
+         Every subject takes its turn in each of {} rounds, umem's after as much memory has been \
+         written and given back. Medians.",
+        options.rate,
+        options.seconds,
+        options.lanes,
+        options.size,
+        options.into.name(),
+        options.count,
+        options.rounds
+    );
+    Report {
+        what: "link10",
+        machine,
+        method,
+        tables: vec![throughput, latency],
+        value: json!({
+            "size_mib": options.size,
+            "rounds": options.rounds,
+            "lanes": options.lanes,
+            "pages": options.into,
+            "rate_gbps": options.rate,
+            "share_of_iperf3": umem.median / iperf3.median,
+            "iperf3_gbps": iperf3,
+            "umem_gbps": umem,
+            "umem_touched_gbps": touched,
+            "latency_idle": idle,
+            "latency_full": loaded,
+        }),
+    }
+    .print(options.json);
+    Ok(())
+}
