@@ -66,7 +66,8 @@ impl Distribution {
         let mut histogram: Vec<Bucket> = Vec::new();
         for &ns in &nanoseconds {
             let step = (ns.max(1) as f64 / 1e3).log2() * BUCKETS_A_DOUBLING;
-            let up_to_us = (step.ceil() / BUCKETS_A_DOUBLING).exp2();
+            // In hundredths, which is enough and shorter to print.
+            let up_to_us = ((step.ceil() / BUCKETS_A_DOUBLING).exp2() * 100.0).ceil() / 100.0;
             match histogram.last_mut() {
                 Some(bucket) if bucket.up_to_us >= up_to_us => bucket.count += 1,
                 _ => histogram.push(Bucket { up_to_us, count: 1 }),

@@ -238,6 +238,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
         "p99",
         "p99.9",
         "max",
+        "in umem",
         "p50 × floor",
         "p99 × floor",
         "p50 × idle",
@@ -260,6 +261,10 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
         let (p50, p99) = (|d: &Distribution| d.p50_us, |d: &Distribution| d.p99_us);
         let is_umem = subject.answers.is_umem();
         let is_loaded = subject.answers == Answers::UmemLoaded;
+        let read_to_woken = subject.turns.iter().filter_map(|turn| {
+            turn.umem_latency_us.as_ref().and_then(|latency| latency["p50"].as_f64())
+        });
+        let inside = Spread::of(read_to_woken.collect());
         let ratios = [
             over(floor.as_ref(), p50, is_umem),
             over(floor.as_ref(), p99, is_umem),
@@ -271,6 +276,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
         row.extend(
             [all.p50_us, all.p90_us, all.p99_us, all.p999_us, all.max_us].map(|us| cell(us, 1)),
         );
+        row.push(cell(inside.median, 0));
         row.extend(ratios.map(|ratio| cell(ratio, 2)));
         table.row(row);
         let each = |get: fn(&Distribution) -> f64| {
@@ -291,6 +297,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
             "background_gbps": (!gbps.is_empty()).then(|| Spread::of(gbps)),
             "umem_read_to_woken_us": (!own.is_empty()).then_some(own),
             "ratio_to_floor": { "p50": ratios[0], "p99": ratios[1] },
+            "floor": floor.as_ref().map(|floor| json!({ "p50_us": floor.p50_us, "p99_us": floor.p99_us })),
             "ratio_to_idle": { "p50": ratios[2], "p99": ratios[3] },
         }));
         let name = format!("{}, {}", subject.pages.name(), subject.answers.name());
@@ -305,7 +312,9 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
          loopback TCP, {} bulk lane(s) → `umem incoming`; loaded lasts until every page has come. \
          Every subject takes its turn in each of {} rounds, after as much memory has been written and \
          given back; percentiles are over all rounds, and every page read was checked. × floor is \
-         over the floor with the lower median, × idle over umem idle.",
+         over the floor with the lower median, × idle over umem idle. In umem is umem's own median \
+         from having read the fault to waking the guest; the rest of p50 is the kernel's, and the \
+         guest's way back onto its core.",
         options.count, options.size, options.lanes, options.rounds
     );
     if let Some(path) = &options.svg {

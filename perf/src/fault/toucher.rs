@@ -142,6 +142,8 @@ fn hand_over(socket: &Path, mapping: &Mapping, pages: Pages) -> Result<(UnixStre
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use super::*;
 
     #[test]
@@ -155,28 +157,21 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_waits_is_seen_to_sleep() {
-        let before = sleeps().unwrap();
-        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    fn only_a_thread_that_waits_has_slept() {
+        let (mut near, mut far) = UnixStream::pair().unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
+            tell.send(nix::unistd::gettid()).unwrap();
             let before = sleeps().unwrap();
-            receiver.recv().unwrap_err();
-            sleeps().unwrap() - before
+            far.read_exact(&mut [0]).unwrap();
+            let (after, again) = (sleeps().unwrap(), sleeps().unwrap());
+            (after - before, again - after)
         });
-        // The thread cannot end before it has been waited for or has waited itself.
-        while !thread_sleeps() {
+        let stat = format!("/proc/self/task/{}/stat", told.recv().unwrap());
+        while !std::fs::read_to_string(&stat).unwrap().contains(") S ") {
             std::thread::yield_now();
         }
-        drop(sender);
-        assert!(thread.join().unwrap() + (sleeps().unwrap() - before) > 0);
-    }
-
-    /// Some thread of this process sleeps.
-    fn thread_sleeps() -> bool {
-        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-        tasks.into_iter().any(|task| {
-            let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
-            stat.is_ok_and(|stat| stat.contains(") S "))
-        })
+        near.write_all(&[1]).unwrap();
+        assert_eq!(thread.join().unwrap(), (1, 0));
     }
 }
