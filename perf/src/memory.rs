@@ -136,7 +136,7 @@ impl std::str::FromStr for Pages {
     fn from_str(word: &str) -> std::result::Result<Pages, String> {
         let words = Pages::ALL.map(Pages::word).join(", ");
         let found = Pages::ALL.into_iter().find(|pages| pages.word() == word);
-        found.ok_or_else(|| format!("{word:?} is none of {words}"))
+        found.ok_or_else(|| format!("none of {words}"))
     }
 }
 
@@ -269,13 +269,55 @@ impl Mapping {
     /// Writes its own number into each page's first word, and something else into all others.
     pub(crate) fn fill(&self) {
         for page in 0..self.bytes / PAGE_BYTES {
-            let (start, _) = self.at(page * PAGE_BYTES);
-            // SAFETY: the page is ours alone while it is filled, and aligned.
-            unsafe {
-                start.write_bytes(0xa5, PAGE_BYTES);
-                start.cast::<u64>().write(page as u64);
+            self.fill_page(page * PAGE_BYTES, page);
+        }
+    }
+
+    /// Fills only the pages that are data in a guest of umem's own with this share of zero pages, with
+    /// their numbers among themselves, so that they read as [`Mapping::fill`]'s when they are put
+    /// together. Returns the runs of such pages, as offset and length in bytes; together they are whole
+    /// huge pages.
+    pub(crate) fn fill_data(&self, zero_percent: u32) -> Result<Vec<(usize, usize)>> {
+        let is_data = |page: &usize| !is_zero(*page, zero_percent);
+        let mut data: Vec<usize> = (0..self.bytes / PAGE_BYTES).filter(is_data).collect();
+        if zero_percent > 0 {
+            data.truncate(data.len() - data.len() % (HUGE_PAGE_BYTES / PAGE_BYTES));
+        }
+        if data.is_empty() {
+            return failure("no data is left beside the zero pages: choose a larger --size");
+        }
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for (number, page) in data.into_iter().enumerate() {
+            let offset = page * PAGE_BYTES;
+            self.fill_page(offset, number);
+            match runs.last_mut() {
+                Some((start, bytes)) if *start + *bytes == offset => *bytes += PAGE_BYTES,
+                _ => runs.push((offset, PAGE_BYTES)),
             }
         }
+        Ok(runs)
+    }
+
+    fn fill_page(&self, offset: usize, number: usize) {
+        let (start, left) = self.at(offset);
+        assert!(PAGE_BYTES <= left);
+        // SAFETY: the page is ours alone while it is filled, and aligned.
+        unsafe {
+            start.write_bytes(0xa5, PAGE_BYTES);
+            start.cast::<u64>().write(number as u64);
+        }
+    }
+
+    /// Whether a page holds nothing but zeroes.
+    pub(crate) fn is_zero_page(&self, offset: usize) -> bool {
+        let (start, left) = self.at(offset);
+        assert!(PAGE_BYTES <= left);
+        let words = start.cast::<[u64; WORDS_AT_ONCE]>();
+        (0..PAGE_BYTES / size_of::<[u64; WORDS_AT_ONCE]>()).all(|index| {
+            // SAFETY: inside the page, aligned; it is only read while senders run.
+            let words = unsafe { words.add(index).read() };
+            words.iter().fold(0, |all, word| all | word) == 0
+        })
     }
 
     /// The first page that does not hold what [`Mapping::fill`] wrote, judged by its ends.
@@ -289,6 +331,24 @@ impl Mapping {
             number != page as u64 || last != 0xa5
         })
     }
+}
+
+/// Words that are looked at before it is decided whether to look on.
+const WORDS_AT_ONCE: usize = 32;
+
+/// The zero pages of `umem guest` with its own seed (`src/host/guest/pattern.rs`): they come in groups
+/// of 16, data in between.
+fn is_zero(page: usize, percent: u32) -> bool {
+    const SEED: u64 = 1;
+    mix(SEED ^ mix(page as u64 / 16)) % 100 < u64::from(percent)
+}
+
+/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+pub(crate) fn mix(value: u64) -> u64 {
+    let mut mixed = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }
 
 const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
@@ -317,7 +377,10 @@ const POOL: &str = "/proc/sys/vm/nr_hugepages";
 impl Pool {
     /// Makes sure that `bytes` in pages of 2 MiB are there for whoever takes them.
     pub(crate) fn reserve(bytes: usize) -> Result<Pool> {
-        let needed = bytes.div_ceil(HUGE_PAGE_BYTES);
+        if !bytes.is_multiple_of(HUGE_PAGE_BYTES) {
+            return failure("its pages have 2 MiB: choose an even --size");
+        }
+        let needed = bytes / HUGE_PAGE_BYTES;
         let count = |name: &str| -> Result<usize> {
             let text = std::fs::read_to_string("/proc/meminfo")?;
             let line = text.lines().find_map(|line| line.strip_prefix(name));
@@ -373,5 +436,20 @@ mod tests {
         assert_eq!(mapping.first_wrong_page(), None);
         mapping.advise(5 * PAGE_BYTES, PAGE_BYTES, MmapAdvise::MADV_DONTNEED).unwrap();
         assert_eq!(mapping.first_wrong_page(), Some(5));
+    }
+
+    #[test]
+    fn data_beside_zero_pages_is_numbered_without_them() {
+        let mapping = Mapping::anonymous(16 << 20, false).unwrap();
+        let runs = mapping.fill_data(50).unwrap();
+        let bytes: usize = runs.iter().map(|(_, bytes)| bytes).sum();
+        assert!(bytes.is_multiple_of(HUGE_PAGE_BYTES) && (4 << 20..12 << 20).contains(&bytes));
+        let (first, length) = runs[1];
+        assert!(first > runs[0].0 + runs[0].1 && !mapping.is_zero_page(first));
+        assert!(mapping.is_zero_page(first - PAGE_BYTES) && mapping.is_zero_page(first + length));
+        // SAFETY: inside the mapping, aligned.
+        let number = unsafe { mapping.at(first).0.cast::<u64>().read() };
+        assert_eq!(number, (runs[0].1 / PAGE_BYTES) as u64);
+        assert!(mapping.fill_data(100).is_err());
     }
 }

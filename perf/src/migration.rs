@@ -110,6 +110,8 @@ pub(crate) struct Subject {
 pub(crate) struct Landing {
     /// umem's own figure: page contents over the time from the first page to the last.
     pub(crate) gbps: f64,
+    /// That time; None if nothing was sent.
+    pub(crate) moving_s: Option<f64>,
     /// Source's guest stopped → last page cached.
     pub(crate) total_s: f64,
     pub(crate) downtime_ms: f64,
@@ -195,8 +197,10 @@ fn landing(
     let number = |report: &Value, name: &str| {
         report[name].as_f64().ok_or_else(|| format!("it has no {name}"))
     };
+    let (gbps, bytes) = (number(destination, "gbps")?, number(destination, "data_bytes")?);
     Ok(Landing {
-        gbps: number(destination, "gbps")?,
+        gbps,
+        moving_s: (gbps > 0.0).then(|| bytes * 8e-9 / gbps),
         total_s: number(source, "total_s")?,
         downtime_ms: number(source, "downtime_ms")?,
         pages_demand: destination["pages_demand"].as_u64().unwrap_or(0),

@@ -27,7 +27,7 @@ const MARGIN: f64 = 24.0;
 const TITLE_HEIGHT: f64 = 40.0;
 const PLOT_HEIGHT: f64 = 360.0;
 const LINE_HEIGHT: f64 = 20.0;
-const BAR_NAMES_WIDTH: f64 = 360.0;
+const BAR_NAMES_WIDTH: f64 = 400.0;
 const COLOURS: [&str; 8] =
     ["#0b6e99", "#d9730d", "#4d9b5b", "#9065b0", "#c14c8a", "#946c1c", "#5a6b7b", "#d44c47"];
 

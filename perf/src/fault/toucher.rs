@@ -17,7 +17,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::json;
 
 use crate::error::{Context, Result, usage};
-use crate::memory::{HUGE_PAGE_BYTES, Mapping, PAGE_BYTES, Pages};
+use crate::memory::{HUGE_PAGE_BYTES, Mapping, PAGE_BYTES, Pages, mix};
 use crate::userfault::Userfault;
 
 /// The guest of `fault`: touches each page once and times it. Started by it.
@@ -99,14 +99,10 @@ pub(super) fn touch(mapping: &Mapping, page: usize) -> u64 {
 /// All pages but the first, shuffled, the same way each time.
 pub(super) fn random_order(pages: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (1..pages).collect();
-    // SplitMix64's constants (Steele, Lea and Flood, 2014).
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut draw = 0;
     for last in (1..order.len()).rev() {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut draw = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        draw = (draw ^ (draw >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let other = usize::try_from((draw ^ (draw >> 31)) % (last as u64 + 1)).expect("64 bits");
-        order.swap(last, other);
+        draw = mix(draw);
+        order.swap(last, usize::try_from(draw % (last as u64 + 1)).expect("64 bits"));
     }
     order
 }

@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::error::{Context, Result, failure, usage};
 use crate::interrupt;
 use crate::machine::{Machine, pin, two_cores};
-use crate::memory::{HUGE_PAGE_BYTES, List, Mapping, PAGE_BYTES, Pages, Pool};
+use crate::memory::{List, Mapping, PAGE_BYTES, Pages, Pool};
 use crate::report::{Report, Table, progress};
 use crate::statistics::Spread;
 
@@ -40,6 +40,9 @@ pub(crate) struct Options {
     /// anonymous, anonymous-huge, private
     #[argh(option)]
     into: Option<List<Pages>>,
+    /// shares of zero pages in percent with commas between them (default 0)
+    #[argh(option, default = "List(vec![0])")]
+    zero: List<u32>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -53,6 +56,8 @@ const CONGESTION: &str = "cubic";
 pub(crate) struct Way {
     /// What is filled; see [`Pages::source`] for what is sent.
     pub(crate) pages: Pages,
+    /// Zero pages in it, which are looked for and not sent, percent.
+    pub(crate) zero_percent: u32,
     pub(crate) send: Send,
     pub(crate) receive: Receive,
 }
@@ -60,6 +65,8 @@ pub(crate) struct Way {
 /// What one run gave.
 #[derive(Clone, Copy, Debug)]
 struct Run {
+    seconds: f64,
+    /// Of what was sent.
     gbps: f64,
     /// Processor time of either end as a share of the run.
     sender_busy: f64,
@@ -73,6 +80,7 @@ struct Run {
 pub(crate) struct Figure {
     #[serde(flatten)]
     pub(crate) way: Way,
+    pub(crate) seconds: Spread,
     pub(crate) gbps: Spread,
     sender_busy: Spread,
     receiver_busy: Spread,
@@ -80,15 +88,18 @@ pub(crate) struct Figure {
 }
 
 /// The ways into memory of one page kind; [`Receive::Discard`] is into none.
-pub(crate) fn ways(pages: Pages) -> Vec<Way> {
+pub(crate) fn ways(pages: Pages, zero_percent: u32) -> Vec<Way> {
     let receives: &[Receive] = match pages {
         Pages::Memfd => &[Receive::Discard, Receive::Map, Receive::Write, Receive::Splice],
         Pages::HugeTmpfs => &[Receive::Discard, Receive::Map, Receive::Write],
         Pages::Hugetlb => &[Receive::Map],
-        Pages::Anonymous | Pages::AnonymousHuge => &[Receive::Copy],
+        Pages::Anonymous => &[Receive::Copy, Receive::CopySmall],
+        Pages::AnonymousHuge => &[Receive::Copy],
         Pages::Private => &[Receive::Own, Receive::OwnBeside],
     };
-    let each = |&receive| [Send::Sendfile, Send::Mapping].map(|send| Way { pages, send, receive });
+    let each = |&receive| {
+        [Send::Sendfile, Send::Mapping].map(|send| Way { pages, zero_percent, send, receive })
+    };
     receives.iter().flat_map(each).collect()
 }
 
@@ -96,8 +107,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.size == 0 || options.rounds == 0 {
         return usage("--size and --rounds are at least 1");
     }
+    check_zero(&options.zero)?;
     let machine = Machine::describe();
-    let mut floor = Floor::new(options.size << 20, &chosen(options.into.as_ref()))?;
+    let kinds = chosen(options.into.as_ref());
+    let mut floor = Floor::new(options.size << 20, &kinds, &options.zero.0)?;
     for round in 1..=options.rounds {
         progress(&format!("round {round} of {}", options.rounds));
         floor.round()?;
@@ -111,10 +124,17 @@ pub(crate) fn chosen(list: Option<&List<Pages>>) -> Vec<Pages> {
     list.map_or_else(|| Pages::ALL.to_vec(), |list| list.0.clone())
 }
 
+/// An error for shares that leave nothing to send.
+pub(crate) fn check_zero(percent: &List<u32>) -> Result<()> {
+    match percent.0.iter().find(|&&percent| percent >= 100) {
+        Some(percent) => usage(format!("--zero is below 100, not {percent}: nothing would move")),
+        None => Ok(()),
+    }
+}
+
 /// The files to send, and what has been measured.
 pub(crate) struct Floor {
-    bytes: usize,
-    sources: Vec<(Pages, Source)>,
+    sources: Vec<Source>,
     runs: Vec<(Way, Vec<Run>)>,
     /// The kinds of memory that can be measured here.
     pub(crate) kinds: Vec<Pages>,
@@ -126,13 +146,28 @@ pub(crate) struct Floor {
 
 /// A filled memory file and its mapping.
 pub(crate) struct Source {
+    pages: Pages,
+    zero_percent: u32,
     file: File,
     mapping: Mapping,
+    /// The pages that hold data, as offset and length in bytes; and all of it.
+    runs: Vec<(usize, usize)>,
+    data_bytes: usize,
+}
+
+impl Source {
+    fn new(pages: Pages, bytes: usize, zero_percent: u32) -> Result<Source> {
+        let file = pages.file(bytes)?;
+        let mapping = Mapping::of(&file, bytes)?;
+        let runs = mapping.fill_data(zero_percent)?;
+        let data_bytes = runs.iter().map(|(_, bytes)| bytes).sum();
+        Ok(Source { pages, zero_percent, file, mapping, runs, data_bytes })
+    }
 }
 
 impl Floor {
-    /// For memory of these kinds, as far as they can be had here.
-    pub(crate) fn new(bytes: usize, asked: &[Pages]) -> Result<Floor> {
+    /// For memory of these kinds, as far as they can be had here, each with these shares of zero pages.
+    pub(crate) fn new(bytes: usize, asked: &[Pages], zeroes: &[u32]) -> Result<Floor> {
         let (mut sources, mut left_out, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
         let mut pool = None;
         for &pages in asked {
@@ -142,7 +177,7 @@ impl Floor {
             let possible = (|| {
                 // Before the sources take the memory.
                 if pages.is_from_pool() && pool.is_none() {
-                    pool = Some(Pool::reserve(bytes.next_multiple_of(HUGE_PAGE_BYTES))?);
+                    pool = Some(Pool::reserve(bytes)?);
                 }
                 pages.source().file(PAGE_BYTES).map(drop)
             })();
@@ -155,28 +190,32 @@ impl Floor {
             return failure(left_out.join("; "));
         }
         for pages in [Pages::Memfd, Pages::HugeTmpfs] {
-            if kinds.iter().any(|kind| kind.source() == pages) {
-                let file = pages.file(bytes)?;
-                let mapping = Mapping::of(&file, bytes)?;
-                mapping.fill();
-                sources.push((pages, Source { file, mapping }));
+            for &zero_percent in zeroes {
+                if kinds.iter().any(|kind| kind.source() == pages) {
+                    sources.push(Source::new(pages, bytes, zero_percent)?);
+                }
             }
         }
-        let runs = kinds.iter().flat_map(|&pages| ways(pages)).map(|way| (way, Vec::new()));
-        Ok(Floor { bytes, runs: runs.collect(), sources, kinds, left_out, _pool: pool })
+        let ways = kinds
+            .iter()
+            .flat_map(|&pages| zeroes.iter().flat_map(move |&percent| ways(pages, percent)));
+        let runs = ways.map(|way| (way, Vec::new())).collect();
+        Ok(Floor { runs, sources, kinds, left_out, _pool: pool })
     }
 
     /// Gives every way its turn.
     pub(crate) fn round(&mut self) -> Result<()> {
-        let (sources, bytes) = (&self.sources, self.bytes);
+        let sources = &self.sources;
         for (way, runs) in &mut self.runs {
-            let source = sources.iter().find(|(pages, _)| *pages == way.pages.source());
-            let (_, source) = source.ok_or("every way has its source")?;
+            let source = sources.iter().find(|source| {
+                source.pages == way.pages.source() && source.zero_percent == way.zero_percent
+            });
+            let source = source.ok_or("every way has its source")?;
             if way.receive != Receive::Discard {
                 // Leaves the memory warm for the run that counts.
-                once(*way, source, bytes)?;
+                once(*way, source)?;
             }
-            runs.push(once(*way, source, bytes)?);
+            runs.push(once(*way, source)?);
         }
         Ok(())
     }
@@ -186,6 +225,7 @@ impl Floor {
             let spread = |get: fn(&Run) -> f64| Spread::of(runs.iter().map(get).collect());
             Figure {
                 way: *way,
+                seconds: spread(|run| run.seconds),
                 gbps: spread(|run| run.gbps),
                 sender_busy: spread(|run| run.sender_busy),
                 receiver_busy: spread(|run| run.receiver_busy),
@@ -195,18 +235,24 @@ impl Floor {
         self.runs.iter().map(figure).collect()
     }
 
-    /// The best way into memory of this kind.
-    pub(crate) fn best(&self, pages: Pages) -> Option<Figure> {
+    /// The best way into memory of this kind, with this share of zero pages.
+    pub(crate) fn best(&self, pages: Pages, zero_percent: u32) -> Option<Figure> {
         let figures = self.figures().into_iter();
         figures
-            .filter(|figure| figure.way.pages == pages && figure.way.receive != Receive::Discard)
+            .filter(|figure| {
+                let Way { receive, .. } = figure.way;
+                figure.way.pages == pages
+                    && figure.way.zero_percent == zero_percent
+                    && receive != Receive::Discard
+            })
             .max_by(|a, b| a.gbps.median.total_cmp(&b.gbps.median))
     }
 }
 
 /// Moves the file once, and checks what arrived.
-fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
+fn once(way: Way, source: &Source) -> Result<Run> {
     interrupt::check()?;
+    let bytes = source.data_bytes;
     let [sender_core, receiver_core] = two_cores()?;
     let (outgoing, incoming) = connection()?;
     let target = Target::new(way.pages, bytes)?;
@@ -215,7 +261,8 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
         let sender = scope.spawn(|| {
             pin(sender_core)?;
             // The socket goes with the thread, so that the other one never waits for ever.
-            way.send.all(&source.file, &source.mapping, outgoing, bytes)?;
+            let (file, mapping) = (&source.file, &source.mapping);
+            way.send.all(file, mapping, outgoing, &source.runs, way.zero_percent > 0)?;
             thread_cpu_s()
         });
         let receiver = scope.spawn(|| {
@@ -237,6 +284,7 @@ fn once(way: Way, source: &Source, bytes: usize) -> Result<Run> {
         return failure(format!("page {page} arrived wrong ({way:?})"));
     }
     Ok(Run {
+        seconds,
         gbps: bytes as f64 * 8.0 / 1e9 / seconds,
         sender_busy: sender_cpu / seconds,
         receiver_busy: receiver_cpu / seconds,
@@ -270,6 +318,7 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
     let figures = floor.figures();
     let mut table = Table::new(&[
         "receive into",
+        "zeroes",
         "send by",
         "Gbit/s",
         "min",
@@ -281,6 +330,7 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
     for figure in &figures {
         table.row(vec![
             figure.way.receive.name(figure.way.pages),
+            format!("{} %", figure.way.zero_percent),
             figure.way.send.name().into(),
             format!("{:.1}", figure.gbps.median),
             format!("{:.1}", figure.gbps.min),
@@ -294,19 +344,20 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
         "{} MiB from a filled memory file over one loopback TCP connection ({CONGESTION}) into fresh \
          memory; the file has 4 KiB pages for memory of 4 KiB pages, huge tmpfs pages for all other. \
          Sender and receiver are one thread each on a core of its own, with plain blocking system \
-         calls of up to 1 MiB (256 KiB through a hot buffer, 2 MiB for 2 MiB pages). Anonymous and \
+         calls of up to 1 MiB (256 or 64 KiB through a hot buffer, 2 MiB for 2 MiB pages). Anonymous and \
          private memory is registered with a userfaultfd; private memory becomes the guest's own by \
-         UFFDIO_CONTINUE, MADV_POPULATE_WRITE and the release of the file's copy. Every way takes its \
+         UFFDIO_CONTINUE, MADV_POPULATE_WRITE and the release of the file's copy. Where there are \
+         zero pages the sender looks at every page and sends the others alone. Every way takes its \
          turn in each of {} rounds, twice where memory is filled: the first run warms it, the second \
          counts. Gbit/s is the median of the rounds, from the start of both threads to the last byte \
          received (private: owned); what arrived is checked after the clock has stopped. Busy is a \
          thread's processor time over the run's; CPU is that of both threads.",
         options.size, options.rounds
     );
-    let best: serde_json::Map<String, serde_json::Value> = floor
+    let best: Vec<Figure> = floor
         .kinds
         .iter()
-        .map(|&pages| (pages.word().replace('-', "_"), json!(floor.best(pages))))
+        .flat_map(|&pages| options.zero.0.iter().filter_map(move |&zero| floor.best(pages, zero)))
         .collect();
     for left_out in &floor.left_out {
         method += &format!(" Left out: {left_out}.");

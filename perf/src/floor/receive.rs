@@ -20,6 +20,9 @@ use crate::userfault::Userfault;
 /// A buffer that stays in the core's cache.
 const HOT_BYTES: usize = 256 << 10;
 
+/// A smaller one, of which more stays in the cache.
+const SMALL_BYTES: usize = 64 << 10;
+
 /// Bytes that one call is asked to receive into the mapping, or to splice; also the pipe's size.
 const CALL_BYTES: usize = 1 << 20;
 
@@ -40,6 +43,8 @@ pub(crate) enum Receive {
     Splice,
     /// Into a buffer, then UFFDIO_COPY into registered anonymous memory.
     Copy,
+    /// The same in smaller pieces.
+    CopySmall,
     /// As `Write`, then UFFDIO_CONTINUE, MADV_POPULATE_WRITE and MADV_REMOVE by the same thread.
     Own,
     /// As `Own`, with everything after the write by a thread beside the receiver.
@@ -80,6 +85,7 @@ impl Receive {
             Receive::Write => format!("a hot buffer, then pwrite: {file}"),
             Receive::Splice => format!("splice through a pipe: {file}"),
             Receive::Copy => format!("a buffer, then UFFDIO_COPY: {file}"),
+            Receive::CopySmall => format!("64 KiB, then UFFDIO_COPY: {file}"),
             Receive::Own => format!("pwrite, then the guest's own: {file}"),
             Receive::OwnBeside => format!("pwrite, made own by a thread: {file}"),
         }
@@ -109,6 +115,7 @@ impl Receive {
                     if pages == Pages::AnonymousHuge { HUGE_PAGE_BYTES } else { HOT_BYTES };
                 into_anonymous(socket, target, bytes, buffer_bytes).map(none)
             }
+            Receive::CopySmall => into_anonymous(socket, target, bytes, SMALL_BYTES).map(none),
             Receive::Own => {
                 into_own(socket, target, bytes, |piece| make_own(target, piece)).map(none)
             }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::error::{Context, Result, failure};
 use crate::interrupt;
-use crate::memory::Mapping;
+use crate::memory::{Mapping, PAGE_BYTES};
 
 /// Bytes that one call is asked to send.
 const CALL_BYTES: usize = 1 << 20;
@@ -31,22 +31,48 @@ impl Send {
         }
     }
 
-    /// Sends the first `bytes`, and closes the connection.
+    /// Sends the pages of `runs`, which are all that hold data if `has_zeroes`; then every page is
+    /// looked at on the way, as whoever does not know the runs has to. Closes the connection.
     #[expect(clippy::needless_pass_by_value, reason = "the connection ends here")]
     pub(super) fn all(
         self,
         file: &File,
         mapping: &Mapping,
         socket: TcpStream,
-        bytes: usize,
+        runs: &[(usize, usize)],
+        has_zeroes: bool,
     ) -> Result<()> {
-        let mut sent = 0;
-        while sent < bytes {
+        let mut looked_at = 0;
+        for &(start, bytes) in runs {
+            let end = start + bytes;
+            if has_zeroes {
+                let pages = (looked_at..end).step_by(PAGE_BYTES);
+                let data = pages.filter(|&page| !mapping.is_zero_page(page)).count();
+                if data != bytes / PAGE_BYTES {
+                    return failure("the memory file's zero pages are not where they were made");
+                }
+                looked_at = end;
+            }
+            self.run(file, mapping, &socket, start, end)?;
+        }
+        Ok(())
+    }
+
+    fn run(
+        self,
+        file: &File,
+        mapping: &Mapping,
+        socket: &TcpStream,
+        start: usize,
+        end: usize,
+    ) -> Result<()> {
+        let mut sent = start;
+        while sent < end {
             interrupt::check()?;
-            let length = CALL_BYTES.min(bytes - sent);
+            let length = CALL_BYTES.min(end - sent);
             let result = match self {
-                Send::Sendfile => sendfile(&socket, file, sent, length),
-                Send::Mapping => send(&socket, mapping, sent, length),
+                Send::Sendfile => sendfile(socket, file, sent, length),
+                Send::Mapping => send(socket, mapping, sent, length),
             };
             match result {
                 Ok(0) => return failure("the memory file is shorter than it was made"),
