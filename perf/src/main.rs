@@ -31,6 +31,8 @@ use argh::FromArgs;
     note = "Ratios hold only on a machine that does nothing else; the load average is part of \
             every result.",
     example = "What this machine's kernel gives at best:\n  {command_name} floor",
+    example = "What a guest's first access to a page takes, with a plot:\n  {command_name} fault --svg \
+               fault.svg",
     example = "A Linux guest moved by QEMU and by umem in turns:\n  {command_name} qemu --rounds 3",
     error_code(1, "It could not be measured; stderr says why."),
     error_code(2, "The command line is wrong.")

@@ -301,8 +301,12 @@ pub(crate) fn connection() -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").context(|| "listening on 127.0.0.1")?;
     let outgoing = TcpStream::connect(listener.local_addr()?).context(|| "connecting")?;
     let (incoming, _) = listener.accept().context(|| "accepting")?;
-    setsockopt(&outgoing, sockopt::TcpCongestion, &CONGESTION.into())
-        .context(|| format!("congestion control {CONGESTION}"))?;
+    setsockopt(&outgoing, sockopt::TcpCongestion, &CONGESTION.into()).context(|| {
+        format!(
+            "choosing congestion control {CONGESTION} (it takes root, or its name in `sysctl \
+                 net.ipv4.tcp_allowed_congestion_control`)"
+        )
+    })?;
     Ok((outgoing, incoming))
 }
 
