@@ -9,7 +9,7 @@ use crate::host::command::RamPath;
 use crate::host::guest::Memory;
 use crate::memory::kind::Kind;
 use crate::uri::Uri;
-use crate::{demo, destination, host, source};
+use crate::{demo, destination, doctor, host, source};
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -33,6 +33,7 @@ enum Command {
     Demo(Demo),
     Incoming(Incoming),
     Migrate(Migrate),
+    Doctor(Doctor),
     Guest(Guest),
     Version(Version),
 }
@@ -195,6 +196,24 @@ struct Migrate {
     uri: Uri,
 }
 
+/// Say what this machine has of what umem needs, and what to do about the rest.
+#[derive(FromArgs)]
+#[argh(
+    subcommand,
+    name = "doctor",
+    note = "Each line says ok, warning (umem works, but slower or not for every guest) or missing, what \
+            there is, and what it is for; below it is a command that mends it. It speaks of the user \
+            who runs it: of both sides, so that a source may do without userfaultfd. What sysctl, \
+            mount and setfacl set lasts until the next boot.",
+    error_code(0, "umem can work here; there may be warnings."),
+    error_code(1, "Something is missing that umem needs.")
+)]
+struct Doctor {
+    /// print JSON objects, one for each thing and a last one with the verdict
+    #[argh(switch)]
+    json: bool,
+}
+
 /// The demo's guest: fills memory, reads and writes it, checks every word. Started by `umem demo`.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "guest")]
@@ -323,6 +342,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Demo(demo) => demo.run(),
         Command::Incoming(incoming) => incoming.run(),
         Command::Migrate(migrate) => migrate.run(),
+        Command::Doctor(doctor) => Ok(doctor::run(doctor.json)),
         Command::Guest(guest) => guest.run(),
         Command::Version(_) => {
             let protocol = umem_wire::PROTOCOL;
@@ -406,6 +426,7 @@ impl Demo {
 impl Incoming {
     fn run(self) -> Result<i32> {
         let lanes_max = lanes_to(&self.uri, self.lanes, 16)?;
+        doctor::limits::check_open_files(lanes_max)?;
         if self.kind == Kind::Anonymous && self.handoff.is_none() {
             return Err(Error::Usage(
                 "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \
@@ -451,6 +472,7 @@ impl Incoming {
 impl Migrate {
     fn run(self) -> Result<i32> {
         let lanes = lanes_to(&self.uri, self.lanes, 1)?;
+        doctor::limits::check_open_files(lanes)?;
         if self.no_background && !self.postcopy {
             return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
         }

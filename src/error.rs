@@ -93,6 +93,10 @@ pub enum Error {
         what: String,
     },
 
+    /// This machine, or what this user may do on it, is not enough.
+    #[error("{0}")]
+    Environment(String),
+
     /// The machine monitor cannot be migrated as it was started.
     #[error("{0}")]
     Unsupported(String),

@@ -40,6 +40,10 @@ const NOTSENT_LOWAT_BYTES: u32 = 512 << 10;
 /// queued: 64 KiB are 50 µs at 10 Gbit/s.
 pub(crate) const SHARED_QUEUE_BYTES: u32 = 64 << 10;
 
+/// What a page lane asks for, which wants the path's whole rate at once: cubic gives two to three times
+/// bbr's on short paths.
+pub(crate) const CONGESTION_CONTROL: &str = "cubic";
+
 /// How often a unix socket is tried whose queue of connections is full.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -103,9 +107,8 @@ fn tune(socket: BorrowedFd<'_>, queue_bytes: u32) -> nix::Result<String> {
     setsockopt(&socket, sockopt::KeepAlive, &true)?;
     setsockopt(&socket, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS)?;
     setsockopt_raw(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, queue_bytes)?;
-    // A page lane wants the path's whole rate at once; cubic gives two to three times bbr's on
-    // short paths. Where the administrator does not allow it, the system's own choice stays.
-    let _ = setsockopt(&socket, sockopt::TcpCongestion, &"cubic".into());
+    // Where the administrator does not allow it, the system's own choice stays.
+    let _ = setsockopt(&socket, sockopt::TcpCongestion, &CONGESTION_CONTROL.into());
     let got = nix::sys::socket::getsockopt(&socket, sockopt::TcpCongestion)?;
     Ok(got.to_string_lossy().trim_end_matches('\0').to_owned())
 }

@@ -26,6 +26,7 @@ pub mod cli;
 mod cores;
 pub mod demo;
 pub mod destination;
+pub mod doctor;
 pub mod embed;
 mod error;
 mod fault;

@@ -1,18 +1,32 @@
 //! Demand threads go before everything else that wants their core: a vCPU waits for them, and they
 //! sleep most of the time.
 
+/// What a thread that asked to go first got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Priority {
+    /// It goes before every thread that has none of these.
+    RealTime,
+    /// The largest share among ordinary threads.
+    Nice,
+    /// What it had.
+    Unchanged,
+}
+
 /// Asks for the lowest real-time priority for the calling thread, or, where that is not allowed, for
 /// the best ordinary one; where neither is, nothing changes and demand pages wait their turn.
 ///
 /// A demand thread runs for microseconds at a time; the kernel's real-time throttling
 /// (`sched_rt_runtime_us`, 95 % by default) bounds what a storm of faults could take.
-pub(crate) fn go_first() {
+pub(crate) fn go_first() -> Priority {
     let parameters = libc::sched_param { sched_priority: 1 };
     let policy = libc::SCHED_RR | libc::SCHED_RESET_ON_FORK;
     // SAFETY: 0 is the calling thread, and the parameters outlive the call.
     if unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } == 0 {
-        return;
+        return Priority::RealTime;
     }
     // SAFETY: 0 is the calling thread (Linux keeps nice values per thread); no memory is involved.
-    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) } {
+        0 => Priority::Nice,
+        _ => Priority::Unchanged,
+    }
 }

@@ -263,7 +263,7 @@ impl Output {
     }
 
     /// One line on stdout, at once; a reader that has gone is not our failure.
-    fn line(&self, text: &str) {
+    pub(crate) fn line(&self, text: &str) {
         let mut stdout = std::io::stdout().lock();
         let _ = writeln!(stdout, "{text}");
         let _ = stdout.flush();

@@ -13,7 +13,7 @@
 use std::ffi::c_void;
 use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::ptr::NonNull;
@@ -22,6 +22,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
 use crate::error::{Context, Error, Result};
+use crate::fault::open::{self, Faults};
 
 /// Shards begin at multiples of this, so that no huge page is in two of them.
 const SHARD_ALIGNMENT: u64 = 2 << 20;
@@ -125,11 +126,9 @@ fn send(stream: &UnixStream, message: &Value, uffd: &OwnedFd) -> Result<()> {
 /// A userfaultfd with which this part of the memory is registered.
 fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
     let huge = memory.page_bytes > 4096;
-    let features = uffd::EVENT_REMOVE | if huge { uffd::MISSING_HUGETLBFS } else { 0 };
+    let features = open::EVENT_REMOVE | if huge { open::MISSING_HUGETLBFS } else { 0 };
     let uffd = create()?;
-    let mut api = uffd::Api { api: uffd::API, features, ioctls: 0 };
-    // SAFETY: the structure is the one that the ioctl takes, alive for the call; here and below.
-    unsafe { uffd::handshake(uffd.as_raw_fd(), &mut api) }
+    open::handshake(&uffd, features)
         .context(|| "this kernel's userfaultfd lacks EVENT_REMOVE or MISSING_HUGETLBFS")?;
     let mut register = uffd::Register {
         start: memory.area().start + shard.start,
@@ -137,32 +136,19 @@ fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
         mode: uffd::MODE_MISSING,
         ioctls: 0,
     };
-    // SAFETY: as above.
+    // SAFETY: the structure is the one that the ioctl takes, alive for the call.
     unsafe { uffd::register(uffd.as_raw_fd(), &mut register) }
         .context(|| format!("registering RAM {} with userfaultfd", memory.name))?;
     Ok(uffd)
 }
 
-/// The device first: its file permissions are the modern way to allow userfaultfd. Never for faults of
-/// user mode only, as system calls and KVM reach the guest's memory too.
+/// Never for faults of user mode only, as system calls and KVM reach the guest's memory too.
 fn create() -> Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
-    // SAFETY: neither takes memory: an ioctl whose argument is a number, and a system call with flags.
-    let number = device
-        .map_or(-1, |device| unsafe { libc::ioctl(device.as_raw_fd(), uffd::IOC_NEW, flags) });
-    let number = match number {
-        // SAFETY: as above.
-        ..0 => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) },
-        number => number.into(),
-    };
-    let error = std::io::Error::last_os_error();
-    match i32::try_from(number) {
-        // SAFETY: the kernel has just made it for us.
-        Ok(number @ 0..) => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
-        _ => Err(Error::Unsupported(format!(
+    match open::open(Faults::All) {
+        Ok((uffd, _)) => Ok(uffd),
+        Err(error) => Err(Error::Unsupported(format!(
             "no userfaultfd for the guest's memory: {error}; let its user read and write \
-             /dev/userfaultfd, or set `sysctl vm.unprivileged_userfaultfd=1`"
+             /dev/userfaultfd, or set `sysctl vm.unprivileged_userfaultfd=1`; `umem doctor` says more"
         ))),
     }
 }
@@ -170,18 +156,7 @@ fn create() -> Result<OwnedFd> {
 mod uffd {
     //! As far as needed here; numbers and layouts are those of `linux/userfaultfd.h`.
 
-    pub(super) const API: u64 = 0xaa;
-    pub(super) const IOC_NEW: libc::c_ulong = 0xaa00;
-    pub(super) const EVENT_REMOVE: u64 = 1 << 3;
-    pub(super) const MISSING_HUGETLBFS: u64 = 1 << 4;
     pub(super) const MODE_MISSING: u64 = 1 << 0;
-
-    #[repr(C)]
-    pub(super) struct Api {
-        pub(super) api: u64,
-        pub(super) features: u64,
-        pub(super) ioctls: u64,
-    }
 
     #[repr(C)]
     pub(super) struct Register {
@@ -191,7 +166,6 @@ mod uffd {
         pub(super) ioctls: u64,
     }
 
-    nix::ioctl_readwrite!(handshake, 0xaa, 0x3f, Api);
     nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
 }
 
@@ -297,6 +271,7 @@ mod tests {
     use super::*;
     use std::io::IoSliceMut;
     use std::num::NonZeroUsize;
+    use std::os::fd::FromRawFd;
     use std::os::unix::net::UnixListener;
 
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};

@@ -1,0 +1,169 @@
+//! What this process may have.
+
+use nix::sys::resource::{Resource, getrlimit};
+use umem_wire::limits::LANES_MAX;
+
+use super::{Check, read, sudo};
+use crate::error::{Error, Result};
+use crate::priority::{Priority, go_first};
+
+/// Descriptors beside those of the lanes: standard streams, bells, QMP, regions and their
+/// userfaultfds, and room for what libraries open for a moment.
+const DESCRIPTORS: u64 = 64;
+
+/// Descriptors of a lane: its socket, one for blocking writes, and its ring's: the ring, a duplicate,
+/// an eventfd, the demand ring's mailbox.
+const DESCRIPTORS_PER_LANE: u64 = 6;
+
+/// Descriptors that `lanes` bulk lanes and a demand lane take.
+fn descriptors(lanes: u16) -> u64 {
+    DESCRIPTORS + DESCRIPTORS_PER_LANE * (u64::from(lanes) + 1)
+}
+
+/// Refuses what would fail later, with the guest stopped: more lanes than there may be descriptors.
+///
+/// # Errors
+/// The limit and the command that raises it.
+pub(crate) fn check_open_files(lanes: u16) -> Result<()> {
+    let (limit, needed) = (limit(Resource::RLIMIT_NOFILE), descriptors(lanes));
+    if limit.soft >= needed {
+        return Ok(());
+    }
+    Err(Error::Environment(format!(
+        "{lanes} bulk lane(s) may take {needed} open files, and the limit is {}: run `{}` first, or \
+         ask for fewer with --lanes",
+        limit.soft,
+        limit.raise("nofile", 'n', needed)
+    )))
+}
+
+pub(super) fn open_files() -> Check {
+    let limit = limit(Resource::RLIMIT_NOFILE);
+    let (least, most) = (descriptors(1), descriptors(LANES_MAX));
+    let check = Check::ok(
+        "open files",
+        "sockets and rings, some for each lane",
+        format!("{} may be open", limit.soft),
+    );
+    match limit.soft {
+        soft if soft < least => check.missing(limit.raise("nofile", 'n', most)),
+        soft if soft < most => check.warning(limit.raise("nofile", 'n', most)),
+        _ => check,
+    }
+}
+
+/// Zero-copy sends of a lane that the receiver has not acknowledged yet: 4 MiB are 3 ms at 10 Gbit/s.
+const LOCKED_BYTES: u64 = 4 << 20;
+
+/// Pages of a zero-copy send count as locked, unless the process has CAP_IPC_LOCK.
+pub(super) fn locked_memory() -> Check {
+    const IPC_LOCK: u32 = 14;
+    let limit = limit(Resource::RLIMIT_MEMLOCK);
+    let check = |found: String| {
+        Check::ok("locked memory", "at the source, sending pages without copying them", found)
+    };
+    if has_capability(IPC_LOCK) {
+        return check("without a limit (CAP_IPC_LOCK)".into());
+    }
+    match limit.soft {
+        libc::RLIM_INFINITY => check("without a limit".into()),
+        soft if soft >= LOCKED_BYTES => check(format!("{} KiB", soft >> 10)),
+        soft => check(format!("{} KiB", soft >> 10)).warning(limit.raise(
+            "memlock",
+            'l',
+            libc::RLIM_INFINITY,
+        )),
+    }
+}
+
+/// The kernel's default is 65,530. A region takes 2,048 at most (`src/memory/blocks.rs`), and a QEMU
+/// some hundred of its own.
+const MAPPINGS: u64 = 16_384;
+
+pub(super) fn mappings() -> Check {
+    let count = read("/proc/sys/vm/max_map_count").and_then(|text| text.parse::<u64>().ok());
+    let check = |found: String| {
+        Check::ok(
+            "mappings",
+            "at the destination, a guest some of whose blocks are complete",
+            found,
+        )
+    };
+    match count {
+        Some(count) if count < MAPPINGS => check(format!("vm.max_map_count is {count}"))
+            .warning(format!("{}sysctl -w vm.max_map_count=65530", sudo())),
+        Some(count) => check(format!("vm.max_map_count is {count}")),
+        None => check("the limit cannot be read".into()),
+    }
+}
+
+/// Asks for what a demand thread asks for, on a thread that ends with it.
+pub(super) fn priority() -> Check {
+    let got = std::thread::spawn(go_first).join().unwrap_or(Priority::Unchanged);
+    let check = |found: &str| {
+        Check::ok("real-time priority", "demand pages go before all else on a busy core", found)
+    };
+    let remedy = format!("{}prlimit --pid $$ --rtprio=1:1", sudo());
+    match got {
+        Priority::RealTime => check("allowed"),
+        Priority::Nice => check("not allowed, but a nice value of -20 is").warning(remedy),
+        Priority::Unchanged => check("not allowed").warning(remedy),
+    }
+}
+
+/// `RLIM_INFINITY` is none.
+#[derive(Clone, Copy, Debug)]
+struct Limit {
+    soft: u64,
+    hard: u64,
+}
+
+fn limit(resource: Resource) -> Limit {
+    let (soft, hard) = getrlimit(resource).expect("a process may read its own limits");
+    Limit { soft, hard }
+}
+
+impl Limit {
+    /// The command that raises it in the shell in which it is typed.
+    fn raise(self, name: &str, letter: char, to: u64) -> String {
+        let to = match to {
+            libc::RLIM_INFINITY => "unlimited".into(),
+            to => to.to_string(),
+        };
+        if self.hard == libc::RLIM_INFINITY || to.parse().is_ok_and(|to: u64| self.hard >= to) {
+            return format!("ulimit -{letter} {to}");
+        }
+        format!("{}prlimit --pid $$ --{name}={to}:{to}", sudo())
+    }
+}
+
+fn has_capability(number: u32) -> bool {
+    let status = read("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    effective.is_some_and(|set| set & 1 << number != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_raised_by_whoever_may() {
+        let limit = |soft, hard| Limit { soft, hard };
+        let infinity = libc::RLIM_INFINITY;
+        assert_eq!(limit(10, 500).raise("nofile", 'n', 500), "ulimit -n 500");
+        assert_eq!(limit(0, infinity).raise("memlock", 'l', infinity), "ulimit -l unlimited");
+        for text in [
+            limit(10, 499).raise("nofile", 'n', 500),
+            limit(10, 499).raise("nofile", 'n', infinity),
+        ] {
+            assert!(text.contains("prlimit --pid $$ --nofile="), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_most_lanes_fit_into_the_usual_limit() {
+        assert!(descriptors(LANES_MAX) <= 1024);
+    }
+}

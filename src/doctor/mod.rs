@@ -1,0 +1,154 @@
+//! `umem doctor`: what this machine, and this user on it, have of what umem needs.
+//!
+//! Nothing is inferred that can be tried: a ring is made, a userfaultfd opened, a thread asks for its
+//! priority. Everything is let go of again, and nothing on the machine is changed.
+//!
+//! - [`kernel`]: its version, io_uring, userfaultfd, KVM
+//! - [`limits`]: what this user may have: descriptors, locked memory, mappings, priority
+//! - [`memory`]: where the guest's RAM lies: /dev/shm, huge pages
+//! - [`network`]: congestion control
+
+mod kernel;
+pub(crate) mod limits;
+mod memory;
+mod network;
+
+use serde_json::json;
+
+use crate::report::Output;
+
+/// What a check came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Status {
+    Ok,
+    /// umem works, but slower than it could, or not for every guest.
+    Warning,
+    /// umem cannot work on one side of a migration, or on both.
+    Missing,
+}
+
+impl Status {
+    fn name(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::Warning => "warning",
+            Status::Missing => "missing",
+        }
+    }
+}
+
+/// One thing that was looked at.
+#[derive(Debug)]
+struct Check {
+    name: &'static str,
+    status: Status,
+    /// What is there.
+    found: String,
+    /// What umem uses it for.
+    purpose: &'static str,
+    /// A command to type, or where none helps what to do.
+    remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, purpose: &'static str, found: impl Into<String>) -> Check {
+        Check { name, status: Status::Ok, found: found.into(), purpose, remedy: None }
+    }
+
+    fn warning(self, remedy: impl Into<String>) -> Check {
+        Check { status: Status::Warning, remedy: Some(remedy.into()), ..self }
+    }
+
+    fn missing(self, remedy: impl Into<String>) -> Check {
+        Check { status: Status::Missing, remedy: Some(remedy.into()), ..self }
+    }
+}
+
+/// Looks at everything and prints a line for each thing: its state, what it is, what it is for; below
+/// it the remedy. The value is the process's exit status: 1 if something is missing.
+pub fn run(json: bool) -> i32 {
+    let checks = [
+        kernel::release(),
+        kernel::io_uring(),
+        kernel::userfaultfd(),
+        kernel::userfaultfd_features(),
+        limits::open_files(),
+        limits::locked_memory(),
+        limits::mappings(),
+        limits::priority(),
+        memory::shared(),
+        memory::huge_pages(),
+        memory::hugetlb_pool(),
+        network::congestion_control(),
+        kernel::kvm(),
+    ];
+    let count = |status| checks.iter().filter(|check| check.status == status).count();
+    let (warnings, missing) = (count(Status::Warning), count(Status::Missing));
+    let output = Output::new(json);
+    for check in &checks {
+        if json {
+            output.event("checked", check.fields(), "");
+        } else {
+            output.line(&check.text());
+        }
+    }
+    if json {
+        let works = missing == 0;
+        output.event(
+            "diagnosed",
+            json!({ "works": works, "warnings": warnings, "missing": missing }),
+            "",
+        );
+    } else {
+        output.line(&verdict(warnings, missing));
+    }
+    i32::from(missing != 0)
+}
+
+fn verdict(warnings: usize, missing: usize) -> String {
+    match (missing, warnings) {
+        (0, 0) => "umem can work here.".into(),
+        (0, _) => format!("umem can work here; what has a warning ({warnings}) makes it slower."),
+        _ => format!("umem cannot work here as it is: see what is missing ({missing})."),
+    }
+}
+
+impl Check {
+    fn fields(&self) -> serde_json::Value {
+        json!({
+            "name": self.name,
+            "status": self.status.name(),
+            "found": self.found,
+            "purpose": self.purpose,
+            "remedy": self.remedy,
+        })
+    }
+
+    fn text(&self) -> String {
+        let line =
+            format!("{:<8} {}: {} ({})", self.status.name(), self.name, self.found, self.purpose);
+        match &self.remedy {
+            Some(remedy) => format!("{line}\n         {remedy}"),
+            None => line,
+        }
+    }
+}
+
+/// Before a command that takes root's rights.
+fn sudo() -> &'static str {
+    if nix::unistd::geteuid().is_root() { "" } else { "sudo " }
+}
+
+/// The name of this process's user.
+fn user() -> String {
+    let id = nix::unistd::geteuid();
+    match nix::unistd::User::from_uid(id) {
+        Ok(Some(user)) => user.name,
+        _ => id.to_string(),
+    }
+}
+
+/// A small file of the kernel's, without the white space around it.
+fn read(path: &str) -> Option<String> {
+    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}

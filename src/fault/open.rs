@@ -1,0 +1,82 @@
+//! Opening a userfaultfd for this process's own memory.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// The file whose permissions are the modern way to allow userfaultfd (Linux 6.1).
+pub(crate) const DEVICE: &str = "/dev/userfaultfd";
+
+/// Whose faults it catches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Faults {
+    /// The kernel's too: KVM and system calls reach a guest's memory.
+    All,
+    /// User mode's alone, which any user may have, and which is of no use for a guest.
+    UserMode,
+}
+
+/// What allowed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// The permissions of [`DEVICE`].
+    Device,
+    /// A sysctl or a capability, by the system call.
+    SystemCall,
+}
+
+/// Opens one that does not block.
+///
+/// # Errors
+/// The kernel's answer to the system call: EPERM for a user who may not, ENOSYS for a kernel without.
+pub(crate) fn open(faults: Faults) -> io::Result<(OwnedFd, Way)> {
+    const IOC_NEW: libc::c_ulong = 0xaa00;
+    const USER_MODE_ONLY: libc::c_int = 1;
+    let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    if faults == Faults::UserMode {
+        flags |= USER_MODE_ONLY;
+    }
+    if let Ok(device) = OpenOptions::new().read(true).write(true).open(DEVICE) {
+        // SAFETY: an ioctl whose argument is a number.
+        let number = unsafe { libc::ioctl(device.as_raw_fd(), IOC_NEW, flags) };
+        if number >= 0 {
+            // SAFETY: the kernel has just made it for us.
+            return Ok((unsafe { OwnedFd::from_raw_fd(number) }, Way::Device));
+        }
+    }
+    // SAFETY: a system call whose argument is a number.
+    let number = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    match i32::try_from(number) {
+        // SAFETY: as above.
+        Ok(number @ 0..) => Ok((unsafe { OwnedFd::from_raw_fd(number) }, Way::SystemCall)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+pub(crate) const EVENT_REMOVE: u64 = 1 << 3;
+pub(crate) const MISSING_HUGETLBFS: u64 = 1 << 4;
+pub(crate) const MISSING_SHMEM: u64 = 1 << 5;
+pub(crate) const MINOR_HUGETLBFS: u64 = 1 << 9;
+pub(crate) const MINOR_SHMEM: u64 = 1 << 10;
+
+/// Agrees on the features with the kernel, which tells all that it has. Once for each userfaultfd.
+///
+/// # Errors
+/// EINVAL for a feature that the kernel does not have.
+pub(crate) fn handshake(uffd: &OwnedFd, features: u64) -> io::Result<u64> {
+    let mut api = Api { api: API, features, ioctls: 0 };
+    // SAFETY: the structure is the one that the ioctl takes, alive for the call.
+    unsafe { ioctl_api(uffd.as_raw_fd(), &mut api) }?;
+    Ok(api.features)
+}
+
+const API: u64 = 0xaa;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+nix::ioctl_readwrite!(ioctl_api, 0xaa, 0x3f, Api);
