@@ -426,7 +426,6 @@ impl Demo {
 impl Incoming {
     fn run(self) -> Result<i32> {
         let lanes_max = lanes_to(&self.uri, self.lanes, 16)?;
-        doctor::limits::check_open_files(lanes_max)?;
         if self.kind == Kind::Anonymous && self.handoff.is_none() {
             return Err(Error::Usage(
                 "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \
@@ -472,7 +471,7 @@ impl Incoming {
 impl Migrate {
     fn run(self) -> Result<i32> {
         let lanes = lanes_to(&self.uri, self.lanes, 1)?;
-        doctor::limits::check_open_files(lanes)?;
+        doctor::limits::check(lanes)?;
         if self.no_background && !self.postcopy {
             return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
         }

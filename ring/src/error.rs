@@ -244,7 +244,10 @@ pub(crate) fn buffers_error(source: io::Error, needed_bytes: u64, limit_bytes: u
 fn setup_refusal(ring: &str, source: io::Error) -> Error {
     let what = match source.raw_os_error() {
         Some(libc::EINVAL) => "SINGLE_ISSUER with DEFER_TASKRUN is refused; Linux has it since 6.1",
-        Some(libc::ENOMEM) => "there is not enough memory for its queues",
+        Some(libc::ENOMEM) => {
+            "there is not enough memory for its queues, or not enough that may be locked; raise \
+             RLIMIT_MEMLOCK (ulimit -l)"
+        }
         Some(libc::EMFILE) => {
             "this process has no descriptor left; raise RLIMIT_NOFILE (ulimit -n)"
         }

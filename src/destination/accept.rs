@@ -13,6 +13,7 @@ use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, Regio
 
 use super::prepare::{Adopted, Prepared};
 use super::{Note, peer};
+use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
@@ -51,10 +52,13 @@ impl Entrance {
         inbox: &Inbox<Note>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
-        match self {
+        let lanes = match self {
             Entrance::Listener(listener) => accept(&listener, lanes_max, output, inbox, prepared),
             Entrance::Connection(socket) => accept_single(socket, inbox, prepared),
-        }
+        }?;
+        let count = u16::try_from(lanes.bulk.len()).expect("there are LANES_MAX at most");
+        limits::check(count).inspect_err(|error| lane::tell(&lanes.demand.socket(), error))?;
+        Ok(lanes)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What this process may have.
 
 use nix::sys::resource::{Resource, getrlimit};
+use umem_ring::{Config, Ring};
 use umem_wire::limits::LANES_MAX;
 
 use super::{Check, read, sudo};
@@ -20,22 +21,43 @@ fn descriptors(lanes: u16) -> u64 {
     DESCRIPTORS + DESCRIPTORS_PER_LANE * (u64::from(lanes) + 1)
 }
 
-/// Refuses what would fail later, with the guest stopped: more lanes than there may be descriptors.
+/// Refuses what would fail later, with the guest stopped: more bulk lanes than there may be descriptors
+/// or rings for.
 ///
 /// # Errors
-/// The limit and the command that raises it.
-pub(crate) fn check_open_files(lanes: u16) -> Result<()> {
-    let (limit, needed) = (limit(Resource::RLIMIT_NOFILE), descriptors(lanes));
-    if limit.soft >= needed {
+/// The limit, and the command that raises it.
+pub(crate) fn check(lanes: u16) -> Result<()> {
+    let (files, needed) = (limit(Resource::RLIMIT_NOFILE), descriptors(lanes));
+    if files.soft < needed {
+        return Err(Error::Environment(format!(
+            "{lanes} bulk lane(s) take up to {needed} open files, and the limit is {}: run `{}` \
+             first, or use fewer --lanes",
+            files.soft,
+            files.raise_files(needed)
+        )));
+    }
+    let (locked, rings) = (limit(Resource::RLIMIT_MEMLOCK), u64::from(lanes) + RINGS);
+    if locked.soft >= rings * RING_BYTES {
         return Ok(());
     }
-    Err(Error::Environment(format!(
-        "{lanes} bulk lane(s) may take {needed} open files, and the limit is {}: run `{}` first, or \
-         ask for fewer with --lanes",
-        limit.soft,
-        limit.raise("nofile", 'n', needed)
-    )))
+    // It depends on the kernel and on capabilities whether they count.
+    let made: std::result::Result<Vec<Ring>, umem_ring::Error> =
+        (0..rings).map(|_| Ring::new(&Config::default())).collect();
+    made.map(drop).map_err(|error| {
+        Error::Environment(format!(
+            "{lanes} bulk lane(s) take {rings} rings, and locked memory is limited to {} KiB \
+             ({error}): run `{}` first, or use fewer --lanes",
+            locked.soft >> 10,
+            locked.raise_locked(LOCKED_BYTES.max(rings * RING_BYTES))
+        ))
+    })
 }
+
+/// Rings beside those of bulk lanes: the demand lane's, and one that frees or touches memory.
+const RINGS: u64 = 2;
+
+/// What a ring's queues take; some kernels count it as locked memory (Linux 6.18 does).
+const RING_BYTES: u64 = 32 << 10;
 
 pub(super) fn open_files() -> Check {
     let limit = limit(Resource::RLIMIT_NOFILE);
@@ -46,8 +68,8 @@ pub(super) fn open_files() -> Check {
         format!("{} may be open", limit.soft),
     );
     match limit.soft {
-        soft if soft < least => check.missing(limit.raise("nofile", 'n', most)),
-        soft if soft < most => check.warning(limit.raise("nofile", 'n', most)),
+        soft if soft < least => check.missing(limit.raise_files(most)),
+        soft if soft < most => check.warning(limit.raise_files(most)),
         _ => check,
     }
 }
@@ -60,7 +82,7 @@ pub(super) fn locked_memory() -> Check {
     const IPC_LOCK: u32 = 14;
     let limit = limit(Resource::RLIMIT_MEMLOCK);
     let check = |found: String| {
-        Check::ok("locked memory", "at the source, sending pages without copying them", found)
+        Check::ok("locked memory", "at the source, for sending pages without copying them", found)
     };
     if has_capability(IPC_LOCK) {
         return check("without a limit (CAP_IPC_LOCK)".into());
@@ -68,11 +90,7 @@ pub(super) fn locked_memory() -> Check {
     match limit.soft {
         libc::RLIM_INFINITY => check("without a limit".into()),
         soft if soft >= LOCKED_BYTES => check(format!("{} KiB", soft >> 10)),
-        soft => check(format!("{} KiB", soft >> 10)).warning(limit.raise(
-            "memlock",
-            'l',
-            libc::RLIM_INFINITY,
-        )),
+        soft => check(format!("{} KiB", soft >> 10)).warning(limit.raise_locked(LOCKED_BYTES)),
     }
 }
 
@@ -124,16 +142,20 @@ fn limit(resource: Resource) -> Limit {
 }
 
 impl Limit {
-    /// The command that raises it in the shell in which it is typed.
-    fn raise(self, name: &str, letter: char, to: u64) -> String {
-        let to = match to {
-            libc::RLIM_INFINITY => "unlimited".into(),
-            to => to.to_string(),
-        };
-        if self.hard == libc::RLIM_INFINITY || to.parse().is_ok_and(|to: u64| self.hard >= to) {
-            return format!("ulimit -{letter} {to}");
+    /// The command that raises it in the shell in which it is typed; `unit` is that of ulimit.
+    fn raise(self, name: &str, letter: char, unit: u64, to: u64) -> String {
+        if self.hard >= to {
+            return format!("ulimit -{letter} {}", to.div_ceil(unit));
         }
         format!("{}prlimit --pid $$ --{name}={to}:{to}", sudo())
+    }
+
+    fn raise_files(self, to: u64) -> String {
+        self.raise("nofile", 'n', 1, to)
+    }
+
+    fn raise_locked(self, to: u64) -> String {
+        self.raise("memlock", 'l', 1 << 10, to)
     }
 }
 
@@ -151,15 +173,12 @@ mod tests {
     #[test]
     fn a_limit_is_raised_by_whoever_may() {
         let limit = |soft, hard| Limit { soft, hard };
-        let infinity = libc::RLIM_INFINITY;
-        assert_eq!(limit(10, 500).raise("nofile", 'n', 500), "ulimit -n 500");
-        assert_eq!(limit(0, infinity).raise("memlock", 'l', infinity), "ulimit -l unlimited");
-        for text in [
-            limit(10, 499).raise("nofile", 'n', 500),
-            limit(10, 499).raise("nofile", 'n', infinity),
-        ] {
-            assert!(text.contains("prlimit --pid $$ --nofile="), "{text}");
-        }
+        assert_eq!(limit(10, 500).raise_files(500), "ulimit -n 500");
+        assert_eq!(limit(0, libc::RLIM_INFINITY).raise_locked(4 << 20), "ulimit -l 4096");
+        let text = limit(10, 499).raise_files(500);
+        assert!(text.ends_with("prlimit --pid $$ --nofile=500:500"), "{text}");
+        let text = limit(0, 1 << 20).raise_locked(4 << 20);
+        assert!(text.ends_with("prlimit --pid $$ --memlock=4194304:4194304"), "{text}");
     }
 
     #[test]

@@ -57,6 +57,8 @@ struct BulkThread {
     exhausted: bool,
     /// A send is in the kernel (its result has not come).
     sending: Option<Vec<Run>>,
+    /// It is to leave without a copy.
+    sending_zero_copy: bool,
     spare: Vec<Run>,
     lane_end_sent: bool,
     in_flight: usize,
@@ -86,6 +88,7 @@ impl BulkLane {
             runs: Vec::with_capacity(1024),
             exhausted: false,
             sending: None,
+            sending_zero_copy: false,
             spare: Vec::with_capacity(1024),
             lane_end_sent: false,
             in_flight: 0,
@@ -194,6 +197,7 @@ impl BulkThread {
         self.sending = Some(sending);
         let zero_copy =
             self.zero_copy && bytes > 0 && !self.memory.zero_copy_is_copied.load(Relaxed);
+        self.sending_zero_copy = zero_copy;
         Ok(Op::SendVectored { fd: self.socket.clone(), pieces, zero_copy, more: false })
     }
 
@@ -224,6 +228,15 @@ impl BulkThread {
                     counters.zero_copied_bytes.fetch_sub(moved, Relaxed);
                     Counters::add(&counters.copied_bytes, moved);
                 }
+            }
+            // RLIMIT_MEMLOCK is used up by what the user has in flight, and nothing of this has left: a
+            // send that has begun tells how far it came.
+            Outcome::Failed(errno)
+                if self.sending_zero_copy
+                    && [libc::ENOMEM, libc::ENOBUFS].contains(&errno.raw()) =>
+            {
+                self.memory.zero_copy_is_copied.store(true, Relaxed);
+                self.runs.splice(..0, self.sending.take().unwrap_or_default());
             }
             other => {
                 return Err(Error::Lost {

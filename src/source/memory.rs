@@ -42,7 +42,8 @@ pub(crate) struct SourceMemory {
     pub(crate) pivot: Pivot,
     /// The guest has stopped: only from then on are its pages what the destination must get.
     pub(crate) stopped: AtomicBool,
-    /// A zero-copy send was copied by the kernel: plain sends are cheaper then.
+    /// A zero-copy send was copied by the kernel, or refused for want of locked memory: plain sends are
+    /// cheaper then.
     pub(crate) zero_copy_is_copied: AtomicBool,
     /// The destination acknowledges pages, which are freed here.
     pub(crate) releases: bool,

@@ -1,0 +1,223 @@
+//! `umem doctor` on this kernel, for root, for a user who may do nothing, and under limits that are too
+//! small; and what umem does under those limits itself.
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use support::{Scratch, Umem};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// A user without any capability but to read this repository, wherever it lies.
+const NOBODY: &str = "setpriv --reuid=65534 --regid=65534 --clear-groups \
+                      --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \
+                      --bounding-set=-all,+dac_read_search";
+
+/// One run of it, with `--json`.
+struct Diagnosis {
+    works: bool,
+    checks: Vec<Value>,
+}
+
+impl Diagnosis {
+    /// `WRAPPER umem doctor --json`.
+    fn new(wrapper: &str) -> Diagnosis {
+        Diagnosis::after(wrapper, "true")
+    }
+
+    /// The same in a shell in which `command` was typed before.
+    fn after(wrapper: &str, command: &str) -> Diagnosis {
+        let mut words: Vec<&str> = wrapper.split_ascii_whitespace().collect();
+        let line = format!("{command} && exec {UMEM} doctor --json");
+        words.extend(["bash", "-c", &line]);
+        let output = run(&words);
+        let lines = String::from_utf8(output.stdout).expect("text");
+        let mut events: Vec<Value> =
+            lines.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+        let verdict = events.pop().expect("a verdict");
+        assert_eq!(verdict["event"], "diagnosed");
+        for event in &events {
+            assert_eq!(event["event"], "checked", "{event}");
+            for field in ["name", "status", "found", "purpose"] {
+                assert_ne!(event[field].as_str().expect("a text"), "", "{field} of {event}");
+            }
+            let is_well = event["status"] == "ok";
+            assert_eq!(event["remedy"].is_null(), is_well, "a remedy for what is not ok: {event}");
+        }
+        let count = |status| events.iter().filter(|event| event["status"] == status).count();
+        assert_eq!(verdict["missing"], count("missing"));
+        assert_eq!(verdict["warnings"], count("warning"));
+        let works = verdict["works"].as_bool().expect("yes or no");
+        assert_eq!(works, count("missing") == 0);
+        assert_eq!(output.status.code(), Some(if works { 0 } else { 1 }));
+        Diagnosis { works, checks: events }
+    }
+
+    fn check(&self, name: &str) -> &Value {
+        let found = self.checks.iter().find(|check| check["name"] == name);
+        found.unwrap_or_else(|| panic!("{name} is not among {:?}", self.checks))
+    }
+
+    fn status(&self, name: &str) -> &str {
+        self.check(name)["status"].as_str().expect("a text")
+    }
+
+    fn remedy(&self, name: &str) -> &str {
+        self.check(name)["remedy"].as_str().unwrap_or_default()
+    }
+}
+
+fn run(words: &[&str]) -> Output {
+    Command::new(words[0]).args(&words[1..]).output().expect("it starts")
+}
+
+#[test]
+fn root_has_what_these_tests_need() {
+    let diagnosis = Diagnosis::new("env");
+    assert!(diagnosis.works);
+    for name in ["kernel", "io_uring", "userfaultfd", "userfaultfd features", "open files"] {
+        assert_eq!(diagnosis.status(name), "ok", "{}", diagnosis.check(name));
+    }
+    let features = diagnosis.check("userfaultfd features")["found"].as_str().unwrap();
+    for name in ["MISSING_SHMEM", "MINOR_SHMEM", "MINOR_HUGETLBFS", "EVENT_REMOVE"] {
+        assert!(features.contains(name), "{features}");
+    }
+    let release = run(&["uname", "-r"]).stdout;
+    let kernel = diagnosis.check("kernel")["found"].as_str().unwrap();
+    assert_eq!(kernel, format!("Linux {}", String::from_utf8_lossy(&release).trim()));
+}
+
+#[test]
+fn a_person_reads_a_line_for_each_thing() {
+    let diagnosis = Diagnosis::new("env");
+    let text = String::from_utf8(run(&[UMEM, "doctor"]).stdout).unwrap();
+    for check in &diagnosis.checks {
+        let [status, name] = ["status", "name"].map(|field| check[field].as_str().unwrap());
+        assert!(text.contains(&format!("{status:<8} {name}: ")), "{name}:\n{text}");
+    }
+    assert!(text.lines().last().unwrap().contains("can work here"), "{text}");
+}
+
+#[test]
+fn a_user_is_told_what_to_type() {
+    let nobody = Diagnosis::new(NOBODY);
+    assert!(!nobody.works);
+    assert_eq!(nobody.status("userfaultfd"), "missing");
+    let remedy = nobody.remedy("userfaultfd");
+    assert!(remedy.contains("setfacl -m u:nobody:rw /dev/userfaultfd"), "{remedy}");
+    assert_eq!(nobody.status("userfaultfd features"), "ok", "any user is told what there are");
+    assert_eq!(nobody.status("io_uring"), "ok");
+
+    let remedy = nobody.remedy("real-time priority");
+    assert!(remedy.contains("prlimit --pid $$ --rtprio=1:1"), "{remedy}");
+    let nice = Diagnosis::new(&NOBODY.replace("+dac_read_search", "+dac_read_search,+sys_nice"));
+    assert_eq!(nice.status("real-time priority"), "ok");
+}
+
+/// Typing what it says helps.
+#[test]
+fn limits_that_are_too_small_are_raised_by_their_remedy() {
+    let none = Diagnosis::new(&format!("prlimit --memlock=0 {NOBODY}"));
+    assert_ne!(none.status("locked memory"), "ok");
+    let remedy = none.remedy("locked memory");
+    assert!(remedy.contains("prlimit --pid $$ --memlock=4194304:4194304"), "{remedy}");
+    let soft = format!("prlimit --memlock=0:4194304 {NOBODY}");
+    let remedy = Diagnosis::new(&soft).remedy("locked memory").to_owned();
+    assert_eq!(Diagnosis::after(&soft, &remedy).status("locked memory"), "ok");
+
+    let few = "prlimit --nofile=40:4096";
+    let diagnosis = Diagnosis::new(few);
+    assert_eq!(diagnosis.status("open files"), "missing");
+    let raised = Diagnosis::after(few, diagnosis.remedy("open files"));
+    assert_eq!(raised.status("open files"), "ok");
+    let some = Diagnosis::new("prlimit --nofile=300:4096");
+    assert_eq!(some.status("open files"), "warning");
+}
+
+const MIB: u64 = 16;
+
+/// A snapshot that any user may read, and an `umem incoming` for it.
+struct Move {
+    scratch: Scratch,
+}
+
+impl Move {
+    fn new() -> Move {
+        let scratch = Scratch::new();
+        let bytes: Vec<u8> = (0..MIB << 20).map(|at| (at >> 8) as u8 | 1).collect();
+        let path = scratch.ram("source");
+        std::fs::write(&path, bytes).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+        Move { scratch }
+    }
+
+    fn ram(&self, name: &str) -> PathBuf {
+        self.scratch.ram(name)
+    }
+
+    /// Listens on the loopback address; the value names the port.
+    fn incoming(&self, wrapper: &str, lanes: &str) -> (Umem, String) {
+        let ram = format!("ram0={}", self.ram("destination").display());
+        let qmp = self.scratch.path("guest.qmp").display().to_string();
+        let mib = MIB.to_string();
+        let mut arguments = vec!["incoming", "--json", "--lanes", lanes, "--ram", &ram];
+        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming", "--threads", "0"]);
+        arguments.extend(["--ram", &ram, "--size", &mib, "--qmp", &qmp]);
+        let wrapper: Vec<&str> = wrapper.split_ascii_whitespace().collect();
+        let mut incoming = Umem::start_under(&wrapper, arguments);
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        (incoming, uri.rsplit_once(':').unwrap().1.to_owned())
+    }
+
+    fn migrate(&self, wrapper: &str, lanes: &str, uri: &str) -> Umem {
+        let ram = format!("ram0={}", self.ram("source").display());
+        let wrapper: Vec<&str> = wrapper.split_ascii_whitespace().collect();
+        let arguments = ["migrate", "-p", "--json", "--lanes", lanes, "--ram", &ram, uri];
+        Umem::start_under(&wrapper, arguments)
+    }
+}
+
+/// Pages of a zero-copy send count as locked: where they may not be, they are copied.
+#[test]
+fn without_locked_memory_pages_are_copied() {
+    let moving = Move::new();
+    let (mut incoming, port) = moving.incoming("env", "1");
+    // Not known to be the loopback address, over which nothing is sent without a copy anyway.
+    let uri = format!("tcp:0.0.0.0:{port}");
+    // Room for the rings, and for no send.
+    let wrapper = format!("prlimit --memlock=131072 {NOBODY}");
+    let mut migrate = moving.migrate(&wrapper, "1", &uri);
+    let report = migrate.event("completed");
+    assert_eq!(report["zero_copy"], "none: copied by the kernel");
+    incoming.event("completed");
+    migrate.succeeds();
+    let bytes = |name| std::fs::read(moving.ram(name)).unwrap();
+    assert!(bytes("source") == bytes("destination"), "every byte is equal");
+}
+
+/// Before the guest is stopped, on either side; the source is told what the destination lacks.
+#[test]
+fn lanes_beyond_the_limits_are_refused_early() {
+    let moving = Move::new();
+    let nowhere = "tcp:127.0.0.1:1";
+    let text = moving.migrate("prlimit --nofile=90:4096", "8", nowhere).fails();
+    assert!(text.contains("8 bulk lane(s)") && text.contains("`ulimit -n 118`"), "{text}");
+    let text = moving.migrate("prlimit --nofile=90:91", "8", nowhere).fails();
+    assert!(text.contains("--nofile=118:118"), "{text}");
+    // As far as the connection.
+    let text = moving.migrate("prlimit --nofile=118", "8", nowhere).fails();
+    assert!(text.contains("cannot connect"), "{text}");
+
+    let (incoming, port) = moving.incoming("prlimit --nofile=90:4096", "16");
+    let mut migrate = moving.migrate("env", "8", &format!("tcp:127.0.0.1:{port}"));
+    assert!(migrate.connects());
+    let text = migrate.fails();
+    assert!(text.contains("the destination gave up") && text.contains("ulimit -n 118"), "{text}");
+    let text = incoming.fails();
+    assert!(text.contains("`ulimit -n 118`"), "{text}");
+    assert!(!moving.ram("destination").exists(), "nothing is left there");
+}
