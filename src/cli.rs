@@ -2,18 +2,18 @@
 
 use std::path::PathBuf;
 
-use argh::FromArgs;
+use argh::{ArgsInfo, FromArgs};
 
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::host::guest::Memory;
 use crate::memory::kind::Kind;
 use crate::uri::Uri;
-use crate::{demo, destination, doctor, host, source};
+use crate::{demo, destination, doctor, host, install, source};
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     example = "See a guest move on this machine:\n  {command_name} demo",
     example = "Receive a QEMU guest, on the destination:\n  {command_name} incoming tcp::4444 -- \
@@ -27,7 +27,7 @@ struct Arguments {
     command: Command,
 }
 
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand)]
 enum Command {
     Demo(Demo),
@@ -35,11 +35,13 @@ enum Command {
     Migrate(Migrate),
     Doctor(Doctor),
     Guest(Guest),
+    Man(Man),
+    Completions(Completions),
     Version(Version),
 }
 
 /// Move a guest of umem's own between processes on this machine, and check every page of it.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "demo")]
 struct Demo {
     /// the guest's RAM, MiB (default 512)
@@ -87,7 +89,7 @@ struct Demo {
 }
 
 /// Receive a guest: listen at URI, start COMMAND (its monitor), fill its memory.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "incoming",
@@ -148,7 +150,7 @@ struct Incoming {
 }
 
 /// Move a guest away: stop it, switch over to the `umem incoming` at URI, send its memory.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "migrate",
@@ -197,7 +199,7 @@ struct Migrate {
 }
 
 /// Say what this machine has of what umem needs, and what to do about the rest.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "doctor",
@@ -215,7 +217,7 @@ struct Doctor {
 }
 
 /// The demo's guest: fills memory, reads and writes it, checks every word. Started by `umem demo`.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "guest")]
 struct Guest {
     /// the socket to make for its monitor
@@ -262,8 +264,34 @@ struct Guest {
     seed: u64,
 }
 
+/// Print a page of the manual in roff.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    subcommand,
+    name = "man",
+    example = "Read about umem migrate:\n  {command_name} migrate | man -l -"
+)]
+struct Man {
+    /// the command that the page is about (default: umem as a whole)
+    #[argh(positional)]
+    command: Option<String>,
+}
+
+/// Print what a shell needs to complete umem's commands and options.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    subcommand,
+    name = "completions",
+    example = "In a bash that runs:\n  source <({command_name} bash)"
+)]
+struct Completions {
+    /// bash, zsh or fish
+    #[argh(positional)]
+    shell: install::Shell,
+}
+
 /// Print umem's version and the protocol's.
-#[derive(FromArgs)]
+#[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "version")]
 struct Version {}
 
@@ -344,6 +372,11 @@ fn run(command: Command) -> Result<i32> {
         Command::Migrate(migrate) => migrate.run(),
         Command::Doctor(doctor) => Ok(doctor::run(doctor.json)),
         Command::Guest(guest) => guest.run(),
+        Command::Man(man) => man.run(),
+        Command::Completions(completions) => {
+            print!("{}", install::completions(completions.shell, &Arguments::get_args_info()));
+            Ok(0)
+        }
         Command::Version(_) => {
             let protocol = umem_wire::PROTOCOL;
             println!("umem {} (protocol {protocol})", env!("CARGO_PKG_VERSION"));
@@ -487,6 +520,18 @@ impl Migrate {
             json: self.json,
             quiet: self.quiet,
         })?;
+        Ok(0)
+    }
+}
+
+impl Man {
+    fn run(self) -> Result<i32> {
+        let umem = Arguments::get_args_info();
+        let Some(page) = install::manual::page(&umem, self.command.as_deref()) else {
+            let names: Vec<&str> = umem.commands.iter().map(|sub| sub.name).collect();
+            return Err(Error::Usage(format!("the commands are {}", names.join(", "))));
+        };
+        print!("{page}");
         Ok(0)
     }
 }

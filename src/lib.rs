@@ -32,6 +32,7 @@ mod error;
 mod fault;
 pub mod host;
 mod inbox;
+mod install;
 mod lane;
 mod memory;
 mod panics;

@@ -1,0 +1,43 @@
+//! What a package puts beside the executable: the manual and completions for shells, both written from
+//! the command line's own definitions, and the files in this folder: `deb`, which builds the Debian
+//! package, and the units for systemd.
+
+pub(crate) mod manual;
+
+use std::str::FromStr;
+
+use argh::CommandInfoWithArgs;
+use argh_complete::Generator;
+use argh_complete::bash::Bash;
+use argh_complete::fish::Fish;
+use argh_complete::zsh::Zsh;
+
+/// A shell that can complete umem's options.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+impl FromStr for Shell {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Shell, String> {
+        match text {
+            "bash" => Ok(Shell::Bash),
+            "zsh" => Ok(Shell::Zsh),
+            "fish" => Ok(Shell::Fish),
+            _ => Err(format!("the shells are bash, zsh and fish, not {text:?}")),
+        }
+    }
+}
+
+/// The script that the shell reads.
+pub(crate) fn completions(shell: Shell, umem: &CommandInfoWithArgs) -> String {
+    match shell {
+        Shell::Bash => Bash::generate("umem", umem),
+        Shell::Zsh => Zsh::generate("umem", umem),
+        Shell::Fish => Fish::generate("umem", umem),
+    }
+}
