@@ -84,10 +84,18 @@ impl Umem {
             .stdout(writer)
             .stderr(stderr.reopen().expect("it is there"));
         if let Some((descriptor, number)) = inherited {
-            // SAFETY: between fork and exec only dup2 runs, which is async-signal-safe; the descriptor
-            // is open until the process has been started.
+            // One that has the number already would be closed by exec.
+            // SAFETY: no memory is involved; what has the number in the child is to be replaced.
+            let pass = move || unsafe {
+                match descriptor == number {
+                    true => libc::fcntl(number, libc::F_SETFD, 0),
+                    false => libc::dup2(descriptor, number),
+                }
+            };
+            // SAFETY: between fork and exec only fcntl or dup2 runs, which are async-signal-safe; the
+            // descriptor is open until the process has been started.
             unsafe {
-                command.pre_exec(move || match libc::dup2(descriptor, number) {
+                command.pre_exec(move || match pass() {
                     0.. => Ok(()),
                     _ => Err(std::io::Error::last_os_error()),
                 });
