@@ -9,7 +9,7 @@ use crate::host::command::RamPath;
 use crate::host::guest::Memory;
 use crate::memory::kind::Kind;
 use crate::uri::Uri;
-use crate::{demo, destination, doctor, host, install, source};
+use crate::{demo, destination, doctor, host, install, single, source};
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -95,7 +95,8 @@ struct Demo {
     name = "incoming",
     note = "URI is where to listen, tcp:HOST:PORT or unix:PATH, or one connection that is there \
             already: fd:N, an inherited stream socket, or exec:CMD, whose standard input and output \
-            lead to the source (run by /bin/sh). COMMAND is a QEMU whose RAM is a \
+            lead to the source (run by /bin/sh). A socket fd:N that listens, such as systemd's fd:3, \
+            is listened at. COMMAND is a QEMU whose RAM is a \
             memory-backend-file with share=on (--kind private: share=off), or another monitor that \
             maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
             options itself.",
@@ -407,12 +408,14 @@ fn lanes_to(uri: &Uri, asked: Option<u16>, default: u16) -> Result<u16> {
              unix:"
         ))),
         None if uri.is_one_connection() => Ok(0),
-        asked => {
-            let lanes = asked.unwrap_or(default);
-            check_lanes(lanes)?;
-            Ok(lanes)
-        }
+        asked => several_lanes(asked, default),
     }
+}
+
+fn several_lanes(asked: Option<u16>, default: u16) -> Result<u16> {
+    let lanes = asked.unwrap_or(default);
+    check_lanes(lanes)?;
+    Ok(lanes)
 }
 
 impl Demo {
@@ -458,7 +461,10 @@ impl Demo {
 
 impl Incoming {
     fn run(self) -> Result<i32> {
-        let lanes_max = lanes_to(&self.uri, self.lanes, 16)?;
+        let lanes_max = match single::is_listening(&self.uri) {
+            true => several_lanes(self.lanes, 16)?,
+            false => lanes_to(&self.uri, self.lanes, 16)?,
+        };
         if self.kind == Kind::Anonymous && self.handoff.is_none() {
             return Err(Error::Usage(
                 "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \

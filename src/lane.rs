@@ -7,14 +7,14 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::PollFlags;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
@@ -314,7 +314,8 @@ fn closed() -> io::Error {
 /// Where a destination waits for lanes.
 pub(crate) enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, std::path::PathBuf),
+    /// With the path that is ours to remove.
+    Unix(UnixListener, Option<PathBuf>),
 }
 
 impl Listener {
@@ -335,8 +336,11 @@ impl Listener {
                 let host = if host.is_empty() { "0.0.0.0" } else { host };
                 Listener::Tcp(TcpListener::bind((host, *port)).map_err(failed)?)
             }
-            Uri::Unix { path } => Listener::Unix(bind_private(path).map_err(failed)?, path.clone()),
-            Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("nobody listens there"),
+            Uri::Unix { path } => {
+                Listener::Unix(bind_private(path).map_err(failed)?, Some(path.clone()))
+            }
+            Uri::Fd { number } => Listener::inherited(*number)?,
+            Uri::Exec { .. } => unreachable!("nobody listens there"),
         };
         // Who waits may have gone when it is accepted.
         match &listener {
@@ -347,9 +351,37 @@ impl Listener {
         Ok(listener)
     }
 
-    /// The address with the port that the kernel chose.
+    /// One that is bound already, as systemd hands it over; nothing that this process starts gets it.
+    fn inherited(number: i32) -> Result<Listener> {
+        let what = || format!("fd:{number}");
+        // SAFETY: it listens, so that it was open when this process started, and nothing else in it
+        // owns it.
+        let socket = unsafe { OwnedFd::from_raw_fd(number) };
+        fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context(what)?;
+        let address = getsockname::<SockaddrStorage>(number).context(what)?;
+        match address.family() {
+            Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Listener::Tcp(socket.into())),
+            Some(AddressFamily::Unix) => Ok(Listener::Unix(socket.into(), None)),
+            _ => Err(Error::Usage(format!(
+                "fd:{number} listens neither for TCP nor at a unix socket"
+            ))),
+        }
+    }
+
+    /// The address with the port that the kernel chose, or that somebody else has bound.
     pub(crate) fn uri(&self, asked: &Uri) -> Uri {
         match (self, asked) {
+            (Listener::Tcp(listener), Uri::Fd { .. }) => {
+                listener.local_addr().map_or(asked.clone(), |address| Uri::Tcp {
+                    host: address.ip().to_string(),
+                    port: address.port(),
+                })
+            }
+            (Listener::Unix(listener, _), Uri::Fd { .. }) => {
+                let address = listener.local_addr().ok();
+                let path = address.as_ref().and_then(|address| address.as_pathname());
+                path.map_or(asked.clone(), |path| Uri::Unix { path: path.into() })
+            }
             (Listener::Tcp(listener), Uri::Tcp { host, port }) => {
                 let port = listener.local_addr().map_or(*port, |address| address.port());
                 Uri::Tcp { host: host.clone(), port }
@@ -403,7 +435,7 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Listener::Unix(_, path) = self {
+        if let Listener::Unix(_, Some(path)) = self {
             let _ = std::fs::remove_file(path);
         }
     }

@@ -47,6 +47,15 @@ impl Single {
     }
 }
 
+/// Whether `fd:N` is no connection but a socket where connections are to be accepted, as systemd hands
+/// them to a service.
+pub(crate) fn is_listening(uri: &Uri) -> bool {
+    let Uri::Fd { number } = uri else { return false };
+    // SAFETY: only borrowed for the question; nothing here closes it.
+    let socket = unsafe { BorrowedFd::borrow_raw(*number) };
+    getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false)
+}
+
 /// A connected stream socket that was open when this process started; nothing that it starts gets it.
 fn inherited(number: i32) -> Result<OwnedFd> {
     let wrong = |what: &str| {
@@ -63,6 +72,9 @@ fn inherited(number: i32) -> Result<OwnedFd> {
     }
     match getpeername::<SockaddrStorage>(number) {
         Ok(_) => {}
+        Err(Errno::ENOTCONN) if is_listening(&Uri::Fd { number }) => {
+            return Err(wrong("waits for connections, which is for umem incoming"));
+        }
         Err(Errno::ENOTCONN) => return Err(wrong("is not connected (any more)")),
         Err(errno) => return Err(errno).context(|| format!("fd:{number}")),
     }

@@ -21,7 +21,8 @@ pub enum Uri {
         /// The socket's path.
         path: PathBuf,
     },
-    /// `fd:N`: a connected stream socket that this process has inherited.
+    /// `fd:N`: a connected stream socket that this process has inherited; or, for a destination, one
+    /// that listens.
     Fd {
         /// Its descriptor, which this process takes over.
         number: i32,

@@ -1,7 +1,12 @@
 //! What a package installs: manual pages, completions, units.
 
+mod support;
+
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
+
+use support::Scratch;
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
@@ -55,7 +60,7 @@ fn options(command: &str) -> Vec<String> {
     let heads = lines.filter(|line| line.starts_with("  -"));
     let options: Vec<String> = heads
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")))
-        .map(str::to_owned)
+        .map(|word| word.trim_end_matches(',').to_owned())
         .collect();
     assert!(options.contains(&"--help".to_owned()), "{help}");
     options
@@ -143,5 +148,22 @@ fn pages_are_set_without_a_warning() {
             (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success() && stderr.is_empty(), "{command}: {stderr}");
         assert!(text.contains(&format!("UMEM-{}(1)", command.to_uppercase())), "{text}");
+    }
+}
+
+/// As systemd reads them, with this umem in the place of the installed one.
+#[test]
+fn systemd_understands_the_units() {
+    let scratch = Scratch::new();
+    let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/install");
+    let [service, socket] = ["service", "socket"].map(|kind| {
+        let text = std::fs::read_to_string(units.join(format!("umem-incoming@.{kind}"))).unwrap();
+        let path = scratch.path(&format!("umem-incoming@4444.{kind}"));
+        std::fs::write(&path, text.replace("/usr/bin/umem", UMEM)).unwrap();
+        path.display().to_string()
+    });
+    if let Some(output) = feed("systemd-analyze", &["verify", "--man=no", &service, &socket], "") {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && stderr.is_empty(), "{stderr}");
     }
 }

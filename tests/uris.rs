@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use support::{LaneFromSource, Scratch, Umem, wait_for};
 use umem_wire::{Capabilities, Event, Frame, PageRange, RegionId};
 
@@ -67,6 +68,45 @@ impl Move {
 fn shell(arguments: &[String]) -> String {
     let quoted: Vec<String> = arguments.iter().map(|word| format!("'{word}'")).collect();
     format!("exec '{UMEM}' {}", quoted.join(" "))
+}
+
+/// As systemd hands a socket to a service: somebody else has bound it, and keeps it.
+#[test]
+fn a_socket_that_listens_is_inherited() {
+    for kind in ["tcp", "unix"] {
+        let moving = Move::new(&["-p", "--lanes", "2"]);
+        let path = moving.scratch.path("umem.sock");
+        let (tcp, unix);
+        let listener: &dyn AsRawFd = match kind {
+            "tcp" => {
+                tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+                &tcp
+            }
+            _ => {
+                unix = UnixListener::bind(&path).unwrap();
+                &unix
+            }
+        };
+        let mut incoming =
+            Umem::start_inheriting(&listener.as_raw_fd(), 17, moving.incoming("fd:17"));
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        assert!(uri.starts_with(kind), "{uri}");
+        let mut migrate = Umem::start(moving.migrate(&uri));
+        assert_eq!(migrate.event("completed")["lanes"], 2);
+        incoming.event("completed");
+        migrate.succeeds();
+        moving.assert_arrived();
+        assert!(kind == "tcp" || path.exists(), "a socket of somebody else's is removed");
+    }
+}
+
+#[test]
+fn a_source_has_no_use_for_a_socket_that_listens() {
+    let moving = Move::new(&["-p"]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let arguments = moving.migrate("fd:7").into_iter();
+    let text = Umem::start_inheriting(&listener, 7, arguments).fails_as_misused();
+    assert!(text.contains("fd:7 waits for connections"), "{text}");
 }
 
 #[test]
@@ -192,11 +232,12 @@ fn a_command_ends_with_umem() {
 fn what_is_no_connected_stream_socket_is_refused() {
     let moving = Move::new(&["-p"]);
     let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (family, kind) = (AddressFamily::Inet, SockType::Stream);
+    let idle = socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
     let file = File::open(moving.scratch.ram("source")).unwrap();
     let descriptors = [
         (datagrams.as_raw_fd(), "not a stream"),
-        (listener.as_raw_fd(), "not connected"),
+        (idle.as_raw_fd(), "not connected"),
         (file.as_raw_fd(), "is not a socket"),
     ];
     for (descriptor, why) in descriptors {

@@ -41,7 +41,7 @@ use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
-use crate::single::Single;
+use crate::single::{self, Single};
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
@@ -130,7 +130,10 @@ impl From<Answer> for Note {
 /// Anything that kept the guest from arriving; until the switchover nothing is left behind then.
 pub fn run(options: &Options) -> Result<i32> {
     // Before anything else makes descriptors.
-    let single = Single::open(&options.uri)?;
+    let single = match single::is_listening(&options.uri) {
+        true => None,
+        false => Single::open(&options.uri)?,
+    };
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let inbox = Inbox::new()?;
     let received = receive(options, socket, &inbox).map_err(|error| match &mut command {
