@@ -217,7 +217,7 @@ enum BenchCommand {
 #[argh(
     subcommand,
     name = "server",
-    note = "Whoever can reach the port can have this machine receive or send pages, in up to 6 GiB of \
+    note = "Whoever can reach the port can have this machine receive or send pages, in up to 3 GiB of \
             its memory: use it on networks where you trust every host.",
     error_code(1, "With -1: the test failed; stderr says why. Else: interrupted in a test."),
     error_code(2, "The command line is wrong.")
@@ -293,7 +293,7 @@ struct BenchClient {
     /// keep nothing: what the network gives by itself
     #[argh(switch)]
     discard: bool,
-    /// bytes of memory that are filled at a time, before others take their place (default 1G, or
+    /// bytes of memory that are filled at a time, before others take their place (default 512M, or
     /// less by what is available)
     #[argh(option, default = "Size(bench::REGION_BYTES_MAX)")]
     pass_size: Size,

@@ -61,6 +61,11 @@ impl Lane {
         self.socket.clone()
     }
 
+    /// Unsent bytes that the kernel queues of a TCP lane before it stops feeding it.
+    pub(crate) fn set_queue_bytes(&self, bytes: u32) -> nix::Result<()> {
+        setsockopt_raw(self.socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes)
+    }
+
     /// The same socket for blocking reads and writes.
     pub(crate) fn blocking(&self) -> Result<File> {
         Ok(File::from(self.socket.try_clone().context(|| self.name.clone())?))

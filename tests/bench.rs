@@ -110,7 +110,7 @@ fn every_page_lands_and_is_right_in_either_direction() {
     let size = bytes.to_string();
     for direction in [&[][..], &["-R"]] {
         let common = ["-n", &size, "-P", "3", "--pass-size", "8M", "--zero-percent", "20"];
-        let report = report(&server.uri, &[&common, &["--verify"], direction].concat());
+        let report = report(&server.uri, &[&common[..], &["--verify"], direction].concat());
         check(&report, bytes);
         let umem = &report["end"]["umem"];
         assert_eq!(umem["pages"], bytes / 4096);
@@ -136,7 +136,7 @@ fn what_is_discarded_is_counted_to_the_byte() {
     let server = Server::start(&[]);
     for direction in [&[][..], &["-R"]] {
         let common = ["-n", "50000001", "-P", "3", "--discard"];
-        let report = report(&server.uri, &[&common, direction].concat());
+        let report = report(&server.uri, &[&common[..], direction].concat());
         check(&report, 50_000_001);
         assert_eq!(report["end"]["umem"]["kind"], "discard");
     }
@@ -160,7 +160,7 @@ fn a_unix_socket_serves_as_well_and_the_table_is_for_people() {
 #[test]
 fn a_one_off_server_ends_with_its_test_and_says_what_it_had() {
     let mut server = Server::start(&["-1"]);
-    let report = report(&server.uri, &["-n", "8M", "-C", "reno", "-i", "0"].map(|word| word));
+    let report = report(&server.uri, &["-n", "8M", "-C", "reno", "-i", "0"]);
     assert_eq!(report["end"]["sender_tcp_congestion"], "reno");
     assert_eq!(report["intervals"], json!([]));
     let tested = server.umem.event("tested");

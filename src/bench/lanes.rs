@@ -46,6 +46,15 @@ pub(super) fn open(socket: OwnedFd, index: u16, congestion: Option<&str>) -> Res
     Ok(lane)
 }
 
+/// Lets the kernel queue as much as it likes. Lanes have it queue little, because the order of pages may
+/// still change; bytes that nobody keeps have no order.
+pub(super) fn queue_freely(lane: &Lane) -> Result<()> {
+    if lane.congestion.is_none() {
+        return Ok(());
+    }
+    lane.set_queue_bytes(u32::MAX).context(|| lane.name.clone())
+}
+
 /// TCP segments that a lane has sent again; none where it is no TCP.
 pub(super) fn retransmits(lane: &Lane) -> Option<u64> {
     lane.congestion.as_ref()?;

@@ -40,12 +40,15 @@ pub(crate) const PAGE_BYTES: u64 = 4096;
 
 /// Bytes of a pass at most: long enough that its beginning and end do not show, and few enough that
 /// the memory is back in time.
-pub(crate) const REGION_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const REGION_BYTES_MAX: u64 = 512 << 20;
 
 /// Passes whose memory there is at a time, at most: the one that is filled, the next one that some
 /// lanes are in already, one that waits to be given back and one that is being given back; or the one
 /// that is sent. And some room for others.
 const REGIONS_ALIVE_MAX: u64 = 6;
+
+/// Of these there are two most of the time: the one that is filled and the one that is given back.
+const WARM_REGIONS: u64 = 2;
 
 /// Bytes that are placed to learn what placing takes.
 const SAMPLE_BYTES: usize = 64 << 20;
@@ -415,20 +418,27 @@ impl Drop for Mapping {
     }
 }
 
+/// Writes as much memory as the passes will have, and gives it back: what this machine has not used for
+/// long may take several times longer to get, where it is a virtual one.
+pub(super) fn warm(pages: PageKind, region_bytes: u64) -> Result<()> {
+    let (buffer, bytes) = (vec![0xa5; HOT_BYTES], WARM_REGIONS * region_bytes);
+    let file = pages.file(bytes)?;
+    for offset in (0..bytes).step_by(HOT_BYTES) {
+        file.write_all_at(&buffer, offset).context(|| "filling a memory file")?;
+    }
+    Ok(())
+}
+
 /// Processor seconds that placing a GiB in fresh memory takes here, from a buffer in the cache and with
-/// nothing else to do: what of a receiver's time is the memory's.
+/// nothing else to do; the memory is warm. It tells what of a receiver's time is the memory's.
 pub(super) fn placing_s_per_gib(pages: PageKind) -> Result<f64> {
     let buffer = vec![0xa5; HOT_BYTES];
-    let mut seconds = 0.0;
-    // The first time warms memory that the machine has not used for long.
-    for _ in 0..2 {
-        let file = pages.file(SAMPLE_BYTES as u64)?;
-        let before = thread_time();
-        for offset in (0..SAMPLE_BYTES).step_by(HOT_BYTES) {
-            file.write_all_at(&buffer, offset as u64).context(|| "filling a memory file")?;
-        }
-        seconds = thread_time().saturating_sub(before).as_secs_f64();
+    let file = pages.file(SAMPLE_BYTES as u64)?;
+    let before = thread_time();
+    for offset in (0..SAMPLE_BYTES).step_by(HOT_BYTES) {
+        file.write_all_at(&buffer, offset as u64).context(|| "filling a memory file")?;
     }
+    let seconds = thread_time().saturating_sub(before).as_secs_f64();
     Ok(seconds / (SAMPLE_BYTES as f64 / f64::from(1 << 30)))
 }
 

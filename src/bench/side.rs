@@ -67,6 +67,9 @@ impl Prepared {
                 Work::Send(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
             }
             (Role::Destination, false) => {
+                let most =
+                    bytes.map_or(u64::MAX, |bytes| bytes.next_multiple_of(memory::PAGE_BYTES));
+                memory::warm(pages, test.region_bytes.min(most))?;
                 placing_s_per_gib = Some(memory::placing_s_per_gib(pages)?);
                 let make = move |bytes| Landing::new(pages, bytes);
                 Work::Land(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
@@ -145,6 +148,9 @@ impl Side {
         };
         let chosen = Cores::choose(&[], role);
         let core = |index: usize| match cores {
+            // As in iperf3, which is what the figure stands beside.
+            [] if test.discard => None,
+            // As in a migration.
             [] => chosen.bulk(index),
             named => Some(named[index % named.len()]),
         };
@@ -156,6 +162,9 @@ impl Side {
                 Ok(give_back(&retired, verify, zero_percent))
             })?;
             side.retirer = Some(thread);
+        }
+        if test.discard {
+            side.lanes.iter().try_for_each(lanes::queue_freely)?;
         }
         for (index, lane) in side.lanes.clone().into_iter().enumerate() {
             let core = core(index);
