@@ -275,7 +275,7 @@ struct BenchClient {
     /// the server sends
     #[argh(switch, short = 'R')]
     reverse: bool,
-    /// cores of the lanes, such as 2 or 2,3 (default: chosen)
+    /// cores of the lanes, such as 2 or 2,3 (default: chosen; with --discard none)
     #[argh(option, short = 'A', default = "CoreList::default()")]
     affinity: CoreList,
     /// congestion control of the lanes (default cubic where it is allowed)

@@ -284,7 +284,8 @@ fn a_client_says_who_is_not_a_server() {
     let error = failure(&uri, &["-n", "8M"], 1);
     assert!(error.contains("lost the server"), "{error}");
     other.join().unwrap();
-    let error = failure(&uri, &["-n", "8M"], 1);
+    // A port that nobody is given by chance.
+    let error = failure("tcp:127.0.0.1:1", &["-n", "8M"], 1);
     assert!(error.contains("start `umem bench server` there first"), "{error}");
 }
 

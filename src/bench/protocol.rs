@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::MsgFlags;
+use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +17,10 @@ use crate::error::{Error, Result};
 pub(super) const LINE_BYTES_MAX: usize = 4096;
 
 const MAGIC: &str = "umem-bench";
+
+/// A host that says nothing for this long is asked whether it is still there, again and again as many
+/// times as the system has it: one that has vanished does not keep a server busy for ever.
+const SILENCE_SECONDS: u32 = 10;
 
 /// Both sides must be of the same version.
 const VERSION: u32 = 1;
@@ -285,6 +289,10 @@ pub(super) struct Control {
 
 impl Control {
     pub(super) fn new(socket: OwnedFd, peer: &'static str) -> Control {
+        // Fails where it is no TCP, whose other end cannot go without a word.
+        let _ = setsockopt(&socket, sockopt::KeepAlive, &true);
+        let _ = setsockopt(&socket, sockopt::TcpKeepIdle, &SILENCE_SECONDS);
+        let _ = setsockopt(&socket, sockopt::TcpKeepInterval, &SILENCE_SECONDS);
         Control { socket, line: Line::default(), peer }
     }
 

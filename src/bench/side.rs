@@ -154,6 +154,8 @@ impl Side {
             [] => chosen.bulk(index),
             named => Some(named[index % named.len()]),
         };
+        // Before the first byte moves.
+        side.since = side.moment();
         let (retire, retired) = sync_channel(1);
         if matches!(side.work, Work::Land(_)) {
             let (zero_percent, verify) = (side.zero_percent, side.verify);
@@ -181,7 +183,6 @@ impl Side {
                 Work::ReceiveAny(received) => lanes::receive_any(&lane, bytes, &received),
             })?;
         }
-        side.measure();
         Ok(side)
     }
 
@@ -258,8 +259,10 @@ impl Side {
         let verified_pages = self.join()?;
         let until = self.until.take().expect("it has been stopped");
         let seconds = until.at.duration_since(self.since.at).as_secs_f64();
-        let busy = until.threads.iter().zip(&self.since.threads);
-        let busy = busy.map(|(until, since)| until.saturating_sub(*since).as_secs_f64());
+        // Threads that had not started when counting began had used no time.
+        let since = self.since.threads.iter().copied().chain(std::iter::repeat(Duration::ZERO));
+        let busy = until.threads.iter().zip(since);
+        let busy = busy.map(|(until, since)| until.saturating_sub(since).as_secs_f64());
         Ok(Measured {
             seconds,
             counts: until.counts - self.since.counts,
