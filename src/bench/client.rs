@@ -168,7 +168,7 @@ fn connect(options: &Client, inbox: &Inbox<Note>) -> Result<Control> {
         Wake::Ready(_) => Ok(true),
         Wake::Timeout => Ok(false),
         Wake::Signal => Err(interrupted()),
-        Wake::Message(_) => Err(Error::Internal),
+        Wake::Message(_) => unreachable!("no thread runs before the lanes are open"),
     };
     let socket = connect_to(&options.uri, &wait).map_err(|error| match error {
         Error::Connect { uri, source } => Error::Bench(format!(

@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Server) -> Result<()> {
     let inbox = Inbox::new()?;
     let listener = Listener::bind(&options.uri)?;
     let uri = listener.uri(&options.uri);
-    let output = Output { json: options.json };
+    let output = Output::new(options.json);
     output.event("listening", json!({ "uri": uri.to_string() }), &format!("listening on {uri}"));
     let mut desk = Desk { inbox, listener, lobby: Lobby::default() };
     loop {
@@ -171,7 +171,7 @@ fn carry_out(
     let mut side =
         Side::start(test, role, prepared, lanes, &options.cores, zero_copy, &desk.inbox)?;
     control.send(&Message::Started)?;
-    let output = Output { json: options.json };
+    let output = Output::new(options.json);
     output.event("testing", json!({ "test": test }), "");
     let mut finishing = false;
     while !(finishing && side.has_ended()) {

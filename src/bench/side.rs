@@ -295,7 +295,9 @@ impl Side {
         }
         let mut verified = 0;
         if let Some(retirer) = self.retirer.take() {
-            verified += retirer.join().ok().flatten().ok_or(Error::Internal)??;
+            let checked = retirer.join().ok().flatten();
+            let lost = || Error::Internal("the thread that gives memory back panicked".into());
+            verified += checked.ok_or_else(lost)??;
         }
         if let Work::Land(passes) = &self.work {
             for landing in passes.take_rest() {
