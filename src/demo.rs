@@ -337,7 +337,7 @@ fn memfd_ram() -> Result<DemoRam> {
 }
 
 /// Makes a tmpfs that is mounted nowhere (fsopen(2)), so that nothing is left of it afterwards.
-fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
+pub(crate) fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
     const FSOPEN_CLOEXEC: u32 = 1;
     const FSCONFIG_SET_STRING: u32 = 1;
     const FSCONFIG_CMD_CREATE: u32 = 6;

@@ -101,6 +101,10 @@ pub enum Error {
     #[error("{0}")]
     Unsupported(String),
 
+    /// A measurement cannot go on.
+    #[error("{0}")]
+    Bench(String),
+
     /// The machine monitor refused, failed or went away.
     #[error("the guest's monitor: {0}")]
     Host(String),

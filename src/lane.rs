@@ -51,6 +51,7 @@ const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 const USER_TIMEOUT_MS: u32 = 30_000;
 
 /// A connected lane.
+#[derive(Clone)]
 pub(crate) struct Lane {
     socket: Arc<OwnedFd>,
     /// Named in errors: `demand lane`, `bulk lane 2`.
@@ -62,6 +63,11 @@ pub(crate) struct Lane {
 impl Lane {
     pub(crate) fn socket(&self) -> Arc<OwnedFd> {
         self.socket.clone()
+    }
+
+    /// Unsent bytes that the kernel queues of a TCP lane before it stops feeding it.
+    pub(crate) fn set_queue_bytes(&self, bytes: u32) -> nix::Result<()> {
+        setsockopt_raw(self.socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes)
     }
 
     /// The same socket for blocking reads and writes.
@@ -152,14 +158,18 @@ pub(crate) type Wait<'a> =
 /// Connects to a destination and opens a lane there.
 pub(crate) fn dial(uri: &Uri, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
     let name = lane_name(hello.role, hello.index);
-    let socket = match uri {
-        Uri::Tcp { host, port } => connect_tcp(uri, host, *port, wait)?,
-        Uri::Unix { path } => connect_unix(uri, path, wait)?,
-        Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("one connection is not dialled"),
-    };
-    let lane = Lane::new(socket, name)?;
+    let lane = Lane::new(connect_to(uri, wait)?, name)?;
     greet(&lane, hello, Some(HELLO_TIMEOUT), wait)?;
     Ok(lane)
+}
+
+/// A connection to whoever listens there, and nothing said yet.
+pub(crate) fn connect_to(uri: &Uri, wait: Wait<'_>) -> Result<OwnedFd> {
+    match uri {
+        Uri::Tcp { host, port } => connect_tcp(uri, host, *port, wait),
+        Uri::Unix { path } => connect_unix(uri, path, wait),
+        Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("one connection is not dialled"),
+    }
 }
 
 /// Opens the one lane of a connection that is there already. Who is at its other end may have to be

@@ -21,6 +21,7 @@
 
 #![warn(missing_docs)]
 
+mod bench;
 pub mod capi;
 pub mod cli;
 mod cores;

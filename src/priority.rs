@@ -1,5 +1,5 @@
 //! Demand threads go before everything else that wants their core: a vCPU waits for them, and they
-//! sleep most of the time.
+//! sleep most of the time. Bulk threads go before what is ordinary.
 
 /// What a thread that asked to go first got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,4 +29,19 @@ pub(crate) fn go_first() -> Priority {
         0 => Priority::Nice,
         _ => Priority::Unchanged,
     }
+}
+
+/// How much before ordinary threads a bulk thread goes: a nice value is a weight, 1.25 to the power of
+/// it, so this one gets nine tenths of a core that it shares with a vCPU.
+const EARLY: i32 = -10;
+
+/// Asks for the calling thread to go before ordinary ones, and other processes'; where that is not
+/// allowed nothing changes.
+///
+/// For bulk threads. Until the last page has come the guest waits for what is missing and depends on
+/// two hosts and the network between them. The work is the same whenever it is done; done early there are
+/// fewer faults to serve, and the guest gets its cores back whole.
+pub(crate) fn go_early() {
+    // SAFETY: 0 is the calling thread (Linux keeps nice values per thread); no memory is involved.
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, EARLY) };
 }

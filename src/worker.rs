@@ -43,6 +43,11 @@ pub(crate) fn start<N: Failure, S: Send + 'static, T: Send + 'static>(
 pub(crate) struct Started<S>(Sender<S>);
 
 impl<S> Started<S> {
+    /// For work that nobody has to reach.
+    pub(crate) fn unheard() -> Started<S> {
+        Started(channel().0)
+    }
+
     pub(crate) fn with(self, reach: S) {
         // The control thread waits for this; where it has gone nobody needs it.
         let _ = self.0.send(reach);

@@ -16,7 +16,7 @@ const DUE_BYTES: u64 = 4 << 20;
 const DUE_RANGES: usize = 64;
 
 /// What is to be acknowledged on one lane.
-pub(super) struct Acks {
+pub(crate) struct Acks {
     is_wanted: bool,
     ranges: Vec<PageRange>,
     bytes: u64,
@@ -24,7 +24,7 @@ pub(super) struct Acks {
 
 impl Acks {
     /// With nothing to do where the source does not want any.
-    pub(super) fn new(is_wanted: bool) -> Acks {
+    pub(crate) fn new(is_wanted: bool) -> Acks {
         Acks { is_wanted, ranges: Vec::new(), bytes: 0 }
     }
 

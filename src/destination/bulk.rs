@@ -13,6 +13,7 @@ use super::reader::{Arrived, LaneReader, TOKEN_FREE};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
+use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
 
@@ -46,6 +47,7 @@ impl BulkLane {
             core: self.core,
             ..Config::default()
         })?;
+        priority::go_early();
         started.with(ring.waker()?);
         let mut reader = LaneReader::bulk(&self.lane, &self.regions, self.guest.clone());
         reader.arm(&mut ring)?;

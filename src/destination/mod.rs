@@ -6,14 +6,14 @@
 //! a thread of its own.
 
 mod accept;
-mod acks;
-mod bulk;
+pub(crate) mod acks;
+pub(crate) mod bulk;
 mod demand;
 pub(crate) mod embedded;
-mod faults;
-mod guest;
+pub(crate) mod faults;
+pub(crate) mod guest;
 mod prepare;
-mod reader;
+pub(crate) mod reader;
 mod side;
 mod touch;
 

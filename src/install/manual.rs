@@ -37,8 +37,19 @@ fn write(command: &CommandInfoWithArgs, words: &str, umem: &CommandInfoWithArgs)
     if !command.commands.is_empty() {
         section(&mut page, "COMMANDS");
         for sub in &command.commands {
-            let name = format!("umem {}", sub.name);
+            let name = format!("{words} {}", sub.name);
             item(&mut page, vec![bold(name)], sub.command.description);
+        }
+        // A command's own commands have no pages of their own.
+        for sub in command.commands.iter().filter(|_| words != "umem") {
+            section(&mut page, &format!("OPTIONS OF {}", sub.name.to_uppercase()));
+            page.text(synopsis(&sub.command, &format!("{words} {}", sub.name)));
+            for flag in sub.command.flags.iter().filter(|flag| !flag.hidden) {
+                item(&mut page, option(flag), flag.description);
+            }
+            for note in sub.command.notes {
+                paragraph(&mut page, &one_line(note));
+            }
         }
     }
     if !command.examples.is_empty() {

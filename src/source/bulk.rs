@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
 use crate::memory::claims::Run;
+use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
 
@@ -78,6 +79,7 @@ impl BulkLane {
             core: self.core,
             ..Config::default()
         })?;
+        priority::go_early();
         started.with(ring.waker()?);
         let mut thread = BulkThread {
             name: self.lane.name.clone(),

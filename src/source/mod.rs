@@ -5,10 +5,10 @@
 //! the destination has them all. Until the switchover leaves, any failure resumes the guest; from
 //! then on it never runs here again.
 
-mod bulk;
+pub(crate) mod bulk;
 mod demand;
 pub(crate) mod embedded;
-mod memory;
+pub(crate) mod memory;
 mod release;
 
 use std::os::fd::{BorrowedFd, OwnedFd};

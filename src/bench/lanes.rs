@@ -1,0 +1,193 @@
+//! What a lane's thread does: sends or lands pages pass by pass, or moves bytes that nobody keeps.
+//!
+//! All of them go on until their last byte, or until their socket is shut down under them.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::SyncSender;
+
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
+
+use super::memory::{Landing, Passes};
+use crate::destination::acks::Acks;
+use crate::destination::faults::Servers;
+use crate::error::{Context, Error, Result};
+use crate::inbox::Inbox;
+use crate::lane::Lane;
+use crate::source::memory::SourceMemory;
+use crate::worker::Started;
+use crate::{destination, source};
+
+/// Bytes that one sendfile is asked for; also the file that goes again and again.
+const SEND_BYTES: usize = 1 << 20;
+
+/// Bytes of the buffer that everything is received into: it stays in the processor's cache.
+const HOT_BYTES: usize = 256 << 10;
+
+/// A lane of a test, counted from 0, with the congestion control that was asked for.
+pub(super) fn open(socket: OwnedFd, index: u16, congestion: Option<&str>) -> Result<Lane> {
+    let mut lane = Lane::new(socket, format!("bench lane {}", index + 1))?;
+    if let Some(name) = congestion.filter(|_| lane.congestion.is_some()) {
+        setsockopt(&lane, sockopt::TcpCongestion, &name.into()).map_err(|errno| {
+            Error::Bench(format!(
+                "no congestion control {name} here ({}): choose one that sysctl \
+                 net.ipv4.tcp_allowed_congestion_control lists, or load its module",
+                errno.desc()
+            ))
+        })?;
+        lane.congestion = Some(name.to_owned());
+    }
+    Ok(lane)
+}
+
+/// Lets the kernel queue as much as it likes. Lanes have it queue little, because the order of pages may
+/// still change; bytes that nobody keeps have no order.
+pub(super) fn queue_freely(lane: &Lane) -> Result<()> {
+    if lane.congestion.is_none() {
+        return Ok(());
+    }
+    lane.set_queue_bytes(u32::MAX).context(|| lane.name.clone())
+}
+
+/// TCP segments that a lane has sent again; none where it is no TCP.
+pub(super) fn retransmits(lane: &Lane) -> Option<u64> {
+    lane.congestion.as_ref()?;
+    // SAFETY: plain numbers, for which zeroes are valid.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to a local variable.
+    let result = unsafe {
+        libc::getsockopt(
+            lane.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    (result == 0).then_some(info.tcpi_total_retrans.into())
+}
+
+/// A lane's part in the sending of pages.
+pub(super) struct SendPages {
+    pub(super) lane: Lane,
+    pub(super) index: u16,
+    pub(super) lanes: u16,
+    pub(super) core: Option<usize>,
+    pub(super) zero_copy: bool,
+    pub(super) passes: Arc<Passes<SourceMemory>>,
+}
+
+impl SendPages {
+    pub(super) fn run(self) -> Result<()> {
+        let mut is_copied = false;
+        for pass in 0.. {
+            let Some(memory) = self.passes.enter(pass)? else {
+                return Ok(());
+            };
+            // What the first pass has learnt of the way need not be learnt again.
+            memory.zero_copy_is_copied.fetch_or(is_copied, Relaxed);
+            source::bulk::BulkLane {
+                lane: self.lane.clone(),
+                memory: memory.clone(),
+                index: self.index.into(),
+                lanes: self.lanes.into(),
+                core: self.core,
+                zero_copy: self.zero_copy,
+                // Nobody needs to be told of a pass's end.
+                post: Inbox::new()?.post(),
+            }
+            .run(Started::unheard())?;
+            is_copied = memory.zero_copy_is_copied.load(Relaxed);
+            drop(memory);
+            self.passes.leave(pass);
+        }
+        Ok(())
+    }
+}
+
+/// A lane's part in the landing of pages.
+pub(super) struct LandPages {
+    pub(super) lane: Lane,
+    pub(super) core: Option<usize>,
+    pub(super) passes: Arc<Passes<Landing>>,
+    /// Gives memory back.
+    pub(super) retire: SyncSender<Arc<Landing>>,
+}
+
+impl LandPages {
+    pub(super) fn run(self) -> Result<()> {
+        for pass in 0.. {
+            let Some(landing) = self.passes.enter(pass)? else {
+                return Ok(());
+            };
+            destination::bulk::BulkLane {
+                lane: self.lane.clone(),
+                regions: landing.table.clone(),
+                acks: Acks::new(false),
+                guest: landing.guest.clone(),
+                core: self.core,
+                // Nobody waits for a page.
+                servers: Servers::new(Vec::new()),
+                post: Inbox::new()?.post(),
+            }
+            .run(Started::unheard())?;
+            drop(landing);
+            if let Some(landing) = self.passes.leave(pass) {
+                // Fails only when that thread has, which says why.
+                let _ = self.retire.send(landing);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sends `bytes`, or without end, from a file that stays in the cache.
+pub(super) fn send_any(lane: &Lane, bytes: Option<u64>, sent: &AtomicU64) -> Result<()> {
+    let file = memfd_create(c"umem-bench", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?;
+    let file = File::from(file);
+    file.write_all_at(&vec![0xa5; SEND_BYTES], 0).context(|| "filling a memory file")?;
+    let mut left = bytes.unwrap_or(u64::MAX);
+    while left > 0 {
+        let length = usize::try_from(left).unwrap_or(usize::MAX).min(SEND_BYTES);
+        match nix::sys::sendfile::sendfile(lane, &file, Some(&mut 0), length) {
+            Ok(count) => {
+                sent.fetch_add(count as u64, Relaxed);
+                left -= count as u64;
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(lost(lane, errno.desc())),
+        }
+    }
+    Ok(())
+}
+
+/// Receives `bytes`, or without end, into a buffer that stays in the cache.
+pub(super) fn receive_any(lane: &Lane, bytes: Option<u64>, received: &AtomicU64) -> Result<()> {
+    let mut buffer = vec![0; HOT_BYTES];
+    let mut left = bytes.unwrap_or(u64::MAX);
+    while left > 0 {
+        let length = usize::try_from(left).unwrap_or(usize::MAX).min(HOT_BYTES);
+        let (socket, flags) = (lane.as_fd().as_raw_fd(), MsgFlags::empty());
+        match nix::sys::socket::recv(socket, &mut buffer[..length], flags) {
+            Ok(0) => return Err(lost(lane, "the other side closed it")),
+            Ok(count) => {
+                received.fetch_add(count as u64, Relaxed);
+                left -= count as u64;
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(lost(lane, errno.desc())),
+        }
+    }
+    Ok(())
+}
+
+fn lost(lane: &Lane, what: &str) -> Error {
+    Error::Bench(format!("{} was lost: {what}", lane.name))
+}

@@ -1,0 +1,40 @@
+//! `umem bench`: what a link gives for pages, with iperf3's habits.
+//!
+//! A *test* is a stream of pages between a client and a server, in one direction. It consists of
+//! *passes*: each is the background of a migration of its own, made by the same code
+//! (`source::bulk`, `destination::bulk`), from a file of real pages into a fresh one that is registered
+//! with a userfaultfd. So every page is allocated, checked, landed and unregistered as in a migration;
+//! what a pass has filled is given back by a thread beside the lanes ([`memory`]). With `--discard`
+//! nothing lands: sendfile at one end, a hot buffer at the other ([`lanes`]).
+//!
+//! The two programs talk on a control connection, in lines of JSON ([`protocol`]); each lane is a
+//! connection that says whose it is and then belongs to the stream. The client says when to measure
+//! and when to stop; either side counts what it has sent or landed by itself ([`side`]).
+//!
+//! ```text
+//! client                                server
+//! hello, test ------------------------> one test at a time, or refused
+//!   <--------------------- accepted     (cookie, bytes of a pass)
+//! hello, join (each lane) ------------>
+//!   <---------------------- started     every lane is there
+//! measure (after --omit) -------------> counts from here
+//! stop, or finish (with -n) ----------> counted until here
+//!   <----------------------- result
+//! ```
+
+mod client;
+mod lanes;
+mod lobby;
+mod memory;
+mod protocol;
+mod report;
+mod server;
+mod side;
+
+pub(crate) use client::{Client, run as run_client};
+pub(crate) use memory::{PageKind, REGION_BYTES_MAX};
+pub(crate) use protocol::Test;
+pub(crate) use server::{Server, run as run_server};
+
+/// iperf3 has 5201.
+pub(crate) const PORT: u16 = 5202;

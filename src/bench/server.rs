@@ -1,0 +1,239 @@
+//! `umem bench server`: one test at a time.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::lobby::{Lobby, refuse};
+use super::memory;
+use super::protocol::{Control, Measured, Message, Request, Test};
+use super::side::{Note, Prepared, Side};
+use super::{lanes, report};
+use crate::cores::Role;
+use crate::error::{Error, Result};
+use crate::inbox::{Inbox, Wake};
+use crate::lane::{Lane, Listener, new_session};
+use crate::report::Output;
+use crate::uri::Uri;
+
+/// How long a client may take to open its lanes: before that it fills the memory that it will send.
+pub(super) const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+const BUSY: &str = "the server is busy with another test: try again when that has ended";
+
+/// What `umem bench server` was told.
+pub(crate) struct Server {
+    pub(crate) uri: Uri,
+    /// End after one test.
+    pub(crate) one_off: bool,
+    /// Cores of the lanes; none leaves the choice.
+    pub(crate) cores: Vec<usize>,
+    pub(crate) json: bool,
+}
+
+/// Serves tests until it is interrupted.
+pub(crate) fn run(options: &Server) -> Result<()> {
+    let inbox = Inbox::new()?;
+    let listener = Listener::bind(&options.uri)?;
+    let uri = listener.uri(&options.uri);
+    let output = Output::new(options.json);
+    output.event("listening", json!({ "uri": uri.to_string() }), &format!("listening on {uri}"));
+    let mut desk = Desk { inbox, listener, lobby: Lobby::default() };
+    loop {
+        let Some((control, test)) = desk.next_test()? else {
+            return Ok(());
+        };
+        match serve(&mut desk, &mut Control::new(control, "client"), test, options) {
+            Ok((test, measured)) => {
+                let sentence = report::served(&test, &measured);
+                output.event("tested", json!({ "test": test, "result": measured }), &sentence);
+            }
+            Err(error) if options.one_off || matches!(error, Error::Interrupted(_)) => {
+                return Err(error);
+            }
+            Err(error) => {
+                output.event(
+                    "test_failed",
+                    json!({ "error": error.to_string() }),
+                    &error.to_string(),
+                );
+            }
+        }
+        if options.one_off {
+            return Ok(());
+        }
+    }
+}
+
+/// Where everything that happens to a server comes in.
+struct Desk {
+    inbox: Inbox<Note>,
+    listener: Listener,
+    lobby: Lobby,
+}
+
+/// What happened.
+enum Happened {
+    Note(Note),
+    Signal,
+    /// The test's control connection has something to say.
+    Control,
+    /// Somebody has said what it is here for.
+    Newcomer(OwnedFd, Request),
+    Timeout,
+}
+
+impl Desk {
+    fn wait(&mut self, control: Option<&Control>, deadline: Option<Instant>) -> Result<Happened> {
+        loop {
+            self.lobby.expire();
+            let until = [deadline, self.lobby.deadline()].into_iter().flatten().min();
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let first = usize::from(control.is_some());
+            // In the order of importance: a crowd at the door does not keep a test waiting.
+            let mut sockets: Vec<_> = control.iter().map(|control| control.as_fd()).collect();
+            sockets.extend(self.lobby.sockets());
+            sockets.push(self.listener.as_fd());
+            let door = sockets.len() - 1;
+            match self.inbox.wait(&sockets, left)? {
+                Wake::Message(note) => return Ok(Happened::Note(note)),
+                Wake::Signal => return Ok(Happened::Signal),
+                Wake::Ready(index) if index < first => return Ok(Happened::Control),
+                Wake::Ready(index) if index == door => {
+                    if let Some(socket) = self.listener.accept()? {
+                        self.lobby.admit(socket);
+                    }
+                }
+                Wake::Ready(index) => {
+                    if let Some((socket, request)) = self.lobby.hear(index - first) {
+                        return Ok(Happened::Newcomer(socket, request));
+                    }
+                }
+                Wake::Timeout if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                    return Ok(Happened::Timeout);
+                }
+                Wake::Timeout => {}
+            }
+        }
+    }
+
+    /// Waits for a client with a test; none when interrupted.
+    fn next_test(&mut self) -> Result<Option<(OwnedFd, Test)>> {
+        loop {
+            match self.wait(None, None)? {
+                Happened::Signal => return Ok(None),
+                Happened::Newcomer(socket, Request::Test(test)) => return Ok(Some((socket, test))),
+                Happened::Newcomer(socket, Request::Join { .. }) => {
+                    refuse(socket, "the test of this lane has ended");
+                }
+                // What a thread of an earlier test had left to say.
+                Happened::Note(_) | Happened::Control | Happened::Timeout => {}
+            }
+        }
+    }
+}
+
+/// Carries a test out, and tells the client if that cannot be.
+fn serve(
+    desk: &mut Desk,
+    control: &mut Control,
+    mut test: Test,
+    options: &Server,
+) -> Result<(Test, Measured)> {
+    let result = test.check().map_err(Error::Bench).and_then(|()| {
+        test.region_bytes = test.region_bytes.min(memory::region_bytes()?);
+        carry_out(desk, control, &test, options)
+    });
+    match result {
+        Ok(measured) => Ok((test, measured)),
+        Err(error) => {
+            // Fails where the client was the reason.
+            let _ = control.send(&Message::Failed(error.to_string()));
+            Err(error)
+        }
+    }
+}
+
+fn carry_out(
+    desk: &mut Desk,
+    control: &mut Control,
+    test: &Test,
+    options: &Server,
+) -> Result<Measured> {
+    let role = if test.reverse { Role::Source } else { Role::Destination };
+    let cookie: String = new_session()?.0.iter().map(|byte| format!("{byte:02x}")).collect();
+    let region_bytes = test.region_bytes;
+    control.send(&Message::Accepted { cookie: cookie.clone(), region_bytes })?;
+    let prepared = Prepared::new(test, role)?;
+    let lanes = gather(desk, control, test, &cookie)?;
+    let zero_copy = !report::is_local(control.as_fd());
+    let mut side =
+        Side::start(test, role, prepared, lanes, &options.cores, zero_copy, &desk.inbox)?;
+    control.send(&Message::Started)?;
+    let output = Output::new(options.json);
+    output.event("testing", json!({ "test": test }), "");
+    let mut finishing = false;
+    while !(finishing && side.has_ended()) {
+        match desk.wait(Some(control), None)? {
+            Happened::Note(note) => {
+                side.take(note)?;
+            }
+            Happened::Signal => {
+                return Err(Error::Interrupted("the server ended in the middle of a test".into()));
+            }
+            Happened::Newcomer(socket, _) => refuse(socket, BUSY),
+            Happened::Timeout => {}
+            Happened::Control => match control.receive()? {
+                None => {}
+                Some(Message::Measure) => side.measure(),
+                Some(Message::Stop) => break,
+                Some(Message::Finish) => finishing = true,
+                Some(other) => return Err(unexpected(&other)),
+            },
+        }
+    }
+    let measured = side.end()?;
+    control.send(&Message::Result(measured.clone()))?;
+    Ok(measured)
+}
+
+/// Waits until every lane of the test is there.
+fn gather(desk: &mut Desk, control: &mut Control, test: &Test, cookie: &str) -> Result<Vec<Lane>> {
+    let deadline = Instant::now() + JOIN_TIMEOUT;
+    let mut lanes: Vec<Option<Lane>> = (0..test.lanes).map(|_| None).collect();
+    while lanes.iter().any(Option::is_none) {
+        match desk.wait(Some(control), Some(deadline))? {
+            Happened::Newcomer(socket, Request::Join { cookie: said, lane }) if said == cookie => {
+                match lanes.get_mut(usize::from(lane)) {
+                    Some(slot @ None) => {
+                        *slot = Some(lanes::open(socket, lane, test.congestion.as_deref())?);
+                    }
+                    _ => refuse(socket, "the test has no such lane, or has it already"),
+                }
+            }
+            Happened::Newcomer(socket, _) => refuse(socket, BUSY),
+            Happened::Signal => {
+                return Err(Error::Interrupted("the server ended before the test began".into()));
+            }
+            Happened::Control => {
+                if let Some(other) = control.receive()? {
+                    return Err(unexpected(&other));
+                }
+            }
+            Happened::Timeout => {
+                return Err(Error::Bench(format!(
+                    "the client has not opened its {} lanes in {} s",
+                    test.lanes,
+                    JOIN_TIMEOUT.as_secs()
+                )));
+            }
+            Happened::Note(_) => {}
+        }
+    }
+    Ok(lanes.into_iter().flatten().collect())
+}
+
+pub(super) fn unexpected(message: &Message) -> Error {
+    Error::Bench(format!("the other side said {message:?} where it does not belong"))
+}

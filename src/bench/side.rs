@@ -1,0 +1,388 @@
+//! One side of a test while it runs: its lanes' threads, and what they have moved.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::lanes::{self, LandPages, SendPages};
+use super::memory::{self, Landing, Passes, Source, clock_time, thread_time};
+use super::protocol::{Counts, Measured, Test};
+use crate::cores::{Cores, Role};
+use crate::error::{Context, Error, Result};
+use crate::inbox::Inbox;
+use crate::lane::Lane;
+use crate::report::CpuTime;
+use crate::source::memory::SourceMemory;
+use crate::worker::{self, Failure};
+
+/// What threads tell the control thread.
+pub(super) enum Note {
+    /// A lane has moved its last byte.
+    LaneEnded,
+    /// A thread could not go on.
+    Failed(Error),
+}
+
+impl Failure for Note {
+    fn failed(error: Error) -> Note {
+        Note::Failed(error)
+    }
+
+    fn into_failure(self) -> Option<Error> {
+        match self {
+            Note::LaneEnded => None,
+            Note::Failed(error) => Some(error),
+        }
+    }
+}
+
+/// What takes a while before the lanes may start, and memory: to be made when the test is agreed on.
+pub(super) struct Prepared {
+    work: Work,
+    placing_s_per_gib: Option<f64>,
+}
+
+#[derive(Clone)]
+enum Work {
+    Send(Arc<Passes<SourceMemory>>),
+    Land(Arc<Passes<Landing>>),
+    SendAny(Arc<AtomicU64>),
+    ReceiveAny(Arc<AtomicU64>),
+}
+
+impl Prepared {
+    pub(super) fn new(test: &Test, role: Role) -> Result<Prepared> {
+        let (pages, zero_percent, bytes) = (test.pages, test.zero_percent, test.bytes);
+        let mut placing_s_per_gib = None;
+        let work = match (role, test.discard) {
+            (Role::Source, true) => Work::SendAny(Arc::default()),
+            (Role::Destination, true) => Work::ReceiveAny(Arc::default()),
+            (Role::Source, false) => {
+                let source = Source::new(pages, zero_percent, test.region_bytes, bytes)?;
+                let make = move |bytes| source.memory(bytes);
+                Work::Send(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
+            }
+            (Role::Destination, false) => {
+                let most =
+                    bytes.map_or(u64::MAX, |bytes| bytes.next_multiple_of(memory::PAGE_BYTES));
+                memory::warm(pages, test.region_bytes.min(most))?;
+                placing_s_per_gib = Some(memory::placing_s_per_gib(pages)?);
+                let make = move |bytes| Landing::new(pages, bytes);
+                Work::Land(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
+            }
+        };
+        Ok(Prepared { work, placing_s_per_gib })
+    }
+}
+
+/// A side that runs.
+pub(super) struct Side {
+    work: Work,
+    placing_s_per_gib: Option<f64>,
+    lanes: Vec<Lane>,
+    threads: Vec<JoinHandle<Option<()>>>,
+    clocks: Vec<Arc<Clock>>,
+    retirer: Option<JoinHandle<Option<Result<u64>>>>,
+    zero_percent: u32,
+    verify: bool,
+    /// Lanes are cut off: what they have to say of it is no failure.
+    stopping: Arc<AtomicBool>,
+    running: usize,
+    since: Moment,
+    until: Option<Moment>,
+}
+
+/// A moment, and what had been counted by then.
+#[derive(Clone)]
+struct Moment {
+    at: Instant,
+    counts: Counts,
+    retransmits: Option<u64>,
+    cpu: CpuTime,
+    threads: Vec<Duration>,
+}
+
+/// A lane's thread's processor time.
+struct Clock {
+    id: libc::clockid_t,
+    /// All of it, once it has ended.
+    total: OnceLock<Duration>,
+}
+
+impl Clock {
+    fn now(&self) -> Duration {
+        let of_the_living = || clock_time(self.id).unwrap_or_default();
+        self.total.get().copied().unwrap_or_else(of_the_living)
+    }
+}
+
+impl Side {
+    /// Starts the lanes' threads. `cores` are those that were named, if any.
+    pub(super) fn start(
+        test: &Test,
+        role: Role,
+        prepared: Prepared,
+        lanes: Vec<Lane>,
+        cores: &[usize],
+        zero_copy: bool,
+        inbox: &Inbox<Note>,
+    ) -> Result<Side> {
+        let Prepared { work, placing_s_per_gib } = prepared;
+        let mut side = Side {
+            since: Moment::none(),
+            work,
+            placing_s_per_gib,
+            running: lanes.len(),
+            lanes,
+            threads: Vec::new(),
+            clocks: Vec::new(),
+            retirer: None,
+            zero_percent: test.zero_percent,
+            verify: test.verify,
+            stopping: Arc::default(),
+            until: None,
+        };
+        let chosen = Cores::choose(&[], role);
+        let core = |index: usize| match cores {
+            // As in iperf3, which is what the figure stands beside.
+            [] if test.discard => None,
+            // As in a migration.
+            [] => chosen.bulk(index),
+            named => Some(named[index % named.len()]),
+        };
+        // Before the first byte moves.
+        side.since = side.moment();
+        let (retire, retired) = sync_channel(1);
+        if matches!(side.work, Work::Land(_)) {
+            let (zero_percent, verify) = (side.zero_percent, side.verify);
+            let ((), thread) = worker::start("bench-retire", inbox, move |started| {
+                started.with(());
+                Ok(give_back(&retired, verify, zero_percent))
+            })?;
+            side.retirer = Some(thread);
+        }
+        if test.discard {
+            side.lanes.iter().try_for_each(lanes::queue_freely)?;
+        }
+        for (index, lane) in side.lanes.clone().into_iter().enumerate() {
+            let core = core(index);
+            let bytes = test.bytes.map(|bytes| share(bytes, index, side.lanes.len()));
+            let index = index as u16;
+            let work = side.work.clone();
+            let (lanes, retire) = (test.lanes, retire.clone());
+            side.spawn(inbox, lane.name.clone(), core, move || match work {
+                Work::Send(passes) => {
+                    SendPages { lane, index, lanes, core, zero_copy, passes }.run()
+                }
+                Work::Land(passes) => LandPages { lane, core, passes, retire }.run(),
+                Work::SendAny(sent) => lanes::send_any(&lane, bytes, &sent),
+                Work::ReceiveAny(received) => lanes::receive_any(&lane, bytes, &received),
+            })?;
+        }
+        Ok(side)
+    }
+
+    fn spawn(
+        &mut self,
+        inbox: &Inbox<Note>,
+        name: String,
+        core: Option<usize>,
+        body: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let (stopping, post) = (self.stopping.clone(), inbox.post());
+        let (clock, thread) = worker::start(&name, inbox, move |started| {
+            if let Some(core) = core {
+                core_affinity::set_for_current(core_affinity::CoreId { id: core });
+            }
+            let mut id = 0;
+            // SAFETY: the call writes to a local variable; the thread is the calling one.
+            let result = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut id) };
+            if result != 0 {
+                return Err(std::io::Error::from_raw_os_error(result))
+                    .context(|| "pthread_getcpuclockid");
+            }
+            let clock = Arc::new(Clock { id, total: OnceLock::new() });
+            started.with(clock.clone());
+            let result = body();
+            let _ = clock.total.set(thread_time());
+            if stopping.load(SeqCst) {
+                return Ok(());
+            }
+            result?;
+            post.send(Note::LaneEnded);
+            Ok(())
+        })?;
+        self.clocks.push(clock);
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Counts from here.
+    pub(super) fn measure(&mut self) {
+        self.since = self.moment();
+    }
+
+    /// Takes a note; true when the last lane has ended, which is when counting ends.
+    pub(super) fn take(&mut self, note: Note) -> Result<bool> {
+        match note {
+            Note::Failed(error) => Err(error),
+            Note::LaneEnded => {
+                self.running -= 1;
+                if self.running == 0 {
+                    self.until = Some(self.moment());
+                }
+                Ok(self.running == 0)
+            }
+        }
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.running == 0
+    }
+
+    /// Cuts the lanes off from here on: what their threads say from now on is no failure. The other side
+    /// is to know before [`Side::end`], which closes them.
+    pub(super) fn stop(&mut self) {
+        if self.until.is_none() {
+            self.until = Some(self.moment());
+        }
+        self.stopping.store(true, SeqCst);
+    }
+
+    /// Ends the threads, checks what has landed if that was asked for, and gives the memory back.
+    pub(super) fn end(mut self) -> Result<Measured> {
+        self.stop();
+        let verified_pages = self.join()?;
+        let until = self.until.take().expect("it has been stopped");
+        let seconds = until.at.duration_since(self.since.at).as_secs_f64();
+        // Threads that had not started when counting began had used no time.
+        let since = self.since.threads.iter().copied().chain(std::iter::repeat(Duration::ZERO));
+        let busy = until.threads.iter().zip(since);
+        let busy = busy.map(|(until, since)| until.saturating_sub(since).as_secs_f64());
+        Ok(Measured {
+            seconds,
+            counts: until.counts - self.since.counts,
+            retransmits: until
+                .retransmits
+                .zip(self.since.retransmits)
+                .map(|(until, since)| until.saturating_sub(since)),
+            user_s: until.cpu.user - self.since.cpu.user,
+            system_s: until.cpu.system - self.since.cpu.system,
+            busy: busy.fold(0.0, f64::max) / seconds.max(f64::MIN_POSITIVE),
+            placing_s_per_gib: self.placing_s_per_gib,
+            verified_pages,
+            congestion: self.lanes[0].congestion.clone().unwrap_or_else(|| "none".into()),
+        })
+    }
+
+    /// Returns the number of pages that were checked.
+    fn join(&mut self) -> Result<u64> {
+        self.stopping.store(true, SeqCst);
+        for lane in &self.lanes {
+            // Fails where the other side has gone.
+            let _ = nix::sys::socket::shutdown(
+                lane.as_fd().as_raw_fd(),
+                nix::sys::socket::Shutdown::Both,
+            );
+        }
+        for thread in self.threads.drain(..) {
+            // What it died of has been posted.
+            let _ = thread.join();
+        }
+        let mut verified = 0;
+        if let Some(retirer) = self.retirer.take() {
+            let checked = retirer.join().ok().flatten();
+            let lost = || Error::Internal("the thread that gives memory back panicked".into());
+            verified += checked.ok_or_else(lost)??;
+        }
+        if let Work::Land(passes) = &self.work {
+            for landing in passes.take_rest() {
+                if self.verify {
+                    verified += landing.verify(self.zero_percent)?;
+                }
+            }
+        }
+        Ok(verified)
+    }
+
+    /// What has been moved since counting began, how long that took, and what was sent again.
+    pub(super) fn so_far(&self) -> (Duration, Counts, Option<u64>) {
+        let now = self.until.clone().unwrap_or_else(|| self.moment());
+        let again = now.retransmits.zip(self.since.retransmits);
+        (
+            now.at.duration_since(self.since.at),
+            now.counts - self.since.counts,
+            again.map(|(now, since)| now.saturating_sub(since)),
+        )
+    }
+
+    fn moment(&self) -> Moment {
+        let counts = match &self.work {
+            Work::Send(passes) => passes.counts(),
+            Work::Land(passes) => passes.counts(),
+            Work::SendAny(bytes) | Work::ReceiveAny(bytes) => {
+                Counts { bytes: bytes.load(Relaxed), ..Counts::default() }
+            }
+        };
+        Moment {
+            at: Instant::now(),
+            counts,
+            retransmits: self.lanes.iter().map(lanes::retransmits).sum(),
+            cpu: CpuTime::of_this_process(),
+            threads: self.clocks.iter().map(|clock| clock.now()).collect(),
+        }
+    }
+}
+
+impl Moment {
+    fn none() -> Moment {
+        Moment {
+            at: Instant::now(),
+            counts: Counts::default(),
+            retransmits: None,
+            cpu: CpuTime::default(),
+            threads: Vec::new(),
+        }
+    }
+}
+
+impl Drop for Side {
+    /// A test that has failed leaves no thread behind.
+    fn drop(&mut self) {
+        let _ = self.join();
+    }
+}
+
+/// Gives back the memory of passes that all lanes have left, after it has been checked if that was asked
+/// for. Returns how many pages were.
+fn give_back(retired: &Receiver<Arc<Landing>>, verify: bool, zero_percent: u32) -> Result<u64> {
+    let mut verified = 0;
+    while let Ok(landing) = retired.recv() {
+        if verify {
+            verified += landing.verify(zero_percent)?;
+        }
+    }
+    Ok(verified)
+}
+
+/// Lane `index`'s part of the bytes of a test.
+fn share(bytes: u64, index: usize, lanes: usize) -> u64 {
+    let (lanes, index) = (lanes as u64, index as u64);
+    bytes / lanes + u64::from(index < bytes % lanes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn lanes_share_all_of_the_bytes() {
+        for (bytes, lanes) in [(10, 3), (2, 5), (1 << 40, 7), (0, 1)] {
+            assert_eq!((0..lanes).map(|lane| share(bytes, lane, lanes)).sum::<u64>(), bytes);
+        }
+    }
+}

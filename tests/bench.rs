@@ -1,0 +1,312 @@
+//! `umem bench`: pages between two processes on this machine, counted on both sides.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Output};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use support::Umem;
+
+const MIB: u64 = 1 << 20;
+
+/// A server on a port of its own.
+struct Server {
+    umem: Umem,
+    uri: String,
+}
+
+impl Server {
+    fn start(arguments: &[&str]) -> Server {
+        let common = ["bench", "server", "--json", "tcp:127.0.0.1:0"];
+        let mut umem = Umem::start(common.iter().chain(arguments));
+        let uri = umem.event("listening")["uri"].as_str().expect("an address").to_owned();
+        Server { umem, uri }
+    }
+
+    fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.uri.strip_prefix("tcp:").unwrap()).expect("it listens")
+    }
+
+    /// The one line with which it answers these bytes before it closes the connection.
+    fn answers(&self, bytes: &[u8]) -> String {
+        let mut stream = self.connect();
+        // It may have had enough before all has been written.
+        let _ = stream.write_all(bytes);
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).expect("an answer");
+        answer
+    }
+}
+
+fn client(uri: &str, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_umem"))
+        .args(["bench", "client", uri])
+        .args(arguments)
+        .output()
+        .expect("umem starts")
+}
+
+/// Runs a test that succeeds, and returns its report.
+fn report(uri: &str, arguments: &[&str]) -> Value {
+    let output = client(uri, &[&["--json"], arguments].concat());
+    let (stdout, stderr) = texts(&output);
+    assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
+    serde_json::from_str(&stdout).expect("one JSON object")
+}
+
+/// The one line that a client ends in that fails.
+fn failure(uri: &str, arguments: &[&str], status: i32) -> String {
+    let output = client(uri, arguments);
+    let (stdout, stderr) = texts(&output);
+    assert_eq!(output.status.code(), Some(status), "{stdout}\n{stderr}");
+    let line = stderr.trim_end().strip_prefix("umem: ").expect("a line of umem's");
+    assert!(!line.contains('\n'), "{stderr}");
+    line.to_owned()
+}
+
+fn texts(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// What scripts written for iperf3 read, and what must hold for any test that moved all of its bytes.
+fn check(report: &Value, bytes: u64) {
+    let end = &report["end"];
+    for sum in [&end["sum_sent"], &end["sum_received"]] {
+        assert_eq!(number(&sum["start"]), 0.0);
+        assert!(number(&sum["seconds"]) > 0.0);
+        assert!(number(&sum["bits_per_second"]) > 0.0);
+    }
+    assert_eq!(end["sum_sent"]["bytes"], end["sum_received"]["bytes"]);
+    let zero_bytes = end["umem"]["zero_bytes"].as_u64().unwrap();
+    assert_eq!(end["sum_received"]["bytes"].as_u64().unwrap() + zero_bytes, bytes);
+    assert!(end["sum_sent"]["retransmits"].is_u64(), "{end}");
+    for side in ["host", "remote"] {
+        let part = |what| number(&end["cpu_utilization_percent"][format!("{side}_{what}")]);
+        assert!(part("total") > 0.0);
+        assert!((part("total") - part("user") - part("system")).abs() < 0.01);
+    }
+    let umem = &end["umem"];
+    assert!(number(&umem["pages_per_second"]) > 0.0 && number(&umem["cpu_s_per_gb"]) > 0.0);
+    assert!(umem["verdict"].as_str().unwrap().starts_with("limited by "), "{umem}");
+    let intervals = report["intervals"].as_array().unwrap();
+    let sum: u64 = intervals.iter().map(|one| one["sum"]["bytes"].as_u64().unwrap()).sum();
+    assert!(sum > 0 && sum <= bytes);
+    assert!(report["start"]["version"].as_str().unwrap().starts_with("umem "));
+}
+
+/// Several lanes, several passes, and a last one that is no whole block.
+#[test]
+fn every_page_lands_and_is_right_in_either_direction() {
+    let server = Server::start(&[]);
+    let bytes = 41 * MIB + 4096 * 3;
+    let size = bytes.to_string();
+    for direction in [&[][..], &["-R"]] {
+        let common = ["-n", &size, "-P", "3", "--pass-size", "8M", "--zero-percent", "20"];
+        let report = report(&server.uri, &[&common[..], &["--verify"], direction].concat());
+        check(&report, bytes);
+        let umem = &report["end"]["umem"];
+        assert_eq!(umem["pages"], bytes / 4096);
+        assert_eq!(umem["verified_pages"], bytes / 4096);
+        let zeroes = umem["zero_bytes"].as_u64().unwrap() * 100 / bytes;
+        assert!((10..30).contains(&zeroes), "{zeroes} % of zeroes");
+        assert_eq!(report["start"]["test_start"]["reverse"], u8::from(!direction.is_empty()));
+    }
+}
+
+#[test]
+fn huge_pages_land_too() {
+    let server = Server::start(&["-1"]);
+    let common = ["-n", "48M", "--page-size", "2M", "--pass-size", "16M", "--verify"];
+    let report = report(&server.uri, &common);
+    check(&report, 48 * MIB);
+    assert_eq!(report["end"]["umem"]["verified_pages"], 48 * 256);
+    server.umem.succeeds();
+}
+
+#[test]
+fn what_is_discarded_is_counted_to_the_byte() {
+    let server = Server::start(&[]);
+    for direction in [&[][..], &["-R"]] {
+        let common = ["-n", "50000001", "-P", "3", "--discard"];
+        let report = report(&server.uri, &[&common[..], direction].concat());
+        check(&report, 50_000_001);
+        assert_eq!(report["end"]["umem"]["kind"], "discard");
+    }
+}
+
+#[test]
+fn a_unix_socket_serves_as_well_and_the_table_is_for_people() {
+    let directory = tempfile::tempdir().unwrap();
+    let uri = format!("unix:{}", directory.path().join("bench").display());
+    let mut server = Umem::start(["bench", "server", "--json", "-1", &uri]);
+    server.event("listening");
+    let output = client(&uri, &["-n", "16M", "--verify"]);
+    let (stdout, stderr) = texts(&output);
+    assert!(output.status.success(), "{stdout}\n{stderr}");
+    for part in ["Gbit/s", "received", "4096 pages were checked and right", "limited by"] {
+        assert!(stdout.contains(part), "{part} in {stdout}");
+    }
+    server.succeeds();
+}
+
+#[test]
+fn a_one_off_server_ends_with_its_test_and_says_what_it_had() {
+    let mut server = Server::start(&["-1"]);
+    let report = report(&server.uri, &["-n", "8M", "-C", "reno", "-i", "0"]);
+    assert_eq!(report["end"]["sender_tcp_congestion"], "reno");
+    assert_eq!(report["intervals"], json!([]));
+    let tested = server.umem.event("tested");
+    assert_eq!(tested["result"]["counts"]["bytes"], 8 * MIB);
+    server.umem.succeeds();
+}
+
+/// What is left out at the beginning is reported as such and not counted at the end.
+#[test]
+fn an_omitted_beginning_does_not_count() {
+    let server = Server::start(&["-1"]);
+    let options = ["-t", "0.3", "-O", "0.2", "-i", "0.1", "--discard"];
+    let report = report(&server.uri, &options);
+    let intervals = report["intervals"].as_array().unwrap();
+    let omitted = |one: &&Value| one["sum"]["omitted"] == true;
+    assert!(intervals.iter().any(|one| omitted(&one)), "{report}");
+    let counted = intervals.iter().filter(|one| !omitted(one));
+    let counted: u64 = counted.map(|one| one["sum"]["bytes"].as_u64().unwrap()).sum();
+    assert!(counted <= report["end"]["sum_sent"]["bytes"].as_u64().unwrap());
+    assert!(counted > 0);
+}
+
+#[test]
+fn a_second_client_is_told_to_wait_and_ctrl_c_reports_what_there_was() {
+    let mut server = Server::start(&[]);
+    let mut first = Umem::start(["bench", "client", "--json", "-t", "80000", &server.uri]);
+    server.umem.event("testing");
+    let busy = failure(&server.uri, &["-n", "8M"], 1);
+    assert!(busy.contains("busy with another test"), "{busy}");
+
+    first.signal(Signal::SIGINT);
+    assert_eq!(first.wait().code(), Some(1));
+    assert!(first.stderr().starts_with("umem: interrupted"), "{}", first.stderr());
+    let tested = server.umem.event("tested");
+    assert!(tested["result"]["counts"]["bytes"].is_u64());
+    check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
+}
+
+#[test]
+fn a_server_that_is_stopped_tells_its_client() {
+    let mut server = Server::start(&[]);
+    let client = Umem::start(["bench", "client", "-t", "80000", &server.uri]);
+    server.umem.event("testing");
+    server.umem.signal(Signal::SIGTERM);
+    let error = client.fails();
+    assert!(error.contains("the server gave up: interrupted"), "{error}");
+    assert!(server.umem.fails().contains("in the middle of a test"));
+}
+
+/// A client that goes without a word leaves the server free for the next one.
+#[test]
+fn a_client_that_is_killed_is_not_waited_for() {
+    let mut server = Server::start(&[]);
+    let mut lost = Umem::start(["bench", "client", "-t", "80000", "-P", "2", &server.uri]);
+    server.umem.event("testing");
+    lost.kill();
+    server.umem.event("test_failed");
+    check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
+}
+
+#[test]
+fn an_idle_server_ends_in_order_when_interrupted() {
+    let mut server = Server::start(&[]);
+    server.umem.signal(Signal::SIGINT);
+    server.umem.succeeds();
+}
+
+#[test]
+fn strangers_are_turned_away_and_the_server_goes_on() {
+    let server = Server::start(&["-1"]);
+    let silent = server.connect();
+    for bytes in [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![b'x'; 5000], vec![0; 4096]] {
+        let answer = server.answers(&bytes);
+        assert!(answer.contains("only `umem bench client` is served here"), "{answer}");
+    }
+    let hello = |request: Value| {
+        json!({ "magic": "umem-bench", "version": 1, "request": request }).to_string() + "\n"
+    };
+    let answer = server.answers(hello(json!({ "join": { "cookie": "", "lane": 0 } })).as_bytes());
+    assert!(answer.contains("refused"), "{answer}");
+    let answer = server.answers(b"{\"magic\":\"umem-bench\",\"version\":7}\n");
+    assert!(answer.contains("version 1"), "{answer}");
+    drop(server.connect());
+    check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
+    drop(silent);
+    server.umem.succeeds();
+}
+
+/// What no client of ours would ask for is refused by the server too.
+#[test]
+fn a_test_that_asks_for_too_much_is_refused() {
+    let mut server = Server::start(&[]);
+    for (field, value) in [
+        ("lanes", json!(60_000)),
+        ("region_bytes", json!(1u64 << 60)),
+        ("bytes", json!(u64::MAX)),
+        ("congestion", json!("../../etc")),
+    ] {
+        let mut test = json!({
+            "lanes": 1, "bytes": null, "reverse": false, "discard": false, "pages": "4K",
+            "zero_percent": 0, "verify": false, "congestion": null, "region_bytes": 2 * MIB,
+        });
+        test[field] = value;
+        let request = json!({ "test": test });
+        let hello = json!({ "magic": "umem-bench", "version": 1, "request": request });
+        let answer = server.answers(format!("{hello}\n").as_bytes());
+        assert!(answer.contains("failed"), "{field}: {answer}");
+        server.umem.event("test_failed");
+    }
+}
+
+#[test]
+fn a_client_says_who_is_not_a_server() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let other = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"SSH-2.0-something\r\n").unwrap();
+        let _ = stream.read(&mut [0; 4096]);
+    });
+    let error = failure(&uri, &["-n", "8M"], 1);
+    assert!(error.contains("lost the server"), "{error}");
+    other.join().unwrap();
+    // A port that nobody is given by chance.
+    let error = failure("tcp:127.0.0.1:1", &["-n", "8M"], 1);
+    assert!(error.contains("start `umem bench server` there first"), "{error}");
+}
+
+#[test]
+fn a_wrong_command_line_is_explained() {
+    for (arguments, hint) in [
+        (&["-t", "5", "-n", "5"][..], "leave one of them out"),
+        (&["-t", "0"], "-t is"),
+        (&["-t", "1e9"], "-t is"),
+        (&["-P", "0"], "-P is 1 to 64"),
+        (&["-n", "0"], "-n is 1 byte"),
+        (&["-n", "lots"], "512M"),
+        (&["-O", "-1"], "-O"),
+        (&["-i", "0.001"], "-i is"),
+        (&["--page-size", "1G"], "4K or 2M"),
+        (&["--discard", "--verify"], "leave out --verify"),
+        (&["--pass-size", "1M"], "--pass-size is whole blocks"),
+        (&["-C", "a b"], "cubic"),
+    ] {
+        let error = failure("tcp:127.0.0.1:1", arguments, 2);
+        assert!(error.contains(hint), "{arguments:?}: {error}");
+    }
+    assert!(failure("fd:3", &[], 2).contains("use tcp: or unix:"));
+}
