@@ -1,7 +1,7 @@
 //! Connections that have not said yet what they are for.
 //!
 //! Whoever can reach the port can open one: they are few ([`LOBBY_MAX`]), each may say one line, and has
-//! [`HELLO_TIMEOUT`](crate::lane::HELLO_TIMEOUT) for it.
+//! [`HELLO_TIMEOUT`] for it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
