@@ -24,7 +24,8 @@
 //! Nothing is written to its standard streams, no signal handler is set and no signal is taken: umem's
 //! threads have every signal blocked. No panic leaves umem's threads; one becomes
 //! [`Error::Internal`]. When a handle has been dropped none of its threads is
-//! left. The thread that serves demand pages asks for the lowest real-time priority, for itself alone.
+//! left. The thread that serves demand pages asks for the lowest real-time priority, and those that carry
+//! the background for a nice value of −10, each for itself alone.
 //!
 //! # What must hold
 //!
