@@ -312,7 +312,7 @@ struct BenchClient {
     /// pages that hold zeroes, percent (default 0)
     #[argh(option, default = "0")]
     zero_percent: u32,
-    /// keep nothing: what the network gives by itself
+    /// keep nothing of what comes
     #[argh(switch)]
     discard: bool,
     /// bytes of memory that are filled at a time, before others take their place (default 512M, or

@@ -11,19 +11,16 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::open::{self, DEVICE, Faults};
 use super::uffd::Uffd;
 use crate::error::{Context, Error, Result};
 
-const API: u64 = 0xaa;
-/// `_IO(USERFAULTFD_IOC, 0x00)`, whose argument is flags.
-const NEW: libc::c_ulong = 0xaa00;
-
 const FEATURES: [(u64, &str); 5] = [
-    (1 << 3, "EVENT_REMOVE"),
-    (1 << 4, "MISSING_HUGETLBFS"),
-    (1 << 5, "MISSING_SHMEM"),
-    (1 << 9, "MINOR_HUGETLBFS (Linux 5.13)"),
-    (1 << 10, "MINOR_SHMEM (Linux 5.14)"),
+    (open::EVENT_REMOVE, "EVENT_REMOVE"),
+    (open::MISSING_HUGETLBFS, "MISSING_HUGETLBFS"),
+    (open::MISSING_SHMEM, "MISSING_SHMEM"),
+    (open::MINOR_HUGETLBFS, "MINOR_HUGETLBFS (Linux 5.13)"),
+    (open::MINOR_SHMEM, "MINOR_SHMEM (Linux 5.14)"),
 ];
 
 const MODE_MISSING: u64 = 1 << 0;
@@ -34,14 +31,6 @@ const PAGEMAP_POPULATED: u64 = 1 << 63 | 1 << 62;
 /// Entries of the page map read at a time.
 const PAGEMAP_ENTRIES: usize = 8192;
 
-/// `struct uffdio_api`.
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
 /// `struct uffdio_register`.
 #[repr(C)]
 struct Register {
@@ -51,7 +40,6 @@ struct Register {
     ioctls: u64,
 }
 
-nix::ioctl_readwrite!(ioctl_api, 0xaa, 0x3f, Api);
 nix::ioctl_readwrite!(ioctl_register, 0xaa, 0x00, Register);
 
 /// A piece of this process's memory that is to be filled.
@@ -168,35 +156,22 @@ impl Area {
     }
 }
 
-/// The device first: its file permissions are the modern way to allow userfaultfd. Never for faults of
-/// user mode only, as system calls and KVM reach the guest's memory too.
+/// Of the kernel's faults too, as system calls and KVM reach the guest's memory.
 fn create() -> Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let device = File::options().read(true).write(true).open("/dev/userfaultfd");
-    // SAFETY: neither takes memory: an ioctl whose argument is a number, and a system call with flags.
-    let number =
-        device.map_or(-1, |device| unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) }.into());
-    let number = match number {
-        // SAFETY: as above.
-        ..0 => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) },
-        number => number,
-    };
-    let error = io::Error::last_os_error();
-    match i32::try_from(number) {
-        // SAFETY: the kernel has just made it for us.
-        Ok(number @ 0..) => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
-        _ => Err(Error::Unsupported(format!(
+    let (uffd, _) = open::open(Faults::All).map_err(|error| {
+        Error::Unsupported(format!(
             "no userfaultfd for the guest's memory: {error}; let this program's user read and write \
-             /dev/userfaultfd, or set `sysctl vm.unprivileged_userfaultfd=1`"
-        ))),
-    }
+             {DEVICE}, or set `sysctl vm.unprivileged_userfaultfd=1`"
+        ))
+    })?;
+    Ok(uffd)
 }
 
 /// A userfaultfd with every feature that any kind of memory needs.
 fn make() -> Result<OwnedFd> {
     let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
     // Asking for a feature that the kernel lacks spoils the descriptor, so one is spent on asking.
-    let lacking = wanted & !handshake(&create()?, 0)?;
+    let lacking = wanted & !open::handshake(&create()?, 0).context(|| "UFFDIO_API")?;
     if lacking != 0 {
         let names: Vec<_> =
             FEATURES.iter().filter(|(bit, _)| lacking & bit != 0).map(|(_, name)| *name).collect();
@@ -206,23 +181,15 @@ fn make() -> Result<OwnedFd> {
         )));
     }
     let uffd = create()?;
-    handshake(&uffd, wanted)?;
+    open::handshake(&uffd, wanted).context(|| "UFFDIO_API")?;
     Ok(uffd)
-}
-
-/// Switches features on; the answer are those that the kernel has.
-fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64> {
-    let mut api = Api { api: API, features, ioctls: 0 };
-    // SAFETY: the structure is the one that the ioctl takes, alive for the call.
-    unsafe { ioctl_api(uffd.as_raw_fd(), &mut api) }.context(|| "UFFDIO_API")?;
-    Ok(api.features)
 }
 
 fn register(uffd: &OwnedFd, area: &Area) -> Result<()> {
     let mode = if area.file.is_some() { MODE_MISSING | MODE_MINOR } else { MODE_MISSING };
     let start = area.addresses.start;
     let mut register = Register { start, len: area.bytes(), mode, ioctls: 0 };
-    // SAFETY: as in handshake.
+    // SAFETY: the structure is the one that the ioctl takes, alive for the call.
     unsafe { ioctl_register(uffd.as_raw_fd(), &mut register) }.map_err(|errno| {
         Error::Unsupported(format!(
             "RAM {} cannot be registered with userfaultfd: {}; shared memory must be of a memfd, of \

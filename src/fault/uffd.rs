@@ -5,8 +5,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+
+use super::open::{self, Faults};
 
 /// Bytes of one event as read from the descriptor.
 pub(crate) const MESSAGE_BYTES: usize = 32;
@@ -71,27 +73,15 @@ struct CopyOperation {
 }
 
 #[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
 struct Register {
     range: Range,
     mode: u64,
     ioctls: u64,
 }
 
-const API: u64 = 0xaa;
-const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
-const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-const USER_MODE_ONLY: libc::c_int = 1;
 const MODE_MISSING: u64 = 1 << 0;
 const MODE_MINOR: u64 = 1 << 2;
 
-nix::ioctl_readwrite!(ioctl_api, 0xaa, 0x3f, Api);
 nix::ioctl_readwrite!(ioctl_register, 0xaa, 0x00, Register);
 nix::ioctl_read!(ioctl_unregister, 0xaa, 0x01, Range);
 nix::ioctl_read!(ioctl_wake, 0xaa, 0x02, Range);
@@ -133,17 +123,8 @@ impl Uffd {
     /// A userfaultfd for shared memory of this process. It catches faults of user mode only, which any
     /// user may: enough where no guest and no system call ever touches a page that is missing.
     pub(crate) fn for_this_process() -> io::Result<Uffd> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
-        // SAFETY: the system call takes flags only.
-        let number = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-        let number = i32::try_from(number).ok().filter(|&number| number >= 0);
-        let number = number.ok_or_else(io::Error::last_os_error)?;
-        // SAFETY: the kernel has just made it for us.
-        let uffd = unsafe { OwnedFd::from_raw_fd(number) };
-        let features = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
-        let mut api = Api { api: API, features, ioctls: 0 };
-        // SAFETY: the struct is the ioctl's own and outlives the call.
-        unsafe { ioctl_api(uffd.as_raw_fd(), &mut api) }?;
+        let (uffd, _) = open::open(Faults::UserMode)?;
+        open::handshake(&uffd, open::MISSING_SHMEM | open::MINOR_SHMEM)?;
         Ok(Uffd::new(uffd))
     }
 
