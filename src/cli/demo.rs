@@ -1,0 +1,97 @@
+//! `umem demo`
+
+use argh::{ArgsInfo, FromArgs};
+
+use super::values::{PostcopyFlags, check_lanes, check_percent};
+use crate::demo;
+use crate::error::{Error, Result};
+use crate::memory::kind::Kind;
+
+/// Move a guest of umem's own between processes on this machine, and check every page of it.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand, name = "demo")]
+pub(super) struct Demo {
+    /// the guest's RAM, MiB (default 512)
+    #[argh(option, default = "512")]
+    size: u64,
+    /// memory kind at the destination: shared (the default), private or anonymous
+    #[argh(option, default = "Kind::Shared")]
+    kind: Kind,
+    /// passed on to umem incoming: 1 to have pages touched and their copies released, 0 not to
+    #[argh(option)]
+    postcopy_flags: Option<PostcopyFlags>,
+    /// parts of anonymous memory that have a userfaultfd each (default 1)
+    #[argh(option, default = "1")]
+    shards: usize,
+    /// anonymous memory of 2 MiB pages, from the kernel's hugetlb pool
+    #[argh(switch)]
+    huge: bool,
+    /// the guest that arrives discards pages too, as one with a balloon does
+    #[argh(switch)]
+    discard: bool,
+    /// accesses of the guest that write, percent (default 30)
+    #[argh(option, default = "30")]
+    write_percent: u32,
+    /// pages that hold zeroes, percent (default 10)
+    #[argh(option, default = "10")]
+    zero_percent: u32,
+    /// pages that were never written, percent (default 10)
+    #[argh(option, default = "10")]
+    hole_percent: u32,
+    /// threads of the guest (default 2)
+    #[argh(option, default = "2")]
+    threads: usize,
+    /// bulk lanes (default 1)
+    #[argh(option, default = "1")]
+    lanes: u16,
+    /// send everything before the guest is switched over, to compare with
+    #[argh(switch)]
+    precopy: bool,
+    /// what the guest's memory is derived from (default: a new one each time, printed)
+    #[argh(option)]
+    seed: Option<u64>,
+    /// print JSON objects, the last of them the report
+    #[argh(switch)]
+    json: bool,
+}
+
+impl Demo {
+    pub(super) fn run(self) -> Result<i32> {
+        if self.kind != Kind::Anonymous && (self.shards != 1 || self.huge) {
+            return Err(Error::Usage(
+                "--shards and --huge are for anonymous memory: add --kind anonymous".into(),
+            ));
+        }
+        if self.kind != Kind::Private && self.postcopy_flags.is_some_and(|flags| flags.0 != 0) {
+            return Err(Error::Usage(
+                "--postcopy-flags 1 asks for touches, which private memory alone needs: add --kind \
+                 private"
+                    .into(),
+            ));
+        }
+        check_percent("write-percent", self.write_percent)?;
+        check_percent("zero-percent", self.zero_percent)?;
+        check_percent("hole-percent", self.hole_percent)?;
+        check_percent("zero-percent and --hole-percent", self.zero_percent + self.hole_percent)?;
+        check_lanes(self.lanes)?;
+        if self.size == 0 || self.threads == 0 {
+            return Err(Error::Usage("--size and --threads are at least 1".into()));
+        }
+        demo::run(&demo::Options {
+            size_mib: self.size,
+            kind: self.kind,
+            postcopy_flags: self.postcopy_flags.map(|flags| flags.0),
+            shards: self.shards,
+            huge: self.huge,
+            discard: self.discard,
+            write_percent: self.write_percent,
+            zero_percent: self.zero_percent,
+            hole_percent: self.hole_percent,
+            threads: self.threads,
+            lanes: self.lanes,
+            postcopy: !self.precopy,
+            seed: self.seed,
+            json: self.json,
+        })
+    }
+}

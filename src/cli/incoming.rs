@@ -1,0 +1,122 @@
+//! `umem incoming`
+
+use std::path::PathBuf;
+
+use argh::{ArgsInfo, FromArgs};
+
+use super::values::{CoreList, PostcopyFlags, lanes_to, several_lanes};
+use crate::error::{Error, Result};
+use crate::host::command::RamPath;
+use crate::memory::kind::Kind;
+use crate::uri::Uri;
+use crate::{destination, single};
+
+/// Receive a guest: listen at URI, start COMMAND (its monitor), fill its memory.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    subcommand,
+    name = "incoming",
+    note = "URI is where to listen, tcp:HOST:PORT or unix:PATH, or one connection that is there \
+            already: fd:N, an inherited stream socket, or exec:CMD, whose standard input and output \
+            lead to the source (run by /bin/sh). A socket fd:N that listens, such as systemd's fd:3, \
+            is listened at. COMMAND is a QEMU whose RAM is a \
+            memory-backend-file with share=on (--kind private: share=off), or another monitor that \
+            maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
+            options itself.",
+    example = "Serve a Firecracker that restores a snapshot, whose memory file the source has:\n  \
+               {command_name} --handoff /run/uffd.sock tcp::4444",
+    example = "Receive a QEMU guest:\n  {command_name} tcp::4444 -- qemu-system-x86_64 -m 2G \
+               -machine memory-backend=ram0 \\\n    -object \
+               memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest",
+    error_code(1, "The guest did not arrive, or not whole; stderr says why."),
+    error_code(2, "The command line is wrong.")
+)]
+pub(super) struct Incoming {
+    /// how the guest maps its memory: shared (the default) or private; anonymous memory says so
+    /// itself, see --handoff
+    #[argh(option, default = "Kind::Shared")]
+    kind: Kind,
+    /// kind private: 1 has the guest side touch pages as they come, so that the file's copies can be
+    /// released; 0 leaves that to the guest's own accesses until the end (default 0)
+    #[argh(option, default = "PostcopyFlags(0)")]
+    postcopy_flags: PostcopyFlags,
+    /// a unix socket to make, where the guest's process hands over its memory itself, as Firecracker
+    /// does; COMMAND may be left out then
+    #[argh(option)]
+    handoff: Option<PathBuf>,
+    /// a RAM file of the guest, NAME=PATH; repeat for more (default: read from a QEMU's options)
+    #[argh(option)]
+    ram: Vec<RamPath>,
+    /// the monitor's QMP socket (default: one that umem gives a QEMU)
+    #[argh(option)]
+    qmp: Option<PathBuf>,
+    /// bulk lanes that a source may open at most (default 16; none with fd: and exec:)
+    #[argh(option)]
+    lanes: Option<u16>,
+    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
+    #[argh(option, default = "CoreList::default()")]
+    cores: CoreList,
+    /// a preload object to use in place of the built-in one
+    #[argh(option)]
+    preload: Option<PathBuf>,
+    /// show no progress
+    #[argh(switch, short = 'q')]
+    quiet: bool,
+    /// print JSON objects, the last of them the report
+    #[argh(switch)]
+    json: bool,
+    /// tcp:HOST:PORT or unix:PATH to listen at, or fd:N or exec:CMD
+    #[argh(positional)]
+    uri: Uri,
+    /// the guest's monitor and its arguments, after --
+    #[argh(positional, greedy)]
+    command: Vec<String>,
+}
+
+impl Incoming {
+    pub(super) fn run(self) -> Result<i32> {
+        let lanes_max = match single::is_listening(&self.uri) {
+            true => several_lanes(self.lanes, 16)?,
+            false => lanes_to(&self.uri, self.lanes, 16)?,
+        };
+        if self.kind == Kind::Anonymous && self.handoff.is_none() {
+            return Err(Error::Usage(
+                "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \
+                 owner has to hand it over itself"
+                    .into(),
+            ));
+        }
+        if self.kind == Kind::Private && self.handoff.is_some() {
+            return Err(Error::Usage(
+                "--kind private is for memory that COMMAND maps under umem's eyes: leave out \
+                 --handoff"
+                    .into(),
+            ));
+        }
+        if self.postcopy_flags.0 != 0 && self.kind != Kind::Private {
+            return Err(Error::Usage(
+                "--postcopy-flags 1 asks for touches, which only --kind private has a use for"
+                    .into(),
+            ));
+        }
+        // argh keeps the -- that separates COMMAND.
+        let mut command = self.command;
+        if command.first().is_some_and(|word| word == "--") {
+            command.remove(0);
+        }
+        destination::run(&destination::Options {
+            uri: self.uri,
+            ram: self.ram,
+            kind: self.kind,
+            touch: self.postcopy_flags.0 == 1,
+            handoff: self.handoff,
+            qmp: self.qmp,
+            lanes_max,
+            cores: self.cores.0,
+            preload: self.preload,
+            json: self.json,
+            quiet: self.quiet,
+            command,
+        })
+    }
+}

@@ -1,0 +1,83 @@
+//! `umem migrate`
+
+use std::path::PathBuf;
+
+use argh::{ArgsInfo, FromArgs};
+
+use super::values::{CoreList, lanes_to};
+use crate::error::{Error, Result};
+use crate::host::command::RamPath;
+use crate::uri::Uri;
+use crate::{doctor, source};
+
+/// Move a guest away: stop it, switch over to the `umem incoming` at URI, send its memory.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    subcommand,
+    name = "migrate",
+    note = "URI is where `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or one connection to \
+            it, over which everything goes: fd:N, an inherited stream socket, or exec:CMD, whose \
+            standard input and output lead there (run by /bin/sh). Until the switchover any failure, and Ctrl-C, leave \
+            the guest running here; after it the guest never runs here again. With -n, Ctrl-C \
+            sends the rest.",
+    example = "{command_name} -p --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    error_code(1, "The guest did not move, or not whole; stderr says why."),
+    error_code(2, "The command line is wrong.")
+)]
+pub(super) struct Migrate {
+    /// postcopy: switch over first and send pages after (default: send all before)
+    #[argh(switch, short = 'p')]
+    postcopy: bool,
+    /// send no page that was not asked for, to measure (needs -p)
+    #[argh(switch, short = 'n')]
+    no_background: bool,
+    /// a RAM file of the guest, NAME=PATH; repeat for more (default: asked of the monitor)
+    #[argh(option)]
+    ram: Vec<RamPath>,
+    /// the monitor's QMP socket
+    #[argh(option)]
+    qmp: Option<PathBuf>,
+    /// bulk lanes, connections that carry pages in the background (default 1; none with fd: and
+    /// exec:)
+    #[argh(option)]
+    lanes: Option<u16>,
+    /// free the guest's RAM here as it arrives there, from the switchover on; afterwards it is gone
+    /// here, so that the guest's process here can only be ended
+    #[argh(switch)]
+    release_ram: bool,
+    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
+    #[argh(option, default = "CoreList::default()")]
+    cores: CoreList,
+    /// show no progress
+    #[argh(switch, short = 'q')]
+    quiet: bool,
+    /// print JSON objects, the last of them the report
+    #[argh(switch)]
+    json: bool,
+    /// tcp:HOST:PORT, unix:PATH, fd:N or exec:CMD
+    #[argh(positional)]
+    uri: Uri,
+}
+
+impl Migrate {
+    pub(super) fn run(self) -> Result<i32> {
+        let lanes = lanes_to(&self.uri, self.lanes, 1)?;
+        doctor::limits::check(lanes)?;
+        if self.no_background && !self.postcopy {
+            return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
+        }
+        source::run(&source::Options {
+            uri: self.uri,
+            postcopy: self.postcopy,
+            background: !self.no_background,
+            ram: self.ram,
+            qmp: self.qmp,
+            lanes,
+            release_ram: self.release_ram,
+            cores: self.cores.0,
+            json: self.json,
+            quiet: self.quiet,
+        })?;
+        Ok(0)
+    }
+}

@@ -1,0 +1,90 @@
+//! What options take, and what several subcommands check alike
+
+use crate::error::{Error, Result};
+use crate::uri::Uri;
+
+/// The RFC's `-postcopy-flags`.
+#[derive(Clone, Copy)]
+pub(super) struct PostcopyFlags(pub(super) u8);
+
+impl std::str::FromStr for PostcopyFlags {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<PostcopyFlags, String> {
+        match text {
+            "0" => Ok(PostcopyFlags(0)),
+            "1" => Ok(PostcopyFlags(1)),
+            _ => Err(format!("0 or 1 (touch requests), not {text:?}")),
+        }
+    }
+}
+
+/// Bytes, as `1500`, `64K` or `10G`.
+#[derive(Clone, Copy)]
+pub(super) struct Size(pub(super) u64);
+
+impl std::str::FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Size, String> {
+        let shifts = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+        let unit = shifts.iter().find(|(unit, _)| text.to_ascii_uppercase().ends_with(*unit));
+        let (digits, shift) =
+            unit.map_or((text, 0), |(_, shift)| (&text[..text.len() - 1], *shift));
+        let bytes = digits.parse::<u64>().ok().and_then(|count| count.checked_mul(1 << shift));
+        bytes.map(Size).ok_or_else(|| format!("write a size such as 512M or 10G, not {text:?}"))
+    }
+}
+
+/// `0,2,3`
+#[derive(Default)]
+pub(super) struct CoreList(pub(super) Vec<usize>);
+
+impl std::str::FromStr for CoreList {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<CoreList, String> {
+        let available: Vec<usize> =
+            core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
+        let cores: std::result::Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
+        let cores = cores.map_err(|_| format!("write core numbers such as 0,2,3, not {text:?}"))?;
+        match cores.iter().find(|core| !available.contains(core)) {
+            Some(core) => {
+                Err(format!("core {core} is not one of those umem may use: {available:?}"))
+            }
+            None => Ok(CoreList(cores)),
+        }
+    }
+}
+
+pub(super) fn check_percent(name: &str, percent: u32) -> Result<()> {
+    if percent <= 100 {
+        return Ok(());
+    }
+    Err(Error::Usage(format!("--{name} is a share of 100, not {percent}")))
+}
+
+pub(super) fn check_lanes(lanes: u16) -> Result<()> {
+    if (1..=umem_wire::limits::LANES_MAX).contains(&lanes) {
+        return Ok(());
+    }
+    Err(Error::Usage(format!("--lanes is 1 to {}, not {lanes}", umem_wire::limits::LANES_MAX)))
+}
+
+/// The number of bulk lanes: what was asked for, or the default; none on a single connection.
+pub(super) fn lanes_to(uri: &Uri, asked: Option<u16>, default: u16) -> Result<u16> {
+    match asked {
+        Some(_) if uri.is_one_connection() => Err(Error::Usage(format!(
+            "--lanes: {uri} is one connection, which all pages share; leave it out, or use tcp: or \
+             unix:"
+        ))),
+        None if uri.is_one_connection() => Ok(0),
+        asked => several_lanes(asked, default),
+    }
+}
+
+pub(super) fn several_lanes(asked: Option<u16>, default: u16) -> Result<u16> {
+    let lanes = asked.unwrap_or(default);
+    check_lanes(lanes)?;
+    Ok(lanes)
+}
