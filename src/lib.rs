@@ -31,7 +31,9 @@ pub mod doctor;
 pub mod embed;
 mod error;
 mod fault;
+mod follow;
 pub mod host;
+mod idle;
 mod inbox;
 mod install;
 mod lane;
@@ -47,5 +49,6 @@ mod worker;
 
 pub use error::{Error, Result};
 pub use host::command::RamPath;
+pub use idle::IdleCores;
 pub use memory::kind::Kind;
 pub use uri::Uri;

@@ -42,6 +42,36 @@ const EARLY: i32 = -10;
 /// two hosts and the network between them. The work is the same whenever it is done; done early there are
 /// fewer faults to serve, and the guest gets its cores back whole.
 pub(crate) fn go_early() {
-    // SAFETY: 0 is the calling thread (Linux keeps nice values per thread); no memory is involved.
-    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, EARLY) };
+    let mut attributes = Attributes {
+        size: size_of::<Attributes>() as u32,
+        nice: EARLY,
+        runtime_ns: SLICE_NS,
+        ..Attributes::default()
+    };
+    // SAFETY: 0 is the calling thread, and the attributes outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attributes, 0) };
+    if result != 0 {
+        // SAFETY: 0 is the calling thread (Linux keeps nice values per thread); no memory is involved.
+        let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, EARLY) };
+    }
 }
+
+/// How long a bulk thread runs before somebody else may, ns: the least that the scheduler knows (since
+/// Linux 6.12; before that it ignores the value). It has nine tenths of a core that it shares, but a vCPU
+/// whose page has come does not wait for long until it runs.
+const SLICE_NS: u64 = 100_000;
+
+/// `struct sched_attr` in its first version (include/uapi/linux/sched/types.h).
+#[repr(C)]
+#[derive(Default)]
+struct Attributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
+}
+const _: () = assert!(size_of::<Attributes>() == 48);

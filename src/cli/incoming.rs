@@ -7,6 +7,7 @@ use argh::{ArgsInfo, FromArgs};
 use super::values::{CoreList, PostcopyFlags, lanes_to, several_lanes};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
+use crate::idle::IdleCores;
 use crate::memory::kind::Kind;
 use crate::uri::Uri;
 use crate::{destination, single};
@@ -56,6 +57,10 @@ pub(super) struct Incoming {
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
+    /// what idle cores do while faults come: poll, the default, which halves the time of a fault
+    /// and more (takes access to /dev/cpu_dma_latency, without which they sleep), or sleep
+    #[argh(option, default = "IdleCores::Poll")]
+    idle_cores: IdleCores,
     /// a preload object to use in place of the built-in one
     #[argh(option)]
     preload: Option<PathBuf>,
@@ -113,6 +118,7 @@ impl Incoming {
             qmp: self.qmp,
             lanes_max,
             cores: self.cores.0,
+            idle_cores: self.idle_cores,
             preload: self.preload,
             json: self.json,
             quiet: self.quiet,

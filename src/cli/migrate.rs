@@ -7,6 +7,7 @@ use argh::{ArgsInfo, FromArgs};
 use super::values::{CoreList, lanes_to};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
+use crate::idle::IdleCores;
 use crate::uri::Uri;
 use crate::{doctor, source};
 
@@ -48,6 +49,10 @@ pub(super) struct Migrate {
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
+    /// what idle cores do while faults come: poll, the default, which halves the time of a fault
+    /// and more (takes access to /dev/cpu_dma_latency, without which they sleep), or sleep
+    #[argh(option, default = "IdleCores::Poll")]
+    idle_cores: IdleCores,
     /// show no progress
     #[argh(switch, short = 'q')]
     quiet: bool,
@@ -75,6 +80,7 @@ impl Migrate {
             lanes,
             release_ram: self.release_ram,
             cores: self.cores.0,
+            idle_cores: self.idle_cores,
             json: self.json,
             quiet: self.quiet,
         })?;

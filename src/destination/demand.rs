@@ -20,8 +20,12 @@ use super::Note;
 use super::acks::Acks;
 use super::faults::{self, Faults, MESSAGE_ASK, Servers};
 use super::guest::{GuestMemory, PageId};
-use super::reader::{Arrived, LaneReader, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN};
+use super::reader::{
+    Arrived, LaneReader, TOKEN_AHEAD, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN,
+};
 use crate::error::{Error, Result};
+use crate::follow::{self, Follower};
+use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
 use crate::lane::Lane;
 use crate::priority;
@@ -31,8 +35,9 @@ use crate::worker::Started;
 const TOKEN_SENT: u64 = TOKEN_FREE;
 const TOKEN_POSTED: u64 = TOKEN_FREE + 1;
 const TOKEN_FAULT_RETRY: u64 = TOKEN_FREE + 2;
+const TOKEN_CALM: u64 = TOKEN_FREE + 3;
 /// The guest's userfaultfds have this token and those after it.
-const TOKEN_FAULTS: u64 = TOKEN_FREE + 3;
+const TOKEN_FAULTS: u64 = TOKEN_FREE + 4;
 
 /// What the control thread tells the demand thread, followed by a wake.
 pub(crate) enum Command {
@@ -53,6 +58,9 @@ pub(crate) struct DemandLane {
     /// Serve the guest's faults as well; if not, [`Command::Servers`] says who does.
     pub(crate) serves_faults: bool,
     pub(crate) core: Option<usize>,
+    /// Nobody has named that core: go where the guest's vCPUs are.
+    pub(crate) follows: bool,
+    pub(crate) idle_cores: IdleCores,
     /// There are no bulk lanes: pages come here that nobody asked for.
     pub(crate) has_background: bool,
     pub(crate) acks: Acks,
@@ -80,6 +88,10 @@ struct DemandThread {
     /// None when the guest's faults are served by other threads.
     faults: Option<Faults>,
     servers: Option<Servers>,
+    follower: Follower,
+    vigil: Vigil,
+    /// Pages have been asked for since the last look at where from.
+    has_asked: bool,
     /// Pages that other threads' guests wait for.
     ask: Vec<(RegionId, u64)>,
     /// Pages that have come and that somebody waits for.
@@ -109,6 +121,9 @@ impl DemandLane {
             may_ask: false,
             faults,
             servers: None,
+            follower: Follower::new(self.follows, self.core),
+            vigil: Vigil::new(self.idle_cores, TOKEN_CALM),
+            has_asked: false,
             ask: Vec::with_capacity(REQUEST_ENTRIES_MAX),
             wanted: Vec::with_capacity(REQUEST_ENTRIES_MAX),
             outbox: Vec::with_capacity(4096),
@@ -147,6 +162,7 @@ impl DemandThread {
                 self.completed(&mut ring, &mut reader, completion)?;
             }
             self.send(&mut ring)?;
+            self.follow(&mut ring)?;
             if self.ending && self.spare.is_some() {
                 return Ok(());
             }
@@ -161,8 +177,8 @@ impl DemandThread {
     ) -> Result<()> {
         match completion.token {
             // After its goodbye the source closes the lane.
-            TOKEN_CONTROL | TOKEN_RUN if self.ending => Ok(()),
-            TOKEN_CONTROL | TOKEN_RUN | TOKEN_RETRY => {
+            TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD if self.ending => Ok(()),
+            TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD | TOKEN_RETRY => {
                 let mut wanted = std::mem::take(&mut self.wanted);
                 let guest = self.guest.clone();
                 reader.complete(
@@ -195,6 +211,7 @@ impl DemandThread {
             }
             TOKEN_SENT => self.sent(completion),
             TOKEN_POSTED => faults::posted(completion.outcome),
+            TOKEN_CALM => self.vigil.calm(ring),
             _ => {
                 self.faults.as_mut().expect("only these tokens are left").complete(ring, completion)
             }
@@ -245,6 +262,20 @@ impl DemandThread {
         }
     }
 
+    /// Goes to the core where vCPUs wait; after a fault has been dealt with, not before.
+    fn follow(&mut self, ring: &mut Ring) -> Result<()> {
+        if !std::mem::take(&mut self.has_asked) {
+            return Ok(());
+        }
+        if let Some(thread) = self.faults.as_mut().and_then(Faults::take_thread)
+            && self.follower.is_due()
+            && let Some(core) = follow::core_of_thread(thread)
+        {
+            self.follower.saw(core);
+        }
+        self.vigil.fault(ring)
+    }
+
     /// Sends what there is, requests first, all in one.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
         let Some(mut buffer) = self.spare.take() else {
@@ -254,6 +285,7 @@ impl DemandThread {
         if self.may_ask {
             let own = self.faults.as_mut().map(Faults::unasked);
             for asked in own.into_iter().chain([&mut self.ask]) {
+                self.has_asked |= !asked.is_empty();
                 for batch in asked.chunks(REQUEST_ENTRIES_MAX) {
                     transmit::request(&mut buffer, batch);
                 }
@@ -270,7 +302,6 @@ impl DemandThread {
         }
         ring.submit(Op::send(self.socket.clone(), buffer).wait_all(), TOKEN_SENT)
             .map_err(|rejected| Error::Ring(rejected.error))?;
-        ring.enter(Wait::No)?;
         Ok(())
     }
 

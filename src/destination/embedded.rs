@@ -12,6 +12,7 @@ use crate::embed::desk::Desk;
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
 use crate::host::thread::HostThread;
+use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HelloBytes, Lane, Listener};
 use crate::report::{Completed, Output};
@@ -57,7 +58,9 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
     let asking = desk.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
-    let plan = Plan { touch: false, cores: &cores, quiet: true };
+    // How deeply the whole machine sleeps is the monitor's affair.
+    let idle_cores = IdleCores::Sleep;
+    let plan = Plan { touch: false, cores: &cores, idle_cores, quiet: true };
     let open = Open { lanes, receiver, adopted };
     let migration = Migration::start(&plan, output, &inbox, open, host, &prepared.side)?;
     desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());

@@ -61,6 +61,8 @@ pub(crate) struct Faults {
     waiting: HashMap<PageId, Instant>,
     again: Vec<Again>,
     latency: Histogram<u64>,
+    /// The thread whose fault was read last; 0 if it is not known, or has been looked at.
+    last_thread: u32,
     /// For what is read with the gate closed.
     buffer: Vec<u8>,
 }
@@ -83,6 +85,7 @@ impl Faults {
             waiting: HashMap::with_capacity(1024),
             again: Vec::new(),
             latency: latency_histogram(),
+            last_thread: 0,
             buffer: vec![0; EVENTS_MAX * MESSAGE_BYTES],
         }
     }
@@ -159,7 +162,10 @@ impl Faults {
         let (events, _) = bytes.as_chunks::<MESSAGE_BYTES>();
         for event in events {
             match uffd::Event::decode(event) {
-                uffd::Event::PageFault { address } => self.fault(ring, address, now)?,
+                uffd::Event::PageFault { address, thread } => {
+                    self.last_thread = thread;
+                    self.fault(ring, address, now)?;
+                }
                 uffd::Event::Remove { start, end } => self.guest.discard(start, end)?,
                 uffd::Event::Fork => return Err(changed("has forked")),
                 uffd::Event::Remap => return Err(changed("has moved its memory")),
@@ -223,6 +229,12 @@ impl Faults {
                 .map_err(|rejected| Error::Ring(rejected.error))?;
         }
         Ok(())
+    }
+
+    /// The thread whose fault was read since the last call, where its userfaultfd tells.
+    pub(crate) fn take_thread(&mut self) -> Option<u32> {
+        let thread = std::mem::take(&mut self.last_thread);
+        (thread != 0).then_some(thread)
     }
 
     /// The pages to ask for since the last call.

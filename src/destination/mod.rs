@@ -36,6 +36,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
+use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
@@ -77,6 +78,8 @@ pub struct Options {
     pub lanes_max: u16,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
+    /// What idle cores do while faults come.
+    pub idle_cores: IdleCores,
     /// The preload object to use in place of the built-in one.
     pub preload: Option<PathBuf>,
     /// JSON events on stdout.
@@ -179,7 +182,12 @@ fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> R
     let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;
     let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
     let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
-    let plan = Plan { touch: options.touch, cores: &options.cores, quiet: options.quiet };
+    let plan = Plan {
+        touch: options.touch,
+        cores: &options.cores,
+        idle_cores: options.idle_cores,
+        quiet: options.quiet,
+    };
     let open = Open { lanes, receiver, adopted };
     let report = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?
         .drive(&mut prepared.side)?;
@@ -207,6 +215,7 @@ struct Plan<'a> {
     /// As in [`Options`].
     touch: bool,
     cores: &'a [usize],
+    idle_cores: IdleCores,
     quiet: bool,
 }
 
@@ -270,6 +279,8 @@ impl<'a> Migration<'a> {
             guest: guest.clone(),
             serves_faults: !is_sharded,
             core: cores.demand(),
+            follows: plan.cores.is_empty(),
+            idle_cores: plan.idle_cores,
             has_background: lanes.bulk.is_empty(),
             acks: Acks::new(lanes.acks),
             commands: queue,

@@ -3,9 +3,12 @@
 //! Into huge pages a run is received straight through our mapping. A region of 4 KiB pages takes it
 //! faster in two steps, a buffer that stays in the processor's cache and then a write to the file: a
 //! receive into fresh small pages faults on every one of them, and has it zeroed first (`umem-perf
-//! floor` compares the ways). A demand page goes straight into its place all the same: a write takes the
-//! file's lock, and would wait for the writes of bulk lanes. Anonymous memory is copied in from the
-//! buffer, as nobody but the guest's process has a mapping of it.
+//! floor` compares the ways). Anonymous memory is copied in from the buffer, as nobody but the guest's
+//! process has a mapping of it.
+//!
+//! The demand lane is read ahead, unless pages are large: one receive takes whatever is there, an answer
+//! with its header, or several answers, and the pages are put into place from that buffer. On the way of
+//! a page that somebody waits for this saves a receive, and the page fault of our own mapping.
 //!
 //! A run that cannot be placed at once, as the guest is changing its mappings, is held and tried again,
 //! and nothing further is taken from the lane meanwhile: the thread goes on with what else it does.
@@ -13,11 +16,12 @@
 //! While a run of pages is received, the receive of the next header is already linked behind it, so
 //! that the kernel goes on without us. The wire's receiver promises that a header follows every run.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use umem_ring::{Bytes, Chain, Completion, Fd, Memory, Op, Outcome, Ring};
 use umem_wire::{
-    Event, HEADER_BYTES, LaneRole, PageRange, Receiver, RegionId, RegionTable, Target,
+    Event, HEADER_BYTES, LaneRole, PageRange, Receiver, RegionTable, RunTarget, Target,
 };
 
 use super::faults::RETRY_INTERVAL;
@@ -30,6 +34,7 @@ use crate::memory::claims::RunKind;
 pub(crate) const TOKEN_CONTROL: u64 = 0;
 pub(crate) const TOKEN_RUN: u64 = 1;
 pub(crate) const TOKEN_RETRY: u64 = 2;
+pub(crate) const TOKEN_AHEAD: u64 = 3;
 pub(crate) const TOKEN_FREE: u64 = 16;
 
 /// One lane's receiving end.
@@ -44,12 +49,28 @@ pub(crate) struct LaneReader {
     staging: Option<Bytes>,
     /// Nobody waits for what comes here: small pages are staged, and memory that is short is spared.
     is_bulk: bool,
+    /// What has been read ahead, where that is done.
+    ahead: Option<Ahead>,
+    /// Bytes at the start of `staging` of the current run, which were read ahead.
+    staged: usize,
     held: Option<Held>,
     retry_armed: bool,
 }
 
+/// What one receive has brought.
+struct Ahead {
+    /// None while a receive is in flight.
+    buffer: Option<Bytes>,
+    /// What of it has not been taken yet.
+    left: Range<usize>,
+    /// Bytes of the current run at its start that are in place, if the rest had to wait.
+    placed: usize,
+}
+
 /// Why a lane stands still.
 enum Held {
+    /// Pages that were read ahead wait to be copied in.
+    Ahead,
     /// A run waits to be copied in, its first `done` bytes are, and perhaps the header behind it.
     Run { range: PageRange, staging: Bytes, done: usize, next: Option<(Outcome, Bytes)> },
     /// The next run waits for room.
@@ -69,12 +90,21 @@ impl LaneReader {
     pub(crate) fn bulk(lane: &Lane, regions: &RegionTable, guest: Arc<GuestMemory>) -> LaneReader {
         let mut receiver = Receiver::for_destination(LaneRole::Bulk);
         receiver.set_regions(regions);
-        let reader = LaneReader::demand(lane, receiver, guest);
-        LaneReader { is_bulk: true, ..reader }
+        LaneReader { is_bulk: true, ..LaneReader::new(lane, receiver, guest) }
     }
 
     /// The demand lane, with a receiver that has read its beginning already.
     pub(crate) fn demand(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
+        let is_read_ahead = guest.regions.iter().all(|region| region.unit_shift <= AHEAD_SHIFT_MAX);
+        let ahead = is_read_ahead.then(|| Ahead {
+            buffer: Some(Bytes::with_capacity(AHEAD_BYTES)),
+            left: 0..0,
+            placed: 0,
+        });
+        LaneReader { ahead, ..LaneReader::new(lane, receiver, guest) }
+    }
+
+    fn new(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
         let header = Some(Bytes::with_capacity(HEADER_BYTES));
         LaneReader {
             name: lane.name.clone(),
@@ -84,6 +114,8 @@ impl LaneReader {
             header,
             staging: None,
             is_bulk: false,
+            ahead: None,
+            staged: 0,
             held: None,
             retry_armed: false,
         }
@@ -93,6 +125,11 @@ impl LaneReader {
     pub(crate) fn arm(&mut self, ring: &mut Ring) -> Result<()> {
         match self.receiver.next_target() {
             Target::Control { exact } => {
+                if let Some(buffer) = self.ahead.as_mut().and_then(|ahead| ahead.buffer.take()) {
+                    ring.submit(Op::recv(self.socket.clone(), buffer), TOKEN_AHEAD)
+                        .map_err(|rejected| Error::Ring(rejected.error))?;
+                    return Ok(());
+                }
                 let memory = self.buffer(exact);
                 ring.submit(Op::recv(self.socket.clone(), memory).wait_all(), TOKEN_CONTROL)
                     .map_err(|rejected| Error::Ring(rejected.error))?;
@@ -110,7 +147,7 @@ impl LaneReader {
                     let len = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
                     let staging = self.staging.take();
                     let staging = staging.unwrap_or_else(|| Bytes::with_capacity(STAGING_BYTES));
-                    Memory::from(staging.slice(0..len))
+                    Memory::from(staging.slice(self.staged..len))
                 } else {
                     Memory::from(region.file().span(run.byte_offset, run.bytes))
                 };
@@ -141,6 +178,14 @@ impl LaneReader {
                     return Ok(());
                 }
                 self.control(ring, outcome, bytes, &mut wake, &mut arrived)
+            }
+            (TOKEN_AHEAD, Some(Memory::Bytes(buffer))) => {
+                let (Outcome::Done(count @ 1..), Some(ahead)) = (outcome, &mut self.ahead) else {
+                    return Err(self.failed(outcome));
+                };
+                ahead.buffer = Some(buffer);
+                ahead.left = 0..count as usize;
+                self.take_ahead(ring, &mut wake, &mut arrived)
             }
             (TOKEN_RUN, memory) => {
                 let Outcome::Done(_) = outcome else {
@@ -185,6 +230,74 @@ impl LaneReader {
         if self.receiver.is_ended() { Ok(()) } else { self.arm(ring) }
     }
 
+    /// Takes what has been read ahead, then receives more.
+    fn take_ahead(
+        &mut self,
+        ring: &mut Ring,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        loop {
+            let Some(Ahead { buffer: Some(buffer), left, placed }) = &mut self.ahead else {
+                return self.arm(ring);
+            };
+            if left.start == left.end {
+                return self.arm(ring);
+            }
+            let bytes = &buffer.as_slice()[left.clone()];
+            match self.receiver.next_target() {
+                Target::Control { exact } => {
+                    let taken = exact.min(bytes.len());
+                    let result = self.receiver.control(&bytes[..taken]);
+                    left.start += taken;
+                    self.events(wake, arrived)?;
+                    result.map_err(|error| Error::protocol(&self.name, error))?;
+                }
+                Target::Run(run) => {
+                    let region = self.guest.region(run.region);
+                    if run.bytes > 1 << region.unit_shift && !self.guest.has_room() {
+                        self.held = Some(Held::Room);
+                        return self.arm_retry(ring);
+                    }
+                    let there = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
+                    let there = there.min(bytes.len());
+                    if !region.is_copied() {
+                        write(&self.guest, &bytes[..there], &run)?;
+                        left.start += there;
+                        self.landed(there, wake, arrived)?;
+                        continue;
+                    }
+                    let pages = there >> region.unit_shift;
+                    if pages == 0 {
+                        let staging = self.staging.take();
+                        let mut staging =
+                            staging.unwrap_or_else(|| Bytes::with_capacity(STAGING_BYTES));
+                        staging = staging.slice(0..there);
+                        staging.as_mut_slice().copy_from_slice(bytes);
+                        self.staging = Some(staging);
+                        self.staged = there;
+                        left.start += there;
+                        continue;
+                    }
+                    let whole = pages << region.unit_shift;
+                    let range = PageRange {
+                        region: run.region,
+                        first: run.byte_offset >> region.unit_shift,
+                        pages: pages as u64,
+                    };
+                    *placed = self.guest.place(range, &bytes[..whole], *placed)?;
+                    if *placed < whole {
+                        self.held = Some(Held::Ahead);
+                        return self.arm_retry(ring);
+                    }
+                    *placed = 0;
+                    left.start += whole;
+                    self.landed(whole, wake, arrived)?;
+                }
+            }
+        }
+    }
+
     /// Puts a staged run where it belongs, or holds it.
     fn place(
         &mut self,
@@ -198,9 +311,11 @@ impl LaneReader {
         };
         let region = self.guest.region(run.region);
         if !region.is_copied() {
-            self.write(&staging, run.byte_offset, run.region)?;
+            write(&self.guest, staging.as_slice(), &run)?;
             return self.placed(staging, wake, arrived);
         }
+        self.staged = 0;
+        let staging = staging.slice(0..usize::try_from(run.bytes).expect("at most 2 MiB"));
         let range = PageRange {
             region: run.region,
             first: run.byte_offset >> region.unit_shift,
@@ -244,7 +359,7 @@ impl LaneReader {
     ) -> Result<()> {
         match self.held.take() {
             None => Ok(()),
-            Some(Held::Room) => self.arm(ring),
+            Some(Held::Room | Held::Ahead) => self.take_ahead(ring, wake, arrived),
             Some(Held::Run { range, staging, done, next }) => {
                 let done = self.guest.place(range, staging.as_slice(), done)?;
                 if done < staging.len() {
@@ -297,15 +412,6 @@ impl LaneReader {
         Ok(())
     }
 
-    /// Writes a staged run to its file.
-    fn write(&self, staging: &Bytes, offset: u64, region: RegionId) -> Result<()> {
-        let ram = self.guest.region(region).file();
-        ram.write_at(staging.as_slice(), offset).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::ENOMEM) => out_of_memory(),
-            _ => Error::System { what: format!("writing RAM {}", ram.name), source: error },
-        })
-    }
-
     /// The header's buffer, or a new one for a body.
     fn buffer(&mut self, len: usize) -> Bytes {
         match self.header.take() {
@@ -329,6 +435,15 @@ impl LaneReader {
     }
 }
 
+/// Writes bytes of a run to its file.
+fn write(guest: &GuestMemory, bytes: &[u8], run: &RunTarget) -> Result<()> {
+    let ram = guest.region(run.region).file();
+    ram.write_at(bytes, run.byte_offset).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::ENOMEM) => out_of_memory(),
+        _ => Error::System { what: format!("writing RAM {}", ram.name), source: error },
+    })
+}
+
 fn out_of_memory() -> Error {
     Error::OutOfMemory(
         "no memory left for the guest's pages: the file system of its RAM file is full (or its \
@@ -336,6 +451,12 @@ fn out_of_memory() -> Error {
             .into(),
     )
 }
+
+/// Pages up to this size, 64 KiB, are read ahead.
+const AHEAD_SHIFT_MAX: u8 = 16;
+
+/// What one receive takes of the demand lane: 15 answers of 4 KiB pages, or one of the largest.
+const AHEAD_BYTES: usize = 68 << 10;
 
 /// The longest run of small pages.
 const STAGING_BYTES: usize = 2 << 20;

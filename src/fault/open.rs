@@ -56,6 +56,7 @@ pub(crate) fn open(faults: Faults) -> io::Result<(OwnedFd, Way)> {
 pub(crate) const EVENT_REMOVE: u64 = 1 << 3;
 pub(crate) const MISSING_HUGETLBFS: u64 = 1 << 4;
 pub(crate) const MISSING_SHMEM: u64 = 1 << 5;
+pub(crate) const THREAD_ID: u64 = 1 << 8;
 pub(crate) const MINOR_HUGETLBFS: u64 = 1 << 9;
 pub(crate) const MINOR_SHMEM: u64 = 1 << 10;
 

@@ -15,10 +15,11 @@ use super::open::{self, DEVICE, Faults};
 use super::uffd::Uffd;
 use crate::error::{Context, Error, Result};
 
-const FEATURES: [(u64, &str); 5] = [
+const FEATURES: [(u64, &str); 6] = [
     (open::EVENT_REMOVE, "EVENT_REMOVE"),
     (open::MISSING_HUGETLBFS, "MISSING_HUGETLBFS"),
     (open::MISSING_SHMEM, "MISSING_SHMEM"),
+    (open::THREAD_ID, "THREAD_ID"),
     (open::MINOR_HUGETLBFS, "MINOR_HUGETLBFS (Linux 5.13)"),
     (open::MINOR_SHMEM, "MINOR_SHMEM (Linux 5.14)"),
 ];

@@ -17,7 +17,8 @@ pub(crate) const MESSAGE_BYTES: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     /// A thread of the guest waits at this address (guest side's address space).
-    PageFault { address: u64 },
+    /// `thread` is its number, or 0 where the userfaultfd was not told to report that.
+    PageFault { address: u64, thread: u32 },
     /// The guest side discarded a range (balloon, MADV_DONTNEED, MADV_REMOVE), or unmapped it.
     Remove { start: u64, end: u64 },
     /// The guest side forked: the child has memory that nobody would fill.
@@ -39,7 +40,10 @@ impl Event {
     pub(crate) fn decode(bytes: &[u8; MESSAGE_BYTES]) -> Event {
         let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         match bytes[0] {
-            EVENT_PAGEFAULT => Event::PageFault { address: word(16) },
+            EVENT_PAGEFAULT => {
+                let thread = bytes[24..28].try_into().expect("4 bytes");
+                Event::PageFault { address: word(16), thread: u32::from_ne_bytes(thread) }
+            }
             EVENT_REMOVE | EVENT_UNMAP => Event::Remove { start: word(8), end: word(16) },
             EVENT_FORK => Event::Fork,
             EVENT_REMAP => Event::Remap,
@@ -251,7 +255,11 @@ mod tests {
         bytes[0] = EVENT_PAGEFAULT;
         bytes[8..16].copy_from_slice(&1u64.to_ne_bytes());
         bytes[16..24].copy_from_slice(&0x7f00_0000_1000u64.to_ne_bytes());
-        assert_eq!(Event::decode(&bytes), Event::PageFault { address: 0x7f00_0000_1000 });
+        bytes[24..28].copy_from_slice(&77u32.to_ne_bytes());
+        assert_eq!(
+            Event::decode(&bytes),
+            Event::PageFault { address: 0x7f00_0000_1000, thread: 77 }
+        );
         bytes[0] = EVENT_REMOVE;
         bytes[8..16].copy_from_slice(&0x1000u64.to_ne_bytes());
         bytes[16..24].copy_from_slice(&0x3000u64.to_ne_bytes());

@@ -197,10 +197,13 @@ impl RamFile {
     /// A copy of `len` bytes from `offset`; holes read as zeroes and stay holes.
     pub(crate) fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(len).expect("64-bit Linux")];
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .context(|| format!("reading RAM {}", self.name))?;
+        self.read_into(&mut bytes, offset)?;
         Ok(bytes)
+    }
+
+    /// Fills `bytes` from `offset` on, likewise.
+    pub(crate) fn read_into(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_exact_at(bytes, offset).context(|| format!("reading RAM {}", self.name))
     }
 
     /// Writes to the file, which makes its pages without zeroing them first.

@@ -23,6 +23,12 @@ pub(crate) unsafe fn is_zero(start: NonNull<u8>, len: usize) -> bool {
     true
 }
 
+/// True when all bytes of a buffer of our own are zero.
+pub(crate) fn slice_is_zero(bytes: &[u8]) -> bool {
+    // The compiler makes vector instructions of the inner loop.
+    bytes.chunks(64).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
 /// # Safety
 /// 64 readable bytes at the 16-byte aligned `at`.
 #[cfg(target_arch = "x86_64")]

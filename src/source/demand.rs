@@ -6,6 +6,7 @@
 //! In a session without bulk lanes the background shares it too: a small batch at a time, and only when
 //! there is nothing else to send, so that an answer waits for one batch at most.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::mpsc::Receiver as Commands;
@@ -13,11 +14,13 @@ use std::sync::mpsc::Receiver as Commands;
 use umem_ring::{
     Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
 };
-use umem_wire::{Event, Receiver, RegionId};
+use umem_wire::{Event, PageRange, Receiver, RegionId};
 
 use super::Note;
 use super::memory::{SourceMemory, Walk};
 use crate::error::{Error, Result};
+use crate::follow::{self, Follower};
+use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
 use crate::lane::{Lane, SHARED_QUEUE_BYTES};
 use crate::memory::claims::Run;
@@ -29,19 +32,23 @@ const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
 /// Go on looking for background pages.
 const TOKEN_GO_ON: u64 = 2;
+const TOKEN_CALM: u64 = 3;
 
 /// Requests are small; what is read at once is a few of them.
 const RECEIVE_BYTES: usize = 16 << 10;
 
-/// Answers that leave with one send: two pieces each, of the 1024 that a send takes.
-const ANSWERS_MAX: usize = 256;
+/// Answers that leave with one send: two pieces each at most, of the 1024 that a send takes.
+const ANSWERS_MAX: usize = 64;
+
+/// The answers that a send usually holds.
+const SPARE_BYTES: usize = 16 << 10;
 
 /// Bytes of pages in a background batch, of which one is in flight at most: what an answer waits for,
 /// 50 µs at 10 Gbit/s. A single larger page is a batch.
 const BACKGROUND_BYTES: u64 = SHARED_QUEUE_BYTES as u64;
 
-/// Runs in a background batch: two pieces each, as in an answer.
-const BACKGROUND_RUNS: usize = ANSWERS_MAX;
+/// Runs in a background batch: two pieces each, of the 1024 that a send takes.
+const BACKGROUND_RUNS: usize = 256;
 
 /// Claims for one batch, each of [`BACKGROUND_BYTES`]: the most that is looked through for pages that
 /// are not zero while an answer may be waiting, 1 MiB, or 0.1 ms.
@@ -64,6 +71,9 @@ pub(crate) struct DemandLane {
     pub(crate) receiver: Receiver,
     pub(crate) memory: Arc<SourceMemory>,
     pub(crate) core: Option<usize>,
+    /// Nobody has named that core: go where the requests arrive.
+    pub(crate) follows: bool,
+    pub(crate) idle_cores: IdleCores,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
 }
@@ -75,8 +85,15 @@ struct DemandThread {
     memory: Arc<SourceMemory>,
     commands: Commands<Command>,
     post: Post<Note>,
-    answers: Vec<Run>,
+    follower: Follower,
+    vigil: Vigil,
+    /// A request has come since the last look at where from.
+    has_answered: bool,
+    /// Claimed, to be sent.
+    answers: Vec<PageRange>,
     outbox: Vec<u8>,
+    /// The buffer for answers while none is in flight.
+    spare: Vec<u8>,
     background: Option<Background>,
     going_on: bool,
     sending: bool,
@@ -100,19 +117,28 @@ impl DemandLane {
             memory: self.memory,
             commands: self.commands,
             post: self.post,
+            follower: Follower::new(self.follows, self.core),
+            vigil: Vigil::new(self.idle_cores, TOKEN_CALM),
+            has_answered: false,
             answers: Vec::with_capacity(ANSWERS_MAX),
             outbox: Vec::with_capacity(4096),
+            spare: Vec::with_capacity(SPARE_BYTES),
             background: None,
             going_on: false,
             sending: false,
             ending: false,
         };
-        thread.serve(self.core, started)
+        thread.serve(self.core, &self.lane.socket(), started)
     }
 }
 
 impl DemandThread {
-    fn serve(&mut self, core: Option<usize>, started: Started<Waker>) -> Result<()> {
+    fn serve(
+        &mut self,
+        core: Option<usize>,
+        socket: &OwnedFd,
+        started: Started<Waker>,
+    ) -> Result<()> {
         let mut ring = Ring::new(&Config { name: self.name.clone(), core, ..Config::default() })?;
         priority::go_first();
         started.with(ring.waker()?);
@@ -124,10 +150,12 @@ impl DemandThread {
                     TOKEN_WAKE => self.take_commands(),
                     TOKEN_SENT => self.sent(completion)?,
                     TOKEN_GO_ON => self.going_on = false,
+                    TOKEN_CALM => self.vigil.calm(&mut ring)?,
                     _ => self.received(&mut ring, completion)?,
                 }
             }
             self.send(&mut ring)?;
+            self.follow(&mut ring, socket)?;
             if self.ending && !self.sending {
                 return Ok(());
             }
@@ -181,9 +209,10 @@ impl DemandThread {
         if !self.memory.stopped.load(Acquire) {
             return Err(Error::protocol(&self.name, "a request before the guest had stopped"));
         }
+        self.has_answered = true;
         for &(region, page) in pages {
-            if let Some(run) = self.memory.claim_demanded(region, page)? {
-                self.answers.push(run);
+            if self.memory.claim_demanded(region, page) {
+                self.answers.push(PageRange { region, first: page, pages: 1 });
             }
         }
         if let Some(&(region, page)) = pages.last() {
@@ -197,18 +226,32 @@ impl DemandThread {
         if self.sending {
             return Ok(());
         }
-        let mut pieces = self.urgent()?;
-        if pieces.is_empty() && !self.ending {
-            pieces = self.batch()?;
-        }
-        if pieces.is_empty() {
-            return self.go_on(ring);
-        }
-        ring.submit(Op::send_vectored(self.socket.clone(), pieces), TOKEN_SENT)
-            .map_err(|rejected| Error::Ring(rejected.error))?;
+        let op = match self.urgent()? {
+            Some(op) => op,
+            None => {
+                let pieces = if self.ending { Vec::new() } else { self.batch()? };
+                if pieces.is_empty() {
+                    return self.go_on(ring);
+                }
+                Op::send_vectored(self.socket.clone(), pieces)
+            }
+        };
+        ring.submit(op, TOKEN_SENT).map_err(|rejected| Error::Ring(rejected.error))?;
         self.sending = true;
-        ring.enter(Wait::No)?;
         Ok(())
+    }
+
+    /// Goes to the core where requests arrive; after they have been answered, not before.
+    fn follow(&mut self, ring: &mut Ring, socket: &OwnedFd) -> Result<()> {
+        if !std::mem::take(&mut self.has_answered) {
+            return Ok(());
+        }
+        if self.follower.is_due()
+            && let Some(core) = follow::core_of_socket(socket.as_fd())
+        {
+            self.follower.saw(core);
+        }
+        self.vigil.fault(ring)
     }
 
     /// Where many pages in a row have left already there may be more of the background behind them:
@@ -222,20 +265,32 @@ impl DemandThread {
     }
 
     /// Answers, and control frames behind them.
-    fn urgent(&mut self) -> Result<Vec<Memory>> {
+    fn urgent(&mut self) -> Result<Option<Op>> {
         let count = self.answers.len().min(ANSWERS_MAX);
-        let mut pieces = Vec::with_capacity(2 * count + 1);
-        for run in self.answers.drain(..count) {
-            let (header, pages) = self.memory.pieces(&run)?;
-            pieces.push(Memory::from(header.to_vec()));
-            pieces.extend(pages);
+        let mut bytes = std::mem::take(&mut self.spare);
+        bytes.clear();
+        let mut pieces = Vec::new();
+        for page in self.answers.drain(..count) {
+            let (run, contents) = self.memory.answer(page, &mut bytes)?;
+            if let Some(contents) = contents {
+                pieces.push(Memory::from(std::mem::take(&mut bytes)));
+                pieces.push(contents);
+            }
             self.memory.count(&run);
             Counters::add(&self.memory.counters.pages_demand, run.range.pages);
         }
-        if !self.outbox.is_empty() {
-            pieces.push(Memory::from(std::mem::take(&mut self.outbox)));
+        bytes.append(&mut self.outbox);
+        if pieces.is_empty() && bytes.is_empty() {
+            self.spare = bytes;
+            return Ok(None);
         }
-        Ok(pieces)
+        if pieces.is_empty() {
+            return Ok(Some(Op::send(self.socket.clone(), bytes).wait_all()));
+        }
+        if !bytes.is_empty() {
+            pieces.push(Memory::from(bytes));
+        }
+        Ok(Some(Op::send_vectored(self.socket.clone(), pieces)))
     }
 
     /// The next of the background, if it is sent from here; at its end the control thread is told.
@@ -277,6 +332,9 @@ impl DemandThread {
             });
         };
         self.sending = false;
+        if let Some(bytes) = completion.memory.and_then(Memory::into_bytes) {
+            self.spare = bytes.into_vec();
+        }
         Ok(())
     }
 }

@@ -10,6 +10,7 @@ use super::{Migration, Note, Plan, role, wait};
 use crate::embed::desk::Desk;
 use crate::error::Result;
 use crate::host::thread::HostThread;
+use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane};
 use crate::memory::region::RamFile;
@@ -70,6 +71,8 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         postcopy,
         background: true,
         cores: &cores,
+        // How deeply the whole machine sleeps is the monitor's affair.
+        idle_cores: IdleCores::Sleep,
         quiet: true,
         has_monitor: false,
         stays_local,

@@ -15,7 +15,11 @@ use crate::error::{Error, Result};
 use crate::memory::acks::{Acks, NotSent};
 use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
 use crate::memory::region::RamFile;
+use crate::memory::zero;
 use crate::report::Counters;
+
+/// The largest page that is answered from a copy: for more a copy costs more than what it saves.
+const ANSWER_BYTES_MAX: u64 = 64 << 10;
 
 /// One region: its file and what of it has been claimed.
 pub(crate) struct SourceRegion {
@@ -105,16 +109,49 @@ impl SourceMemory {
         &self.regions[usize::from(id.0)]
     }
 
-    /// Claims a page that somebody waits for; `None` when it has left already.
-    pub(crate) fn claim_demanded(&self, id: RegionId, page: u64) -> Result<Option<Run>> {
-        let region = self.region(id);
-        if !region.claims().claim(page) {
-            return Ok(None);
+    /// Claims a page that somebody waits for; false when it has left already.
+    pub(crate) fn claim_demanded(&self, id: RegionId, page: u64) -> bool {
+        self.region(id).claims().claim(page)
+    }
+
+    /// A page that has been claimed, as it is sent: header and contents are appended to `answer`.
+    /// Only what is larger than [`ANSWER_BYTES_MAX`] comes back, to be sent from the mapping.
+    ///
+    /// A small page is read from its file and not through the mapping: that takes one system call in
+    /// place of two (a hole must not be touched) and the mapping's page fault, and leaves one piece to
+    /// send.
+    pub(crate) fn answer(
+        &self,
+        page: PageRange,
+        answer: &mut Vec<u8>,
+    ) -> Result<(Run, Option<Memory>)> {
+        let region = self.region(page.region);
+        let (offset, unit) = (page.first << region.unit().shift(), region.unit().bytes());
+        if unit > ANSWER_BYTES_MAX {
+            let kind = Holes::of(&region.ram, offset, unit)?.kind(&region.ram, offset, unit)?;
+            let run = Run { kind, range: page };
+            let (header, pages) = self.pieces(&run)?;
+            answer.extend_from_slice(&header);
+            return Ok((run, pages));
         }
-        let unit = region.unit().bytes();
-        let offset = page * unit;
-        let kind = Holes::of(&region.ram, offset, unit)?.kind(&region.ram, offset, unit)?;
-        Ok(Some(Run { kind, range: PageRange { region: id, first: page, pages: 1 } }))
+        self.sending(page);
+        let start = answer.len();
+        answer.extend_from_slice(&transmit::data_header(page));
+        let contents = answer.len();
+        answer.resize(contents + usize::try_from(unit).expect("64-bit Linux"), 0);
+        region.ram.read_into(&mut answer[contents..], offset)?;
+        if !zero::slice_is_zero(&answer[contents..]) {
+            return Ok((Run { kind: RunKind::Data, range: page }, None));
+        }
+        answer.truncate(start);
+        let kind = match Holes::of(&region.ram, offset, unit)?.kind(&region.ram, offset, unit)? {
+            RunKind::Hole => RunKind::Hole,
+            // The guest has stopped: what was zero is zero.
+            RunKind::Data | RunKind::Zero => RunKind::Zero,
+        };
+        let run = Run { kind, range: page };
+        answer.extend_from_slice(&header(&run));
+        Ok((run, None))
     }
 
     /// Notes that a run has been handed to the kernel.
@@ -160,14 +197,19 @@ impl SourceMemory {
 
     /// A run as it is sent, at once: its header, and its pages if they go with it.
     pub(crate) fn pieces(&self, run: &Run) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
-        if let Some(acks) = &self.region(run.range.region).landing().acks {
-            acks.sending(run.range.first, run.range.pages);
+        self.sending(run.range);
+        let contents = match run.kind {
+            RunKind::Data => Some(self.contents(run.range)?),
+            RunKind::Zero | RunKind::Hole => None,
+        };
+        Ok((header(run), contents))
+    }
+
+    /// From here on these pages may be acknowledged.
+    fn sending(&self, range: PageRange) {
+        if let Some(acks) = &self.region(range.region).landing().acks {
+            acks.sending(range.first, range.pages);
         }
-        Ok(match run.kind {
-            RunKind::Data => (transmit::data_header(run.range), Some(self.contents(run.range)?)),
-            RunKind::Zero => (transmit::zero_header(run.range), None),
-            RunKind::Hole => (transmit::hole_header(run.range), None),
-        })
     }
 
     /// Bytes of a run that cross the wire as page contents.
@@ -195,6 +237,14 @@ impl SourceMemory {
 
     pub(crate) fn total_bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.ram.bytes).sum()
+    }
+}
+
+fn header(run: &Run) -> [u8; HEADER_BYTES] {
+    match run.kind {
+        RunKind::Data => transmit::data_header(run.range),
+        RunKind::Zero => transmit::zero_header(run.range),
+        RunKind::Hole => transmit::hole_header(run.range),
     }
 }
 
@@ -398,6 +448,35 @@ mod tests {
         runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
     }
 
+    /// What a demand for a page brings, if it brings anything.
+    fn demanded(memory: &SourceMemory, page: u64) -> Option<RunKind> {
+        let region = RegionId(0);
+        let unit = memory.region(region).unit().bytes() as usize;
+        let range = PageRange { region, first: page, pages: 1 };
+        memory.claim_demanded(region, page).then(|| {
+            let mut answer = vec![0xa5; 3];
+            let (run, contents) = memory.answer(range, &mut answer).unwrap();
+            assert_eq!(run.range, range);
+            assert_eq!(answer[3..3 + HEADER_BYTES], header(&run));
+            let bytes = answer.len() - 3 - HEADER_BYTES + contents.map_or(0, |pages| pages.len());
+            assert_eq!(bytes, if run.kind == RunKind::Data { unit } else { 0 });
+            run.kind
+        })
+    }
+
+    #[test]
+    fn an_answer_is_a_header_and_the_page() {
+        let memory = memory();
+        let mut answer = Vec::new();
+        for page in [5, 7] {
+            assert!(memory.claim_demanded(RegionId(0), page));
+            let range = PageRange { region: RegionId(0), first: page, pages: 1 };
+            assert!(memory.answer(range, &mut answer).unwrap().1.is_none());
+        }
+        assert_eq!(answer.len(), 2 * HEADER_BYTES + 4096);
+        assert!(answer[HEADER_BYTES..HEADER_BYTES + 4096].iter().all(|&byte| byte == 0xa5));
+    }
+
     #[test]
     fn holes_and_zeroes_are_told_from_data() {
         let expected = [
@@ -438,7 +517,7 @@ mod tests {
         ];
         assert_eq!(all(&memory), expected);
         let memory = memory_in(PageSize::SIZE_2M);
-        let demand = |page| memory.claim_demanded(RegionId(0), page).unwrap().map(|run| run.kind);
+        let demand = |page| demanded(&memory, page);
         let kinds = [1, 2, 3, 1].map(demand);
         let (data, zero, hole) = (RunKind::Data, RunKind::Zero, RunKind::Hole);
         assert_eq!(kinds, [Some(data), Some(zero), Some(hole), None]);
@@ -465,7 +544,7 @@ mod tests {
     #[test]
     fn a_demanded_page_leaves_once() {
         let memory = memory();
-        let demand = |page| memory.claim_demanded(RegionId(0), page).unwrap().map(|run| run.kind);
+        let demand = |page| demanded(&memory, page);
         assert_eq!(demand(6), Some(RunKind::Data));
         assert_eq!(demand(6), None);
         assert_eq!(demand(7), Some(RunKind::Zero));

@@ -33,6 +33,7 @@ use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
+use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane};
 use crate::memory::kind::Kind;
@@ -68,6 +69,8 @@ pub struct Options {
     pub release_ram: bool,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
+    /// What idle cores do while faults come.
+    pub idle_cores: IdleCores,
     /// JSON events on stdout.
     pub json: bool,
     /// No progress on stderr.
@@ -141,6 +144,7 @@ fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
         has_monitor: options.qmp.is_some(),
         stays_local: lane::stays_local(&options.uri),
         cores: &options.cores,
+        idle_cores: options.idle_cores,
         quiet: options.quiet,
     };
     let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
@@ -239,6 +243,7 @@ struct Plan<'a> {
     postcopy: bool,
     background: bool,
     cores: &'a [usize],
+    idle_cores: IdleCores,
     quiet: bool,
     /// There is somebody else who could resume the guest.
     has_monitor: bool,
@@ -298,6 +303,8 @@ impl Migration {
             receiver,
             memory: memory.clone(),
             core: cores.demand(),
+            follows: plan.cores.is_empty(),
+            idle_cores: plan.idle_cores,
             commands: queue,
             post: inbox.post(),
         };

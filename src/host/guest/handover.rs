@@ -126,10 +126,12 @@ fn send(stream: &UnixStream, message: &Value, uffd: &OwnedFd) -> Result<()> {
 /// A userfaultfd with which this part of the memory is registered.
 fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
     let huge = memory.page_bytes > 4096;
-    let features = open::EVENT_REMOVE | if huge { open::MISSING_HUGETLBFS } else { 0 };
+    let features =
+        open::EVENT_REMOVE | open::THREAD_ID | if huge { open::MISSING_HUGETLBFS } else { 0 };
     let uffd = create()?;
-    open::handshake(&uffd, features)
-        .context(|| "this kernel's userfaultfd lacks EVENT_REMOVE or MISSING_HUGETLBFS")?;
+    open::handshake(&uffd, features).context(
+        || "this kernel's userfaultfd lacks EVENT_REMOVE, THREAD_ID or MISSING_HUGETLBFS",
+    )?;
     let mut register = uffd::Register {
         start: memory.area().start + shard.start,
         length: shard.end - shard.start,
@@ -376,7 +378,7 @@ mod tests {
         let mut event = [0; crate::fault::uffd::MESSAGE_BYTES];
         assert_eq!(nix::unistd::read(uffd, &mut event).unwrap(), event.len());
         match crate::fault::uffd::Event::decode(&event) {
-            crate::fault::uffd::Event::PageFault { address } => address,
+            crate::fault::uffd::Event::PageFault { address, .. } => address,
             other => panic!("{other:?}"),
         }
     }

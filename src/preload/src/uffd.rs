@@ -9,14 +9,16 @@ use crate::sys;
 const EVENT_REMOVE: u64 = 1 << 3;
 const MISSING_HUGETLBFS: u64 = 1 << 4;
 const MISSING_SHMEM: u64 = 1 << 5;
+const THREAD_ID: u64 = 1 << 8;
 const MINOR_HUGETLBFS: u64 = 1 << 9;
 const MINOR_SHMEM: u64 = 1 << 10;
 
 /// The names in linux/userfaultfd.h, for the error that says what this kernel lacks.
-const FEATURE_NAMES: [(u64, &str); 5] = [
+const FEATURE_NAMES: [(u64, &str); 6] = [
     (EVENT_REMOVE, "EVENT_REMOVE"),
     (MISSING_HUGETLBFS, "MISSING_HUGETLBFS"),
     (MISSING_SHMEM, "MISSING_SHMEM"),
+    (THREAD_ID, "THREAD_ID"),
     (MINOR_HUGETLBFS, "MINOR_HUGETLBFS (Linux 5.13)"),
     (MINOR_SHMEM, "MINOR_SHMEM (Linux 5.14)"),
 ];
@@ -70,7 +72,7 @@ impl Backing {
         } else {
             MISSING_SHMEM | MINOR_SHMEM
         };
-        kind | EVENT_REMOVE
+        kind | EVENT_REMOVE | THREAD_ID
     }
 }
 
