@@ -13,8 +13,8 @@ use std::path::Path;
 use nix::sys::signal::Signal;
 use support::{HugeFile, Scratch, Umem, wait_for};
 use umem_wire::{
-    Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize, Receiver, Region,
-    RegionId, RegionTable, SessionId, Target, Welcome, transmit,
+    Event, Frame, HEADER_BYTES, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize,
+    Receiver, Region, RegionId, RegionTable, SessionId, Target, Welcome, transmit,
 };
 
 const PAGE: u64 = 4096;
@@ -312,6 +312,54 @@ fn a_page_that_comes_twice_is_refused_before_it_lands() {
         let error = incoming.fails();
         assert!(error.contains("page 3 of RAM ram0 came a second time"), "{error}");
         assert!(!ram.exists(), "the guest had not arrived");
+    }
+}
+
+/// The demand lane is read ahead: whatever a receive brings begins and ends anywhere.
+#[test]
+fn answers_that_come_in_pieces_land_whole() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_loading_guest(&scratch, 8);
+    let mut peer = Peer::dial(&uri(&mut incoming), 1);
+    peer.until_stopped(8, true);
+    let ram = scratch.ram("destination");
+    let page = |seed: u64| -> Vec<u8> { (0..PAGE).map(|at| (at * 7 + seed) as u8 | 1).collect() };
+    let mut bytes = Vec::new();
+    for first in [3, 9, 20] {
+        bytes.extend(transmit::data_header(range(first, 2)));
+        bytes.extend([page(first), page(first + 1)].concat());
+        bytes.extend(transmit::zero_header(range(first + 2, 1)));
+    }
+    // Cut in a header, in a page, at its end, near the end of the run, and in the header behind it; what
+    // was read ahead of a run lands at once, the rest of it as a whole.
+    let run = HEADER_BYTES + 2 * 4096;
+    let cuts = [(5, 0), (HEADER_BYTES + 100, 100), (HEADER_BYTES + 4096, 100), (run - 40, 100)];
+    let mut sent = 0;
+    for (end, landed) in cuts.into_iter().chain([(run + 7, 2 * PAGE), (bytes.len(), 2 * PAGE)]) {
+        peer.lanes[0].write_all(&bytes[sent..end]).unwrap();
+        sent = end;
+        wait_for("what was sent of the first run to land", || {
+            let mut last = [1; 1];
+            let at = 3 * PAGE + landed.max(1) - 1;
+            File::open(&ram).unwrap().read_exact_at(&mut last, at).unwrap();
+            (landed == 0 || last != [0]).then_some(())
+        });
+    }
+    peer.load();
+    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    peer.send(1, &Frame::Hole(range(0, 3)), &[]);
+    assert_eq!(peer.event(), Some(Event::Loaded));
+    peer.switch_over();
+    for (first, pages) in [(6, 3), (12, 8), (23, 2025)] {
+        peer.send(1, &Frame::Hole(range(first, pages)), &[]);
+    }
+    peer.complete(1);
+    incoming.event("completed");
+    let landed = bytes_of(&ram);
+    for first in [3, 9, 20] {
+        let at = (first * PAGE) as usize;
+        let expected = [page(first), page(first + 1), vec![0; 4096]].concat();
+        assert!(landed[at..at + 3 * 4096] == expected, "pages from {first} on");
     }
 }
 
