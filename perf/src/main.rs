@@ -13,6 +13,7 @@ mod link10;
 mod machine;
 mod memory;
 mod migration;
+mod patterns;
 mod process;
 mod qemu;
 mod qmp;
@@ -50,6 +51,7 @@ enum What {
     Fault(fault::Options),
     Size(size::Options),
     Link10(link10::Options),
+    Patterns(patterns::Options),
     Qemu(qemu::Options),
     Toucher(fault::Toucher),
 }
@@ -80,6 +82,7 @@ fn run() -> i32 {
         What::Fault(options) => fault::run(options),
         What::Size(options) => size::run(options),
         What::Link10(options) => link10::run(options),
+        What::Patterns(options) => patterns::run(options),
         What::Qemu(options) => qemu::run(options),
         What::Toucher(options) => fault::touch(options),
     });

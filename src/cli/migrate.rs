@@ -53,6 +53,10 @@ pub(super) struct Migrate {
     /// and more (takes access to /dev/cpu_dma_latency, without which they sleep), or sleep
     #[argh(option, default = "IdleCores::Poll")]
     idle_cores: IdleCores,
+    /// the order of the pages that nobody has asked for: adaptive, the default, which runs ahead of a
+    /// guest that reads on through its memory, or plain, as they lie there
+    #[argh(option, default = "source::Order::Adaptive")]
+    order: source::Order,
     /// show no progress
     #[argh(switch, short = 'q')]
     quiet: bool,
@@ -81,6 +85,7 @@ impl Migrate {
             release_ram: self.release_ram,
             cores: self.cores.0,
             idle_cores: self.idle_cores,
+            order: self.order,
             json: self.json,
             quiet: self.quiet,
         })?;

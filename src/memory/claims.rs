@@ -74,6 +74,10 @@ impl Claims {
         None
     }
 
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
     pub(crate) fn blocks(&self) -> u64 {
         self.pages.div_ceil(self.block_pages)
     }

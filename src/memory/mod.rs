@@ -7,6 +7,7 @@
 //! - [`fragments`]: discarded parts of landing units that are larger than the guest's pages
 //! - [`acks`]: what the destination has of the source's pages, so that they may be freed
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
+//! - [`sequences`]: who will want which pages soon: what the background runs ahead of
 //! - [`zero`]: is this page all zeroes
 
 pub(crate) mod acks;
@@ -16,6 +17,7 @@ pub(crate) mod fragments;
 pub(crate) mod kind;
 pub(crate) mod pages;
 pub(crate) mod region;
+pub(crate) mod sequences;
 pub(crate) mod zero;
 
 /// A block is what is completed and unregistered as one, and what a bulk lane takes as one: 2 MiB,

@@ -176,22 +176,26 @@ impl RamFile {
         }
     }
 
-    /// Which 4 KiB pages of a range are in memory: a byte for each, its lowest bit set if so.
-    pub(crate) fn resident(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
+    /// Which 4 KiB pages of a range are in memory: a byte for each, its lowest bit set if so, in place of
+    /// what `resident` held.
+    pub(crate) fn resident(&self, offset: u64, len: u64, resident: &mut Vec<u8>) -> Result<()> {
         let span = self.span(offset, len);
-        let mut resident = vec![0; span.len().div_ceil(4096)];
+        resident.clear();
+        resident.resize(span.len().div_ceil(4096), 0);
         // SAFETY: the span is mapped, and the vector has a byte for each of its pages.
         let result =
             unsafe { libc::mincore(span.as_ptr().cast(), span.len(), resident.as_mut_ptr()) };
         if result == 0 {
-            return Ok(resident);
+            return Ok(());
         }
         Err(Error::last_os(format!("mincore of RAM {}", self.name)))
     }
 
     /// Whether all of a range is in memory.
     pub(crate) fn is_resident(&self, offset: u64, len: u64) -> Result<bool> {
-        Ok(self.resident(offset, len)?.iter().all(|page| page & 1 == 1))
+        let mut resident = Vec::new();
+        self.resident(offset, len, &mut resident)?;
+        Ok(resident.iter().all(|page| page & 1 == 1))
     }
 
     /// A copy of `len` bytes from `offset`; holes read as zeroes and stay holes.

@@ -24,6 +24,7 @@ use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
 use crate::lane::{Lane, SHARED_QUEUE_BYTES};
 use crate::memory::claims::Run;
+use crate::memory::sequences::Detector;
 use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
@@ -73,6 +74,8 @@ pub(crate) struct DemandLane {
     pub(crate) core: Option<usize>,
     /// Nobody has named that core: go where the requests arrive.
     pub(crate) follows: bool,
+    /// Have the background go on from the demands.
+    pub(crate) adapts: bool,
     pub(crate) idle_cores: IdleCores,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
@@ -85,6 +88,8 @@ struct DemandThread {
     memory: Arc<SourceMemory>,
     commands: Commands<Command>,
     post: Post<Note>,
+    /// None if the background does not adapt to the demands.
+    detector: Option<Detector>,
     follower: Follower,
     vigil: Vigil,
     /// A request has come since the last look at where from.
@@ -117,6 +122,7 @@ impl DemandLane {
             memory: self.memory,
             commands: self.commands,
             post: self.post,
+            detector: self.adapts.then(Detector::default),
             follower: Follower::new(self.follows, self.core),
             vigil: Vigil::new(self.idle_cores, TOKEN_CALM),
             has_answered: false,
@@ -215,9 +221,15 @@ impl DemandThread {
                 self.answers.push(PageRange { region, first: page, pages: 1 });
             }
         }
-        if let Some(&(region, page)) = pages.last() {
-            self.memory.pivot.set(region, page);
+        let (Some(detector), Some(&(region, page))) = (&mut self.detector, pages.last()) else {
+            return Ok(());
+        };
+        self.memory.pivot.set(region, page);
+        let unit = |region| self.memory.region(region).unit().bytes();
+        for &(region, page) in pages {
+            detector.demand(region, page, unit(region));
         }
+        detector.show(&self.memory.sequences, unit);
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::poll::PollFlags;
 
 use super::memory::SourceMemory;
-use super::{Migration, Note, Plan, role, wait};
+use super::{Migration, Note, Order, Plan, role, wait};
 use crate::embed::desk::Desk;
 use crate::error::Result;
 use crate::host::thread::HostThread;
@@ -73,6 +73,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         cores: &cores,
         // How deeply the whole machine sleeps is the monitor's affair.
         idle_cores: IdleCores::Sleep,
+        order: Order::Adaptive,
         quiet: true,
         has_monitor: false,
         stays_local,

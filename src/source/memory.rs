@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::memory::acks::{Acks, NotSent};
 use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
 use crate::memory::region::RamFile;
+use crate::memory::sequences::{Followed, Sequences};
 use crate::memory::zero;
 use crate::report::Counters;
 
@@ -44,6 +45,8 @@ pub(crate) struct SourceMemory {
     pub(crate) counters: Arc<Counters>,
     /// The last demand: bulk lanes go on from there.
     pub(crate) pivot: Pivot,
+    /// What the demands look like going on with: bulk lanes run ahead of that first.
+    pub(crate) sequences: Sequences,
     /// The guest has stopped: only from then on are its pages what the destination must get.
     pub(crate) stopped: AtomicBool,
     /// A zero-copy send was copied by the kernel, or refused for want of locked memory: plain sends are
@@ -65,6 +68,7 @@ impl SourceMemory {
             landing: OnceLock::new(),
             counters: Arc::default(),
             pivot: Pivot::default(),
+            sequences: Sequences::default(),
             stopped: AtomicBool::new(false),
             zero_copy_is_copied: AtomicBool::new(false),
             releases,
@@ -271,13 +275,21 @@ impl SourceRegion {
     }
 }
 
-/// A bulk lane's way through the memory: block by block, after the last demand.
+/// A bulk lane's way through the memory: ahead of those whose next accesses can be told, else block by
+/// block, from the last demand on.
 pub(crate) struct Walk {
     region: usize,
     block: u64,
     pivot_seen: u64,
     current: Option<Block>,
+    followed: Followed,
+    /// Of a piece of a sequence.
+    holes: Holes,
 }
+
+/// Pieces of sequences, each of 64 pages at most, that are looked at in vain, as their pages have left
+/// already, before the walk goes on by blocks.
+const VAIN_PIECES_MAX: usize = 64;
 
 /// A block that this lane has taken, and what it has not claimed of it yet.
 struct Block {
@@ -293,7 +305,14 @@ impl Walk {
     pub(crate) fn new(memory: &SourceMemory, index: usize, lanes: usize) -> Walk {
         let blocks = memory.regions.first().map_or(0, |region| region.claims().blocks());
         let block = blocks * index as u64 / lanes.max(1) as u64;
-        Walk { region: 0, block, pivot_seen: 0, current: None }
+        Walk {
+            region: 0,
+            block,
+            pivot_seen: 0,
+            current: None,
+            followed: Followed::default(),
+            holes: Holes::default(),
+        }
     }
 
     /// Claims the next `most` bytes of pages, 1 to 64 pages, and appends their runs; false when nothing
@@ -307,6 +326,9 @@ impl Walk {
         most: u64,
         runs: &mut Vec<Run>,
     ) -> Result<bool> {
+        if self.run_ahead(memory, most, runs)? {
+            return Ok(true);
+        }
         if self.current.is_none() {
             self.current = self.take_block(memory)?;
         }
@@ -316,6 +338,30 @@ impl Walk {
             self.current = None;
         }
         Ok(true)
+    }
+
+    /// Claims pages that somebody will want soon; false if there are none.
+    fn run_ahead(&mut self, memory: &SourceMemory, most: u64, runs: &mut Vec<Run>) -> Result<bool> {
+        let limits = |id| {
+            let region = memory.region(id);
+            (region.claims().pages(), (most / region.unit().bytes()).max(1))
+        };
+        for _ in 0..VAIN_PIECES_MAX {
+            let Some(piece) = self.followed.next(&memory.sequences, limits) else {
+                return Ok(false);
+            };
+            let region = memory.region(piece.region);
+            let unit = region.unit();
+            let won = region.claims().claim_word(piece.first, piece.pages);
+            if won == 0 {
+                continue;
+            }
+            let (start, len) = (piece.first << unit.shift(), piece.pages << unit.shift());
+            self.holes.look_at(&region.ram, start, len)?;
+            push_won(&mut self.holes, region, piece.region, piece.first, won, runs)?;
+            return Ok(true);
+        }
+        Ok(false)
     }
 
     fn take_block(&mut self, memory: &SourceMemory) -> Result<Option<Block>> {
@@ -350,15 +396,28 @@ impl Block {
         let most = (most / unit.bytes()).max(1);
         let count = (64 - word % 64).min(self.end - word).min(most);
         self.next += count;
-        let mut won = region.claims().claim_word(word, count);
-        while won != 0 {
-            let page = word + u64::from(won.trailing_zeros());
-            won &= won - 1;
-            let kind = self.holes.kind(&region.ram, page * unit.bytes(), unit.bytes())?;
-            push_page(runs, kind, self.region, page, unit.run_pages_max());
-        }
-        Ok(())
+        let won = region.claims().claim_word(word, count);
+        push_won(&mut self.holes, region, self.region, word, won, runs)
     }
+}
+
+/// Appends the pages that a claim has won, a bit each from `first` on, to the runs.
+fn push_won(
+    holes: &mut Holes,
+    region: &SourceRegion,
+    id: RegionId,
+    first: u64,
+    mut won: u64,
+    runs: &mut Vec<Run>,
+) -> Result<()> {
+    let unit = region.unit();
+    while won != 0 {
+        let page = first + u64::from(won.trailing_zeros());
+        won &= won - 1;
+        let kind = holes.kind(&region.ram, page * unit.bytes(), unit.bytes())?;
+        push_page(runs, kind, id, page, unit.run_pages_max());
+    }
+    Ok(())
 }
 
 /// Which of the file's pages in a part of it, a block or a page, are holes.
@@ -367,6 +426,7 @@ impl Block {
 /// there is no hole: asked once a block it makes the work quadratic. So residency is asked for the
 /// part alone, and only a page that is not in memory is looked for in the file (it may be swapped
 /// out, or be on disk); SEEK_DATA is quick there, as it ends at the first data.
+#[derive(Default)]
 struct Holes {
     start: u64,
     resident: Vec<u8>,
@@ -376,7 +436,15 @@ struct Holes {
 
 impl Holes {
     fn of(ram: &RamFile, start: u64, len: u64) -> Result<Holes> {
-        Ok(Holes { start, resident: ram.resident(start, len)?, until: 0 })
+        let mut holes = Holes::default();
+        holes.look_at(ram, start, len)?;
+        Ok(holes)
+    }
+
+    /// Turns to another part of the file, or of another one.
+    fn look_at(&mut self, ram: &RamFile, start: u64, len: u64) -> Result<()> {
+        (self.start, self.until) = (start, 0);
+        ram.resident(start, len, &mut self.resident)
     }
 
     /// What `unit` bytes at `offset` are, whole pages of the file. Data if any page of it holds data;

@@ -71,10 +71,34 @@ pub struct Options {
     pub cores: Vec<usize>,
     /// What idle cores do while faults come.
     pub idle_cores: IdleCores,
+    /// What the background sends next.
+    pub order: Order,
     /// JSON events on stdout.
     pub json: bool,
     /// No progress on stderr.
     pub quiet: bool,
+}
+
+/// In which order pages are sent that nobody has asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Order {
+    /// Ahead of guests that read on through their memory, else on from the last demand.
+    #[default]
+    Adaptive,
+    /// As they lie in memory, to compare with.
+    Plain,
+}
+
+impl std::str::FromStr for Order {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Order, String> {
+        match text {
+            "adaptive" => Ok(Order::Adaptive),
+            "plain" => Ok(Order::Plain),
+            _ => Err(format!("{text:?} is neither adaptive nor plain")),
+        }
+    }
 }
 
 /// What reaches the control thread.
@@ -145,6 +169,7 @@ fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
         stays_local: lane::stays_local(&options.uri),
         cores: &options.cores,
         idle_cores: options.idle_cores,
+        order: options.order,
         quiet: options.quiet,
     };
     let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
@@ -244,6 +269,7 @@ struct Plan<'a> {
     background: bool,
     cores: &'a [usize],
     idle_cores: IdleCores,
+    order: Order,
     quiet: bool,
     /// There is somebody else who could resume the guest.
     has_monitor: bool,
@@ -305,6 +331,7 @@ impl Migration {
             core: cores.demand(),
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
+            adapts: plan.order == Order::Adaptive,
             commands: queue,
             post: inbox.post(),
         };

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
-use super::toucher::{random_order, touch};
+use super::pattern::random_order;
+use super::toucher::touch;
 use crate::error::{Context, Result, failure};
 use crate::floor::{connection, joined};
 use crate::interrupt;

@@ -2,6 +2,7 @@
 //! same round trip with plain system calls.
 
 mod floor;
+mod pattern;
 mod toucher;
 
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use crate::scratch::Scratch;
 use crate::statistics::{Distribution, Spread};
 use crate::svg;
 
+pub(crate) use pattern::Pattern;
 pub(crate) use toucher::{Options as Toucher, run as touch};
 
 /// What a guest's first access to a page takes: idle, under full background load, and the floor of
@@ -104,8 +106,33 @@ pub(crate) struct Touching {
     pub(crate) pages: Pages,
     pub(crate) size_mib: usize,
     pub(crate) lanes: u16,
-    /// Pages that are touched; none for all of them, with everything sent in the background.
+    /// Accesses; none for as many as there are pages.
     pub(crate) count: Option<usize>,
+    /// Everything is sent in the background.
+    pub(crate) background: bool,
+    pub(crate) pattern: Pattern,
+    /// What the guest computes after each access, µs.
+    pub(crate) think_us: u64,
+    pub(crate) order: Order,
+}
+
+/// The order of the background: `--order` of `umem migrate`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Order {
+    Adaptive,
+    Plain,
+}
+
+impl Order {
+    pub(crate) const ALL: [Order; 2] = [Order::Adaptive, Order::Plain];
+
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Order::Adaptive => "adaptive",
+            Order::Plain => "plain",
+        }
+    }
 }
 
 /// A subject and its turns.
@@ -143,8 +170,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 pages.name(),
                 answers.name()
             ));
-            let touching =
-                |count| Touching { pages, size_mib: options.size, lanes: options.lanes, count };
+            let touching = |count: Option<usize>| Touching {
+                background: count.is_none(),
+                count,
+                ..Touching::new(pages, options.size, options.lanes)
+            };
             subject.turns.push(match answers {
                 Answers::UmemIdle => touching(Some(options.count)).once(&route)?,
                 Answers::UmemLoaded => touching(None).once(&route)?,
@@ -163,6 +193,20 @@ fn raw(pages: Pages, bytes: usize, count: usize, one_core: bool) -> Result<Touch
 }
 
 impl Touching {
+    /// Random accesses to all pages of a guest, which does nothing else.
+    pub(crate) fn new(pages: Pages, size_mib: usize, lanes: u16) -> Touching {
+        Touching {
+            pages,
+            size_mib,
+            lanes,
+            count: None,
+            background: true,
+            pattern: Pattern::Random,
+            think_us: 0,
+            order: Order::Adaptive,
+        }
+    }
+
     /// Serves a filled file to a `toucher` once. Whatever was started ends here.
     pub(crate) fn once(self, route: &Route<'_>) -> Result<Touched> {
         let bytes = self.size_mib << 20;
@@ -174,7 +218,9 @@ impl Touching {
         let program = std::env::current_exe().context(|| "this program's path")?;
         let mut command = vec![program.into()];
         let (size, kind) = (self.size_mib.to_string(), self.pages.word());
+        let (pattern, think) = (self.pattern.word(), self.think_us.to_string());
         command.extend(words(&["toucher", "--size", &size, "--kind", kind]));
+        command.extend(words(&["--pattern", pattern, "--think-us", &think]));
         if let Some(count) = self.count {
             command.extend(words(&["--count", &count.to_string()]));
         }
@@ -190,7 +236,8 @@ impl Touching {
         }
         let (mut incoming, uri) = route.incoming(&scratch, options, command)?;
         let mut options = vec!["--ram".into(), ram(&from).into()];
-        if self.count.is_some() {
+        options.extend(words(&["--order", self.order.word()]));
+        if !self.background {
             options.push("-n".into());
         }
         let mut migrate = route.migrate(&scratch, self.lanes, options, &uri)?;
@@ -203,7 +250,7 @@ impl Touching {
                 continue;
             }
             touched = Some(event);
-            if self.count.is_some() {
+            if !self.background {
                 // Has it send the rest.
                 migrate.interrupt()?;
             }
@@ -218,7 +265,7 @@ impl Touching {
             waited_ns: waited.iter().filter_map(Value::as_u64).collect(),
             already_there: touched["already_there"].as_u64().unwrap_or(0),
             umem_latency_us: Some(completed["fault_latency_us"].clone()),
-            gbps: self.count.is_none().then(|| completed["gbps"].as_f64()).flatten(),
+            gbps: self.background.then(|| completed["gbps"].as_f64()).flatten(),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The guest that `fault` moves: it touches pages once, at random, and times each access.
+//! The guest that `fault` and `patterns` move: it touches pages and times each access.
 //!
 //! Its first access waits until the source has connected; from then on it runs. An access *waited* when
 //! its thread slept in it (a voluntary context switch): a page that has come already costs a fault at
@@ -9,18 +9,19 @@ use std::io::IoSlice;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use argh::FromArgs;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::json;
 
+use super::pattern::Pattern;
 use crate::error::{Context, Result, usage};
-use crate::memory::{HUGE_PAGE_BYTES, Mapping, PAGE_BYTES, Pages, mix};
+use crate::memory::{HUGE_PAGE_BYTES, Mapping, PAGE_BYTES, Pages};
 use crate::userfault::Userfault;
 
-/// The guest of `fault`: touches each page once and times it. Started by it.
+/// The guest of `fault` and `patterns`: touches pages and times each access. Started by them.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "toucher")]
 pub(crate) struct Options {
@@ -36,9 +37,15 @@ pub(crate) struct Options {
     /// where anonymous memory is handed over
     #[argh(option)]
     handoff: Option<PathBuf>,
-    /// pages to touch (default: all)
+    /// accesses to make (default: as many as there are pages)
     #[argh(option)]
     count: Option<usize>,
+    /// their order: random (the default), sequential, backward, strided or hot-set
+    #[argh(option, default = "Pattern::Random")]
+    pattern: Pattern,
+    /// what to compute after each, µs (default 0)
+    #[argh(option, default = "0")]
+    think_us: u64,
 }
 
 /// Touches, says what it took, and stays until somebody ends it.
@@ -62,7 +69,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut waited_ns = Vec::with_capacity(pages);
     let (mut already_there, mut wrong) = (0_u64, u64::from(first != 0));
     let mut slept = sleeps()?;
-    for page in random_order(pages).into_iter().take(options.count.unwrap_or(pages)) {
+    let think = Duration::from_micros(options.think_us);
+    for page in options.pattern.accesses(pages, options.count.unwrap_or(pages)) {
         let began = Instant::now();
         let number = touch(&mapping, page);
         let nanoseconds = u64::try_from(began.elapsed().as_nanos())?;
@@ -74,6 +82,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             already_there += 1;
         }
         slept = now;
+        let thinking = Instant::now();
+        while thinking.elapsed() < think {
+            std::hint::spin_loop();
+        }
     }
     println!(
         "{}",
@@ -94,17 +106,6 @@ pub(super) fn touch(mapping: &Mapping, page: usize) -> u64 {
     let (start, _) = mapping.at(page * PAGE_BYTES);
     // SAFETY: inside the mapping, aligned; volatile, as somebody else brings the page.
     unsafe { start.cast::<u64>().read_volatile() }
-}
-
-/// All pages but the first, shuffled, the same way each time.
-pub(super) fn random_order(pages: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (1..pages).collect();
-    let mut draw = 0;
-    for last in (1..order.len()).rev() {
-        draw = mix(draw);
-        order.swap(last, usize::try_from(draw % (last as u64 + 1)).expect("64 bits"));
-    }
-    order
 }
 
 /// Times that this thread has slept.
@@ -141,16 +142,6 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
-
-    #[test]
-    fn every_page_but_the_first_is_touched_once_in_no_order() {
-        let order = random_order(1000);
-        let mut sorted = order.clone();
-        sorted.sort_unstable();
-        assert_eq!(sorted, (1..1000).collect::<Vec<_>>());
-        let ascending = order.windows(2).filter(|two| two[0] < two[1]).count();
-        assert!((400..600).contains(&ascending), "{ascending}");
-    }
 
     #[test]
     fn only_a_thread_that_waits_has_slept() {

@@ -80,7 +80,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let route = Route { umem: &umem, namespaces: Some(link.namespaces()) };
     let (pages, size_mib, lanes) = (options.into, options.size, options.lanes);
     let subject = Subject { pages, size_mib, zero_percent: 0, readers: 0, lanes };
-    let touching = |count| Touching { pages, size_mib, lanes, count };
+    let touching = |count: Option<usize>| Touching {
+        background: count.is_none(),
+        count,
+        ..Touching::new(pages, size_mib, lanes)
+    };
     let mut turns = Turns::default();
     for round in 1..=options.rounds {
         let say = |what: &str| progress(&format!("round {round} of {}: {what}", options.rounds));

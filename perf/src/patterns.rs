@@ -1,0 +1,164 @@
+//! `patterns`: how many of a guest's accesses have to wait, by how it moves through its memory, with
+//! the background in adaptive and in plain order.
+
+use std::path::PathBuf;
+
+use argh::FromArgs;
+use serde_json::json;
+
+use crate::error::{Result, usage};
+use crate::fault::{Order, Pattern, Touched, Touching};
+use crate::machine::Machine;
+use crate::memory::Pages;
+use crate::migration::Route;
+use crate::process::find_umem;
+use crate::report::{Report, Table, cell, progress};
+use crate::statistics::Spread;
+
+/// Which share of a guest's accesses has to wait for a page, by its pattern of access, against plain
+/// order.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "patterns")]
+pub(crate) struct Options {
+    /// the guest's RAM, MiB (default 1024)
+    #[argh(option, default = "1024")]
+    size: usize,
+    /// how often each subject has its turn (default 3)
+    #[argh(option, default = "3")]
+    rounds: usize,
+    /// accesses of each turn (default: an eighth of the guest's pages)
+    #[argh(option)]
+    count: Option<usize>,
+    /// what the guest computes between two accesses, µs (default 10)
+    #[argh(option, default = "10")]
+    think_us: u64,
+    /// bulk lanes (default 1)
+    #[argh(option, default = "1")]
+    lanes: u16,
+    /// the umem to measure (default: the one beside this program)
+    #[argh(option)]
+    umem: Option<PathBuf>,
+    /// print one JSON object
+    #[argh(switch)]
+    json: bool,
+}
+
+struct Subject {
+    pattern: Pattern,
+    order: Order,
+    turns: Vec<Touched>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.size == 0 || options.rounds == 0 || options.count == Some(0) {
+        return usage("--size, --rounds and --count are at least 1");
+    }
+    let umem = find_umem(options.umem.as_deref())?;
+    let machine = Machine::describe();
+    let count = options.count.unwrap_or(options.size * 256 / 8).min(options.size * 256 - 1);
+    let mut subjects: Vec<Subject> = Pattern::ALL
+        .iter()
+        .flat_map(|&pattern| Order::ALL.map(|order| Subject { pattern, order, turns: Vec::new() }))
+        .collect();
+    let route = Route { umem: &umem, namespaces: None };
+    for round in 1..=options.rounds {
+        for subject in &mut subjects {
+            let (pattern, order) = (subject.pattern, subject.order);
+            progress(&format!(
+                "round {round} of {}: {}, {} order",
+                options.rounds,
+                pattern.word(),
+                order.word()
+            ));
+            let touching = Touching {
+                pages: Pages::Memfd,
+                size_mib: options.size,
+                lanes: options.lanes,
+                count: Some(count),
+                background: true,
+                pattern,
+                think_us: options.think_us,
+                order,
+            };
+            subject.turns.push(touching.once(&route)?);
+        }
+    }
+    report(options, machine, count, &subjects);
+    Ok(())
+}
+
+fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject]) {
+    let mut table = Table::new(&[
+        "accesses",
+        "order",
+        "waited %",
+        "min",
+        "max",
+        "× plain",
+        "waiting ms",
+        "× plain",
+    ]);
+    let mut figures = Vec::new();
+    let share = |subject: &Subject| {
+        let shares = subject.turns.iter().map(|turn| {
+            let accesses = turn.waited_ns.len() as u64 + turn.already_there;
+            100.0 * turn.waited_ns.len() as f64 / accesses as f64
+        });
+        Spread::of(shares.collect())
+    };
+    let waiting_ms = |subject: &Subject| {
+        let sums =
+            subject.turns.iter().map(|turn| turn.waited_ns.iter().sum::<u64>() as f64 * 1e-6);
+        Spread::of(sums.collect())
+    };
+    for subject in subjects {
+        let (waited, waiting) = (share(subject), waiting_ms(subject));
+        let is_plain =
+            |other: &&Subject| other.pattern == subject.pattern && other.order == Order::Plain;
+        let plain = subjects.iter().find(is_plain).filter(|_| subject.order != Order::Plain);
+        let over = |own: f64, of: &dyn Fn(&Subject) -> Spread| {
+            plain.map_or(f64::NAN, |plain| own / of(plain).median)
+        };
+        let ratios = [over(waited.median, &share), over(waiting.median, &waiting_ms)];
+        table.row(vec![
+            subject.pattern.word().into(),
+            subject.order.word().into(),
+            cell(waited.median, 2),
+            cell(waited.min, 2),
+            cell(waited.max, 2),
+            cell(ratios[0], 2),
+            cell(waiting.median, 1),
+            cell(ratios[1], 2),
+        ]);
+        figures.push(json!({
+            "pattern": subject.pattern,
+            "order": subject.order,
+            "waited_percent": waited,
+            "waiting_ms": waiting,
+            "ratio_to_plain": { "waited": ratios[0], "waiting": ratios[1] },
+        }));
+    }
+    let method = format!(
+        "A thread makes {count} accesses to {} MiB of memfd while everything is sent in the \
+         background over loopback TCP, {} bulk lane(s), and computes for {} µs after each. Accesses \
+         that the thread slept in waited; a page that is touched again counts again. Order is umem \
+         migrate's --order. Every subject takes its turn in each of {} rounds, after as much memory \
+         has been written and given back. Medians.",
+        options.size, options.lanes, options.think_us, options.rounds
+    );
+    Report {
+        what: "patterns",
+        machine,
+        method,
+        tables: vec![table],
+        value: json!({
+            "size_mib": options.size,
+            "rounds": options.rounds,
+            "count": count,
+            "think_us": options.think_us,
+            "lanes": options.lanes,
+            "figures": figures,
+        }),
+    }
+    .print(options.json);
+}
