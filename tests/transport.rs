@@ -330,19 +330,19 @@ fn answers_that_come_in_pieces_land_whole() {
         bytes.extend([page(first), page(first + 1)].concat());
         bytes.extend(transmit::zero_header(range(first + 2, 1)));
     }
-    // Cut in a header, in a page, at its end, near the end of the run, and in the header behind it; what
-    // was read ahead of a run lands at once, the rest of it as a whole.
+    // Cut in a header, in a page, at its end, near the end of the run, and in the header behind it: whole
+    // pages land as they come.
     let run = HEADER_BYTES + 2 * 4096;
-    let cuts = [(5, 0), (HEADER_BYTES + 100, 100), (HEADER_BYTES + 4096, 100), (run - 40, 100)];
+    let cuts = [(5, 0), (HEADER_BYTES + 100, 0), (HEADER_BYTES + 4096, 1), (run - 40, 1)];
     let mut sent = 0;
-    for (end, landed) in cuts.into_iter().chain([(run + 7, 2 * PAGE), (bytes.len(), 2 * PAGE)]) {
+    for (end, landed) in cuts.into_iter().chain([(run + 7, 2), (bytes.len(), 2)]) {
         peer.lanes[0].write_all(&bytes[sent..end]).unwrap();
         sent = end;
         wait_for("what was sent of the first run to land", || {
-            let mut last = [1; 1];
-            let at = 3 * PAGE + landed.max(1) - 1;
-            File::open(&ram).unwrap().read_exact_at(&mut last, at).unwrap();
-            (landed == 0 || last != [0]).then_some(())
+            let mut first = [1; 1];
+            let at = (2 + landed) * PAGE;
+            File::open(&ram).unwrap().read_exact_at(&mut first, at).unwrap();
+            (landed == 0 || first != [0]).then_some(())
         });
     }
     peer.load();

@@ -153,6 +153,11 @@ impl GuestRegion {
         self.kind == Kind::Anonymous
     }
 
+    /// Its memory comes in huge pages, which can be received into.
+    pub(crate) fn has_huge_pages(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.has_huge_pages)
+    }
+
     fn page_bytes(&self) -> u64 {
         1 << self.page_shift
     }

@@ -1,20 +1,18 @@
 //! Receives one lane: pages into guest memory, everything else into small buffers.
 //!
-//! Into huge pages a run is received straight through our mapping. A region of 4 KiB pages takes it
-//! faster in two steps, a buffer that stays in the processor's cache and then a write to the file: a
-//! receive into fresh small pages faults on every one of them, and has it zeroed first (`umem-perf
-//! floor` compares the ways). Anonymous memory is copied in from the buffer, as nobody but the guest's
-//! process has a mapping of it.
+//! Into huge pages a run is received straight through our mapping: while it is, the receive of the next
+//! header is already linked behind it, so that the kernel goes on without us. The wire's receiver promises
+//! that a header follows every run.
 //!
-//! The demand lane is read ahead, unless pages are large: one receive takes whatever is there, an answer
-//! with its header, or several answers, and the pages are put into place from that buffer. On the way of
-//! a page that somebody waits for this saves a receive, and the page fault of our own mapping.
+//! Small pages come in two steps, which is faster than one: a receive into fresh small pages faults on every
+//! one of them, and has it zeroed first (`umem-perf floor` compares the ways). A lane of small pages is
+//! *read ahead*: a receive takes whatever is there, headers and pages, into a buffer that stays in the
+//! processor's cache. From there pages are written to the file, or copied in, as nobody but the guest's
+//! process has a mapping of anonymous memory. The demand lane is read ahead too whatever the pages are, if
+//! they are not too large: an answer and its header take one receive.
 //!
 //! A run that cannot be placed at once, as the guest is changing its mappings, is held and tried again,
 //! and nothing further is taken from the lane meanwhile: the thread goes on with what else it does.
-//!
-//! While a run of pages is received, the receive of the next header is already linked behind it, so
-//! that the kernel goes on without us. The wire's receiver promises that a header follows every run.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -51,8 +49,6 @@ pub(crate) struct LaneReader {
     is_bulk: bool,
     /// What has been read ahead, where that is done.
     ahead: Option<Ahead>,
-    /// Bytes at the start of `staging` of the current run, which were read ahead.
-    staged: usize,
     held: Option<Held>,
     retry_armed: bool,
 }
@@ -66,6 +62,43 @@ struct Ahead {
     /// Bytes of the current run at its start that are in place, if the rest had to wait.
     placed: usize,
 }
+
+impl Ahead {
+    /// None if the guest's pages are too large to wait whole in a buffer of `bytes`.
+    fn new(guest: &GuestMemory, bytes: usize) -> Option<Ahead> {
+        let is_small = guest.regions.iter().all(|region| region.unit_shift <= AHEAD_SHIFT_MAX);
+        is_small.then(|| Ahead { buffer: Some(Bytes::with_capacity(bytes)), left: 0..0, placed: 0 })
+    }
+
+    /// The buffer for the next receive: what is left goes to its start, part of a page at most, or of a
+    /// header.
+    fn free(&mut self) -> Bytes {
+        let mut buffer = self.buffer.take().expect("one receive at a time");
+        buffer.as_mut_slice().copy_within(self.left.clone(), 0);
+        self.left = 0..self.left.len();
+        let capacity = buffer.capacity();
+        buffer.slice(self.left.end..capacity)
+    }
+
+    /// A receive has put `count` bytes there.
+    fn filled(&mut self, buffer: Bytes, count: usize) {
+        let capacity = buffer.capacity();
+        self.buffer = Some(buffer.slice(0..capacity));
+        self.left.end += count;
+    }
+}
+
+/// Pages up to this size, 64 KiB, are read ahead.
+const AHEAD_SHIFT_MAX: u8 = 16;
+
+/// What one receive takes of the demand lane: 16 answers of 4 KiB pages, or one of the largest.
+const AHEAD_DEMAND_BYTES: usize = 68 << 10;
+
+/// What one receive takes of a bulk lane: enough for the cost of a system call not to show, and little
+/// enough to stay in the cache of a core until it has been written.
+const AHEAD_BULK_BYTES: usize = 256 << 10;
+
+const _: () = assert!(AHEAD_DEMAND_BYTES > (1 << AHEAD_SHIFT_MAX) + HEADER_BYTES);
 
 /// Why a lane stands still.
 enum Held {
@@ -90,17 +123,14 @@ impl LaneReader {
     pub(crate) fn bulk(lane: &Lane, regions: &RegionTable, guest: Arc<GuestMemory>) -> LaneReader {
         let mut receiver = Receiver::for_destination(LaneRole::Bulk);
         receiver.set_regions(regions);
-        LaneReader { is_bulk: true, ..LaneReader::new(lane, receiver, guest) }
+        let is_small = guest.regions.iter().all(|region| !region.has_huge_pages());
+        let ahead = if is_small { Ahead::new(&guest, AHEAD_BULK_BYTES) } else { None };
+        LaneReader { is_bulk: true, ahead, ..LaneReader::new(lane, receiver, guest) }
     }
 
     /// The demand lane, with a receiver that has read its beginning already.
     pub(crate) fn demand(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
-        let is_read_ahead = guest.regions.iter().all(|region| region.unit_shift <= AHEAD_SHIFT_MAX);
-        let ahead = is_read_ahead.then(|| Ahead {
-            buffer: Some(Bytes::with_capacity(AHEAD_BYTES)),
-            left: 0..0,
-            placed: 0,
-        });
+        let ahead = Ahead::new(&guest, AHEAD_DEMAND_BYTES);
         LaneReader { ahead, ..LaneReader::new(lane, receiver, guest) }
     }
 
@@ -115,7 +145,6 @@ impl LaneReader {
             staging: None,
             is_bulk: false,
             ahead: None,
-            staged: 0,
             held: None,
             retry_armed: false,
         }
@@ -123,13 +152,13 @@ impl LaneReader {
 
     /// Starts the next receive. Called once at the start; [`LaneReader::complete`] calls it then.
     pub(crate) fn arm(&mut self, ring: &mut Ring) -> Result<()> {
+        if let Some(ahead) = &mut self.ahead {
+            ring.submit(Op::recv(self.socket.clone(), ahead.free()), TOKEN_AHEAD)
+                .map_err(|rejected| Error::Ring(rejected.error))?;
+            return Ok(());
+        }
         match self.receiver.next_target() {
             Target::Control { exact } => {
-                if let Some(buffer) = self.ahead.as_mut().and_then(|ahead| ahead.buffer.take()) {
-                    ring.submit(Op::recv(self.socket.clone(), buffer), TOKEN_AHEAD)
-                        .map_err(|rejected| Error::Ring(rejected.error))?;
-                    return Ok(());
-                }
                 let memory = self.buffer(exact);
                 ring.submit(Op::recv(self.socket.clone(), memory).wait_all(), TOKEN_CONTROL)
                     .map_err(|rejected| Error::Ring(rejected.error))?;
@@ -147,7 +176,7 @@ impl LaneReader {
                     let len = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
                     let staging = self.staging.take();
                     let staging = staging.unwrap_or_else(|| Bytes::with_capacity(STAGING_BYTES));
-                    Memory::from(staging.slice(self.staged..len))
+                    Memory::from(staging.slice(0..len))
                 } else {
                     Memory::from(region.file().span(run.byte_offset, run.bytes))
                 };
@@ -183,8 +212,7 @@ impl LaneReader {
                 let (Outcome::Done(count @ 1..), Some(ahead)) = (outcome, &mut self.ahead) else {
                     return Err(self.failed(outcome));
                 };
-                ahead.buffer = Some(buffer);
-                ahead.left = 0..count as usize;
+                ahead.filled(buffer, count as usize);
                 self.take_ahead(ring, &mut wake, &mut arrived)
             }
             (TOKEN_RUN, memory) => {
@@ -237,15 +265,12 @@ impl LaneReader {
         wake: &mut impl FnMut(PageId),
         arrived: &mut impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
-        loop {
-            let Some(Ahead { buffer: Some(buffer), left, placed }) = &mut self.ahead else {
-                return self.arm(ring);
-            };
-            if left.start == left.end {
-                return self.arm(ring);
-            }
+        while let Some(Ahead { buffer: Some(buffer), left, placed }) = &mut self.ahead {
             let bytes = &buffer.as_slice()[left.clone()];
             match self.receiver.next_target() {
+                // The source may close a lane that has ended.
+                Target::Control { .. } if self.receiver.is_ended() => return Ok(()),
+                Target::Control { .. } if bytes.is_empty() => break,
                 Target::Control { exact } => {
                     let taken = exact.min(bytes.len());
                     let result = self.receiver.control(&bytes[..taken]);
@@ -255,47 +280,39 @@ impl LaneReader {
                 }
                 Target::Run(run) => {
                     let region = self.guest.region(run.region);
-                    if run.bytes > 1 << region.unit_shift && !self.guest.has_room() {
+                    // A run of several pages is background on whatever lane.
+                    let nobody_waits = self.is_bulk || run.bytes > 1 << region.unit_shift;
+                    if nobody_waits && !self.guest.has_room() {
                         self.held = Some(Held::Room);
                         return self.arm_retry(ring);
                     }
                     let there = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
-                    let there = there.min(bytes.len());
-                    if !region.is_copied() {
-                        write(&self.guest, &bytes[..there], &run)?;
-                        left.start += there;
-                        self.landed(there, wake, arrived)?;
-                        continue;
-                    }
-                    let pages = there >> region.unit_shift;
+                    let pages = there.min(bytes.len()) >> region.unit_shift;
                     if pages == 0 {
-                        let staging = self.staging.take();
-                        let mut staging =
-                            staging.unwrap_or_else(|| Bytes::with_capacity(STAGING_BYTES));
-                        staging = staging.slice(0..there);
-                        staging.as_mut_slice().copy_from_slice(bytes);
-                        self.staging = Some(staging);
-                        self.staged = there;
-                        left.start += there;
-                        continue;
+                        break;
                     }
                     let whole = pages << region.unit_shift;
-                    let range = PageRange {
-                        region: run.region,
-                        first: run.byte_offset >> region.unit_shift,
-                        pages: pages as u64,
-                    };
-                    *placed = self.guest.place(range, &bytes[..whole], *placed)?;
-                    if *placed < whole {
-                        self.held = Some(Held::Ahead);
-                        return self.arm_retry(ring);
+                    if region.is_copied() {
+                        let range = PageRange {
+                            region: run.region,
+                            first: run.byte_offset >> region.unit_shift,
+                            pages: pages as u64,
+                        };
+                        *placed = self.guest.place(range, &bytes[..whole], *placed)?;
+                        if *placed < whole {
+                            self.held = Some(Held::Ahead);
+                            return self.arm_retry(ring);
+                        }
+                        *placed = 0;
+                    } else {
+                        write(&self.guest, &bytes[..whole], &run)?;
                     }
-                    *placed = 0;
                     left.start += whole;
                     self.landed(whole, wake, arrived)?;
                 }
             }
         }
+        self.arm(ring)
     }
 
     /// Puts a staged run where it belongs, or holds it.
@@ -314,8 +331,6 @@ impl LaneReader {
             write(&self.guest, staging.as_slice(), &run)?;
             return self.placed(staging, wake, arrived);
         }
-        self.staged = 0;
-        let staging = staging.slice(0..usize::try_from(run.bytes).expect("at most 2 MiB"));
         let range = PageRange {
             region: run.region,
             first: run.byte_offset >> region.unit_shift,
@@ -451,12 +466,6 @@ fn out_of_memory() -> Error {
             .into(),
     )
 }
-
-/// Pages up to this size, 64 KiB, are read ahead.
-const AHEAD_SHIFT_MAX: u8 = 16;
-
-/// What one receive takes of the demand lane: 15 answers of 4 KiB pages, or one of the largest.
-const AHEAD_BYTES: usize = 68 << 10;
 
 /// The longest run of small pages.
 const STAGING_BYTES: usize = 2 << 20;
