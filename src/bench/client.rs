@@ -70,7 +70,7 @@ fn test(options: &Client, report: &mut Report) -> Result<bool> {
     for lane in 0..test.lanes {
         let connection = connect(options, &inbox)?;
         connection.write(&hello(Request::Join { cookie: cookie.clone(), lane }))?;
-        lanes.push(lanes::open(connection.into_socket(), lane, test.congestion.as_deref())?);
+        lanes.push(lanes::lane(connection.into_socket(), lane, test.congestion.as_deref())?);
     }
     match reply(&inbox, &mut control, JOIN_TIMEOUT)? {
         Message::Started => {}

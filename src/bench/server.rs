@@ -207,7 +207,7 @@ fn gather(desk: &mut Desk, control: &mut Control, test: &Test, cookie: &str) -> 
             Happened::Newcomer(socket, Request::Join { cookie: said, lane }) if said == cookie => {
                 match lanes.get_mut(usize::from(lane)) {
                     Some(slot @ None) => {
-                        *slot = Some(lanes::open(socket, lane, test.congestion.as_deref())?);
+                        *slot = Some(lanes::lane(socket, lane, test.congestion.as_deref())?);
                     }
                     _ => refuse(socket, "the test has no such lane, or has it already"),
                 }
