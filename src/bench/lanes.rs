@@ -17,7 +17,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use nix::sys::stat::Mode;
 
-use super::memory::{Landing, Passes};
+use super::memory::Landing;
+use super::passes::Passes;
+use super::protocol::Test;
 use crate::destination::acks::Acks;
 use crate::destination::faults::Servers;
 use crate::error::{Context, Error, Result};
@@ -33,9 +35,15 @@ const SEND_BYTES: usize = 1 << 20;
 /// Bytes of the buffer that everything is received into: it stays in the processor's cache.
 const HOT_BYTES: usize = 256 << 10;
 
-/// A lane of a test, counted from 0, with the congestion control that was asked for.
-pub(super) fn lane(socket: OwnedFd, index: u16, congestion: Option<&str>) -> Result<Lane> {
-    let mut lane = Lane::new(socket, format!("bench lane {}", index + 1))?;
+/// A connection of a test, counted from 0, with the congestion control that was asked for.
+pub(super) fn lane(socket: OwnedFd, index: u16, test: &Test) -> Result<Lane> {
+    let (each, congestion) = (test.connections_each(), test.congestion.as_deref());
+    let back = if test.bidir && index >= each { " back" } else { "" };
+    let name = match index % each {
+        index if index == test.lanes => format!("fault lane{back}"),
+        index => format!("bench lane {}{back}", index + 1),
+    };
+    let mut lane = Lane::new(socket, name)?;
     if let Some(name) = congestion.filter(|_| lane.congestion.is_some()) {
         setsockopt(&lane, sockopt::TcpCongestion, &name.into()).map_err(|errno| {
             Error::Bench(format!(
