@@ -1,4 +1,4 @@
-//! Processor time of threads.
+//! Processor time of threads, and how long they waited for a processor.
 
 use std::time::Duration;
 
@@ -14,4 +14,24 @@ pub(super) fn clock_time(clock: libc::clockid_t) -> Option<Duration> {
     let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
     let seconds = u64::try_from(time.tv_sec).ok()?;
     (result == 0).then(|| Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0)))
+}
+
+/// How long a thread of this process has been ready to run and had no core (`Documentation/scheduler/
+/// sched-stats.rst`); none where the kernel does not say, or the thread has gone.
+pub(super) fn waited(thread: i32) -> Option<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
+    let nanoseconds = text.split_ascii_whitespace().nth(1)?;
+    nanoseconds.parse().ok().map(Duration::from_nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_living_thread_has_waited_for_some_time() {
+        let own = nix::unistd::gettid().as_raw();
+        assert!(waited(own).is_some_and(|waited| waited < Duration::from_secs(86_400)));
+        assert_eq!(waited(0), None);
+    }
 }

@@ -182,13 +182,16 @@ pub(super) fn receive_any(lane: &Lane, bytes: Option<u64>, received: &AtomicU64)
 /// larger pieces than those of a memfd, which costs both ends a third less. Where there is none, a memfd.
 fn any_file() -> Result<File> {
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    let file = match open(&std::env::temp_dir(), flags, Mode::S_IRUSR | Mode::S_IWUSR) {
-        Ok(file) => File::from(file),
-        Err(_) => {
-            memfd_create(c"umem-bench", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?.into()
+    let contents = vec![0xa5; SEND_BYTES];
+    if let Ok(file) = open(&std::env::temp_dir(), flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+        let file = File::from(file);
+        if file.write_all_at(&contents, 0).is_ok() {
+            return Ok(file);
         }
-    };
-    file.write_all_at(&vec![0xa5; SEND_BYTES], 0).context(|| "filling a file to send")?;
+    }
+    let file = memfd_create(c"umem-bench", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?;
+    let file = File::from(file);
+    file.write_all_at(&contents, 0).context(|| "filling a memory file")?;
     Ok(file)
 }
 

@@ -242,6 +242,8 @@ pub(crate) struct Measured {
     pub(crate) system_s: f64,
     /// The busiest lane's thread: its processor time as a share of the time.
     pub(crate) busy: f64,
+    /// The same of a thread that ran, or could have run and had no core; none where the kernel does not say.
+    pub(crate) pressed: Option<f64>,
     /// The receiver: what placing a GiB in fresh memory takes here by itself, processor seconds.
     pub(crate) placing_s_per_gib: Option<f64>,
     /// The receiver, with `--verify`.
@@ -467,7 +469,8 @@ pub(super) mod tests {
             );
         }
         let error = read_hello(br#"{"magic":"umem-bench","version":9,"new":true}"#).unwrap_err();
-        assert!(error.contains("version 1") && error.contains('9'), "{error}");
+        let ours = format!("version {VERSION}");
+        assert!(error.contains(&ours) && error.contains('9'), "{error}");
     }
 
     #[test]

@@ -342,6 +342,8 @@ impl<'a> Outcome<'a> {
             "zero_copy_share": zero_copy_share(&sent.counts),
             "sender_busy": sent.busy,
             "receiver_busy": received.busy,
+            "sender_pressed": sent.pressed,
+            "receiver_pressed": received.pressed,
             "placing_s_per_gib": received.placing_s_per_gib,
             "limit": verdict.limit,
             "verdict": verdict.text,
@@ -369,7 +371,7 @@ pub(super) fn served(test: &Test, measured: &[Measured]) -> String {
 }
 
 /// A key of the report: iperf3's where there is one direction, and its names for the second one.
-fn named(key: &str, test: &Test, direction: Direction) -> String {
+pub(super) fn named(key: &str, test: &Test, direction: Direction) -> String {
     let is_second = test.bidir && direction == Direction::Reverse;
     format!("{key}{}", if is_second { "_bidir_reverse" } else { "" })
 }

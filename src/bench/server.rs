@@ -47,7 +47,11 @@ pub(crate) fn run(options: &Server) -> Result<()> {
         match serve(&mut desk, &mut Control::new(control, "client"), test, options) {
             Ok((test, measured)) => {
                 let sentence = report::served(&test, &measured);
-                output.event("tested", json!({ "test": test, "result": measured }), &sentence);
+                let mut fields = json!({ "test": test });
+                for (direction, measured) in test.directions().iter().zip(measured) {
+                    fields[report::named("result", &test, *direction)] = json!(measured);
+                }
+                output.event("tested", fields, &sentence);
             }
             Err(error) if options.one_off || matches!(error, Error::Interrupted(_)) => {
                 return Err(error);

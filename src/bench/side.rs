@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::clock::{clock_time, thread_time};
+use super::clock::{clock_time, thread_time, waited};
 use super::faults::{self, FaultLanding, FaultSource};
 use super::lanes::{self, LandPages, SendPages};
 use super::memory::{self, Landing, Source};
@@ -125,14 +125,24 @@ struct Moment {
     counts: Counts,
     retransmits: Option<u64>,
     cpu: CpuTime,
-    threads: Vec<Duration>,
+    threads: Vec<Times>,
 }
 
-/// A lane's thread's processor time.
+/// A lane's thread's times.
 struct Clock {
     id: libc::clockid_t,
-    /// All of it, once it has ended.
-    total: OnceLock<Duration>,
+    thread: i32,
+    /// All of them, once it has ended.
+    total: OnceLock<Times>,
+}
+
+/// What a thread has done with its time.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    /// It ran.
+    ran: Duration,
+    /// It could have run, and had no core; none where that is not known.
+    waited: Option<Duration>,
 }
 
 impl Clock {
@@ -144,12 +154,18 @@ impl Clock {
             return Err(std::io::Error::from_raw_os_error(result))
                 .context(|| "pthread_getcpuclockid");
         }
-        Ok(Clock { id, total: OnceLock::new() })
+        Ok(Clock { id, thread: nix::unistd::gettid().as_raw(), total: OnceLock::new() })
     }
 
-    fn now(&self) -> Duration {
-        let of_the_living = || clock_time(self.id).unwrap_or_default();
+    fn now(&self) -> Times {
+        let of_the_living =
+            || Times { ran: clock_time(self.id).unwrap_or_default(), waited: waited(self.thread) };
         self.total.get().copied().unwrap_or_else(of_the_living)
+    }
+
+    /// By the thread itself, at its end.
+    fn end(&self) {
+        let _ = self.total.set(Times { ran: thread_time(), waited: waited(self.thread) });
     }
 }
 
@@ -272,7 +288,7 @@ impl Side {
             let clock = Arc::new(Clock::of_this_thread()?);
             started.with(clock.clone());
             let result = body();
-            let _ = clock.total.set(thread_time());
+            clock.end();
             if stopping.load(SeqCst) {
                 return Ok(());
             }
@@ -340,10 +356,7 @@ impl Side {
         let verified_pages = self.join()?;
         let until = self.until.take().expect("it has been stopped");
         let seconds = until.at.duration_since(self.since.at).as_secs_f64();
-        // Threads that had not started when counting began had used no time.
-        let since = self.since.threads.iter().copied().chain(std::iter::repeat(Duration::ZERO));
-        let busy = until.threads.iter().zip(since);
-        let busy = busy.map(|(until, since)| until.saturating_sub(since).as_secs_f64());
+        let (busy, pressed) = shares(&self.since.threads, &until.threads, seconds);
         Ok(Measured {
             seconds,
             counts: until.counts - self.since.counts,
@@ -353,7 +366,8 @@ impl Side {
                 .map(|(until, since)| until.saturating_sub(since)),
             user_s: until.cpu.user - self.since.cpu.user,
             system_s: until.cpu.system - self.since.cpu.system,
-            busy: busy.fold(0.0, f64::max) / seconds.max(f64::MIN_POSITIVE),
+            busy,
+            pressed,
             placing_s_per_gib: self.placing_s_per_gib,
             verified_pages,
             faults: self.fault_landing().map(FaultLanding::latency),
@@ -373,12 +387,13 @@ impl Side {
         }
         if let Some(landing) = self.fault_landing() {
             landing.stop();
-            landing.let_go()?;
         }
+        let let_go = self.fault_landing().map_or(Ok(()), FaultLanding::let_go);
         for thread in self.threads.drain(..) {
             // What it died of has been posted.
             let _ = thread.join();
         }
+        let_go?;
         let mut verified = 0;
         if let Some(retirer) = self.retirer.take() {
             let checked = retirer.join().ok().flatten();
@@ -453,6 +468,23 @@ fn give_back(retired: &Receiver<Arc<Landing>>, verify: bool, zero_percent: u32) 
         }
     }
     Ok(verified)
+}
+
+/// The most that any thread ran, and ran or waited for a core, as shares of the time between. Threads that
+/// had not started when counting began had used no time.
+fn shares(since: &[Times], until: &[Times], seconds: f64) -> (f64, Option<f64>) {
+    let since = since.iter().copied().chain(std::iter::repeat(Times::default()));
+    let (mut busy, mut pressed) = (0.0_f64, None::<f64>);
+    for (until, since) in until.iter().zip(since) {
+        let share = |time: Duration| time.as_secs_f64() / seconds.max(f64::MIN_POSITIVE);
+        let ran = share(until.ran.saturating_sub(since.ran));
+        busy = busy.max(ran);
+        if let Some(waited) = until.waited {
+            let waited = share(waited.saturating_sub(since.waited.unwrap_or_default()));
+            pressed = Some(pressed.unwrap_or(0.0).max(ran + waited));
+        }
+    }
+    (busy, pressed)
 }
 
 /// Lane `index`'s part of the bytes of a test.

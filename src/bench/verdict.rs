@@ -11,7 +11,8 @@ const PLACING: f64 = 0.5;
 /// What the test's rate rests on.
 #[derive(Debug)]
 pub(super) struct Verdict {
-    /// For programs: `page_allocation`, `receiver_cpu`, `sender_cpu` or `link`.
+    /// For programs: `page_allocation`, `receiver_cpu`, `sender_cpu`, `other_load`
+    /// or `link`.
     pub(super) limit: &'static str,
     /// For people.
     pub(super) text: String,
@@ -43,11 +44,31 @@ impl Verdict {
             }
         } else if sent.busy >= BUSY {
             ("sender_cpu", format!("limited by the sender's CPU ({busy})"))
+        } else if let Some((end, share)) = crowded(sent, received) {
+            let share = share * 100.0;
+            (
+                "other_load",
+                format!(
+                    "limited by who else computes at the {end}, where a thread that could have run \
+                     waited for a core {share:.0} % of the time ({busy})"
+                ),
+            )
+        } else if sent.pressed.is_some() && received.pressed.is_some() {
+            ("link", format!("limited by the link ({busy})"))
         } else {
             ("link", format!("limited by the link, or by who else computes here ({busy})"))
         };
         Verdict { limit, text }
     }
+}
+
+/// The end whose thread would be busy if it had a core to itself, and the share of the time for which it
+/// had none.
+fn crowded(sent: &Measured, received: &Measured) -> Option<(&'static str, f64)> {
+    let share = |side: &Measured| side.pressed.filter(|&pressed| pressed >= BUSY);
+    let of = |name, side: &Measured| share(side).map(|pressed| (name, pressed - side.busy));
+    let ends = [of("receiver", received), of("sender", sent)];
+    ends.into_iter().flatten().max_by(|one, other| one.1.total_cmp(&other.1))
 }
 
 #[cfg(test)]
@@ -76,6 +97,18 @@ mod tests {
         ] {
             let verdict = Verdict::of(&test, &side(sent, None), &side(received, placing));
             assert_eq!(verdict.limit, limit, "{verdict:?}");
+        }
+        let pressed = |busy, pressed| Measured { pressed: Some(pressed), ..side(busy, None) };
+        for (sent, received, limit, part) in [
+            (pressed(0.5, 0.95), pressed(0.3, 0.99), "other_load", "at the receiver"),
+            (pressed(0.5, 0.95), pressed(0.3, 0.5), "other_load", "at the sender"),
+            (pressed(0.95, 0.97), pressed(0.3, 0.99), "sender_cpu", "sender's CPU"),
+            (pressed(0.5, 0.6), pressed(0.3, 0.5), "link", "limited by the link (the"),
+            (pressed(0.5, 0.6), side(0.3, None), "link", "or by who else"),
+        ] {
+            let verdict = Verdict::of(&test, &sent, &received);
+            assert_eq!(verdict.limit, limit, "{verdict:?}");
+            assert!(verdict.text.contains(part), "{verdict:?}");
         }
     }
 }

@@ -32,6 +32,13 @@ struct Pair {
 
 pub(crate) fn run(input: &[u8]) {
     let mut input = Unstructured::new(input);
+    play(std::iter::from_fn(|| {
+        if input.is_empty() { None } else { Happens::arbitrary(&mut input).ok() }
+    }));
+}
+
+/// Lets it all happen, and returns both sides at the end.
+fn play(all: impl IntoIterator<Item = Happens>) -> Pair {
     let mut pair = Pair {
         source: source::Phase::new(),
         destination: destination::Phase::new(),
@@ -39,13 +46,14 @@ pub(crate) fn run(input: &[u8]) {
         to_destination: VecDeque::new(),
         is_broken: false,
     };
-    while let (false, Ok(happens)) = (input.is_empty(), Happens::arbitrary(&mut input)) {
+    for happens in all {
         pair.happens(&happens);
         assert!(!(pair.source.may_run() && pair.destination.may_run()), "the guest runs twice");
         if let destination::Phase::Completed(_) = pair.destination {
             assert!(!pair.source.may_run());
         }
     }
+    pair
 }
 
 impl Pair {
@@ -132,5 +140,60 @@ impl Pair {
         if !self.is_broken {
             self.to_destination.push_back(event);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Happens::{Breaks, ReachesDestination, ReachesSource};
+
+    /// A whole migration, up to the switchover's leaving and from there on.
+    fn migration() -> (Vec<Happens>, Vec<Happens>) {
+        let (source, destination) = (Happens::AtSource, Happens::AtDestination);
+        let before = vec![
+            source(AtSource::SentRegions),
+            ReachesDestination,
+            destination(AtDestination::GuestReady),
+            ReachesSource,
+            source(AtSource::GuestStopped { postcopy: true, background: true }),
+            source(AtSource::SentState { bytes: 5000 }),
+            source(AtSource::SentLoad),
+            ReachesDestination,
+            ReachesDestination,
+            ReachesDestination,
+            destination(AtDestination::StateLoaded),
+            ReachesSource,
+            source(AtSource::SentSwitchover),
+        ];
+        let after = vec![
+            ReachesDestination,
+            destination(AtDestination::GuestRunning),
+            ReachesSource,
+            destination(AtDestination::AllCached),
+            ReachesSource,
+            ReachesDestination,
+        ];
+        (before, after)
+    }
+
+    /// The pair is able to do what it is to be kept from: it comes to the end.
+    #[test]
+    fn a_migration_completes() {
+        let (before, after) = migration();
+        let pair = play(before.into_iter().chain(after));
+        assert!(matches!(pair.source, source::Phase::Completed(_)), "{:?}", pair.source);
+        assert!(matches!(pair.destination, destination::Phase::Completed(Some(_))));
+    }
+
+    #[test]
+    fn a_switchover_that_is_lost_leaves_the_guest_to_nobody() {
+        let (mut before, _) = migration();
+        before.push(Breaks);
+        before.push(Happens::AtSource(AtSource::Lost));
+        before.push(Happens::AtDestination(AtDestination::Lost));
+        let pair = play(before);
+        assert_eq!(pair.source, source::Phase::Failed { may_run: false });
+        assert_eq!(pair.destination, destination::Phase::Failed { may_have_run: false });
     }
 }
