@@ -19,6 +19,7 @@ use super::pages::{PAGE_BYTES, Place, word};
 use super::protocol::Test;
 use crate::destination::acks::Acks;
 use crate::error::{Context, Result};
+use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::Lane;
 use crate::report::{Latency, latency_histogram, record};
@@ -73,7 +74,7 @@ impl FaultSource {
         Ok(FaultSource { memory: Arc::new(memory), table })
     }
 
-    /// Answers until the lane is cut off. Runs on the calling thread.
+    /// Answers until the lane is cut off. Runs on the calling thread; `core` is one that nobody has named.
     pub(super) fn serve(&self, lane: Lane, core: Option<usize>) -> Result<()> {
         use std::io::Write;
         let mut frame = Vec::new();
@@ -87,6 +88,10 @@ impl FaultSource {
             receiver,
             memory: self.memory.clone(),
             core,
+            follows: core.is_some(),
+            // There is no background.
+            adapts: false,
+            idle_cores: IdleCores::default(),
             commands: std::sync::mpsc::channel().1,
             post: Inbox::new()?.post(),
         }
@@ -146,6 +151,8 @@ impl FaultLanding {
             guest: self.landing.guest.clone(),
             serves_faults: true,
             core,
+            follows: core.is_some(),
+            idle_cores: IdleCores::default(),
             has_background: false,
             acks: Acks::new(false),
             commands: std::sync::mpsc::channel().1,
