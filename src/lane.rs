@@ -113,10 +113,18 @@ fn tune(socket: BorrowedFd<'_>, queue_bytes: u32) -> nix::Result<String> {
     setsockopt(&socket, sockopt::KeepAlive, &true)?;
     setsockopt(&socket, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS)?;
     setsockopt_raw(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, queue_bytes)?;
-    // Where the administrator does not allow it, the system's own choice stays.
-    let _ = setsockopt(&socket, sockopt::TcpCongestion, &CONGESTION_CONTROL.into());
+    choose_congestion(&socket);
     let got = nix::sys::socket::getsockopt(&socket, sockopt::TcpCongestion)?;
     Ok(got.to_string_lossy().trim_end_matches('\0').to_owned())
+}
+
+/// Has connections use [`CONGESTION_CONTROL`]; where the administrator does not allow it, the system's own
+/// choice stays.
+///
+/// To be called before a socket connects, or listens, and not only afterwards: one that has begun with bbr
+/// stays paced by a timer whatever it is given later, which halves what a core sends over loopback.
+fn choose_congestion(socket: &impl AsFd) {
+    let _ = setsockopt(socket, sockopt::TcpCongestion, &CONGESTION_CONTROL.into());
 }
 
 fn setsockopt_raw(socket: BorrowedFd<'_>, level: i32, name: i32, value: u32) -> nix::Result<()> {
@@ -225,6 +233,9 @@ fn connect(
 ) -> Result<nix::Result<OwnedFd>> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(family, SockType::Stream, flags, None).context(|| "socket")?;
+    if family != AddressFamily::Unix {
+        choose_congestion(&socket);
+    }
     match nix::sys::socket::connect(socket.as_raw_fd(), address) {
         Ok(()) => {}
         Err(Errno::EINPROGRESS) => {
@@ -354,7 +365,11 @@ impl Listener {
         };
         // Who waits may have gone when it is accepted.
         match &listener {
-            Listener::Tcp(listener) => listener.set_nonblocking(true),
+            Listener::Tcp(listener) => {
+                // What it accepts has the same.
+                choose_congestion(listener);
+                listener.set_nonblocking(true)
+            }
             Listener::Unix(listener, _) => listener.set_nonblocking(true),
         }
         .map_err(failed)?;

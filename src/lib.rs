@@ -32,6 +32,9 @@ pub mod embed;
 mod error;
 mod fault;
 mod follow;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod host;
 mod idle;
 mod inbox;

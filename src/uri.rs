@@ -80,7 +80,11 @@ impl FromStr for Uri {
         if bracketed.is_none() && host.contains(':') {
             return Err(format!("put the IPv6 address in brackets: tcp:[{host}]:{port}"));
         }
-        Ok(Uri::Tcp { host: bracketed.unwrap_or(host).to_owned(), port })
+        let host = bracketed.unwrap_or(host);
+        if host.contains(['[', ']']) {
+            return Err(format!("{host:?} in {text:?} is no host's name or address: {FORMS}"));
+        }
+        Ok(Uri::Tcp { host: host.to_owned(), port })
     }
 }
 
@@ -124,6 +128,8 @@ mod tests {
             ("tcp:localhost", "no port"),
             ("tcp:localhost:http", "not a port"),
             ("tcp:::1:4444", "brackets"),
+            ("tcp:[[]]:4444", "no host's name"),
+            ("tcp:a]:4444", "no host's name"),
             ("unix:", "names no socket"),
             ("fd:", "no descriptor's number"),
             ("fd:-1", "no descriptor's number"),

@@ -132,6 +132,118 @@ fn huge_pages_land_too() {
 }
 
 #[test]
+fn anonymous_memory_is_copied_into() {
+    let server = Server::start(&[]);
+    let bytes = 41 * MIB + 4096 * 3;
+    let size = bytes.to_string();
+    for direction in [&[][..], &["-R"]] {
+        let common = ["-n", &size, "-P", "2", "--pass-size", "8M", "--zero-percent", "20"];
+        let kind = ["--kind", "anonymous", "--verify"];
+        let report = report(&server.uri, &[&common[..], &kind, direction].concat());
+        check(&report, bytes);
+        let umem = &report["end"]["umem"];
+        assert_eq!(umem["kind"], "anonymous");
+        assert_eq!(umem["verified_pages"], bytes / 4096);
+        assert!(number(&umem["placing_s_per_gib"]) > 0.0);
+    }
+}
+
+/// Without a pool of huge pages it says how to get one; with one the pages land.
+#[test]
+fn anonymous_huge_pages_come_from_the_pool() {
+    let server = Server::start(&[]);
+    let options = ["-n", "7M", "--kind", "anonymous", "--page-size", "2M", "--pass-size", "4M"];
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    // As many as two passes at a time, and the others that there may be.
+    if free.is_ok_and(|free| free.trim().parse::<u64>().unwrap() >= 12) {
+        let report = report(&server.uri, &[&options[..], &["--verify"]].concat());
+        // Whole pages of 2 MiB.
+        assert_eq!(report["end"]["umem"]["verified_pages"], 4 * 512);
+    } else {
+        let error = failure(&server.uri, &options, 1);
+        assert!(error.contains("sysctl vm.nr_hugepages="), "{error}");
+    }
+}
+
+/// iperf3's names for what goes the other way.
+#[test]
+fn both_sides_send_at_once() {
+    let server = Server::start(&[]);
+    let bytes = 24 * MIB + 4096;
+    let size = bytes.to_string();
+    let common = ["--bidir", "-n", &size, "-P", "2", "--pass-size", "8M"];
+    for what in [&["--verify", "--zero-percent", "10"][..], &["--discard"]] {
+        let report = report(&server.uri, &[&common[..], what].concat());
+        let end = &report["end"];
+        for (suffix, sender) in [("", true), ("_bidir_reverse", false)] {
+            let part = |name: &str| &end[format!("{name}{suffix}")];
+            let (sent, received) = (part("sum_sent"), part("sum_received"));
+            assert_eq!((&sent["sender"], &received["sender"]), (&json!(sender), &json!(sender)));
+            assert_eq!(sent["bytes"], received["bytes"]);
+            let umem = part("umem");
+            let zeroes = umem["zero_bytes"].as_u64().unwrap();
+            assert_eq!(received["bytes"].as_u64().unwrap() + zeroes, bytes);
+            assert!(sent["retransmits"].is_u64() && received["retransmits"].is_null());
+            if what[0] == "--verify" {
+                assert_eq!(umem["verified_pages"], bytes / 4096);
+            }
+            assert!(umem["verdict"].as_str().unwrap().starts_with("limited by "));
+        }
+        let first = &report["intervals"][0];
+        assert!(first["sum"]["bytes"].is_u64() && first["sum_bidir_reverse"]["bytes"].is_u64());
+        assert_eq!(report["start"]["test_start"]["bidir"], 1);
+    }
+}
+
+/// Every fault is answered with its page and timed, wherever the pages land, and each interval says how
+/// many there were.
+#[test]
+fn faults_are_served_and_timed_beside_the_stream() {
+    let server = Server::start(&[]);
+    let common = ["-t", "0.6", "-i", "0.2", "--pass-size", "32M", "--fault-rate", "2000"];
+    for options in [
+        &[][..],
+        &["-R"],
+        &["--bidir"],
+        &["--kind", "anonymous", "--verify"],
+        &["--page-size", "2M", "-O", "0.2"],
+    ] {
+        let report = report(&server.uri, &[&common[..], options].concat());
+        let bidir = options.contains(&"--bidir");
+        for suffix in ["", "_bidir_reverse"].iter().take(1 + usize::from(bidir)) {
+            let umem = &report["end"][format!("umem{suffix}")];
+            let latency = &umem["fault_latency_us"];
+            let [count, p50, p99, max] =
+                ["count", "p50", "p99", "max"].map(|key| latency[key].as_u64().expect("a number"));
+            assert!(count > 0 && 0 < p50 && p50 <= p99 && p99 <= max, "{options:?}: {latency}");
+            assert!(number(&umem["faults_per_second"]) > 0.0);
+            let intervals = report["intervals"].as_array().unwrap();
+            let sums = intervals.iter().map(|one| &one[format!("sum{suffix}")]);
+            let counted = sums.filter(|sum| sum["omitted"] == false).map(|sum| {
+                sum["fault_latency_us"]["count"].as_u64().expect("every interval has its faults")
+            });
+            let counted: u64 = counted.sum();
+            // What happened between the last interval's end and the test's is in the latter alone.
+            assert!(counted > 0 && counted <= count + 20, "{counted} of {count}");
+            assert!(report["end"][format!("sum_received{suffix}")]["bytes"].as_u64().unwrap() > 0);
+        }
+    }
+}
+
+#[test]
+fn the_table_tells_directions_and_faults_apart() {
+    let server = Server::start(&["-1"]);
+    let output = client(&server.uri, &["-t", "0.3", "--bidir", "--fault-rate", "500"]);
+    let (stdout, stderr) = texts(&output);
+    assert!(output.status.success(), "{stdout}\n{stderr}");
+    for part in
+        ["1 lane each way", "TX-C received", "RX-C sent", "from access to return", " at p99"]
+    {
+        assert!(stdout.contains(part), "{part} in {stdout}");
+    }
+}
+
+#[test]
 fn what_is_discarded_is_counted_to_the_byte() {
     let server = Server::start(&[]);
     for direction in [&[][..], &["-R"]] {
@@ -237,12 +349,12 @@ fn strangers_are_turned_away_and_the_server_goes_on() {
         assert!(answer.contains("only `umem bench client` is served here"), "{answer}");
     }
     let hello = |request: Value| {
-        json!({ "magic": "umem-bench", "version": 1, "request": request }).to_string() + "\n"
+        json!({ "magic": "umem-bench", "version": 2, "request": request }).to_string() + "\n"
     };
     let answer = server.answers(hello(json!({ "join": { "cookie": "", "lane": 0 } })).as_bytes());
     assert!(answer.contains("refused"), "{answer}");
     let answer = server.answers(b"{\"magic\":\"umem-bench\",\"version\":7}\n");
-    assert!(answer.contains("version 1"), "{answer}");
+    assert!(answer.contains("version 2"), "{answer}");
     drop(server.connect());
     check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
     drop(silent);
@@ -258,14 +370,16 @@ fn a_test_that_asks_for_too_much_is_refused() {
         ("region_bytes", json!(1u64 << 60)),
         ("bytes", json!(u64::MAX)),
         ("congestion", json!("../../etc")),
+        ("faults", json!(u64::MAX)),
+        ("fault_rate", json!(u32::MAX)),
     ] {
         let mut test = json!({
-            "lanes": 1, "bytes": null, "reverse": false, "discard": false, "pages": "4K",
-            "zero_percent": 0, "verify": false, "congestion": null, "region_bytes": 2 * MIB,
+            "lanes": 1, "bytes": null, "reverse": false, "bidir": false, "discard": false,
+            "kind": "shared", "pages": "4K", "fault_rate": 0, "faults": 0, "zero_percent": 0, "verify": false, "congestion": null, "region_bytes": 2 * MIB,
         });
         test[field] = value;
         let request = json!({ "test": test });
-        let hello = json!({ "magic": "umem-bench", "version": 1, "request": request });
+        let hello = json!({ "magic": "umem-bench", "version": 2, "request": request });
         let answer = server.answers(format!("{hello}\n").as_bytes());
         assert!(answer.contains("failed"), "{field}: {answer}");
         server.umem.event("test_failed");
@@ -304,6 +418,14 @@ fn a_wrong_command_line_is_explained() {
         (&["--discard", "--verify"], "leave out --verify"),
         (&["--pass-size", "1M"], "--pass-size is whole blocks"),
         (&["-C", "a b"], "cubic"),
+        (&["-R", "--bidir"], "leave out -R"),
+        (&["--kind", "private"], "umem demo --kind private"),
+        (&["--kind", "swap"], "shared, private and anonymous"),
+        (&["--fault-rate", "100", "-n", "8M"], "needs -t"),
+        (&["--fault-rate", "100", "--discard"], "no memory to fault in"),
+        (&["--fault-rate", "100000", "-t", "60"], "shorter -t"),
+        (&["--fault-rate", "1000000"], "beyond one userfaultfd"),
+        (&["--fault-rate", "9", "--kind", "anonymous", "--page-size", "2M"], "pages of 4 KiB"),
     ] {
         let error = failure("tcp:127.0.0.1:1", arguments, 2);
         assert!(error.contains(hint), "{arguments:?}: {error}");

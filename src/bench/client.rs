@@ -3,12 +3,12 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::protocol::{Control, Measured, Message, Request, Test, hello};
-use super::report::{Interval, Report};
-use super::server::{JOIN_TIMEOUT, unexpected};
-use super::side::{Note, Prepared, Side};
-use super::{lanes, memory, report};
-use crate::cores::Role;
+use super::protocol::{Control, Direction, End, Message, Request, Test, hello};
+use super::report::{Report, Tick};
+use super::server::{JOIN_TIMEOUT, region_bytes, unexpected};
+use super::side::Note;
+use super::sides::{Sides, SoFar, prepare};
+use super::{lanes, report};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{HELLO_TIMEOUT, connect_to};
@@ -52,7 +52,7 @@ pub(crate) fn run(options: &Client) -> Result<i32> {
 fn test(options: &Client, report: &mut Report) -> Result<bool> {
     let inbox = Inbox::new()?;
     let mut test = options.test.clone();
-    test.region_bytes = test.region_bytes.min(memory::region_bytes()?);
+    test.region_bytes = test.region_bytes.min(region_bytes(&test, End::Client)?);
     let mut control = connect(options, &inbox)?;
     control.write(&hello(Request::Test(test.clone())))?;
     let cookie = match reply(&inbox, &mut control, HELLO_TIMEOUT)? {
@@ -64,13 +64,12 @@ fn test(options: &Client, report: &mut Report) -> Result<bool> {
         other => return Err(unexpected(&other)),
     };
     test.check().map_err(Error::Bench)?;
-    let role = if test.reverse { Role::Destination } else { Role::Source };
-    let prepared = Prepared::new(&test, role)?;
+    let prepared = prepare(&test, End::Client)?;
     let mut lanes = Vec::new();
-    for lane in 0..test.lanes {
+    for lane in 0..test.connections() {
         let connection = connect(options, &inbox)?;
         connection.write(&hello(Request::Join { cookie: cookie.clone(), lane }))?;
-        lanes.push(lanes::open(connection.into_socket(), lane, test.congestion.as_deref())?);
+        lanes.push(lanes::lane(connection.into_socket(), lane, &test)?);
     }
     match reply(&inbox, &mut control, JOIN_TIMEOUT)? {
         Message::Started => {}
@@ -79,16 +78,23 @@ fn test(options: &Client, report: &mut Report) -> Result<bool> {
     }
     report.started(&test, &cookie);
     let zero_copy = !report::is_local(control.as_fd());
-    let mut side = Side::start(&test, role, prepared, lanes, &options.cores, zero_copy, &inbox)?;
-    let ended = watch(options, &inbox, &mut control, &mut side, report)?;
-    side.stop();
+    let mut sides = Sides::start(&test, prepared, lanes, &options.cores, zero_copy, &inbox)?;
+    let ended = watch(options, &inbox, &mut control, &mut sides, report)?;
+    sides.stop();
     control.send(if ended == Ended::Finished { &Message::Finish } else { &Message::Stop })?;
-    let theirs = match reply(&inbox, &mut control, RESULT_TIMEOUT)? {
-        Message::Result(measured) => measured,
-        Message::Failed(text) => return Err(gave_up(&text)),
-        other => return Err(unexpected(&other)),
+    let theirs = loop {
+        match reply(&inbox, &mut control, RESULT_TIMEOUT)? {
+            Message::Result(measured) => break measured,
+            // Of the last intervals.
+            Message::Faults(latency) => report.faults(&test, latency),
+            Message::Failed(text) => return Err(gave_up(&text)),
+            other => return Err(unexpected(&other)),
+        }
     };
-    let ours = side.end()?;
+    let ours = sides.end()?;
+    if theirs.len() != ours.len() {
+        return Err(Error::Bench("the server has measured another test than this one".into()));
+    }
     report.completed(&test, &ours, &theirs, ended == Ended::Interrupted);
     Ok(ended != Ended::Interrupted)
 }
@@ -108,13 +114,14 @@ fn watch(
     options: &Client,
     inbox: &Inbox<Note>,
     control: &mut Control,
-    side: &mut Side,
+    sides: &mut Sides,
     report: &mut Report,
 ) -> Result<Ended> {
     let mut omitting = !options.omit.is_zero();
     let mut since = Instant::now();
     let mut ticks = 1;
-    let mut last = Interval::default();
+    // When the last interval ended.
+    let mut last = Duration::ZERO;
     loop {
         let end = if omitting { Some(options.omit) } else { options.duration };
         let end = end.map(|after| since + after);
@@ -122,29 +129,31 @@ fn watch(
         let until = [end, tick].into_iter().flatten().min();
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let ended = match inbox.wait(&[control.as_fd()], left)? {
-            Wake::Message(note) => match side.take(note) {
+            Wake::Message(note) => match sides.take(note) {
                 Ok(true) => Some(Ended::Finished),
                 Ok(false) => None,
                 Err(error) => return Err(cause(inbox, control, error)),
             },
             Wake::Signal => Some(Ended::Interrupted),
-            Wake::Ready(_) => match control.receive()? {
-                None => None,
-                Some(Message::Failed(text)) => return Err(gave_up(&text)),
-                Some(other) => return Err(unexpected(&other)),
-            },
+            Wake::Ready(_) => {
+                heard(control, &options.test, report)?;
+                None
+            }
             Wake::Timeout => {
                 let now = Instant::now();
                 if tick.is_some_and(|tick| tick <= now) {
-                    last = report.interval(last, side.so_far(), omitting);
+                    let so_far = sides.so_far();
+                    last = so_far[0].0;
+                    interval(options, control, sides, so_far, omitting, report)?;
                     ticks += 1;
                 }
                 let is_over = end.is_some_and(|end| end <= now);
                 if is_over && omitting {
                     omitting = false;
-                    side.measure();
+                    sides.measure();
                     control.send(&Message::Measure)?;
-                    (since, ticks, last) = (Instant::now(), 1, Interval::default());
+                    report.measure();
+                    (since, ticks, last) = (Instant::now(), 1, Duration::ZERO);
                     None
                 } else {
                     is_over.then_some(Ended::Stopped)
@@ -152,14 +161,44 @@ fn watch(
             }
         };
         if let Some(ended) = ended {
-            let so_far = side.so_far();
-            let rest = so_far.0.saturating_sub(last.end);
+            let so_far = sides.so_far();
+            let rest = so_far[0].0.saturating_sub(last);
             if options.interval.is_some_and(|interval| rest > interval / 10 || ticks == 1) {
-                report.interval(last, so_far, omitting);
+                interval(options, control, sides, so_far, omitting, report)?;
             }
             return Ok(ended);
         }
     }
+}
+
+/// What the server says in the middle of a test.
+fn heard(control: &mut Control, test: &Test, report: &mut Report) -> Result<()> {
+    match control.receive()? {
+        None => {}
+        Some(Message::Faults(latency)) => report.faults(test, latency),
+        Some(Message::Failed(text)) => return Err(gave_up(&text)),
+        Some(other) => return Err(unexpected(&other)),
+    }
+    Ok(())
+}
+
+/// An interval is over. What faults have taken at the server has to be asked for; the interval is
+/// reported when that is known.
+fn interval(
+    options: &Client,
+    control: &Control,
+    sides: &Sides,
+    so_far: Vec<SoFar>,
+    omitted: bool,
+    report: &mut Report,
+) -> Result<()> {
+    let test = &options.test;
+    let asks = test.fault_rate > 0 && test.directions().contains(&Direction::Forward);
+    report.tick(test, Tick { so_far, omitted, ours: sides.interval_faults() }, asks);
+    if asks {
+        control.send(&Message::AskFaults)?;
+    }
+    Ok(())
 }
 
 fn connect(options: &Client, inbox: &Inbox<Note>) -> Result<Control> {
@@ -218,13 +257,4 @@ fn cause(inbox: &Inbox<Note>, control: &mut Control, error: Error) -> Error {
 
 fn gave_up(text: &str) -> Error {
     Error::Bench(format!("the server gave up: {text}"))
-}
-
-/// What both sides have measured, by what they did.
-pub(super) fn sender_and_receiver<'a>(
-    test: &Test,
-    ours: &'a Measured,
-    theirs: &'a Measured,
-) -> (&'a Measured, &'a Measured) {
-    if test.reverse { (theirs, ours) } else { (ours, theirs) }
 }

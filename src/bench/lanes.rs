@@ -11,10 +11,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::SyncSender;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
+use nix::sys::stat::Mode;
 
-use super::memory::{Landing, Passes};
+use super::memory::Landing;
+use super::passes::Passes;
+use super::protocol::Test;
 use crate::destination::acks::Acks;
 use crate::destination::faults::Servers;
 use crate::error::{Context, Error, Result};
@@ -30,9 +35,15 @@ const SEND_BYTES: usize = 1 << 20;
 /// Bytes of the buffer that everything is received into: it stays in the processor's cache.
 const HOT_BYTES: usize = 256 << 10;
 
-/// A lane of a test, counted from 0, with the congestion control that was asked for.
-pub(super) fn open(socket: OwnedFd, index: u16, congestion: Option<&str>) -> Result<Lane> {
-    let mut lane = Lane::new(socket, format!("bench lane {}", index + 1))?;
+/// A connection of a test, counted from 0, with the congestion control that was asked for.
+pub(super) fn lane(socket: OwnedFd, index: u16, test: &Test) -> Result<Lane> {
+    let (each, congestion) = (test.connections_each(), test.congestion.as_deref());
+    let back = if test.bidir && index >= each { " back" } else { "" };
+    let name = match index % each {
+        index if index == test.lanes => format!("fault lane{back}"),
+        index => format!("bench lane {}{back}", index + 1),
+    };
+    let mut lane = Lane::new(socket, name)?;
     if let Some(name) = congestion.filter(|_| lane.congestion.is_some()) {
         setsockopt(&lane, sockopt::TcpCongestion, &name.into()).map_err(|errno| {
             Error::Bench(format!(
@@ -150,42 +161,78 @@ impl LandPages {
 
 /// Sends `bytes`, or without end, from a file that stays in the cache.
 pub(super) fn send_any(lane: &Lane, bytes: Option<u64>, sent: &AtomicU64) -> Result<()> {
-    let file = memfd_create(c"umem-bench", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?;
-    let file = File::from(file);
-    file.write_all_at(&vec![0xa5; SEND_BYTES], 0).context(|| "filling a memory file")?;
-    let mut left = bytes.unwrap_or(u64::MAX);
-    while left > 0 {
-        let length = usize::try_from(left).unwrap_or(usize::MAX).min(SEND_BYTES);
-        match nix::sys::sendfile::sendfile(lane, &file, Some(&mut 0), length) {
-            Ok(count) => {
-                sent.fetch_add(count as u64, Relaxed);
-                left -= count as u64;
-            }
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(lost(lane, errno.desc())),
-        }
-    }
-    Ok(())
+    let file = any_file()?;
+    let lane = Polled::new(lane)?;
+    lane.all(bytes, sent, PollFlags::POLLOUT, |length| {
+        nix::sys::sendfile::sendfile(lane.0, &file, Some(&mut 0), length.min(SEND_BYTES))
+    })
 }
 
 /// Receives `bytes`, or without end, into a buffer that stays in the cache.
 pub(super) fn receive_any(lane: &Lane, bytes: Option<u64>, received: &AtomicU64) -> Result<()> {
     let mut buffer = vec![0; HOT_BYTES];
-    let mut left = bytes.unwrap_or(u64::MAX);
-    while left > 0 {
-        let length = usize::try_from(left).unwrap_or(usize::MAX).min(HOT_BYTES);
-        let (socket, flags) = (lane.as_fd().as_raw_fd(), MsgFlags::empty());
-        match nix::sys::socket::recv(socket, &mut buffer[..length], flags) {
-            Ok(0) => return Err(lost(lane, "the other side closed it")),
-            Ok(count) => {
-                received.fetch_add(count as u64, Relaxed);
-                left -= count as u64;
-            }
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(lost(lane, errno.desc())),
+    let lane = Polled::new(lane)?;
+    lane.all(bytes, received, PollFlags::POLLIN, |length| {
+        let room = &mut buffer[..length.min(HOT_BYTES)];
+        nix::sys::socket::recv(lane.0.as_fd().as_raw_fd(), room, MsgFlags::empty())
+    })
+}
+
+/// [`SEND_BYTES`] of anything. A file on a disk's file system, as iperf3 has it: its cached pages come in
+/// larger pieces than those of a memfd, which costs both ends a third less. Where there is none, a memfd.
+fn any_file() -> Result<File> {
+    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    let contents = vec![0xa5; SEND_BYTES];
+    if let Ok(file) = open(&std::env::temp_dir(), flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+        let file = File::from(file);
+        if file.write_all_at(&contents, 0).is_ok() {
+            return Ok(file);
         }
     }
-    Ok(())
+    let file = memfd_create(c"umem-bench", MFdFlags::MFD_CLOEXEC).context(|| "making a memfd")?;
+    let file = File::from(file);
+    file.write_all_at(&contents, 0).context(|| "filling a memory file")?;
+    Ok(file)
+}
+
+/// A lane that is waited for outside of the calls that move bytes. A call that waits inside is worse over
+/// loopback: who fills the socket's queue sleeps, and the receiver's core does the work of sending, too.
+struct Polled<'a>(&'a Lane);
+
+impl<'a> Polled<'a> {
+    fn new(lane: &'a Lane) -> Result<Polled<'a>> {
+        fcntl(lane, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context(|| lane.name.clone())?;
+        Ok(Polled(lane))
+    }
+
+    /// Repeats `call`, which gets the number of bytes that are left, until there are none.
+    fn all(
+        &self,
+        bytes: Option<u64>,
+        moved: &AtomicU64,
+        ready: PollFlags,
+        mut call: impl FnMut(usize) -> nix::Result<usize>,
+    ) -> Result<()> {
+        let mut left = bytes.unwrap_or(u64::MAX);
+        while left > 0 {
+            match call(usize::try_from(left).unwrap_or(usize::MAX)) {
+                Ok(0) => return Err(lost(self.0, "the other side closed it")),
+                Ok(count) => {
+                    moved.fetch_add(count as u64, Relaxed);
+                    left -= count as u64;
+                }
+                Err(Errno::EAGAIN) => {
+                    match poll(&mut [PollFd::new(self.0.as_fd(), ready)], PollTimeout::NONE) {
+                        Ok(_) | Err(Errno::EINTR) => {}
+                        Err(errno) => return Err(lost(self.0, errno.desc())),
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(lost(self.0, errno.desc())),
+            }
+        }
+        Ok(())
+    }
 }
 
 fn lost(lane: &Lane, what: &str) -> Error {

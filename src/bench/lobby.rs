@@ -9,8 +9,8 @@ use std::time::Instant;
 use super::protocol::{Line, Read, Request, read_hello, refusal, send_line};
 use crate::lane::HELLO_TIMEOUT;
 
-/// Connections that wait at a time: all lanes of a test, and a few strangers.
-const LOBBY_MAX: usize = umem_wire::limits::LANES_MAX as usize + 16;
+/// Connections that wait at a time: all lanes of a test in both directions, and a few strangers.
+const LOBBY_MAX: usize = 2 * (umem_wire::limits::LANES_MAX as usize + 1) + 16;
 
 #[derive(Default)]
 pub(super) struct Lobby {

@@ -1,15 +1,17 @@
 //! `umem bench`: what a link gives for pages, with iperf3's habits.
 //!
-//! A *test* is a stream of pages between a client and a server, in one direction. It consists of
+//! A *test* is a stream of pages between a client and a server, in one direction or both. It consists of
 //! *passes*: each is the background of a migration of its own, made by the same code
 //! (`source::bulk`, `destination::bulk`), from a file of real pages into a fresh one that is registered
 //! with a userfaultfd. So every page is allocated, checked, landed and unregistered as in a migration;
-//! what a pass has filled is given back by a thread beside the lanes ([`memory`]). With `--discard`
-//! nothing lands: sendfile at one end, a hot buffer at the other ([`lanes`]).
+//! what a pass has filled is given back by a thread beside the lanes ([`passes`]). With `--discard`
+//! nothing lands: sendfile at one end, a hot buffer at the other ([`lanes`]). With `--fault-rate` pages are
+//! asked for meanwhile ([`faults`](self::faults)).
 //!
 //! The two programs talk on a control connection, in lines of JSON ([`protocol`]); each lane is a
 //! connection that says whose it is and then belongs to the stream. The client says when to measure
-//! and when to stop; either side counts what it has sent or landed by itself ([`side`]).
+//! and when to stop; either side counts what it has sent or landed by itself ([`side`],
+//! for each direction).
 //!
 //! ```text
 //! client                                server
@@ -18,21 +20,30 @@
 //! hello, join (each lane) ------------>
 //!   <---------------------- started     every lane is there
 //! measure (after --omit) -------------> counts from here
+//! ask faults (each interval) ---------> if it is the server that has them
+//!   <----------------------- faults
 //! stop, or finish (with -n) ----------> counted until here
 //!   <----------------------- result
 //! ```
 
 mod client;
+mod clock;
+mod faults;
 mod lanes;
 mod lobby;
 mod memory;
+mod pages;
+mod passes;
 mod protocol;
 mod report;
 mod server;
 mod side;
+mod sides;
+mod verdict;
 
 pub(crate) use client::{Client, run as run_client};
-pub(crate) use memory::{PageKind, REGION_BYTES_MAX};
+pub(crate) use faults::faults;
+pub(crate) use pages::{MemoryKind, PageKind, REGION_BYTES_MAX};
 pub(crate) use protocol::Test;
 pub(crate) use server::{Server, run as run_server};
 

@@ -10,8 +10,11 @@ use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::memory::{PageKind, REGION_BYTES_MAX};
+use super::faults;
+use super::pages::{MemoryKind, PageKind, Place, REGION_BYTES_MAX};
+use crate::cores::Role;
 use crate::error::{Error, Result};
+use crate::report::Latency;
 
 /// Bytes of a line at most, its end included.
 pub(super) const LINE_BYTES_MAX: usize = 4096;
@@ -23,7 +26,7 @@ const MAGIC: &str = "umem-bench";
 const SILENCE_SECONDS: u32 = 10;
 
 /// Both sides must be of the same version.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Bytes of the name of a congestion control at most (TCP_CA_NAME_MAX, with its terminating zero).
 const CONGESTION_BYTES_MAX: usize = 15;
@@ -35,14 +38,21 @@ pub(crate) const TEST_BYTES_MAX: u64 = 1 << 50;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Test {
+    /// In each direction.
     pub(crate) lanes: u16,
-    /// Move as much as this, whole pages, and end; none ends when the client says so.
+    /// Move as much as this in each direction, whole pages, and end; none ends when the client says so.
     pub(crate) bytes: Option<u64>,
     /// The server sends.
     pub(crate) reverse: bool,
+    /// Both send.
+    pub(crate) bidir: bool,
     /// Nothing lands.
     pub(crate) discard: bool,
+    pub(crate) kind: MemoryKind,
     pub(crate) pages: PageKind,
+    /// Demand faults a second in each direction, beside the stream, and as many as there may be in all.
+    pub(crate) fault_rate: u32,
+    pub(crate) faults: u64,
     pub(crate) zero_percent: u32,
     /// Compare every page with what it has to be, after its pass.
     pub(crate) verify: bool,
@@ -67,6 +77,10 @@ impl Test {
         if self.zero_percent > 100 {
             return Err(format!("--zero-percent is a share of 100, not {}", self.zero_percent));
         }
+        if self.bidir && self.reverse {
+            return Err("-R and --bidir: with --bidir both send already; leave out -R".into());
+        }
+        faults::check(self, self.place())?;
         if self.discard && (self.verify || self.zero_percent > 0) {
             return Err("--discard moves no pages: leave out --verify and --zero-percent".into());
         }
@@ -86,6 +100,62 @@ impl Test {
         }
         Ok(())
     }
+
+    /// What pages land in.
+    pub(super) fn place(&self) -> Place {
+        Place { kind: self.kind, pages: self.pages }
+    }
+
+    /// The bytes that are moved, whole landing units unless nothing lands.
+    pub(super) fn whole_bytes(&self) -> Option<u64> {
+        let unit = self.place().unit().bytes();
+        self.bytes.map(|bytes| bytes.next_multiple_of(unit))
+    }
+
+    /// In the order in which results and connections are.
+    pub(super) fn directions(&self) -> &'static [Direction] {
+        match (self.bidir, self.reverse) {
+            (true, _) => &[Direction::Forward, Direction::Reverse],
+            (false, false) => &[Direction::Forward],
+            (false, true) => &[Direction::Reverse],
+        }
+    }
+
+    /// Connections of one direction: its lanes, and behind them the one for faults if there is one.
+    pub(super) fn connections_each(&self) -> u16 {
+        self.lanes + u16::from(self.fault_rate > 0)
+    }
+
+    /// Connections beside the control connection.
+    pub(super) fn connections(&self) -> u16 {
+        self.connections_each() * self.directions().len() as u16
+    }
+}
+
+/// Which way pages go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// From the client to the server.
+    Forward,
+    /// From the server to the client.
+    Reverse,
+}
+
+/// Which of the two programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Client,
+    Server,
+}
+
+impl End {
+    /// What this end does in a direction.
+    pub(super) fn role(self, direction: Direction) -> Role {
+        match (self, direction) {
+            (End::Client, Direction::Forward) | (End::Server, Direction::Reverse) => Role::Source,
+            _ => Role::Destination,
+        }
+    }
 }
 
 /// The first line of a connection.
@@ -102,7 +172,8 @@ struct Hello {
 pub(super) enum Request {
     /// Control of a test.
     Test(Test),
-    /// A lane of the test that was accepted with this cookie, counted from 0.
+    /// One of the connections ([`Test::connections`]) of the test that was accepted with this cookie,
+    /// counted from 0.
     Join { cookie: String, lane: u16 },
 }
 
@@ -149,28 +220,36 @@ pub(super) enum Message {
     Stop,
     /// Everything has gone or come; say so when it has on the other side too.
     Finish,
-    /// What the server has counted.
-    Result(Measured),
+    /// What faults have taken at the server since this was asked last?
+    AskFaults,
+    /// The answer.
+    Faults(Latency),
+    /// What the server has counted, for each direction.
+    Result(Vec<Measured>),
     /// The sender cannot go on, and why.
     Failed(String),
 }
 
 /// What one side has measured, between two moments.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Measured {
     pub(crate) seconds: f64,
     pub(crate) counts: Counts,
     /// TCP segments sent again; none on unix sockets.
     pub(crate) retransmits: Option<u64>,
-    /// Processor time of the process, seconds.
+    /// Processor time of the process, seconds: the same in each direction.
     pub(crate) user_s: f64,
     pub(crate) system_s: f64,
     /// The busiest lane's thread: its processor time as a share of the time.
     pub(crate) busy: f64,
+    /// The same of a thread that ran, or could have run and had no core; none where the kernel does not say.
+    pub(crate) pressed: Option<f64>,
     /// The receiver: what placing a GiB in fresh memory takes here by itself, processor seconds.
     pub(crate) placing_s_per_gib: Option<f64>,
     /// The receiver, with `--verify`.
     pub(crate) verified_pages: u64,
+    /// The receiver, with `--fault-rate`: from an access to its return, µs.
+    pub(crate) faults: Option<Latency>,
     pub(crate) congestion: String,
 }
 
@@ -188,7 +267,7 @@ pub(crate) struct Counts {
 
 impl Counts {
     pub(super) fn pages(&self) -> u64 {
-        (self.bytes + self.zero_bytes) / super::memory::PAGE_BYTES
+        (self.bytes + self.zero_bytes) / super::pages::PAGE_BYTES
     }
 }
 
@@ -352,18 +431,22 @@ pub(super) fn refusal(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
-    fn test() -> Test {
+    pub(in crate::bench) fn test() -> Test {
         Test {
             lanes: 1,
             bytes: None,
             reverse: false,
+            bidir: false,
             discard: false,
+            kind: MemoryKind::Shared,
             pages: PageKind::Small,
+            fault_rate: 0,
+            faults: 0,
             zero_percent: 0,
             verify: false,
             congestion: None,
@@ -386,7 +469,8 @@ mod tests {
             );
         }
         let error = read_hello(br#"{"magic":"umem-bench","version":9,"new":true}"#).unwrap_err();
-        assert!(error.contains("version 1") && error.contains('9'), "{error}");
+        let ours = format!("version {VERSION}");
+        assert!(error.contains(&ours) && error.contains('9'), "{error}");
     }
 
     #[test]
@@ -408,6 +492,12 @@ mod tests {
         refused(|test| test.congestion = Some("../x".into()), "cubic");
         refused(|test| test.zero_percent = 101, "100");
         refused(|test| (test.discard, test.verify) = (true, true), "--verify");
+        refused(|test| (test.bidir, test.reverse) = (true, true), "-R");
+        refused(|test| test.faults = 1, "--fault-rate");
+        refused(|test| (test.fault_rate, test.faults) = (1, 0), "shorter -t");
+        refused(|test| (test.fault_rate, test.faults) = (1, faults::FAULTS_MAX + 1), "shorter -t");
+        refused(|test| (test.fault_rate, test.faults) = (1 << 20, 1), "userfaultfd");
+        refused(|test| (test.fault_rate, test.faults, test.discard) = (1, 1, true), "--discard");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a test gave: a table on the terminal as it runs, or one JSON object at its end with the names
 //! that iperf3 has, and ours under `umem`.
 
+use std::collections::VecDeque;
 use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,23 +9,21 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::sys::socket::{SockaddrStorage, getpeername};
 use serde_json::{Value, json};
 
-use super::client::{Client, sender_and_receiver};
-use super::protocol::{Counts, Measured, Test};
+use super::client::Client;
+use super::protocol::{Counts, Direction, Measured, Test};
+use super::sides::SoFar;
+use super::verdict::Verdict;
 use crate::error::Error;
+use crate::report::Latency;
 use crate::uri::Uri;
 
-/// From this share of its time on a thread is what everything else waits for.
-const BUSY: f64 = 0.9;
-
-/// From this share of the receiver's time on placing pages in memory is what it is busy with.
-const PLACING: f64 = 0.5;
-
-/// What had been moved when an interval ended, since counting began.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Interval {
-    pub(super) end: Duration,
-    counts: Counts,
-    retransmits: u64,
+/// The end of an interval.
+pub(super) struct Tick {
+    /// In each direction, since counting began.
+    pub(super) so_far: Vec<SoFar>,
+    pub(super) omitted: bool,
+    /// What faults have taken here in the interval.
+    pub(super) ours: Option<Latency>,
 }
 
 /// The report of a test, as it grows.
@@ -32,6 +31,12 @@ pub(super) struct Report {
     json: bool,
     start: Value,
     intervals: Vec<Value>,
+    /// Intervals that wait for what faults have taken at the server.
+    waiting: VecDeque<Tick>,
+    /// The end of the one that was reported last.
+    last: Vec<SoFar>,
+    /// Counting has begun anew behind this many of those that wait.
+    anew: Option<usize>,
 }
 
 impl Report {
@@ -58,16 +63,26 @@ impl Report {
                 "duration": options.duration.map_or(0.0, |duration| duration.as_secs_f64()),
                 "bytes": options.test.bytes.unwrap_or(0),
                 "reverse": u8::from(options.test.reverse),
+                "bidir": u8::from(options.test.bidir),
             },
         });
-        Report { json: options.json, start, intervals: Vec::new() }
+        Report {
+            json: options.json,
+            start,
+            intervals: Vec::new(),
+            waiting: VecDeque::new(),
+            last: Vec::new(),
+            anew: None,
+        }
     }
 
     /// The lanes are open.
     pub(super) fn started(&mut self, test: &Test, cookie: &str) {
         self.start["cookie"] = json!(cookie);
         self.start["test_start"]["umem"] = json!({
+            "kind": kind(test),
             "page_size": test.pages.bytes(),
+            "fault_rate": test.fault_rate,
             "zero_percent": test.zero_percent,
             "discard": test.discard,
             "region_bytes": test.region_bytes,
@@ -76,132 +91,151 @@ impl Report {
             let what = if test.discard {
                 "nothing is kept".into()
             } else {
-                format!("pages of {} into fresh memory", test.pages)
+                format!("pages of {} into fresh {} memory", test.pages, test.kind)
             };
             let lanes = if test.lanes == 1 { "lane" } else { "lanes" };
-            print_line(&format!("{} {lanes}, {what}", test.lanes));
+            let both = if test.bidir { " each way" } else { "" };
+            print_line(&format!("{} {lanes}{both}, {what}", test.lanes));
             print_line("Interval           Transfer       Bitrate          Retr     Pages/s");
         }
     }
 
-    /// What has come since `last`; returns the interval's end.
-    pub(super) fn interval(
-        &mut self,
-        last: Interval,
-        so_far: (Duration, Counts, Option<u64>),
-        omitted: bool,
-    ) -> Interval {
-        let (end, counts, retransmits) = so_far;
-        let now = Interval { end, counts, retransmits: retransmits.unwrap_or(0) };
-        let seconds = now.end.saturating_sub(last.end).as_secs_f64();
-        let moved = now.counts - last.counts;
-        let again = retransmits.map(|_| now.retransmits.saturating_sub(last.retransmits));
-        if self.json {
-            self.intervals.push(json!({
-                "sum": {
-                    "start": last.end.as_secs_f64(),
-                    "end": now.end.as_secs_f64(),
-                    "seconds": seconds,
-                    "bytes": moved.bytes,
-                    "bits_per_second": rate(moved.bytes * 8, seconds),
-                    "retransmits": again,
-                    "omitted": omitted,
-                    "pages_per_second": rate(moved.pages(), seconds),
-                },
-            }));
+    /// An interval is over; with `asked` it is reported when the server's faults have been heard.
+    pub(super) fn tick(&mut self, test: &Test, tick: Tick, asked: bool) {
+        if asked {
+            self.waiting.push_back(tick);
         } else {
-            let note = if omitted { "(omitted)" } else { "" };
-            let times = (last.end.as_secs_f64(), now.end.as_secs_f64());
-            print_line(&row(times, &moved, again, note));
+            self.interval(test, tick, None);
         }
-        now
     }
 
-    /// The end.
+    /// The server has said what faults took there in the interval that has waited longest.
+    pub(super) fn faults(&mut self, test: &Test, theirs: Latency) {
+        let Some(tick) = self.waiting.pop_front() else { return };
+        self.interval(test, tick, Some(theirs));
+        if let Some(left) = &mut self.anew {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                self.measure();
+            }
+        }
+    }
+
+    /// Counting begins anew behind the intervals that are over.
+    pub(super) fn measure(&mut self) {
+        if self.waiting.is_empty() {
+            self.last.clear();
+            self.anew = None;
+        } else {
+            self.anew = Some(self.waiting.len());
+        }
+    }
+
+    fn interval(&mut self, test: &Test, tick: Tick, theirs: Option<Latency>) {
+        let mut interval = json!({});
+        for (index, &direction) in test.directions().iter().enumerate() {
+            let (end, counts, retransmits) = tick.so_far[index];
+            let nothing = (Duration::ZERO, Counts::default(), None);
+            let before = self.last.get(index).copied().unwrap_or(nothing);
+            let moved = counts - before.1;
+            let again = retransmits.map(|now| now.saturating_sub(before.2.unwrap_or(0)));
+            let times = (before.0.as_secs_f64(), end.as_secs_f64());
+            let faults = match direction {
+                Direction::Forward => theirs.as_ref(),
+                Direction::Reverse => tick.ours.as_ref(),
+            };
+            if !self.json {
+                let mut note = way(test, direction).to_owned();
+                if tick.omitted {
+                    note += " (omitted)";
+                }
+                if let Some(faults) = faults {
+                    note += &format!(" {}", in_words(faults));
+                }
+                print_line(&row(times, &moved, again, note.trim()));
+                continue;
+            }
+            let seconds = times.1 - times.0;
+            let mut sum = json!({
+                "start": times.0,
+                "end": times.1,
+                "seconds": seconds,
+                "bytes": moved.bytes,
+                "bits_per_second": rate(moved.bytes * 8, seconds),
+                "retransmits": again,
+                "omitted": tick.omitted,
+                "sender": direction == Direction::Forward,
+                "pages_per_second": rate(moved.pages(), seconds),
+            });
+            if let Some(faults) = faults {
+                sum["faults_per_second"] = json!(rate(faults.count, seconds));
+                sum["fault_latency_us"] = json!(faults);
+            }
+            interval[named("sum", test, direction)] = sum;
+        }
+        if self.json {
+            self.intervals.push(interval);
+        }
+        self.last = tick.so_far;
+    }
+
+    /// The end. What both programs have measured is in the order of the directions.
     pub(super) fn completed(
         &self,
         test: &Test,
-        ours: &Measured,
-        theirs: &Measured,
+        ours: &[Measured],
+        theirs: &[Measured],
         interrupted: bool,
     ) {
-        let (sent, received) = sender_and_receiver(test, ours, theirs);
-        let verdict = Verdict::of(test, sent, received);
         let error = "interrupted: the test was cut short";
-        if !self.json {
-            for (name, side) in [("sent", sent), ("received", received)] {
-                let times = (0.0, side.seconds);
-                let again = side.retransmits.filter(|_| name == "sent");
-                print_line(&row(times, &side.counts, again, name));
-            }
-            print_line(&format!(
-                "CPU: sender {:.0} %, receiver {:.0} %; {:.2} s for each GB; zero-copy: {}; \
-                 congestion control: {}",
-                percent(sent.user_s + sent.system_s, sent.seconds),
-                percent(received.user_s + received.system_s, received.seconds),
-                cpu_s_per_gb(sent, received),
-                zero_copy_share(&sent.counts)
-                    .map_or("not measured".into(), |share| format!("{:.0} %", share * 100.0)),
-                sent.congestion,
-            ));
-            if let Some(verified) = verified(test, received) {
-                print_line(&format!("{verified} pages were checked and right"));
-            }
-            print_line(&verdict.text);
+        let results: Vec<Outcome> = test
+            .directions()
+            .iter()
+            .zip(ours.iter().zip(theirs))
+            .map(|(&direction, (ours, theirs))| Outcome::of(test, direction, ours, theirs))
+            .collect();
+        if self.json {
+            let mut document = json!({
+                "start": self.start,
+                "intervals": self.intervals,
+                "end": self.end(test, &results, &ours[0], &theirs[0]),
+            });
             if interrupted {
-                eprintln!("umem: {error}");
+                document["error"] = json!(error);
             }
-            return;
+            print_line(&document.to_string());
+        } else {
+            results.iter().for_each(|result| result.print(test));
         }
-        let sum = |side: &Measured| {
-            json!({
-                "start": 0,
-                "end": side.seconds,
-                "seconds": side.seconds,
-                "bytes": side.counts.bytes,
-                "bits_per_second": rate(side.counts.bytes * 8, side.seconds),
-                "sender": !test.reverse,
-            })
-        };
-        let mut sum_sent = sum(sent);
-        sum_sent["retransmits"] = json!(sent.retransmits);
-        let mut document = json!({
-            "start": self.start,
-            "intervals": self.intervals,
-            "end": {
-                "sum_sent": sum_sent,
-                "sum_received": sum(received),
-                "cpu_utilization_percent": {
-                    "host_total": percent(ours.user_s + ours.system_s, ours.seconds),
-                    "host_user": percent(ours.user_s, ours.seconds),
-                    "host_system": percent(ours.system_s, ours.seconds),
-                    "remote_total": percent(theirs.user_s + theirs.system_s, theirs.seconds),
-                    "remote_user": percent(theirs.user_s, theirs.seconds),
-                    "remote_system": percent(theirs.system_s, theirs.seconds),
-                },
-                "sender_tcp_congestion": sent.congestion,
-                "receiver_tcp_congestion": received.congestion,
-                "umem": {
-                    "kind": if test.discard { "discard" } else { "shared" },
-                    "pages": received.counts.pages(),
-                    "pages_per_second": rate(received.counts.pages(), received.seconds),
-                    "zero_bytes": received.counts.zero_bytes,
-                    "verified_pages": verified(test, received),
-                    "zero_copy_share": zero_copy_share(&sent.counts),
-                    "cpu_s_per_gb": cpu_s_per_gb(sent, received),
-                    "sender_busy": sent.busy,
-                    "receiver_busy": received.busy,
-                    "placing_s_per_gib": received.placing_s_per_gib,
-                    "limit": verdict.limit,
-                    "verdict": verdict.text,
-                },
-            },
-        });
         if interrupted {
-            document["error"] = json!(error);
             eprintln!("umem: {error}");
         }
-        print_line(&document.to_string());
+    }
+
+    fn end(&self, test: &Test, results: &[Outcome], ours: &Measured, theirs: &Measured) -> Value {
+        let mut end = json!({
+            "cpu_utilization_percent": {
+                "host_total": percent(ours.user_s + ours.system_s, ours.seconds),
+                "host_user": percent(ours.user_s, ours.seconds),
+                "host_system": percent(ours.system_s, ours.seconds),
+                "remote_total": percent(theirs.user_s + theirs.system_s, theirs.seconds),
+                "remote_user": percent(theirs.user_s, theirs.seconds),
+                "remote_system": percent(theirs.system_s, theirs.seconds),
+            },
+            "sender_tcp_congestion": results[0].sent.congestion,
+            "receiver_tcp_congestion": results[0].received.congestion,
+        });
+        let all_bytes: u64 = results.iter().map(|result| result.received.counts.bytes).sum();
+        for result in results {
+            for (name, side) in [("sum_sent", result.sent), ("sum_received", result.received)] {
+                end[named(name, test, result.direction)] = result.sum(side, name == "sum_sent");
+            }
+            let mut umem = result.umem(test);
+            // No thread's share can be told from the other direction's.
+            umem["cpu_s_per_gb"] = json!(cpu_s_per_gb(ours, theirs, all_bytes));
+            end[named("umem", test, result.direction)] = umem;
+        }
+        end
     }
 
     /// With `--json`: the test failed.
@@ -218,54 +252,146 @@ impl Report {
     }
 }
 
-/// What a server says of a test that it has served.
-pub(super) fn served(test: &Test, measured: &Measured) -> String {
-    format!(
-        "{} {:.2} GB in {:.2} s, {:.2} Gbit/s",
-        if test.reverse { "sent" } else { "received" },
-        measured.counts.bytes as f64 / 1e9,
-        measured.seconds,
-        rate(measured.counts.bytes * 8, measured.seconds) / 1e9,
-    )
+/// What one direction gave.
+struct Outcome<'a> {
+    direction: Direction,
+    sent: &'a Measured,
+    received: &'a Measured,
+    /// Of both programs, for each GB of this direction.
+    cpu_s_per_gb: f64,
+    verdict: Verdict,
 }
 
-/// What the test's rate rests on.
-#[derive(Debug)]
-struct Verdict {
-    limit: &'static str,
-    text: String,
-}
-
-impl Verdict {
-    fn of(test: &Test, sent: &Measured, received: &Measured) -> Verdict {
-        let gib = received.counts.bytes as f64 / f64::from(1 << 30);
-        let placing = received.placing_s_per_gib.unwrap_or(0.0) * gib;
-        // All lanes' threads place pages; the busiest one is measured.
-        let working = received.busy * received.seconds * f64::from(test.lanes);
-        let share = if working > 0.0 { (placing / working).min(1.0) } else { 0.0 };
-        let (sender, receiver) = (sent.busy * 100.0, received.busy * 100.0);
-        let busy =
-            format!("the sender's busiest thread {sender:.0} %, the receiver's {receiver:.0} %");
-        let (limit, text) = if received.busy >= BUSY && received.busy >= sent.busy {
-            if share >= PLACING {
-                let share = share * 100.0;
-                (
-                    "page_allocation",
-                    format!(
-                        "limited by page allocation at the receiver, about {share:.0} % of its time \
-                     ({busy}): huge pages or more lanes help"
-                    ),
-                )
-            } else {
-                ("receiver_cpu", format!("limited by the receiver's CPU ({busy})"))
-            }
-        } else if sent.busy >= BUSY {
-            ("sender_cpu", format!("limited by the sender's CPU ({busy})"))
-        } else {
-            ("link", format!("limited by the link, or by who else computes here ({busy})"))
+impl<'a> Outcome<'a> {
+    fn of(
+        test: &Test,
+        direction: Direction,
+        ours: &'a Measured,
+        theirs: &'a Measured,
+    ) -> Outcome<'a> {
+        let (sent, received) = match direction {
+            Direction::Forward => (ours, theirs),
+            Direction::Reverse => (theirs, ours),
         };
-        Verdict { limit, text }
+        let cpu_s_per_gb = cpu_s_per_gb(sent, received, received.counts.bytes);
+        Outcome {
+            direction,
+            sent,
+            received,
+            cpu_s_per_gb,
+            verdict: Verdict::of(test, sent, received),
+        }
     }
+
+    /// For people.
+    fn print(&self, test: &Test) {
+        let Outcome { sent, received, .. } = self;
+        for (name, side) in [("sent", sent), ("received", received)] {
+            let again = side.retransmits.filter(|_| name == "sent");
+            let note = format!("{} {name}", way(test, self.direction));
+            print_line(&row((0.0, side.seconds), &side.counts, again, note.trim()));
+        }
+        print_line(&format!(
+            "CPU: sender {:.0} %, receiver {:.0} %; {:.2} s for each GB; zero-copy: {}; congestion \
+             control: {}",
+            percent(sent.user_s + sent.system_s, sent.seconds),
+            percent(received.user_s + received.system_s, received.seconds),
+            self.cpu_s_per_gb,
+            zero_copy_share(&sent.counts)
+                .map_or("not measured".into(), |share| format!("{:.0} %", share * 100.0)),
+            sent.congestion,
+        ));
+        if let Some(faults) = &received.faults {
+            print_line(&format!(
+                "{} from access to return, {:.0} a second",
+                in_words(faults),
+                rate(faults.count, received.seconds)
+            ));
+        }
+        if let Some(verified) = verified(test, received) {
+            print_line(&format!("{verified} pages were checked and right"));
+        }
+        print_line(&self.verdict.text);
+    }
+
+    /// As iperf3 has it.
+    fn sum(&self, side: &Measured, is_sent: bool) -> Value {
+        let mut sum = json!({
+            "start": 0,
+            "end": side.seconds,
+            "seconds": side.seconds,
+            "bytes": side.counts.bytes,
+            "bits_per_second": rate(side.counts.bytes * 8, side.seconds),
+            "sender": self.direction == Direction::Forward,
+        });
+        if is_sent {
+            sum["retransmits"] = json!(side.retransmits);
+        }
+        sum
+    }
+
+    /// What iperf3 does not have.
+    fn umem(&self, test: &Test) -> Value {
+        let Outcome { sent, received, verdict, .. } = self;
+        let mut umem = json!({
+            "kind": kind(test),
+            "pages": received.counts.pages(),
+            "pages_per_second": rate(received.counts.pages(), received.seconds),
+            "zero_bytes": received.counts.zero_bytes,
+            "verified_pages": verified(test, received),
+            "zero_copy_share": zero_copy_share(&sent.counts),
+            "sender_busy": sent.busy,
+            "receiver_busy": received.busy,
+            "sender_pressed": sent.pressed,
+            "receiver_pressed": received.pressed,
+            "placing_s_per_gib": received.placing_s_per_gib,
+            "limit": verdict.limit,
+            "verdict": verdict.text,
+        });
+        if let Some(faults) = &received.faults {
+            umem["faults_per_second"] = json!(rate(faults.count, received.seconds));
+            umem["fault_latency_us"] = json!(faults);
+        }
+        umem
+    }
+}
+
+/// What a server says of a test that it has served.
+pub(super) fn served(test: &Test, measured: &[Measured]) -> String {
+    let sentence = |(direction, measured): (&Direction, &Measured)| {
+        format!(
+            "{} {:.2} GB in {:.2} s, {:.2} Gbit/s",
+            if *direction == Direction::Reverse { "sent" } else { "received" },
+            measured.counts.bytes as f64 / 1e9,
+            measured.seconds,
+            rate(measured.counts.bytes * 8, measured.seconds) / 1e9,
+        )
+    };
+    test.directions().iter().zip(measured).map(sentence).collect::<Vec<_>>().join("; ")
+}
+
+/// A key of the report: iperf3's where there is one direction, and its names for the second one.
+pub(super) fn named(key: &str, test: &Test, direction: Direction) -> String {
+    let is_second = test.bidir && direction == Direction::Reverse;
+    format!("{key}{}", if is_second { "_bidir_reverse" } else { "" })
+}
+
+/// Which way, where there are two: as iperf3 has it.
+fn way(test: &Test, direction: Direction) -> &'static str {
+    match direction {
+        _ if !test.bidir => "",
+        Direction::Forward => "TX-C",
+        Direction::Reverse => "RX-C",
+    }
+}
+
+fn kind(test: &Test) -> String {
+    if test.discard { "discard".into() } else { test.kind.to_string() }
+}
+
+fn in_words(faults: &Latency) -> String {
+    let Latency { count, p50, p99, max, .. } = faults;
+    format!("{count} faults: {p50} µs in the middle, {p99} at p99, {max} at worst")
 }
 
 fn row(times: (f64, f64), moved: &Counts, again: Option<u64>, note: &str) -> String {
@@ -290,10 +416,11 @@ fn percent(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { 100.0 * part / whole } else { 0.0 }
 }
 
-fn cpu_s_per_gb(sent: &Measured, received: &Measured) -> f64 {
+/// Processor seconds of both programs for each 10^9 bytes.
+fn cpu_s_per_gb(one: &Measured, other: &Measured, bytes: u64) -> f64 {
     let cpu = |side: &Measured| side.user_s + side.system_s;
-    let gb = received.counts.bytes as f64 / 1e9;
-    if gb > 0.0 { (cpu(sent) + cpu(received)) / gb } else { 0.0 }
+    let gb = bytes as f64 / 1e9;
+    if gb > 0.0 { (cpu(one) + cpu(other)) / gb } else { 0.0 }
 }
 
 /// Of the bytes that were sent, those not copied; none where the way does not tell.
@@ -323,44 +450,4 @@ fn print_line(text: &str) {
     let mut stdout = std::io::stdout().lock();
     let _ = writeln!(stdout, "{text}");
     let _ = stdout.flush();
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::bench::PageKind;
-
-    #[test]
-    fn the_verdict_names_what_everything_waits_for() {
-        let test = Test {
-            lanes: 1,
-            bytes: None,
-            reverse: false,
-            discard: false,
-            pages: PageKind::Small,
-            zero_percent: 0,
-            verify: false,
-            congestion: None,
-            region_bytes: 2 << 20,
-        };
-        let side = |busy, placing_s_per_gib| Measured {
-            seconds: 1.0,
-            counts: Counts { bytes: 1 << 30, ..Counts::default() },
-            busy,
-            placing_s_per_gib,
-            ..Measured::default()
-        };
-        for (sent, received, placing, limit) in [
-            (0.5, 0.99, Some(0.6), "page_allocation"),
-            (0.5, 0.99, Some(0.3), "receiver_cpu"),
-            (0.5, 0.99, None, "receiver_cpu"),
-            (0.97, 0.95, Some(0.6), "sender_cpu"),
-            (0.97, 0.2, None, "sender_cpu"),
-            (0.3, 0.4, Some(0.6), "link"),
-            (0.0, 0.0, Some(0.6), "link"),
-        ] {
-            let verdict = Verdict::of(&test, &side(sent, None), &side(received, placing));
-            assert_eq!(verdict.limit, limit, "{verdict:?}");
-        }
-    }
 }

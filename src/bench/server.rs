@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::lobby::{Lobby, refuse};
-use super::memory;
-use super::protocol::{Control, Measured, Message, Request, Test};
-use super::side::{Note, Prepared, Side};
+use super::protocol::{Control, Direction, End, Measured, Message, Request, Test};
+use super::side::Note;
+use super::sides::{Sides, prepare};
 use super::{lanes, report};
 use crate::cores::Role;
 use crate::error::{Error, Result};
@@ -47,7 +47,11 @@ pub(crate) fn run(options: &Server) -> Result<()> {
         match serve(&mut desk, &mut Control::new(control, "client"), test, options) {
             Ok((test, measured)) => {
                 let sentence = report::served(&test, &measured);
-                output.event("tested", json!({ "test": test, "result": measured }), &sentence);
+                let mut fields = json!({ "test": test });
+                for (direction, measured) in test.directions().iter().zip(measured) {
+                    fields[report::named("result", &test, *direction)] = json!(measured);
+                }
+                output.event("tested", fields, &sentence);
             }
             Err(error) if options.one_off || matches!(error, Error::Interrupted(_)) => {
                 return Err(error);
@@ -140,9 +144,9 @@ fn serve(
     control: &mut Control,
     mut test: Test,
     options: &Server,
-) -> Result<(Test, Measured)> {
+) -> Result<(Test, Vec<Measured>)> {
     let result = test.check().map_err(Error::Bench).and_then(|()| {
-        test.region_bytes = test.region_bytes.min(memory::region_bytes()?);
+        test.region_bytes = test.region_bytes.min(region_bytes(&test, End::Server)?);
         carry_out(desk, control, &test, options)
     });
     match result {
@@ -160,24 +164,22 @@ fn carry_out(
     control: &mut Control,
     test: &Test,
     options: &Server,
-) -> Result<Measured> {
-    let role = if test.reverse { Role::Source } else { Role::Destination };
+) -> Result<Vec<Measured>> {
     let cookie: String = new_session()?.0.iter().map(|byte| format!("{byte:02x}")).collect();
     let region_bytes = test.region_bytes;
     control.send(&Message::Accepted { cookie: cookie.clone(), region_bytes })?;
-    let prepared = Prepared::new(test, role)?;
+    let prepared = prepare(test, End::Server)?;
     let lanes = gather(desk, control, test, &cookie)?;
     let zero_copy = !report::is_local(control.as_fd());
-    let mut side =
-        Side::start(test, role, prepared, lanes, &options.cores, zero_copy, &desk.inbox)?;
+    let mut sides = Sides::start(test, prepared, lanes, &options.cores, zero_copy, &desk.inbox)?;
     control.send(&Message::Started)?;
     let output = Output::new(options.json);
     output.event("testing", json!({ "test": test }), "");
     let mut finishing = false;
-    while !(finishing && side.has_ended()) {
+    while !(finishing && sides.has_ended()) {
         match desk.wait(Some(control), None)? {
             Happened::Note(note) => {
-                side.take(note)?;
+                sides.take(note)?;
             }
             Happened::Signal => {
                 return Err(Error::Interrupted("the server ended in the middle of a test".into()));
@@ -186,14 +188,18 @@ fn carry_out(
             Happened::Timeout => {}
             Happened::Control => match control.receive()? {
                 None => {}
-                Some(Message::Measure) => side.measure(),
+                Some(Message::Measure) => sides.measure(),
+                Some(Message::AskFaults) => {
+                    let latency = sides.interval_faults().unwrap_or_default();
+                    control.send(&Message::Faults(latency))?;
+                }
                 Some(Message::Stop) => break,
                 Some(Message::Finish) => finishing = true,
                 Some(other) => return Err(unexpected(&other)),
             },
         }
     }
-    let measured = side.end()?;
+    let measured = sides.end()?;
     control.send(&Message::Result(measured.clone()))?;
     Ok(measured)
 }
@@ -201,13 +207,13 @@ fn carry_out(
 /// Waits until every lane of the test is there.
 fn gather(desk: &mut Desk, control: &mut Control, test: &Test, cookie: &str) -> Result<Vec<Lane>> {
     let deadline = Instant::now() + JOIN_TIMEOUT;
-    let mut lanes: Vec<Option<Lane>> = (0..test.lanes).map(|_| None).collect();
+    let mut lanes: Vec<Option<Lane>> = (0..test.connections()).map(|_| None).collect();
     while lanes.iter().any(Option::is_none) {
         match desk.wait(Some(control), Some(deadline))? {
             Happened::Newcomer(socket, Request::Join { cookie: said, lane }) if said == cookie => {
                 match lanes.get_mut(usize::from(lane)) {
                     Some(slot @ None) => {
-                        *slot = Some(lanes::open(socket, lane, test.congestion.as_deref())?);
+                        *slot = Some(lanes::lane(socket, lane, test)?);
                     }
                     _ => refuse(socket, "the test has no such lane, or has it already"),
                 }
@@ -224,7 +230,7 @@ fn gather(desk: &mut Desk, control: &mut Control, test: &Test, cookie: &str) -> 
             Happened::Timeout => {
                 return Err(Error::Bench(format!(
                     "the client has not opened its {} lanes in {} s",
-                    test.lanes,
+                    test.connections(),
                     JOIN_TIMEOUT.as_secs()
                 )));
             }
@@ -232,6 +238,13 @@ fn gather(desk: &mut Desk, control: &mut Control, test: &Test, cookie: &str) -> 
         }
     }
     Ok(lanes.into_iter().flatten().collect())
+}
+
+/// Bytes of a pass that this end has the memory for.
+pub(super) fn region_bytes(test: &Test, end: End) -> Result<u64> {
+    let directions = test.directions();
+    let lands = |direction: &Direction| !test.discard && end.role(*direction) == Role::Destination;
+    test.place().region_bytes(directions.len() as u64, directions.iter().any(lands))
 }
 
 pub(super) fn unexpected(message: &Message) -> Error {

@@ -1,28 +1,31 @@
-//! One side of a test while it runs: its lanes' threads, and what they have moved.
+//! One side of one direction of a test while it runs: its lanes' threads, and what they have moved.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::clock::{clock_time, thread_time, waited};
+use super::faults::{self, FaultLanding, FaultSource};
 use super::lanes::{self, LandPages, SendPages};
-use super::memory::{self, Landing, Passes, Source, clock_time, thread_time};
-use super::protocol::{Counts, Measured, Test};
+use super::memory::{self, Landing, Source};
+use super::passes::Passes;
+use super::protocol::{Counts, Direction, End, Measured, Test};
 use crate::cores::{Cores, Role};
 use crate::error::{Context, Error, Result};
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::report::CpuTime;
+use crate::report::{CpuTime, Latency};
 use crate::source::memory::SourceMemory;
 use crate::worker::{self, Failure};
 
 /// What threads tell the control thread.
 pub(super) enum Note {
-    /// A lane has moved its last byte.
-    LaneEnded,
+    /// A lane of this direction has moved its last byte.
+    LaneEnded(Direction),
     /// A thread could not go on.
     Failed(Error),
 }
@@ -34,7 +37,7 @@ impl Failure for Note {
 
     fn into_failure(self) -> Option<Error> {
         match self {
-            Note::LaneEnded => None,
+            Note::LaneEnded(_) => None,
             Note::Failed(error) => Some(error),
         }
     }
@@ -42,8 +45,18 @@ impl Failure for Note {
 
 /// What takes a while before the lanes may start, and memory: to be made when the test is agreed on.
 pub(super) struct Prepared {
+    direction: Direction,
+    role: Role,
     work: Work,
+    faults: Option<Faults>,
     placing_s_per_gib: Option<f64>,
+}
+
+/// This side's part in faults.
+#[derive(Clone)]
+enum Faults {
+    Answers(Arc<FaultSource>),
+    Has(Arc<FaultLanding>),
 }
 
 #[derive(Clone)]
@@ -55,35 +68,44 @@ enum Work {
 }
 
 impl Prepared {
-    pub(super) fn new(test: &Test, role: Role) -> Result<Prepared> {
-        let (pages, zero_percent, bytes) = (test.pages, test.zero_percent, test.bytes);
+    pub(super) fn new(test: &Test, end: End, direction: Direction) -> Result<Prepared> {
+        let (place, zero_percent, bytes) = (test.place(), test.zero_percent, test.whole_bytes());
+        let role = end.role(direction);
         let mut placing_s_per_gib = None;
         let work = match (role, test.discard) {
             (Role::Source, true) => Work::SendAny(Arc::default()),
             (Role::Destination, true) => Work::ReceiveAny(Arc::default()),
             (Role::Source, false) => {
-                let source = Source::new(pages, zero_percent, test.region_bytes, bytes)?;
+                let source = Source::new(place, zero_percent, test.region_bytes, bytes)?;
                 let make = move |bytes| source.memory(bytes);
                 Work::Send(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
             }
             (Role::Destination, false) => {
-                let most =
-                    bytes.map_or(u64::MAX, |bytes| bytes.next_multiple_of(memory::PAGE_BYTES));
-                memory::warm(pages, test.region_bytes.min(most))?;
-                placing_s_per_gib = Some(memory::placing_s_per_gib(pages)?);
-                let make = move |bytes| Landing::new(pages, bytes);
+                let region_bytes = test.region_bytes.min(bytes.unwrap_or(u64::MAX));
+                memory::warm(place, region_bytes)?;
+                placing_s_per_gib = Some(memory::placing_s_per_gib(place, region_bytes)?);
+                let make = move |bytes| Landing::new(place, bytes);
                 Work::Land(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
             }
         };
-        Ok(Prepared { work, placing_s_per_gib })
+        let faults = match role {
+            _ if test.fault_rate == 0 => None,
+            Role::Source => Some(Faults::Answers(Arc::new(FaultSource::new(test)?))),
+            Role::Destination => Some(Faults::Has(Arc::new(FaultLanding::new(test)?))),
+        };
+        Ok(Prepared { direction, role, work, faults, placing_s_per_gib })
     }
 }
 
 /// A side that runs.
 pub(super) struct Side {
+    direction: Direction,
     work: Work,
+    faults: Option<Faults>,
     placing_s_per_gib: Option<f64>,
+    /// Those of the stream.
     lanes: Vec<Lane>,
+    fault_lane: Option<Lane>,
     threads: Vec<JoinHandle<Option<()>>>,
     clocks: Vec<Arc<Clock>>,
     retirer: Option<JoinHandle<Option<Result<u64>>>>,
@@ -103,41 +125,72 @@ struct Moment {
     counts: Counts,
     retransmits: Option<u64>,
     cpu: CpuTime,
-    threads: Vec<Duration>,
+    threads: Vec<Times>,
 }
 
-/// A lane's thread's processor time.
+/// A lane's thread's times.
 struct Clock {
     id: libc::clockid_t,
-    /// All of it, once it has ended.
-    total: OnceLock<Duration>,
+    thread: i32,
+    /// All of them, once it has ended.
+    total: OnceLock<Times>,
+}
+
+/// What a thread has done with its time.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    /// It ran.
+    ran: Duration,
+    /// It could have run, and had no core; none where that is not known.
+    waited: Option<Duration>,
 }
 
 impl Clock {
-    fn now(&self) -> Duration {
-        let of_the_living = || clock_time(self.id).unwrap_or_default();
+    fn of_this_thread() -> Result<Clock> {
+        let mut id = 0;
+        // SAFETY: the call writes to a local variable; the thread is the calling one.
+        let result = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut id) };
+        if result != 0 {
+            return Err(std::io::Error::from_raw_os_error(result))
+                .context(|| "pthread_getcpuclockid");
+        }
+        Ok(Clock { id, thread: nix::unistd::gettid().as_raw(), total: OnceLock::new() })
+    }
+
+    fn now(&self) -> Times {
+        let of_the_living =
+            || Times { ran: clock_time(self.id).unwrap_or_default(), waited: waited(self.thread) };
         self.total.get().copied().unwrap_or_else(of_the_living)
+    }
+
+    /// By the thread itself, at its end.
+    fn end(&self) {
+        let _ = self.total.set(Times { ran: thread_time(), waited: waited(self.thread) });
     }
 }
 
 impl Side {
-    /// Starts the lanes' threads. `cores` are those that were named, if any.
+    /// Starts the threads of these connections, all of the direction. `cores` are those that were named,
+    /// if any.
     pub(super) fn start(
         test: &Test,
-        role: Role,
         prepared: Prepared,
-        lanes: Vec<Lane>,
+        mut lanes: Vec<Lane>,
         cores: &[usize],
         zero_copy: bool,
         inbox: &Inbox<Note>,
     ) -> Result<Side> {
-        let Prepared { work, placing_s_per_gib } = prepared;
+        let Prepared { direction, role, work, faults, placing_s_per_gib } = prepared;
+        let fault_lane = faults.is_some().then(|| lanes.pop()).flatten();
         let mut side = Side {
+            direction,
             since: Moment::none(),
             work,
+            faults,
             placing_s_per_gib,
             running: lanes.len(),
             lanes,
+            fault_lane,
             threads: Vec::new(),
             clocks: Vec::new(),
             retirer: None,
@@ -146,35 +199,26 @@ impl Side {
             stopping: Arc::default(),
             until: None,
         };
-        let chosen = Cores::choose(&[], role);
-        let core = |index: usize| match cores {
-            // As in iperf3, which is what the figure stands beside.
-            [] if test.discard => None,
-            // As in a migration.
-            [] => chosen.bulk(index),
-            named => Some(named[index % named.len()]),
-        };
         // Before the first byte moves.
         side.since = side.moment();
-        let (retire, retired) = sync_channel(1);
-        if matches!(side.work, Work::Land(_)) {
-            let (zero_percent, verify) = (side.zero_percent, side.verify);
-            let ((), thread) = worker::start("bench-retire", inbox, move |started| {
-                started.with(());
-                Ok(give_back(&retired, verify, zero_percent))
-            })?;
-            side.retirer = Some(thread);
-        }
+        let retire = side.start_retirer(inbox)?;
         if test.discard {
             side.lanes.iter().try_for_each(lanes::queue_freely)?;
         }
+        let chosen = Cores::choose(&[], role);
         for (index, lane) in side.lanes.clone().into_iter().enumerate() {
-            let core = core(index);
+            let core = match cores {
+                // As in iperf3, which is what the figure stands beside.
+                [] if test.discard => None,
+                // As in a migration.
+                [] => chosen.bulk(index),
+                named => Some(named[index % named.len()]),
+            };
             let bytes = test.bytes.map(|bytes| share(bytes, index, side.lanes.len()));
             let index = index as u16;
             let work = side.work.clone();
-            let (lanes, retire) = (test.lanes, retire.clone());
-            side.spawn(inbox, lane.name.clone(), core, move || match work {
+            let (lanes, retire, name) = (test.lanes, retire.clone(), lane.name.clone());
+            let clock = side.spawn(inbox, name, core, true, move || match work {
                 Work::Send(passes) => {
                     SendPages { lane, index, lanes, core, zero_copy, passes }.run()
                 }
@@ -182,61 +226,111 @@ impl Side {
                 Work::SendAny(sent) => lanes::send_any(&lane, bytes, &sent),
                 Work::ReceiveAny(received) => lanes::receive_any(&lane, bytes, &received),
             })?;
+            side.clocks.push(clock);
         }
+        let core = if cores.is_empty() { chosen.demand() } else { None };
+        side.start_faults(test.fault_rate, core, inbox)?;
         Ok(side)
     }
 
+    /// The thread that gives memory back, where pages land.
+    fn start_retirer(&mut self, inbox: &Inbox<Note>) -> Result<SyncSender<Arc<Landing>>> {
+        let (retire, retired) = sync_channel(1);
+        if matches!(self.work, Work::Land(_)) {
+            let (zero_percent, verify) = (self.zero_percent, self.verify);
+            let ((), thread) = worker::start("bench-retire", inbox, move |started| {
+                started.with(());
+                Ok(give_back(&retired, verify, zero_percent))
+            })?;
+            self.retirer = Some(thread);
+        }
+        Ok(retire)
+    }
+
+    /// The thread that serves the fault lane, and those that touch pages.
+    fn start_faults(&mut self, rate: u32, core: Option<usize>, inbox: &Inbox<Note>) -> Result<()> {
+        let (Some(faults), Some(lane)) = (self.faults.clone(), self.fault_lane.clone()) else {
+            return Ok(());
+        };
+        let name = lane.name.clone();
+        match faults {
+            Faults::Answers(source) => {
+                self.spawn(inbox, name, core, false, move || source.serve(lane, core))?;
+            }
+            Faults::Has(landing) => {
+                let serving = landing.clone();
+                self.spawn(inbox, name, core, false, move || serving.serve(lane, core))?;
+                let began = Instant::now();
+                for _ in 0..faults::threads(rate) {
+                    let landing = landing.clone();
+                    let touch = move || landing.touch(began);
+                    self.spawn(inbox, "bench-touch".into(), None, false, touch)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a thread of this side; `is_lane` has its end counted.
     fn spawn(
         &mut self,
         inbox: &Inbox<Note>,
         name: String,
         core: Option<usize>,
+        is_lane: bool,
         body: impl FnOnce() -> Result<()> + Send + 'static,
-    ) -> Result<()> {
-        let (stopping, post) = (self.stopping.clone(), inbox.post());
+    ) -> Result<Arc<Clock>> {
+        let (stopping, post, direction) = (self.stopping.clone(), inbox.post(), self.direction);
         let (clock, thread) = worker::start(&name, inbox, move |started| {
             if let Some(core) = core {
                 core_affinity::set_for_current(core_affinity::CoreId { id: core });
             }
-            let mut id = 0;
-            // SAFETY: the call writes to a local variable; the thread is the calling one.
-            let result = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut id) };
-            if result != 0 {
-                return Err(std::io::Error::from_raw_os_error(result))
-                    .context(|| "pthread_getcpuclockid");
-            }
-            let clock = Arc::new(Clock { id, total: OnceLock::new() });
+            let clock = Arc::new(Clock::of_this_thread()?);
             started.with(clock.clone());
             let result = body();
-            let _ = clock.total.set(thread_time());
+            clock.end();
             if stopping.load(SeqCst) {
                 return Ok(());
             }
             result?;
-            post.send(Note::LaneEnded);
+            if is_lane {
+                post.send(Note::LaneEnded(direction));
+            }
             Ok(())
         })?;
-        self.clocks.push(clock);
         self.threads.push(thread);
-        Ok(())
+        Ok(clock)
     }
 
     /// Counts from here.
     pub(super) fn measure(&mut self) {
         self.since = self.moment();
+        if let Some(landing) = self.fault_landing() {
+            landing.measure();
+        }
     }
 
-    /// Takes a note; true when the last lane has ended, which is when counting ends.
-    pub(super) fn take(&mut self, note: Note) -> Result<bool> {
-        match note {
-            Note::Failed(error) => Err(error),
-            Note::LaneEnded => {
-                self.running -= 1;
-                if self.running == 0 {
-                    self.until = Some(self.moment());
-                }
-                Ok(self.running == 0)
-            }
+    fn fault_landing(&self) -> Option<&FaultLanding> {
+        match &self.faults {
+            Some(Faults::Has(landing)) => Some(landing),
+            _ => None,
+        }
+    }
+
+    /// What faults have taken here since the last call; none where there are none.
+    pub(super) fn interval_faults(&self) -> Option<Latency> {
+        self.fault_landing().map(FaultLanding::interval)
+    }
+
+    pub(super) fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// A lane has ended; with the last one counting ends.
+    pub(super) fn lane_ended(&mut self) {
+        self.running -= 1;
+        if self.running == 0 {
+            self.until = Some(self.moment());
         }
     }
 
@@ -251,6 +345,9 @@ impl Side {
             self.until = Some(self.moment());
         }
         self.stopping.store(true, SeqCst);
+        if let Some(landing) = self.fault_landing() {
+            landing.stop();
+        }
     }
 
     /// Ends the threads, checks what has landed if that was asked for, and gives the memory back.
@@ -259,10 +356,7 @@ impl Side {
         let verified_pages = self.join()?;
         let until = self.until.take().expect("it has been stopped");
         let seconds = until.at.duration_since(self.since.at).as_secs_f64();
-        // Threads that had not started when counting began had used no time.
-        let since = self.since.threads.iter().copied().chain(std::iter::repeat(Duration::ZERO));
-        let busy = until.threads.iter().zip(since);
-        let busy = busy.map(|(until, since)| until.saturating_sub(since).as_secs_f64());
+        let (busy, pressed) = shares(&self.since.threads, &until.threads, seconds);
         Ok(Measured {
             seconds,
             counts: until.counts - self.since.counts,
@@ -272,9 +366,11 @@ impl Side {
                 .map(|(until, since)| until.saturating_sub(since)),
             user_s: until.cpu.user - self.since.cpu.user,
             system_s: until.cpu.system - self.since.cpu.system,
-            busy: busy.fold(0.0, f64::max) / seconds.max(f64::MIN_POSITIVE),
+            busy,
+            pressed,
             placing_s_per_gib: self.placing_s_per_gib,
             verified_pages,
+            faults: self.fault_landing().map(FaultLanding::latency),
             congestion: self.lanes[0].congestion.clone().unwrap_or_else(|| "none".into()),
         })
     }
@@ -282,17 +378,22 @@ impl Side {
     /// Returns the number of pages that were checked.
     fn join(&mut self) -> Result<u64> {
         self.stopping.store(true, SeqCst);
-        for lane in &self.lanes {
+        for lane in self.lanes.iter().chain(&self.fault_lane) {
             // Fails where the other side has gone.
             let _ = nix::sys::socket::shutdown(
                 lane.as_fd().as_raw_fd(),
                 nix::sys::socket::Shutdown::Both,
             );
         }
+        if let Some(landing) = self.fault_landing() {
+            landing.stop();
+        }
+        let let_go = self.fault_landing().map_or(Ok(()), FaultLanding::let_go);
         for thread in self.threads.drain(..) {
             // What it died of has been posted.
             let _ = thread.join();
         }
+        let_go?;
         let mut verified = 0;
         if let Some(retirer) = self.retirer.take() {
             let checked = retirer.join().ok().flatten();
@@ -367,6 +468,23 @@ fn give_back(retired: &Receiver<Arc<Landing>>, verify: bool, zero_percent: u32) 
         }
     }
     Ok(verified)
+}
+
+/// The most that any thread ran, and ran or waited for a core, as shares of the time between. Threads that
+/// had not started when counting began had used no time.
+fn shares(since: &[Times], until: &[Times], seconds: f64) -> (f64, Option<f64>) {
+    let since = since.iter().copied().chain(std::iter::repeat(Times::default()));
+    let (mut busy, mut pressed) = (0.0_f64, None::<f64>);
+    for (until, since) in until.iter().zip(since) {
+        let share = |time: Duration| time.as_secs_f64() / seconds.max(f64::MIN_POSITIVE);
+        let ran = share(until.ran.saturating_sub(since.ran));
+        busy = busy.max(ran);
+        if let Some(waited) = until.waited {
+            let waited = share(waited.saturating_sub(since.waited.unwrap_or_default()));
+            pressed = Some(pressed.unwrap_or(0.0).max(ran + waited));
+        }
+    }
+    (busy, pressed)
 }
 
 /// Lane `index`'s part of the bytes of a test.

@@ -62,6 +62,8 @@ struct BenchServer {
     example = "Every second for 10 seconds:\n  {command_name} DESTINATION",
     example = "The network alone, both figures for a script:\n  {command_name} --discard -J DESTINATION \
                | jq '.end.sum_received.bits_per_second'",
+    example = "What a page fault takes while a stream fills the link:\n  {command_name} --fault-rate 1000 \
+               DESTINATION",
     error_code(1, "The test failed or was interrupted; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
@@ -96,12 +98,24 @@ struct BenchClient {
     /// print one JSON object, with iperf3's names
     #[argh(switch, short = 'J')]
     json: bool,
-    /// pages of 4K (the default) or 2M, which takes root on both sides
+    /// both sides send, each over lanes of its own
+    #[argh(switch)]
+    bidir: bool,
+    /// what pages land in: shared (the default), a file that a guest would map, or anonymous, memory that
+    /// they are copied into
+    #[argh(option, default = "bench::MemoryKind::Shared")]
+    kind: bench::MemoryKind,
+    /// pages of 4K (the default) or 2M: of a tmpfs, which takes root on both sides; anonymous ones of the
+    /// kernel's hugetlb pool (vm.nr_hugepages) and of such a tmpfs at the sender
     #[argh(option, default = "bench::PageKind::Small")]
     page_size: bench::PageKind,
     /// pages that hold zeroes, percent (default 0)
     #[argh(option, default = "0")]
     zero_percent: u32,
+    /// faults a second meanwhile, each for a page that is fetched over a lane of its own: what a guest's
+    /// vCPU would wait beside this stream (default 0)
+    #[argh(option, default = "0")]
+    fault_rate: u32,
     /// keep nothing of what comes
     #[argh(switch)]
     discard: bool,
@@ -172,12 +186,25 @@ impl BenchClient {
                 self.interval
             ));
         }
+        if self.fault_rate > 0 && self.bytes.is_some() {
+            return usage(
+                "--fault-rate needs -t: the memory that its faults take depends on the time".into(),
+            );
+        }
+        let faults = match self.fault_rate {
+            0 => 0,
+            rate => bench::faults(rate, seconds + self.omit),
+        };
         let test = bench::Test {
             lanes: self.parallel,
             bytes: self.bytes.map(|size| size.0),
             reverse: self.reverse,
+            bidir: self.bidir,
             discard: self.discard,
+            kind: self.kind,
             pages: self.page_size,
+            fault_rate: self.fault_rate,
+            faults,
             zero_percent: self.zero_percent,
             verify: self.verify,
             congestion: self.congestion,

@@ -8,7 +8,7 @@
 mod accept;
 pub(crate) mod acks;
 pub(crate) mod bulk;
-mod demand;
+pub(crate) mod demand;
 pub(crate) mod embedded;
 pub(crate) mod faults;
 pub(crate) mod guest;

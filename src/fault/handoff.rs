@@ -145,7 +145,7 @@ impl HandoffSocket {
 
     /// The guest side has closed the socket: with a message of which only the descriptors are missing?
     pub(crate) fn explain_end(&self) -> Result<()> {
-        if self.bytes.is_empty() {
+        if self.bytes.trim_ascii().is_empty() {
             return Ok(());
         }
         Err(self.strange("it ended before its descriptors or its last bracket came"))
@@ -438,6 +438,16 @@ mod tests {
             pieces.iter().map(|p| (p.address, p.bytes, p.offset, p.page_shift, p.kind)).collect();
         let kind = Kind::Anonymous;
         assert_eq!(found, [(2 << 20, 4 << 20, 0, 21, kind), (8 << 20, 2 << 20, 4 << 20, 21, kind)]);
+    }
+
+    #[test]
+    fn a_newline_behind_the_last_message_is_no_message() {
+        let (mut guest, mut daemon) = pair();
+        guest.write_all(b"{\"preload\":1}\n").unwrap();
+        assert_eq!(daemon.read().unwrap().unwrap().len(), 1);
+        drop(guest);
+        assert!(daemon.read().unwrap().is_none());
+        daemon.explain_end().unwrap();
     }
 
     #[test]

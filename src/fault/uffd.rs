@@ -124,17 +124,26 @@ impl Uffd {
         Uffd(Arc::new(descriptor))
     }
 
-    /// A userfaultfd for shared memory of this process. It catches faults of user mode only, which any
+    /// A userfaultfd for memory of this process. It catches faults of user mode only, which any
     /// user may: enough where no guest and no system call ever touches a page that is missing.
     pub(crate) fn for_this_process() -> io::Result<Uffd> {
         let (uffd, _) = open::open(Faults::UserMode)?;
-        open::handshake(&uffd, open::MISSING_SHMEM | open::MINOR_SHMEM)?;
+        let features = open::MISSING_SHMEM | open::MINOR_SHMEM | open::MISSING_HUGETLBFS;
+        open::handshake(&uffd, features)?;
         Ok(Uffd::new(uffd))
     }
 
     /// Registers a mapping of shared memory for missing and minor faults.
     pub(crate) fn register_shared(&self, start: u64, len: u64) -> io::Result<()> {
-        let mode = MODE_MISSING | MODE_MINOR;
+        self.register(start, len, MODE_MISSING | MODE_MINOR)
+    }
+
+    /// Registers a mapping of anonymous memory, small pages or hugetlb's, for missing faults.
+    pub(crate) fn register_anonymous(&self, start: u64, len: u64) -> io::Result<()> {
+        self.register(start, len, MODE_MISSING)
+    }
+
+    fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         let mut register = Register { range: Range { start, len }, mode, ioctls: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
         unsafe { ioctl_register(self.0.as_raw_fd(), &mut register) }?;

@@ -1,6 +1,6 @@
 //! A QMP client: one JSON object a line, as `docs/interop/qmp-spec` of QEMU describes it.
 
-use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,6 +13,9 @@ use crate::error::{Context, Error, Result};
 
 /// A QMP socket greets as soon as it accepts; one that is held by another client never does.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bytes of an answer at most. Those to what umem asks have a few thousand.
+const LINE_BYTES_MAX: u64 = 1 << 20;
 
 /// A connected client in command mode.
 pub(crate) struct Qmp {
@@ -115,8 +118,13 @@ impl Qmp {
 
     fn read(&mut self) -> Result<Value> {
         self.line.clear();
-        if self.reader.read_line(&mut self.line).map_err(gone)? == 0 {
+        let mut limited = self.reader.by_ref().take(LINE_BYTES_MAX);
+        let count = limited.read_line(&mut self.line).map_err(gone)?;
+        if count == 0 {
             return Err(gone(io::ErrorKind::UnexpectedEof.into()));
+        }
+        if count as u64 == LINE_BYTES_MAX && !self.line.ends_with('\n') {
+            return Err(Error::Host("its QMP answer has no end; is it a monitor at all?".into()));
         }
         serde_json::from_str(&self.line)
             .map_err(|error| Error::Host(format!("its QMP answer is not JSON: {error}")))
@@ -138,4 +146,24 @@ fn gone(error: io::Error) -> Error {
 pub(crate) fn socket_pair() -> Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair().context(|| "socketpair")?;
     Ok((ours, theirs.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_without_an_end_is_not_collected_for_ever() {
+        let (mut monitor, ours) = UnixStream::pair().unwrap();
+        let writer = std::thread::spawn(move || {
+            monitor.write_all(b"{\"QMP\":{}}\n{\"return\":{}}\n").unwrap();
+            // Until nobody listens any more.
+            while monitor.write_all(&[b'x'; 4096]).is_ok() {}
+        });
+        let mut qmp = Qmp::open(ours, "it").unwrap();
+        let error = qmp.execute("query-status", json!({})).unwrap_err();
+        assert!(error.to_string().contains("has no end"), "{error}");
+        drop(qmp);
+        writer.join().unwrap();
+    }
 }

@@ -6,7 +6,7 @@
 //! then on it never runs here again.
 
 pub(crate) mod bulk;
-mod demand;
+pub(crate) mod demand;
 pub(crate) mod embedded;
 pub(crate) mod memory;
 mod release;

@@ -1,0 +1,37 @@
+//! Processor time of threads, and how long they waited for a processor.
+
+use std::time::Duration;
+
+/// Processor time of the calling thread.
+pub(super) fn thread_time() -> Duration {
+    clock_time(libc::CLOCK_THREAD_CPUTIME_ID).unwrap_or_default()
+}
+
+/// What a clock says; none when it has gone, as a thread's does with the thread.
+pub(super) fn clock_time(clock: libc::clockid_t) -> Option<Duration> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes to a local variable.
+    let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
+    let seconds = u64::try_from(time.tv_sec).ok()?;
+    (result == 0).then(|| Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0)))
+}
+
+/// How long a thread of this process has been ready to run and had no core (`Documentation/scheduler/
+/// sched-stats.rst`); none where the kernel does not say, or the thread has gone.
+pub(super) fn waited(thread: i32) -> Option<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
+    let nanoseconds = text.split_ascii_whitespace().nth(1)?;
+    nanoseconds.parse().ok().map(Duration::from_nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_living_thread_has_waited_for_some_time() {
+        let own = nix::unistd::gettid().as_raw();
+        assert!(waited(own).is_some_and(|waited| waited < Duration::from_secs(86_400)));
+        assert_eq!(waited(0), None);
+    }
+}

@@ -1,0 +1,74 @@
+//! For the fuzz targets (`tests/fuzz`): parsers that are no part of the interface, with real sockets.
+
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+use crate::fault::handoff::{HandoffSocket, Message};
+use crate::host::qmp::Qmp;
+
+/// Hands these pieces over, descriptors with the first, and closes the socket. Returns what is understood,
+/// in words.
+///
+/// # Errors
+/// What umem would say of it.
+pub fn handoff<'a>(
+    descriptors: usize,
+    pieces: impl Iterator<Item = &'a [u8]>,
+) -> Result<Vec<String>, String> {
+    let (guest, daemon) = UnixStream::pair().expect("a socket pair");
+    let mut daemon = HandoffSocket::new(daemon);
+    let file = File::open("/dev/null").expect("/dev/null");
+    let mut raw = vec![file.as_raw_fd(); descriptors];
+    let mut understood = Vec::new();
+    for piece in pieces.filter(|piece| !piece.is_empty()) {
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let rights = if raw.is_empty() { &[][..] } else { &rights };
+        let text = [IoSlice::new(piece)];
+        sendmsg::<()>(guest.as_raw_fd(), &text, rights, MsgFlags::empty(), None).expect("sendmsg");
+        raw.clear();
+        let messages = daemon.read().map_err(|error| error.to_string())?;
+        understood.extend(messages.expect("the socket is open").iter().map(in_words));
+    }
+    drop(guest);
+    assert!(daemon.read().expect("an end is no error").is_none());
+    daemon.explain_end().map_err(|error| error.to_string())?;
+    Ok(understood)
+}
+
+fn in_words(message: &Message) -> String {
+    match message {
+        Message::Loaded => "loaded".into(),
+        Message::Released => "released".into(),
+        Message::Memory { pieces, more, knows_umem } => {
+            let pieces: Vec<_> = pieces
+                .iter()
+                .map(|piece| {
+                    // What the others rely on.
+                    assert!(piece.bytes > 0 && piece.bytes.is_multiple_of(1 << piece.page_shift));
+                    assert!(piece.address.checked_add(piece.bytes).is_some());
+                    assert!(piece.offset.checked_add(piece.bytes).is_some());
+                    let (name, kind, shift) = (&piece.name, piece.kind, piece.page_shift);
+                    (name, kind, piece.address, piece.bytes, piece.offset, shift)
+                })
+                .collect();
+            format!("{pieces:?} {more} {knows_umem}")
+        }
+    }
+}
+
+/// Opens a monitor that says `replies` whatever it is asked, and asks it a few things.
+pub fn qmp(replies: &[u8]) {
+    let (mut monitor, ours) = UnixStream::pair().expect("a socket pair");
+    // What does not fit is left out: nobody reads meanwhile.
+    monitor.set_nonblocking(true).expect("a socket");
+    let _ = monitor.write(replies);
+    monitor.shutdown(std::net::Shutdown::Write).expect("a socket");
+    let Ok(mut qmp) = Qmp::open(ours, "the monitor") else { return };
+    let _ = qmp.property("/machine", "type");
+    let _ = qmp.children("/objects");
+    let _ = qmp.execute("query-status", serde_json::json!({}));
+}
