@@ -542,6 +542,11 @@ fn an_open_address_has_to_be_asked_for() {
     let error = Umem::start_inheriting(&listener, 9, arguments).fails_as_misused();
     assert!(error.contains("--insecure"), "{error}");
 
+    let server = ["bench", "server", "--json", "tcp:0.0.0.0:0"];
+    let error = Umem::start(server).fails_as_misused();
+    assert!(error.contains("give --insecure"), "{error}");
+    Umem::start(server.into_iter().chain(["--insecure"])).event("listening");
+
     let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--insecure"]);
     assert!(incoming.stderr().contains("is open: whoever reaches it"), "{}", incoming.stderr());
     moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
