@@ -49,6 +49,10 @@ pub struct Options {
     pub lanes: u16,
     /// Postcopy, or everything before the switchover.
     pub postcopy: bool,
+    /// `--tls-creds` of both sides.
+    pub tls_creds: Option<PathBuf>,
+    /// `--secret-file` of both sides.
+    pub secret_file: Option<PathBuf>,
     /// What the guest's memory is derived from; none for a new one.
     pub seed: Option<u64>,
     /// JSON events on stdout.
@@ -152,6 +156,7 @@ impl Demo<'_> {
         if let Some(flags) = self.options.postcopy_flags {
             arguments.extend(options([("--postcopy-flags", flags.to_string())]));
         }
+        arguments.extend(self.security());
         arguments.push("tcp:127.0.0.1:0".into());
         arguments.push("--".into());
         arguments.push(this_program()?.display().to_string());
@@ -190,8 +195,21 @@ impl Demo<'_> {
         if self.options.postcopy {
             arguments.push("-p".into());
         }
+        arguments.extend(self.security());
         arguments.push(uri.into());
         Process::start("umem migrate", &arguments)
+    }
+
+    /// What both sides are told of it.
+    fn security(&self) -> Vec<String> {
+        let Options { tls_creds, secret_file, .. } = self.options;
+        [("--tls-creds", tls_creds), ("--secret-file", secret_file)]
+            .into_iter()
+            .filter_map(|(name, path)| {
+                Some([name.to_owned(), path.as_ref()?.display().to_string()])
+            })
+            .flatten()
+            .collect()
     }
 
     /// Lets the guest that arrived check all of its memory.

@@ -60,6 +60,15 @@ pub enum Error {
         what: String,
     },
 
+    /// Who is at the other end of a connection could not be made sure of, or is not let in.
+    #[error("no secure connection to the {side}: {what}")]
+    Insecure {
+        /// "source" or "destination".
+        side: &'static str,
+        /// Why, of "it", the other side.
+        what: String,
+    },
+
     /// Nobody answers at the address.
     #[error("cannot connect to {uri}: {source}; start `umem incoming {uri}` there first")]
     Connect {

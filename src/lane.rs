@@ -21,11 +21,12 @@ use nix::sys::socket::{
     getsockname, getsockopt, setsockopt, socket, sockopt,
 };
 use umem_wire::{
-    Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId,
-    Welcome, transmit,
+    Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, SessionId, Welcome,
+    transmit,
 };
 
 use crate::error::{Context, Error, Result};
+use crate::secure::{Answer, Fate, Pass, introduce};
 use crate::single;
 use crate::uri::Uri;
 
@@ -56,8 +57,12 @@ pub(crate) struct Lane {
     socket: Arc<OwnedFd>,
     /// Named in errors: `demand lane`, `bulk lane 2`.
     pub(crate) name: String,
-    /// The congestion control that the kernel uses for it; none for unix sockets.
+    /// The congestion control that the kernel uses for its connection; none for unix sockets.
     pub(crate) congestion: Option<String>,
+    /// Unsent bytes that the kernel is to queue of it.
+    pub(crate) queue_bytes: u32,
+    /// With TLS: what became of its connection.
+    fate: Option<Arc<Fate>>,
 }
 
 impl Lane {
@@ -73,6 +78,25 @@ impl Lane {
     /// The same socket for blocking reads and writes.
     pub(crate) fn blocking(&self) -> Result<File> {
         Ok(File::from(self.socket.try_clone().context(|| self.name.clone())?))
+    }
+
+    /// The same lane, behind a pump of TLS: `socket` leads there.
+    pub(crate) fn behind(self, socket: OwnedFd, fate: Arc<Fate>) -> Lane {
+        Lane { socket: Arc::new(socket), fate: Some(fate), ..self }
+    }
+
+    /// With TLS: why its connection broke, if it did.
+    pub(crate) fn cause(&self) -> Option<&str> {
+        self.fate.as_ref().and_then(|fate| fate.cause())
+    }
+
+    /// The same lane, now that it is known what it is for.
+    pub(crate) fn assign(self, role: LaneRole, index: u16) -> Lane {
+        let name = lane_name(role, index);
+        if let Some(fate) = &self.fate {
+            fate.assign(&name, role);
+        }
+        Lane { name, ..self }
     }
 
     /// A lane with a connection of its own.
@@ -97,7 +121,7 @@ impl Lane {
         } else {
             None
         };
-        Ok(Lane { socket: Arc::new(socket), name, congestion })
+        Ok(Lane { socket: Arc::new(socket), name, congestion, queue_bytes, fate: None })
     }
 }
 
@@ -164,11 +188,10 @@ pub(crate) type Wait<'a> =
     &'a dyn Fn(&[(BorrowedFd<'_>, PollFlags)], Option<Duration>) -> Result<bool>;
 
 /// Connects to a destination and opens a lane there.
-pub(crate) fn dial(uri: &Uri, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
+pub(crate) fn dial(uri: &Uri, hello: &Hello, pass: &Pass, wait: Wait<'_>) -> Result<Lane> {
     let name = lane_name(hello.role, hello.index);
     let lane = Lane::new(connect_to(uri, wait)?, name)?;
-    greet(&lane, hello, Some(HELLO_TIMEOUT), wait)?;
-    Ok(lane)
+    introduce(lane, hello, pass, Some(HELLO_TIMEOUT), wait)
 }
 
 /// A connection to whoever listens there, and nothing said yet.
@@ -182,17 +205,19 @@ pub(crate) fn connect_to(uri: &Uri, wait: Wait<'_>) -> Result<OwnedFd> {
 
 /// Opens the one lane of a connection that is there already. Who is at its other end may have to be
 /// started first, so that the answer is waited for without a limit.
-pub(crate) fn open_shared(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
-    let lane = Lane::shared(socket)?;
-    greet(&lane, hello, None, wait)?;
-    Ok(lane)
+pub(crate) fn open_shared(
+    socket: OwnedFd,
+    hello: &Hello,
+    pass: &Pass,
+    wait: Wait<'_>,
+) -> Result<Lane> {
+    introduce(Lane::shared(socket)?, hello, pass, None, wait)
 }
 
 /// Opens one of several lanes on a connection that is there already, as [`open_shared`] does.
 pub(crate) fn open(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
     let lane = Lane::new(socket, lane_name(hello.role, hello.index))?;
-    greet(&lane, hello, None, wait)?;
-    Ok(lane)
+    introduce(lane, hello, &Pass::default(), None, wait)
 }
 
 /// Tries each address that the name has; a dead one costs [`HELLO_TIMEOUT`].
@@ -254,55 +279,6 @@ fn connect(
     Ok(Ok(socket))
 }
 
-fn greet(lane: &Lane, hello: &Hello, limit: Option<Duration>, wait: Wait<'_>) -> Result<()> {
-    let lost = |what: String| Error::Lost {
-        side: "destination",
-        lane: lane.name.clone(),
-        what: format!("no welcome: {what}; check that it is `umem incoming` that listens there"),
-    };
-    let deadline = limit.map(|limit| Instant::now() + limit);
-    let wait = |flags| {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        match wait(&[(lane.socket.as_fd(), flags)], left)? {
-            true => Ok(()),
-            false => Err(lost(io::Error::from(io::ErrorKind::TimedOut).to_string())),
-        }
-    };
-    let bytes = hello.encode();
-    let mut sent = 0;
-    while sent < bytes.len() {
-        wait(PollFlags::POLLOUT)?;
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match nix::sys::socket::send(lane.socket.as_raw_fd(), &bytes[sent..], flags) {
-            Ok(count) => sent += count,
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            Err(errno) => return Err(lost(errno.to_string())),
-        }
-    }
-    let mut answer = HelloBytes::new();
-    let bytes = loop {
-        wait(PollFlags::POLLIN)?;
-        match answer.read(lane.socket.as_fd()) {
-            Ok(Some(bytes)) => break bytes,
-            Ok(None) => {}
-            Err(error) => return Err(lost(error.to_string())),
-        }
-    };
-    let welcome = Welcome::decode(&bytes).map_err(|error| match error {
-        HelloError::Refused { code, text } => Error::Peer { side: "destination", code, text },
-        other => Error::protocol(&lane.name, other),
-    })?;
-    welcome.check(hello).map_err(|error| Error::protocol(&lane.name, error))?;
-    if welcome.capabilities.contains(hello.capabilities) {
-        return Ok(());
-    }
-    Err(Error::Unsupported(
-        "the destination does not acknowledge pages, so that they could not be freed here: leave out \
-         --release-ram, or use a newer umem there"
-            .into(),
-    ))
-}
-
 /// A hello or a welcome that is coming in, in as many pieces as it likes.
 pub(crate) struct HelloBytes {
     bytes: [u8; HELLO_BYTES],
@@ -315,9 +291,9 @@ impl HelloBytes {
     }
 
     /// Reads what there is, without waiting; all of it once it is whole.
-    pub(crate) fn read(&mut self, socket: BorrowedFd<'_>) -> io::Result<Option<[u8; HELLO_BYTES]>> {
+    pub(crate) fn read(&mut self, socket: &impl AsFd) -> io::Result<Option<[u8; HELLO_BYTES]>> {
         let rest = &mut self.bytes[self.filled..];
-        match nix::sys::socket::recv(socket.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
+        match nix::sys::socket::recv(socket.as_fd().as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
             Ok(0) => return Err(closed()),
             Ok(count) => self.filled += count,
             Err(Errno::EAGAIN | Errno::EINTR) => {}
@@ -466,15 +442,18 @@ impl Drop for Listener {
     }
 }
 
-/// Answers a hello that fits.
-pub(crate) fn welcome(lane: &Lane, hello: &Hello) -> Result<()> {
-    let welcome = match Welcome::answer(hello, PROTOCOL, Capabilities::ACKS, [0; 32]) {
+/// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
+pub(crate) fn welcome(lane: &Lane, hello: &Hello, answer: Option<&Answer>) -> Result<()> {
+    let mut welcome = match Welcome::answer(hello, PROTOCOL, Capabilities::ACKS, [0; 32]) {
         Ok(welcome) => welcome,
         Err(error) => {
             refuse(lane, FaultCode::Protocol, &error.to_string());
             return Err(Error::protocol(&lane.name, error));
         }
     };
+    if let Some(answer) = answer {
+        welcome.proof = answer.welcome_proof(hello, &welcome);
+    }
     lane.blocking()?.write_all(&welcome.encode()).context(|| lane.name.clone())
 }
 

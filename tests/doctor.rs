@@ -199,25 +199,57 @@ fn without_locked_memory_pages_are_copied() {
     assert!(bytes("source") == bytes("destination"), "every byte is equal");
 }
 
+/// As an ordinary user, for whom the device is all that is opened: in every kind of memory the faults of
+/// system calls are served too, and every word is right.
+#[test]
+fn a_user_who_may_open_the_device_needs_nothing_else() {
+    // A copy of the device, which nobody else on this machine sees.
+    let device = "mount -t tmpfs none /mnt && cp -a /dev/userfaultfd /mnt/ && chmod 666 \
+                  /mnt/userfaultfd && mount --bind /mnt/userfaultfd /dev/userfaultfd";
+    // A user of its own: locked memory is counted by user, and other tests have limits on it.
+    let user = NOBODY.replace("65534", "65533");
+    for kind in ["shared", "private", "anonymous"] {
+        let demo = |prepare: &str| {
+            let line =
+                format!("{prepare} && exec {user} {UMEM} demo --json --size 64 --kind {kind}");
+            run(&["unshare", "--mount", "bash", "-c", &line])
+        };
+        let output = demo(device);
+        let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), &output.stderr);
+        assert!(output.status.success(), "{stdout}\n{}", String::from_utf8_lossy(stderr));
+        let report: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+        assert_eq!(report["verified_pages"], 64 * 256, "{report}");
+        assert_eq!(report["bad_pages"], 0, "{report}");
+
+        let output = demo("true");
+        assert!(!output.status.success());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            stderr.contains("/dev/userfaultfd"),
+            "what is missing, and how to grant it: {stderr}"
+        );
+    }
+}
+
 /// Before the guest is stopped, on either side; the source is told what the destination lacks.
 #[test]
 fn lanes_beyond_the_limits_are_refused_early() {
     let moving = Move::new();
     let nowhere = "tcp:127.0.0.1:1";
     let text = moving.migrate("prlimit --nofile=90:4096", "8", nowhere).fails();
-    assert!(text.contains("8 bulk lane(s)") && text.contains("`ulimit -n 118`"), "{text}");
+    assert!(text.contains("8 bulk lane(s)") && text.contains("`ulimit -n 136`"), "{text}");
     let text = moving.migrate("prlimit --nofile=90:91", "8", nowhere).fails();
-    assert!(text.contains("--nofile=118:118"), "{text}");
+    assert!(text.contains("--nofile=136:136"), "{text}");
     // As far as the connection.
-    let text = moving.migrate("prlimit --nofile=118", "8", nowhere).fails();
+    let text = moving.migrate("prlimit --nofile=136", "8", nowhere).fails();
     assert!(text.contains("cannot connect"), "{text}");
 
     let (incoming, port) = moving.incoming("prlimit --nofile=90:4096", "16");
     let mut migrate = moving.migrate("env", "8", &format!("tcp:127.0.0.1:{port}"));
     assert!(migrate.connects());
     let text = migrate.fails();
-    assert!(text.contains("the destination gave up") && text.contains("ulimit -n 118"), "{text}");
+    assert!(text.contains("the destination gave up") && text.contains("ulimit -n 136"), "{text}");
     let text = incoming.fails();
-    assert!(text.contains("`ulimit -n 118`"), "{text}");
+    assert!(text.contains("`ulimit -n 136`"), "{text}");
     assert!(!moving.ram("destination").exists(), "nothing is left there");
 }

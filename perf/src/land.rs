@@ -42,6 +42,10 @@ pub(crate) struct Options {
     /// numbers of threads that read the guest's memory meanwhile (default 0,1)
     #[argh(option, default = "List(vec![0, 1])")]
     readers: List<u32>,
+    /// TLS between both sides: a directory with QEMU's files of certificates and keys, the
+    /// destination's for 127.0.0.1
+    #[argh(option)]
+    tls_creds: Option<PathBuf>,
     /// the umem to measure (default: the one beside this program)
     #[argh(option)]
     umem: Option<PathBuf>,
@@ -63,7 +67,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let kinds = chosen(options.into.as_ref());
     let mut floor = Floor::new(options.size << 20, &kinds, &options.zero.0)?;
     let mut subjects = subjects(options, &floor.kinds);
-    let route = Route { umem: &umem, namespaces: None };
+    let route = Route { umem: &umem, namespaces: None, tls_creds: options.tls_creds.as_deref() };
     for round in 1..=options.rounds {
         progress(&format!("round {round} of {}: floor", options.rounds));
         floor.round()?;
@@ -191,7 +195,7 @@ fn report(
         }));
     }
     let mut method = format!(
-        "`umem migrate -p` → loopback TCP → `umem incoming` with a `umem guest` of {} MiB without \
+        "`umem migrate -p` → loopback TCP{} → `umem incoming` with a `umem guest` of {} MiB without \
          holes, which is idle or reads random pages. Private memory is moved with --postcopy-flags 1. \
          Every subject takes its turn in each of {} rounds, after as much memory of the guest's kind \
          has been written and given back. Gbit/s is umem's own figure, page contents (zero pages have \
@@ -200,7 +204,9 @@ fn report(
          measured in the same rounds; the ratio is its time over umem's. With a core for each end, a \
          guest that reads takes part of what the floor has for \
          itself. CPU is that of both umem processes. Medians.",
-        options.size, options.rounds
+        if options.tls_creds.is_some() { " with TLS" } else { "" },
+        options.size,
+        options.rounds
     );
     for left_out in &floor.left_out {
         method += &format!(" Left out: {left_out}.");
@@ -213,6 +219,7 @@ fn report(
         value: json!({
             "size_mib": options.size,
             "rounds": options.rounds,
+            "tls": options.tls_creds.is_some(),
             "figures": figures,
             "floor": floor.figures(),
             "left_out": floor.left_out,

@@ -28,6 +28,8 @@ pub(crate) struct Route<'a> {
     pub(crate) umem: &'a Path,
     /// None: both here, over the loopback address.
     pub(crate) namespaces: Option<Namespaces<'a>>,
+    /// TLS between them, with these certificates.
+    pub(crate) tls_creds: Option<&'a Path>,
 }
 
 /// Names of network namespaces, and the destination's address.
@@ -66,6 +68,11 @@ impl Route<'_> {
         let address = self.namespaces.map_or("127.0.0.1", |namespaces| namespaces.address);
         let mut arguments = words(&["incoming", "--json"]);
         arguments.extend(options);
+        arguments.extend(self.tls());
+        if self.namespaces.is_some() && self.tls_creds.is_none() {
+            // Nobody else is on that link.
+            arguments.push("--insecure".into());
+        }
         arguments.extend([format!("tcp:{address}:0").into(), "--".into()]);
         arguments.extend(command);
         let namespace = self.namespaces.map(|namespaces| namespaces.destination);
@@ -85,9 +92,15 @@ impl Route<'_> {
     ) -> Result<Process> {
         let mut arguments = words(&["migrate", "-p", "--json", "--lanes", &lanes.to_string()]);
         arguments.extend(options);
+        arguments.extend(self.tls());
         arguments.push(uri.into());
         let namespace = self.namespaces.map(|namespaces| namespaces.source);
         self.start("umem migrate", namespace, &arguments, scratch.file("migrate.log"))
+    }
+
+    fn tls(&self) -> Vec<OsString> {
+        let directory = self.tls_creds.into_iter();
+        directory.flat_map(|path| ["--tls-creds".into(), path.into()]).collect()
     }
 }
 

@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .iter()
         .flat_map(|&pattern| Order::ALL.map(|order| Subject { pattern, order, turns: Vec::new() }))
         .collect();
-    let route = Route { umem: &umem, namespaces: None };
+    let route = Route { umem: &umem, namespaces: None, tls_creds: None };
     for round in 1..=options.rounds {
         for subject in &mut subjects {
             let (pattern, order) = (subject.pattern, subject.order);

@@ -76,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         })
         .map(|subject| (subject, Vec::new()))
         .collect();
-    let route = Route { umem: &umem, namespaces: None };
+    let route = Route { umem: &umem, namespaces: None, tls_creds: None };
     for round in 1..=options.rounds {
         for (subject, landings) in &mut subjects {
             progress(&format!("round {round} of {}: {} MiB", options.rounds, subject.size_mib));

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{Lane, Listener, new_session};
 use crate::report::Output;
+use crate::secure::WayIn;
 use crate::uri::Uri;
 
 /// How long a client may take to open its lanes: before that it fills the memory that it will send.
@@ -27,6 +28,8 @@ pub(crate) struct Server {
     pub(crate) uri: Uri,
     /// End after one test.
     pub(crate) one_off: bool,
+    /// Listen also where others than this machine can connect.
+    pub(crate) insecure: bool,
     /// Cores of the lanes; none leaves the choice.
     pub(crate) cores: Vec<usize>,
     pub(crate) json: bool,
@@ -37,6 +40,12 @@ pub(crate) fn run(options: &Server) -> Result<()> {
     let inbox = Inbox::new()?;
     let listener = Listener::bind(&options.uri)?;
     let uri = listener.uri(&options.uri);
+    if !options.insecure && !WayIn::Listener(&listener).is_local() {
+        return Err(Error::Usage(format!(
+            "{uri} would be open to everybody who can reach it, and tests take memory: give --insecure \
+             where you trust every host of the network"
+        )));
+    }
     let output = Output::new(options.json);
     output.event("listening", json!({ "uri": uri.to_string() }), &format!("listening on {uri}"));
     let mut desk = Desk { inbox, listener, lobby: Lobby::default() };

@@ -140,7 +140,7 @@ impl From<&Error> for umem_status {
                 umem_status::UMEM_ERR_SYSTEM
             }
             Error::Protocol { .. } => umem_status::UMEM_ERR_PROTOCOL,
-            Error::Peer { .. } => umem_status::UMEM_ERR_PEER,
+            Error::Peer { .. } | Error::Insecure { .. } => umem_status::UMEM_ERR_PEER,
             Error::Lost { .. } => umem_status::UMEM_ERR_LOST,
             Error::Connect { .. } => umem_status::UMEM_ERR_CONNECT,
             Error::Listen { .. } => umem_status::UMEM_ERR_LISTEN,

@@ -30,7 +30,8 @@ enum BenchCommand {
     subcommand,
     name = "server",
     note = "Whoever can reach the port can have this machine receive or send pages, in up to 3 GiB of \
-            its memory: use it on networks where you trust every host.",
+            its memory: an address of the network takes --insecure, for networks where you trust every \
+            host.",
     error_code(1, "With -1: the test failed; stderr says why. Else: interrupted in a test."),
     error_code(2, "The command line is wrong.")
 )]
@@ -41,13 +42,17 @@ struct BenchServer {
     /// end after one test
     #[argh(switch, short = '1')]
     one_off: bool,
+    /// listen at an address of the network, where whoever reaches it can run tests
+    #[argh(switch)]
+    insecure: bool,
     /// cores of the lanes, such as 2 or 2,3 (default: chosen)
     #[argh(option, short = 'A', default = "CoreList::default()")]
     affinity: CoreList,
     /// print a JSON object for each test
     #[argh(switch, short = 'J')]
     json: bool,
-    /// where to listen, tcp:HOST:PORT or unix:PATH (default: every IPv4 address)
+    /// where to listen, tcp:HOST:PORT or unix:PATH (default: every IPv4 address,
+    /// which takes --insecure)
     #[argh(positional)]
     uri: Option<Uri>,
 }
@@ -153,8 +158,9 @@ impl BenchServer {
     fn run(self) -> Result<i32> {
         let uri = self.uri.unwrap_or(Uri::Tcp { host: String::new(), port: self.port });
         check_bench_uri(&uri)?;
-        let (one_off, cores, json) = (self.one_off, self.affinity.0, self.json);
-        bench::run_server(&bench::Server { uri, one_off, cores, json })?;
+        let Self { one_off, insecure, json, .. } = self;
+        let cores = self.affinity.0;
+        bench::run_server(&bench::Server { uri, one_off, insecure, cores, json })?;
         Ok(0)
     }
 }

@@ -1,5 +1,7 @@
 //! `umem demo`
 
+use std::path::PathBuf;
+
 use argh::{ArgsInfo, FromArgs};
 
 use super::values::{PostcopyFlags, check_lanes, check_percent};
@@ -47,6 +49,13 @@ pub(super) struct Demo {
     /// send everything before the guest is switched over, to compare with
     #[argh(switch)]
     precopy: bool,
+    /// TLS between both sides: a directory with all of QEMU's files of certificates and keys, the
+    /// destination's for 127.0.0.1
+    #[argh(option)]
+    tls_creds: Option<PathBuf>,
+    /// a file with a secret of 16 bytes or more, for both sides
+    #[argh(option)]
+    secret_file: Option<PathBuf>,
     /// what the guest's memory is derived from (default: a new one each time, printed)
     #[argh(option)]
     seed: Option<u64>,
@@ -90,6 +99,8 @@ impl Demo {
             threads: self.threads,
             lanes: self.lanes,
             postcopy: !self.precopy,
+            tls_creds: self.tls_creds,
+            secret_file: self.secret_file,
             seed: self.seed,
             json: self.json,
         })

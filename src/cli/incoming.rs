@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
 use crate::memory::kind::Kind;
+use crate::secure::Security;
 use crate::uri::Uri;
 use crate::{destination, single};
 
@@ -25,9 +26,8 @@ use crate::{destination, single};
             maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
             options itself.",
     example = "Serve a Firecracker that restores a snapshot, whose memory file the source has:\n  \
-               {command_name} --handoff /run/uffd.sock tcp::4444",
-    example = "Receive a QEMU guest:\n  {command_name} tcp::4444 -- qemu-system-x86_64 -m 2G \
-               -machine memory-backend=ram0 \\\n    -object \
+               {command_name} --tls-creds /etc/pki/qemu --handoff /run/uffd.sock tcp::4444",
+    example = "Receive a QEMU guest:\n  {command_name} --tls-creds /etc/pki/qemu tcp::4444 -- \\\n    qemu-system-x86_64 -m 2G -machine memory-backend=ram0 \\\n    -object \
                memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest",
     error_code(1, "The guest did not arrive, or not whole; stderr says why."),
     error_code(2, "The command line is wrong.")
@@ -54,6 +54,18 @@ pub(super) struct Incoming {
     /// bulk lanes that a source may open at most (default 16; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
+    /// TLS with certificates on both sides: the directory of ca-cert.pem, server-cert.pem and
+    /// server-key.pem, as for QEMU; a source needs a certificate that this ca-cert.pem has signed
+    #[argh(option)]
+    tls_creds: Option<PathBuf>,
+    /// a file with a secret of 16 bytes or more, which the source has to know too; it keeps others
+    /// out, but does not encrypt
+    #[argh(option)]
+    secret_file: Option<PathBuf>,
+    /// listen at an address of the network with neither TLS nor a secret: whoever reaches it can send
+    /// a guest, and read and change one on its way
+    #[argh(switch)]
+    insecure: bool,
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
@@ -117,6 +129,12 @@ impl Incoming {
             handoff: self.handoff,
             qmp: self.qmp,
             lanes_max,
+            security: Security {
+                tls_creds: self.tls_creds,
+                tls_hostname: None,
+                secret_file: self.secret_file,
+                insecure: self.insecure,
+            },
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             preload: self.preload,

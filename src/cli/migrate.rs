@@ -8,6 +8,7 @@ use super::values::{CoreList, lanes_to};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
+use crate::secure::Security;
 use crate::uri::Uri;
 use crate::{doctor, source};
 
@@ -21,7 +22,7 @@ use crate::{doctor, source};
             standard input and output lead there (run by /bin/sh). Until the switchover any failure, and Ctrl-C, leave \
             the guest running here; after it the guest never runs here again. With -n, Ctrl-C \
             sends the rest.",
-    example = "{command_name} -p --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    example = "{command_name} -p --tls-creds /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     error_code(1, "The guest did not move, or not whole; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
@@ -46,6 +47,16 @@ pub(super) struct Migrate {
     /// here, so that the guest's process here can only be ended
     #[argh(switch)]
     release_ram: bool,
+    /// TLS with certificates on both sides: the directory of ca-cert.pem, client-cert.pem and
+    /// client-key.pem, as for QEMU; the destination's certificate must be for the URI's host
+    #[argh(option)]
+    tls_creds: Option<PathBuf>,
+    /// the name or address that the destination's certificate is for, where it is not the URI's host
+    #[argh(option)]
+    tls_hostname: Option<String>,
+    /// a file with the secret that the destination was started with
+    #[argh(option)]
+    secret_file: Option<PathBuf>,
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
@@ -75,6 +86,11 @@ impl Migrate {
         if self.no_background && !self.postcopy {
             return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
         }
+        if self.tls_hostname.is_some() && self.tls_creds.is_none() {
+            return Err(Error::Usage(
+                "--tls-hostname names whom a certificate is for: add --tls-creds".into(),
+            ));
+        }
         source::run(&source::Options {
             uri: self.uri,
             postcopy: self.postcopy,
@@ -83,6 +99,12 @@ impl Migrate {
             qmp: self.qmp,
             lanes,
             release_ram: self.release_ram,
+            security: Security {
+                tls_creds: self.tls_creds,
+                tls_hostname: self.tls_hostname,
+                secret_file: self.secret_file,
+                insecure: false,
+            },
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             order: self.order,

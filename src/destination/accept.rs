@@ -3,10 +3,11 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use nix::errno::Errno;
+use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
 use umem_wire::limits::LANES_MAX;
 use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
@@ -16,8 +17,9 @@ use super::{Note, peer};
 use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
+use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener};
 use crate::report::Output;
+use crate::secure::{Guard, Interest, Opened, Opening, Progress, WayIn};
 use crate::uri::Uri;
 
 /// The lanes of one session.
@@ -44,17 +46,28 @@ impl Entrance {
         }
     }
 
+    /// For the question who could come in.
+    pub(super) fn way_in(&self) -> WayIn<'_> {
+        match self {
+            Entrance::Listener(listener) => WayIn::Listener(listener),
+            Entrance::Connection(socket) => WayIn::Connection(socket),
+        }
+    }
+
     /// Opens all lanes of a session. Nobody else comes in then.
     pub(super) fn accept(
         self,
+        guard: &Guard,
         lanes_max: u16,
         output: &Output,
         inbox: &Inbox<Note>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
         let lanes = match self {
-            Entrance::Listener(listener) => accept(&listener, lanes_max, output, inbox, prepared),
-            Entrance::Connection(socket) => accept_single(socket, inbox, prepared),
+            Entrance::Listener(listener) => {
+                accept(&listener, guard, lanes_max, output, inbox, prepared)
+            }
+            Entrance::Connection(socket) => accept_single(socket, guard, inbox, prepared),
         }?;
         let count = u16::try_from(lanes.bulk.len()).expect("there are LANES_MAX at most");
         limits::check(count).inspect_err(|error| lane::tell(&lanes.demand.socket(), error))?;
@@ -71,24 +84,25 @@ const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
 /// a session that comes to nothing does not keep the next one out.
 fn accept(
     listener: &Listener,
+    guard: &Guard,
     lanes_max: u16,
     output: &Output,
     inbox: &Inbox<Note>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
-    let mut door = Door { lanes_max, output, pending: VecDeque::new(), session: None };
+    let mut door = Door { guard, lanes_max, output, pending: VecDeque::new(), session: None };
     loop {
         if let Some(session) = door.session.take_if(|session| session.is_whole()) {
             return Ok(session.into_lanes());
         }
         let fds = door.fds();
         let first = 1 + fds.len();
-        let fds: Vec<_> = std::iter::once(prepared.side.exited())
-            .chain(fds.into_iter().map(|(_, fd)| fd))
-            .chain([listener.as_fd()])
+        let fds: Vec<_> = std::iter::once((prepared.side.exited(), PollFlags::POLLIN))
+            .chain(fds.into_iter().map(|(_, interest)| interest))
+            .chain([(listener.as_fd(), PollFlags::POLLIN)])
             .collect();
         let limit = door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
-        match inbox.wait(&fds, limit)? {
+        match inbox.wait_for(&fds, limit)? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => return Err(exited()),
             Wake::Ready(index) if index == first => door.knock(listener)?,
@@ -106,6 +120,7 @@ fn accept(
 
 /// Everybody who has dialled and is not a lane of a whole session yet.
 struct Door<'a> {
+    guard: &'a Guard,
     lanes_max: u16,
     output: &'a Output,
     /// The oldest first.
@@ -115,14 +130,15 @@ struct Door<'a> {
 
 /// A connection that has not said who it is.
 struct Pending {
-    socket: OwnedFd,
-    hello: HelloBytes,
+    opening: Opening,
     deadline: Instant,
 }
 
 /// A session some of whose lanes have come, the demand lane among them.
 struct Session {
     hello: Hello,
+    /// Who opened it, where TLS is asked for: nobody else opens a lane of it.
+    certificate: Option<Vec<u8>>,
     demand: Lane,
     /// Lane i at index i - 1.
     bulk: Vec<Option<Lane>>,
@@ -141,11 +157,12 @@ enum Who {
 
 impl Door<'_> {
     /// Whom to listen to.
-    fn fds(&self) -> Vec<(Who, BorrowedFd<'_>)> {
+    fn fds(&self) -> Vec<(Who, Interest<'_>)> {
         let session = self.session.iter().filter(|session| !session.has_spoken);
-        let session = session.map(|session| (Who::Session, session.demand.as_fd()));
+        let session =
+            session.map(|session| (Who::Session, (session.demand.as_fd(), PollFlags::POLLIN)));
         let pending = self.pending.iter().enumerate();
-        session.chain(pending.map(|(i, p)| (Who::Pending(i), p.socket.as_fd()))).collect()
+        session.chain(pending.map(|(i, p)| (Who::Pending(i), p.opening.interest()))).collect()
     }
 
     fn next_deadline(&self) -> Option<Instant> {
@@ -162,7 +179,11 @@ impl Door<'_> {
             self.ignored("others came before it had said who it is");
         }
         let deadline = Instant::now() + HELLO_TIMEOUT;
-        self.pending.push_back(Pending { socket, hello: HelloBytes::new(), deadline });
+        let lane = Lane::new(socket, "a lane".into()).map_err(|error| error.to_string());
+        match lane.and_then(|lane| Opening::new(lane, self.guard)) {
+            Ok(opening) => self.pending.push_back(Pending { opening, deadline }),
+            Err(why) => self.ignored(&why),
+        }
         Ok(())
     }
 
@@ -171,28 +192,23 @@ impl Door<'_> {
             Who::Pending(index) => index,
             Who::Session => return self.look_after_session(),
         };
-        let pending = &mut self.pending[index];
-        let hello = match pending.hello.read(pending.socket.as_fd()) {
-            Ok(None) => return,
-            Ok(Some(bytes)) => Hello::decode(&bytes).map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let pending = self.pending.remove(index).expect("it is there");
-        let opened = hello.and_then(|hello| {
-            let lane = Lane::new(pending.socket, lane::lane_name(hello.role, hello.index));
-            Ok((lane.map_err(|error| error.to_string())?, hello))
-        });
-        match opened {
-            Ok((lane, hello)) => self.greet(lane, hello),
+        let Pending { opening, deadline } = self.pending.remove(index).expect("it is there");
+        match opening.advance(self.guard) {
+            Ok(Progress::Waits(opening)) => {
+                self.pending.insert(index, Pending { opening, deadline });
+            }
+            Ok(Progress::Opened(opened)) => self.greet(opened),
             Err(why) => self.ignored(&why),
         }
     }
 
     /// A lane that has said what it is for.
-    fn greet(&mut self, lane: Lane, hello: Hello) {
+    fn greet(&mut self, opened: Opened) {
+        let Opened { lane, hello, answer, certificate } = opened;
+        let lane = lane.assign(hello.role, hello.index);
         let place = match &mut self.session {
             None if hello.role == LaneRole::Demand => None,
-            Some(session) => match session.place(&hello) {
+            Some(session) => match session.place(&hello, certificate.as_ref()) {
                 Some(place) => Some(place),
                 None => return refuse(&lane),
             },
@@ -202,7 +218,7 @@ impl Door<'_> {
             let text = format!("at most {} lanes here; use --lanes there", self.lanes_max);
             return lane::refuse(&lane, FaultCode::Refused, &text);
         }
-        if lane::welcome(&lane, &hello).is_err() {
+        if lane::welcome(&lane, &hello, answer.as_ref()).is_err() {
             return;
         }
         match (place, &mut self.session) {
@@ -210,7 +226,7 @@ impl Door<'_> {
                 session.bulk[place] = Some(lane);
                 session.deadline = Instant::now() + HELLO_TIMEOUT;
             }
-            _ => self.session = Some(Session::new(lane, hello)),
+            _ => self.session = Some(Session::new(lane, hello, certificate)),
         }
     }
 
@@ -249,16 +265,17 @@ impl Door<'_> {
 }
 
 impl Session {
-    fn new(demand: Lane, hello: Hello) -> Session {
+    fn new(demand: Lane, hello: Hello, certificate: Option<Vec<u8>>) -> Session {
         let bulk = (0..hello.bulk_lanes).map(|_| None).collect();
         let deadline = Instant::now() + HELLO_TIMEOUT;
-        Session { hello, demand, bulk, deadline, has_spoken: false }
+        Session { hello, certificate, demand, bulk, deadline, has_spoken: false }
     }
 
     /// Where a lane belongs, if it is one of ours that has not come.
-    fn place(&self, hello: &Hello) -> Option<usize> {
+    fn place(&self, hello: &Hello, certificate: Option<&Vec<u8>>) -> Option<usize> {
         let is_ours = hello.role == LaneRole::Bulk
             && hello.session == self.hello.session
+            && certificate == self.certificate.as_ref()
             && hello.bulk_lanes == self.hello.bulk_lanes
             && hello.capabilities == self.hello.capabilities;
         let place = usize::from(hello.index).checked_sub(1)?;
@@ -284,29 +301,38 @@ fn refuse(lane: &Lane) {
 }
 
 /// Opens the lane of the one connection there is. The source may come at any time.
-fn accept_single(socket: OwnedFd, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
-    let demand = Lane::shared(socket)?;
-    let mut bytes = HelloBytes::new();
-    let hello = loop {
-        match inbox.wait(&[demand.as_fd(), prepared.side.exited()], None)? {
+fn accept_single(
+    socket: OwnedFd,
+    guard: &Guard,
+    inbox: &Inbox<Note>,
+    prepared: &Prepared,
+) -> Result<Lanes> {
+    let refused = |why: String| {
+        let lane = lane::lane_name(LaneRole::Demand, 0);
+        Error::Lost { side: "source", lane, what: format!("no source: {why}") }
+    };
+    let mut opening = Opening::new(Lane::shared(socket)?, guard).map_err(refused)?;
+    let opened = loop {
+        let fds = [opening.interest(), (prepared.side.exited(), PollFlags::POLLIN)];
+        match inbox.wait_for(&fds, None)? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => {}
             Wake::Ready(_) => return Err(exited()),
             Wake::Message(_) | Wake::Timeout => continue,
         }
-        match bytes.read(demand.as_fd()) {
-            Ok(None) => {}
-            Ok(Some(bytes)) => break Hello::decode(&bytes),
-            Err(error) => return Err(lost(&demand, &format!("no source: {error}"))),
+        match opening.advance(guard).map_err(refused)? {
+            Progress::Opened(opened) => break opened,
+            Progress::Waits(again) => opening = again,
         }
     };
-    let hello = hello.map_err(|error| Error::protocol(&demand.name, error))?;
+    let Opened { lane: demand, hello, answer, .. } = opened;
+    let demand = demand.assign(LaneRole::Demand, 0);
     if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 {
         let text = "one connection here: the source must use fd: or exec: too";
         lane::refuse(&demand, FaultCode::Refused, text);
         return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
     }
-    lane::welcome(&demand, &hello)?;
+    lane::welcome(&demand, &hello, answer.as_ref())?;
     Ok(Lanes { demand, bulk: Vec::new(), acks: wants_acks(&hello) })
 }
 
@@ -327,7 +353,11 @@ pub(super) fn compare(
 ) -> Result<(Receiver, Adopted)> {
     let mut receiver = Receiver::for_destination(LaneRole::Demand);
     let compared = read_regions(demand, inbox, prepared, &mut receiver)
-        .and_then(|table| prepared.adopt(&table));
+        .and_then(|table| prepared.adopt(&table))
+        .and_then(|adopted| {
+            let regions = adopted.landing.iter();
+            limits::check_mappings(regions.map(|(_, region)| region.bytes)).map(|()| adopted)
+        });
     match compared {
         Ok(adopted) => {
             receiver.set_regions(&adopted.landing);

@@ -16,6 +16,7 @@ use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HelloBytes, Lane, Listener};
 use crate::report::{Completed, Output};
+use crate::secure::Guard;
 
 /// Where the source comes in.
 pub(crate) enum Entrance {
@@ -43,14 +44,14 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     // Its events are the questions, which take another way.
     let output = Output::Host(Arc::new(|_, _| {}));
     let mut prepared = Prepared::here(handed)?;
+    // Who may connect is the program's own matter: it can give connections that it has secured.
+    let guard = Guard::default();
     let lanes = match entrance {
-        Entrance::Listener(listener) => {
-            accept::Entrance::Listener(listener).accept(lanes_max, &output, &inbox, &prepared)?
-        }
+        Entrance::Listener(listener) => accept::Entrance::Listener(listener)
+            .accept(&guard, lanes_max, &output, &inbox, &prepared)?,
         Entrance::Connections(sockets) => match <[OwnedFd; 1]>::try_from(sockets) {
-            Ok([single]) => {
-                accept::Entrance::Connection(single).accept(0, &output, &inbox, &prepared)?
-            }
+            Ok([single]) => accept::Entrance::Connection(single)
+                .accept(&guard, 0, &output, &inbox, &prepared)?,
             Err(sockets) => accept_connected(sockets, &inbox)?,
         },
     };
@@ -90,7 +91,7 @@ fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes>
             lane::refuse(&lane, FaultCode::Refused, &text);
             return Err(Error::protocol(&lane.name, text));
         }
-        lane::welcome(&lane, &hello)?;
+        lane::welcome(&lane, &hello, None)?;
         first.get_or_insert(hello);
         lanes.push(lane);
     }
@@ -109,7 +110,7 @@ fn hear(lane: &Lane, inbox: &Inbox<Note>) -> Result<Hello> {
             // Nobody posts before there are workers.
             Wake::Message(_) | Wake::Timeout => continue,
         }
-        match bytes.read(lane.as_fd()) {
+        match bytes.read(lane) {
             Ok(None) => {}
             Ok(Some(bytes)) => {
                 let hello = Hello::decode(&bytes);

@@ -42,6 +42,7 @@ use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
+use crate::secure::{Guard, Security};
 use crate::single::{self, Single};
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
@@ -76,6 +77,8 @@ pub struct Options {
     pub qmp: Option<PathBuf>,
     /// The most bulk lanes that a source may open; where the URI is one connection there are none.
     pub lanes_max: u16,
+    /// How lanes are secured.
+    pub security: Security,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
     /// What idle cores do while faults come.
@@ -139,22 +142,37 @@ pub fn run(options: &Options) -> Result<i32> {
     };
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let inbox = Inbox::new()?;
-    let received = receive(options, socket, &inbox).map_err(|error| match &mut command {
-        Some(command) => command.explain(error),
-        None => error,
-    });
+    let guard = Guard::load(&options.security)?;
+    let received = receive(options, socket, &guard, &inbox);
+    let received =
+        received.map_err(|error| guard.explain(error)).map_err(|error| match &mut command {
+            Some(command) => command.explain(error),
+            None => error,
+        });
+    // What lanes have sent leaves first.
+    drop(guard);
     drop(command);
     received?.side.outlive(&inbox)
 }
 
 /// Receives it, and gives back what it runs in.
-fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> Result<Prepared> {
+fn receive(
+    options: &Options,
+    socket: Option<OwnedFd>,
+    guard: &Guard,
+    inbox: &Inbox<Note>,
+) -> Result<Prepared> {
     let output = Output::new(options.json);
     let entrance = match socket {
         Some(socket) => Entrance::Connection(socket),
         None => Entrance::Listener(Listener::bind(&options.uri)?),
     };
-    let uri = entrance.uri(&options.uri).to_string();
+    let uri = entrance.uri(&options.uri);
+    let open = guard.check_open(&entrance.way_in(), &uri, options.security.insecure)?;
+    if let Some(open) = open {
+        output.remark(&open);
+    }
+    let uri = uri.to_string();
     let expected = Expected::new(options)?;
     let announce = |guest_pid| {
         let handoff = options.handoff.as_ref().map(|path| path.display().to_string());
@@ -173,10 +191,10 @@ fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> R
     if !is_to_come {
         announce(prepared.side.pid());
     }
-    let lanes = entrance.accept(options.lanes_max, &output, inbox, &prepared)?;
+    let lanes = entrance.accept(guard, options.lanes_max, &output, inbox, &prepared)?;
     output.event(
         "connected",
-        json!({ "lanes": lanes.bulk.len() }),
+        json!({ "lanes": lanes.bulk.len(), "security": guard.describe() }),
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
     let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;

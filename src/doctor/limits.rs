@@ -6,6 +6,8 @@ use umem_wire::limits::LANES_MAX;
 
 use super::{Check, read, sudo};
 use crate::error::{Error, Result};
+use crate::memory::BLOCK_BYTES;
+use crate::memory::blocks::ISLANDS_MAX;
 use crate::priority::{Priority, go_first};
 
 /// Descriptors beside those of the lanes: standard streams, bells, QMP, regions and their
@@ -13,8 +15,8 @@ use crate::priority::{Priority, go_first};
 const DESCRIPTORS: u64 = 64;
 
 /// Descriptors of a lane: its socket, one for blocking writes, and its ring's: the ring, a duplicate,
-/// an eventfd, the demand ring's mailbox.
-const DESCRIPTORS_PER_LANE: u64 = 6;
+/// an eventfd, the demand ring's mailbox. With TLS the connection and the pump's end of the pair too.
+const DESCRIPTORS_PER_LANE: u64 = 8;
 
 /// Descriptors that `lanes` bulk lanes and a demand lane take.
 fn descriptors(lanes: u16) -> u64 {
@@ -115,6 +117,40 @@ pub(super) fn mappings() -> Check {
     }
 }
 
+/// Refuses regions whose blocks, as they become complete one by one, could split the guest's memory into
+/// more mappings than its process may have.
+///
+/// # Errors
+/// The limit, and the command that raises it.
+pub(crate) fn check_mappings(region_bytes: impl Iterator<Item = u64>) -> Result<()> {
+    match read("/proc/sys/vm/max_map_count").and_then(|text| text.parse().ok()) {
+        Some(limit) => mappings_within(limit, region_bytes),
+        // Unlimited, as far as can be seen.
+        None => Ok(()),
+    }
+}
+
+fn mappings_within(limit: u64, region_bytes: impl Iterator<Item = u64>) -> Result<()> {
+    let of_region = |bytes: u64| 1 + (bytes / BLOCK_BYTES).min(MAPPINGS_PER_REGION);
+    let needed = MAPPINGS_OF_MONITOR + region_bytes.map(of_region).sum::<u64>();
+    if needed <= limit {
+        return Ok(());
+    }
+    Err(Error::Environment(format!(
+        "the guest's memory may take {needed} mappings until it is complete, and vm.max_map_count is \
+         {limit}: run `{}sysctl -w vm.max_map_count={}` first",
+        sudo(),
+        needed.max(65_530)
+    )))
+}
+
+/// What islands of complete blocks make of one region, at most: each splits its mapping in two places
+/// (`src/memory/blocks.rs`), and only each second block can be one.
+const MAPPINGS_PER_REGION: u64 = 2 * ISLANDS_MAX as u64;
+
+/// What a monitor has beside its guest's memory: a QEMU with a graphical console some hundred.
+const MAPPINGS_OF_MONITOR: u64 = 1024;
+
 /// Asks for what a demand thread asks for, on a thread that ends with it.
 pub(super) fn priority() -> Check {
     let got = std::thread::spawn(go_first).join().unwrap_or(Priority::Unchanged);
@@ -179,6 +215,19 @@ mod tests {
         assert!(text.ends_with("prlimit --pid $$ --nofile=500:500"), "{text}");
         let text = limit(0, 1 << 20).raise_locked(4 << 20);
         assert!(text.ends_with("prlimit --pid $$ --memlock=4194304:4194304"), "{text}");
+    }
+
+    #[test]
+    fn memory_of_more_mappings_than_there_may_be_is_refused() {
+        let within = |limit, regions: &[u64]| mappings_within(limit, regions.iter().copied());
+        assert!(within(65_530, &[1 << 40; 16]).is_ok(), "the kernel's default");
+        // 4 GiB are 2,048 blocks; more of them split no more.
+        assert!(within(1024 + 2049, &[4 << 30]).is_ok());
+        assert!(within(1024 + 2049, &[8 << 30]).is_ok());
+        assert!(within(1024 + 3, &[4 << 20]).is_ok());
+        let text = within(1024 + 2048, &[8 << 30]).unwrap_err().to_string();
+        assert!(text.contains("may take 3073 mappings") && text.contains("is 3072"), "{text}");
+        assert!(text.contains("sysctl -w vm.max_map_count=65530`"), "{text}");
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //! three more options: it waits for an incoming migration and has a monitor on an inherited socket.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -120,7 +122,9 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     }
     let created: Vec<PathBuf> =
         start.ram.iter().filter(|ram| !ram.path.exists()).map(|ram| ram.path.clone()).collect();
+    created.iter().for_each(|path| make_private(path));
     let child = command.spawn().map_err(|error| {
+        remove(&created);
         let program = program.to_owned();
         Error::Host(match error.kind() {
             io::ErrorKind::NotFound => format!("cannot start {program}: no such program"),
@@ -310,9 +314,19 @@ impl Drop for Monitor {
         if let Some(child) = &mut self.child {
             let _ = child.wait();
         }
-        for path in &self.created {
-            let _ = std::fs::remove_file(path);
-        }
+        remove(&self.created);
+    }
+}
+
+/// Makes a RAM file that is its owner's alone, before COMMAND opens it: a QEMU would make one that
+/// everybody may read. Where it cannot be made COMMAND says why.
+fn make_private(path: &Path) {
+    let _ = File::options().write(true).create_new(true).mode(0o600).open(path);
+}
+
+fn remove(files: &[PathBuf]) {
+    for path in files {
+        let _ = std::fs::remove_file(path);
     }
 }
 

@@ -14,7 +14,7 @@ use super::block_pages;
 
 /// Islands of unregistered memory per region; each costs the guest up to two mappings, so this
 /// stays far below the kernel's default of 65,530 mappings a process even with 16 regions.
-const ISLANDS_MAX: u32 = 1024;
+pub(crate) const ISLANDS_MAX: u32 = 1024;
 
 /// The blocks of one region.
 pub(crate) struct Blocks {

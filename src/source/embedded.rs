@@ -15,6 +15,7 @@ use crate::inbox::Inbox;
 use crate::lane::{self, Lane};
 use crate::memory::region::RamFile;
 use crate::report::Completed;
+use crate::secure::Pass;
 use crate::uri::Uri;
 
 /// The way to the destination.
@@ -43,10 +44,13 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     let memory = Arc::new(SourceMemory::new(files, false));
     let session = lane::new_session()?;
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
+    // Who is there is the program's own matter: it can give connections that it has secured.
+    let pass = Pass::default();
     let (lanes, stays_local) = match way {
         Way::Dial { uri, lanes } => {
             let open = |index| {
-                lane::dial(&uri, &lane::hello(session, role(index), index, lanes, false), &wait)
+                let hello = lane::hello(session, role(index), index, lanes, false);
+                lane::dial(&uri, &hello, &pass, &wait)
             };
             ((0..=lanes).map(open).collect::<Result<Vec<_>>>()?, lane::stays_local(&uri))
         }
@@ -56,7 +60,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
             let open = |(index, socket)| {
                 let hello = lane::hello(session, role(index), index, count, false);
                 match count {
-                    0 => lane::open_shared(socket, &hello, &wait),
+                    0 => lane::open_shared(socket, &hello, &pass, &wait),
                     _ => lane::open(socket, &hello, &wait),
                 }
             };

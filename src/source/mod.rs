@@ -40,6 +40,7 @@ use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
 use crate::progress::{self, Progress};
 use crate::report::{Completed, CpuTime, Output};
+use crate::secure::{Pass, Security};
 use crate::single::Single;
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
@@ -67,6 +68,8 @@ pub struct Options {
     pub lanes: u16,
     /// Free the guest's RAM here as the destination gets it.
     pub release_ram: bool,
+    /// How lanes are secured.
+    pub security: Security,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
     /// What idle cores do while faults come.
@@ -141,13 +144,15 @@ pub fn run(options: &Options) -> Result<()> {
     // Before anything else makes descriptors.
     let single = Single::open(&options.uri)?;
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
-    migrate(options, socket).map_err(|error| match &mut command {
+    let pass = Pass::load(&options.security, &options.uri)?;
+    let migrated = migrate(options, socket, &pass);
+    migrated.map_err(|error| pass.explain(error)).map_err(|error| match &mut command {
         Some(command) => command.explain(error),
         None => error,
     })
 }
 
-fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
+fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Pass) -> Result<()> {
     let output = Output::new(options.json);
     let inbox = Inbox::new()?;
     let (host, ram) = guest(options)?;
@@ -156,17 +161,22 @@ fn migrate(options: &Options, socket: Option<OwnedFd>) -> Result<()> {
         .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
         .collect::<Result<Vec<_>>>()?;
     let memory = Arc::new(SourceMemory::new(files, options.release_ram));
-    let lanes = dial(options, socket, lane::new_session()?, &inbox)?;
+    let lanes = dial(options, socket, pass, lane::new_session()?, &inbox)?;
     output.event(
         "connected",
-        json!({ "uri": options.uri.to_string(), "lanes": options.lanes }),
+        json!({
+            "uri": options.uri.to_string(),
+            "lanes": options.lanes,
+            "security": pass.describe(),
+        }),
         &format!("connected to {}", options.uri),
     );
     let plan = Plan {
         postcopy: options.postcopy,
         background: options.background,
         has_monitor: options.qmp.is_some(),
-        stays_local: lane::stays_local(&options.uri),
+        // Behind TLS, lanes end at a pump in this process.
+        stays_local: pass.has_tls() || lane::stays_local(&options.uri),
         cores: &options.cores,
         idle_cores: options.idle_cores,
         order: options.order,
@@ -205,19 +215,20 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
 fn dial(
     options: &Options,
     socket: Option<OwnedFd>,
+    pass: &Pass,
     session: SessionId,
     inbox: &Inbox<Note>,
 ) -> Result<Vec<Lane>> {
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
     if let Some(socket) = socket {
         let hello = lane::hello(session, LaneRole::Demand, 0, 0, options.release_ram);
-        return Ok(vec![lane::open_shared(socket, &hello, &wait)?]);
+        return Ok(vec![lane::open_shared(socket, &hello, pass, &wait)?]);
     }
     (0..=options.lanes)
         .map(|index| {
             let acks = options.release_ram;
             let hello = lane::hello(session, role(index), index, options.lanes, acks);
-            lane::dial(&options.uri, &hello, &wait)
+            lane::dial(&options.uri, &hello, pass, &wait)
         })
         .collect()
 }

@@ -5,6 +5,7 @@
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
 //! - [`Serial`]: what our Linux guest says on its console
 //! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
+//! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //! - [`Fifo`]: lets another program go on
@@ -14,6 +15,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+mod certificates;
 mod destination;
 mod fifo;
 mod hugepages;
@@ -31,6 +33,7 @@ use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
+    certificates::{Authority, write_private},
     destination::LaneFromSource,
     fifo::Fifo,
     hugepages::{HugeFile, HugePages},

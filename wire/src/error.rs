@@ -63,6 +63,12 @@ pub enum HelloError {
     /// Bytes that must be zero are not.
     #[error("reserved bytes of the hello are not zero")]
     Reserved,
+    /// Proofs of a secret made in a way that this end does not know.
+    #[error("the peer proves secrets in way {0}, which is not known here")]
+    AuthVersion(u16),
+    /// The destination answered a nonce with something else.
+    #[error("the destination asks for no secret")]
+    NoNonce,
     /// The destination refused the lane, and says why.
     #[error("the destination refused: {text} ({code})")]
     Refused {

@@ -235,7 +235,7 @@ fn decode_refusal(bytes: &[u8; HELLO_BYTES]) -> Option<HelloError> {
     Some(HelloError::Refused { code, text })
 }
 
-fn check_zero(reserved: &[&[u8]]) -> Result<(), HelloError> {
+pub(crate) fn check_zero(reserved: &[&[u8]]) -> Result<(), HelloError> {
     match reserved.iter().all(|bytes| bytes.iter().all(|&byte| byte == 0)) {
         true => Ok(()),
         false => Err(HelloError::Reserved),

@@ -86,6 +86,9 @@
 //! The source's guest may run until the switchover frame is handed to the kernel, the destination's
 //! from the arrival of that frame: at no time both. [`source`] and [`destination`] draw the phases.
 //!
+//! Where both ends know a secret, each lane begins with a nonce from each end ([`auth`]), and hello and
+//! welcome prove with them that their senders know it.
+//!
 //! # Limits
 //!
 //! All in [`limits`]. No limit depends on what a peer says, and memory for a body grows only with
@@ -97,6 +100,7 @@
 //! the peer (a request for too many pages), and are typed errors where they would come in.
 #![forbid(unsafe_code)]
 
+pub mod auth;
 mod bytes;
 pub mod destination;
 pub mod error;
@@ -109,6 +113,7 @@ pub mod region;
 pub mod source;
 pub mod transmit;
 
+pub use auth::{Nonce, Opening};
 pub use error::{Error, FrameError, HelloError, PhaseError, ReceiveError, RegionError};
 pub use fault::{Fault, FaultCode};
 pub use frame::{Frame, HEADER_BYTES, Kind, Totals};

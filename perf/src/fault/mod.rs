@@ -160,7 +160,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for &pages in &options.into.0 {
         subjects.extend(Answers::ALL.map(|answers| Subject { pages, answers, turns: Vec::new() }));
     }
-    let route = Route { umem: &umem, namespaces: None };
+    let route = Route { umem: &umem, namespaces: None, tls_creds: None };
     for round in 1..=options.rounds {
         for subject in &mut subjects {
             let (pages, answers) = (subject.pages, subject.answers);

@@ -13,7 +13,6 @@ mod ram;
 mod threads;
 
 use std::io::Write;
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
+use crate::lane::bind_private;
 use crate::report::Latency;
 
 use pattern::Pattern;
@@ -113,7 +113,7 @@ pub fn run(options: &Options) -> Result<()> {
         machine.fill();
     }
     let _ = std::fs::remove_file(&options.qmp);
-    let listener = UnixListener::bind(&options.qmp)
+    let listener = bind_private(&options.qmp)
         .context(|| format!("the guest's monitor {}", options.qmp.display()))?;
     machine.start_threads(options.threads)?;
     if !options.incoming {

@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::ptr::NonNull;
 
@@ -136,6 +137,7 @@ fn open(ram: &RamPath, bytes: u64) -> Result<File> {
         .read(true)
         .write(true)
         .create(true)
+        .mode(0o600)
         .truncate(false)
         .open(&ram.path)
         .map_err(|error| failed(error.to_string()))?;

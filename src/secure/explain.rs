@@ -1,0 +1,85 @@
+//! What TLS's errors mean, for the person who has to do something about them.
+
+use rustls::{AlertDescription, CertificateError, Error, InconsistentKeys, InvalidMessage};
+
+/// Why a connection is not to be trusted, or does not trust us; of "it", the other side.
+pub(super) fn failure(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(error) => format!("its certificate {}", certificate(error)),
+        Error::NoCertificatesPresented => "it shows no certificate".into(),
+        Error::AlertReceived(alert) => refused(*alert),
+        Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+            "it does not speak TLS; was it started with --tls-creds?".into()
+        }
+        Error::PeerIncompatible(what) => {
+            format!("its TLS is not ours ({what:?}); we speak TLS 1.3")
+        }
+        Error::DecryptError => "what came is not what it sent".into(),
+        other => other.to_string(),
+    }
+}
+
+fn certificate(error: &CertificateError) -> String {
+    match error {
+        CertificateError::UnknownIssuer => {
+            "is signed by nobody in our ca-cert.pem: both sides need the same authority's".into()
+        }
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            "has expired: make a new one, or set the clock".into()
+        }
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            "is not valid yet: set the clocks".into()
+        }
+        CertificateError::Revoked => "has been revoked (ca-crl.pem)".into(),
+        CertificateError::ExpiredRevocationList
+        | CertificateError::ExpiredRevocationListContext { .. } => {
+            "cannot be checked: our ca-crl.pem has expired".into()
+        }
+        CertificateError::NotValidForNameContext { expected, presented } => {
+            let presented = match presented.as_slice() {
+                [] => "no name at all (umem looks for alternative names)".into(),
+                names => names.join(", "),
+            };
+            format!(
+                "is not for {}, but for {presented}: name one of those with --tls-hostname",
+                expected.to_str()
+            )
+        }
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+            "is not for this: a destination needs one for servers, a source one for clients".into()
+        }
+        other => format!("is not valid: {other}"),
+    }
+}
+
+/// An alert says what the other side does not like of ours.
+fn refused(alert: AlertDescription) -> String {
+    let why = match alert {
+        AlertDescription::UnknownCA => {
+            "does not accept our certificate: nobody in its ca-cert.pem has signed it"
+        }
+        AlertDescription::CertificateExpired => {
+            "does not accept our certificate: by its clock it is too old, or too new"
+        }
+        AlertDescription::CertificateRevoked => "does not accept our certificate: it is revoked",
+        AlertDescription::CertificateRequired => "wants a certificate, and we showed none",
+        AlertDescription::BadCertificate
+        | AlertDescription::CertificateUnknown
+        | AlertDescription::UnsupportedCertificate
+        | AlertDescription::AccessDenied => {
+            "does not accept our certificate; its own message says why"
+        }
+        other => return format!("it ended TLS with an alert ({other:?})"),
+    };
+    format!("it {why}")
+}
+
+/// Why a certificate and a key of ours are of no use.
+pub(super) fn pair(error: &Error) -> String {
+    match error {
+        Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            "the key beside it is not this certificate's".into()
+        }
+        other => other.to_string(),
+    }
+}

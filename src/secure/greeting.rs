@@ -1,0 +1,124 @@
+//! A connection that a source has made, up to the welcome: TLS and proofs of the secret, if there are to
+//! be any, and the hello behind them. Signals end every wait.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, send};
+use umem_wire::{HELLO_BYTES, Hello, HelloError, Nonce, Welcome};
+
+use super::{Challenge, Pass};
+use crate::error::{Error, Result};
+use crate::lane::{HelloBytes, Lane, Wait};
+
+/// Makes a connection a lane: TLS and proofs of the secret, if there are to be any, hello and welcome.
+pub(crate) fn introduce(
+    lane: Lane,
+    hello: &Hello,
+    pass: &Pass,
+    limit: Option<Duration>,
+    wait: Wait<'_>,
+) -> Result<Lane> {
+    let lane = pass.wrap(lane, limit, wait)?.assign(hello.role, hello.index);
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    Greeting { lane: &lane, deadline, wait }.run(hello, pass.challenge()?)?;
+    Ok(lane)
+}
+
+/// A hello on its way, and the answer to it.
+struct Greeting<'a> {
+    lane: &'a Lane,
+    deadline: Option<Instant>,
+    wait: Wait<'a>,
+}
+
+impl Greeting<'_> {
+    fn run(&self, hello: &Hello, challenge: Option<Challenge>) -> Result<()> {
+        let (hello, proven) = match challenge {
+            None => (hello.clone(), None),
+            Some(challenge) => {
+                self.say(&challenge.ask())?;
+                let answer = Nonce::decode_answer(&self.hear()?);
+                let answer = answer.map_err(|error| self.refused(error))?;
+                let (hello, proven) = challenge.prove(answer, hello);
+                (hello, Some(proven))
+            }
+        };
+        self.say(&hello.encode())?;
+        let welcome = Welcome::decode(&self.hear()?).map_err(|error| self.refused(error))?;
+        if proven.is_some_and(|proven| !proven.accepts(&welcome)) {
+            let what = "it does not know the secret; give both sides the same --secret-file";
+            return Err(Error::Insecure { side: "destination", what: what.into() });
+        }
+        self.check(&welcome, &hello)
+    }
+
+    fn check(&self, welcome: &Welcome, hello: &Hello) -> Result<()> {
+        welcome.check(hello).map_err(|error| Error::protocol(&self.lane.name, error))?;
+        if welcome.capabilities.contains(hello.capabilities) {
+            return Ok(());
+        }
+        Err(Error::Unsupported(
+            "the destination does not acknowledge pages, so that they could not be freed here: leave \
+             out --release-ram, or use a newer umem there"
+                .into(),
+        ))
+    }
+
+    fn say(&self, bytes: &[u8; HELLO_BYTES]) -> Result<()> {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            self.wait(PollFlags::POLLOUT)?;
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(self.lane.as_fd().as_raw_fd(), &bytes[sent..], flags) {
+                Ok(count) => sent += count,
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(errno) => return Err(self.lost(&errno.into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&self) -> Result<[u8; HELLO_BYTES]> {
+        let mut answer = HelloBytes::new();
+        loop {
+            self.wait(PollFlags::POLLIN)?;
+            match answer.read(self.lane) {
+                Ok(Some(bytes)) => return Ok(bytes),
+                Ok(None) => {}
+                Err(error) => return Err(self.lost(&error)),
+            }
+        }
+    }
+
+    fn wait(&self, flags: PollFlags) -> Result<()> {
+        let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        match (self.wait)(&[(self.lane.as_fd(), flags)], left)? {
+            true => Ok(()),
+            false => Err(self.lost(&io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    fn refused(&self, error: HelloError) -> Error {
+        match error {
+            HelloError::Refused { code, text } => Error::Peer { side: "destination", code, text },
+            other => Error::protocol(&self.lane.name, other),
+        }
+    }
+
+    fn lost(&self, error: &io::Error) -> Error {
+        if let Some(cause) = self.lane.cause() {
+            return Error::Insecure { side: "destination", what: cause.into() };
+        }
+        Error::Lost {
+            side: "destination",
+            lane: self.lane.name.clone(),
+            what: format!(
+                "no welcome: {error}; check that it is `umem incoming` that listens there"
+            ),
+        }
+    }
+}

@@ -1,0 +1,375 @@
+//! The thread between a TLS connection and a lane: one a lane, which encrypts what the lane sends and
+//! decrypts what comes for it.
+//!
+//! ```text
+//! lane's ring <-- socket pair --> pump: plaintext | records <-- TCP --> the other side's pump
+//! ```
+//!
+//! It takes from the lane only when all records have left, and from the connection only when the lane has
+//! taken everything, so that it holds one buffer each way and both ends feel the other's pace. When the
+//! lane closes, what it has sent still goes out, then the notice that nothing more comes; when such a
+//! notice comes, the lane's end shows behind the last byte. A connection that ends without one has been
+//! cut: the lane ends too, and [`Fate`] says why.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, setsockopt, shutdown,
+    socketpair, sockopt,
+};
+use umem_wire::LaneRole;
+use umem_wire::limits::LANES_MAX;
+
+use super::explain;
+use super::session::{Handshake, Session};
+use crate::error::{Context, Error, Result};
+use crate::lane::Lane;
+use crate::priority;
+
+/// Bytes that are taken from a lane and encrypted at once: eight records, which fit a processor's second
+/// cache beside their plaintext.
+const CHUNK_BYTES: usize = 128 << 10;
+
+/// How long a connection may stand still after its lane has closed, before it is given up.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// Connections that broke and are remembered: all of a session's lanes.
+const CAUSES_MAX: usize = LANES_MAX as usize + 1;
+
+/// What became of a lane's TLS connection.
+pub(crate) struct Fate {
+    /// Why it broke, set before the lane sees its end.
+    cause: OnceLock<String>,
+    lane: OnceLock<String>,
+    /// 0, or 1 + the lane's role, until the pump has heard of it.
+    role: AtomicU8,
+}
+
+impl Fate {
+    fn new() -> Fate {
+        Fate { cause: OnceLock::new(), lane: OnceLock::new(), role: AtomicU8::new(0) }
+    }
+
+    pub(super) fn unnamed() -> Arc<Fate> {
+        Arc::new(Fate::new())
+    }
+
+    pub(super) fn named(lane: String) -> Arc<Fate> {
+        let fate = Fate::new();
+        let _ = fate.lane.set(lane);
+        Arc::new(fate)
+    }
+
+    /// What the lane is for: its pump goes before others as the lane's own thread does.
+    pub(crate) fn assign(&self, lane: &str, role: LaneRole) {
+        let _ = self.lane.set(lane.to_owned());
+        self.role.store(1 + role as u8, Relaxed);
+    }
+
+    /// Why the connection broke, if it did.
+    pub(crate) fn cause(&self) -> Option<&str> {
+        self.cause.get().map(String::as_str)
+    }
+}
+
+/// All pumps of one side. When it goes they end: what lanes have sent leaves first.
+#[derive(Default)]
+pub(super) struct Pumps(Mutex<Vec<Running>>);
+
+struct Running {
+    fate: Arc<Fate>,
+    thread: JoinHandle<()>,
+    /// The lane's end, which is closed when nobody needs it any more.
+    lane: Weak<OwnedFd>,
+}
+
+impl Pumps {
+    /// Puts a pump before a connection whose handshake is over, and gives back the lane behind it.
+    pub(super) fn start(&self, lane: Lane, handshake: Handshake, fate: Arc<Fate>) -> Result<Lane> {
+        let (mut session, plain) = handshake.finish();
+        let (ours, theirs) = pair(lane.queue_bytes).context(|| "socketpair")?;
+        session.widen();
+        let mut pump = Pump {
+            connection: lane.socket(),
+            lane: theirs,
+            chunk: vec![0; CHUNK_BYTES],
+            heard_all: session.peer_has_closed(),
+            plain,
+            session,
+            given: 0,
+            lane_ended: None,
+            said_all: false,
+            told_end: false,
+            is_cut: false,
+            fate: fate.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("umem-tls".into())
+            .spawn(move || pump.run())
+            .context(|| "starting thread umem-tls")?;
+        let lane = lane.behind(ours, fate.clone());
+        let running = Running { fate, thread, lane: Arc::downgrade(&lane.socket()) };
+        let mut pumps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        forget_ended(&mut pumps);
+        pumps.push(running);
+        Ok(lane)
+    }
+
+    /// Adds to the error of a lost lane why its connection broke, where TLS knows.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        let Error::Lost { side, lane, what } = error else {
+            return error;
+        };
+        let pumps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fates = pumps.iter().rev().map(|pump| &pump.fate);
+        let mut of_lane = fates.filter(|fate| fate.lane.get() == Some(&lane));
+        let what = match of_lane.find_map(|fate| fate.cause()) {
+            Some(cause) => format!("{what} (TLS: {cause})"),
+            None => what,
+        };
+        Error::Lost { side, lane, what }
+    }
+}
+
+/// Keeps of those that have ended only the last that broke, for [`Pumps::explain`].
+fn forget_ended(pumps: &mut Vec<Running>) {
+    let tells = |pump: &Running| pump.fate.cause().is_some() && pump.fate.lane.get().is_some();
+    pumps.retain(|pump| !pump.thread.is_finished() || tells(pump));
+    let ended = pumps.iter().filter(|pump| pump.thread.is_finished()).count();
+    let mut too_many = ended.saturating_sub(CAUSES_MAX);
+    pumps.retain(|pump| {
+        let goes = too_many > 0 && pump.thread.is_finished();
+        too_many -= usize::from(goes);
+        !goes
+    });
+}
+
+impl Drop for Pumps {
+    fn drop(&mut self) {
+        let pumps = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for pump in pumps.iter() {
+            if let Some(lane) = pump.lane.upgrade() {
+                // Somebody still has it, who has nothing to say any more.
+                let _ = shutdown(lane.as_raw_fd(), Shutdown::Both);
+            }
+        }
+        for pump in pumps.drain(..) {
+            let _ = pump.thread.join();
+        }
+    }
+}
+
+/// A lane's end and the pump's, which queue so many bytes.
+fn pair(queue_bytes: u32) -> nix::Result<(OwnedFd, OwnedFd)> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
+    for socket in [&ours, &theirs] {
+        let bytes = queue_bytes as usize;
+        // Past the system's limit it takes a privilege, without which that limit is what there is.
+        if setsockopt(socket, sockopt::SndBufForce, &bytes).is_err() {
+            setsockopt(socket, sockopt::SndBuf, &bytes)?;
+        }
+    }
+    Ok((ours, theirs))
+}
+
+struct Pump {
+    connection: Arc<OwnedFd>,
+    lane: OwnedFd,
+    session: Session,
+    /// What the lane has sent, before it is encrypted.
+    chunk: Vec<u8>,
+    /// What has come for the lane; it has taken `given` bytes.
+    plain: Vec<u8>,
+    given: usize,
+    /// The lane sends nothing any more, since when something last moved.
+    lane_ended: Option<Instant>,
+    /// Nothing more leaves.
+    said_all: bool,
+    /// Nothing more comes.
+    heard_all: bool,
+    /// The lane has been shown so.
+    told_end: bool,
+    /// The connection is of no more use.
+    is_cut: bool,
+    fate: Arc<Fate>,
+}
+
+impl Pump {
+    fn run(&mut self) {
+        loop {
+            self.take_role();
+            let sent = self.take_from_lane() | self.send();
+            let received = self.receive() | self.give_to_lane();
+            let is_done = self.is_cut || (self.said_all && self.heard_all);
+            if is_done && self.plain.is_empty() {
+                return;
+            }
+            if sent || received {
+                self.lane_ended = self.lane_ended.map(|_| Instant::now());
+            } else if !self.wait() {
+                return;
+            }
+        }
+    }
+
+    /// Demand pages go first, as in the threads of their lanes.
+    fn take_role(&self) {
+        if self.fate.role.load(Relaxed) == 0 {
+            return;
+        }
+        let role = self.fate.role.swap(0, Relaxed) - 1;
+        if role == LaneRole::Demand as u8 {
+            priority::go_first();
+        } else {
+            priority::go_early();
+        }
+    }
+
+    /// Encrypts what the lane has sent, or its end, if everything before it has left.
+    fn take_from_lane(&mut self) -> bool {
+        if self.lane_ended.is_some() || self.is_cut || self.session.has_outgoing() {
+            return false;
+        }
+        let made = match recv(self.lane.as_raw_fd(), &mut self.chunk, MsgFlags::MSG_DONTWAIT) {
+            Ok(count) if count > 0 => self.session.encrypt(&self.chunk[..count]),
+            Err(Errno::EAGAIN | Errno::EINTR) => return false,
+            // It has closed, with or without having read everything.
+            Ok(_) | Err(_) => {
+                self.lane_ended = Some(Instant::now());
+                self.session.close()
+            }
+        };
+        if let Err(error) = made {
+            self.cut(explain::failure(&error));
+        }
+        true
+    }
+
+    /// Sends records; after the last of them the connection's end.
+    fn send(&mut self) -> bool {
+        let mut moved = false;
+        while self.session.has_outgoing() && !self.said_all {
+            match self.session.send(&self.connection) {
+                Ok(_) => moved = true,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return moved,
+                Err(errno) => {
+                    // What has come before it broke may still be read.
+                    let _ = self.fate.cause.set(errno.desc().into());
+                    self.lane_ended.get_or_insert_with(Instant::now);
+                    self.said_all = true;
+                    return true;
+                }
+            }
+        }
+        if self.lane_ended.is_some() && !self.said_all {
+            let _ = shutdown(self.connection.as_raw_fd(), Shutdown::Write);
+            self.said_all = true;
+            moved = true;
+        }
+        moved
+    }
+
+    /// Decrypts what has come, if the lane has taken everything before it.
+    fn receive(&mut self) -> bool {
+        if self.heard_all || self.is_cut || !self.plain.is_empty() {
+            return false;
+        }
+        match self.session.receive(&self.connection) {
+            Ok(0) => {
+                self.heard_all = true;
+                if !self.session.peer_has_closed() {
+                    self.cut("the connection was cut without notice".into());
+                }
+            }
+            Ok(_) => {
+                if let Err(error) = self.session.read(&mut self.plain) {
+                    // The other side is told why; it may have gone.
+                    let _ = self.session.send(&self.connection);
+                    self.cut(explain::failure(&error));
+                } else if self.session.peer_has_closed() {
+                    self.heard_all = true;
+                }
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => return false,
+            Err(errno) => self.cut(errno.desc().into()),
+        }
+        true
+    }
+
+    /// Hands over what has been decrypted; after the last of it the lane's end.
+    fn give_to_lane(&mut self) -> bool {
+        let mut moved = false;
+        while self.given < self.plain.len() {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(self.lane.as_raw_fd(), &self.plain[self.given..], flags) {
+                Ok(count) => {
+                    self.given += count;
+                    moved = true;
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return moved,
+                // It has closed; nobody wants the rest.
+                Err(_) => self.given = self.plain.len(),
+            }
+        }
+        self.plain.clear();
+        self.given = 0;
+        if self.heard_all && !self.told_end {
+            let _ = shutdown(self.lane.as_raw_fd(), Shutdown::Write);
+            self.told_end = true;
+            moved = true;
+        }
+        moved
+    }
+
+    /// The connection is lost. What has come is still handed over, and then this ends.
+    fn cut(&mut self, cause: String) {
+        let _ = self.fate.cause.set(cause);
+        self.is_cut = true;
+    }
+
+    /// Waits until something can move. False: nothing has, for too long.
+    fn wait(&mut self) -> bool {
+        let is_whole = !self.is_cut;
+        let takes = is_whole && self.lane_ended.is_none() && !self.session.has_outgoing();
+        let gives = !self.plain.is_empty();
+        let sends = is_whole && self.session.has_outgoing() && !self.said_all;
+        let receives = is_whole && !gives && !self.heard_all;
+        let flags = |input, output| {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::POLLIN, input);
+            flags.set(PollFlags::POLLOUT, output);
+            flags
+        };
+        let (at_lane, at_connection) = (flags(takes, gives), flags(receives, sends));
+        let mut fds: Vec<PollFd<'_>> =
+            [(self.lane.as_fd(), at_lane), (self.connection.as_fd(), at_connection)]
+                .into_iter()
+                // One that nothing is asked of would tell that it was closed, for ever.
+                .filter(|(_, flags)| !flags.is_empty())
+                .map(|(fd, flags)| PollFd::new(fd, flags))
+                .collect();
+        let left =
+            self.lane_ended.map(|at| (at + LINGER).saturating_duration_since(Instant::now()));
+        let timeout = match left {
+            None => PollTimeout::NONE,
+            Some(left) => PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX),
+        };
+        match poll(&mut fds, timeout) {
+            Ok(0) => false,
+            Ok(_) | Err(_) => true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

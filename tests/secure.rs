@@ -1,0 +1,579 @@
+//! Who may connect: TLS with certificates on both sides, the shared secret, and addresses that are open.
+
+mod support;
+
+use std::fs::{self, File, Permissions};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use nix::sys::signal::Signal;
+use rcgen::{SerialNumber, date_time_ymd};
+use ring::hmac;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, Stream};
+use serde_json::Value;
+use support::{Authority, DEADLINE, Scratch, Umem, wait_for, write_private};
+use umem_wire::{Capabilities, HELLO_BYTES, Hello, LaneRole, Nonce, PROTOCOL, SessionId, Welcome};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+const MIB: u64 = 8;
+const SECRET: &str = "a secret of ours, and long enough";
+
+/// A snapshot with data, zeroes and holes, and where it is to go.
+struct Move {
+    scratch: Scratch,
+}
+
+impl Move {
+    fn new() -> Move {
+        let scratch = Scratch::new();
+        let file = File::create(scratch.ram("source")).unwrap();
+        file.set_len(MIB << 20).unwrap();
+        for page in (0..MIB << 8).filter(|page| page % 4 != 0) {
+            let bytes: Vec<u8> = (0..4096u64).map(|at| (page * 7 + at * 13) as u8).collect();
+            file.write_all_at(&bytes, page * 4096).unwrap();
+        }
+        Move { scratch }
+    }
+
+    fn secret(&self, name: &str, text: &str) -> String {
+        let path = self.scratch.path(name);
+        write_private(&path, text);
+        path.display().to_string()
+    }
+
+    fn incoming(&self, uri: &str, security: &[&str]) -> (Umem, String) {
+        let mut incoming = Umem::start(self.incoming_arguments(uri, security));
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        (incoming, uri)
+    }
+
+    fn incoming_arguments(&self, uri: &str, security: &[&str]) -> Vec<String> {
+        let ram = format!("ram0={}", self.scratch.ram("destination").display());
+        let qmp = self.scratch.path("guest.qmp").display().to_string();
+        let mib = MIB.to_string();
+        let umem =
+            ["incoming", "--json", "--ram", &ram].into_iter().chain(security.iter().copied());
+        let guest = [uri, "--", UMEM, "guest", "--incoming", "--threads", "0", "--ram", &ram];
+        let umem = umem.chain(guest).chain(["--size", &mib, "--qmp", &qmp]);
+        umem.map(str::to_owned).collect()
+    }
+
+    fn migrate(&self, uri: &str, security: &[&str]) -> Umem {
+        let ram = format!("ram0={}", self.scratch.ram("source").display());
+        let arguments = ["migrate", "-p", "--json", "--ram", &ram];
+        Umem::start(arguments.into_iter().chain(security.iter().copied()).chain([uri]))
+    }
+
+    /// Both sides to their end, and every byte.
+    fn succeeds(&self, mut incoming: Umem, mut migrate: Umem, security: &str) {
+        assert_eq!(migrate.event("connected")["security"], security);
+        migrate.event("completed");
+        assert_eq!(incoming.event("connected")["security"], security);
+        incoming.event("completed");
+        migrate.succeeds();
+        let bytes = |name| fs::read(self.scratch.ram(name)).unwrap();
+        assert!(bytes("source") == bytes("destination"), "every byte is equal");
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn says(umem: &Umem, text: &str) {
+    wait_for(format!("{text:?} on stderr"), || umem.stderr().contains(text).then_some(()));
+}
+
+fn socket(uri: &str) -> TcpStream {
+    let stream = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream
+}
+
+/// Runs the demo with these options of both sides.
+fn demo(arguments: &[&str]) -> Value {
+    let output = Command::new(UMEM).args(["demo", "--json"]).args(arguments).output().unwrap();
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
+    serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
+}
+
+#[test]
+fn a_guest_moves_behind_tls_and_every_word_is_right() {
+    let scratch = Scratch::new();
+    let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
+    for options in [
+        &["--size", "128", "--lanes", "3"][..],
+        &["--size", "64", "--kind", "private", "--postcopy-flags", "1"],
+        &["--size", "64", "--kind", "anonymous", "--discard"],
+        &["--size", "64", "--precopy"],
+    ] {
+        let report = demo(&[options, &["--tls-creds", text(&creds)]].concat());
+        assert_eq!(report["bad_pages"], 0, "{report}");
+        assert_eq!(report["guest_writes_lost"], 0, "{report}");
+        assert!(report["verified_pages"].as_u64() >= Some(64 * 256), "{report}");
+    }
+}
+
+#[test]
+fn a_guest_moves_with_a_secret() {
+    let moving = Move::new();
+    let secret = moving.secret("secret", SECRET);
+    let report = demo(&["--size", "64", "--lanes", "2", "--secret-file", &secret]);
+    assert_eq!(report["bad_pages"], 0, "{report}");
+}
+
+#[test]
+fn every_kind_of_address_takes_tls_and_a_secret() {
+    let moving = Move::new();
+    let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "there.example");
+    let (secret, same) = (moving.secret("one", SECRET), moving.secret("other", SECRET));
+    let tls = ["--tls-creds", text(&creds)];
+    let named = [&tls[..], &["--tls-hostname", "there.example"]].concat();
+    let unix = format!("unix:{}", moving.scratch.path("lanes").display());
+
+    for (uri, ours, theirs, security) in [
+        ("tcp:127.0.0.1:0", &tls[..], &named[..], "tls"),
+        (&unix, &tls, &named, "tls"),
+        (&unix, &["--secret-file", &secret], &["--secret-file", &same], "secret"),
+    ] {
+        let moving = Move::new();
+        let (incoming, uri) = moving.incoming(uri, ours);
+        let migrate = moving.migrate(&uri, &[theirs, &["--lanes", "2"]].concat());
+        moving.succeeds(incoming, migrate, security);
+    }
+
+    let ours = [&tls[..], &["--secret-file", &secret]].concat();
+    let theirs = [&named[..], &["--secret-file", &same]].concat();
+    let (left, right) = UnixStream::pair().unwrap();
+    let incoming = Umem::start_inheriting(&left, 17, moving.incoming_arguments("fd:17", &ours));
+    let ram = format!("ram0={}", moving.scratch.ram("source").display());
+    let arguments = [&["migrate", "-p", "--json", "--ram", &ram, "fd:18"][..], &theirs].concat();
+    let migrate = Umem::start_inheriting(&right, 18, arguments);
+    drop((left, right));
+    moving.succeeds(incoming, migrate, "tls+secret");
+}
+
+/// Whoever is refused learns why, the destination says who came, and the right one still gets in.
+#[test]
+fn who_shows_no_good_certificate_is_not_let_in() {
+    let moving = Move::new();
+    let ours = Authority::new("ours");
+    let creds = |name: &str| ours.credentials(&moving.scratch, name, "127.0.0.1");
+    let destination = creds("destination");
+    ours.revoke(&destination, 77);
+    let (mut incoming, uri) =
+        moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&destination)]);
+
+    let stranger = creds("stranger");
+    Authority::new("somebody's").write(&stranger, "client", &["x"], |_| {});
+    let expired = creds("expired");
+    ours.write(&expired, "client", &["x"], |params| {
+        params.not_before = date_time_ymd(2020, 1, 1);
+        params.not_after = date_time_ymd(2021, 1, 1);
+    });
+    let revoked = creds("revoked");
+    ours.write(&revoked, "client", &["x"], |params| {
+        params.serial_number = Some(SerialNumber::from(77));
+    });
+    let server = creds("server");
+    fs::copy(server.join("server-cert.pem"), server.join("client-cert.pem")).unwrap();
+    fs::copy(server.join("server-key.pem"), server.join("client-key.pem")).unwrap();
+
+    for (creds, theirs, ours) in [
+        (&stranger, "it does not accept our certificate", "signed by nobody in our ca-cert.pem"),
+        (&expired, "it does not accept our certificate", "has expired"),
+        (&revoked, "it does not accept our certificate", "has been revoked"),
+        (&server, "it does not accept our certificate", "a source one for clients"),
+    ] {
+        let error = moving.migrate(&uri, &["--tls-creds", text(creds)]).fails();
+        assert!(error.contains("no secure connection to the destination"), "{error}");
+        assert!(error.contains(theirs), "{ours}: {error}");
+        says(&incoming, ours);
+    }
+    let error = moving.migrate(&uri, &[]).fails();
+    assert!(error.contains("TLS alone here: give --tls-creds"), "{error}");
+    says(&incoming, "refused: TLS alone here");
+    assert!(incoming.is_running());
+
+    let good = creds("good");
+    let migrate = moving.migrate(&uri, &["--tls-creds", text(&good)]);
+    moving.succeeds(incoming, migrate, "tls");
+}
+
+#[test]
+fn a_source_sends_nothing_to_who_shows_no_good_certificate() {
+    let moving = Move::new();
+    let ours = Authority::new("ours");
+    let creds = ours.credentials(&moving.scratch, "tls", "elsewhere.example");
+    let stranger = Authority::new("strangers'").credentials(&moving.scratch, "x", "127.0.0.1");
+    let secret = moving.secret("secret", SECRET);
+
+    let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
+    let error = moving.migrate(&uri, &["--tls-creds", text(&creds)]).fails();
+    let hint = "is not for 127.0.0.1, but for DnsName(\"elsewhere.example\")";
+    assert!(error.contains(hint) && error.contains("--tls-hostname"), "{error}");
+    let error = moving.migrate(&uri, &["--tls-creds", text(&stranger)]).fails();
+    assert!(error.contains("signed by nobody in our ca-cert.pem"), "{error}");
+    says(&incoming, "TLS: it does not accept our certificate");
+    let named = ["--tls-creds", text(&creds), "--tls-hostname", "elsewhere.example"];
+    moving.succeeds(incoming, moving.migrate(&uri, &named), "tls");
+
+    // One that knows nothing of TLS.
+    let moving = Move::new();
+    let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
+    let error = moving.migrate(&uri, &named).fails();
+    assert!(error.contains("was it started with --tls-creds?"), "{error}");
+    says(&incoming, "it speaks TLS, and --tls-creds is not given here");
+    let migrate = moving.migrate(&uri, &["--secret-file", &secret]);
+    moving.succeeds(incoming, migrate, "secret");
+}
+
+/// A source of the test's own, which shows the certificate of `creds`, if any.
+fn tls(creds: &Path, with_certificate: bool) -> ClientConnection {
+    let pem = |name: &str| fs::read(creds.join(name)).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(&pem("ca-cert.pem")).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    let config = match with_certificate {
+        false => config.with_no_client_auth(),
+        true => config
+            .with_client_auth_cert(
+                vec![CertificateDer::from_pem_slice(&pem("client-cert.pem")).unwrap()],
+                PrivateKeyDer::from_pem_slice(&pem("client-key.pem")).unwrap(),
+            )
+            .unwrap(),
+    };
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    ClientConnection::new(Arc::new(config), name).unwrap()
+}
+
+fn hello() -> Hello {
+    Hello {
+        versions: PROTOCOL,
+        capabilities: Capabilities::NONE,
+        session: SessionId([7; 16]),
+        role: LaneRole::Demand,
+        index: 0,
+        bulk_lanes: 0,
+        proof: [0; 32],
+    }
+}
+
+#[test]
+fn who_shows_no_certificate_at_all_is_not_let_in() {
+    let moving = Move::new();
+    let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
+    let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
+    let (mut session, mut stream) = (tls(&creds, false), socket(&uri));
+    let mut tls = Stream::new(&mut session, &mut stream);
+    // A client's handshake is over before the server has looked; the answer is an alert.
+    let error = tls
+        .write_all(&hello().encode())
+        .and_then(|()| tls.read_exact(&mut [0; HELLO_BYTES]))
+        .unwrap_err();
+    assert!(error.to_string().contains("CertificateRequired"), "{error}");
+    says(&incoming, "TLS: it shows no certificate");
+    let migrate = moving.migrate(&uri, &["--tls-creds", text(&creds)]);
+    moving.succeeds(incoming, migrate, "tls");
+}
+
+/// Strangers who say nothing, or begin and stop, are listened to beside everybody else.
+#[test]
+fn who_says_nothing_holds_nobody_up() {
+    let moving = Move::new();
+    let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
+    let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
+    let silent: Vec<TcpStream> = (0..3).map(|_| socket(&uri)).collect();
+    let mut begun = socket(&uri);
+    let mut hello = Vec::new();
+    tls(&creds, true).write_tls(&mut hello).unwrap();
+    begun.write_all(&hello[..hello.len() / 2]).unwrap();
+    // One whose handshake is over, and whose hello never comes.
+    let (mut session, mut stream) = (tls(&creds, true), socket(&uri));
+    while session.is_handshaking() {
+        session.complete_io(&mut stream).unwrap();
+    }
+    let migrate = moving.migrate(&uri, &["--tls-creds", text(&creds)]);
+    moving.succeeds(incoming, migrate, "tls");
+    drop((silent, begun, stream));
+}
+
+#[test]
+fn a_handshake_can_be_interrupted() {
+    let moving = Move::new();
+    let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
+    let tls = ["--tls-creds", text(&creds)];
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let mut migrate = moving.migrate(&uri, &tls);
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.read_exact(&mut [0; 16]).unwrap();
+    migrate.signal(Signal::SIGINT);
+    let error = migrate.fails();
+    assert!(error.contains("interrupted; the guest goes on here"), "{error}");
+
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &tls);
+    let stream = socket(&uri);
+    incoming.signal(Signal::SIGINT);
+    let error = incoming.fails();
+    assert!(error.contains("interrupted; no guest had arrived"), "{error}");
+    drop(stream);
+}
+
+/// Who can only cut the connection cannot make it look like an end in order.
+#[test]
+fn a_connection_that_is_cut_is_not_one_that_has_ended() {
+    for is_cut in [true, false] {
+        let moving = Move::new();
+        let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
+        let (mut incoming, uri) =
+            moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
+        let (mut session, mut stream) = (tls(&creds, true), socket(&uri));
+        let mut tls = Stream::new(&mut session, &mut stream);
+        tls.write_all(&hello().encode()).unwrap();
+        let mut welcome = [0; HELLO_BYTES];
+        tls.read_exact(&mut welcome).unwrap();
+        Welcome::decode(&welcome).unwrap().check(&hello()).unwrap();
+        incoming.event("connected");
+        if !is_cut {
+            session.send_close_notify();
+            session.complete_io(&mut stream).unwrap();
+        }
+        drop(stream);
+        let error = incoming.fails();
+        assert!(error.contains("the source closed it"), "{error}");
+        assert_eq!(error.contains("TLS: the connection was cut without notice"), is_cut, "{error}");
+    }
+}
+
+/// Rubbish in place of a record is an error of that lane, which both ends hear of.
+#[test]
+fn a_record_that_was_changed_on_its_way_ends_the_lane() {
+    let moving = Move::new();
+    let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
+    let (mut session, mut stream) = (tls(&creds, true), socket(&uri));
+    let mut tls = Stream::new(&mut session, &mut stream);
+    tls.write_all(&hello().encode()).unwrap();
+    tls.read_exact(&mut [0; HELLO_BYTES]).unwrap();
+    incoming.event("connected");
+    session.writer().write_all(&[1; 64]).unwrap();
+    let mut record = Vec::new();
+    session.write_tls(&mut record).unwrap();
+    *record.last_mut().unwrap() ^= 1;
+    stream.write_all(&record).unwrap();
+    let error = Stream::new(&mut session, &mut stream).read(&mut [0; 1]).unwrap_err();
+    assert!(error.to_string().contains("BadRecordMac"), "{error}");
+    let error = incoming.fails();
+    assert!(error.contains("TLS: what came is not what it sent"), "{error}");
+}
+
+#[test]
+fn files_of_certificates_and_secrets_are_checked_first() {
+    let moving = Move::new();
+    let ours = Authority::new("ours");
+    let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
+    let fails = |option: &str, path: &Path| {
+        let arguments = moving.incoming_arguments("tcp:127.0.0.1:0", &[option, text(path)]);
+        let incoming = Umem::start(arguments).fails();
+        (incoming, moving.migrate("tcp:127.0.0.1:1", &[option, text(path)]).fails())
+    };
+    for key in ["server-key.pem", "client-key.pem"] {
+        fs::set_permissions(creds.join(key), Permissions::from_mode(0o640)).unwrap();
+    }
+    let (incoming, migrate) = fails("--tls-creds", &creds);
+    let path = text(&creds);
+    assert!(incoming.contains(&format!("(mode 0640): chmod 600 {path}/server-key")), "{incoming}");
+    assert!(migrate.contains(&format!("(mode 0640): chmod 600 {path}/client-key")), "{migrate}");
+
+    for (role, other) in [("server", "client"), ("client", "server")] {
+        let other = fs::read_to_string(creds.join(format!("{other}-key.pem"))).unwrap();
+        write_private(&creds.join(format!("{role}-key.pem")), &other);
+        ours.write(&creds, if role == "server" { "client" } else { "unused" }, &["x"], |_| {});
+    }
+    let (incoming, _) = fails("--tls-creds", &creds);
+    assert!(incoming.contains("server-cert.pem: the key beside it is not this"), "{incoming}");
+
+    fs::write(creds.join("ca-cert.pem"), "rubbish").unwrap();
+    let (incoming, migrate) = fails("--tls-creds", &creds);
+    for error in [incoming, migrate] {
+        assert!(error.contains("ca-cert.pem: it has no certificate in PEM"), "{error}");
+    }
+    let (incoming, migrate) = fails("--tls-creds", &moving.scratch.path("nowhere"));
+    assert!(incoming.contains("nowhere/server-cert.pem: No such file"), "{incoming}");
+    assert!(migrate.contains("nowhere/client-cert.pem: No such file"), "{migrate}");
+
+    let secret = PathBuf::from(moving.secret("secret", "too short\n"));
+    let (incoming, migrate) = fails("--secret-file", &secret);
+    for error in [incoming, migrate] {
+        assert!(error.contains("a secret of 9 bytes"), "{error}");
+    }
+    write_private(&secret, SECRET);
+    fs::set_permissions(&secret, Permissions::from_mode(0o604)).unwrap();
+    let (incoming, migrate) = fails("--secret-file", &secret);
+    for error in [incoming, migrate] {
+        assert!(error.contains("(mode 0604): chmod 600"), "{error}");
+    }
+    let error = moving.migrate("tcp:127.0.0.1:1", &["--tls-hostname", "x"]).fails_as_misused();
+    assert!(error.contains("add --tls-creds"), "{error}");
+}
+
+#[test]
+fn who_does_not_know_the_secret_is_not_let_in() {
+    let moving = Move::new();
+    let right = moving.secret("right", SECRET);
+    // A line's end makes no other secret.
+    let same = moving.secret("same", &format!("{SECRET}\n"));
+    let wrong = moving.secret("wrong", "another secret, and long enough");
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &right]);
+    let error = moving.migrate(&uri, &["--secret-file", &wrong]).fails();
+    assert!(error.contains("the destination gave up: it does not know the secret"), "{error}");
+    says(&incoming, "refused: it does not know the secret");
+    let error = moving.migrate(&uri, &[]).fails();
+    assert!(error.contains("a secret is asked for here: give --secret-file"), "{error}");
+    says(&incoming, "refused: a secret is asked for here");
+    assert!(incoming.is_running());
+    let migrate = moving.migrate(&uri, &["--secret-file", &same]);
+    moving.succeeds(incoming, migrate, "secret");
+
+    let moving = Move::new();
+    let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &[]);
+    let error = moving.migrate(&uri, &["--secret-file", &right]).fails();
+    assert!(error.contains("no secret is known here"), "{error}");
+    says(&incoming, "refused: no secret is known here");
+    moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
+}
+
+/// Made from the description in `src/secure/secret.rs` alone.
+fn proof(secret: &str, label: &str, said: &[&[u8]]) -> [u8; 32] {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
+    let tag = hmac::sign(&key, &[&[label.as_bytes()], said].concat().concat());
+    tag.as_ref().try_into().unwrap()
+}
+
+#[test]
+fn a_hello_that_was_overheard_opens_nothing() {
+    let moving = Move::new();
+    let secret = moving.secret("secret", SECRET);
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
+    let hear = |stream: &mut TcpStream| {
+        let mut bytes = [0; HELLO_BYTES];
+        stream.read_exact(&mut bytes).unwrap();
+        bytes
+    };
+    let ours = Nonce([3; 32]);
+    // One of two bulk lanes, so that the session never is whole.
+    let hello = Hello { bulk_lanes: 1, ..hello() };
+    let mut stream = socket(&uri);
+    stream.write_all(&ours.encode_ask()).unwrap();
+    let theirs = Nonce::decode_answer(&hear(&mut stream)).unwrap();
+    let said = [&ours.0[..], &theirs.0, &hello.encode()];
+    let proven = Hello { proof: proof(SECRET, "umem hello 1", &said), ..hello.clone() };
+    stream.write_all(&proven.encode()).unwrap();
+    let welcome = Welcome::decode(&hear(&mut stream)).unwrap();
+    let bare = Welcome { proof: [0; 32], ..welcome.clone() };
+    let said = [&ours.0[..], &theirs.0, &proven.encode(), &bare.encode()];
+    assert_eq!(welcome.proof, proof(SECRET, "umem welcome 1", &said), "it knows it too");
+    drop(stream);
+    says(&incoming, "its demand lane closed");
+
+    let mut stream = socket(&uri);
+    stream.write_all(&ours.encode_ask()).unwrap();
+    assert_ne!(Nonce::decode_answer(&hear(&mut stream)).unwrap(), theirs, "a nonce comes once");
+    stream.write_all(&proven.encode()).unwrap();
+    let refused = Welcome::decode(&hear(&mut stream)).unwrap_err().to_string();
+    assert!(refused.contains("it does not know the secret"), "{refused}");
+    assert!(incoming.is_running());
+}
+
+/// What a destination that does not know the secret answers, or one that reflects our own proof.
+#[test]
+fn a_source_sends_nothing_to_who_does_not_know_the_secret() {
+    let moving = Move::new();
+    let secret = moving.secret("secret", SECRET);
+    for reflects in [false, true] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:{}", listener.local_addr().unwrap());
+        let migrate = moving.migrate(&uri, &["--secret-file", &secret]);
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut bytes = [0; HELLO_BYTES];
+        stream.read_exact(&mut bytes).unwrap();
+        stream.write_all(&Nonce([5; 32]).encode_answer()).unwrap();
+        stream.read_exact(&mut bytes).unwrap();
+        let hello = Hello::decode(&bytes).unwrap();
+        let proof = if reflects { hello.proof } else { [0; 32] };
+        let welcome = Welcome::answer(&hello, PROTOCOL, hello.capabilities, proof).unwrap();
+        stream.write_all(&welcome.encode()).unwrap();
+        let error = migrate.fails();
+        assert!(error.contains("no secure connection to the destination: it does not"), "{error}");
+        let left = stream.read(&mut bytes);
+        let is_closed = matches!(&left, Ok(0))
+            || left.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
+        assert!(is_closed, "nothing else was sent: {left:?}");
+    }
+}
+
+#[test]
+fn an_open_address_has_to_be_asked_for() {
+    let moving = Move::new();
+    let secret = moving.secret("secret", SECRET);
+    for uri in ["tcp:0.0.0.0:0", "tcp::0", "tcp:[::]:0"] {
+        let error = Umem::start(moving.incoming_arguments(uri, &[])).fails_as_misused();
+        for way in ["--tls-creds", "--secret-file", "--insecure"] {
+            assert!(error.contains(way), "{error}");
+        }
+    }
+    let listener = TcpListener::bind("0.0.0.0:0").unwrap();
+    let arguments = moving.incoming_arguments("fd:9", &[]);
+    let error = Umem::start_inheriting(&listener, 9, arguments).fails_as_misused();
+    assert!(error.contains("--insecure"), "{error}");
+
+    let server = ["bench", "server", "--json", "tcp:0.0.0.0:0"];
+    let error = Umem::start(server).fails_as_misused();
+    assert!(error.contains("give --insecure"), "{error}");
+    Umem::start(server.into_iter().chain(["--insecure"])).event("listening");
+
+    let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--insecure"]);
+    assert!(incoming.stderr().contains("is open: whoever reaches it"), "{}", incoming.stderr());
+    moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
+    let moving = Move::new();
+    let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--secret-file", &secret]);
+    assert_eq!(incoming.stderr().matches("open").count(), 0, "{}", incoming.stderr());
+    let migrate = moving.migrate(&uri, &["--secret-file", &secret]);
+    moving.succeeds(incoming, migrate, "secret");
+}
+
+/// Whatever the mask of the process: what holds a guest's memory, or lets somebody in, is its owner's.
+#[test]
+fn sockets_and_memory_are_their_owners_alone() {
+    let moving = Move::new();
+    let lanes = moving.scratch.path("lanes");
+    let uri = format!("unix:{}", lanes.display());
+    let wrapper = ["sh", "-c", "umask 0; exec \"$0\" \"$@\""];
+    let mut incoming = Umem::start_under(&wrapper, moving.incoming_arguments(&uri, &[]));
+    incoming.event("listening");
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!(mode(&lanes), 0o600);
+    assert_eq!(mode(&moving.scratch.ram("destination")), 0o600);
+    moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
+
+    let handoff = moving.scratch.path("handoff");
+    let arguments = ["incoming", "--json", "--handoff", text(&handoff), "tcp:127.0.0.1:0"];
+    let mut incoming = Umem::start_under(&wrapper, arguments);
+    incoming.event("listening");
+    assert_eq!(mode(&handoff), 0o600);
+}
