@@ -40,7 +40,9 @@ use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
-use crate::progress::{self, Progress};
+use crate::observe::watch::{Role, Watch};
+use crate::observe::{self, Observer};
+use crate::progress::Progress;
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
 use crate::single::{self, Single};
 use crate::uri::Uri;
@@ -84,8 +86,8 @@ pub struct Options {
     pub preload: Option<PathBuf>,
     /// JSON events on stdout.
     pub json: bool,
-    /// No progress on stderr.
-    pub quiet: bool,
+    /// What others may see.
+    pub observe: observe::Options,
     /// The monitor to start, with its arguments; empty for one that comes to the hand-over socket.
     pub command: Vec<String>,
 }
@@ -139,16 +141,25 @@ pub fn run(options: &Options) -> Result<i32> {
     };
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let inbox = Inbox::new()?;
-    let received = receive(options, socket, &inbox).map_err(|error| match &mut command {
-        Some(command) => command.explain(error),
-        None => error,
-    });
+    let output = Output::new(options.json);
+    // Answers until the guest's process has ended.
+    let observer = Observer::start(&options.observe, Role::Destination, None, &output)?;
+    let received =
+        receive(options, socket, &inbox, &observer).map_err(|error| match &mut command {
+            Some(command) => command.explain(error),
+            None => error,
+        });
     drop(command);
     received?.side.outlive(&inbox)
 }
 
 /// Receives it, and gives back what it runs in.
-fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> Result<Prepared> {
+fn receive(
+    options: &Options,
+    socket: Option<OwnedFd>,
+    inbox: &Inbox<Note>,
+    observer: &Observer,
+) -> Result<Prepared> {
     let output = Output::new(options.json);
     let entrance = match socket {
         Some(socket) => Entrance::Connection(socket),
@@ -186,11 +197,12 @@ fn receive(options: &Options, socket: Option<OwnedFd>, inbox: &Inbox<Note>) -> R
         touch: options.touch,
         cores: &options.cores,
         idle_cores: options.idle_cores,
-        quiet: options.quiet,
+        watch: &observer.watch,
+        quiet: options.observe.quiet,
     };
     let open = Open { lanes, receiver, adopted };
-    let report = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?
-        .drive(&mut prepared.side)?;
+    let migration = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?;
+    let report = observer.ended(migration.drive(&mut prepared.side))?;
     output.completed(&report);
     Ok(prepared)
 }
@@ -216,6 +228,7 @@ struct Plan<'a> {
     touch: bool,
     cores: &'a [usize],
     idle_cores: IdleCores,
+    watch: &'a Arc<Watch>,
     quiet: bool,
 }
 
@@ -288,7 +301,9 @@ impl<'a> Migration<'a> {
         };
         let (reach, demand_thread) =
             worker::start("umem-demand", inbox, move |started| demand.run(started))?;
+        let (counters, total_bytes) = (&guest.counters, landing.total_bytes());
         let mut migration = Migration {
+            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
             output,
             guest: guest.clone(),
             host,
@@ -310,7 +325,6 @@ impl<'a> Migration<'a> {
             touch_thread: None,
             congestion,
             times: Times::default(),
-            progress: Progress::new(landing.total_bytes(), plan.quiet),
             inbox,
         };
         let started = migration
@@ -433,7 +447,7 @@ impl<'a> Migration<'a> {
         while !matches!(self.phase, Phase::Completed(_)) {
             let watched =
                 if guest_ended { Vec::new() } else { side.watched(self.toucher.is_some()) };
-            match self.inbox.wait(&watched, Some(progress::INTERVAL))? {
+            match self.inbox.wait(&watched, Some(self.progress.interval()))? {
                 Wake::Timeout => {}
                 Wake::Signal => self.interrupted()?,
                 Wake::Ready(index) => {
@@ -445,7 +459,7 @@ impl<'a> Migration<'a> {
                 }
                 Wake::Message(note) => self.note(note, side)?,
             }
-            self.progress.update(&self.guest.counters);
+            self.progress.update();
         }
         Ok(())
     }
@@ -522,6 +536,7 @@ impl<'a> Migration<'a> {
         self.step(Input::GuestRunning)?;
         let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Running { us_since_switchover });
+        self.progress.watch().running(self.times.downtime);
         let downtime_ms = millis(self.times.downtime);
         self.output.event(
             "running",
@@ -540,6 +555,8 @@ impl<'a> Migration<'a> {
             return Ok(());
         }
         self.state_loaded = false;
+        // Once the source has heard this it may give the guest up.
+        self.progress.watch().commit("the guest stays at the source")?;
         self.step(Input::StateLoaded)?;
         self.send(&Frame::Loaded);
         Ok(())
@@ -599,6 +616,7 @@ impl<'a> Migration<'a> {
         let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_have_run: false });
         match phase.step(input) {
             Ok(phase) => {
+                self.progress.watch().entered(phase.name());
                 self.phase = phase;
                 Ok(())
             }
