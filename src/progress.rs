@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
 
 use crate::observe::trace;
 use crate::observe::watch::{Status, Watch};
@@ -128,13 +129,19 @@ impl Progress {
                 *next = now + LINE_INTERVAL;
                 let status = self.watch.status();
                 let name = self.phase.as_ref().map(|phase| phase.name);
-                let mut fields = serde_json::to_value(&status).expect("plain numbers and strings");
-                fields["text"] = sentence(name, &status).into();
-                output.event("progress", fields, "");
+                output.event("progress", fields(&status, sentence(name, &status)), "");
             }
             Show::Lines { .. } | Show::Events { .. } => {}
         }
     }
+}
+
+/// A status as other events name their fields, and in words.
+fn fields(status: &Status, text: String) -> Value {
+    let status = serde_json::to_value(status).expect("plain numbers and strings");
+    let status = status.as_object().into_iter().flatten();
+    let named = status.map(|(name, value)| (name.replace('-', "_"), value.clone()));
+    named.chain([("text".into(), text.into())]).collect()
 }
 
 impl Drop for Progress {

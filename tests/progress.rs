@@ -37,8 +37,8 @@ fn without_a_terminal_there_is_a_line_now_and_then() {
     // The other side's figures are in JSON.
     let progress = guests.incoming.event("progress");
     assert_eq!(progress["role"], "destination");
-    assert_eq!(progress["total-bytes"], 16 << 20);
-    let done = progress["done-bytes"].as_u64().unwrap();
+    assert_eq!(progress["total_bytes"], 16 << 20);
+    let done = progress["done_bytes"].as_u64().unwrap();
     assert!((1 << 20..=16 << 20).contains(&done), "{progress}");
     assert!(progress["text"].as_str().unwrap().starts_with("filling: "), "{progress}");
     guests.incoming.event("completed");
