@@ -9,6 +9,7 @@
 //! - [`control`]: `--control SOCKET`, commands in lines of JSON
 //! - [`trace`]: `--verbose` and RUST_LOG
 
+pub(crate) mod bench;
 pub(crate) mod control;
 pub(crate) mod faults;
 pub(crate) mod map;

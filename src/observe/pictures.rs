@@ -109,6 +109,31 @@ pub(super) fn throughput(timed: &Timed<'_>) -> String {
     svg.finished()
 }
 
+/// Gbit/s in each interval, from its beginning to its end in seconds.
+pub(super) fn steps(intervals: &[[f64; 3]]) -> String {
+    const WHAT: &str = "Throughput in each interval";
+    let Some(&[_, end, _]) = intervals.last() else {
+        return empty(WHAT, "There was no interval.");
+    };
+    let (top, bottom) = (12.0, 240.0);
+    let mut svg = Svg::new(WIDTH, bottom + 40.0, WHAT);
+    let x = time_axis(&mut svg, end.max(1e-3), top, bottom);
+    let most = intervals.iter().map(|interval| interval[2]).fold(0.0, f64::max);
+    let marks = ticks(most, 5);
+    let y = Scale::new([0.0, marks[marks.len() - 1]], [bottom, top]);
+    for &mark in &marks {
+        svg.line([LEFT, y.at(mark), RIGHT, y.at(mark)], "grid");
+        svg.text(LEFT - 6.0, y.at(mark) + 4.0, "e", &number(mark));
+    }
+    for &[begin, end, gbps] in intervals {
+        let (left, up) = (x.at(begin), y.at(gbps));
+        let width = (x.at(end) - left - 1.0).max(1.0);
+        let title = format!("{begin:.2} to {end:.2} s: {gbps:.2} Gbit/s");
+        svg.rectangle([left, up, width, bottom - up], "bar", &title);
+    }
+    svg.finished()
+}
+
 struct Rate {
     at_s: f64,
     data: f64,
@@ -455,6 +480,9 @@ mod tests {
     fn a_migration_that_came_to_nothing_has_pictures_too() {
         let recordings = [Recording::default()];
         let sides = align(&recordings);
+        for picture in [steps(&[]), steps(&[[0.0, 1.0, 8.0], [1.0, 1.5, 0.0]])] {
+            check(&picture);
+        }
         for picture in
             [throughput(&sides[0]), latencies(&[], None), map(&sides[0]), timeline(&sides)]
         {
