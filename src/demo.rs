@@ -5,7 +5,7 @@
 //! sides and checks every word; the verdict is its own.
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -20,6 +20,8 @@ use crate::host::guest::Verdict;
 use crate::host::qmp::Qmp;
 use crate::inbox::{Inbox, Wake, unblock_signals};
 use crate::memory::kind::Kind;
+use crate::observe;
+use crate::observe::recording::Recording;
 use crate::report::{Completed, Output};
 
 /// What the demo moves.
@@ -55,6 +57,14 @@ pub struct Options {
     pub secret_file: Option<PathBuf>,
     /// What the guest's memory is derived from; none for a new one.
     pub seed: Option<u64>,
+    /// The most that is sent in the background after the switchover, bytes a second.
+    pub max_postcopy_bandwidth: Option<u64>,
+    /// A file for a report of both sides.
+    pub report: Option<PathBuf>,
+    /// No progress.
+    pub quiet: bool,
+    /// A trace of both sides on stderr.
+    pub verbose: bool,
     /// JSON events on stdout.
     pub json: bool,
 }
@@ -69,6 +79,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub fn run(options: &Options) -> Result<i32> {
     let inbox = Inbox::new()?;
     let output = Output::new(options.json);
+    if let Some(path) = &options.report {
+        observe::check_writable(path)?;
+    }
     let seed = options.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now_nanos());
     let directory = Directory::new()?;
     let source_ram = shared_ram(options.size_mib)?;
@@ -84,18 +97,20 @@ pub fn run(options: &Options) -> Result<i32> {
         json!({ "seed": seed, "size_mib": size_mib, "kind": kind, "ram": what }),
         &format!("a guest of {size_mib} MiB ({what}, arriving in {kind} memory, seed {seed})"),
     );
+    let progress = (!options.quiet).then(|| output.clone());
     let mut demo = Demo { inbox, options, seed, directory, source_ram, destination_ram };
 
     let mut guest = demo.start_guest()?;
     let mut incoming = demo.start_incoming()?;
+    incoming.progress = progress;
     let listening = incoming.event(&demo.inbox, "listening")?;
     // A guest that has arrived is nobody's but ours to end.
     let pid = listening["guest_pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
     incoming.guest = pid.map(ProcessHandle::open).transpose()?;
     let uri = listening["uri"].as_str().unwrap_or_default().to_owned();
     let mut migrate = demo.start_migrate(&uri)?;
-    let source = migrate.event(&demo.inbox, "completed")?;
-    let destination = incoming.event(&demo.inbox, "completed")?;
+    let (source, destination) = completed(&demo.inbox, &mut migrate, &mut incoming)?;
+    demo.write_report()?;
     let verdict = demo.verdict()?;
     migrate.finish(&demo.inbox)?;
     demo.quit("source.qmp")?;
@@ -108,6 +123,54 @@ pub fn run(options: &Options) -> Result<i32> {
 fn now_nanos() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |now| u64::from(now.subsec_nanos()) ^ now.as_secs())
+}
+
+/// Waits for the reports of both sides, and for neither when the other fails.
+fn completed(
+    inbox: &Inbox<()>,
+    migrate: &mut Process,
+    incoming: &mut Process,
+) -> Result<(Value, Value)> {
+    let mut reports: [Option<Value>; 2] = [None, None];
+    loop {
+        if let [Some(source), Some(destination)] = &mut reports {
+            return Ok((source.take(), destination.take()));
+        }
+        let sides = [&mut *migrate, &mut *incoming];
+        let left: Vec<usize> = (0..2).filter(|&side| reports[side].is_none()).collect();
+        let buffered = left.iter().find(|&&side| !sides[side].events.buffer().is_empty());
+        let ready = match buffered {
+            Some(&side) => side,
+            None => {
+                let pipes: Vec<_> = left.iter().map(|&side| sides[side].pipe()).collect();
+                let names = left.iter().map(|&side| sides[side].name).collect::<Vec<_>>();
+                match wait(inbox, &pipes, &names.join(" and "), Instant::now() + PATIENCE)? {
+                    Some(index) => left[index],
+                    None => continue,
+                }
+            }
+        };
+        let event = sides[ready].read()?;
+        if event["event"] == "completed" {
+            reports[ready] = Some(event);
+        }
+    }
+}
+
+/// Which of these children has said something, if one has.
+fn wait(
+    inbox: &Inbox<()>,
+    pipes: &[BorrowedFd<'_>],
+    names: &str,
+    deadline: Instant,
+) -> Result<Option<usize>> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    match inbox.wait(pipes, Some(left))? {
+        Wake::Ready(index) => Ok(Some(index)),
+        Wake::Message(()) => Ok(None),
+        Wake::Signal => Err(Error::Interrupted("the demo's processes have been ended".into())),
+        Wake::Timeout => Err(Error::Host(format!("{names} does not go on"))),
+    }
 }
 
 struct Demo<'a> {
@@ -157,6 +220,10 @@ impl Demo<'_> {
             arguments.extend(options([("--postcopy-flags", flags.to_string())]));
         }
         arguments.extend(self.security());
+        arguments.extend(self.shown("destination.json"));
+        if self.options.quiet {
+            arguments.push("--quiet".into());
+        }
         arguments.push("tcp:127.0.0.1:0".into());
         arguments.push("--".into());
         arguments.push(this_program()?.display().to_string());
@@ -196,6 +263,10 @@ impl Demo<'_> {
             arguments.push("-p".into());
         }
         arguments.extend(self.security());
+        if let Some(limit) = self.options.max_postcopy_bandwidth {
+            arguments.extend(options([("--max-postcopy-bandwidth", limit.to_string())]));
+        }
+        arguments.extend(self.shown("source.json"));
         arguments.push(uri.into());
         Process::start("umem migrate", &arguments)
     }
@@ -210,6 +281,28 @@ impl Demo<'_> {
             })
             .flatten()
             .collect()
+    }
+
+    /// What either side is to show: figures for the report in a file of this name, a trace.
+    fn shown(&self, recording: &str) -> Vec<String> {
+        let mut arguments = Vec::new();
+        if self.options.report.is_some() {
+            arguments.extend(options([("--report", self.directory.file(recording))]));
+        }
+        if self.options.verbose {
+            arguments.push("--verbose".into());
+        }
+        arguments
+    }
+
+    /// The report of both sides, from the figures that they have left.
+    fn write_report(&self) -> Result<()> {
+        let Some(path) = &self.options.report else { return Ok(()) };
+        let read = |name: &str| -> Result<Recording> {
+            let bytes = std::fs::read(self.directory.file(name)).context(|| name)?;
+            serde_json::from_slice(&bytes).map_err(|error| Error::Host(error.to_string()))
+        };
+        observe::write(path, &[read("source.json")?, read("destination.json")?])
     }
 
     /// Lets the guest that arrived check all of its memory.
@@ -408,6 +501,8 @@ struct Process {
     events: BufReader<ChildStdout>,
     /// The guest that `umem incoming` has started.
     guest: Option<ProcessHandle>,
+    /// Where its progress is passed on to.
+    progress: Option<Output>,
     finished: bool,
 }
 
@@ -426,43 +521,51 @@ impl Process {
         }
         let mut child = command.spawn().context(|| format!("starting {name}"))?;
         let stdout = child.stdout.take().expect("piped above");
-        Ok(Process { name, child, events: BufReader::new(stdout), guest: None, finished: false })
+        let events = BufReader::new(stdout);
+        Ok(Process { name, child, events, guest: None, progress: None, finished: false })
     }
 
     /// Reads events until one of this name comes.
     fn event(&mut self, inbox: &Inbox<()>, name: &str) -> Result<Value> {
         let deadline = Instant::now() + PATIENCE;
-        let mut line = String::new();
         loop {
             self.wait_readable(inbox, deadline)?;
-            line.clear();
-            if self.events.read_line(&mut line).context(|| self.name)? == 0 {
-                return Err(Error::Host(format!(
-                    "{} ended early; its own message says why",
-                    self.name
-                )));
-            }
-            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            let event = self.read()?;
             if event["event"] == name {
                 return Ok(event);
-            }
-            if event["event"] == "failed" {
-                return Err(Error::Host(format!("{} failed", self.name)));
             }
         }
     }
 
+    /// The next event, which has begun to come. Progress is passed on.
+    fn read(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        if self.events.read_line(&mut line).context(|| self.name)? == 0 {
+            let what = format!("{} ended early; its own message says why", self.name);
+            return Err(Error::Host(what));
+        }
+        let event: Value = serde_json::from_str(&line).unwrap_or_default();
+        if event["event"] == "failed" {
+            return Err(Error::Host(format!("{} failed", self.name)));
+        }
+        if let Some(output) = self.progress.as_ref().filter(|_| event["event"] == "progress") {
+            let text = event["text"].as_str().unwrap_or_default();
+            output.event("progress", event.clone(), text);
+        }
+        Ok(event)
+    }
+
+    fn pipe(&self) -> BorrowedFd<'_> {
+        self.events.get_ref().as_fd()
+    }
+
     fn wait_readable(&self, inbox: &Inbox<()>, deadline: Instant) -> Result<()> {
-        use std::os::fd::AsFd;
-        if !self.events.buffer().is_empty() {
-            return Ok(());
+        while self.events.buffer().is_empty() {
+            if wait(inbox, &[self.pipe()], self.name, deadline)?.is_some() {
+                break;
+            }
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        match inbox.wait(&[self.events.get_ref().as_fd()], Some(left))? {
-            Wake::Ready(_) | Wake::Message(()) => Ok(()),
-            Wake::Signal => Err(Error::Interrupted("the demo's processes have been ended".into())),
-            Wake::Timeout => Err(Error::Host(format!("{} does not go on", self.name))),
-        }
+        Ok(())
     }
 
     /// Waits for its end, which must be a good one.

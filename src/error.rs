@@ -122,6 +122,10 @@ pub enum Error {
     #[error("{0}")]
     Preload(String),
 
+    /// A command to an umem that runs was not carried out.
+    #[error("{0}")]
+    Control(String),
+
     /// The guest's memory does not fit.
     #[error("{0}")]
     OutOfMemory(String),

@@ -21,6 +21,7 @@
 
 #![warn(missing_docs)]
 
+mod bandwidth;
 mod bench;
 pub mod capi;
 pub mod cli;
@@ -41,6 +42,7 @@ mod inbox;
 mod install;
 mod lane;
 mod memory;
+pub mod observe;
 mod panics;
 mod priority;
 mod progress;

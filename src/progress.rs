@@ -1,50 +1,263 @@
-//! Progress on a terminal: a bar on stderr while pages move.
+//! Progress for whoever waits: bars on a terminal, a line every few seconds elsewhere, events in JSON.
+//!
+//! The control thread calls [`Progress::update`] as it wakes; nothing here waits or blocks on anything
+//! but stderr.
 
 use std::io::IsTerminal;
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
 
-use crate::report::Counters;
+use crate::observe::trace;
+use crate::observe::watch::{Status, Watch};
+use crate::report::{Counters, Output};
 
 /// How often the bar moves.
-pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
+const INTERVAL: Duration = Duration::from_millis(100);
 
-/// A bar over bytes of guest memory; nothing where stderr is no terminal, or when asked to be quiet.
+/// How often there is a line, or an event, where there is no bar.
+const LINE_INTERVAL: Duration = Duration::from_secs(3);
+
+/// Where progress is shown, and who else looks at it.
 pub(crate) struct Progress {
+    watch: Arc<Watch>,
+    show: Show,
+    phase: Option<Phase>,
+}
+
+enum Show {
+    Nothing,
+    /// A bar for each phase; what it has come to stays when the next one begins.
+    Bars,
+    /// Sentences.
+    Lines {
+        next: Instant,
+    },
+    /// JSON objects.
+    Events {
+        output: Output,
+        next: Instant,
+    },
+}
+
+struct Phase {
+    name: &'static str,
+    began: Instant,
+    done_bytes: u64,
     bar: ProgressBar,
 }
 
 impl Progress {
-    pub(crate) fn new(total_bytes: u64, quiet: bool) -> Progress {
-        let target = if std::io::stderr().is_terminal() && !quiet {
-            ProgressDrawTarget::stderr()
-        } else {
-            ProgressDrawTarget::hidden()
+    /// Of a guest whose size, bytes, and counters are known now. `quiet` says nothing.
+    pub(crate) fn new(
+        watch: &Arc<Watch>,
+        counters: &Arc<Counters>,
+        total_bytes: u64,
+        output: &Output,
+        quiet: bool,
+    ) -> Progress {
+        watch.attach(counters.clone(), total_bytes);
+        let next = Instant::now() + LINE_INTERVAL;
+        let show = match output {
+            _ if quiet => Show::Nothing,
+            Output::Host(_) => Show::Nothing,
+            // Lines of a trace and a bar would write over each other.
+            _ if std::io::stderr().is_terminal() && !trace::is_on() => Show::Bars,
+            Output::Json => Show::Events { output: output.clone(), next },
+            Output::Person => Show::Lines { next },
         };
-        let bar = ProgressBar::with_draw_target(Some(total_bytes), target);
-        let style = "{msg:>9} [{wide_bar}] {binary_bytes}/{binary_total_bytes} \
-                     {binary_bytes_per_sec} {eta}";
-        bar.set_style(ProgressStyle::with_template(style).expect("a constant template is valid"));
-        Progress { bar }
+        Progress { watch: watch.clone(), show, phase: None }
+    }
+
+    /// Those who look on, beside the display.
+    pub(crate) fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// The longest time between two updates.
+    pub(crate) fn interval(&self) -> Duration {
+        self.watch.interval(INTERVAL)
     }
 
     /// Names what is going on: `saving`, `filling`…
-    pub(crate) fn phase(&self, name: &'static str) {
-        self.bar.set_message(name);
+    pub(crate) fn phase(&mut self, name: &'static str) {
+        self.end_phase();
+        let bar = match self.show {
+            Show::Bars => bar(name, self.watch.status().total_bytes),
+            _ => ProgressBar::hidden(),
+        };
+        if matches!(self.show, Show::Bars) {
+            *on_screen() = Some(bar.clone());
+        }
+        let done_bytes = self.watch.status().done_bytes;
+        self.phase = Some(Phase { name, began: Instant::now(), done_bytes, bar });
     }
 
-    pub(crate) fn update(&self, counters: &Counters) {
-        let bytes = counters.data_bytes.load(Relaxed)
-            + counters.zero_bytes.load(Relaxed)
-            + counters.hole_bytes.load(Relaxed);
-        self.bar.set_position(bytes);
+    /// Leaves a line with what the phase has come to.
+    fn end_phase(&mut self) {
+        let Some(Phase { name, began, done_bytes, bar }) = self.phase.take() else { return };
+        if !matches!(self.show, Show::Bars) {
+            return;
+        }
+        on_screen().take();
+        bar.finish_and_clear();
+        let bytes = self.watch.status().done_bytes - done_bytes;
+        eprintln!("{}", phase_line(name, began.elapsed(), bytes));
     }
+
+    /// Takes the counters' state: for the display, and for a report.
+    pub(crate) fn update(&mut self) {
+        self.watch.tick();
+        let now = Instant::now();
+        match &mut self.show {
+            Show::Nothing => {}
+            Show::Bars => {
+                if let Some(Phase { bar, .. }) = &self.phase {
+                    let status = self.watch.status();
+                    bar.set_position(status.done_bytes);
+                    bar.set_message(waiting(&status));
+                }
+            }
+            Show::Lines { next } if now >= *next => {
+                *next = now + LINE_INTERVAL;
+                let name = self.phase.as_ref().map(|phase| phase.name);
+                say(&format!("umem: {}", sentence(name, &self.watch.status())));
+            }
+            Show::Events { output, next } if now >= *next => {
+                *next = now + LINE_INTERVAL;
+                let status = self.watch.status();
+                let name = self.phase.as_ref().map(|phase| phase.name);
+                output.event("progress", fields(&status, sentence(name, &status)), "");
+            }
+            Show::Lines { .. } | Show::Events { .. } => {}
+        }
+    }
+}
+
+/// A status as other events name their fields, and in words.
+fn fields(status: &Status, text: String) -> Value {
+    let status = serde_json::to_value(status).expect("plain numbers and strings");
+    let status = status.as_object().into_iter().flatten();
+    let named = status.map(|(name, value)| (name.replace('-', "_"), value.clone()));
+    named.chain([("text".into(), text.into())]).collect()
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        self.bar.finish_and_clear();
+        self.end_phase();
+    }
+}
+
+/// Phases that move pages have a bar, the others a spinner.
+fn bar(name: &'static str, total_bytes: u64) -> ProgressBar {
+    let moves_pages = ["sending", "filling"].contains(&name);
+    let style = match moves_pages {
+        true => {
+            "{prefix:>10} [{wide_bar}] {binary_bytes}/{binary_total_bytes} \
+             {binary_bytes_per_sec} {eta} left{msg}"
+        }
+        false => "{prefix:>10} {spinner} {elapsed}{msg}",
+    };
+    let target = ProgressDrawTarget::stderr();
+    let bar = ProgressBar::with_draw_target(moves_pages.then_some(total_bytes), target);
+    bar.set_style(ProgressStyle::with_template(style).expect("a constant template is valid"));
+    bar.set_prefix(name);
+    bar
+}
+
+fn waiting(status: &Status) -> String {
+    match status.faults_waiting {
+        0 => String::new(),
+        1 => ", 1 fault waits".into(),
+        count => format!(", {count} faults wait"),
+    }
+}
+
+/// What stays of a phase on the terminal.
+fn phase_line(name: &str, took: Duration, bytes: u64) -> String {
+    let seconds = took.as_secs_f64();
+    let took = match seconds < 1.0 {
+        true => format!("{:.1} ms", seconds * 1e3),
+        false => format!("{seconds:.1} s"),
+    };
+    if bytes == 0 {
+        return format!("{name:>10}  {took}");
+    }
+    let rate = HumanBytes((bytes as f64 / seconds.max(1e-6)) as u64);
+    format!("{name:>10}  {took}, {}, {rate}/s", HumanBytes(bytes))
+}
+
+/// The same as a bar says, in words.
+fn sentence(phase: Option<&str>, status: &Status) -> String {
+    let left = match status.seconds_left {
+        Some(seconds) if status.done_bytes < status.total_bytes => {
+            let left = Duration::from_secs_f64(seconds.clamp(1.0, 1e9));
+            format!(", {} left", HumanDuration(left))
+        }
+        _ => String::new(),
+    };
+    format!(
+        "{}: {} of {}, {}/s{left}{}",
+        phase.unwrap_or(status.phase),
+        HumanBytes(status.done_bytes),
+        HumanBytes(status.total_bytes),
+        HumanBytes(status.bytes_per_s),
+        waiting(status),
+    )
+}
+
+/// The bar on this process's terminal.
+static ON_SCREEN: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+fn on_screen() -> std::sync::MutexGuard<'static, Option<ProgressBar>> {
+    ON_SCREEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A line on stderr, above the bar if there is one.
+pub(crate) fn say(line: &str) {
+    let bar = on_screen().clone();
+    match bar {
+        Some(bar) => bar.suspend(|| eprintln!("{line}")),
+        None => eprintln!("{line}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Status {
+        Status {
+            phase: "serving pages",
+            total_bytes: 2 << 30,
+            done_bytes: 512 << 20,
+            bytes_per_s: 256 << 20,
+            seconds_left: Some(6.0),
+            ..Status::default()
+        }
+    }
+
+    #[test]
+    fn a_line_says_where_it_stands_and_who_waits() {
+        let text = sentence(Some("sending"), &status());
+        assert_eq!(text, "sending: 512.00 MiB of 2.00 GiB, 256.00 MiB/s, 6 seconds left");
+        let waits = Status { faults_waiting: 2, seconds_left: None, ..status() };
+        let text = sentence(None, &waits);
+        assert_eq!(text, "serving pages: 512.00 MiB of 2.00 GiB, 256.00 MiB/s, 2 faults wait");
+        // Not even a rate that is next to nothing is too much for it.
+        let slow = Status { seconds_left: Some(f64::MAX), ..status() };
+        assert!(sentence(None, &slow).contains("left"));
+    }
+
+    #[test]
+    fn a_phase_leaves_its_time_and_its_rate() {
+        assert_eq!(
+            phase_line("switching", Duration::from_micros(23_400), 0),
+            " switching  23.4 ms"
+        );
+        let moved = phase_line("filling", Duration::from_secs(2), 2 << 30);
+        assert_eq!(moved, "   filling  2.0 s, 2.00 GiB, 1.00 GiB/s");
     }
 }

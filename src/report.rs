@@ -9,6 +9,9 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::observe::faults::AllFaults;
+use crate::observe::map::Map;
+use crate::progress;
 
 /// Counters that worker threads keep and the control thread reads.
 #[derive(Default)]
@@ -23,9 +26,23 @@ pub(crate) struct Counters {
     /// Bytes that zero-copy sends put on the wire without copying, and with.
     pub(crate) zero_copied_bytes: AtomicU64,
     pub(crate) copied_bytes: AtomicU64,
+    /// How each part of the guest's memory came.
+    pub(crate) map: Map,
+    /// At the destination.
+    pub(crate) faults: AllFaults,
 }
 
 impl Counters {
+    /// For a guest with regions of these sizes, bytes.
+    pub(crate) fn of(regions: impl Iterator<Item = u64>) -> Counters {
+        Counters { map: Map::new(regions), ..Counters::default() }
+    }
+
+    /// Bytes of the guest that are where they belong.
+    pub(crate) fn done_bytes(&self) -> u64 {
+        [&self.data_bytes, &self.zero_bytes, &self.hole_bytes].map(|c| c.load(Relaxed)).iter().sum()
+    }
+
     pub(crate) fn add(counter: &AtomicU64, value: u64) {
         counter.fetch_add(value, Relaxed);
     }
@@ -226,7 +243,7 @@ impl Output {
                 }
                 self.line(&object.to_string());
             }
-            Output::Person if !sentence.is_empty() => eprintln!("umem: {sentence}"),
+            Output::Person if !sentence.is_empty() => progress::say(&format!("umem: {sentence}")),
             Output::Person => {}
             Output::Host(take) => take(name, &fields),
         }
@@ -235,7 +252,7 @@ impl Output {
     /// A sentence for whoever started this program.
     pub(crate) fn remark(&self, sentence: &str) {
         if !matches!(self, Output::Host(_)) {
-            eprintln!("umem: {sentence}");
+            progress::say(&format!("umem: {sentence}"));
         }
     }
 

@@ -34,7 +34,12 @@ pub(crate) fn start<N: Failure, S: Send + 'static, T: Send + 'static>(
     let post = inbox.post();
     let thread = std::thread::Builder::new()
         .name(name.to_owned())
-        .spawn(move || run(&post, || body(Started(sender))))
+        .spawn(move || {
+            tracing::debug!("begins");
+            let result = run(&post, || body(Started(sender)));
+            tracing::debug!("ends");
+            result
+        })
         .context(|| format!("starting thread {name}"))?;
     Ok((started_or_failed(&receiver, inbox)?, thread))
 }

@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::Umem;
+use support::{Scratch, Umem};
 
 const MIB: u64 = 1 << 20;
 
@@ -100,6 +100,30 @@ fn check(report: &Value, bytes: u64) {
     let sum: u64 = intervals.iter().map(|one| one["sum"]["bytes"].as_u64().unwrap()).sum();
     assert!(sum > 0 && sum <= bytes);
     assert!(report["start"]["version"].as_str().unwrap().starts_with("umem "));
+}
+
+/// The report has what `-J` prints, as a page and as it is, whatever goes to the terminal.
+#[test]
+fn a_report_shows_each_interval() {
+    let server = Server::start(&[]);
+    let scratch = Scratch::new();
+    let (page, figures) = (scratch.path("report.html"), scratch.path("report.json"));
+    for (path, more) in [(&page, &["--bidir"][..]), (&figures, &[])] {
+        let path = path.display().to_string();
+        let output =
+            client(&server.uri, &[&["-n", "64M", "-i", "0.1", "--report", &path], more].concat());
+        let (stdout, stderr) = texts(&output);
+        assert!(output.status.success(), "{stdout}\n{stderr}");
+        assert!(stdout.contains("Gbit/s"), "{stdout}");
+    }
+    let html = std::fs::read_to_string(page).unwrap();
+    for id in ["sum", "sum_bidir_reverse"] {
+        assert!(html.contains(&format!("<figure id=\"{id}\"")), "{html}");
+    }
+    let figures: Value = serde_json::from_slice(&std::fs::read(figures).unwrap()).unwrap();
+    check(&figures, 64 * MIB);
+    let error = failure(&server.uri, &["--report", "/nonexistent/x.html"], 1);
+    assert!(error.contains("/nonexistent/x.html"), "{error}");
 }
 
 /// Several lanes, several passes, and a last one that is no whole block.

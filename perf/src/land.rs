@@ -52,6 +52,9 @@ pub(crate) struct Options {
     /// write a plot of the throughputs to this file
     #[argh(option)]
     svg: Option<PathBuf>,
+    /// write a page with the tables and plots, for a browser, to this file
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -83,12 +86,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             landings.push(subject.land(&route)?);
         }
     }
+    let title = "Into checked guest memory (the marks are the floor)";
+    let plot = svg::bars(title, "Gbit/s of the guest's memory", &bars(&floor, &subjects));
     if let Some(path) = &options.svg {
-        let title = "Into checked guest memory (the marks are the floor)";
-        svg::bars(title, "Gbit/s of the guest's memory", &bars(&floor, &subjects)).write(path)?;
+        plot.write(path)?;
     }
-    report(options, machine, &floor, &subjects).print(options.json);
-    Ok(())
+    let report = report(options, machine, &floor, &subjects);
+    report.show(options.json, options.report.as_deref(), &[plot])
 }
 
 /// Every combination that was asked for.

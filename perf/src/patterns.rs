@@ -38,6 +38,9 @@ pub(crate) struct Options {
     /// the umem to measure (default: the one beside this program)
     #[argh(option)]
     umem: Option<PathBuf>,
+    /// write a page with the tables and plots, for a browser, to this file
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -83,11 +86,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             subject.turns.push(touching.once(&route)?);
         }
     }
-    report(options, machine, count, &subjects);
-    Ok(())
+    let report = report(options, machine, count, &subjects);
+    report.show(options.json, options.report.as_deref(), &[])
 }
 
-fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject]) {
+fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject]) -> Report {
     let mut table = Table::new(&[
         "accesses",
         "order",
@@ -160,5 +163,4 @@ fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject
             "figures": figures,
         }),
     }
-    .print(options.json);
 }

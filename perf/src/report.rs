@@ -1,8 +1,13 @@
 //! How a result is printed: as a page for a person, or as one JSON object.
 
-use serde_json::{Value, json};
+use std::path::Path;
 
+use serde_json::{Value, json};
+use umem::observe::page::Page;
+
+use crate::error::{Context, Result};
 use crate::machine::Machine;
+use crate::svg::Plot;
 
 /// One subcommand's result.
 pub(crate) struct Report {
@@ -17,7 +22,28 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    pub(crate) fn print(&self, as_json: bool) {
+    /// Prints it; and writes it with these plots as a page, if there is to be one.
+    pub(crate) fn show(&self, as_json: bool, page: Option<&Path>, plots: &[Plot]) -> Result<()> {
+        self.print(as_json);
+        let Some(path) = page else { return Ok(()) };
+        std::fs::write(path, self.page(plots))
+            .context(|| format!("writing the report {}", path.display()))
+    }
+
+    fn page(&self, plots: &[Plot]) -> String {
+        let mut page = Page::new(&format!("umem-perf {}", self.what), &self.machine.line());
+        page.text(&self.method);
+        for (index, plot) in plots.iter().enumerate() {
+            page.plot(&format!("plot-{}", index + 1), plot.markup());
+        }
+        for table in &self.tables {
+            let (head, rows) = table.rows.split_first().expect("a table has a head");
+            page.table("Figures", head, rows);
+        }
+        page.to_html()
+    }
+
+    fn print(&self, as_json: bool) {
         if as_json {
             let mut object = json!({
                 "event": "measured",

@@ -33,6 +33,9 @@ pub(crate) struct Options {
     /// the umem to measure (default: the one beside this program)
     #[argh(option)]
     umem: Option<PathBuf>,
+    /// write a page with the tables and plots, for a browser, to this file
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -83,8 +86,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             landings.push(subject.land(&route)?);
         }
     }
-    report(options, machine, &subjects, &left_out).print(options.json);
-    Ok(())
+    let report = report(options, machine, &subjects, &left_out);
+    report.show(options.json, options.report.as_deref(), &[])
 }
 
 fn report(

@@ -71,6 +71,11 @@ impl Plot {
         self
     }
 
+    /// The drawing itself, as a part of a page.
+    pub(crate) fn markup(&self) -> &str {
+        &self.0
+    }
+
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
         std::fs::write(path, &self.0).context(|| format!("writing the plot {}", path.display()))
     }

@@ -1,6 +1,7 @@
 //! `umem bench client`: runs one test and reports it.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::protocol::{Control, Direction, End, Message, Request, Test, hello};
@@ -31,6 +32,8 @@ pub(crate) struct Client {
     pub(crate) interval: Option<Duration>,
     /// Cores of the lanes; none leaves the choice.
     pub(crate) cores: Vec<usize>,
+    /// A file for a page of the test.
+    pub(crate) report: Option<PathBuf>,
     pub(crate) json: bool,
 }
 

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::socket::{SockaddrStorage, getpeername};
@@ -14,6 +15,7 @@ use super::protocol::{Counts, Direction, Measured, Test};
 use super::sides::SoFar;
 use super::verdict::Verdict;
 use crate::error::Error;
+use crate::observe::bench as page;
 use crate::report::Latency;
 use crate::uri::Uri;
 
@@ -29,6 +31,8 @@ pub(super) struct Tick {
 /// The report of a test, as it grows.
 pub(super) struct Report {
     json: bool,
+    /// A file for a page.
+    page: Option<PathBuf>,
     start: Value,
     intervals: Vec<Value>,
     /// Intervals that wait for what faults have taken at the server.
@@ -68,6 +72,7 @@ impl Report {
         });
         Report {
             json: options.json,
+            page: options.report.clone(),
             start,
             intervals: Vec::new(),
             waiting: VecDeque::new(),
@@ -153,7 +158,6 @@ impl Report {
                     note += &format!(" {}", in_words(faults));
                 }
                 print_line(&row(times, &moved, again, note.trim()));
-                continue;
             }
             let seconds = times.1 - times.0;
             let mut sum = json!({
@@ -173,7 +177,7 @@ impl Report {
             }
             interval[named("sum", test, direction)] = sum;
         }
-        if self.json {
+        if self.json || self.page.is_some() {
             self.intervals.push(interval);
         }
         self.last = tick.so_far;
@@ -194,18 +198,21 @@ impl Report {
             .zip(ours.iter().zip(theirs))
             .map(|(&direction, (ours, theirs))| Outcome::of(test, direction, ours, theirs))
             .collect();
+        let mut document = json!({
+            "start": self.start,
+            "intervals": self.intervals,
+            "end": self.end(test, &results, &ours[0], &theirs[0]),
+        });
+        if interrupted {
+            document["error"] = json!(error);
+        }
         if self.json {
-            let mut document = json!({
-                "start": self.start,
-                "intervals": self.intervals,
-                "end": self.end(test, &results, &ours[0], &theirs[0]),
-            });
-            if interrupted {
-                document["error"] = json!(error);
-            }
             print_line(&document.to_string());
         } else {
             results.iter().for_each(|result| result.print(test));
+        }
+        if let Some(Err(error)) = self.page.as_ref().map(|path| page::write(path, &document)) {
+            eprintln!("umem: no report: {error}");
         }
         if interrupted {
             eprintln!("umem: {error}");

@@ -1,13 +1,14 @@
 //! `umem bench server` and `umem bench client`
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
 
 use super::values::{CoreList, Size};
-use crate::bench;
 use crate::error::{Error, Result};
 use crate::uri::Uri;
+use crate::{bench, observe};
 
 /// Measure what a link gives for pages: a server here, a client there.
 #[derive(FromArgs, ArgsInfo)]
@@ -100,6 +101,10 @@ struct BenchClient {
     /// congestion control of the lanes (default cubic where it is allowed)
     #[argh(option, short = 'C')]
     congestion: Option<String>,
+    /// a file for a report in pictures: a page for a browser, or what -J prints where its name ends in
+    /// .json
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object, with iperf3's names
     #[argh(switch, short = 'J')]
     json: bool,
@@ -218,6 +223,9 @@ impl BenchClient {
         };
         test.check().map_err(Error::Usage)?;
         let duration = self.bytes.is_none().then(|| Duration::from_secs_f64(seconds));
+        if let Some(path) = &self.report {
+            observe::check_writable(path)?;
+        }
         bench::run_client(&bench::Client {
             uri,
             test,
@@ -225,6 +233,7 @@ impl BenchClient {
             omit: Duration::from_secs_f64(self.omit),
             interval: (self.interval != 0.0).then(|| Duration::from_secs_f64(self.interval)),
             cores: self.affinity.0,
+            report: self.report,
             json: self.json,
         })
     }

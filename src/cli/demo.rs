@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{PostcopyFlags, check_lanes, check_percent};
+use super::values::{PostcopyFlags, Size, check_lanes, check_percent};
 use crate::demo;
 use crate::error::{Error, Result};
 use crate::memory::kind::Kind;
@@ -56,9 +56,22 @@ pub(super) struct Demo {
     /// a file with a secret of 16 bytes or more, for both sides
     #[argh(option)]
     secret_file: Option<PathBuf>,
+    /// the most that is sent after the switchover beside what is asked for, bytes a second such as 100M
+    #[argh(option)]
+    max_postcopy_bandwidth: Option<Size>,
     /// what the guest's memory is derived from (default: a new one each time, printed)
     #[argh(option)]
     seed: Option<u64>,
+    /// a file for a report of both sides in pictures: a page for a browser, or the figures where its name
+    /// ends in .json
+    #[argh(option)]
+    report: Option<PathBuf>,
+    /// show no progress
+    #[argh(switch, short = 'q')]
+    quiet: bool,
+    /// trace what happens on stderr; RUST_LOG says in more detail what
+    #[argh(switch, short = 'v')]
+    verbose: bool,
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
@@ -86,6 +99,14 @@ impl Demo {
         if self.size == 0 || self.threads == 0 {
             return Err(Error::Usage("--size and --threads are at least 1".into()));
         }
+        let max_postcopy_bandwidth = self.max_postcopy_bandwidth.map(|limit| limit.0);
+        if max_postcopy_bandwidth.is_some() && self.precopy {
+            return Err(Error::Usage(
+                "--max-postcopy-bandwidth limits what is sent after the switchover: leave out \
+                 --precopy"
+                    .into(),
+            ));
+        }
         demo::run(&demo::Options {
             size_mib: self.size,
             kind: self.kind,
@@ -101,6 +122,10 @@ impl Demo {
             postcopy: !self.precopy,
             tls_creds: self.tls_creds,
             secret_file: self.secret_file,
+            max_postcopy_bandwidth,
+            report: self.report,
+            quiet: self.quiet,
+            verbose: self.verbose,
             seed: self.seed,
             json: self.json,
         })

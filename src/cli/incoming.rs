@@ -9,9 +9,10 @@ use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
 use crate::memory::kind::Kind;
+use crate::observe::Address;
 use crate::secure::Security;
 use crate::uri::Uri;
-use crate::{destination, single};
+use crate::{destination, observe, single};
 
 /// Receive a guest: listen at URI, start COMMAND (its monitor), fill its memory.
 #[derive(FromArgs, ArgsInfo)]
@@ -76,9 +77,22 @@ pub(super) struct Incoming {
     /// a preload object to use in place of the built-in one
     #[argh(option)]
     preload: Option<PathBuf>,
+    /// a file for a report in pictures: a page for a browser, or the figures where its name ends in
+    /// .json
+    #[argh(option)]
+    report: Option<PathBuf>,
+    /// serve metrics to Prometheus at PORT, on the loopback address, or HOST:PORT
+    #[argh(option)]
+    metrics: Option<Address>,
+    /// a unix socket to make for commands, see umem control
+    #[argh(option)]
+    control: Option<PathBuf>,
     /// show no progress
     #[argh(switch, short = 'q')]
     quiet: bool,
+    /// trace what happens on stderr; RUST_LOG says in more detail what
+    #[argh(switch, short = 'v')]
+    verbose: bool,
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
@@ -92,6 +106,7 @@ pub(super) struct Incoming {
 
 impl Incoming {
     pub(super) fn run(self) -> Result<i32> {
+        observe::trace::begin(self.verbose);
         let lanes_max = match single::is_listening(&self.uri) {
             true => several_lanes(self.lanes, 16)?,
             false => lanes_to(&self.uri, self.lanes, 16)?,
@@ -139,7 +154,12 @@ impl Incoming {
             idle_cores: self.idle_cores,
             preload: self.preload,
             json: self.json,
-            quiet: self.quiet,
+            observe: observe::Options {
+                report: self.report,
+                metrics: self.metrics,
+                control: self.control,
+                quiet: self.quiet,
+            },
             command,
         })
     }

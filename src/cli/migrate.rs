@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{CoreList, lanes_to};
+use super::values::{CoreList, Size, lanes_to};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
+use crate::observe::Address;
 use crate::secure::Security;
 use crate::uri::Uri;
-use crate::{doctor, source};
+use crate::{doctor, observe, source};
 
 /// Move a guest away: stop it, switch over to the `umem incoming` at URI, send its memory.
 #[derive(FromArgs, ArgsInfo)]
@@ -68,9 +69,26 @@ pub(super) struct Migrate {
     /// guest that reads on through its memory, or plain, as they lie there
     #[argh(option, default = "source::Order::Adaptive")]
     order: source::Order,
+    /// the most that is sent after the switchover beside what is asked for, bytes a second such as 100M
+    /// (needs -p; umem control changes it)
+    #[argh(option)]
+    max_postcopy_bandwidth: Option<Size>,
+    /// a file for a report in pictures: a page for a browser, or the figures where its name ends in
+    /// .json
+    #[argh(option)]
+    report: Option<PathBuf>,
+    /// serve metrics to Prometheus at PORT, on the loopback address, or HOST:PORT
+    #[argh(option)]
+    metrics: Option<Address>,
+    /// a unix socket to make for commands, see umem control
+    #[argh(option)]
+    control: Option<PathBuf>,
     /// show no progress
     #[argh(switch, short = 'q')]
     quiet: bool,
+    /// trace what happens on stderr; RUST_LOG says in more detail what
+    #[argh(switch, short = 'v')]
+    verbose: bool,
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
@@ -81,6 +99,7 @@ pub(super) struct Migrate {
 
 impl Migrate {
     pub(super) fn run(self) -> Result<i32> {
+        observe::trace::begin(self.verbose);
         let lanes = lanes_to(&self.uri, self.lanes, 1)?;
         doctor::limits::check(lanes)?;
         if self.no_background && !self.postcopy {
@@ -89,6 +108,19 @@ impl Migrate {
         if self.tls_hostname.is_some() && self.tls_creds.is_none() {
             return Err(Error::Usage(
                 "--tls-hostname names whom a certificate is for: add --tls-creds".into(),
+            ));
+        }
+        let max_postcopy_bandwidth = self.max_postcopy_bandwidth.map(|limit| limit.0);
+        if max_postcopy_bandwidth.is_some() && !self.postcopy {
+            return Err(Error::Usage(
+                "--max-postcopy-bandwidth limits what is sent after the switchover: add -p".into(),
+            ));
+        }
+        if max_postcopy_bandwidth == Some(0) {
+            return Err(Error::Usage(
+                "--max-postcopy-bandwidth 0 would send nothing: leave it out for no limit, or write \
+                 -n for no background"
+                    .into(),
             ));
         }
         source::run(&source::Options {
@@ -108,8 +140,14 @@ impl Migrate {
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             order: self.order,
+            max_postcopy_bandwidth,
             json: self.json,
-            quiet: self.quiet,
+            observe: observe::Options {
+                report: self.report,
+                metrics: self.metrics,
+                control: self.control,
+                quiet: self.quiet,
+            },
         })?;
         Ok(0)
     }

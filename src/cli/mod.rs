@@ -2,6 +2,7 @@
 //! that runs it.
 
 mod bench;
+mod control;
 mod demo;
 mod doctor;
 mod guest;
@@ -36,6 +37,7 @@ enum Command {
     Demo(demo::Demo),
     Incoming(incoming::Incoming),
     Migrate(migrate::Migrate),
+    Control(control::Control),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Guest(guest::Guest),
@@ -87,6 +89,7 @@ fn run(command: Command) -> Result<i32> {
         Command::Demo(demo) => demo.run(),
         Command::Incoming(incoming) => incoming.run(),
         Command::Migrate(migrate) => migrate.run(),
+        Command::Control(control) => control.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Bench(bench) => bench.run(),
         Command::Guest(guest) => guest.run(),

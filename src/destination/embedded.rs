@@ -15,6 +15,7 @@ use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HelloBytes, Lane, Listener};
+use crate::observe::watch::{Role, Watch};
 use crate::report::{Completed, Output};
 use crate::secure::Guard;
 
@@ -61,7 +62,8 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let host = HostThread::elsewhere(move |question| asking.ask(question));
     // How deeply the whole machine sleeps is the monitor's affair.
     let idle_cores = IdleCores::Sleep;
-    let plan = Plan { touch: false, cores: &cores, idle_cores, quiet: true };
+    let watch = Watch::new(Role::Destination, false, None);
+    let plan = Plan { touch: false, cores: &cores, idle_cores, watch: &watch, quiet: true };
     let open = Open { lanes, receiver, adopted };
     let migration = Migration::start(&plan, output, &inbox, open, host, &prepared.side)?;
     desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());

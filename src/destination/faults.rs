@@ -21,6 +21,7 @@ use super::guest::{GuestMemory, PageId};
 use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
 use crate::memory::pages::PageState;
+use crate::observe::faults::FaultCounts;
 use crate::priority;
 use crate::report::{latency_histogram, record};
 use crate::worker::Started;
@@ -63,6 +64,8 @@ pub(crate) struct Faults {
     latency: Histogram<u64>,
     /// The thread whose fault was read last; 0 if it is not known, or has been looked at.
     last_thread: u32,
+    /// The same for who looks on.
+    counts: Arc<FaultCounts>,
     /// For what is read with the gate closed.
     buffer: Vec<u8>,
 }
@@ -75,6 +78,7 @@ impl Faults {
         token: u64,
         retry_token: u64,
     ) -> Faults {
+        let counts = guest.counters.faults.join();
         Faults {
             guest,
             sources,
@@ -86,6 +90,7 @@ impl Faults {
             again: Vec::new(),
             latency: latency_histogram(),
             last_thread: 0,
+            counts,
             buffer: vec![0; EVENTS_MAX * MESSAGE_BYTES],
         }
     }
@@ -194,6 +199,7 @@ impl Faults {
             PageState::Missing | PageState::Discarded | PageState::Landing => {}
         }
         self.waiting.entry(page).or_insert(now);
+        self.counts.waiting(self.waiting.len());
         Ok(())
     }
 
@@ -213,7 +219,10 @@ impl Faults {
             return self.arm_retry(ring);
         }
         if let Some(since) = page.and_then(|page| self.waiting.remove(&page)) {
-            record(&mut self.latency, since.elapsed());
+            let latency = since.elapsed();
+            record(&mut self.latency, latency);
+            self.counts.served(latency);
+            self.counts.waiting(self.waiting.len());
         }
         Ok(())
     }

@@ -223,10 +223,11 @@ impl PageId {
 impl GuestMemory {
     pub(crate) fn new(regions: Vec<GuestRegion>, sources: Vec<FaultSource>) -> GuestMemory {
         let pages_total = regions.iter().map(|region| region.bytes >> region.unit_shift).sum();
+        let counters = Arc::new(Counters::of(regions.iter().map(|region| region.bytes)));
         GuestMemory {
             regions,
             sources,
-            counters: Arc::default(),
+            counters,
             spare_bytes: AtomicU64::new(0),
             spare_bytes_max: AtomicU64::new(0),
             release_bytes: AtomicU64::new(0),
@@ -342,6 +343,7 @@ impl GuestMemory {
         }
         self.count(region, range, kind);
         region.pages.each_wanted(range.first, range.pages, |page| {
+            self.counters.map.was_demanded(range.region.0, page, region.unit_shift, kind);
             wake(PageId { region: range.region, page });
         });
         if region.kind == Kind::Private {
@@ -389,6 +391,7 @@ impl GuestMemory {
             RunKind::Hole => &self.counters.hole_bytes,
         };
         Counters::add(counter, region.byte_offset(range.pages));
+        self.counters.map.count(range, region.unit_shift, kind, false);
     }
 
     /// The guest side has discarded a range of its addresses: what has not come of it yet is to read

@@ -40,7 +40,9 @@ use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
-use crate::progress::{self, Progress};
+use crate::observe::watch::{Role, Watch};
+use crate::observe::{self, Observer};
+use crate::progress::Progress;
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
 use crate::secure::{Guard, Security};
 use crate::single::{self, Single};
@@ -87,8 +89,8 @@ pub struct Options {
     pub preload: Option<PathBuf>,
     /// JSON events on stdout.
     pub json: bool,
-    /// No progress on stderr.
-    pub quiet: bool,
+    /// What others may see.
+    pub observe: observe::Options,
     /// The monitor to start, with its arguments; empty for one that comes to the hand-over socket.
     pub command: Vec<String>,
 }
@@ -142,8 +144,11 @@ pub fn run(options: &Options) -> Result<i32> {
     };
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let inbox = Inbox::new()?;
+    let output = Output::new(options.json);
+    // Answers until the guest's process has ended.
+    let observer = Observer::start(&options.observe, Role::Destination, None, &output)?;
     let guard = Guard::load(&options.security)?;
-    let received = receive(options, socket, &guard, &inbox);
+    let received = receive(options, socket, &guard, &inbox, &observer);
     let received =
         received.map_err(|error| guard.explain(error)).map_err(|error| match &mut command {
             Some(command) => command.explain(error),
@@ -161,6 +166,7 @@ fn receive(
     socket: Option<OwnedFd>,
     guard: &Guard,
     inbox: &Inbox<Note>,
+    observer: &Observer,
 ) -> Result<Prepared> {
     let output = Output::new(options.json);
     let entrance = match socket {
@@ -204,11 +210,12 @@ fn receive(
         touch: options.touch,
         cores: &options.cores,
         idle_cores: options.idle_cores,
-        quiet: options.quiet,
+        watch: &observer.watch,
+        quiet: options.observe.quiet,
     };
     let open = Open { lanes, receiver, adopted };
-    let report = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?
-        .drive(&mut prepared.side)?;
+    let migration = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?;
+    let report = observer.ended(migration.drive(&mut prepared.side))?;
     output.completed(&report);
     Ok(prepared)
 }
@@ -234,6 +241,7 @@ struct Plan<'a> {
     touch: bool,
     cores: &'a [usize],
     idle_cores: IdleCores,
+    watch: &'a Arc<Watch>,
     quiet: bool,
 }
 
@@ -306,7 +314,9 @@ impl<'a> Migration<'a> {
         };
         let (reach, demand_thread) =
             worker::start("umem-demand", inbox, move |started| demand.run(started))?;
+        let (counters, total_bytes) = (&guest.counters, landing.total_bytes());
         let mut migration = Migration {
+            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
             output,
             guest: guest.clone(),
             host,
@@ -328,7 +338,6 @@ impl<'a> Migration<'a> {
             touch_thread: None,
             congestion,
             times: Times::default(),
-            progress: Progress::new(landing.total_bytes(), plan.quiet),
             inbox,
         };
         let started = migration
@@ -451,7 +460,7 @@ impl<'a> Migration<'a> {
         while !matches!(self.phase, Phase::Completed(_)) {
             let watched =
                 if guest_ended { Vec::new() } else { side.watched(self.toucher.is_some()) };
-            match self.inbox.wait(&watched, Some(progress::INTERVAL))? {
+            match self.inbox.wait(&watched, Some(self.progress.interval()))? {
                 Wake::Timeout => {}
                 Wake::Signal => self.interrupted()?,
                 Wake::Ready(index) => {
@@ -463,7 +472,7 @@ impl<'a> Migration<'a> {
                 }
                 Wake::Message(note) => self.note(note, side)?,
             }
-            self.progress.update(&self.guest.counters);
+            self.progress.update();
         }
         Ok(())
     }
@@ -540,6 +549,7 @@ impl<'a> Migration<'a> {
         self.step(Input::GuestRunning)?;
         let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Running { us_since_switchover });
+        self.progress.watch().running(self.times.downtime);
         let downtime_ms = millis(self.times.downtime);
         self.output.event(
             "running",
@@ -558,6 +568,8 @@ impl<'a> Migration<'a> {
             return Ok(());
         }
         self.state_loaded = false;
+        // Once the source has heard this it may give the guest up.
+        self.progress.watch().commit("the guest stays at the source")?;
         self.step(Input::StateLoaded)?;
         self.send(&Frame::Loaded);
         Ok(())
@@ -617,6 +629,7 @@ impl<'a> Migration<'a> {
         let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_have_run: false });
         match phase.step(input) {
             Ok(phase) => {
+                self.progress.watch().entered(phase.name());
                 self.phase = phase;
                 Ok(())
             }

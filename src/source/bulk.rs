@@ -24,6 +24,8 @@ use crate::worker::Started;
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
+/// The background may go on, as far as its limit is concerned.
+const TOKEN_LOOK: u64 = 2;
 
 /// Acknowledgements, 32 bytes each, that are read at once.
 const RECEIVE_BYTES: usize = 4 << 10;
@@ -56,6 +58,8 @@ struct BulkThread {
     /// Runs gathered and not sent yet.
     runs: Vec<Run>,
     exhausted: bool,
+    /// A timer runs at whose end the lane looks again whether it may gather more.
+    pausing: bool,
     /// A send is in the kernel (its result has not come).
     sending: Option<Vec<Run>>,
     /// It is to leave without a copy.
@@ -89,6 +93,7 @@ impl BulkLane {
             zero_copy: self.zero_copy,
             runs: Vec::with_capacity(1024),
             exhausted: false,
+            pausing: false,
             sending: None,
             sending_zero_copy: false,
             spare: Vec::with_capacity(1024),
@@ -115,6 +120,7 @@ impl BulkLane {
                 match completion.token {
                     TOKEN_WAKE => return Ok(()),
                     TOKEN_SENT => thread.sent(completion)?,
+                    TOKEN_LOOK => thread.pausing = false,
                     _ => thread.received(&mut ring, &mut receiver, completion)?,
                 }
             }
@@ -126,10 +132,11 @@ impl BulkThread {
     /// Sends a batch if none is on its way, and gathers the next one.
     fn advance(&mut self, ring: &mut Ring) -> Result<()> {
         if self.runs.is_empty() {
-            self.gather()?;
+            self.gather(ring)?;
         }
-        if self.sending.is_none() && !self.lane_end_sent {
-            if self.runs.is_empty() {
+        let has_some = !self.runs.is_empty();
+        if self.sending.is_none() && !self.lane_end_sent && (has_some || self.exhausted) {
+            if !has_some {
                 self.lane_end_sent = true;
                 let mut frame = Vec::with_capacity(HEADER_BYTES);
                 transmit::encode(&Frame::LaneEnd, &mut frame);
@@ -139,7 +146,7 @@ impl BulkThread {
                 self.submit(ring, op)?;
             }
             ring.enter(Wait::No)?;
-            self.gather()?;
+            self.gather(ring)?;
         }
         Ok(())
     }
@@ -152,8 +159,18 @@ impl BulkThread {
         Ok(())
     }
 
-    /// Claims pages until there is a batch, or nothing is left.
-    fn gather(&mut self) -> Result<()> {
+    /// Claims pages until there is a batch, or nothing is left; none while the background's limit is
+    /// used up, as who waits for a claimed page waits for its batch.
+    fn gather(&mut self, ring: &mut Ring) -> Result<()> {
+        if self.exhausted || self.pausing {
+            return Ok(());
+        }
+        if let Some(wait) = self.memory.bandwidth.wait() {
+            ring.submit(Op::timeout(wait), TOKEN_LOOK)
+                .map_err(|rejected| Error::Ring(rejected.error))?;
+            self.pausing = true;
+            return Ok(());
+        }
         while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered() < BATCH_BYTES {
             self.exhausted = !self.walk.next_runs(&self.memory, BATCH_BYTES, &mut self.runs)?;
         }
@@ -195,6 +212,7 @@ impl BulkThread {
         if !headers.is_empty() {
             pieces.push(Memory::from(headers));
         }
+        self.memory.bandwidth.sent(bytes);
         self.runs.drain(..sending.len());
         self.sending = Some(sending);
         let zero_copy =
@@ -207,7 +225,7 @@ impl BulkThread {
         match completion.outcome {
             Outcome::Done(_) => {
                 let runs = self.sending.take().unwrap_or_default();
-                runs.iter().for_each(|run| self.memory.count(run));
+                runs.iter().for_each(|run| self.memory.count(run, false));
                 let pages = runs.iter().map(|run| run.range.pages).sum();
                 Counters::add(&self.memory.counters.pages_background, pages);
                 let counters = &self.memory.counters;

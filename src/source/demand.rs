@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::mpsc::Receiver as Commands;
+use std::time::Duration;
 
 use umem_ring::{
     Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
@@ -100,6 +101,8 @@ struct DemandThread {
     /// The buffer for answers while none is in flight.
     spare: Vec<u8>,
     background: Option<Background>,
+    /// The background has sent what its limit allows, until then.
+    pausing: Option<Duration>,
     going_on: bool,
     sending: bool,
     ending: bool,
@@ -130,6 +133,7 @@ impl DemandLane {
             outbox: Vec::with_capacity(4096),
             spare: Vec::with_capacity(SPARE_BYTES),
             background: None,
+            pausing: None,
             going_on: false,
             sending: false,
             ending: false,
@@ -266,11 +270,12 @@ impl DemandThread {
         self.vigil.fault(ring)
     }
 
-    /// Where many pages in a row have left already there may be more of the background behind them:
-    /// has this thread come back, after whatever else there is to do.
+    /// Where many pages in a row have left already there may be more of the background behind them, or it
+    /// is to wait: has this thread come back, after whatever else there is to do.
     fn go_on(&mut self, ring: &mut Ring) -> Result<()> {
         if self.background.is_some() && !self.going_on && !self.ending {
-            ring.submit(Op::Nop, TOKEN_GO_ON).map_err(|rejected| Error::Ring(rejected.error))?;
+            let op = self.pausing.take().map_or(Op::Nop, Op::timeout);
+            ring.submit(op, TOKEN_GO_ON).map_err(|rejected| Error::Ring(rejected.error))?;
             self.going_on = true;
         }
         Ok(())
@@ -288,7 +293,7 @@ impl DemandThread {
                 pieces.push(Memory::from(std::mem::take(&mut bytes)));
                 pieces.push(contents);
             }
-            self.memory.count(&run);
+            self.memory.count(&run, true);
             Counters::add(&self.memory.counters.pages_demand, run.range.pages);
         }
         bytes.append(&mut self.outbox);
@@ -311,6 +316,10 @@ impl DemandThread {
         let Some(Background { walk, runs }) = &mut self.background else {
             return Ok(pieces);
         };
+        self.pausing = self.memory.bandwidth.wait();
+        if self.pausing.is_some() {
+            return Ok(pieces);
+        }
         let (memory, mut bytes, mut left) = (&self.memory, 0, true);
         for _ in 0..BACKGROUND_CLAIMS {
             if !left || bytes >= BACKGROUND_BYTES || runs.len() >= BACKGROUND_RUNS {
@@ -324,10 +333,11 @@ impl DemandThread {
             let (header, pages) = memory.pieces(&run)?;
             pieces.push(Memory::from(header.to_vec()));
             pieces.extend(pages);
-            memory.count(&run);
+            memory.count(&run, false);
             Counters::add(&counters.pages_background, run.range.pages);
         }
         Counters::add(&counters.copied_bytes, bytes);
+        memory.bandwidth.sent(bytes);
         if pieces.is_empty() && !left {
             self.background = None;
             self.post.send(Note::BulkEnded);

@@ -14,6 +14,7 @@ use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane};
 use crate::memory::region::RamFile;
+use crate::observe::watch::{Role, Watch};
 use crate::report::Completed;
 use crate::secure::Pass;
 use crate::uri::Uri;
@@ -71,6 +72,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     desk.watch(memory.counters.clone(), memory.total_bytes());
     let asking = desk.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
+    let watch = Watch::new(Role::Source, false, None);
     let plan = Plan {
         postcopy,
         background: true,
@@ -78,6 +80,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         // How deeply the whole machine sleeps is the monitor's affair.
         idle_cores: IdleCores::Sleep,
         order: Order::Adaptive,
+        watch: &watch,
         quiet: true,
         has_monitor: false,
         stays_local,

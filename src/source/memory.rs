@@ -11,6 +11,7 @@ use umem_ring::{Memory, Waker};
 use umem_wire::limits::RUN_BYTES_MAX;
 use umem_wire::{HEADER_BYTES, PageRange, PageSize, Region, RegionId, RegionTable, transmit};
 
+use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
 use crate::memory::acks::{Acks, NotSent};
 use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
@@ -43,6 +44,8 @@ pub(crate) struct SourceMemory {
     /// The landing table: what page numbers refer to.
     landing: OnceLock<RegionTable>,
     pub(crate) counters: Arc<Counters>,
+    /// The limit of the background.
+    pub(crate) bandwidth: Arc<Bandwidth>,
     /// The last demand: bulk lanes go on from there.
     pub(crate) pivot: Pivot,
     /// What the demands look like going on with: bulk lanes run ahead of that first.
@@ -63,10 +66,12 @@ pub(crate) struct SourceMemory {
 impl SourceMemory {
     pub(crate) fn new(files: Vec<RamFile>, releases: bool) -> SourceMemory {
         let region = |ram| SourceRegion { ram, landing: OnceLock::new() };
+        let counters = Arc::new(Counters::of(files.iter().map(|file| file.bytes)));
         SourceMemory {
             regions: files.into_iter().map(region).collect(),
             landing: OnceLock::new(),
-            counters: Arc::default(),
+            counters,
+            bandwidth: Arc::new(Bandwidth::new(None)),
             pivot: Pivot::default(),
             sequences: Sequences::default(),
             stopped: AtomicBool::new(false),
@@ -75,6 +80,11 @@ impl SourceMemory {
             releaser: OnceLock::new(),
             is_ending: AtomicBool::new(false),
         }
+    }
+
+    /// With a limit of the background.
+    pub(crate) fn limited(self, bandwidth: Arc<Bandwidth>) -> SourceMemory {
+        SourceMemory { bandwidth, ..self }
     }
 
     pub(crate) fn table(&self) -> Result<RegionTable> {
@@ -158,8 +168,8 @@ impl SourceMemory {
         Ok((run, None))
     }
 
-    /// Notes that a run has been handed to the kernel.
-    pub(crate) fn count(&self, run: &Run) {
+    /// Notes that a run has been handed to the kernel, and whether it was asked for.
+    pub(crate) fn count(&self, run: &Run, demanded: bool) {
         let bytes = self.bytes(run.range);
         Counters::add(
             match run.kind {
@@ -170,6 +180,8 @@ impl SourceMemory {
             bytes,
         );
         Counters::add(&self.counters.pages_done, run.range.pages);
+        let shift = self.region(run.range.region).unit().shift();
+        self.counters.map.count(run.range, shift, run.kind, demanded);
     }
 
     /// The length of a range.

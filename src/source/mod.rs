@@ -26,6 +26,7 @@ use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
 use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, Fault, Frame, LaneRole, PageSize, Receiver, SessionId, Totals, transmit};
 
+use crate::bandwidth::Bandwidth;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
@@ -38,7 +39,9 @@ use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane};
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
-use crate::progress::{self, Progress};
+use crate::observe::watch::{Role, Watch};
+use crate::observe::{self, Observer};
+use crate::progress::Progress;
 use crate::report::{Completed, CpuTime, Output};
 use crate::secure::{Pass, Security};
 use crate::single::Single;
@@ -76,10 +79,12 @@ pub struct Options {
     pub idle_cores: IdleCores,
     /// What the background sends next.
     pub order: Order,
+    /// The most that is sent in the background after the switchover, bytes a second.
+    pub max_postcopy_bandwidth: Option<u64>,
     /// JSON events on stdout.
     pub json: bool,
-    /// No progress on stderr.
-    pub quiet: bool,
+    /// What others may see.
+    pub observe: observe::Options,
 }
 
 /// In which order pages are sent that nobody has asked for.
@@ -155,12 +160,16 @@ pub fn run(options: &Options) -> Result<()> {
 fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Pass) -> Result<()> {
     let output = Output::new(options.json);
     let inbox = Inbox::new()?;
+    // Without postcopy the guest stands still meanwhile, and there is no background.
+    let bandwidth = Arc::new(Bandwidth::new(options.max_postcopy_bandwidth));
+    let limit = options.postcopy.then(|| bandwidth.clone());
+    let observer = Observer::start(&options.observe, Role::Source, limit, &output)?;
     let (host, ram) = guest(options)?;
     let files = ram
         .iter()
         .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
         .collect::<Result<Vec<_>>>()?;
-    let memory = Arc::new(SourceMemory::new(files, options.release_ram));
+    let memory = Arc::new(SourceMemory::new(files, options.release_ram).limited(bandwidth));
     let lanes = dial(options, socket, pass, lane::new_session()?, &inbox)?;
     output.event(
         "connected",
@@ -180,11 +189,12 @@ fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Pass) -> Result<()
         cores: &options.cores,
         idle_cores: options.idle_cores,
         order: options.order,
-        quiet: options.quiet,
+        watch: &observer.watch,
+        quiet: options.observe.quiet,
     };
     let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
     let migration = Migration::start(&plan, output.clone(), inbox, lanes, memory, host)?;
-    let report = migration.drive()?;
+    let report = observer.ended(migration.drive())?;
     output.completed(&report);
     Ok(())
 }
@@ -281,6 +291,7 @@ struct Plan<'a> {
     cores: &'a [usize],
     idle_cores: IdleCores,
     order: Order,
+    watch: &'a Arc<Watch>,
     quiet: bool,
     /// There is somebody else who could resume the guest.
     has_monitor: bool,
@@ -352,6 +363,13 @@ impl Migration {
             postcopy: plan.postcopy,
             background: plan.background,
             lane_count: u16::try_from(idle.len()).expect("at most 64"),
+            progress: Progress::new(
+                plan.watch,
+                &memory.counters,
+                memory.total_bytes(),
+                &output,
+                plan.quiet,
+            ),
             output,
             host,
             has_monitor: plan.has_monitor,
@@ -370,7 +388,6 @@ impl Migration {
             allocated_bytes: 0,
             congestion,
             times: Times::default(),
-            progress: Progress::new(memory.total_bytes(), plan.quiet),
             memory,
             inbox,
         };
@@ -405,7 +422,7 @@ impl Migration {
             if let Phase::Completed(totals) = self.phase {
                 return Ok(totals);
             }
-            match self.inbox.wait(&[], Some(progress::INTERVAL))? {
+            match self.inbox.wait(&[], Some(self.progress.interval()))? {
                 Wake::Timeout | Wake::Ready(_) => {}
                 Wake::Signal => self.interrupted()?,
                 Wake::Message(Note::Received(event)) => self.received(event)?,
@@ -413,7 +430,7 @@ impl Migration {
                 Wake::Message(Note::Failed(error)) => return Err(error),
                 Wake::Message(Note::Host(answer)) => self.answered(answer)?,
             }
-            self.progress.update(&self.memory.counters);
+            self.progress.update();
         }
     }
 
@@ -485,6 +502,7 @@ impl Migration {
 
     /// The commit point: from here on the guest never runs at this side again.
     fn switch_over(&mut self) -> Result<()> {
+        self.progress.watch().commit("the guest goes on here")?;
         self.step(Input::SentSwitchover)?;
         let stopped = self.times.stopped.map_or(Duration::ZERO, |at| at.elapsed());
         let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
@@ -519,6 +537,7 @@ impl Migration {
     fn running(&mut self) -> Result<()> {
         let now = Instant::now();
         self.times.running = Some(now);
+        self.progress.watch().running(self.downtime());
         let downtime_ms = self.downtime().as_secs_f64() * 1e3;
         self.output.event(
             "running",
@@ -644,6 +663,7 @@ impl Migration {
         let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_run: false });
         match phase.step(input) {
             Ok(phase) => {
+                self.progress.watch().entered(phase.name());
                 self.phase = phase;
                 Ok(())
             }

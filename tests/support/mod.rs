@@ -4,6 +4,8 @@
 //! - [`Umem`]: a `umem` process, its events and what it complained of
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
 //! - [`Serial`]: what our Linux guest says on its console
+//! - [`Guests`]: two of umem's own guests, of which one is to become the other
+//! - [`Chromium`]: a browser that opens reports
 //! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
 //! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
@@ -16,8 +18,10 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 mod certificates;
+mod chromium;
 mod destination;
 mod fifo;
+mod guests;
 mod hugepages;
 mod process;
 mod qemu;
@@ -34,8 +38,10 @@ use std::time::{Duration, Instant};
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
     certificates::{Authority, write_private},
+    chromium::{Chromium, Scheme},
     destination::LaneFromSource,
     fifo::Fifo,
+    guests::Guests,
     hugepages::{HugeFile, HugePages},
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},

@@ -27,7 +27,7 @@ impl QemuVersion {
 }
 
 /// A file that `tests/run` provides, by its variable or else in its cache.
-fn provided(variable: &str, name: &str) -> PathBuf {
+pub(super) fn provided(variable: &str, name: &str) -> PathBuf {
     let path = std::env::var_os(variable).map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cache").join(name),
         PathBuf::from,

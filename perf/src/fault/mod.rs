@@ -51,6 +51,9 @@ pub(crate) struct Options {
     /// write a plot of the distributions to this file
     #[argh(option)]
     svg: Option<PathBuf>,
+    /// write a page with the tables and plots, for a browser, to this file
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -364,8 +367,9 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
          guest's way back onto its core.",
         options.count, options.size, options.lanes, options.rounds
     );
+    let plot = svg::curves("First access to a page", "µs, logarithmic", &curves);
     if let Some(path) = &options.svg {
-        svg::curves("First access to a page", "µs, logarithmic", &curves).write(path)?;
+        plot.write(path)?;
     }
     Report {
         what: "fault",
@@ -380,6 +384,5 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
             "figures": figures,
         }),
     }
-    .print(options.json);
-    Ok(())
+    .show(options.json, options.report.as_deref(), &[plot])
 }

@@ -8,6 +8,7 @@ mod send;
 
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use argh::FromArgs;
@@ -43,6 +44,9 @@ pub(crate) struct Options {
     /// shares of zero pages in percent with commas between them (default 0)
     #[argh(option, default = "List(vec![0])")]
     zero: List<u32>,
+    /// write a page with the tables and plots, for a browser, to this file
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -115,8 +119,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         progress(&format!("round {round} of {}", options.rounds));
         floor.round()?;
     }
-    report(options, machine, &floor).print(options.json);
-    Ok(())
+    report(options, machine, &floor).show(options.json, options.report.as_deref(), &[])
 }
 
 /// The kinds of memory that were asked for.

@@ -50,6 +50,9 @@ pub(crate) struct Options {
     /// write a plot of the fault latencies to this file
     #[argh(option)]
     svg: Option<PathBuf>,
+    /// write a page with the tables and plots, for a browser, to this file
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -133,9 +136,9 @@ fn report(options: &Options, machine: Machine, turns: &Turns) -> Result<()> {
         latency.row(row);
         curves.push(svg::Curve { name: name.into(), points: all.curve() });
     }
+    let plot = svg::curves("First access to a page, over the link", "µs, logarithmic", &curves);
     if let Some(path) = &options.svg {
-        svg::curves("First access to a page, over the link", "µs, logarithmic", &curves)
-            .write(path)?;
+        plot.write(path)?;
     }
     let method = format!(
         "Two network namespaces with a veth pair between them, shaped to {} Gbit/s in either direction \
@@ -174,6 +177,5 @@ fn report(options: &Options, machine: Machine, turns: &Turns) -> Result<()> {
             "latency_full": loaded,
         }),
     }
-    .print(options.json);
-    Ok(())
+    .show(options.json, options.report.as_deref(), &[plot])
 }

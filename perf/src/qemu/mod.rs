@@ -52,6 +52,9 @@ pub(crate) struct Options {
     /// the umem to measure (default: the one beside this program)
     #[argh(option)]
     umem: Option<PathBuf>,
+    /// write a page with the tables and plots, for a browser, to this file
+    #[argh(option)]
+    report: Option<PathBuf>,
     /// print one JSON object
     #[argh(switch)]
     json: bool,
@@ -88,8 +91,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             moves.push(moved);
         }
     }
-    report(options, machine, &moves).print(options.json);
-    Ok(())
+    report(options, machine, &moves).show(options.json, options.report.as_deref(), &[])
 }
 
 fn subjects(options: &Options) -> Vec<Subject> {

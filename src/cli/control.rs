@@ -1,0 +1,71 @@
+//! `umem control`: commands to an umem that runs
+
+use std::path::PathBuf;
+
+use argh::{ArgsInfo, FromArgs};
+use serde_json::{Value, json};
+
+use super::values::Size;
+use crate::error::{Error, Result};
+use crate::observe::control;
+
+/// Ask how a migration stands, or change it, at the --control socket of an umem that runs.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    subcommand,
+    name = "control",
+    note = "status prints how the migration stands. set changes the limit of what is sent beside what is \
+            asked for; 0 is no limit. cancel gives up before the switchover, and the guest goes on at the \
+            source; afterwards it is refused. Any program can do the same: the socket takes and gives one \
+            JSON object a line, in the manner of QMP: its \"execute\" is the command.",
+    example = "Start a migration that can be asked:\n  umem migrate -p --control /run/umem.sock --qmp \
+               /run/qmp.sock tcp:DESTINATION:4444",
+    example = "Ask it:\n  {command_name} /run/umem.sock status",
+    example = "Leave room on the link for others:\n  {command_name} /run/umem.sock set \
+               max-postcopy-bandwidth=100M",
+    error_code(1, "Nobody listens there, or the command was refused; stderr says why."),
+    error_code(2, "The command line is wrong.")
+)]
+pub(super) struct Control {
+    /// the socket
+    #[argh(positional)]
+    socket: PathBuf,
+    /// status, set or cancel
+    #[argh(positional)]
+    command: String,
+    /// what to set: max-postcopy-bandwidth=BYTES a second, such as 100M
+    #[argh(positional)]
+    setting: Vec<String>,
+}
+
+impl Control {
+    pub(super) fn run(self) -> Result<i32> {
+        let command = match self.command.as_str() {
+            "set" => json!({ "execute": "set", "arguments": settings(&self.setting)? }),
+            other if self.setting.is_empty() => json!({ "execute": other }),
+            other => {
+                return Err(Error::Usage(format!("{other} takes nothing after it; set does")));
+            }
+        };
+        let answer = control::ask(&self.socket, &command)?;
+        if answer != json!({}) {
+            let text = serde_json::to_string_pretty(&answer).expect("it was JSON before");
+            println!("{text}");
+        }
+        Ok(0)
+    }
+}
+
+/// `NAME=VALUE` as the socket takes them.
+fn settings(words: &[String]) -> Result<Value> {
+    const NAME: &str = "max-postcopy-bandwidth";
+    let value = match words {
+        [word] => word.strip_prefix(NAME).and_then(|rest| rest.strip_prefix('=')),
+        _ => None,
+    };
+    let Some(value) = value else {
+        return Err(Error::Usage(format!("write set {NAME}=BYTES, a second, such as 100M")));
+    };
+    let size: Size = value.parse().map_err(Error::Usage)?;
+    Ok(json!({ NAME: size.0 }))
+}

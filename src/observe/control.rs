@@ -1,0 +1,352 @@
+//! `--control SOCKET`: commands to a migration that goes on, in QMP's manner.
+//!
+//! One JSON object a line, both ways. umem begins with a greeting; then each command has one answer, in
+//! the order of the commands, with the command's `id` if it has one:
+//!
+//! ```text
+//! ← {"umem": {"version": "0.1.0", "role": "source", "pid": 4711}}
+//! → {"execute": "status", "id": 1}
+//! ← {"return": {"role": "source", "phase": "serving pages", …}, "id": 1}
+//! → {"execute": "set", "arguments": {"max-postcopy-bandwidth": 104857600}}
+//! ← {"return": {}}
+//! → {"execute": "cancel"}
+//! ← {"error": {"class": "GenericError", "desc": "too late: the guest runs at …"}}
+//! ```
+//!
+//! The socket belongs to the user who runs umem, with mode 0600, and goes when umem ends. One that an
+//! umem left behind which was killed is replaced; one that is in use is not.
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde_json::{Value, json};
+
+use super::watch::Watch;
+use crate::error::{Context, Error, Result};
+use crate::lane::bind_private;
+
+/// Connections at a time; more wait in the kernel.
+const CLIENTS_MAX: usize = 8;
+
+/// A command is shorter.
+const LINE_BYTES_MAX: usize = 64 << 10;
+
+/// A client that does not read its answers is cut off after this long.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What can be executed.
+const COMMANDS: [(&str, &str); 4] = [
+    ("status", "how the migration stands"),
+    (
+        "set",
+        "change the background's limit: {\"max-postcopy-bandwidth\": bytes a second, 0 for none}",
+    ),
+    ("cancel", "give up before the switchover, as Ctrl-C does; the guest goes on at the source"),
+    ("help", "the commands"),
+];
+
+/// Answers until it is dropped; the socket is removed then.
+pub(crate) struct Server {
+    path: PathBuf,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    pub(crate) fn start(path: &Path, watch: Arc<Watch>) -> Result<Server> {
+        let listener = bind(path)?;
+        // From here on the socket is ours to remove.
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let stop = EventFd::from_flags(flags).map(Arc::new);
+        let mut server = match stop {
+            Ok(stop) => Server { path: path.into(), stop, thread: None },
+            Err(errno) => {
+                let _ = std::fs::remove_file(path);
+                return Err(errno).context(|| "eventfd");
+            }
+        };
+        let told = server.stop.clone();
+        let thread = std::thread::Builder::new()
+            .name("umem-control".into())
+            .spawn(move || serve(&listener, &told, &watch))
+            .context(|| "starting thread umem-control")?;
+        server.thread = Some(thread);
+        Ok(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Makes the socket, in the place of one that nobody listens at any more.
+fn bind(path: &Path) -> Result<UnixListener> {
+    let failed = |source: io::Error, hint| Error::Listen {
+        uri: format!("--control {}", path.display()),
+        source,
+        hint,
+    };
+    let bound = match bind_private(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
+            std::fs::remove_file(path).and_then(|()| bind_private(path))
+        }
+        other => other,
+    };
+    let listener = bound.map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            failed(error, "; another process has it, or it is no socket: choose another path")
+        }
+        io::ErrorKind::NotFound => failed(error, "; its directory does not exist"),
+        _ => failed(error, ""),
+    })?;
+    listener.set_nonblocking(true).map_err(|error| failed(error, ""))?;
+    Ok(listener)
+}
+
+fn is_stale(path: &Path) -> bool {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    is_socket && UnixStream::connect(path).is_err_and(refused)
+}
+
+struct Client {
+    stream: UnixStream,
+    /// The beginning of a line.
+    line: Vec<u8>,
+}
+
+fn serve(listener: &UnixListener, stop: &EventFd, watch: &Watch) {
+    let mut clients: Vec<Client> = Vec::new();
+    loop {
+        // Whoever comes when all places are taken waits.
+        let has_room = clients.len() < CLIENTS_MAX;
+        let sockets = clients.iter().map(|client| client.stream.as_fd());
+        let new = has_room.then(|| listener.as_fd());
+        let mut fds: Vec<PollFd<'_>> = std::iter::once(stop.as_fd())
+            .chain(sockets)
+            .chain(new)
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
+        // Interrupted or not, the loop looks again.
+        let _ = poll(&mut fds, PollTimeout::NONE);
+        let ready: Vec<bool> =
+            fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
+        drop(fds);
+        if stop.read().is_ok() {
+            return;
+        }
+        let mut index = 0;
+        clients.retain_mut(|client| {
+            index += 1;
+            !ready[index] || client.serve(watch).is_ok()
+        });
+        if has_room && ready.last() == Some(&true) {
+            clients.extend(accept(listener, watch));
+        }
+    }
+}
+
+/// A new client, greeted; none if it has gone again.
+fn accept(listener: &UnixListener, watch: &Watch) -> Option<Client> {
+    let (stream, _) = listener.accept().ok()?;
+    stream.set_nonblocking(false).ok()?;
+    // It is read when something is there, and may have less than a line to say.
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    stream.set_write_timeout(Some(PATIENCE)).ok()?;
+    let mut client = Client { stream, line: Vec::new() };
+    let greeting = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "role": watch.role().name(),
+        "pid": std::process::id(),
+    });
+    client.say(&json!({ "umem": greeting })).ok()?;
+    Some(client)
+}
+
+impl Client {
+    fn say(&mut self, object: &Value) -> io::Result<()> {
+        self.stream.write_all(format!("{object}\n").as_bytes())
+    }
+
+    /// Takes what has come; an error is its end.
+    fn serve(&mut self, watch: &Watch) -> io::Result<()> {
+        let mut buffer = [0; 4096];
+        let count = self.stream.read(&mut buffer)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.line.extend_from_slice(&buffer[..count]);
+        while let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.line.drain(..=end).collect();
+            if !line.trim_ascii().is_empty() {
+                self.say(&answer(&line, watch))?;
+            }
+        }
+        if self.line.len() > LINE_BYTES_MAX {
+            let error = failure(&format!("a command has at most {LINE_BYTES_MAX} bytes"));
+            self.say(&error)?;
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(())
+    }
+}
+
+/// What is answered to a line.
+fn answer(line: &[u8], watch: &Watch) -> Value {
+    let command: Value = match serde_json::from_slice(line) {
+        Ok(command) => command,
+        Err(error) => {
+            return failure(&format!("a command is an object of JSON on a line: {error}"));
+        }
+    };
+    let result = match command["execute"].as_str() {
+        Some(name) => execute(name, &command["arguments"], watch),
+        None => Err("a command is written {\"execute\": NAME}; \"help\" lists the names".into()),
+    };
+    let mut answer = match result {
+        Ok(value) => json!({ "return": value }),
+        Err(text) => failure(&text),
+    };
+    if let Some(id) = command.get("id") {
+        answer["id"] = id.clone();
+    }
+    answer
+}
+
+fn failure(text: &str) -> Value {
+    json!({ "error": { "class": "GenericError", "desc": text } })
+}
+
+/// Carries a command out; an error is a sentence that says why not.
+fn execute(name: &str, arguments: &Value, watch: &Watch) -> std::result::Result<Value, String> {
+    match name {
+        "status" => Ok(serde_json::to_value(watch.status()).expect("plain numbers and strings")),
+        "set" => set(arguments, watch).map(|()| json!({})),
+        "cancel" => watch.cancel().map(|()| json!({})).map_err(str::to_owned),
+        "help" => Ok(COMMANDS.iter().map(|&(name, help)| (name.to_owned(), json!(help))).collect()),
+        other => {
+            let names = COMMANDS.map(|(name, _)| name).join(", ");
+            Err(format!("there is no command {other:?}: the commands are {names}"))
+        }
+    }
+}
+
+fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
+    const NAME: &str = "max-postcopy-bandwidth";
+    let Some(bandwidth) = watch.bandwidth() else {
+        return Err(format!(
+            "{NAME} limits what a source sends after the switchover (umem migrate -p), and this is none"
+        ));
+    };
+    let given = arguments.as_object().map_or(0, serde_json::Map::len);
+    let Some(limit) = arguments[NAME].as_u64().filter(|_| given == 1) else {
+        return Err(format!(
+            "\"arguments\" are {{\"{NAME}\": bytes a second}}, a whole number, 0 for no limit"
+        ));
+    };
+    tracing::info!(limit, "{NAME} is set");
+    bandwidth.set((limit > 0).then_some(limit));
+    Ok(())
+}
+
+/// For `umem control`: sends one command and returns what it returns.
+///
+/// # Errors
+/// Nobody listens there, or the command was refused.
+pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
+    let host = |what: String| Error::Control(format!("{}: {what}", path.display()));
+    let mut stream = UnixStream::connect(path).map_err(|error| {
+        host(format!("{error}; is it the --control socket of an umem that runs?"))
+    })?;
+    let lines = stream.try_clone().and_then(|stream| {
+        stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
+        Ok(io::BufReader::new(stream))
+    });
+    let mut lines = io::BufRead::lines(lines.map_err(|error| host(error.to_string()))?);
+    let mut next = || -> Result<Value> {
+        let line = lines.next().unwrap_or(Err(io::ErrorKind::UnexpectedEof.into()));
+        let line = line.map_err(|error| host(format!("no answer: {error}")))?;
+        serde_json::from_str(&line).map_err(|error| host(format!("no answer of umem's: {error}")))
+    };
+    if next()?.get("umem").is_none() {
+        return Err(host("whoever listens there is no umem".into()));
+    }
+    stream.write_all(format!("{command}\n").as_bytes()).map_err(|error| host(error.to_string()))?;
+    let mut answer = next()?;
+    match answer["error"]["desc"].as_str() {
+        Some(text) => Err(Error::Control(text.to_owned())),
+        None => Ok(answer["return"].take()),
+    }
+}
+
+/// Commands are answered at once.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::super::watch::Role;
+    use super::*;
+    use crate::bandwidth::Bandwidth;
+
+    fn source() -> Arc<Watch> {
+        Watch::new(Role::Source, false, Some(Arc::new(Bandwidth::new(None))))
+    }
+
+    #[test]
+    fn each_command_has_an_answer_with_its_id() {
+        let watch = source();
+        let answer = |line: &str| answer(line.as_bytes(), &watch);
+        let status = answer(r#"{"execute": "status", "id": [1, "a"]}"#);
+        assert_eq!(status["id"], json!([1, "a"]));
+        assert_eq!(status["return"]["role"], "source");
+        assert_eq!(status["return"]["phase"], "connecting");
+        assert_eq!(status["return"]["may-cancel"], true);
+        let help = answer(r#"{"execute": "help"}"#);
+        assert_eq!(help["return"].as_object().unwrap().len(), COMMANDS.len());
+        assert!(help.get("id").is_none());
+        for (line, hint) in [
+            ("[", "object of JSON"),
+            ("{}", "execute"),
+            (r#"{"execute": 5}"#, "execute"),
+            (r#"{"execute": "stop"}"#, "status, set, cancel"),
+            (r#"{"execute": "set"}"#, "bytes a second"),
+            (r#"{"execute": "set", "arguments": {"max-postcopy-bandwidth": -1}}"#, "whole number"),
+            (
+                r#"{"execute": "set", "arguments": {"max-postcopy-bandwidth": 1, "x": 1}}"#,
+                "0 for no",
+            ),
+        ] {
+            let text = answer(line)["error"]["desc"].as_str().unwrap().to_owned();
+            assert!(text.contains(hint), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_limit_is_set_where_there_is_a_background() {
+        let watch = source();
+        let line = r#"{"execute": "set", "arguments": {"max-postcopy-bandwidth": 1000}}"#;
+        assert_eq!(answer(line.as_bytes(), &watch), json!({ "return": {} }));
+        assert_eq!(watch.bandwidth().unwrap().limit(), Some(1000));
+        assert_eq!(watch.status().max_postcopy_bandwidth, Some(1000));
+        let line = r#"{"execute": "set", "arguments": {"max-postcopy-bandwidth": 0}}"#;
+        answer(line.as_bytes(), &watch);
+        assert_eq!(watch.bandwidth().unwrap().limit(), None);
+        let destination = Watch::new(Role::Destination, false, None);
+        let refused = answer(line.as_bytes(), &destination);
+        assert!(refused["error"]["desc"].as_str().unwrap().contains("source"), "{refused}");
+    }
+}

@@ -1,0 +1,245 @@
+//! `--metrics ADDRESS`: the state of a migration in Prometheus' text format, over HTTP.
+//!
+//! A thread of its own answers one request at a time; who is slow is cut off, and nothing that moves
+//! pages is held up by who asks.
+
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::AsFd;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde_json::json;
+
+use super::watch::{Status, Watch};
+use crate::error::{Context, Error, Result};
+use crate::report::{CpuTime, Output};
+
+/// The most that is read of a request: its line, and the headers that clients send.
+const REQUEST_BYTES_MAX: usize = 8 << 10;
+
+/// A client that has not asked, or not read its answer, after this long is cut off.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Where metrics are served: `PORT`, on the loopback address, or `HOST:PORT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address(SocketAddr);
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Address, String> {
+        if let Ok(port) = text.parse::<u16>() {
+            return Ok(Address((IpAddr::V4(Ipv4Addr::LOCALHOST), port).into()));
+        }
+        let mut found = text
+            .to_socket_addrs()
+            .map_err(|error| format!("write PORT or HOST:PORT, not {text:?} ({error})"))?;
+        found.next().map(Address).ok_or_else(|| format!("{text:?} is no address"))
+    }
+}
+
+/// Serves until it is dropped.
+pub(crate) struct Server {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Listens, and says where.
+    pub(crate) fn start(address: &Address, watch: Arc<Watch>, output: &Output) -> Result<Server> {
+        let failed = |source| Error::Listen {
+            uri: format!("--metrics {}", address.0),
+            source,
+            hint: "; give another port, or 0 for any",
+        };
+        let listener = TcpListener::bind(address.0).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let url = format!("http://{}/metrics", listener.local_addr().map_err(failed)?);
+        output.event("metrics", json!({ "url": url }), &format!("metrics at {url}"));
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let stop = Arc::new(EventFd::from_flags(flags).context(|| "eventfd")?);
+        let told = stop.clone();
+        let thread = std::thread::Builder::new()
+            .name("umem-metrics".into())
+            .spawn(move || serve(&listener, &told, &watch))
+            .context(|| "starting thread umem-metrics")?;
+        Ok(Server { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(listener: &TcpListener, stop: &EventFd, watch: &Watch) {
+    loop {
+        let mut fds = [
+            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
+        // Interrupted or not, the loop looks again.
+        let _ = poll(&mut fds, PollTimeout::NONE);
+        if stop.read().is_ok() {
+            return;
+        }
+        if let Ok((stream, _)) = listener.accept() {
+            // Who has gone or is too slow needs no answer.
+            let _ = answer(stream, watch);
+        }
+    }
+}
+
+fn answer(mut stream: TcpStream, watch: &Watch) -> std::io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let Some(line) = request_line(&mut stream)? else { return Ok(()) };
+    let mut words = line.split(' ');
+    let (status, kind, body) = match (words.next(), words.next()) {
+        (Some("GET"), Some("/metrics")) => ("200 OK", CONTENT_TYPE, text(watch)),
+        (Some("GET"), Some("/")) => ("200 OK", PLAIN, "umem: see /metrics\n".into()),
+        (Some("GET"), Some(_)) => ("404 Not Found", PLAIN, "only /metrics is here\n".into()),
+        _ => ("405 Method Not Allowed", PLAIN, "only GET is known\n".into()),
+    };
+    let head = format!(
+        "HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body.as_bytes())
+}
+
+const PLAIN: &str = "text/plain; charset=utf-8";
+
+/// Of Prometheus' text format.
+const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// The first line of a request whose end has come; none if it did not in time, or is too long.
+fn request_line(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 1024];
+    while !bytes.windows(4).any(|end| end == b"\r\n\r\n") {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || bytes.len() > REQUEST_BYTES_MAX {
+            return Ok(None);
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut buffer)? {
+            0 => return Ok(None),
+            count => bytes.extend_from_slice(&buffer[..count]),
+        }
+    }
+    let line = bytes.split(|&byte| byte == b'\r').next().unwrap_or_default();
+    Ok(Some(String::from_utf8_lossy(line).into_owned()))
+}
+
+/// All metrics. Their names are in README.md.
+fn text(watch: &Watch) -> String {
+    let status = watch.status();
+    let mut page = Metrics(String::new());
+    page.metric("umem_info", "gauge", "What this process is.");
+    page.value("umem_info", &[("version", env!("CARGO_PKG_VERSION")), ("role", status.role)], 1.0);
+    page.metric("umem_phase", "gauge", "The phase that the migration is in, as the label.");
+    page.value("umem_phase", &[("phase", status.phase)], 1.0);
+    page.metric("umem_guest_bytes", "gauge", "The guest's RAM; 0 before it is known.");
+    page.value("umem_guest_bytes", &[], status.total_bytes as f64);
+    page.counters(&status);
+    page.faults(watch, &status);
+    if let Some(downtime_ms) = status.downtime_ms {
+        page.metric("umem_downtime_seconds", "gauge", "How long the guest stood still.");
+        page.value("umem_downtime_seconds", &[], downtime_ms / 1e3);
+    }
+    if watch.bandwidth().is_some() {
+        let help = "The background's limit, 0 for none.";
+        page.metric("umem_background_limit_bytes_per_second", "gauge", help);
+        let limit = status.max_postcopy_bandwidth.unwrap_or(0);
+        page.value("umem_background_limit_bytes_per_second", &[], limit as f64);
+    }
+    let cpu = CpuTime::of_this_process();
+    page.metric("umem_cpu_seconds_total", "counter", "Processor time of umem's process.");
+    page.value("umem_cpu_seconds_total", &[("mode", "user")], cpu.user);
+    page.value("umem_cpu_seconds_total", &[("mode", "system")], cpu.system);
+    page.0
+}
+
+struct Metrics(String);
+
+impl Metrics {
+    fn metric(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    /// Labels' values are words of ours, without anything to escape.
+    fn value(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
+        let labels: Vec<String> =
+            labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
+        let _ = match labels.as_slice() {
+            [] => writeln!(self.0, "{name} {value}"),
+            labels => writeln!(self.0, "{name}{{{}}} {value}", labels.join(",")),
+        };
+    }
+
+    fn counters(&mut self, status: &Status) {
+        let help = "Guest memory that has been moved, by what it held.";
+        self.metric("umem_moved_bytes_total", "counter", help);
+        for (content, bytes) in
+            [("data", status.data_bytes), ("zero", status.zero_bytes), ("hole", status.hole_bytes)]
+        {
+            self.value("umem_moved_bytes_total", &[("content", content)], bytes as f64);
+        }
+        let help = "Pages that have been moved, by whether they were asked for.";
+        self.metric("umem_pages_total", "counter", help);
+        for (cause, pages) in
+            [("demand", status.pages_demand), ("background", status.pages_background)]
+        {
+            self.value("umem_pages_total", &[("cause", cause)], pages as f64);
+        }
+    }
+
+    fn faults(&mut self, watch: &Watch, status: &Status) {
+        self.metric(
+            "umem_faults_waiting",
+            "gauge",
+            "Faults of the guest that wait for a page now.",
+        );
+        self.value("umem_faults_waiting", &[], status.faults_waiting as f64);
+        let Some(counters) = watch.counters() else { return };
+        let view = counters.faults.look();
+        let (name, help) =
+            ("umem_fault_latency_seconds", "From reading a fault to waking the guest.");
+        self.metric(name, "histogram", help);
+        for (below_us, count) in view.octaves() {
+            let le = format!("{}", below_us as f64 / 1e6);
+            self.value("umem_fault_latency_seconds_bucket", &[("le", &le)], count as f64);
+        }
+        let count = view.count() as f64;
+        self.value("umem_fault_latency_seconds_bucket", &[("le", "+Inf")], count);
+        self.value("umem_fault_latency_seconds_sum", &[], view.sum_us as f64 / 1e6);
+        self.value("umem_fault_latency_seconds_count", &[], count);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_alone_is_on_the_loopback_address() {
+        let address = |text: &str| text.parse::<Address>().map(|address| address.0.to_string());
+        assert_eq!(address("9100").unwrap(), "127.0.0.1:9100");
+        assert_eq!(address("0.0.0.0:9100").unwrap(), "0.0.0.0:9100");
+        assert_eq!(address("[::1]:0").unwrap(), "[::1]:0");
+        assert!(address("99999").unwrap_err().contains("HOST:PORT"));
+    }
+}

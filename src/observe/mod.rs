@@ -1,0 +1,102 @@
+//! What a migration lets others see, and do to it: progress, reports, metrics, a control socket.
+//!
+//! Threads that move pages only count ([`map`], [`faults`], [`Counters`](crate::report::Counters)); a
+//! [`Watch`](watch::Watch) reads what they have counted, and everybody else asks the watch:
+//!
+//! - [`progress`](crate::progress): bars, lines or JSON events for whoever waits
+//! - [`recording`] and [`report`]: `--report FILE`, figures over time and pictures of them on a [`page`]
+//! - [`metrics`]: `--metrics ADDRESS`, for Prometheus
+//! - [`control`]: `--control SOCKET`, commands in lines of JSON
+//! - [`trace`]: `--verbose` and RUST_LOG
+
+pub(crate) mod bench;
+pub(crate) mod control;
+pub(crate) mod faults;
+pub(crate) mod map;
+pub(crate) mod metrics;
+pub mod page;
+mod pictures;
+pub mod recording;
+mod report;
+pub mod svg;
+pub(crate) mod trace;
+pub(crate) mod watch;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::bandwidth::Bandwidth;
+use crate::error::{Error, Result};
+use crate::report::{Completed, Output};
+
+pub(crate) use report::{check_writable, write};
+use watch::{Role, Watch};
+
+pub use metrics::Address;
+
+/// What a side of a migration is asked to show.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// A file for the report: a page, or the figures themselves where its name ends in `.json`.
+    pub report: Option<PathBuf>,
+    /// Where to answer Prometheus.
+    pub metrics: Option<Address>,
+    /// A socket to make, for commands.
+    pub control: Option<PathBuf>,
+    /// No progress.
+    pub quiet: bool,
+}
+
+/// Those who look on while one side of a migration lasts; gone when this is dropped.
+pub(crate) struct Observer {
+    pub(crate) watch: Arc<Watch>,
+    report: Option<PathBuf>,
+    output: Output,
+    _metrics: Option<metrics::Server>,
+    _control: Option<control::Server>,
+}
+
+impl Observer {
+    /// Begins to answer whoever asks.
+    ///
+    /// # Errors
+    /// What was asked for cannot be had: an address is taken, a file cannot be written.
+    pub(crate) fn start(
+        options: &Options,
+        role: Role,
+        bandwidth: Option<Arc<Bandwidth>>,
+        output: &Output,
+    ) -> Result<Observer> {
+        if let Some(path) = &options.report {
+            check_writable(path)?;
+        }
+        let watch = Watch::new(role, options.report.is_some(), bandwidth);
+        let metrics = match &options.metrics {
+            Some(address) => Some(metrics::Server::start(address, watch.clone(), output)?),
+            None => None,
+        };
+        let control = match &options.control {
+            Some(path) => Some(control::Server::start(path, watch.clone())?),
+            None => None,
+        };
+        Ok(Observer {
+            watch,
+            report: options.report.clone(),
+            output: output.clone(),
+            _metrics: metrics,
+            _control: control,
+        })
+    }
+
+    /// The migration has ended so: writes the report of it. A report that cannot be written changes
+    /// nothing about the guest, so that this is only said.
+    pub(crate) fn ended(&self, outcome: Result<Completed>) -> Result<Completed> {
+        let result: std::result::Result<&Completed, &Error> = outcome.as_ref();
+        if let (Some(path), Some(recording)) = (&self.report, self.watch.recording(result))
+            && let Err(error) = write(path, &[recording])
+        {
+            self.output.remark(&format!("no report: {error}"));
+        }
+        outcome
+    }
+}

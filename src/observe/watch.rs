@@ -1,0 +1,413 @@
+//! What one side of a migration lets others see while it goes on, and the two things they may do.
+//!
+//! The control thread tells a [`Watch`] of its phases and has it take samples; metrics, the control
+//! socket and the display on the terminal look at it from threads of their own. Pages are counted
+//! elsewhere, by the threads that move them, in [`Counters`], which a watch only reads.
+//!
+//! **Cancelling.** Until the point of no return either side can give up and leave the guest at the
+//! source. Whether there is still time is decided in one word: the control thread commits before it
+//! goes beyond that point, and whoever cancels wins only if that has not happened. So who has been told
+//! that a migration is cancelled can rely on it.
+
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::Serialize;
+
+use super::recording::{Recorder, Recording, Sample, Span};
+use crate::bandwidth::Bandwidth;
+use crate::error::{Error, Result};
+use crate::report::{Completed, Counters};
+
+/// Between the first samples of a recording; later ones come less often.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Rates are of at least this long.
+const RATE_WINDOW: Duration = Duration::from_secs(1);
+
+/// A side of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Source,
+    Destination,
+}
+
+impl Role {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Role::Source => "source",
+            Role::Destination => "destination",
+        }
+    }
+
+    /// Before there is a phase of the protocol.
+    fn first_phase(self) -> &'static str {
+        match self {
+            Role::Source => "connecting",
+            Role::Destination => "waiting for a source",
+        }
+    }
+}
+
+pub(crate) struct Watch {
+    role: Role,
+    began: Instant,
+    began_unix: SystemTime,
+    commitment: AtomicU8,
+    /// The background's limit, at a source that has one.
+    bandwidth: Option<Arc<Bandwidth>>,
+    live: OnceLock<Live>,
+    state: Mutex<State>,
+}
+
+/// What is counted, from when on the guest's size is known.
+struct Live {
+    counters: Arc<Counters>,
+    total_bytes: u64,
+}
+
+struct State {
+    phase: &'static str,
+    phase_began: Instant,
+    recorder: Option<Recorder>,
+    pace: Pace,
+    downtime: Option<Duration>,
+}
+
+/// Still to be decided, cancelled by somebody, or beyond the point of no return.
+const OPEN: u8 = 0;
+const CANCELLED: u8 = 1;
+const COMMITTED: u8 = 2;
+
+impl Watch {
+    /// For a side that begins now; `records` what a report needs.
+    pub(crate) fn new(role: Role, records: bool, bandwidth: Option<Arc<Bandwidth>>) -> Arc<Watch> {
+        let now = Instant::now();
+        Arc::new(Watch {
+            role,
+            began: now,
+            began_unix: SystemTime::now(),
+            commitment: AtomicU8::new(OPEN),
+            bandwidth,
+            live: OnceLock::new(),
+            state: Mutex::new(State {
+                phase: role.first_phase(),
+                phase_began: now,
+                recorder: records.then(|| Recorder::new(SAMPLE_INTERVAL.as_secs_f64())),
+                pace: Pace::new(now),
+                downtime: None,
+            }),
+        })
+    }
+
+    pub(crate) fn role(&self) -> Role {
+        self.role
+    }
+
+    pub(crate) fn bandwidth(&self) -> Option<&Arc<Bandwidth>> {
+        self.bandwidth.as_ref()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// For the control thread.
+impl Watch {
+    /// The guest's size is known, and where its pages are counted.
+    pub(crate) fn attach(&self, counters: Arc<Counters>, total_bytes: u64) {
+        self.live.get_or_init(|| Live { counters, total_bytes });
+    }
+
+    /// A phase of the protocol begins, unless it is the one that goes on.
+    pub(crate) fn entered(&self, phase: &'static str) {
+        let now = Instant::now();
+        let mut state = self.state();
+        if state.phase == phase {
+            return;
+        }
+        let (before, since) = (state.phase, state.phase_began);
+        (state.phase, state.phase_began) = (phase, now);
+        if let Some(recorder) = &mut state.recorder {
+            recorder.span(self.span(before, since, now));
+        }
+        drop(state);
+        let seconds = (now - since).as_secs_f64();
+        tracing::info!(role = self.role.name(), phase = before, seconds, "phase ends");
+        tracing::info!(role = self.role.name(), phase, "phase begins");
+    }
+
+    fn span(&self, name: &str, begin: Instant, end: Instant) -> Span {
+        let seconds = |at: Instant| at.saturating_duration_since(self.began).as_secs_f64();
+        Span { name: name.to_owned(), begin_s: seconds(begin), end_s: seconds(end) }
+    }
+
+    /// The guest runs at the destination after a standstill of this long.
+    pub(crate) fn running(&self, downtime: Duration) {
+        self.state().downtime = Some(downtime);
+    }
+
+    /// How often to call [`tick`](Watch::tick); at most `most`.
+    pub(crate) fn interval(&self, most: Duration) -> Duration {
+        let state = self.state();
+        let wished = state.recorder.as_ref().map(Recorder::interval_s);
+        wished.map_or(most, |seconds| Duration::from_secs_f64(seconds).min(most))
+    }
+
+    /// Takes a sample if it is time for one.
+    pub(crate) fn tick(&self) {
+        let Some(live) = self.live.get() else { return };
+        let now = Instant::now();
+        let at_s = (now - self.began).as_secs_f64();
+        let mut state = self.state();
+        state.pace.note(now, live.counters.done_bytes());
+        if let Some(recorder) = state.recorder.as_mut().filter(|recorder| recorder.is_due(at_s)) {
+            recorder.sample(sample(&live.counters, at_s), &live.counters.map);
+        }
+    }
+
+    /// Goes beyond the point of no return.
+    ///
+    /// # Errors
+    /// It was cancelled before; `otherwise` says where the guest is then.
+    pub(crate) fn commit(&self, otherwise: &str) -> Result<()> {
+        match self.commitment.compare_exchange(OPEN, COMMITTED, SeqCst, SeqCst) {
+            Err(CANCELLED) => Err(Error::Interrupted(otherwise.into())),
+            _ => Ok(()),
+        }
+    }
+
+    /// All that was recorded, with its end; none if nothing was to be.
+    pub(crate) fn recording(
+        &self,
+        outcome: std::result::Result<&Completed, &Error>,
+    ) -> Option<Recording> {
+        let mut state = self.state();
+        // What umem does after its last phase is no part of the migration.
+        let is_over = state.phase == "completed";
+        let end = if is_over { state.phase_began } else { Instant::now() };
+        let at_s = (end - self.began).as_secs_f64();
+        let last = self.span(state.phase, state.phase_began, end);
+        let recorder = state.recorder.as_mut()?;
+        let since = self.began_unix.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let mut recording = Recording {
+            version: env!("CARGO_PKG_VERSION").into(),
+            role: self.role.name().into(),
+            began_unix_ms: u64::try_from(since.as_millis()).unwrap_or(0),
+            seconds: at_s,
+            total_bytes: self.live.get().map_or(0, |live| live.total_bytes),
+            completed: outcome.ok().cloned(),
+            error: outcome.err().map(ToString::to_string),
+            ..Recording::default()
+        };
+        if !is_over {
+            recorder.span(last);
+        }
+        if let Some(live) = self.live.get() {
+            recorder.sample(sample(&live.counters, at_s), &live.counters.map);
+            recorder.give(&mut recording, &live.counters);
+        }
+        Some(recording)
+    }
+}
+
+fn sample(counters: &Counters, at_s: f64) -> Sample {
+    Sample {
+        at_s,
+        data_bytes: counters.data_bytes.load(Relaxed),
+        zero_bytes: counters.zero_bytes.load(Relaxed),
+        hole_bytes: counters.hole_bytes.load(Relaxed),
+        pages_demand: counters.pages_demand.load(Relaxed),
+        faults_waiting: counters.faults.waiting(),
+    }
+}
+
+/// For everybody else.
+impl Watch {
+    /// How things stand.
+    pub(crate) fn status(&self) -> Status {
+        let state = self.state();
+        let (phase, downtime) = (state.phase, state.downtime);
+        let bytes_per_s = state.pace.bytes_per_s(Instant::now());
+        drop(state);
+        let mut status = Status {
+            role: self.role.name(),
+            phase,
+            seconds: self.began.elapsed().as_secs_f64(),
+            bytes_per_s: bytes_per_s as u64,
+            downtime_ms: downtime.map(|downtime| downtime.as_secs_f64() * 1e3),
+            max_postcopy_bandwidth: self.bandwidth.as_ref().and_then(|limit| limit.limit()),
+            may_cancel: self.commitment.load(SeqCst) == OPEN,
+            ..Status::default()
+        };
+        let Some(live) = self.live.get() else { return status };
+        let counters = &live.counters;
+        status.total_bytes = live.total_bytes;
+        status.data_bytes = counters.data_bytes.load(Relaxed);
+        status.zero_bytes = counters.zero_bytes.load(Relaxed);
+        status.hole_bytes = counters.hole_bytes.load(Relaxed);
+        status.done_bytes = status.data_bytes + status.zero_bytes + status.hole_bytes;
+        status.pages_demand = counters.pages_demand.load(Relaxed);
+        status.pages_background = counters.pages_background.load(Relaxed);
+        status.faults_waiting = counters.faults.waiting();
+        let left = status.total_bytes.saturating_sub(status.done_bytes) as f64;
+        status.seconds_left = (bytes_per_s > 0.0).then(|| left / bytes_per_s);
+        status
+    }
+
+    pub(crate) fn counters(&self) -> Option<&Counters> {
+        self.live.get().map(|live| &*live.counters)
+    }
+
+    /// Gives the migration up, as Ctrl-C would.
+    ///
+    /// # Errors
+    /// Why that is no longer possible.
+    pub(crate) fn cancel(&self) -> std::result::Result<(), &'static str> {
+        match self.commitment.compare_exchange(OPEN, CANCELLED, SeqCst, SeqCst) {
+            Ok(_) => {
+                // Whatever the control thread waits for, it takes this signal from its signalfd: every
+                // thread has it blocked.
+                kill(Pid::this(), Signal::SIGINT).map_err(|_| "the signal could not be sent")
+            }
+            Err(CANCELLED) => Ok(()),
+            Err(_) => Err(match self.role {
+                Role::Source => {
+                    "too late: the guest runs at the destination and needs its pages from here"
+                }
+                Role::Destination => {
+                    "too late: the source may have given the guest to this side, which needs its pages"
+                }
+            }),
+        }
+    }
+}
+
+/// A migration at a moment, as the control socket and `--json` tell it.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Status {
+    pub(crate) role: &'static str,
+    pub(crate) phase: &'static str,
+    /// Since umem was started.
+    pub(crate) seconds: f64,
+    pub(crate) total_bytes: u64,
+    /// Of these, those that are where they belong.
+    pub(crate) done_bytes: u64,
+    pub(crate) data_bytes: u64,
+    pub(crate) zero_bytes: u64,
+    pub(crate) hole_bytes: u64,
+    pub(crate) pages_demand: u64,
+    pub(crate) pages_background: u64,
+    /// At the destination.
+    pub(crate) faults_waiting: u64,
+    /// In the last second or two.
+    pub(crate) bytes_per_s: u64,
+    /// At this rate.
+    pub(crate) seconds_left: Option<f64>,
+    pub(crate) downtime_ms: Option<f64>,
+    /// At the source, if there is a limit.
+    pub(crate) max_postcopy_bandwidth: Option<u64>,
+    pub(crate) may_cancel: bool,
+}
+
+/// How fast it goes: over one to two windows.
+struct Pace {
+    older: (Instant, u64),
+    newer: (Instant, u64),
+    now: (Instant, u64),
+}
+
+impl Pace {
+    fn new(now: Instant) -> Pace {
+        Pace { older: (now, 0), newer: (now, 0), now: (now, 0) }
+    }
+
+    fn note(&mut self, now: Instant, bytes: u64) {
+        // What passed before the first byte is no part of a rate.
+        if self.now.1 == 0 {
+            *self = Pace::new(now);
+        }
+        self.now = (now, bytes);
+        if now - self.newer.0 >= RATE_WINDOW {
+            (self.older, self.newer) = (self.newer, self.now);
+        }
+    }
+
+    fn bytes_per_s(&self, at: Instant) -> f64 {
+        let seconds = at.saturating_duration_since(self.older.0).as_secs_f64();
+        if seconds > 0.0 { (self.now.1 - self.older.1) as f64 / seconds } else { 0.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_cancelled_beyond_the_point_of_no_return() {
+        let watch = Watch::new(Role::Destination, false, None);
+        assert!(watch.status().may_cancel);
+        watch.commit("it stays").unwrap();
+        assert!(watch.cancel().unwrap_err().contains("too late"));
+        assert!(!watch.status().may_cancel);
+        watch.commit("it stays").unwrap();
+    }
+
+    #[test]
+    fn what_has_been_cancelled_does_not_commit() {
+        // The signal would end the test's process, so the word is set by itself; the command's own test
+        // cancels whole.
+        let watch = Watch::new(Role::Source, false, None);
+        watch.commitment.store(CANCELLED, SeqCst);
+        assert!(watch.cancel().is_ok(), "twice is as good as once");
+        let error = watch.commit("the guest goes on here").unwrap_err();
+        assert!(matches!(error, Error::Interrupted(_)), "{error}");
+    }
+
+    #[test]
+    fn a_rate_is_of_the_last_seconds() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut pace = Pace::new(start);
+        assert_eq!(pace.bytes_per_s(start), 0.0);
+        // Nothing for a minute, then 1000 bytes a second, then a standstill.
+        pace.note(at(60_000), 0);
+        for step in 1..=100 {
+            pace.note(at(60_000 + 100 * step), 100 * step);
+        }
+        let rate = pace.bytes_per_s(at(70_000));
+        assert!((rate - 1000.0).abs() < 1.0, "{rate}");
+        for step in 1..=30 {
+            pace.note(at(70_000 + 100 * step), 10_000);
+        }
+        assert_eq!(pace.bytes_per_s(at(73_000)), 0.0);
+    }
+
+    #[test]
+    fn phases_are_recorded_one_behind_the_other() {
+        let watch = Watch::new(Role::Source, true, None);
+        let counters = Arc::new(Counters::of([1 << 20].into_iter()));
+        watch.attach(counters.clone(), 1 << 20);
+        for phase in ["ready", "ready", "serving pages"] {
+            watch.entered(phase);
+        }
+        watch.tick();
+        let recording = watch.recording(Err(&Error::Internal("why".into()))).unwrap();
+        let names: Vec<&str> = recording.phases.iter().map(|span| &*span.name).collect();
+        assert_eq!(names, ["connecting", "ready", "serving pages"]);
+        assert!(recording.phases.windows(2).all(|pair| pair[0].end_s == pair[1].begin_s));
+        assert_eq!(recording.phases[2].end_s, recording.seconds);
+        assert!(!recording.samples.is_empty() && recording.map.cells.len() == 16);
+        assert!(recording.error.is_some() && recording.completed.is_none());
+        assert!(
+            Watch::new(Role::Source, false, None)
+                .recording(Err(&Error::Usage("".into())))
+                .is_none()
+        );
+    }
+}

@@ -1,0 +1,284 @@
+//! The control socket, and what it changes: `status`, `set`, `cancel`.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+use support::{Guests, Qmp, Scratch, Umem, wait_for};
+
+/// A connection to a control socket, greeted.
+struct Control {
+    stream: BufReader<UnixStream>,
+}
+
+impl Control {
+    fn connect(path: &Path) -> Control {
+        let what = format!("the socket {}", path.display());
+        let stream = wait_for(what, || UnixStream::connect(path).ok());
+        let mut control = Control { stream: BufReader::new(stream) };
+        let greeting = control.read();
+        assert_eq!(greeting["umem"]["version"], env!("CARGO_PKG_VERSION"));
+        control
+    }
+
+    fn read(&mut self) -> Value {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).expect("an answer");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
+    }
+
+    fn ask(&mut self, command: &Value) -> Value {
+        writeln!(self.stream.get_mut(), "{command}").expect("it listens");
+        self.read()
+    }
+
+    fn status(&mut self) -> Value {
+        self.ask(&json!({ "execute": "status" }))["return"].take()
+    }
+
+    fn refused(&mut self, command: &str) -> String {
+        let mut answer = self.ask(&json!({ "execute": command }));
+        let Value::String(text) = answer["error"]["desc"].take() else { panic!("{answer}") };
+        text
+    }
+
+    fn limit(&mut self, bytes_per_s: u64) {
+        let arguments = json!({ "max-postcopy-bandwidth": bytes_per_s });
+        let answer = self.ask(&json!({ "execute": "set", "arguments": arguments }));
+        assert_eq!(answer, json!({ "return": {} }));
+    }
+}
+
+/// `umem control`, which succeeds; what it prints.
+fn umem_control(socket: &Path, words: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
+    let output = command.arg("control").arg(socket).args(words).output().expect("umem starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn is_gone(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_err()
+}
+
+fn end(scratch: &Scratch, guests: Guests) {
+    Qmp::connect(&scratch.path("destination")).quit();
+    guests.incoming.succeeds();
+}
+
+/// A limit that lets next to nothing through shows, and is lifted while pages move; nobody can give up then
+/// any more.
+#[test]
+fn the_limit_changes_while_pages_move() {
+    let scratch = Scratch::new();
+    let (source, destination) = (scratch.path("migrate"), scratch.path("incoming"));
+    let socket = destination.display().to_string();
+    let mut guests = Guests::quiet(&scratch, &["--json", "--control", &socket]);
+    let mut incoming = Control::connect(&destination);
+    assert_eq!(incoming.status()["phase"], "waiting for a source");
+    let socket = source.display().to_string();
+    let limit = ["--max-postcopy-bandwidth", "64K"];
+    let arguments = ["-p", "--json", "--lanes", "2", "--control", &socket];
+    let mut migrate = guests.migrate(&[&arguments[..], &limit[..]].concat());
+    migrate.event("running");
+    let mut control = Control::connect(&source);
+    let before = control.status();
+    assert_eq!(before["max-postcopy-bandwidth"], 64 << 10);
+    assert_eq!(before["role"], "source");
+    assert_eq!(before["may-cancel"], false);
+    assert!(control.refused("cancel").contains("too late"), "the source");
+    assert!(incoming.refused("cancel").contains("too late"), "the destination");
+    // The destination has no background.
+    let arguments = json!({ "max-postcopy-bandwidth": 0 });
+    let refused = incoming.ask(&json!({ "execute": "set", "arguments": arguments }));
+    assert!(refused["error"]["desc"].is_string(), "{refused}");
+
+    umem_control(&source, &["set", "max-postcopy-bandwidth=128K"]);
+    assert_eq!(control.status()["max-postcopy-bandwidth"], 128 << 10);
+    control.limit(0);
+    migrate.event("completed");
+    guests.incoming.event("completed");
+    let after = incoming.status();
+    assert_eq!(after["done-bytes"], after["total-bytes"]);
+    assert_eq!(after["phase"], "completed");
+    migrate.succeeds();
+    assert!(is_gone(&source), "the socket goes with its umem");
+    end(&scratch, guests);
+    assert!(is_gone(&destination));
+}
+
+/// A guest that reads all of its memory has each page on demand, however little may be sent beside them.
+#[test]
+fn demand_pages_do_not_wait_for_the_limit() {
+    for lanes in [&["--lanes", "2"][..], &[]] {
+        let scratch = Scratch::new();
+        let mut guests = Guests::quiet(&scratch, &["--json"]);
+        let arguments = ["-p", "--json", "--max-postcopy-bandwidth", "1K"];
+        let mut migrate = match lanes {
+            [] => guests.migrate_over_one(&arguments),
+            lanes => guests.migrate(&[&arguments[..], lanes].concat()),
+        };
+        migrate.event("running");
+        let mut guest = Qmp::connect(&scratch.path("destination"));
+        assert_eq!(guest.execute("umem-verify", json!({}))["bad_pages"], 0);
+        drop(guest);
+        let report = migrate.event("completed");
+        // At this limit the rest would have taken hours.
+        assert!(report["pages_demand"].as_u64().unwrap() > 3500, "{report}");
+        migrate.succeeds();
+        guests.incoming.event("completed");
+        end(&scratch, guests);
+    }
+}
+
+/// All lanes together, and the one connection that answers share with the background.
+#[test]
+fn the_background_is_no_faster_than_its_limit() {
+    for lanes in [&["--lanes", "3"][..], &["--lanes", "1"]] {
+        let limit_bytes_per_s = f64::from(8 << 20);
+        let scratch = Scratch::new();
+        let mut guests = Guests::quiet(&scratch, &["--json"]);
+        let limit = ["-p", "--json", "--max-postcopy-bandwidth", "8M"];
+        let mut migrate = guests.migrate(&[&limit[..], lanes].concat());
+        let report = migrate.event("completed");
+        let sent = report["pages_background"].as_f64().unwrap() * 4096.0;
+        assert!(sent > f64::from(15 << 20), "{report}");
+        // What each lane may begin with, and the catching up of 5 ms.
+        let most =
+            limit_bytes_per_s * (report["drain_s"].as_f64().unwrap() + 0.005) + 3.0 * 262_144.0;
+        assert!(sent <= most, "{sent} > {most}: {report}");
+        migrate.succeeds();
+        guests.incoming.event("completed");
+        end(&scratch, guests);
+    }
+}
+
+#[test]
+fn one_connection_keeps_to_the_limit_too() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let limit = ["-p", "--json", "--max-postcopy-bandwidth", "8M"];
+    let mut migrate = guests.migrate_over_one(&limit);
+    let report = migrate.event("completed");
+    assert_eq!(report["lanes"], 0);
+    let sent = report["pages_background"].as_f64().unwrap() * 4096.0;
+    assert!(sent > f64::from(15 << 20), "{report}");
+    let most = f64::from(8 << 20) * (report["drain_s"].as_f64().unwrap() + 0.005) + 65_536.0;
+    assert!(sent <= most, "{sent} > {most}: {report}");
+    migrate.succeeds();
+    guests.incoming.event("completed");
+    end(&scratch, guests);
+}
+
+#[test]
+fn before_the_switchover_either_side_can_be_cancelled() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("incoming");
+    let mut guests =
+        Guests::quiet(&scratch, &["--json", "--control", &socket.display().to_string()]);
+    // Somebody listens who never says anything.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let control = scratch.path("migrate");
+    let migrate = guests.migrate_to(&uri, &["-p", "--control", &control.display().to_string()]);
+    let status: Value = serde_json::from_str(&{
+        Control::connect(&control);
+        umem_control(&control, &["status"])
+    })
+    .unwrap();
+    assert_eq!((&status["phase"], &status["may-cancel"]), (&json!("connecting"), &json!(true)));
+    assert_eq!(umem_control(&control, &["cancel"]), "");
+    assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+    assert!(is_gone(&control));
+    assert!(guests.source_runs());
+
+    umem_control(&socket, &["cancel"]);
+    let error = guests.incoming.fails();
+    assert!(error.starts_with("interrupted; "), "{error}");
+    assert!(is_gone(&socket));
+}
+
+#[test]
+fn the_socket_is_private_and_a_stale_one_is_replaced() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("control");
+    let word = socket.display().to_string();
+    let mut first = Guests::quiet(&scratch, &["--json", "--control", &word]);
+    let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "{mode:o}");
+
+    let uri = format!("unix:{}", scratch.path("listen").display());
+    let handoff = scratch.path("handoff").display().to_string();
+    let others = ["incoming", "--control", &word, "--handoff", &handoff, &uri];
+    let error = Umem::start(others).fails();
+    assert!(error.contains("another process has it"), "{error}");
+    assert!(!is_gone(&socket), "it is the first one's");
+
+    first.incoming.kill();
+    assert!(!is_gone(&socket), "nobody was left to remove it");
+    let second = Umem::start(others);
+    Control::connect(&socket);
+    drop(second);
+
+    // What is no socket is nobody's to remove.
+    let file = scratch.path("file");
+    std::fs::write(&file, "precious").unwrap();
+    let word = file.display().to_string();
+    let others = ["incoming", "--control", &word, "--handoff", &handoff, &uri];
+    let error = Umem::start(others).fails();
+    assert!(error.contains("no socket"), "{error}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+}
+
+#[test]
+fn whoever_talks_nonsense_or_not_at_all_disturbs_nobody() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("control");
+    let word = socket.display().to_string();
+    let guests = Guests::quiet(&scratch, &["--json", "--control", &word]);
+    let mut silent: Vec<Control> = (0..7).map(|_| Control::connect(&socket)).collect();
+    let mut control = Control::connect(&socket);
+    control.stream.get_mut().write_all(b"{\"execute\": \"sta").unwrap();
+    control.stream.get_mut().write_all(b"tus\"}\n\n[]\n").unwrap();
+    assert_eq!(control.read()["return"]["role"], "destination");
+    assert!(control.read()["error"]["desc"].is_string());
+    // A line without end.
+    let endless = vec![b'x'; 80 << 10];
+    let _ = silent[0].stream.get_mut().write_all(&endless);
+    let error = silent[0].read();
+    assert!(error["error"]["desc"].as_str().unwrap().contains("bytes"), "{error}");
+    assert_eq!(control.status()["phase"], "waiting for a source");
+    // The ninth has its turn when another one goes.
+    drop(silent);
+    Control::connect(&socket);
+    drop(guests);
+}
+
+#[test]
+fn umem_control_says_what_is_wrong() {
+    let scratch = Scratch::new();
+    let nobody = scratch.path("nobody").display().to_string();
+    let error = Umem::start(["control", &nobody, "status"]).fails();
+    assert!(error.contains("--control"), "{error}");
+    for words in
+        [&["set"][..], &["set", "x=1"], &["set", "max-postcopy-bandwidth=fast"], &["status", "now"]]
+    {
+        Umem::start([&["control", &nobody], words].concat()).fails_as_misused();
+    }
+    // Somebody else's socket.
+    let path = scratch.path("other");
+    let listener = UnixListener::bind(&path).unwrap();
+    let other = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"{\"QMP\": {}}\n").unwrap();
+    });
+    let error = Umem::start(["control", &path.display().to_string(), "status"]).fails();
+    assert!(error.contains("no umem"), "{error}");
+    other.join().unwrap();
+}

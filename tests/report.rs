@@ -1,0 +1,113 @@
+//! `--report`: a page that a browser shows as it should, in either colour scheme, and the figures.
+
+mod support;
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+use support::{Chromium, Scheme, Scratch, Umem};
+
+fn demo(report: &Path, more: &[&str]) {
+    let output = Command::new(env!("CARGO_BIN_EXE_umem"))
+        .args(["demo", "--json", "--size", "64", "--report"])
+        .arg(report)
+        .args(more)
+        .output()
+        .expect("umem starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {stderr}", output.status);
+}
+
+/// A colour that a picture must have: the drawn value of its most important element.
+const PICTURES: [(&str, &str, &str); 4] = [
+    ("#throughput", ".rate", "stroke"),
+    ("#latency", ".bar", "fill"),
+    ("#map", "path.data", "fill"),
+    ("#timeline", ".pages", "fill"),
+];
+
+#[test]
+fn a_browser_shows_all_four_pictures_light_and_dark() {
+    let scratch = Scratch::new();
+    let page = scratch.path("report.html");
+    demo(&page, &[]);
+    let mut chromium = Chromium::start();
+    for scheme in [Scheme::Light, Scheme::Dark] {
+        chromium.open(&page, scheme);
+        let ground = colour(&chromium.evaluate("getComputedStyle(document.body).backgroundColor"));
+        let is_light = ground.iter().all(|&part| part > 200);
+        let is_dark = ground.iter().all(|&part| part < 60);
+        assert!(if matches!(scheme, Scheme::Light) { is_light } else { is_dark }, "{ground:?}");
+        for (figure, element, property) in PICTURES {
+            let expression = format!(
+                "getComputedStyle(document.querySelector('{figure} {element}')).{property}"
+            );
+            let expected = colour(&chromium.evaluate(&expression));
+            let picture = chromium.screenshot(&format!("{figure} svg"));
+            // A thin line is mixed with what is below it.
+            let is_near = |pixel: &&[u8; 3]| {
+                pixel.iter().zip(expected).all(|(&part, wished)| part.abs_diff(wished) < 32)
+            };
+            let drawn = picture.pixels.iter().filter(is_near).count();
+            assert!(drawn > 50, "{scheme:?}: {figure} has {drawn} pixels of {expected:?}");
+            let first = picture.pixels[0];
+            let others = picture.pixels.iter().filter(|&&pixel| pixel != first).count();
+            let share = others as f64 / picture.pixels.len() as f64;
+            assert!((0.01..0.99).contains(&share), "{scheme:?}: {figure}: {share}");
+        }
+        let outside = chromium.evaluate(
+            "Math.max(...[...document.querySelectorAll('figure svg')].map(svg => \
+             Math.max(...[...svg.querySelectorAll('rect, text, path')].map(e => \
+             e.getBoundingClientRect().right - svg.getBoundingClientRect().right))))",
+        );
+        assert!(outside.as_f64().unwrap() < 1.0, "something is cut off: {outside}");
+        let title = chromium.evaluate("document.title");
+        assert!(title.as_str().unwrap().contains("moved in"), "{title}");
+    }
+    assert!(chromium.console().is_empty(), "{:#?}", chromium.console());
+}
+
+/// A computed colour, `rgb(1, 2, 3)`.
+fn colour(value: &Value) -> [u8; 3] {
+    let text = value.as_str().expect("a colour");
+    let numbers = text.trim_start_matches("rgb(").trim_end_matches(')');
+    let parts: Vec<u8> = numbers.split(", ").map(|part| part.parse().expect(text)).collect();
+    parts.try_into().expect("three parts")
+}
+
+#[test]
+fn the_figures_of_both_sides_agree_with_the_report() {
+    let scratch = Scratch::new();
+    let file = scratch.path("report.json");
+    demo(&file, &["--lanes", "2"]);
+    let sides: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    for (side, role) in sides.as_array().unwrap().iter().zip(["source", "destination"]) {
+        let completed = &side["completed"];
+        assert_eq!(side["role"], role);
+        assert_eq!(completed["role"], role);
+        let last = side["samples"].as_array().unwrap().last().unwrap();
+        for field in ["data_bytes", "zero_bytes", "hole_bytes", "pages_demand"] {
+            assert_eq!(last[field], completed[field], "{role}: {field}");
+        }
+        let cells = side["map"]["cells"].as_array().unwrap();
+        let sum = |field: &str| cells.iter().map(|cell| cell[field].as_u64().unwrap()).sum::<u64>();
+        let pages: u64 = ["demand", "background", "zero", "hole"].map(sum).iter().sum();
+        assert_eq!(pages, 64 * 256, "{role}: every page is somewhere on the map");
+        assert!(sum("demand") > 0, "{role}");
+        assert!(cells.iter().all(|cell| cell["complete_s"].is_f64()), "{role}");
+        let phases = side["phases"].as_array().unwrap();
+        assert!(phases.len() > 5, "{role}: {phases:?}");
+        assert!(phases.windows(2).all(|pair| pair[0]["end_s"] == pair[1]["begin_s"]), "{role}");
+    }
+    let destination = &sides[1];
+    let faults = destination["faults"].as_array().unwrap();
+    let count: u64 = faults.iter().map(|bucket| bucket[2].as_u64().unwrap()).sum();
+    assert_eq!(count, destination["completed"]["fault_latency_us"]["count"].as_u64().unwrap());
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_refused_before_anything_moves() {
+    let error = Umem::start(["demo", "--json", "--report", "/nonexistent/report.html"]).fails();
+    assert!(error.contains("/nonexistent/report.html"), "{error}");
+}
