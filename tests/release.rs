@@ -249,6 +249,7 @@ fn a_destination_acknowledges_what_has_come() {
             role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
             index,
             bulk_lanes: 1,
+            epoch: 0,
             proof: [0; 32],
         };
         let mut lane = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();

@@ -351,6 +351,7 @@ impl Source {
             role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
             index,
             bulk_lanes,
+            epoch: 0,
             proof: [9; 32],
         };
         let postcopy = random.chance(80);
