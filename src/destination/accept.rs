@@ -1,9 +1,10 @@
-//! The beginning of a session at the destination: a source dials, its lanes are accepted, its regions
-//! are read.
+//! Lanes at the destination: a source dials, its lanes are accepted, its regions are read. In a session
+//! that recovers the door stays open, and lanes that replace lost ones come in there too.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -20,12 +21,30 @@ use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
 use crate::report::Output;
 use crate::uri::Uri;
 
-/// The lanes of one session.
+/// The lanes of one session, all opened in one attempt.
 pub(super) struct Lanes {
     pub(super) demand: Lane,
     pub(super) bulk: Vec<Lane>,
+    /// The demand lane's.
+    pub(super) hello: Hello,
+    /// Where more of them may come in.
+    pub(super) door: Option<Door>,
+}
+
+impl Lanes {
     /// The source wants to hear which pages have come.
-    pub(super) acks: bool,
+    pub(super) fn acks(&self) -> bool {
+        self.hello.capabilities.contains(Capabilities::ACKS)
+    }
+
+    /// Both sides go on over new lanes when these are lost.
+    pub(super) fn recovers(&self) -> bool {
+        self.demand.capabilities.contains(Capabilities::RECOVERY)
+    }
+
+    pub(super) fn sockets(&self) -> Vec<Arc<OwnedFd>> {
+        self.bulk.iter().chain([&self.demand]).map(Lane::socket).collect()
+    }
 }
 
 /// Where the source comes in.
@@ -44,17 +63,21 @@ impl Entrance {
         }
     }
 
-    /// Opens all lanes of a session. Nobody else comes in then.
+    /// Opens all lanes of a session. Nobody else comes in then. `recovers` says whether this side is
+    /// able to go on over other lanes.
     pub(super) fn accept(
         self,
         lanes_max: u16,
+        recovers: bool,
         output: &Output,
         inbox: &Inbox<Note>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
         let lanes = match self {
-            Entrance::Listener(listener) => accept(&listener, lanes_max, output, inbox, prepared),
-            Entrance::Connection(socket) => accept_single(socket, inbox, prepared),
+            Entrance::Listener(listener) => {
+                accept(Door::new(listener, lanes_max, recovers, output), inbox, prepared)
+            }
+            Entrance::Connection(socket) => accept_single(socket, recovers, inbox, prepared),
         }?;
         let count = u16::try_from(lanes.bulk.len()).expect("there are LANES_MAX at most");
         limits::check(count).inspect_err(|error| lane::tell(&lanes.demand.socket(), error))?;
@@ -69,33 +92,22 @@ const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
 
 /// Accepts the lanes of the first session that opens all of them. No connection holds up another, and
 /// a session that comes to nothing does not keep the next one out.
-fn accept(
-    listener: &Listener,
-    lanes_max: u16,
-    output: &Output,
-    inbox: &Inbox<Note>,
-    prepared: &Prepared,
-) -> Result<Lanes> {
-    let mut door = Door { lanes_max, output, pending: VecDeque::new(), session: None };
+fn accept(mut door: Door, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
     loop {
-        if let Some(session) = door.session.take_if(|session| session.is_whole()) {
-            return Ok(session.into_lanes());
+        if let Some(mut lanes) = door.whole() {
+            if lanes.recovers() {
+                door.known = Some(Known::new(&lanes.hello));
+                lanes.door = Some(door);
+            }
+            return Ok(lanes);
         }
-        let fds = door.fds();
-        let first = 1 + fds.len();
-        let fds: Vec<_> = std::iter::once(prepared.side.exited())
-            .chain(fds.into_iter().map(|(_, fd)| fd))
-            .chain([listener.as_fd()])
-            .collect();
+        let mut fds = vec![prepared.side.exited()];
+        fds.extend(door.fds());
         let limit = door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
         match inbox.wait(&fds, limit)? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => return Err(exited()),
-            Wake::Ready(index) if index == first => door.knock(listener)?,
-            Wake::Ready(index) => {
-                let (who, _) = door.fds()[index - 1];
-                door.hear(who);
-            }
+            Wake::Ready(index) => door.answer(index - 1)?,
             Wake::Message(Note::Failed(error)) => return Err(error),
             // Nobody else posts before there are workers.
             Wake::Message(_) | Wake::Timeout => {}
@@ -104,13 +116,38 @@ fn accept(
     }
 }
 
-/// Everybody who has dialled and is not a lane of a whole session yet.
-struct Door<'a> {
+/// Where sources dial, and everybody who has and is not a lane of a whole session yet.
+pub(super) struct Door {
+    listener: Listener,
     lanes_max: u16,
-    output: &'a Output,
+    capabilities: Capabilities,
+    output: Output,
     /// The oldest first.
     pending: VecDeque<Pending>,
     session: Option<Session>,
+    /// The session that has begun: only lanes of it come in, to replace lost ones.
+    known: Option<Known>,
+}
+
+/// A session that has begun, and what is needed to replace its lanes.
+struct Known {
+    hello: Hello,
+    /// The highest that a demand lane has had.
+    epoch: u32,
+    /// Why no lanes are wanted now, if they are not.
+    refusal: Option<&'static str>,
+}
+
+impl Known {
+    fn new(hello: &Hello) -> Known {
+        Known { hello: hello.clone(), epoch: hello.epoch, refusal: None }
+    }
+
+    fn is_of_session(&self, hello: &Hello) -> bool {
+        let ours = &self.hello;
+        let bulk_lanes = hello.bulk_lanes == ours.bulk_lanes;
+        hello.session == ours.session && bulk_lanes && hello.capabilities == ours.capabilities
+    }
 }
 
 /// A connection that has not said who it is.
@@ -135,26 +172,71 @@ struct Session {
 
 #[derive(Clone, Copy)]
 enum Who {
+    Stranger,
     Pending(usize),
     Session,
 }
 
-impl Door<'_> {
-    /// Whom to listen to.
-    fn fds(&self) -> Vec<(Who, BorrowedFd<'_>)> {
+impl Door {
+    fn new(listener: Listener, lanes_max: u16, recovers: bool, output: &Output) -> Door {
+        Door {
+            listener,
+            lanes_max,
+            capabilities: lane::capabilities(recovers),
+            output: output.clone(),
+            pending: VecDeque::new(),
+            session: None,
+            known: None,
+        }
+    }
+
+    /// A door for a session that has begun, at another address than before or the first one.
+    pub(super) fn of_session(listener: Listener, hello: &Hello, output: &Output) -> Door {
+        let door = Door::new(listener, hello.bulk_lanes, true, output);
+        Door { known: Some(Known::new(hello)), ..door }
+    }
+
+    /// Whether lanes of the session that has begun are wanted; if not, why.
+    pub(super) fn set_refusal(&mut self, refusal: Option<&'static str>) {
+        self.known.iter_mut().for_each(|known| known.refusal = refusal);
+    }
+
+    /// Whom to listen to; when one of these is readable [`answer`](Door::answer) takes its index.
+    pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.who().into_iter().map(|(_, fd)| fd).collect()
+    }
+
+    fn who(&self) -> Vec<(Who, BorrowedFd<'_>)> {
         let session = self.session.iter().filter(|session| !session.has_spoken);
         let session = session.map(|session| (Who::Session, session.demand.as_fd()));
         let pending = self.pending.iter().enumerate();
-        session.chain(pending.map(|(i, p)| (Who::Pending(i), p.socket.as_fd()))).collect()
+        let pending = pending.map(|(i, p)| (Who::Pending(i), p.socket.as_fd()));
+        session.chain(pending).chain([(Who::Stranger, self.listener.as_fd())]).collect()
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
+    pub(super) fn answer(&mut self, index: usize) -> Result<()> {
+        match self.who().get(index) {
+            Some((Who::Stranger, _)) => self.knock(),
+            Some(&(who, _)) => {
+                self.hear(who);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// All lanes of a session, once they are here.
+    pub(super) fn whole(&mut self) -> Option<Lanes> {
+        self.session.take_if(|session| session.is_whole()).map(Session::into_lanes)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
         let session = self.session.iter().map(|session| session.deadline);
         self.pending.iter().map(|pending| pending.deadline).chain(session).min()
     }
 
-    fn knock(&mut self, listener: &Listener) -> Result<()> {
-        let Some(socket) = listener.accept()? else {
+    fn knock(&mut self) -> Result<()> {
+        let Some(socket) = self.listener.accept()? else {
             return Ok(());
         };
         if self.pending.len() == PENDING_MAX {
@@ -170,6 +252,7 @@ impl Door<'_> {
         let index = match who {
             Who::Pending(index) => index,
             Who::Session => return self.look_after_session(),
+            Who::Stranger => return,
         };
         let pending = &mut self.pending[index];
         let hello = match pending.hello.read(pending.socket.as_fd()) {
@@ -189,7 +272,26 @@ impl Door<'_> {
     }
 
     /// A lane that has said what it is for.
-    fn greet(&mut self, lane: Lane, hello: Hello) {
+    fn greet(&mut self, mut lane: Lane, hello: Hello) {
+        let may_come = match &mut self.known {
+            None if hello.epoch > 0 => Err("there is no migration here to go on with"),
+            None => Ok(()),
+            Some(known) if !known.is_of_session(&hello) => Err(ANOTHER),
+            Some(Known { refusal: Some(why), .. }) => Err(*why),
+            Some(known) if hello.role == LaneRole::Demand => {
+                // Lanes of a later attempt end those of one before it; they are refused afterwards.
+                let is_later = hello.epoch > known.epoch;
+                if is_later {
+                    known.epoch = hello.epoch;
+                    self.session = None;
+                }
+                if is_later { Ok(()) } else { Err("another attempt was later") }
+            }
+            Some(_) => Ok(()),
+        };
+        if let Err(why) = may_come {
+            return lane::refuse(&lane, FaultCode::Refused, why);
+        }
         let place = match &mut self.session {
             None if hello.role == LaneRole::Demand => None,
             Some(session) => match session.place(&hello) {
@@ -202,7 +304,7 @@ impl Door<'_> {
             let text = format!("at most {} lanes here; use --lanes there", self.lanes_max);
             return lane::refuse(&lane, FaultCode::Refused, &text);
         }
-        if lane::welcome(&lane, &hello).is_err() {
+        if lane::welcome(&mut lane, &hello, self.capabilities).is_err() {
             return;
         }
         match (place, &mut self.session) {
@@ -228,7 +330,7 @@ impl Door<'_> {
         }
     }
 
-    fn forget_late(&mut self, now: Instant) {
+    pub(super) fn forget_late(&mut self, now: Instant) {
         let before = self.pending.len();
         self.pending.retain(|pending| pending.deadline > now);
         for _ in self.pending.len()..before {
@@ -242,7 +344,7 @@ impl Door<'_> {
     }
 }
 
-impl Door<'_> {
+impl Door {
     fn ignored(&self, why: &str) {
         self.output.remark(&format!("ignored a connection: {why}"));
     }
@@ -259,6 +361,7 @@ impl Session {
     fn place(&self, hello: &Hello) -> Option<usize> {
         let is_ours = hello.role == LaneRole::Bulk
             && hello.session == self.hello.session
+            && hello.epoch == self.hello.epoch
             && hello.bulk_lanes == self.hello.bulk_lanes
             && hello.capabilities == self.hello.capabilities;
         let place = usize::from(hello.index).checked_sub(1)?;
@@ -271,21 +374,24 @@ impl Session {
 
     fn into_lanes(self) -> Lanes {
         let bulk = self.bulk.into_iter().flatten().collect();
-        Lanes { demand: self.demand, bulk, acks: wants_acks(&self.hello) }
+        Lanes { demand: self.demand, bulk, hello: self.hello, door: None }
     }
 }
 
-pub(super) fn wants_acks(hello: &Hello) -> bool {
-    hello.capabilities.contains(Capabilities::ACKS)
-}
+const ANOTHER: &str = "another migration is being received";
 
 fn refuse(lane: &Lane) {
-    lane::refuse(lane, FaultCode::Refused, "another migration is being received");
+    lane::refuse(lane, FaultCode::Refused, ANOTHER);
 }
 
 /// Opens the lane of the one connection there is. The source may come at any time.
-fn accept_single(socket: OwnedFd, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
-    let demand = Lane::shared(socket)?;
+fn accept_single(
+    socket: OwnedFd,
+    recovers: bool,
+    inbox: &Inbox<Note>,
+    prepared: &Prepared,
+) -> Result<Lanes> {
+    let mut demand = Lane::shared(socket)?;
     let mut bytes = HelloBytes::new();
     let hello = loop {
         match inbox.wait(&[demand.as_fd(), prepared.side.exited()], None)? {
@@ -301,13 +407,13 @@ fn accept_single(socket: OwnedFd, inbox: &Inbox<Note>, prepared: &Prepared) -> R
         }
     };
     let hello = hello.map_err(|error| Error::protocol(&demand.name, error))?;
-    if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 {
+    if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 || hello.epoch > 0 {
         let text = "one connection here: the source must use fd: or exec: too";
         lane::refuse(&demand, FaultCode::Refused, text);
         return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
     }
-    lane::welcome(&demand, &hello)?;
-    Ok(Lanes { demand, bulk: Vec::new(), acks: wants_acks(&hello) })
+    lane::welcome(&mut demand, &hello, lane::capabilities(recovers))?;
+    Ok(Lanes { demand, bulk: Vec::new(), hello, door: None })
 }
 
 fn interrupted() -> Error {

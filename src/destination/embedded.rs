@@ -44,17 +44,16 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let output = Output::Host(Arc::new(|_, _| {}));
     let mut prepared = Prepared::here(handed)?;
     let lanes = match entrance {
-        Entrance::Listener(listener) => {
-            accept::Entrance::Listener(listener).accept(lanes_max, &output, &inbox, &prepared)?
-        }
+        Entrance::Listener(listener) => accept::Entrance::Listener(listener)
+            .accept(lanes_max, false, &output, &inbox, &prepared)?,
         Entrance::Connections(sockets) => match <[OwnedFd; 1]>::try_from(sockets) {
             Ok([single]) => {
-                accept::Entrance::Connection(single).accept(0, &output, &inbox, &prepared)?
+                accept::Entrance::Connection(single).accept(0, false, &output, &inbox, &prepared)?
             }
             Err(sockets) => accept_connected(sockets, &inbox)?,
         },
     };
-    desk.connected(lanes.bulk.iter().chain([&lanes.demand]).map(Lane::socket).collect());
+    desk.connected(lanes.sockets());
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
     let asking = desk.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
@@ -74,12 +73,13 @@ fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes>
     let mut lanes = Vec::new();
     for (index, socket) in (0..).zip(sockets) {
         let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
-        let lane = Lane::new(socket, lane::lane_name(role, index))?;
+        let mut lane = Lane::new(socket, lane::lane_name(role, index))?;
         let hello = hear(&lane, inbox)?;
         let session = first.as_ref().map_or(hello.session, |first| first.session);
         let is_expected = hello.role == role
             && hello.index == index
             && hello.bulk_lanes == count
+            && hello.epoch == 0
             && hello.session == session;
         if !is_expected {
             let text = format!(
@@ -90,13 +90,14 @@ fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes>
             lane::refuse(&lane, FaultCode::Refused, &text);
             return Err(Error::protocol(&lane.name, text));
         }
-        lane::welcome(&lane, &hello)?;
+        lane::welcome(&mut lane, &hello, lane::capabilities(false))?;
         first.get_or_insert(hello);
         lanes.push(lane);
     }
     let bulk = lanes.split_off(1);
     let demand = lanes.pop().expect("there is one connection at least");
-    Ok(Lanes { demand, bulk, acks: first.is_some_and(|hello| accept::wants_acks(&hello)) })
+    let hello = first.expect("there is one connection at least");
+    Ok(Lanes { demand, bulk, hello, door: None })
 }
 
 /// What the source says that a connection is for.

@@ -7,6 +7,7 @@
 //! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
+//! - [`Cutter`]: a relay that breaks connections, at known bytes or when told to
 //! - [`Fifo`]: lets another program go on
 //!
 //! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
@@ -14,6 +15,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+mod cutter;
 mod destination;
 mod fifo;
 mod hugepages;
@@ -31,6 +33,7 @@ use std::time::{Duration, Instant};
 
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
+    cutter::{Cutter, Ends},
     destination::LaneFromSource,
     fifo::Fifo,
     hugepages::{HugeFile, HugePages},
