@@ -10,7 +10,7 @@ use std::net::{TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -170,6 +170,23 @@ pub(crate) fn tell(socket: &OwnedFd, error: &Error) {
     transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     let _ = nix::sys::socket::send(socket.as_raw_fd(), &bytes, flags);
+}
+
+/// Connections that may have to be ended by somebody else than who serves them. Each closes when that
+/// one is done with it all the same.
+#[derive(Default)]
+pub(crate) struct Severable(Vec<Weak<OwnedFd>>);
+
+impl Severable {
+    pub(crate) fn new<'a>(lanes: impl IntoIterator<Item = &'a Lane>) -> Severable {
+        Severable(lanes.into_iter().map(|lane| Arc::downgrade(&lane.socket)).collect())
+    }
+
+    /// Ends all that are still there.
+    pub(crate) fn sever(&mut self) {
+        let alive = self.0.drain(..).filter_map(|socket| socket.upgrade());
+        alive.for_each(|socket| sever(&socket));
+    }
 }
 
 /// Ends a connection at once, whatever is on its way: operations on it complete, and the other side

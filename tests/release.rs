@@ -58,7 +58,8 @@ impl Source {
         let migrate = Umem::start(arguments);
         let accept = || LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::ACKS);
         let (mut demand, mut bulk) = (accept(), accept());
-        assert!(demand.is_demand() && demand.hello.capabilities == Capabilities::ACKS);
+        let offered = Capabilities::ACKS.union(Capabilities::RECOVERY);
+        assert!(demand.is_demand() && demand.hello.capabilities == offered);
         let landing = demand.until_stopped();
         bulk.set_regions(&landing);
         Source { scratch, migrate, demand, bulk, landing }
@@ -170,7 +171,7 @@ fn acknowledgements_nobody_wanted_end_the_migration() {
     let migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
     let accept = || LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::ACKS);
     let (mut demand, mut bulk) = (accept(), accept());
-    assert_eq!(demand.hello.capabilities, Capabilities::NONE);
+    assert_eq!(demand.hello.capabilities, Capabilities::RECOVERY);
     let landing = demand.until_stopped();
     bulk.set_regions(&landing);
     demand.until_running();

@@ -17,7 +17,7 @@ use super::{Note, peer};
 use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
+use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener, Severable};
 use crate::report::Output;
 use crate::uri::Uri;
 
@@ -40,6 +40,10 @@ impl Lanes {
     /// Both sides go on over new lanes when these are lost.
     pub(super) fn recovers(&self) -> bool {
         self.demand.capabilities.contains(Capabilities::RECOVERY)
+    }
+
+    pub(super) fn severable(&self) -> Severable {
+        Severable::new(self.bulk.iter().chain([&self.demand]))
     }
 
     pub(super) fn sockets(&self) -> Vec<Arc<OwnedFd>> {

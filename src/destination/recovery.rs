@@ -19,8 +19,7 @@
 //!
 //! [`GuestMemory::roll_back`]: super::guest::GuestMemory::roll_back
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -31,7 +30,7 @@ use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
 use super::{Migration, millis};
 use crate::error::{Error, Result};
-use crate::lane::{self, CAUSE_PATIENCE, Listener, lane_name};
+use crate::lane::{CAUSE_PATIENCE, Listener, Severable, lane_name};
 use crate::uri::Uri;
 
 /// How long a destination that has everything waits for a source that has not heard of it. The guest
@@ -45,7 +44,7 @@ pub(super) struct Link {
     hello: Hello,
     /// None where there is one connection, which cannot be opened again.
     door: Option<Door>,
-    sockets: Vec<Arc<OwnedFd>>,
+    sockets: Severable,
     state: State,
     /// New lanes, which wait until nothing is left of the old ones.
     arrived: Option<Lanes>,
@@ -79,7 +78,7 @@ impl Link {
             recovers: lanes.recovers(),
             hello: lanes.hello.clone(),
             door: lanes.door.take(),
-            sockets: lanes.sockets(),
+            sockets: lanes.severable(),
             state: State::Up,
             arrived: None,
             is_paused: false,
@@ -182,7 +181,7 @@ impl Migration<'_> {
     fn break_lanes(&mut self, why: &str) -> Result<()> {
         self.step(Input::Broken)?;
         self.guest.set_lanes_down(true);
-        self.link.sockets.drain(..).for_each(|socket| lane::sever(&socket));
+        self.link.sockets.sever();
         self.bulk_wakers.clear();
         for thread in self.bulk_threads.drain(..) {
             // What it has failed of comes as a note.
@@ -223,8 +222,9 @@ impl Migration<'_> {
         let State::Down { since, is_quiet: true, .. } = self.link.state else { return Ok(()) };
         let Some(lanes) = self.link.arrived.take() else { return Ok(()) };
         self.guest.set_lanes_down(false);
-        self.link.sockets = lanes.sockets();
+        self.link.sockets = lanes.severable();
         self.link.hello = lanes.hello.clone();
+        self.demand_socket = lanes.demand.socket();
         self.link.state = State::Up;
         self.link.recoveries += 1;
         self.link.disconnected += since.elapsed();

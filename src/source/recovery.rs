@@ -11,8 +11,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -28,7 +27,7 @@ use super::demand::{Command, DemandLane};
 use super::{Migration, Note, peer};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, lane_name};
+use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, Severable, lane_name};
 use crate::uri::Uri;
 use crate::worker;
 
@@ -46,7 +45,7 @@ pub(super) struct Link {
     uri: Option<Uri>,
     /// Of the last attempt to open lanes.
     epoch: u32,
-    sockets: Vec<Arc<OwnedFd>>,
+    sockets: Severable,
     is_up: bool,
     /// A bulk lane is lost, and until then a destination that gives up may say so on the demand lane.
     doubt: Option<(Error, Instant)>,
@@ -66,7 +65,7 @@ impl Link {
             session,
             uri,
             epoch: 0,
-            sockets: lanes.iter().map(Lane::socket).collect(),
+            sockets: Severable::new(lanes),
             is_up: true,
             doubt: None,
             is_paused: false,
@@ -157,7 +156,7 @@ impl Migration {
         self.link.is_up = false;
         self.link.doubt = None;
         self.link.was_interrupted = false;
-        self.link.sockets.drain(..).for_each(|socket| lane::sever(&socket));
+        self.link.sockets.sever();
         self.idle.clear();
         self.command(Command::End);
         self.bulk_wakers.drain(..).for_each(|waker| waker.wake());
@@ -351,7 +350,7 @@ impl Migration {
     /// Everything goes on over new lanes.
     fn go_on(&mut self, opened: Opened, since: Instant) -> Result<()> {
         let Opened { mut lanes, receiver, standing } = opened;
-        self.link.sockets = lanes.iter().map(Lane::socket).collect();
+        self.link.sockets = Severable::new(&lanes);
         self.idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
         self.start_demand(lane, receiver)?;
@@ -381,6 +380,9 @@ impl Migration {
             receiver,
             memory: self.memory.clone(),
             core: self.cores.demand(),
+            follows: self.follows,
+            idle_cores: self.idle_cores,
+            adapts: self.adapts,
             commands: queue,
             post: self.inbox.post(),
         };

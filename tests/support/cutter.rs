@@ -53,6 +53,8 @@ struct State {
     demand: [u64; 2],
     /// New connections are closed at once.
     refuses: bool,
+    /// And will be from the next cut on.
+    refuses_after_cut: bool,
     ended: bool,
 }
 
@@ -102,6 +104,11 @@ impl Cutter {
     pub(crate) fn cut_after(&self, bytes: impl IntoIterator<Item = (u64, Ends)>) {
         let cuts = bytes.into_iter().map(|(bytes_left, ends)| Cut { bytes_left, ends });
         self.lock().cuts.extend(cuts);
+    }
+
+    /// Refuses connections from the next cut on, until [`Cutter::admit`].
+    pub(crate) fn refuse_after_cut(&self) {
+        self.lock().refuses_after_cut = true;
     }
 
     pub(crate) fn let_pages_go(&self) {
@@ -180,6 +187,7 @@ impl State {
                 let _ = destination.shutdown(Shutdown::Both);
             }
         }
+        self.refuses |= std::mem::take(&mut self.refuses_after_cut);
         self.lanes = 0;
         self.demand = [0; 2];
         self.cuts_done += 1;
