@@ -108,11 +108,13 @@ pub(crate) enum Note {
     Host(Answer),
     /// The demand thread has let go of a lost lane: nothing of it is in flight.
     Quiet,
+    /// All notes of those who have served lost lanes have been read.
+    Settled,
     /// By hand: give up the lanes, and take none until a resume.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the control socket"))]
+    #[allow(dead_code, reason = "the hook of a control socket")]
     Pause,
     /// By hand: take lanes again, at another address if one is named.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the control socket"))]
+    #[allow(dead_code, reason = "the hook of a control socket")]
     Resume(Option<Uri>),
 }
 
@@ -490,7 +492,11 @@ impl<'a> Migration<'a> {
             Note::BulkEnded => Ok(()),
             Note::Failed(error @ Error::Lost { .. }) => self.lane_lost(error),
             Note::Failed(error) => Err(error),
-            Note::Quiet => self.quiet(),
+            Note::Quiet => {
+                self.quiet();
+                Ok(())
+            }
+            Note::Settled => self.settled(),
             Note::Pause => self.pause(),
             Note::Resume(uri) => self.resume(uri),
             Note::Host(Answer::Loaded(result)) => {

@@ -28,7 +28,7 @@ use umem_wire::{Frame, Hello, LaneRole, Standing, transmit};
 
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
-use super::{Migration, millis};
+use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
 use crate::lane::{CAUSE_PATIENCE, Listener, Severable, lane_name};
 use crate::uri::Uri;
@@ -208,8 +208,14 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// The demand thread has let go of its lane, after the bulk threads: nothing lands any more.
-    pub(super) fn quiet(&mut self) -> Result<()> {
+    /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
+    /// more. What they have said of their lanes is in the inbox, and must not be taken for news of the
+    /// next ones.
+    pub(super) fn quiet(&self) {
+        self.inbox.post().send(Note::Settled);
+    }
+
+    pub(super) fn settled(&mut self) -> Result<()> {
         if let State::Down { is_quiet, .. } = &mut self.link.state {
             *is_quiet = true;
         }
