@@ -289,7 +289,11 @@ impl Migration<'_> {
 
     /// By hand: the source may come back, to another address if one is named.
     pub(super) fn resume(&mut self, uri: Option<Uri>) -> Result<()> {
-        if let Some(uri) = uri.filter(|uri| !uri.is_one_connection()) {
+        if let Some(uri) = uri {
+            if uri.is_one_connection() {
+                self.output.remark(&format!("not resumed: {uri} is no address to listen at"));
+                return Ok(());
+            }
             match Listener::bind(&uri) {
                 Ok(listener) => {
                     let uri = listener.uri(&uri).to_string();

@@ -182,6 +182,10 @@ impl Migration {
                 self.announce("paused by hand");
                 Ok(())
             }
+            Note::Resume(Some(uri)) if uri.is_one_connection() => {
+                self.output.remark(&format!("not resumed: {uri} is no address to connect to"));
+                Ok(())
+            }
             Note::Resume(uri) => {
                 self.link.uri = uri.or(self.link.uri.take());
                 self.link.is_paused = false;
