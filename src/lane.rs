@@ -10,14 +10,14 @@ use std::net::{TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::PollFlags;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
     getsockname, getsockopt, setsockopt, socket, sockopt,
 };
 use umem_wire::{
@@ -45,11 +45,25 @@ pub(crate) const SHARED_QUEUE_BYTES: u32 = 64 << 10;
 /// bbr's on short paths.
 pub(crate) const CONGESTION_CONTROL: &str = "cubic";
 
+/// How long a lost bulk lane leaves open whether the peer has given up: it says so on the demand lane
+/// before it closes any, and lanes are not ordered against each other.
+pub(crate) const CAUSE_PATIENCE: Duration = Duration::from_millis(250);
+
 /// How often a unix socket is tried whose queue of connections is full.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Silence of this long means the peer or the path is dead (TCP_USER_TIMEOUT).
-const USER_TIMEOUT_MS: u32 = 30_000;
+/// Silence of this long on the demand lane means that the peer or the path is dead (TCP_USER_TIMEOUT):
+/// nothing there waits for room at the other side. All lanes go with it.
+const DEMAND_TIMEOUT_MS: u32 = 10_000;
+
+/// The same where pages come in the background: a destination that has no room for them is silent too
+/// (tcp(7): a window that stays closed for this long counts).
+const BACKGROUND_TIMEOUT_MS: u32 = 30_000;
+
+/// A lane that has nothing to say is asked after this long, and then every [`KEEPALIVE_INTERVAL_S`],
+/// whether anybody is there; who does not answer is dead by the timeouts above.
+const KEEPALIVE_IDLE_S: u32 = 3;
+const KEEPALIVE_INTERVAL_S: u32 = 2;
 
 /// A connected lane.
 #[derive(Clone)]
@@ -61,6 +75,8 @@ pub(crate) struct Lane {
     pub(crate) congestion: Option<String>,
     /// Unsent bytes that the kernel is to queue of it.
     pub(crate) queue_bytes: u32,
+    /// What both sides can do; known once it is open.
+    pub(crate) capabilities: Capabilities,
     /// With TLS: what became of its connection.
     fate: Option<Arc<Fate>>,
 }
@@ -96,17 +112,24 @@ impl Lane {
         if let Some(fate) = &self.fate {
             fate.assign(&name, role);
         }
+        // One that a source has dialled knew it from the beginning.
+        if role == LaneRole::Demand && self.congestion.is_some() && self.name != name {
+            let _ = setsockopt(&self.socket, sockopt::TcpUserTimeout, &DEMAND_TIMEOUT_MS);
+        }
         Lane { name, ..self }
     }
 
     /// A lane with a connection of its own.
     pub(crate) fn new(socket: OwnedFd, name: String) -> Result<Lane> {
-        Lane::queueing(socket, name, NOTSENT_LOWAT_BYTES)
+        let is_demand = name == lane_name(LaneRole::Demand, 0);
+        let timeout_ms = if is_demand { DEMAND_TIMEOUT_MS } else { BACKGROUND_TIMEOUT_MS };
+        Lane::tuned(socket, name, NOTSENT_LOWAT_BYTES, timeout_ms)
     }
 
     /// The one lane of a connection that everything shares.
     pub(crate) fn shared(socket: OwnedFd) -> Result<Lane> {
-        let lane = Lane::queueing(socket, lane_name(LaneRole::Demand, 0), SHARED_QUEUE_BYTES)?;
+        let name = lane_name(LaneRole::Demand, 0);
+        let lane = Lane::tuned(socket, name, SHARED_QUEUE_BYTES, BACKGROUND_TIMEOUT_MS)?;
         if lane.congestion.is_none() {
             // The kernel doubles it, for its own bookkeeping (socket(7)).
             setsockopt(&lane.socket, sockopt::SndBuf, &(SHARED_QUEUE_BYTES as usize))
@@ -115,13 +138,15 @@ impl Lane {
         Ok(lane)
     }
 
-    fn queueing(socket: OwnedFd, name: String, queue_bytes: u32) -> Result<Lane> {
+    fn tuned(socket: OwnedFd, name: String, queue_bytes: u32, timeout_ms: u32) -> Result<Lane> {
         let congestion = if single::is_tcp(&socket) {
-            Some(tune(socket.as_fd(), queue_bytes).context(|| name.clone())?)
+            Some(tune(socket.as_fd(), queue_bytes, timeout_ms).context(|| name.clone())?)
         } else {
             None
         };
-        Ok(Lane { socket: Arc::new(socket), name, congestion, queue_bytes, fate: None })
+        let capabilities = Capabilities::NONE;
+        let socket = Arc::new(socket);
+        Ok(Lane { socket, name, congestion, queue_bytes, capabilities, fate: None })
     }
 }
 
@@ -132,10 +157,12 @@ impl AsFd for Lane {
 }
 
 /// Sets what every TCP lane wants and returns the congestion control it got.
-fn tune(socket: BorrowedFd<'_>, queue_bytes: u32) -> nix::Result<String> {
+fn tune(socket: BorrowedFd<'_>, queue_bytes: u32, timeout_ms: u32) -> nix::Result<String> {
     setsockopt(&socket, sockopt::TcpNoDelay, &true)?;
     setsockopt(&socket, sockopt::KeepAlive, &true)?;
-    setsockopt(&socket, sockopt::TcpUserTimeout, &USER_TIMEOUT_MS)?;
+    setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
+    setsockopt(&socket, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
+    setsockopt(&socket, sockopt::TcpUserTimeout, &timeout_ms)?;
     setsockopt_raw(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, queue_bytes)?;
     choose_congestion(&socket);
     let got = nix::sys::socket::getsockopt(&socket, sockopt::TcpCongestion)?;
@@ -172,6 +199,39 @@ pub(crate) fn tell(socket: &OwnedFd, error: &Error) {
     transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     let _ = nix::sys::socket::send(socket.as_raw_fd(), &bytes, flags);
+}
+
+/// Connections that may have to be ended by somebody else than who serves them. Each closes when that
+/// one is done with it all the same.
+#[derive(Default)]
+pub(crate) struct Severable(Vec<Weak<OwnedFd>>);
+
+impl Severable {
+    pub(crate) fn new<'a>(lanes: impl IntoIterator<Item = &'a Lane>) -> Severable {
+        Severable(lanes.into_iter().map(|lane| Arc::downgrade(&lane.socket)).collect())
+    }
+
+    /// Ends all that are still there.
+    pub(crate) fn sever(&mut self) {
+        let alive = self.0.drain(..).filter_map(|socket| socket.upgrade());
+        alive.for_each(|socket| sever(&socket));
+    }
+}
+
+/// Ends a connection at once, whatever is on its way: operations on it complete, and the other side
+/// hears of it, if it hears anything.
+pub(crate) fn sever(socket: &OwnedFd) {
+    // Both fail where the other side was first.
+    let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), Shutdown::Both);
+    // What was sent and is not acknowledged would keep its memory until the connection times out.
+    let nowhere =
+        libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    let length = size_of_val(&nowhere) as libc::socklen_t;
+    if single::is_tcp(socket) {
+        // SAFETY: the address is a local variable of the length given; this address family undoes the
+        // connection (connect(2)) and involves no other memory.
+        unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length) };
+    }
 }
 
 /// What a lane is called in messages.
@@ -442,9 +502,21 @@ impl Drop for Listener {
     }
 }
 
+/// What this side, a destination, can do; going on over new lanes only where it can be reached again,
+/// or told by somebody how.
+pub(crate) fn capabilities(recovers: bool) -> Capabilities {
+    let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
+    Capabilities::ACKS.union(recovery)
+}
+
 /// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
-pub(crate) fn welcome(lane: &Lane, hello: &Hello, answer: Option<&Answer>) -> Result<()> {
-    let mut welcome = match Welcome::answer(hello, PROTOCOL, Capabilities::ACKS, [0; 32]) {
+pub(crate) fn welcome(
+    lane: &mut Lane,
+    hello: &Hello,
+    ours: Capabilities,
+    answer: Option<&Answer>,
+) -> Result<()> {
+    let mut welcome = match Welcome::answer(hello, PROTOCOL, ours, [0; 32]) {
         Ok(welcome) => welcome,
         Err(error) => {
             refuse(lane, FaultCode::Protocol, &error.to_string());
@@ -454,6 +526,7 @@ pub(crate) fn welcome(lane: &Lane, hello: &Hello, answer: Option<&Answer>) -> Re
     if let Some(answer) = answer {
         welcome.proof = answer.welcome_proof(hello, &welcome);
     }
+    lane.capabilities = welcome.capabilities;
     lane.blocking()?.write_all(&welcome.encode()).context(|| lane.name.clone())
 }
 
@@ -464,22 +537,35 @@ pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) {
     }
 }
 
-/// The hello of one lane of a new session, in which acknowledgements are wanted or not.
-pub(crate) fn hello(
-    session: SessionId,
-    role: LaneRole,
-    index: u16,
-    bulk_lanes: u16,
-    acks: bool,
-) -> Hello {
-    Hello {
-        versions: PROTOCOL,
-        capabilities: if acks { Capabilities::ACKS } else { Capabilities::NONE },
-        session,
-        role,
-        index,
-        bulk_lanes,
-        proof: [0; 32],
+/// A session as its source opens it: what the hellos of its lanes have in common.
+#[derive(Clone, Copy)]
+pub(crate) struct Session {
+    pub(crate) id: SessionId,
+    pub(crate) bulk_lanes: u16,
+    pub(crate) capabilities: Capabilities,
+}
+
+impl Session {
+    /// A new one. `acks` says whether acknowledgements are wanted, `recovers` whether this side can
+    /// open lanes again.
+    pub(crate) fn new(bulk_lanes: u16, acks: bool, recovers: bool) -> Result<Session> {
+        let acks = if acks { Capabilities::ACKS } else { Capabilities::NONE };
+        let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
+        Ok(Session { id: new_session()?, bulk_lanes, capabilities: acks.union(recovery) })
+    }
+
+    /// The hello of lane `index`, 0 for the demand lane, in an attempt to open them all.
+    pub(crate) fn hello(&self, index: u16, epoch: u32) -> Hello {
+        Hello {
+            versions: PROTOCOL,
+            capabilities: self.capabilities,
+            session: self.id,
+            role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
+            index,
+            bulk_lanes: self.bulk_lanes,
+            epoch,
+            proof: [0; 32],
+        }
     }
 }
 

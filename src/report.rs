@@ -57,6 +57,16 @@ impl Counters {
         }
     }
 
+    /// What has been moved in all, as the other side counts it.
+    pub(crate) fn set(&self, totals: &umem_wire::Totals) {
+        self.data_bytes.store(totals.data_bytes, Relaxed);
+        self.zero_bytes.store(totals.zero_bytes, Relaxed);
+        self.hole_bytes.store(totals.hole_bytes, Relaxed);
+        self.pages_demand.store(totals.pages_demand, Relaxed);
+        self.pages_background.store(totals.pages_background, Relaxed);
+        self.pages_done.store(totals.pages_demand.saturating_add(totals.pages_background), Relaxed);
+    }
+
     /// How the pages left this process, in words.
     pub(crate) fn zero_copy(&self) -> String {
         let (zero_copied, copied) =
@@ -119,6 +129,12 @@ pub struct Completed {
     pub spare_bytes_max: u64,
     /// Congestion control of the lanes, or `none` on unix sockets.
     pub congestion: String,
+    /// How often the lanes were lost and the migration went on over new ones.
+    #[serde(default)]
+    pub recoveries: u32,
+    /// How long there were none in all, seconds.
+    #[serde(default)]
+    pub disconnected_s: f64,
 }
 
 /// A latency distribution in microseconds.

@@ -12,10 +12,13 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::{Machine, Qemu, QemuVersion, Ram, Scratch, Serial, Side, Tap, Umem, wait_for};
+use support::{
+    Cutter, Ends, Machine, Qemu, QemuVersion, Ram, Scratch, Serial, Side, Tap, Umem, wait_for,
+};
 use umem_wire::{HEADER_BYTES, HELLO_BYTES};
 
 /// Where nobody listens: the port for tcpmux, which only root could have taken.
@@ -77,6 +80,39 @@ fn without_postcopy_all_pages_come_before_the_switchover() {
     let moved = Moved::start(source, destination, &[]).complete();
     assert_eq!(moved.report["pages_demand"], 0);
     assert_eq!(moved.report["fault_latency_us"]["count"], 0);
+    moved.end();
+}
+
+/// Every connection is cut, and none can be made for ten seconds: the guest goes on with what it has,
+/// and with all of it afterwards.
+#[test]
+fn a_guest_under_load_survives_ten_seconds_without_a_connection() {
+    let scratch = Scratch::new();
+    let machine = Machine::linux(QemuVersion::V10_0);
+    let source = boot(&machine, &scratch);
+    let destination = Destination::start(&machine, &scratch);
+    let cutter = Cutter::to(&destination.uri);
+    let umem = migrate(&source, cutter.uri(), &["-p", "--lanes", "2"]);
+    let mut moving = Moving { source, umem, destination };
+    moving.umem.event("running");
+    moving.destination.umem.event("running");
+    // Some of its memory is here when the connections break, in the middle of a page.
+    cutter.cut_after([(10 << 20, Ends::Both)]);
+    cutter.refuse_after_cut();
+    cutter.let_pages_go();
+    cutter.wait_for_cuts(1);
+    moving.umem.event("recovering");
+    moving.destination.umem.event("recovering");
+    // What is tested is this time itself; nothing that happens in it tells when it is over.
+    std::thread::sleep(Duration::from_secs(10));
+    assert!(moving.umem.is_running() && moving.destination.umem.is_running());
+    cutter.admit();
+    for umem in [&mut moving.umem, &mut moving.destination.umem] {
+        let resumed = umem.event("resumed");
+        assert!(resumed["disconnected_ms"].as_f64() > Some(10_000.0), "{resumed}");
+    }
+    let moved = moving.complete();
+    assert_eq!(moved.report["recoveries"], 1, "{}", moved.report);
     moved.end();
 }
 

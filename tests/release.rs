@@ -58,7 +58,8 @@ impl Source {
         let migrate = Umem::start(arguments);
         let accept = || LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::ACKS);
         let (mut demand, mut bulk) = (accept(), accept());
-        assert!(demand.is_demand() && demand.hello.capabilities == Capabilities::ACKS);
+        let offered = Capabilities::ACKS.union(Capabilities::RECOVERY);
+        assert!(demand.is_demand() && demand.hello.capabilities == offered);
         let landing = demand.until_stopped();
         bulk.set_regions(&landing);
         Source { scratch, migrate, demand, bulk, landing }
@@ -170,7 +171,7 @@ fn acknowledgements_nobody_wanted_end_the_migration() {
     let migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
     let accept = || LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::ACKS);
     let (mut demand, mut bulk) = (accept(), accept());
-    assert_eq!(demand.hello.capabilities, Capabilities::NONE);
+    assert_eq!(demand.hello.capabilities, Capabilities::RECOVERY);
     let landing = demand.until_stopped();
     bulk.set_regions(&landing);
     demand.until_running();
@@ -249,6 +250,7 @@ fn a_destination_acknowledges_what_has_come() {
             role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
             index,
             bulk_lanes: 1,
+            epoch: 0,
             proof: [0; 32],
         };
         let mut lane = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();

@@ -274,6 +274,7 @@ fn hello(index: u16, bulk_lanes: u16) -> Hello {
         role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
         index,
         bulk_lanes,
+        epoch: 0,
         proof: [0; 32],
     }
 }

@@ -154,6 +154,7 @@ impl FaultLanding {
             follows: core.is_some(),
             idle_cores: IdleCores::default(),
             has_background: false,
+            recovers: false,
             acks: Acks::new(false),
             commands: std::sync::mpsc::channel().1,
             post: Inbox::new()?.post(),

@@ -21,8 +21,8 @@ use crate::{doctor, observe, source};
     note = "URI is where `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or one connection to \
             it, over which everything goes: fd:N, an inherited stream socket, or exec:CMD, whose \
             standard input and output lead there (run by /bin/sh). Until the switchover any failure, and Ctrl-C, leave \
-            the guest running here; after it the guest never runs here again. With -n, Ctrl-C \
-            sends the rest.",
+            the guest running here; after it the guest never runs here again, and connections that \
+            break are opened again until it has all of its memory. With -n, Ctrl-C sends the rest.",
     example = "{command_name} -p --tls-creds /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     error_code(1, "The guest did not move, or not whole; stderr says why."),
     error_code(2, "The command line is wrong.")

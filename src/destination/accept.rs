@@ -1,9 +1,10 @@
-//! The beginning of a session at the destination: a source dials, its lanes are accepted, its regions
-//! are read.
+//! Lanes at the destination: a source dials, its lanes are accepted, its regions are read. In a session
+//! that recovers the door stays open, and lanes that replace lost ones come in there too.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -17,17 +18,39 @@ use super::{Note, peer};
 use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener};
+use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
 use crate::report::Output;
 use crate::secure::{Guard, Interest, Opened, Opening, Progress, WayIn};
 use crate::uri::Uri;
 
-/// The lanes of one session.
+/// The lanes of one session, all opened in one attempt.
 pub(super) struct Lanes {
     pub(super) demand: Lane,
     pub(super) bulk: Vec<Lane>,
+    /// The demand lane's.
+    pub(super) hello: Hello,
+    /// Where more of them may come in.
+    pub(super) door: Option<Door>,
+}
+
+impl Lanes {
     /// The source wants to hear which pages have come.
-    pub(super) acks: bool,
+    pub(super) fn acks(&self) -> bool {
+        self.hello.capabilities.contains(Capabilities::ACKS)
+    }
+
+    /// Both sides go on over new lanes when these are lost.
+    pub(super) fn recovers(&self) -> bool {
+        self.demand.capabilities.contains(Capabilities::RECOVERY)
+    }
+
+    pub(super) fn severable(&self) -> Severable {
+        Severable::new(self.bulk.iter().chain([&self.demand]))
+    }
+
+    pub(super) fn sockets(&self) -> Vec<Arc<OwnedFd>> {
+        self.bulk.iter().chain([&self.demand]).map(Lane::socket).collect()
+    }
 }
 
 /// Where the source comes in.
@@ -54,20 +77,23 @@ impl Entrance {
         }
     }
 
-    /// Opens all lanes of a session. Nobody else comes in then.
+    /// Opens all lanes of a session. Nobody else comes in then. `recovers` says whether this side is
+    /// able to go on over other lanes.
     pub(super) fn accept(
         self,
-        guard: &Guard,
+        guard: &Arc<Guard>,
         lanes_max: u16,
+        recovers: bool,
         output: &Output,
         inbox: &Inbox<Note>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
         let lanes = match self {
             Entrance::Listener(listener) => {
-                accept(&listener, guard, lanes_max, output, inbox, prepared)
+                let door = Door::new(listener, guard.clone(), lanes_max, recovers, output);
+                accept(door, inbox, prepared)
             }
-            Entrance::Connection(socket) => accept_single(socket, guard, inbox, prepared),
+            Entrance::Connection(socket) => accept_single(socket, guard, recovers, inbox, prepared),
         }?;
         let count = u16::try_from(lanes.bulk.len()).expect("there are LANES_MAX at most");
         limits::check(count).inspect_err(|error| lane::tell(&lanes.demand.socket(), error))?;
@@ -82,34 +108,22 @@ const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
 
 /// Accepts the lanes of the first session that opens all of them. No connection holds up another, and
 /// a session that comes to nothing does not keep the next one out.
-fn accept(
-    listener: &Listener,
-    guard: &Guard,
-    lanes_max: u16,
-    output: &Output,
-    inbox: &Inbox<Note>,
-    prepared: &Prepared,
-) -> Result<Lanes> {
-    let mut door = Door { guard, lanes_max, output, pending: VecDeque::new(), session: None };
+fn accept(mut door: Door, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
     loop {
-        if let Some(session) = door.session.take_if(|session| session.is_whole()) {
-            return Ok(session.into_lanes());
+        if let Some(mut lanes) = door.whole() {
+            if lanes.recovers() {
+                door.known = Some(Known::new(&lanes.hello));
+                lanes.door = Some(door);
+            }
+            return Ok(lanes);
         }
-        let fds = door.fds();
-        let first = 1 + fds.len();
-        let fds: Vec<_> = std::iter::once((prepared.side.exited(), PollFlags::POLLIN))
-            .chain(fds.into_iter().map(|(_, interest)| interest))
-            .chain([(listener.as_fd(), PollFlags::POLLIN)])
-            .collect();
+        let mut fds = vec![(prepared.side.exited(), PollFlags::POLLIN)];
+        fds.extend(door.fds());
         let limit = door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
         match inbox.wait_for(&fds, limit)? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => return Err(exited()),
-            Wake::Ready(index) if index == first => door.knock(listener)?,
-            Wake::Ready(index) => {
-                let (who, _) = door.fds()[index - 1];
-                door.hear(who);
-            }
+            Wake::Ready(index) => door.answer(index - 1)?,
             Wake::Message(Note::Failed(error)) => return Err(error),
             // Nobody else posts before there are workers.
             Wake::Message(_) | Wake::Timeout => {}
@@ -118,14 +132,39 @@ fn accept(
     }
 }
 
-/// Everybody who has dialled and is not a lane of a whole session yet.
-struct Door<'a> {
-    guard: &'a Guard,
+/// Where sources dial, and everybody who has and is not a lane of a whole session yet.
+pub(super) struct Door {
+    listener: Listener,
+    guard: Arc<Guard>,
     lanes_max: u16,
-    output: &'a Output,
+    capabilities: Capabilities,
+    output: Output,
     /// The oldest first.
     pending: VecDeque<Pending>,
     session: Option<Session>,
+    /// The session that has begun: only lanes of it come in, to replace lost ones.
+    known: Option<Known>,
+}
+
+/// A session that has begun, and what is needed to replace its lanes.
+struct Known {
+    hello: Hello,
+    /// The highest that a demand lane has had.
+    epoch: u32,
+    /// Why no lanes are wanted now, if they are not.
+    refusal: Option<&'static str>,
+}
+
+impl Known {
+    fn new(hello: &Hello) -> Known {
+        Known { hello: hello.clone(), epoch: hello.epoch, refusal: None }
+    }
+
+    fn is_of_session(&self, hello: &Hello) -> bool {
+        let ours = &self.hello;
+        let bulk_lanes = hello.bulk_lanes == ours.bulk_lanes;
+        hello.session == ours.session && bulk_lanes && hello.capabilities == ours.capabilities
+    }
 }
 
 /// A connection that has not said who it is.
@@ -151,27 +190,85 @@ struct Session {
 
 #[derive(Clone, Copy)]
 enum Who {
+    Stranger,
     Pending(usize),
     Session,
 }
 
-impl Door<'_> {
-    /// Whom to listen to.
-    fn fds(&self) -> Vec<(Who, Interest<'_>)> {
+impl Door {
+    fn new(
+        listener: Listener,
+        guard: Arc<Guard>,
+        lanes_max: u16,
+        recovers: bool,
+        output: &Output,
+    ) -> Door {
+        Door {
+            listener,
+            guard,
+            lanes_max,
+            capabilities: lane::capabilities(recovers),
+            output: output.clone(),
+            pending: VecDeque::new(),
+            session: None,
+            known: None,
+        }
+    }
+
+    /// A door for a session that has begun, at another address than before or the first one.
+    pub(super) fn of_session(
+        listener: Listener,
+        guard: Arc<Guard>,
+        hello: &Hello,
+        output: &Output,
+    ) -> Door {
+        let door = Door::new(listener, guard, hello.bulk_lanes, true, output);
+        Door { known: Some(Known::new(hello)), ..door }
+    }
+
+    /// Whether lanes of the session that has begun are wanted; if not, why.
+    pub(super) fn set_refusal(&mut self, refusal: Option<&'static str>) {
+        self.known.iter_mut().for_each(|known| known.refusal = refusal);
+    }
+
+    /// Whom to listen to; when one of these is ready [`answer`](Door::answer) takes its index.
+    pub(super) fn fds(&self) -> Vec<Interest<'_>> {
+        self.who().into_iter().map(|(_, interest)| interest).collect()
+    }
+
+    fn who(&self) -> Vec<(Who, Interest<'_>)> {
         let session = self.session.iter().filter(|session| !session.has_spoken);
         let session =
             session.map(|session| (Who::Session, (session.demand.as_fd(), PollFlags::POLLIN)));
         let pending = self.pending.iter().enumerate();
-        session.chain(pending.map(|(i, p)| (Who::Pending(i), p.opening.interest()))).collect()
+        let pending = pending.map(|(i, p)| (Who::Pending(i), p.opening.interest()));
+        let stranger = (Who::Stranger, (self.listener.as_fd(), PollFlags::POLLIN));
+        session.chain(pending).chain([stranger]).collect()
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
+    pub(super) fn answer(&mut self, index: usize) -> Result<()> {
+        match self.who().get(index) {
+            Some((Who::Stranger, _)) => self.knock(),
+            Some(&(who, _)) => {
+                self.hear(who);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// All lanes of a session, once they are here.
+    pub(super) fn whole(&mut self) -> Option<Lanes> {
+        self.session.take_if(|session| session.is_whole()).map(Session::into_lanes)
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
         let session = self.session.iter().map(|session| session.deadline);
         self.pending.iter().map(|pending| pending.deadline).chain(session).min()
     }
 
-    fn knock(&mut self, listener: &Listener) -> Result<()> {
-        let Some(socket) = listener.accept()? else {
+    fn knock(&mut self) -> Result<()> {
+        let Some(socket) = self.listener.accept()? else {
             return Ok(());
         };
         if self.pending.len() == PENDING_MAX {
@@ -180,7 +277,7 @@ impl Door<'_> {
         }
         let deadline = Instant::now() + HELLO_TIMEOUT;
         let lane = Lane::new(socket, "a lane".into()).map_err(|error| error.to_string());
-        match lane.and_then(|lane| Opening::new(lane, self.guard)) {
+        match lane.and_then(|lane| Opening::new(lane, &self.guard)) {
             Ok(opening) => self.pending.push_back(Pending { opening, deadline }),
             Err(why) => self.ignored(&why),
         }
@@ -191,9 +288,10 @@ impl Door<'_> {
         let index = match who {
             Who::Pending(index) => index,
             Who::Session => return self.look_after_session(),
+            Who::Stranger => return,
         };
         let Pending { opening, deadline } = self.pending.remove(index).expect("it is there");
-        match opening.advance(self.guard) {
+        match opening.advance(&self.guard) {
             Ok(Progress::Waits(opening)) => {
                 self.pending.insert(index, Pending { opening, deadline });
             }
@@ -205,7 +303,26 @@ impl Door<'_> {
     /// A lane that has said what it is for.
     fn greet(&mut self, opened: Opened) {
         let Opened { lane, hello, answer, certificate } = opened;
-        let lane = lane.assign(hello.role, hello.index);
+        let mut lane = lane.assign(hello.role, hello.index);
+        let may_come = match &mut self.known {
+            None if hello.epoch > 0 => Err("there is no migration here to go on with"),
+            None => Ok(()),
+            Some(known) if !known.is_of_session(&hello) => Err(ANOTHER),
+            Some(Known { refusal: Some(why), .. }) => Err(*why),
+            Some(known) if hello.role == LaneRole::Demand => {
+                // Lanes of a later attempt end those of one before it; they are refused afterwards.
+                let is_later = hello.epoch > known.epoch;
+                if is_later {
+                    known.epoch = hello.epoch;
+                    self.session = None;
+                }
+                if is_later { Ok(()) } else { Err("another attempt was later") }
+            }
+            Some(_) => Ok(()),
+        };
+        if let Err(why) = may_come {
+            return lane::refuse(&lane, FaultCode::Refused, why);
+        }
         let place = match &mut self.session {
             None if hello.role == LaneRole::Demand => None,
             Some(session) => match session.place(&hello, certificate.as_ref()) {
@@ -218,7 +335,7 @@ impl Door<'_> {
             let text = format!("at most {} lanes here; use --lanes there", self.lanes_max);
             return lane::refuse(&lane, FaultCode::Refused, &text);
         }
-        if lane::welcome(&lane, &hello, answer.as_ref()).is_err() {
+        if lane::welcome(&mut lane, &hello, self.capabilities, answer.as_ref()).is_err() {
             return;
         }
         match (place, &mut self.session) {
@@ -244,7 +361,7 @@ impl Door<'_> {
         }
     }
 
-    fn forget_late(&mut self, now: Instant) {
+    pub(super) fn forget_late(&mut self, now: Instant) {
         let before = self.pending.len();
         self.pending.retain(|pending| pending.deadline > now);
         for _ in self.pending.len()..before {
@@ -258,7 +375,7 @@ impl Door<'_> {
     }
 }
 
-impl Door<'_> {
+impl Door {
     fn ignored(&self, why: &str) {
         self.output.remark(&format!("ignored a connection: {why}"));
     }
@@ -276,6 +393,7 @@ impl Session {
         let is_ours = hello.role == LaneRole::Bulk
             && hello.session == self.hello.session
             && certificate == self.certificate.as_ref()
+            && hello.epoch == self.hello.epoch
             && hello.bulk_lanes == self.hello.bulk_lanes
             && hello.capabilities == self.hello.capabilities;
         let place = usize::from(hello.index).checked_sub(1)?;
@@ -288,22 +406,21 @@ impl Session {
 
     fn into_lanes(self) -> Lanes {
         let bulk = self.bulk.into_iter().flatten().collect();
-        Lanes { demand: self.demand, bulk, acks: wants_acks(&self.hello) }
+        Lanes { demand: self.demand, bulk, hello: self.hello, door: None }
     }
 }
 
-pub(super) fn wants_acks(hello: &Hello) -> bool {
-    hello.capabilities.contains(Capabilities::ACKS)
-}
+const ANOTHER: &str = "another migration is being received";
 
 fn refuse(lane: &Lane) {
-    lane::refuse(lane, FaultCode::Refused, "another migration is being received");
+    lane::refuse(lane, FaultCode::Refused, ANOTHER);
 }
 
 /// Opens the lane of the one connection there is. The source may come at any time.
 fn accept_single(
     socket: OwnedFd,
     guard: &Guard,
+    recovers: bool,
     inbox: &Inbox<Note>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
@@ -326,14 +443,14 @@ fn accept_single(
         }
     };
     let Opened { lane: demand, hello, answer, .. } = opened;
-    let demand = demand.assign(LaneRole::Demand, 0);
-    if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 {
+    let mut demand = demand.assign(LaneRole::Demand, 0);
+    if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 || hello.epoch > 0 {
         let text = "one connection here: the source must use fd: or exec: too";
         lane::refuse(&demand, FaultCode::Refused, text);
         return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
     }
-    lane::welcome(&demand, &hello, answer.as_ref())?;
-    Ok(Lanes { demand, bulk: Vec::new(), acks: wants_acks(&hello) })
+    lane::welcome(&mut demand, &hello, lane::capabilities(recovers), answer.as_ref())?;
+    Ok(Lanes { demand, bulk: Vec::new(), hello, door: None })
 }
 
 fn interrupted() -> Error {

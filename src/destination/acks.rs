@@ -44,6 +44,12 @@ impl Acks {
         self.bytes += bytes;
     }
 
+    /// Forgets all of them: the lane is lost, and an account of what has come says more.
+    pub(super) fn clear(&mut self) {
+        self.ranges.clear();
+        self.bytes = 0;
+    }
+
     pub(super) fn is_due(&self) -> bool {
         self.bytes >= DUE_BYTES || self.ranges.len() >= DUE_RANGES
     }

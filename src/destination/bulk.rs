@@ -12,7 +12,7 @@ use super::guest::{GuestMemory, PageId};
 use super::reader::{Arrived, LaneReader, TOKEN_FREE};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
-use crate::lane::Lane;
+use crate::lane::{self, Lane};
 use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
@@ -33,7 +33,9 @@ pub(crate) struct BulkLane {
 }
 
 impl BulkLane {
-    /// Receives until the lane ends or is woken to stop. Runs on the calling thread.
+    /// Receives until the lane ends, is lost, or is woken to stop. When it is lost no operation is left
+    /// that could write to a page, and who waits for a page that has come has been told. Runs on the
+    /// calling thread.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let post = self.post.clone();
         self.receive(started)?;
@@ -53,24 +55,46 @@ impl BulkLane {
         reader.arm(&mut ring)?;
         let mut wanted = Vec::new();
         let mut ended = false;
+        let mut lost = None;
         let mut acking = false;
         loop {
             ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
-                match completion.token {
+                let received = match completion.token {
                     TOKEN_WAKE => return Ok(()),
-                    TOKEN_POSTED => faults::posted(completion.outcome)?,
+                    TOKEN_POSTED => faults::posted(completion.outcome),
                     // A source that has gone is noticed where its pages are received.
-                    TOKEN_ACKED => acking = false,
+                    TOKEN_ACKED => {
+                        acking = false;
+                        Ok(())
+                    }
                     _ => reader.complete(
                         &mut ring,
                         completion,
                         |page| wanted.push(page),
                         |arrived| self.arrived(arrived, &mut ended),
-                    )?,
+                    ),
+                };
+                match received {
+                    Err(error @ Error::Lost { .. }) => {
+                        lane::sever(&self.lane.socket());
+                        lost.get_or_insert(error);
+                    }
+                    other => other?,
                 }
             }
             self.wake(&mut ring, &mut wanted)?;
+            if lost.is_some() {
+                if reader.is_quiet() {
+                    let arrived = |arrived| self.arrived(arrived, &mut ended);
+                    reader.settle(|page| wanted.push(page), arrived)?;
+                    self.wake(&mut ring, &mut wanted)?;
+                    if ring.in_flight() == 0 {
+                        return lost.map_or(Ok(()), Err);
+                    }
+                }
+                continue;
+            }
             if !acking && (self.acks.is_due() || ended && !self.acks.is_empty()) {
                 let mut bytes = Vec::new();
                 self.acks.encode(&mut bytes);

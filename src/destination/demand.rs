@@ -4,7 +4,13 @@
 //! lands the answers, and is the only one that marks single pages cached; bulk lanes tell it by message
 //! which of their pages somebody waits for. The faults of a guest in shards are served by other
 //! threads, and it only asks and lands. Control frames share the lane and go to the control thread.
+//!
+//! In a session that recovers the thread outlives its lane. When that is lost it says so, waits until no
+//! operation of the lane is left, says that too, and goes on showing pages that have come and taking the
+//! guest's discards. On a new lane it first tells the source what has come, then asks again for what is
+//! waited for.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver as Commands;
 
@@ -14,7 +20,7 @@ use umem_ring::{
     Wait, Waker,
 };
 use umem_wire::limits::REQUEST_ENTRIES_MAX;
-use umem_wire::{Event, Receiver, RegionId, transmit};
+use umem_wire::{Event, PageRange, Receiver, RegionId, RegionTable, transmit};
 
 use super::Note;
 use super::acks::Acks;
@@ -27,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
-use crate::lane::Lane;
+use crate::lane::{self, Lane};
 use crate::priority;
 use crate::report::{Counters, latency_histogram};
 use crate::worker::Started;
@@ -41,12 +47,24 @@ const TOKEN_FAULTS: u64 = TOKEN_FREE + 4;
 
 /// What the control thread tells the demand thread, followed by a wake.
 pub(crate) enum Command {
-    /// Send these bytes, whole frames.
+    /// Send these bytes, whole frames. Without a lane nobody gets them.
     Send(Vec<u8>),
+    /// Go on over this lane. Comes only when the thread has let go of the one before.
+    Resume(Box<Resume>),
     /// Faults are served by other threads: tell them of pages that have come.
     Servers(Servers),
     /// The guest is complete or lost: end, once what was to be sent has been.
     End,
+}
+
+/// A lane that replaces a lost one.
+pub(crate) struct Resume {
+    pub(crate) lane: Lane,
+    pub(crate) landing: RegionTable,
+    /// Whole frames, to be sent first.
+    pub(crate) first: Vec<u8>,
+    /// Whole frames, to be sent after the account of what has come.
+    pub(crate) last: Vec<u8>,
 }
 
 /// What the demand thread needs.
@@ -63,6 +81,8 @@ pub(crate) struct DemandLane {
     pub(crate) idle_cores: IdleCores,
     /// There are no bulk lanes: pages come here that nobody asked for.
     pub(crate) has_background: bool,
+    /// The session goes on when the lane is lost.
+    pub(crate) recovers: bool,
     pub(crate) acks: Acks,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
@@ -74,9 +94,27 @@ pub(crate) struct Reach {
     pub(crate) mailbox: Mailbox,
 }
 
+/// The lane that there is.
+struct Link {
+    socket: Arc<OwnedFd>,
+    reader: LaneReader,
+    /// It is lost, and its operations are ending.
+    is_lost: bool,
+    /// What is to be told on it before anything else.
+    account: Option<Account>,
+}
+
+/// What has come, as the source is told on a lane that replaces a lost one.
+struct Account {
+    first: Vec<u8>,
+    ranges: Box<dyn Iterator<Item = PageRange> + Send>,
+}
+
 struct DemandThread {
     guest: Arc<GuestMemory>,
-    socket: Fd,
+    /// None from when a lost lane has been let go of until there is another one.
+    link: Option<Link>,
+    recovers: bool,
     has_background: bool,
     /// Pages that have come since they were counted, where the lane has a background.
     pages_arrived: u64,
@@ -112,7 +150,13 @@ impl DemandLane {
         });
         let mut thread = DemandThread {
             guest: self.guest.clone(),
-            socket: Fd::from(self.lane.socket()),
+            link: Some(Link {
+                socket: self.lane.socket(),
+                reader: LaneReader::demand(&self.lane, self.receiver, self.guest.clone()),
+                is_lost: false,
+                account: None,
+            }),
+            recovers: self.recovers,
             has_background: self.has_background,
             pages_arrived: 0,
             acks: self.acks,
@@ -130,20 +174,13 @@ impl DemandLane {
             spare: Some(Vec::with_capacity(4096)),
             ending: false,
         };
-        let reader = LaneReader::demand(&self.lane, self.receiver, self.guest);
-        thread.serve(&self.lane.name, self.core, reader, started)?;
+        thread.serve(&self.lane.name, self.core, started)?;
         Ok(thread.faults.map_or_else(latency_histogram, Faults::into_latency))
     }
 }
 
 impl DemandThread {
-    fn serve(
-        &mut self,
-        name: &str,
-        core: Option<usize>,
-        mut reader: LaneReader,
-        started: Started<Reach>,
-    ) -> Result<()> {
+    fn serve(&mut self, name: &str, core: Option<usize>, started: Started<Reach>) -> Result<()> {
         let mut ring = Ring::new(&Config {
             name: name.to_owned(),
             core,
@@ -152,15 +189,17 @@ impl DemandThread {
         })?;
         priority::go_first();
         started.with(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
-        reader.arm(&mut ring)?;
+        self.link.iter_mut().try_for_each(|link| link.reader.arm(&mut ring))?;
         if let Some(faults) = &self.faults {
             faults.arm(&mut ring)?;
         }
         loop {
             ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
-                self.completed(&mut ring, &mut reader, completion)?;
+                self.completed(&mut ring, completion)?;
             }
+            self.take_commands(&mut ring)?;
+            self.let_go(&mut ring)?;
             self.send(&mut ring)?;
             self.follow(&mut ring)?;
             if self.ending && self.spare.is_some() {
@@ -169,32 +208,12 @@ impl DemandThread {
         }
     }
 
-    fn completed(
-        &mut self,
-        ring: &mut Ring,
-        reader: &mut LaneReader,
-        completion: Completion,
-    ) -> Result<()> {
+    fn completed(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
         match completion.token {
             // After its goodbye the source closes the lane.
             TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD if self.ending => Ok(()),
             TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD | TOKEN_RETRY => {
-                let mut wanted = std::mem::take(&mut self.wanted);
-                let guest = self.guest.clone();
-                reader.complete(
-                    ring,
-                    completion,
-                    |page| wanted.push(page),
-                    |arrived| self.arrived(&guest, arrived),
-                )?;
-                // Where others come here too, a page was asked for if somebody waits for it now.
-                let arrived = std::mem::take(&mut self.pages_arrived);
-                let demand = arrived.min(wanted.len() as u64);
-                Counters::add(&guest.counters.pages_demand, demand);
-                Counters::add(&guest.counters.pages_background, arrived - demand);
-                wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;
-                self.wanted = wanted;
-                Ok(())
+                self.received(ring, completion)
             }
             TOKEN_MESSAGE => match completion.outcome {
                 Outcome::Message { value, extra: MESSAGE_ASK } => {
@@ -205,10 +224,8 @@ impl DemandThread {
                 Outcome::Message { value, .. } => self.cached(ring, PageId::unpack(value)),
                 other => unreachable!("{other:?} as a message"),
             },
-            TOKEN_WAKE => {
-                self.take_commands();
-                Ok(())
-            }
+            // Commands are taken in any case.
+            TOKEN_WAKE => Ok(()),
             TOKEN_SENT => self.sent(completion),
             TOKEN_POSTED => faults::posted(completion.outcome),
             TOKEN_CALM => self.vigil.calm(ring),
@@ -216,6 +233,83 @@ impl DemandThread {
                 self.faults.as_mut().expect("only these tokens are left").complete(ring, completion)
             }
         }
+    }
+
+    /// Something has come on the lane.
+    fn received(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
+        let mut link =
+            self.link.take().expect("a lane is let go of when nothing of it is in flight");
+        let mut wanted = std::mem::take(&mut self.wanted);
+        let guest = self.guest.clone();
+        let received = link.reader.complete(
+            ring,
+            completion,
+            |page| wanted.push(page),
+            |arrived| self.arrived(&guest, arrived),
+        );
+        self.link = Some(link);
+        self.count_arrived(wanted.len() as u64);
+        // What has come is shown, whatever happened then.
+        wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;
+        self.wanted = wanted;
+        received.or_else(|error| self.lost(error))
+    }
+
+    /// Where others come here too, a page was asked for if somebody waits for it now.
+    fn count_arrived(&mut self, wanted: u64) {
+        let arrived = std::mem::take(&mut self.pages_arrived);
+        let demand = arrived.min(wanted);
+        Counters::add(&self.guest.counters.pages_demand, demand);
+        Counters::add(&self.guest.counters.pages_background, arrived - demand);
+    }
+
+    /// The lane cannot go on. In a session that recovers the thread does, without it.
+    fn lost(&mut self, error: Error) -> Result<()> {
+        let (Error::Lost { .. }, true, Some(link)) = (&error, self.recovers, &mut self.link) else {
+            return Err(error);
+        };
+        if !std::mem::replace(&mut link.is_lost, true) {
+            lane::sever(&link.socket);
+            self.post.send(Note::Failed(error));
+        }
+        Ok(())
+    }
+
+    /// Lets go of a lost lane once nothing of it is in flight, so that no page of it is written to any
+    /// more, and says so.
+    fn let_go(&mut self, ring: &mut Ring) -> Result<()> {
+        let is_quiet = |link: &mut Link| link.is_lost && link.reader.is_quiet();
+        // The buffer is not here while it is being sent.
+        if self.spare.is_none() {
+            return Ok(());
+        }
+        let Some(mut link) = self.link.take_if(is_quiet) else { return Ok(()) };
+        let (mut wanted, guest) = (Vec::new(), self.guest.clone());
+        link.reader.settle(|page| wanted.push(page), |arrived| self.arrived(&guest, arrived))?;
+        self.count_arrived(wanted.len() as u64);
+        wanted.into_iter().try_for_each(|page| self.cached(ring, page))?;
+        self.post.send(Note::Quiet);
+        Ok(())
+    }
+
+    fn resume(&mut self, ring: &mut Ring, resume: Resume) -> Result<()> {
+        assert!(self.link.is_none(), "the lane before has been let go of");
+        let Resume { lane, landing, first, last } = resume;
+        let receiver = Receiver::for_resumed_destination(&landing);
+        let mut reader = LaneReader::demand(&lane, receiver, self.guest.clone());
+        reader.arm(ring)?;
+        self.outbox.extend_from_slice(&last);
+        let ranges = Box::new(umem_wire::resume::have_ranges(&landing));
+        let account = Some(Account { first, ranges });
+        self.link = Some(Link { socket: lane.socket(), reader, is_lost: false, account });
+        Ok(())
+    }
+
+    /// What somebody waits for and has not come, asked for before the lane was lost or not.
+    fn ask_again(&mut self) {
+        self.faults.as_mut().into_iter().for_each(|faults| faults.unasked().clear());
+        self.ask.clear();
+        self.guest.each_unanswered(|region, page| self.ask.push((region, page)));
     }
 
     /// A page that somebody waits for is there.
@@ -252,14 +346,19 @@ impl DemandThread {
         Ok(())
     }
 
-    fn take_commands(&mut self) {
+    fn take_commands(&mut self, ring: &mut Ring) -> Result<()> {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Send(bytes) => self.outbox.extend_from_slice(&bytes),
+                Command::Send(bytes) if self.link.is_some() => {
+                    self.outbox.extend_from_slice(&bytes);
+                }
+                Command::Send(_) => {}
+                Command::Resume(resume) => self.resume(ring, *resume)?,
                 Command::Servers(servers) => self.servers = Some(servers),
                 Command::End => self.ending = true,
             }
         }
+        Ok(())
     }
 
     /// Goes to the core where vCPUs wait; after a fault has been dealt with, not before.
@@ -278,42 +377,71 @@ impl DemandThread {
 
     /// Sends what there is, requests first, all in one.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
+        let Some(link) = self.link.as_mut().filter(|link| !link.is_lost) else {
+            // The page states remember what is asked for again.
+            self.faults.as_mut().into_iter().for_each(|faults| faults.unasked().clear());
+            self.ask.clear();
+            self.outbox.clear();
+            self.acks.clear();
+            return Ok(());
+        };
         let Some(mut buffer) = self.spare.take() else {
             return Ok(());
         };
         buffer.clear();
+        let socket = Fd::from(link.socket.clone());
+        if let Some(account) = &mut link.account {
+            buffer.append(&mut account.first);
+            match account.ranges.next() {
+                Some(range) => transmit::have(&mut buffer, range, self.guest.have(range)),
+                None => {
+                    link.account = None;
+                    self.ask_again();
+                }
+            }
+        }
+        let is_telling = self.link.as_ref().is_some_and(|link| link.account.is_some());
+        if !is_telling {
+            self.gather(&mut buffer);
+        }
+        if buffer.is_empty() {
+            self.spare = Some(buffer);
+            return Ok(());
+        }
+        ring.submit(Op::send(socket, buffer).wait_all(), TOKEN_SENT)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
+        ring.enter(Wait::No)?;
+        Ok(())
+    }
+
+    /// What there is to say.
+    fn gather(&mut self, buffer: &mut Vec<u8>) {
         if self.may_ask {
             let own = self.faults.as_mut().map(Faults::unasked);
             for asked in own.into_iter().chain([&mut self.ask]) {
                 self.has_asked |= !asked.is_empty();
                 for batch in asked.chunks(REQUEST_ENTRIES_MAX) {
-                    transmit::request(&mut buffer, batch);
+                    transmit::request(buffer, batch);
                 }
                 asked.clear();
             }
         }
         buffer.append(&mut self.outbox);
         if self.acks.is_due() {
-            self.acks.encode(&mut buffer);
+            self.acks.encode(buffer);
         }
-        if buffer.is_empty() {
-            self.spare = Some(buffer);
-            return Ok(());
-        }
-        ring.submit(Op::send(self.socket.clone(), buffer).wait_all(), TOKEN_SENT)
-            .map_err(|rejected| Error::Ring(rejected.error))?;
-        Ok(())
     }
 
     fn sent(&mut self, completion: Completion) -> Result<()> {
-        let Outcome::Done(_) = completion.outcome else {
-            return Err(Error::Lost {
+        let outcome = completion.outcome;
+        self.spare = completion.memory.and_then(Memory::into_bytes).map(Bytes::into_vec);
+        match outcome {
+            Outcome::Done(_) => Ok(()),
+            _ => self.lost(Error::Lost {
                 side: "source",
                 lane: "demand lane".into(),
-                what: format!("sending: {:?}", completion.outcome),
-            });
-        };
-        self.spare = completion.memory.and_then(Memory::into_bytes).map(Bytes::into_vec);
-        Ok(())
+                what: format!("sending: {outcome:?}"),
+            }),
+        }
     }
 }

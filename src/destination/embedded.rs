@@ -46,17 +46,17 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let output = Output::Host(Arc::new(|_, _| {}));
     let mut prepared = Prepared::here(handed)?;
     // Who may connect is the program's own matter: it can give connections that it has secured.
-    let guard = Guard::default();
+    let guard = Arc::new(Guard::default());
     let lanes = match entrance {
         Entrance::Listener(listener) => accept::Entrance::Listener(listener)
-            .accept(&guard, lanes_max, &output, &inbox, &prepared)?,
+            .accept(&guard, lanes_max, false, &output, &inbox, &prepared)?,
         Entrance::Connections(sockets) => match <[OwnedFd; 1]>::try_from(sockets) {
             Ok([single]) => accept::Entrance::Connection(single)
-                .accept(&guard, 0, &output, &inbox, &prepared)?,
+                .accept(&guard, 0, false, &output, &inbox, &prepared)?,
             Err(sockets) => accept_connected(sockets, &inbox)?,
         },
     };
-    desk.connected(lanes.bulk.iter().chain([&lanes.demand]).map(Lane::socket).collect());
+    desk.connected(lanes.sockets());
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
     let asking = desk.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
@@ -64,7 +64,7 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let idle_cores = IdleCores::Sleep;
     let watch = Watch::new(Role::Destination, false, None);
     let plan = Plan { touch: false, cores: &cores, idle_cores, watch: &watch, quiet: true };
-    let open = Open { lanes, receiver, adopted };
+    let open = Open { lanes, guard, receiver, adopted };
     let migration = Migration::start(&plan, output, &inbox, open, host, &prepared.side)?;
     desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
     migration.drive(&mut prepared.side)
@@ -77,12 +77,13 @@ fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes>
     let mut lanes = Vec::new();
     for (index, socket) in (0..).zip(sockets) {
         let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
-        let lane = Lane::new(socket, lane::lane_name(role, index))?;
+        let mut lane = Lane::new(socket, lane::lane_name(role, index))?;
         let hello = hear(&lane, inbox)?;
         let session = first.as_ref().map_or(hello.session, |first| first.session);
         let is_expected = hello.role == role
             && hello.index == index
             && hello.bulk_lanes == count
+            && hello.epoch == 0
             && hello.session == session;
         if !is_expected {
             let text = format!(
@@ -93,13 +94,14 @@ fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes>
             lane::refuse(&lane, FaultCode::Refused, &text);
             return Err(Error::protocol(&lane.name, text));
         }
-        lane::welcome(&lane, &hello, None)?;
+        lane::welcome(&mut lane, &hello, lane::capabilities(false), None)?;
         first.get_or_insert(hello);
         lanes.push(lane);
     }
     let bulk = lanes.split_off(1);
     let demand = lanes.pop().expect("there is one connection at least");
-    Ok(Lanes { demand, bulk, acks: first.is_some_and(|hello| accept::wants_acks(&hello)) })
+    let hello = first.expect("there is one connection at least");
+    Ok(Lanes { demand, bulk, hello, door: None })
 }
 
 /// What the source says that a connection is for.

@@ -23,8 +23,8 @@
 //! and the kernel removes it, or known to be discarded.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use umem_wire::{PageRange, RegionId};
@@ -198,6 +198,8 @@ pub(crate) struct GuestMemory {
     release_bytes: AtomicU64,
     /// Private memory: who maps, touches and releases what has landed.
     touch: OnceLock<TouchQueue>,
+    /// The lanes are lost: whoever waits to receive something there gives up.
+    lanes_are_down: AtomicBool,
     pages_total: u64,
 }
 
@@ -232,6 +234,7 @@ impl GuestMemory {
             spare_bytes_max: AtomicU64::new(0),
             release_bytes: AtomicU64::new(0),
             touch: OnceLock::new(),
+            lanes_are_down: AtomicBool::new(false),
             pages_total,
         }
     }
@@ -514,6 +517,47 @@ impl GuestMemory {
         self.spare_bytes.fetch_sub(bytes, SeqCst);
         self.release_bytes.fetch_add(bytes, SeqCst);
         self.complete(range)
+    }
+
+    /// The lanes are lost, or there are new ones.
+    pub(crate) fn set_lanes_down(&self, down: bool) {
+        self.lanes_are_down.store(down, SeqCst);
+    }
+
+    pub(crate) fn lanes_are_down(&self) -> bool {
+        self.lanes_are_down.load(SeqCst)
+    }
+
+    /// What was landing when the lanes were lost is missing again. No operation of theirs may be left.
+    /// What has come of it in part goes back, so that it cannot show through if the page comes as a
+    /// hole.
+    pub(crate) fn roll_back(&self) -> Result<()> {
+        for region in &self.regions {
+            region.pages.roll_back(|first, pages| match &region.file {
+                Some(file) => file.discard(region.byte_offset(first), region.byte_offset(pages)),
+                None => Ok(()),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Which pages of a range have come, a bit each, as a have frame has it.
+    pub(crate) fn have(&self, range: PageRange) -> impl ExactSizeIterator<Item = u64> + use<'_> {
+        let pages = &self.region(range.region).pages;
+        let words = u32::try_from(range.pages.div_ceil(64)).expect("a have frame's words");
+        (0..words).map(move |word| pages.cached_word(range.first + u64::from(word) * 64))
+    }
+
+    /// Calls `ask` with each page that somebody waits for and that has not come.
+    pub(crate) fn each_unanswered(&self, mut ask: impl FnMut(RegionId, u64)) {
+        for (index, region) in self.regions.iter().enumerate() {
+            let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
+            region.pages.each_wanted(0, region.bytes >> region.unit_shift, |page| {
+                if region.pages.get(page) != PageState::Cached {
+                    ask(id, page);
+                }
+            });
+        }
     }
 
     /// Private memory: may more land in the background?

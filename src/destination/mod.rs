@@ -14,6 +14,7 @@ pub(crate) mod faults;
 pub(crate) mod guest;
 mod prepare;
 pub(crate) mod reader;
+mod recovery;
 mod side;
 mod touch;
 
@@ -26,6 +27,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use nix::poll::PollFlags;
 use serde_json::json;
 use umem_ring::Waker;
 use umem_wire::destination::{Input, Mode, Phase};
@@ -56,6 +58,7 @@ use demand::{Command, DemandLane, Reach};
 use faults::{FaultThread, Servers};
 use guest::GuestMemory;
 use prepare::{Adopted, Expected, Prepared};
+use recovery::Link;
 use side::GuestSide;
 use touch::{TouchThread, Toucher};
 
@@ -109,6 +112,16 @@ pub(crate) enum Note {
     Failed(Error),
     /// The monitor has answered.
     Host(Answer),
+    /// The demand thread has let go of a lost lane: nothing of it is in flight.
+    Quiet,
+    /// All notes of those who have served lost lanes have been read.
+    Settled,
+    /// By hand: give up the lanes, and take none until a resume.
+    #[allow(dead_code, reason = "the hook of a control socket")]
+    Pause,
+    /// By hand: take lanes again, at another address if one is named.
+    #[allow(dead_code, reason = "the hook of a control socket")]
+    Resume(Option<Uri>),
 }
 
 impl Failure for Note {
@@ -147,7 +160,7 @@ pub fn run(options: &Options) -> Result<i32> {
     let output = Output::new(options.json);
     // Answers until the guest's process has ended.
     let observer = Observer::start(&options.observe, Role::Destination, None, &output)?;
-    let guard = Guard::load(&options.security)?;
+    let guard = Arc::new(Guard::load(&options.security)?);
     let received = receive(options, socket, &guard, &inbox, &observer);
     let received =
         received.map_err(|error| guard.explain(error)).map_err(|error| match &mut command {
@@ -164,7 +177,7 @@ pub fn run(options: &Options) -> Result<i32> {
 fn receive(
     options: &Options,
     socket: Option<OwnedFd>,
-    guard: &Guard,
+    guard: &Arc<Guard>,
     inbox: &Inbox<Note>,
     observer: &Observer,
 ) -> Result<Prepared> {
@@ -197,7 +210,7 @@ fn receive(
     if !is_to_come {
         announce(prepared.side.pid());
     }
-    let lanes = entrance.accept(guard, options.lanes_max, &output, inbox, &prepared)?;
+    let lanes = entrance.accept(guard, options.lanes_max, true, &output, inbox, &prepared)?;
     output.event(
         "connected",
         json!({ "lanes": lanes.bulk.len(), "security": guard.describe() }),
@@ -213,7 +226,7 @@ fn receive(
         watch: &observer.watch,
         quiet: options.observe.quiet,
     };
-    let open = Open { lanes, receiver, adopted };
+    let open = Open { lanes, guard: guard.clone(), receiver, adopted };
     let migration = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?;
     let report = observer.ended(migration.drive(&mut prepared.side))?;
     output.completed(&report);
@@ -248,6 +261,8 @@ struct Plan<'a> {
 /// The lanes, and what has been agreed on them.
 struct Open {
     lanes: Lanes,
+    /// What those who replace them have to show.
+    guard: Arc<Guard>,
     receiver: Receiver,
     adopted: Adopted,
 }
@@ -259,6 +274,10 @@ struct Migration<'a> {
     guest: Arc<GuestMemory>,
     host: HostThread<dyn DestinationHost>,
     phase: Phase,
+    link: Link,
+    landing: RegionTable,
+    cores: Cores,
+    servers: Servers,
     mode: Mode,
     state: Vec<u8>,
     /// The monitor has loaded the device state and the source has not heard of it.
@@ -268,6 +287,7 @@ struct Migration<'a> {
     commands: Sender<Command>,
     demand: Waker,
     demand_socket: Arc<OwnedFd>,
+    lane_count: u16,
     bulk_wakers: Vec<Waker>,
     demand_thread: Option<JoinHandle<Option<Histogram<u64>>>>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
@@ -291,7 +311,7 @@ impl<'a> Migration<'a> {
         host: HostThread<dyn DestinationHost>,
         side: &GuestSide,
     ) -> Result<Migration<'a>> {
-        let Open { lanes, receiver, adopted } = open;
+        let Open { mut lanes, guard, receiver, adopted } = open;
         let Adopted { regions, sources, landing } = adopted;
         let guest = Arc::new(GuestMemory::new(regions, sources));
         let is_sharded = guest.is_sharded();
@@ -299,6 +319,7 @@ impl<'a> Migration<'a> {
         let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         let (commands, queue) = channel();
         let demand_socket = lanes.demand.socket();
+        let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
         let demand = DemandLane {
             lane: lanes.demand,
             receiver,
@@ -308,7 +329,8 @@ impl<'a> Migration<'a> {
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
             has_background: lanes.bulk.is_empty(),
-            acks: Acks::new(lanes.acks),
+            recovers: link.recovers(),
+            acks: Acks::new(acks),
             commands: queue,
             post: inbox.post(),
         };
@@ -321,6 +343,9 @@ impl<'a> Migration<'a> {
             guest: guest.clone(),
             host,
             phase: Phase::new(),
+            link,
+            cores,
+            servers: Servers::new(Vec::new()),
             mode: Mode { postcopy: true, background: true },
             state: Vec::new(),
             state_loaded: false,
@@ -329,6 +354,7 @@ impl<'a> Migration<'a> {
             commands,
             demand: reach.waker.clone(),
             demand_socket,
+            lane_count: u16::try_from(lanes.bulk.len()).expect("at most 64"),
             bulk_wakers: Vec::new(),
             demand_thread: Some(demand_thread),
             bulk_threads: Vec::new(),
@@ -338,14 +364,13 @@ impl<'a> Migration<'a> {
             touch_thread: None,
             congestion,
             times: Times::default(),
+            landing: landing.clone(),
             inbox,
         };
         let started = migration
-            .start_faults(is_sharded, &cores, &reach)
-            .and_then(|servers| {
-                migration.start_toucher(plan.touch, &cores, side)?;
-                migration.start_bulk(lanes.bulk, lanes.acks, &landing, &cores, &servers)
-            })
+            .start_faults(is_sharded, &reach)
+            .and_then(|()| migration.start_toucher(plan.touch, side))
+            .and_then(|()| migration.start_bulk(lanes.bulk, acks))
             .and_then(|()| migration.get_ready(landing));
         match started {
             Ok(()) => Ok(migration),
@@ -364,19 +389,20 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    /// Starts those who serve the faults of a guest in shards; returns who serves which.
-    fn start_faults(&mut self, is_sharded: bool, cores: &Cores, demand: &Reach) -> Result<Servers> {
+    /// Starts those who serve the faults of a guest in shards; notes who serves which.
+    fn start_faults(&mut self, is_sharded: bool, demand: &Reach) -> Result<()> {
         let sources = self.guest.sources.len();
         if !is_sharded {
-            return Ok(Servers::new(vec![demand.mailbox.clone(); sources]));
+            self.servers = Servers::new(vec![demand.mailbox.clone(); sources]);
+            return Ok(());
         }
-        let threads = sources.min(cores.count()).min(FAULT_THREADS_MAX);
+        let threads = sources.min(self.cores.count()).min(FAULT_THREADS_MAX);
         let mut mailboxes = Vec::new();
         for index in 0..threads {
             let thread = FaultThread {
                 guest: self.guest.clone(),
                 sources: (index..sources).step_by(threads).collect(),
-                core: cores.any(index),
+                core: self.cores.any(index),
                 demand: demand.mailbox.clone(),
             };
             let name = format!("umem-faults-{}", index + 1);
@@ -387,13 +413,13 @@ impl<'a> Migration<'a> {
             self.fault_threads.push(handle);
         }
         let of_source = |source: usize| mailboxes[source % threads].clone();
-        let servers = Servers::new((0..sources).map(of_source).collect());
-        let _ = self.commands.send(Command::Servers(servers.clone()));
+        self.servers = Servers::new((0..sources).map(of_source).collect());
+        let _ = self.commands.send(Command::Servers(self.servers.clone()));
         demand.waker.wake();
-        Ok(servers)
+        Ok(())
     }
 
-    fn start_toucher(&mut self, eager: bool, cores: &Cores, side: &GuestSide) -> Result<()> {
+    fn start_toucher(&mut self, eager: bool, side: &GuestSide) -> Result<()> {
         if !self.guest.has_private() {
             return Ok(());
         }
@@ -403,7 +429,7 @@ impl<'a> Migration<'a> {
             guest: self.guest.clone(),
             socket: socket.context(|| "the hand-over socket")?.into(),
             eager,
-            core: cores.bulk(0),
+            core: self.cores.bulk(0),
             post: self.inbox.post(),
         };
         let (work, ours) = touch::ways();
@@ -416,22 +442,15 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    fn start_bulk(
-        &mut self,
-        lanes: Vec<Lane>,
-        acks: bool,
-        landing: &RegionTable,
-        cores: &Cores,
-        servers: &Servers,
-    ) -> Result<()> {
+    fn start_bulk(&mut self, lanes: Vec<Lane>, acks: bool) -> Result<()> {
         for (index, lane) in lanes.into_iter().enumerate() {
             let bulk = BulkLane {
                 lane,
-                regions: landing.clone(),
+                regions: self.landing.clone(),
                 acks: Acks::new(acks),
                 guest: self.guest.clone(),
-                core: cores.bulk(index),
-                servers: servers.clone(),
+                core: self.cores.bulk(index),
+                servers: self.servers.clone(),
                 post: self.inbox.post(),
             };
             let name = format!("umem-bulk-{}", index + 1);
@@ -460,9 +479,18 @@ impl<'a> Migration<'a> {
         while !matches!(self.phase, Phase::Completed(_)) {
             let watched =
                 if guest_ended { Vec::new() } else { side.watched(self.toucher.is_some()) };
-            match self.inbox.wait(&watched, Some(self.progress.interval()))? {
+            let of_guest = watched.len();
+            let fds: Vec<_> = watched
+                .into_iter()
+                .map(|fd| (fd, PollFlags::POLLIN))
+                .chain(self.link.fds())
+                .collect();
+            let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            let interval = self.progress.interval();
+            match self.inbox.wait_for(&fds, Some(due.map_or(interval, |due| due.min(interval))))? {
                 Wake::Timeout => {}
                 Wake::Signal => self.interrupted()?,
+                Wake::Ready(index) if index >= of_guest => self.link.answer(index - of_guest)?,
                 Wake::Ready(index) => {
                     guest_ended = side.has_ended(index)?;
                     // A guest that has all of its memory may end before we have heard of it.
@@ -472,6 +500,7 @@ impl<'a> Migration<'a> {
                 }
                 Wake::Message(note) => self.note(note, side)?,
             }
+            self.look_after_link()?;
             self.progress.update();
         }
         Ok(())
@@ -495,10 +524,15 @@ impl<'a> Migration<'a> {
                 self.complete_if_done()
             }
             Note::BulkEnded => Ok(()),
-            Note::Failed(Error::Lost { .. }) if matches!(self.phase, Phase::Completing) => {
-                self.step(Input::Lost)
-            }
+            Note::Failed(error @ Error::Lost { .. }) => self.lane_lost(error),
             Note::Failed(error) => Err(error),
+            Note::Quiet => {
+                self.quiet();
+                Ok(())
+            }
+            Note::Settled => self.settled(),
+            Note::Pause => self.pause(),
+            Note::Resume(uri) => self.resume(uri),
             Note::Host(Answer::Loaded(result)) => {
                 result?;
                 self.state_loaded = true;
@@ -589,6 +623,9 @@ impl<'a> Migration<'a> {
     }
 
     fn interrupted(&mut self) -> Result<()> {
+        if let Some(result) = self.interrupted_without_lanes() {
+            return result;
+        }
         if !self.phase.may_run() {
             return Err(Error::Interrupted("the guest stays at the source".into()));
         }
@@ -700,7 +737,7 @@ impl<'a> Migration<'a> {
             role: "destination".into(),
             kind: kinds.into_iter().collect::<Vec<_>>().join(","),
             page_size: 1 << page_shift,
-            lanes: u16::try_from(self.bulk_wakers.len()).expect("at most 64"),
+            lanes: self.lane_count,
             total_bytes: self.guest.total_bytes(),
             data_bytes: totals.data_bytes,
             zero_bytes: totals.zero_bytes,
@@ -717,6 +754,8 @@ impl<'a> Migration<'a> {
             release_bytes,
             spare_bytes_max,
             congestion: self.congestion.clone(),
+            recoveries: self.link.recoveries,
+            disconnected_s: self.link.disconnected.as_secs_f64(),
         }
     }
 }

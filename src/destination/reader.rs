@@ -51,6 +51,10 @@ pub(crate) struct LaneReader {
     ahead: Option<Ahead>,
     held: Option<Held>,
     retry_armed: bool,
+    /// Operations that have not completed.
+    in_flight: u32,
+    /// The data run whose bytes are coming.
+    current: Option<PageRange>,
 }
 
 /// What one receive has brought.
@@ -147,7 +151,36 @@ impl LaneReader {
             ahead: None,
             held: None,
             retry_armed: false,
+            in_flight: 0,
+            current: None,
         }
+    }
+
+    /// No operation of this lane is left, nor a run that has come and is not in place: after an error
+    /// [`Error::Lost`] this becomes true by itself, and nothing reaches a page any more.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.in_flight == 0
+    }
+
+    /// After a loss, when it is quiet: of a run that breaks off, the pages that were read ahead and have
+    /// been copied in are here for good, and count. The others are as if they had never begun to come.
+    pub(crate) fn settle(
+        &mut self,
+        wake: impl FnMut(PageId),
+        mut arrived: impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        let (Some(range), Target::Run(run)) = (self.current.take(), self.receiver.next_target())
+        else {
+            return Ok(());
+        };
+        let region = self.guest.region(range.region);
+        let pages = (run.byte_offset >> region.unit_shift) - range.first;
+        if !region.is_copied() || pages == 0 {
+            return Ok(());
+        }
+        let range = PageRange { pages, ..range };
+        let last = self.guest.finish(range, RunKind::Data, wake)?;
+        arrived(Arrived::Run { range, last })
     }
 
     /// Starts the next receive. Called once at the start; [`LaneReader::complete`] calls it then.
@@ -155,6 +188,7 @@ impl LaneReader {
         if let Some(ahead) = &mut self.ahead {
             ring.submit(Op::recv(self.socket.clone(), ahead.free()), TOKEN_AHEAD)
                 .map_err(|rejected| Error::Ring(rejected.error))?;
+            self.in_flight += 1;
             return Ok(());
         }
         match self.receiver.next_target() {
@@ -162,6 +196,7 @@ impl LaneReader {
                 let memory = self.buffer(exact);
                 ring.submit(Op::recv(self.socket.clone(), memory).wait_all(), TOKEN_CONTROL)
                     .map_err(|rejected| Error::Ring(rejected.error))?;
+                self.in_flight += 1;
             }
             Target::Run(run) => {
                 let region = self.guest.region(run.region);
@@ -185,6 +220,7 @@ impl LaneReader {
                     .then(Op::recv(self.socket.clone(), pages).wait_all(), TOKEN_RUN)
                     .then(Op::recv(self.socket.clone(), header).wait_all(), TOKEN_CONTROL);
                 ring.submit_chain(chain).map_err(|rejected| Error::Ring(rejected.error))?;
+                self.in_flight += 2;
             }
         }
         Ok(())
@@ -200,6 +236,7 @@ impl LaneReader {
         mut arrived: impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
         let outcome = completion.outcome;
+        self.in_flight -= 1;
         match (completion.token, completion.memory) {
             (TOKEN_CONTROL, Some(Memory::Bytes(bytes))) => {
                 if let Some(Held::Run { next, .. }) = &mut self.held {
@@ -374,6 +411,10 @@ impl LaneReader {
     ) -> Result<()> {
         match self.held.take() {
             None => Ok(()),
+            // The header of a run has come, and nothing of it will.
+            Some(Held::Room) if self.guest.lanes_are_down() => {
+                Err(self.lost("given up with the other lanes".into()))
+            }
             Some(Held::Room | Held::Ahead) => self.take_ahead(ring, wake, arrived),
             Some(Held::Run { range, staging, done, next }) => {
                 let done = self.guest.place(range, staging.as_slice(), done)?;
@@ -395,6 +436,7 @@ impl LaneReader {
             self.retry_armed = true;
             ring.submit(Op::timeout(RETRY_INTERVAL), TOKEN_RETRY)
                 .map_err(|rejected| Error::Ring(rejected.error))?;
+            self.in_flight += 1;
         }
         Ok(())
     }
@@ -408,9 +450,13 @@ impl LaneReader {
             let (range, kind) = match event {
                 Event::RunBegins(range) => {
                     self.guest.begin(range, &self.name)?;
+                    self.current = Some(range);
                     continue;
                 }
-                Event::Data(range) => (range, RunKind::Data),
+                Event::Data(range) => {
+                    self.current = None;
+                    (range, RunKind::Data)
+                }
                 Event::Zero(range) => (range, RunKind::Zero),
                 Event::Hole(range) => (range, RunKind::Hole),
                 other => {
@@ -439,14 +485,17 @@ impl LaneReader {
 
     /// Why a receive did not bring what it had to.
     fn failed(&self, outcome: Outcome) -> Error {
-        let lost = |what: String| Error::Lost { side: "source", lane: self.name.clone(), what };
         match outcome {
-            Outcome::Short { .. } | Outcome::Done(_) => lost("the source closed it".into()),
+            Outcome::Short { .. } | Outcome::Done(_) => self.lost("the source closed it".into()),
             // The kernel could not put the bytes into the page: its file system is full.
             Outcome::Failed(errno) if errno.raw() == libc::EFAULT => out_of_memory(),
-            Outcome::Failed(errno) => lost(errno.to_string()),
-            other => lost(format!("{other:?}")),
+            Outcome::Failed(errno) => self.lost(errno.to_string()),
+            other => self.lost(format!("{other:?}")),
         }
+    }
+
+    fn lost(&self, what: String) -> Error {
+        Error::Lost { side: "source", lane: self.name.clone(), what }
     }
 }
 

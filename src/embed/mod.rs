@@ -33,6 +33,9 @@
 //! come. The thread that takes events must therefore not touch guest memory that nobody loads, and a
 //! device state is best loaded on a thread of its own.
 //!
+//! Connections that are lost end the migration, before the switchover and after it: umem opens none again
+//! inside another program.
+//!
 //! When a destination fails after the switchover, the guest belongs to it and misses pages that nobody
 //! will bring. They stay waited for, also when the handle has been dropped: a page never reads as
 //! zeroes because umem has failed. Only [`Destination::guest_has_stopped`] ends the waiting.

@@ -1,7 +1,8 @@
-//! What the destination has acknowledged and the source may free, two bits a page.
+//! What the destination has acknowledged and the source may free, three bits a page.
 //!
 //! A page is *sent* from when it is handed to the kernel until it is acknowledged, and *pending* from
 //! then until somebody takes it to free it. So nothing is freed that was not sent, and each page once.
+//! That it has been acknowledged stays known: a destination that misses it later cannot have it again.
 //! Beside them stands a bit for every [`GROUP_PAGES`] pages that says where to look.
 
 use std::ops::Range;
@@ -24,6 +25,7 @@ pub(crate) struct Acks {
     pages: u64,
     sent: Box<[AtomicU64]>,
     pending: Box<[AtomicU64]>,
+    acknowledged: Box<[AtomicU64]>,
     /// A bit a group, set after the pages' own.
     groups: Box<[AtomicU64]>,
 }
@@ -34,6 +36,7 @@ impl Acks {
             pages,
             sent: zeroed(pages.div_ceil(64)),
             pending: zeroed(pages.div_ceil(64)),
+            acknowledged: zeroed(pages.div_ceil(64)),
             groups: zeroed(pages.div_ceil(GROUP_PAGES).div_ceil(64)),
         }
     }
@@ -49,13 +52,36 @@ impl Acks {
     pub(crate) fn acknowledge(&self, first: u64, pages: u64) -> Result<(), NotSent> {
         for (word, mask) in self.words(first, pages) {
             let sent = self.sent[word].fetch_and(!mask, AcqRel) & mask;
-            self.pending[word].fetch_or(sent, AcqRel);
-            let group = word as u64 * 64 / GROUP_PAGES;
-            self.groups[index(group / 64)].fetch_or(1 << (group % 64), AcqRel);
+            self.free(word, sent);
             if sent != mask {
                 let page = word as u64 * 64 + u64::from((mask & !sent).trailing_zeros());
                 return Err(NotSent { page });
             }
+        }
+        Ok(())
+    }
+
+    /// These pages are the destination's, and were not before.
+    fn free(&self, word: usize, pages: u64) {
+        self.acknowledged[word].fetch_or(pages, AcqRel);
+        self.pending[word].fetch_or(pages, AcqRel);
+        let group = word as u64 * 64 / GROUP_PAGES;
+        self.groups[index(group / 64)].fetch_or(1 << (group % 64), AcqRel);
+    }
+
+    /// New lanes: of the 64 pages from `first` on the destination has these, which is as good as an
+    /// acknowledgement; the others have not been sent. `Err` names a page that it misses although it
+    /// has acknowledged it: it may be gone here.
+    pub(crate) fn account(&self, first: u64, has: u64) -> Result<(), u64> {
+        let word = index(first / 64);
+        let acknowledged = self.acknowledged[word].load(Acquire);
+        let gone = acknowledged & !has;
+        if gone != 0 {
+            return Err(first + u64::from(gone.trailing_zeros()));
+        }
+        self.sent[word].fetch_and(0, AcqRel);
+        if has != acknowledged {
+            self.free(word, has & !acknowledged);
         }
         Ok(())
     }
@@ -152,6 +178,25 @@ mod tests {
         assert_eq!(acks.acknowledge(150, 1), Err(NotSent { page: 150 }));
         assert_eq!(acks.acknowledge(500, 500), Err(NotSent { page: 500 }));
         assert_eq!(taken(&acks), [100..101, 150..200]);
+    }
+
+    #[test]
+    fn what_the_destination_has_after_a_loss_is_freed_and_the_rest_sent_again() {
+        let acks = Acks::new(200);
+        acks.sending(0, 150);
+        acks.acknowledge(10, 20).unwrap();
+        assert_eq!(taken(&acks), [10..30; 1]);
+        // It has 0..40 of what was sent, and misses the rest.
+        assert_eq!(acks.account(0, low_bits(40)), Ok(()));
+        assert_eq!(acks.account(64, 0), Ok(()));
+        assert_eq!(acks.account(128, 0), Ok(()));
+        assert_eq!(taken(&acks), [0..10, 30..40]);
+        assert_eq!(acks.acknowledge(100, 1), Err(NotSent { page: 100 }));
+        acks.sending(100, 1);
+        acks.acknowledge(100, 1).unwrap();
+        assert_eq!(taken(&acks), [100..101; 1]);
+        // What it has acknowledged may have been freed.
+        assert_eq!(acks.account(0, low_bits(40) & !(1 << 13)), Err(13));
     }
 
     #[test]

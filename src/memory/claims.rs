@@ -78,6 +78,47 @@ impl Claims {
         self.pages
     }
 
+    /// New lanes: what is claimed of the 64 pages from `first` on becomes what the destination has of
+    /// them; the rest is to be sent (again). `Err` names a page that cannot be there, as nobody has
+    /// claimed it. Nobody may claim pages meanwhile.
+    pub(crate) fn account(&self, first: u64, has: u64) -> Result<(), u64> {
+        assert!(first.is_multiple_of(64) && first < self.pages);
+        let word = &self.claimed[index(first / 64)];
+        let strange = has & !word.load(Ordering::Acquire);
+        if strange != 0 {
+            return Err(first + u64::from(strange.trailing_zeros()));
+        }
+        word.store(has, Ordering::Release);
+        Ok(())
+    }
+
+    /// After the last [`account`](Claims::account): lanes take blocks anew that have anything left.
+    pub(crate) fn free_blocks(&self) {
+        for block in 0..self.blocks() {
+            let (first, pages) = self.block_range(block);
+            let bit = 1 << (block % 64);
+            let word = &self.taken[index(block / 64)];
+            if self.is_claimed(first, pages) {
+                word.fetch_or(bit, Ordering::AcqRel);
+            } else {
+                word.fetch_and(!bit, Ordering::AcqRel);
+            }
+        }
+    }
+
+    fn is_claimed(&self, first: u64, pages: u64) -> bool {
+        let mut page = first;
+        while page < first + pages {
+            let count = (64 - page % 64).min(first + pages - page);
+            let word = self.claimed[index(page / 64)].load(Ordering::Acquire);
+            if !word >> (page % 64) & low_bits(count) != 0 {
+                return false;
+            }
+            page += count;
+        }
+        true
+    }
+
     pub(crate) fn blocks(&self) -> u64 {
         self.pages.div_ceil(self.block_pages)
     }
@@ -206,6 +247,38 @@ mod tests {
         let taken: Vec<_> = std::iter::from_fn(|| claims.take_block(3)).collect();
         assert_eq!(taken, [3, 4, 0, 1, 2]);
         assert_eq!(Claims::new(10, 12).block_range(0), (0, 10));
+    }
+
+    #[test]
+    fn what_the_destination_has_not_is_claimed_again() {
+        let claims = Claims::new(512 * 3 + 10, 12);
+        while let Some(block) = claims.take_block(0) {
+            let (first, pages) = claims.block_range(block);
+            (first..first + pages).for_each(|page| assert!(claims.claim(page)));
+        }
+        // All but a page of the second block and the last one.
+        for first in (0..512 * 3 + 10).step_by(64) {
+            let has = match first {
+                576 => !(1 << 5),
+                1536 => low_bits(9),
+                _ => u64::MAX,
+            };
+            claims.account(first, has).unwrap();
+        }
+        claims.free_blocks();
+        assert_eq!(claims.take_block(0), Some(1));
+        assert_eq!(claims.take_block(0), Some(3));
+        assert_eq!(claims.take_block(0), None);
+        let won: Vec<u64> = (0..512 * 3 + 10).filter(|&page| claims.claim(page)).collect();
+        assert_eq!(won, [576 + 5, 1545]);
+    }
+
+    #[test]
+    fn a_page_that_nobody_sent_cannot_be_there() {
+        let claims = Claims::new(100, 12);
+        claims.claim(64);
+        assert_eq!(claims.account(64, 0b101), Err(66));
+        assert_eq!(claims.account(64, 1), Ok(()));
     }
 
     #[test]

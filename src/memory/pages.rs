@@ -9,6 +9,9 @@
 //! then until it has come, and what came is thrown away before the page becomes Cached, as a page of
 //! zeroes. It still has to come: bytes that are on their way would land in it at any later time.
 //!
+//! When lanes are lost, and nothing can land any more, what was landing is Missing again
+//! ([`PageStates::roll_back`]).
+//!
 //! Beside the state stands one bit a page, *wanted*: a vCPU waits for it. The two are read and
 //! written by different threads with this rule: who wants a page sets the bit and then looks at the
 //! state; who completes a page sets the state and then looks at the bit. Both are sequentially
@@ -137,6 +140,42 @@ impl PageStates {
         Ok(())
     }
 
+    /// Landing → Missing for all pages: their lanes are gone, and no operation that could write to them
+    /// is left. Calls `missing` with each run of them, whose bytes may have come in part. A page that is
+    /// discarded stays so, and one that has come stays Cached.
+    pub(crate) fn roll_back<E>(
+        &self,
+        mut missing: impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for (word, mask) in self.words(0, self.pages) {
+            let landing = |now: u64| now & LOWER_ALL & !(now >> 1) & mask;
+            let cell = &self.states[index(word)];
+            // Discards may come meanwhile; nothing else changes a page that lands.
+            let before = cell.fetch_update(SeqCst, SeqCst, |now| Some(now & !landing(now)));
+            let mut left = landing(before.expect("always some"));
+            while left != 0 {
+                let slot = left.trailing_zeros();
+                // Bits two apart are neighbours.
+                let pages = (left | left << 1) >> slot;
+                let count = pages.trailing_ones() / 2;
+                missing(word * STATES_PER_WORD + u64::from(slot / 2), u64::from(count))?;
+                left &= !(low_bits(u64::from(2 * count)) << slot);
+            }
+        }
+        Ok(())
+    }
+
+    /// Which of the 64 pages from `first` on, a multiple of 64, are Cached: a bit each.
+    pub(crate) fn cached_word(&self, first: u64) -> u64 {
+        assert!(first.is_multiple_of(64) && first < self.pages);
+        let half = |word: u64| {
+            let now = self.states.get(index(word)).map_or(0, |cell| cell.load(SeqCst));
+            compress(now & (now >> 1) & LOWER_ALL)
+        };
+        let word = first / STATES_PER_WORD;
+        half(word) | half(word + 1) << STATES_PER_WORD
+    }
+
     /// The guest has discarded these pages: those that have not come are to read as zeroes.
     pub(crate) fn discard(&self, first: u64, pages: u64) {
         for (word, mask) in self.words(first, pages) {
@@ -189,6 +228,18 @@ impl PageStates {
             (word, low_bits(to * 2) & !low_bits(from * 2))
         })
     }
+}
+
+/// The 32 bits at even places, moved together.
+fn compress(even: u64) -> u64 {
+    let steps = [
+        (1, 0x3333_3333_3333_3333),
+        (2, 0x0f0f_0f0f_0f0f_0f0f),
+        (4, 0x00ff_00ff_00ff_00ff),
+        (8, 0x0000_ffff_0000_ffff),
+        (16, 0x0000_0000_ffff_ffff),
+    ];
+    steps.into_iter().fold(even, |bits, (shift, mask)| (bits | bits >> shift) & mask)
 }
 
 fn zeroed(words: u64) -> Box<[AtomicU64]> {
@@ -272,6 +323,42 @@ mod tests {
         assert_eq!(finish(&states, 3, 1), [3]);
         let again = states.finish(3, 1, |_| Ok::<(), AlreadyHere>(()));
         assert_eq!(again, Err(AlreadyHere { page: 3 }));
+    }
+
+    #[test]
+    fn what_was_landing_is_missing_again() {
+        let states = PageStates::new(200);
+        states.begin(0, 10).unwrap();
+        finish(&states, 0, 10);
+        states.begin(20, 50).unwrap();
+        finish(&states, 40, 3);
+        states.discard(50, 2);
+        states.discard(100, 3);
+        states.begin(100, 3).unwrap();
+        states.begin(190, 10).unwrap();
+        let mut back = Vec::new();
+        states
+            .roll_back(|first, pages| {
+                back.extend(first..first + pages);
+                Ok::<(), ()>(())
+            })
+            .unwrap();
+        let landing = (20..70).filter(|page| !(40..43).contains(page) && ![50, 51].contains(page));
+        assert_eq!(back, landing.chain(190..200).collect::<Vec<_>>());
+        let cached = |page: &u64| states.get(*page) == PageState::Cached;
+        assert_eq!(
+            (0..200).filter(cached).collect::<Vec<_>>(),
+            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 42]
+        );
+        assert_eq!(states.get(50), PageState::Discarded);
+        assert_eq!(states.get(101), PageState::Discarded);
+        assert_eq!(states.cached_word(0), 0x3ff | 7 << 40);
+        assert_eq!(states.cached_word(192), 0);
+        // They come again.
+        states.begin(20, 20).unwrap();
+        states.begin(43, 27).unwrap();
+        finish(&states, 43, 27);
+        assert_eq!(states.cached_word(64), 0x3f);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, send};
-use umem_wire::{HELLO_BYTES, Hello, HelloError, Nonce, Welcome};
+use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, Nonce, Welcome};
 
 use super::{Challenge, Pass};
 use crate::error::{Error, Result};
@@ -22,9 +22,9 @@ pub(crate) fn introduce(
     limit: Option<Duration>,
     wait: Wait<'_>,
 ) -> Result<Lane> {
-    let lane = pass.wrap(lane, limit, wait)?.assign(hello.role, hello.index);
+    let mut lane = pass.wrap(lane, limit, wait)?.assign(hello.role, hello.index);
     let deadline = limit.map(|limit| Instant::now() + limit);
-    Greeting { lane: &lane, deadline, wait }.run(hello, pass.challenge()?)?;
+    lane.capabilities = Greeting { lane: &lane, deadline, wait }.run(hello, pass.challenge()?)?;
     Ok(lane)
 }
 
@@ -36,7 +36,8 @@ struct Greeting<'a> {
 }
 
 impl Greeting<'_> {
-    fn run(&self, hello: &Hello, challenge: Option<Challenge>) -> Result<()> {
+    /// Returns what both sides can do.
+    fn run(&self, hello: &Hello, challenge: Option<Challenge>) -> Result<Capabilities> {
         let (hello, proven) = match challenge {
             None => (hello.clone(), None),
             Some(challenge) => {
@@ -56,10 +57,12 @@ impl Greeting<'_> {
         self.check(&welcome, &hello)
     }
 
-    fn check(&self, welcome: &Welcome, hello: &Hello) -> Result<()> {
+    fn check(&self, welcome: &Welcome, hello: &Hello) -> Result<Capabilities> {
         welcome.check(hello).map_err(|error| Error::protocol(&self.lane.name, error))?;
-        if welcome.capabilities.contains(hello.capabilities) {
-            return Ok(());
+        // Without recovery a lost lane is the end, as it always was; that is no reason not to begin.
+        let needed = hello.capabilities.intersection(Capabilities::ACKS);
+        if welcome.capabilities.contains(needed) {
+            return Ok(welcome.capabilities);
         }
         Err(Error::Unsupported(
             "the destination does not acknowledge pages, so that they could not be freed here: leave \

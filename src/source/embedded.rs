@@ -6,13 +6,13 @@ use std::sync::Arc;
 use nix::poll::PollFlags;
 
 use super::memory::SourceMemory;
-use super::{Migration, Note, Order, Plan, role, wait};
+use super::{Link, Migration, Note, Order, Plan, wait};
 use crate::embed::desk::Desk;
 use crate::error::Result;
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::Inbox;
-use crate::lane::{self, Lane};
+use crate::lane::{self, Lane, Session};
 use crate::memory::region::RamFile;
 use crate::observe::watch::{Role, Watch};
 use crate::report::Completed;
@@ -43,29 +43,30 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     let post = inbox.post();
     desk.answers(move |answer| post.send(Note::Host(answer)));
     let memory = Arc::new(SourceMemory::new(files, false));
-    let session = lane::new_session()?;
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     // Who is there is the program's own matter: it can give connections that it has secured.
-    let pass = Pass::default();
-    let (lanes, stays_local) = match way {
+    let pass = Arc::new(Pass::default());
+    // Lost lanes are the end here: the program around this is told, and decides.
+    let (session, lanes, stays_local) = match way {
         Way::Dial { uri, lanes } => {
-            let open = |index| {
-                let hello = lane::hello(session, role(index), index, lanes, false);
-                lane::dial(&uri, &hello, &pass, &wait)
-            };
-            ((0..=lanes).map(open).collect::<Result<Vec<_>>>()?, lane::stays_local(&uri))
+            let session = Session::new(lanes, false, false)?;
+            let open = |index| lane::dial(&uri, &session.hello(index, 0), &pass, &wait);
+            let lanes = (0..=lanes).map(open).collect::<Result<Vec<_>>>()?;
+            (session, lanes, lane::stays_local(&uri))
         }
         Way::Connections(sockets) => {
             let stays_local = sockets.iter().all(lane::is_local);
             let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
+            let session = Session::new(count, false, false)?;
             let open = |(index, socket)| {
-                let hello = lane::hello(session, role(index), index, count, false);
+                let hello = session.hello(index, 0);
                 match count {
                     0 => lane::open_shared(socket, &hello, &pass, &wait),
                     _ => lane::open(socket, &hello, &wait),
                 }
             };
-            ((0..).zip(sockets).map(open).collect::<Result<Vec<_>>>()?, stays_local)
+            let lanes = (0..).zip(sockets).map(open).collect::<Result<Vec<_>>>()?;
+            (session, lanes, stays_local)
         }
     };
     desk.connected(lanes.iter().map(Lane::socket).collect());
@@ -85,5 +86,6 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         has_monitor: false,
         stays_local,
     };
-    Migration::start(&plan, desk.output(), inbox, lanes, memory, host)?.drive()
+    let link = Link::new(session, pass, None, &lanes);
+    Migration::start(&plan, desk.output(), inbox, (lanes, link), memory, host)?.drive()
 }

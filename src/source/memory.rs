@@ -9,7 +9,9 @@ use std::sync::{Arc, OnceLock};
 
 use umem_ring::{Memory, Waker};
 use umem_wire::limits::RUN_BYTES_MAX;
-use umem_wire::{HEADER_BYTES, PageRange, PageSize, Region, RegionId, RegionTable, transmit};
+use umem_wire::{
+    HEADER_BYTES, PageRange, PageSize, Region, RegionId, RegionTable, Totals, transmit,
+};
 
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
@@ -209,6 +211,34 @@ impl SourceMemory {
             releaser.wake();
         }
         Ok(())
+    }
+
+    /// New lanes: what the destination has of these pages, a bit each, and so what is still to be sent.
+    /// Nothing is sent meanwhile.
+    pub(crate) fn account(&self, range: PageRange, words: &[u64], lane: &str) -> Result<()> {
+        let region = self.region(range.region);
+        let strange = |page: u64, what: &str| {
+            let name = &region.ram.name;
+            Error::protocol(lane, format!("page {page} of RAM {name} {what}"))
+        };
+        for (first, &has) in (range.first..).step_by(64).zip(words) {
+            region.claims().account(first, has).map_err(|page| {
+                strange(page, "is said to be at the destination, but was not sent")
+            })?;
+            if let Some(acks) = &region.landing().acks {
+                acks.account(first, has).map_err(|page| {
+                    strange(page, "was acknowledged, and is now said to be missing there")
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every page has been accounted for: they may be claimed again, beside what has come in all.
+    pub(crate) fn accounted(&self, totals: &Totals) {
+        self.regions.iter().for_each(|region| region.claims().free_blocks());
+        self.counters.set(totals);
+        self.releaser.get().into_iter().for_each(Waker::wake);
     }
 
     /// A run as it is sent, at once: its header, and its pages if they go with it.

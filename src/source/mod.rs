@@ -3,12 +3,13 @@
 //! The control thread here walks through the phases of [`umem_wire::source`]: connect while the
 //! guest still runs, compare, stop it, send its device state, switch over, and serve its pages until
 //! the destination has them all. Until the switchover leaves, any failure resumes the guest; from
-//! then on it never runs here again.
+//! then on it never runs here again, and lost lanes are opened anew ([`recovery`]).
 
 pub(crate) mod bulk;
 pub(crate) mod demand;
 pub(crate) mod embedded;
 pub(crate) mod memory;
+mod recovery;
 mod release;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -24,7 +25,7 @@ use serde_json::json;
 use umem_ring::{Outcome, Waker};
 use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
 use umem_wire::source::{Input, Phase};
-use umem_wire::{Event, Fault, Frame, LaneRole, PageSize, Receiver, SessionId, Totals, transmit};
+use umem_wire::{Event, Fault, Frame, PageSize, Receiver, Totals, transmit};
 
 use crate::bandwidth::Bandwidth;
 use crate::cores::Cores;
@@ -36,7 +37,7 @@ use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
 use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, Lane};
+use crate::lane::{self, Lane, Session};
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{Role, Watch};
@@ -51,6 +52,7 @@ use crate::worker::{self, Failure};
 use bulk::BulkLane;
 use demand::{Command, DemandLane};
 use memory::SourceMemory;
+use recovery::Link;
 use release::Releaser;
 
 /// What `umem migrate` is asked to do.
@@ -119,6 +121,12 @@ pub(crate) enum Note {
     Failed(Error),
     /// The monitor has answered.
     Host(Answer),
+    /// By hand: give up the lanes, and open none until a resume.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the control socket"))]
+    Pause,
+    /// By hand: open lanes again, to another address if one is named.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the control socket"))]
+    Resume(Option<Uri>),
 }
 
 impl Failure for Note {
@@ -149,7 +157,7 @@ pub fn run(options: &Options) -> Result<()> {
     // Before anything else makes descriptors.
     let single = Single::open(&options.uri)?;
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
-    let pass = Pass::load(&options.security, &options.uri)?;
+    let pass = Arc::new(Pass::load(&options.security, &options.uri)?);
     let migrated = migrate(options, socket, &pass);
     migrated.map_err(|error| pass.explain(error)).map_err(|error| match &mut command {
         Some(command) => command.explain(error),
@@ -157,7 +165,7 @@ pub fn run(options: &Options) -> Result<()> {
     })
 }
 
-fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Pass) -> Result<()> {
+fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Arc<Pass>) -> Result<()> {
     let output = Output::new(options.json);
     let inbox = Inbox::new()?;
     // Without postcopy the guest stands still meanwhile, and there is no background.
@@ -170,7 +178,7 @@ fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Pass) -> Result<()
         .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
         .collect::<Result<Vec<_>>>()?;
     let memory = Arc::new(SourceMemory::new(files, options.release_ram).limited(bandwidth));
-    let lanes = dial(options, socket, pass, lane::new_session()?, &inbox)?;
+    let (lanes, link) = dial(options, socket, pass, &inbox)?;
     output.event(
         "connected",
         json!({
@@ -193,7 +201,7 @@ fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Pass) -> Result<()
         quiet: options.observe.quiet,
     };
     let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
-    let migration = Migration::start(&plan, output.clone(), inbox, lanes, memory, host)?;
+    let migration = Migration::start(&plan, output.clone(), inbox, (lanes, link), memory, host)?;
     let report = observer.ended(migration.drive())?;
     output.completed(&report);
     Ok(())
@@ -225,27 +233,21 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
 fn dial(
     options: &Options,
     socket: Option<OwnedFd>,
-    pass: &Pass,
-    session: SessionId,
+    pass: &Arc<Pass>,
     inbox: &Inbox<Note>,
-) -> Result<Vec<Lane>> {
+) -> Result<(Vec<Lane>, Link)> {
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
     if let Some(socket) = socket {
-        let hello = lane::hello(session, LaneRole::Demand, 0, 0, options.release_ram);
-        return Ok(vec![lane::open_shared(socket, &hello, pass, &wait)?]);
+        let session = Session::new(0, options.release_ram, true)?;
+        let lanes = vec![lane::open_shared(socket, &session.hello(0, 0), pass, &wait)?];
+        let link = Link::new(session, pass.clone(), None, &lanes);
+        return Ok((lanes, link));
     }
-    (0..=options.lanes)
-        .map(|index| {
-            let acks = options.release_ram;
-            let hello = lane::hello(session, role(index), index, options.lanes, acks);
-            lane::dial(&options.uri, &hello, pass, &wait)
-        })
-        .collect()
-}
-
-/// What lane `index` is for.
-fn role(index: u16) -> LaneRole {
-    if index == 0 { LaneRole::Demand } else { LaneRole::Bulk }
+    let session = Session::new(options.lanes, options.release_ram, true)?;
+    let open = |index| lane::dial(&options.uri, &session.hello(index, 0), pass, &wait);
+    let lanes = (0..=options.lanes).map(open).collect::<Result<Vec<_>>>()?;
+    let link = Link::new(session, pass.clone(), Some(options.uri.clone()), &lanes);
+    Ok((lanes, link))
 }
 
 /// Waits for a lane that is being opened.
@@ -278,6 +280,8 @@ fn peer(fault: Fault) -> Error {
 #[derive(Default)]
 struct Times {
     stopped: Option<Instant>,
+    /// The switchover left, the first time.
+    switched: Option<Instant>,
     running: Option<Instant>,
     first_page: Option<Instant>,
     completed: Option<Instant>,
@@ -310,6 +314,11 @@ struct Migration {
     host: HostThread<dyn SourceHost>,
     has_monitor: bool,
     phase: Phase,
+    link: Link,
+    /// As the demand lane's thread is to serve, each time there is one.
+    follows: bool,
+    idle_cores: IdleCores,
+    adapts: bool,
     cores: Cores,
     zero_copy: bool,
     commands: Sender<Command>,
@@ -334,7 +343,7 @@ impl Migration {
         plan: &Plan<'_>,
         output: Output,
         inbox: Inbox<Note>,
-        mut lanes: Vec<Lane>,
+        (mut lanes, link): (Vec<Lane>, Link),
         memory: Arc<SourceMemory>,
         host: HostThread<dyn SourceHost>,
     ) -> Result<Migration> {
@@ -374,6 +383,10 @@ impl Migration {
             host,
             has_monitor: plan.has_monitor,
             phase: Phase::new(),
+            link,
+            follows: plan.cores.is_empty(),
+            idle_cores: plan.idle_cores,
+            adapts: plan.order == Order::Adaptive,
             cores,
             zero_copy: !plan.stays_local,
             commands,
@@ -422,14 +435,21 @@ impl Migration {
             if let Phase::Completed(totals) = self.phase {
                 return Ok(totals);
             }
-            match self.inbox.wait(&[], Some(self.progress.interval()))? {
+            let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            let interval = self.progress.interval();
+            match self.inbox.wait(&[], Some(due.map_or(interval, |due| due.min(interval))))? {
                 Wake::Timeout | Wake::Ready(_) => {}
                 Wake::Signal => self.interrupted()?,
                 Wake::Message(Note::Received(event)) => self.received(event)?,
                 Wake::Message(Note::BulkEnded) => self.bulk_has_ended()?,
+                Wake::Message(Note::Failed(error @ Error::Lost { .. })) => self.lane_lost(error)?,
                 Wake::Message(Note::Failed(error)) => return Err(error),
                 Wake::Message(Note::Host(answer)) => self.answered(answer)?,
+                Wake::Message(Note::Pause) => self.pause()?,
+                // Nothing has been paused.
+                Wake::Message(Note::Resume(_)) => {}
             }
+            self.look_after_link()?;
             self.progress.update();
         }
     }
@@ -446,7 +466,7 @@ impl Migration {
                 self.host.stop();
             }
             Event::Loaded => self.switch_over()?,
-            Event::Running { .. } => self.running()?,
+            Event::Running { .. } => self.running(Instant::now())?,
             Event::Complete(_) => {
                 self.times.completed = Some(Instant::now());
                 self.send(&Frame::Complete(self.memory.counters.totals()));
@@ -504,10 +524,15 @@ impl Migration {
     fn switch_over(&mut self) -> Result<()> {
         self.progress.watch().commit("the guest goes on here")?;
         self.step(Input::SentSwitchover)?;
+        self.times.switched = Some(Instant::now());
+        self.send_switchover();
+        self.start_release()
+    }
+
+    fn send_switchover(&self) {
         let stopped = self.times.stopped.map_or(Duration::ZERO, |at| at.elapsed());
         let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Switchover { stopped_us });
-        self.start_release()
     }
 
     /// The guest has gone: what the destination has of it, and has had already, is freed from now on.
@@ -534,9 +559,9 @@ impl Migration {
         Ok(self.allocated_bytes.saturating_sub(self.memory.allocated_bytes()?))
     }
 
-    fn running(&mut self) -> Result<()> {
-        let now = Instant::now();
-        self.times.running = Some(now);
+    /// The guest runs at the destination since then.
+    fn running(&mut self, since: Instant) -> Result<()> {
+        self.times.running = Some(since);
         self.progress.watch().running(self.downtime());
         let downtime_ms = self.downtime().as_secs_f64() * 1e3;
         self.output.event(
@@ -545,7 +570,7 @@ impl Migration {
             &format!("the guest runs at the destination; it stood still for {downtime_ms:.1} ms"),
         );
         self.progress.phase("sending");
-        if self.postcopy && self.background {
+        if self.postcopy && self.background && self.link.is_up() {
             self.start_bulk()?;
         }
         Ok(())
@@ -609,7 +634,7 @@ impl Migration {
             self.output.remark("sending the pages that nobody has asked for, then ending");
             return self.start_bulk();
         }
-        let left = self.memory.total_bytes() - self.bytes_done();
+        let left = self.memory.total_bytes().saturating_sub(self.bytes_done());
         self.output.remark(&format!(
             "the guest runs at the destination and needs {} MiB more from here; going on until it \
              has them",
@@ -703,8 +728,9 @@ impl Migration {
         for thread in self.bulk_threads.drain(..).chain(self.release_thread.take()) {
             let _ = thread.join();
         }
-        let demand = self.demand_thread.take().expect("ended once");
-        if let (Ok(None) | Err(_), Some(error)) = (demand.join(), error) {
+        // None while there are no lanes.
+        let demand = self.demand_thread.take().map(JoinHandle::join);
+        if let (Some(Ok(None) | Err(_)), Some(error)) = (demand, error) {
             lane::tell(&self.demand_socket, error);
         }
     }
@@ -744,6 +770,8 @@ impl Migration {
             release_bytes: 0,
             spare_bytes_max: 0,
             congestion: self.congestion.clone(),
+            recoveries: self.link.recoveries,
+            disconnected_s: self.link.disconnected.as_secs_f64(),
         }
     }
 }

@@ -10,6 +10,7 @@
 //! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
+//! - [`Cutter`]: a relay that breaks connections, at known bytes or when told to
 //! - [`Fifo`]: lets another program go on
 //!
 //! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
@@ -19,6 +20,7 @@
 
 mod certificates;
 mod chromium;
+mod cutter;
 mod destination;
 mod fifo;
 mod guests;
@@ -39,6 +41,7 @@ use std::time::{Duration, Instant};
 pub(crate) use {
     certificates::{Authority, write_private},
     chromium::{Chromium, Scheme},
+    cutter::{Cutter, Ends},
     destination::LaneFromSource,
     fifo::Fifo,
     guests::Guests,

@@ -137,6 +137,7 @@ mod tests {
             capabilities: Capabilities::NONE,
             session: SessionId([3; 16]),
             role: LaneRole::Demand,
+            epoch: 0,
             index: 0,
             bulk_lanes: 1,
             proof: [0; 32],

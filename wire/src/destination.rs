@@ -7,14 +7,18 @@
 //!              |
 //!              +--AllCached--> Completing --Complete--> Completed
 //!
+//! Loaded, Switched, Running, Completing --Broken--> the same: new lanes will come
+//!
 //! any but Completing, Completed --Lost--> Failed
+//! any before Loaded --Broken--> Failed
 //! any but Completed --Error, what cannot happen--> Failed
 //! any before Switched --Cancel--> Failed
 //! ```
 //!
 //! Pages come, and may be asked for, from [`Phase::Receiving`] on: loading the device state touches
 //! memory. The guest may run from [`Phase::Switched`] on, and from there on it belongs to this side
-//! whatever happens: the source has given it up.
+//! whatever happens: the source has given it up. It may have done so from [`Phase::Loaded`] on, where a
+//! broken lane leaves open whether a switchover was on its way: the guest does not run, and is kept.
 
 use crate::error::PhaseError;
 use crate::frame::Totals;
@@ -98,8 +102,13 @@ pub enum Input<'a> {
     GuestRunning,
     /// Every page is cached and our guest runs; a complete frame is about to be sent.
     AllCached,
-    /// A lane is gone.
+    /// A lane is gone, and the session cannot go on without it.
     Lost,
+    /// A lane is gone, in a session that recovers ([`Capabilities::RECOVERY`]). Once the source may have
+    /// given its guest up, that changes nothing here.
+    ///
+    /// [`Capabilities::RECOVERY`]: crate::Capabilities::RECOVERY
+    Broken,
     /// Somebody asked to stop. Too late once the guest is ours, and without effect then.
     Cancel,
 }
@@ -135,6 +144,24 @@ impl Phase {
             | Phase::Completing
             | Phase::Completed(_) => true,
             Phase::Failed { may_have_run } => *may_have_run,
+        }
+    }
+
+    /// Whether the source may have given its guest up, so that this one is kept when lanes break, in a
+    /// session that recovers.
+    pub fn outlives_its_lanes(&self) -> bool {
+        match self {
+            Phase::Loaded { .. }
+            | Phase::Switched { .. }
+            | Phase::Running { .. }
+            | Phase::Completing => true,
+            Phase::Comparing
+            | Phase::Preparing
+            | Phase::Ready
+            | Phase::Receiving { .. }
+            | Phase::Loading { .. }
+            | Phase::Completed(_)
+            | Phase::Failed { .. } => false,
         }
     }
 
@@ -179,6 +206,8 @@ impl Phase {
             (Phase::Completed(totals), input) => after_completion(totals, input),
             (Phase::Completing, Input::Lost) => Ok(Phase::Completed(None)),
             (phase, Input::Lost) => Err(Some(PhaseError::Lost { phase: phase.name() })),
+            (phase, Input::Broken) if phase.outlives_its_lanes() => Ok(phase),
+            (phase, Input::Broken) => Err(Some(PhaseError::Lost { phase: phase.name() })),
             (phase, Input::Cancel) if phase.may_run() => Ok(phase),
             (phase, Input::Cancel) => Err(Some(PhaseError::Cancelled { phase: phase.name() })),
             (phase, Input::Received(event)) => phase.receive(event),
@@ -237,7 +266,7 @@ fn receive_state(mode: Mode, before: u64, chunk: u64) -> Result<Phase, Option<Ph
 /// After the end nothing can be lost any more, and the closing of lanes is part of it.
 fn after_completion(totals: Option<Totals>, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
     match input {
-        Input::Lost | Input::Cancel => Ok(Phase::Completed(totals)),
+        Input::Lost | Input::Broken | Input::Cancel => Ok(Phase::Completed(totals)),
         Input::Received(Event::Ping(_) | Event::Pong(_) | Event::Error(_)) => {
             Ok(Phase::Completed(totals))
         }
@@ -255,6 +284,7 @@ impl Input<'_> {
             Input::GuestRunning => "the running guest",
             Input::AllCached => "the last cached page",
             Input::Lost => "a lost lane",
+            Input::Broken => "a broken lane",
             Input::Cancel => "cancelling",
         }
     }
@@ -276,11 +306,17 @@ mod tests {
             (Phase::Ready, &["stopped"]),
             (Phase::Receiving { mode, state_bytes: 2 }, &["device state", "load"]),
             (Phase::Loading { mode, state_bytes: 2 }, &["loaded device state"]),
-            (Phase::Loaded { mode }, &["switchover"]),
-            (Phase::Switched { mode, stopped_us }, &["cancelling", "the running guest"]),
-            (Phase::Running { mode, stopped_us }, &["cancelling", "the last cached page"]),
-            (Phase::Completing, &["cancelling", "a lost lane", "complete"]),
-            (Phase::Completed(None), &["cancelling", "a lost lane", "error"]),
+            (Phase::Loaded { mode }, &["switchover", "a broken lane"]),
+            (
+                Phase::Switched { mode, stopped_us },
+                &["cancelling", "the running guest", "a broken lane"],
+            ),
+            (
+                Phase::Running { mode, stopped_us },
+                &["cancelling", "the last cached page", "a broken lane"],
+            ),
+            (Phase::Completing, &["cancelling", "a lost lane", "a broken lane", "complete"]),
+            (Phase::Completed(None), &["cancelling", "a lost lane", "a broken lane", "error"]),
             (Phase::Failed { may_have_run: false }, &[]),
         ]
     }
@@ -292,6 +328,7 @@ mod tests {
             Input::GuestRunning,
             Input::AllCached,
             Input::Lost,
+            Input::Broken,
             Input::Cancel,
         ];
         inputs.extend(events.iter().map(Input::Received));

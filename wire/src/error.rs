@@ -197,6 +197,15 @@ pub enum FrameError {
         /// The base-2 logarithm of the unit.
         shift: u8,
     },
+    /// A guest that runs without having been switched over.
+    #[error("resume frame: a guest that runs before the switchover")]
+    Standing,
+    /// A have frame that speaks of no pages, of too many, or from the middle of a word on.
+    #[error("have frame: {0} is not possible")]
+    HaveRange(PageRange),
+    /// A have frame with bits past its last page.
+    #[error("have frame: bits past the last page")]
+    HavePadding,
     /// A regions frame whose table makes no sense.
     #[error("regions frame: {0}")]
     Regions(RegionError),
@@ -243,6 +252,24 @@ pub enum ReceiveError {
     /// Landing units that do not fit the table of regions.
     #[error("ready frame: {0}")]
     Units(RegionError),
+    /// A destination that says what it has although nobody asked: the lane replaces no lost one.
+    #[error("{kind} frame on a lane that resumes nothing")]
+    NotResuming {
+        /// The frame's kind.
+        kind: Kind,
+    },
+    /// Something else before the destination has said all that it has.
+    #[error("{kind} frame before the destination has said which pages it has")]
+    NotResumed {
+        /// The frame's kind.
+        kind: Kind,
+    },
+    /// Pages that are spoken of out of order, twice, or in part of a word.
+    #[error("have frame: {range} is not what comes next")]
+    HaveOrder {
+        /// The pages that came.
+        range: PageRange,
+    },
     /// Pages that do not exist.
     #[error("{kind} frame: {error}")]
     Pages {

@@ -21,6 +21,8 @@
 //! | load | first: bytes of state in all | |
 //! | switchover, running | first: µs | |
 //! | complete | | five u64, see [`Totals`] |
+//! | resume | flags: 1 switched, 2 running; first: µs if it runs | five u64, see [`Totals`] |
+//! | have | region, first page, pages | a bit a page, in words of 8 bytes |
 //! | ping, pong | first: any number | |
 //! | error | first: code | UTF-8 without control characters |
 //!
@@ -33,6 +35,7 @@ use crate::error::FrameError;
 use crate::fault::{Fault, FaultCode, parse_text};
 use crate::limits::*;
 use crate::region::{DESCRIPTOR_BYTES, PageRange, PageSize, RegionId, RegionTable};
+use crate::resume::{self, HAVE_WORD_PAGES, Standing};
 use std::fmt;
 
 /// Bytes of every frame's header.
@@ -62,6 +65,9 @@ mod field {
 
 const FLAG_POSTCOPY: u8 = 1;
 const FLAG_BACKGROUND: u8 = 2;
+
+const FLAG_SWITCHED: u8 = 1;
+const FLAG_RUNNING: u8 = 2;
 
 const _: () = assert!(field::EXTRA + size_of::<u64>() == HEADER_BYTES);
 const _: () = assert!(TOTALS_BYTES == size_of::<Totals>());
@@ -100,6 +106,10 @@ pub enum Kind {
     LaneEnd = 24,
     /// Every page is cached; also the source's goodbye.
     Complete = 25,
+    /// Where the destination stands, on a demand lane that replaces a lost one.
+    Resume = 26,
+    /// Which pages the destination has, behind a resume frame.
+    Have = 27,
     /// Please answer.
     Ping = 32,
     /// The answer.
@@ -110,7 +120,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in order of its tag.
-    pub const ALL: [Kind; 18] = [
+    pub const ALL: [Kind; 20] = [
         Kind::Data,
         Kind::Zero,
         Kind::Hole,
@@ -126,6 +136,8 @@ impl Kind {
         Kind::Running,
         Kind::LaneEnd,
         Kind::Complete,
+        Kind::Resume,
+        Kind::Have,
         Kind::Ping,
         Kind::Pong,
         Kind::Error,
@@ -153,6 +165,8 @@ impl Kind {
             Kind::Running => "running",
             Kind::LaneEnd => "lane end",
             Kind::Complete => "complete",
+            Kind::Resume => "resume",
+            Kind::Have => "have",
             Kind::Ping => "ping",
             Kind::Pong => "pong",
             Kind::Error => "error",
@@ -240,6 +254,12 @@ impl Header {
             Kind::Request | Kind::Regions | Kind::Ready | Kind::DeviceState | Kind::Complete => {
                 Header { body_bytes, ..nothing }
             }
+            Kind::Have => Header { region, first, pages, body_bytes, ..nothing },
+            Kind::Resume => {
+                let known = flags & (FLAG_SWITCHED | FLAG_RUNNING);
+                let first = if known & FLAG_RUNNING == 0 { 0 } else { first };
+                Header { flags: known, first, body_bytes, ..nothing }
+            }
             Kind::Loaded | Kind::LaneEnd => nothing,
             Kind::Stopped => Header { flags: flags & (FLAG_POSTCOPY | FLAG_BACKGROUND), ..nothing },
             Kind::Load | Kind::Switchover | Kind::Running | Kind::Ping | Kind::Pong => {
@@ -284,6 +304,8 @@ impl Header {
             | Kind::Ready
             | Kind::DeviceState
             | Kind::Complete
+            | Kind::Resume
+            | Kind::Have
             | Kind::Error => return self.body().map(Head::Body),
         };
         Ok(Head::Whole(frame))
@@ -304,6 +326,24 @@ impl Header {
             Kind::Ready => (Content::Units, UNIT_BYTES, UNIT_BYTES, REGIONS_MAX * UNIT_BYTES),
             Kind::DeviceState => (Content::DeviceState, 1, 1, STATE_CHUNK_BYTES_MAX),
             Kind::Complete => (Content::Totals, 1, TOTALS_BYTES, TOTALS_BYTES),
+            Kind::Resume => {
+                let (switched, running) = standing_of(self.flags)?;
+                let standing = (switched, running.then_some(self.first));
+                (Content::Standing(standing.0, standing.1), 1, TOTALS_BYTES, TOTALS_BYTES)
+            }
+            Kind::Have => {
+                let range = PageRange {
+                    region: RegionId(self.region),
+                    first: self.first,
+                    pages: self.pages,
+                };
+                let is_aligned = self.first.is_multiple_of(HAVE_WORD_PAGES);
+                if !is_aligned || !(1..=HAVE_PAGES_MAX).contains(&self.pages) {
+                    return Err(FrameError::HaveRange(range));
+                }
+                let bytes = resume::body_bytes(self.pages) as usize;
+                (Content::Have(range), 1, bytes, bytes)
+            }
             Kind::Error => {
                 let code = u16::try_from(self.first).ok().and_then(FaultCode::from_number);
                 let code = code.ok_or(FrameError::FaultCode(self.first))?;
@@ -344,6 +384,9 @@ pub(crate) enum Content {
     Units,
     DeviceState,
     Totals,
+    /// Switched, and running since so many µs after it.
+    Standing(bool, Option<u64>),
+    Have(PageRange),
     Fault(FaultCode),
 }
 
@@ -359,6 +402,10 @@ impl Body {
             Content::Units => Frame::Ready(decode_units(bytes)?),
             Content::DeviceState => Frame::DeviceState { bytes: self.bytes as u32 },
             Content::Totals => Frame::Complete(Totals::decode(bytes)),
+            Content::Standing(switched, running) => {
+                Frame::Resume(Standing { switched, running, totals: Totals::decode(bytes) })
+            }
+            Content::Have(range) => Frame::Have { range, words: resume::decode(range, bytes)? },
             Content::Fault(code) => {
                 let text = parse_text(bytes).ok_or(FrameError::FaultText)?.to_owned();
                 Frame::Error(Fault { code, text })
@@ -419,6 +466,16 @@ pub enum Frame {
     LaneEnd,
     /// Every page is cached (from the destination); goodbye (from the source).
     Complete(Totals),
+    /// Where the destination stands, first on a demand lane that replaces a lost one.
+    Resume(Standing),
+    /// Which of these pages the destination has: bit `i` of word `w` is page `first + 64 * w + i`. At
+    /// most [`HAVE_PAGES_MAX`] pages.
+    Have {
+        /// The pages that are spoken of; the first is a multiple of 64.
+        range: PageRange,
+        /// As many as the pages need.
+        words: Vec<u64>,
+    },
     /// Please answer with this number.
     Ping(u64),
     /// The answer to the ping of this number.
@@ -490,6 +547,20 @@ pub(crate) fn stopped_flags(postcopy: bool, background: bool) -> u8 {
     (u8::from(postcopy) * FLAG_POSTCOPY) | (u8::from(background) * FLAG_BACKGROUND)
 }
 
+/// The flags of a resume frame.
+pub(crate) fn standing_flags(standing: &Standing) -> u8 {
+    (u8::from(standing.switched) * FLAG_SWITCHED)
+        | (u8::from(standing.running.is_some()) * FLAG_RUNNING)
+}
+
+/// Whether the guest has switched, and runs: never the second without the first.
+fn standing_of(flags: u8) -> Result<(bool, bool), FrameError> {
+    match (flags & FLAG_SWITCHED != 0, flags & FLAG_RUNNING != 0) {
+        (false, true) => Err(FrameError::Standing),
+        standing => Ok(standing),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -545,7 +616,8 @@ mod tests {
     #[test]
     fn tags_keep_their_numbers() {
         let tags = Kind::ALL.map(|kind| kind as u8);
-        assert_eq!(tags, [1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 32, 33, 255]);
+        let expected = [1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 32, 33, 255];
+        assert_eq!(tags, expected);
         for tag in 0..=255 {
             assert_eq!(
                 Kind::from_tag(tag).map(|kind| kind as u8),
@@ -658,6 +730,50 @@ mod tests {
         }
         bytes.extend([0, 0, 0, 0, 0, 0, 0, 5]);
         assert_literal(&Frame::Complete(totals), &bytes);
+    }
+
+    #[test]
+    fn resume_says_where_the_destination_stands() {
+        let totals = Totals { pages_demand: 3, ..Totals::default() };
+        let mut totals_bytes = [0; 40];
+        totals_bytes[24] = 3;
+        let bytes = |flags, us: u8| {
+            let first = [us, 0, 0, 0, 0, 0, 0, 0];
+            let mut bytes = literal(26, flags, [0; 2], [40, 0, 0, 0], first, [0; 8]);
+            bytes.extend(totals_bytes);
+            bytes
+        };
+        let standing = |switched, running| Standing { switched, running, totals };
+        assert_literal(&Frame::Resume(standing(false, None)), &bytes(0, 0));
+        assert_literal(&Frame::Resume(standing(true, None)), &bytes(1, 0));
+        assert_literal(&Frame::Resume(standing(true, Some(9))), &bytes(3, 9));
+        assert_eq!(decoded(&bytes(2, 9)), Err(FrameError::Standing));
+        let unused = |field| Err(FrameError::Unused { kind: Kind::Resume, field });
+        assert_eq!(decoded(&bytes(4, 0)), unused("flags"));
+        assert_eq!(decoded(&bytes(1, 9)), unused("first"));
+    }
+
+    #[test]
+    fn have_is_a_bit_a_page() {
+        let bytes = |first: u8, pages: u8, words: &[u64]| {
+            let mut first_page = [0; 8];
+            first_page[0] = first;
+            let body = [8 * words.len() as u8, 0, 0, 0];
+            let mut bytes = literal(27, 0, [2, 1], body, first_page, [pages, 0, 0, 0, 0, 0, 0, 0]);
+            words.iter().for_each(|word| bytes.extend(word.to_le_bytes()));
+            bytes
+        };
+        let range = PageRange { region: RegionId(0x0102), first: 64, pages: 66 };
+        let words = vec![0x8000_0000_0000_0001, 2];
+        assert_literal(&Frame::Have { range, words: words.clone() }, &bytes(64, 66, &words));
+        assert_eq!(decoded(&bytes(64, 65, &words)), Err(FrameError::HavePadding));
+        for (first, pages) in [(63, 66), (64, 0)] {
+            let range = PageRange { first, pages, ..range };
+            let wrong = decoded(&bytes(first as u8, pages as u8, &words));
+            assert_eq!(wrong, Err(FrameError::HaveRange(range)));
+        }
+        let length = FrameError::BodyLength { kind: Kind::Have, body_bytes: 16 };
+        assert_eq!(decoded(&bytes(64, 64, &words)), Err(length));
     }
 
     #[test]

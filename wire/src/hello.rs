@@ -2,16 +2,16 @@
 //! bytes each way.
 //!
 //! ```text
-//!            0       8     10    12   13 14    16    18    24       32      48      80    128
-//! hello      UMEMLANE min   max   role 0 index lanes 0     capabil. session proof   0
-//! welcome    UMEMWELC version 0   0    0 0     0     0     capabil. session proof   0
+//!            0       8     10    12   13 14    16    18 20    24       32      48      80    128
+//! hello      UMEMLANE min   max   role 0 index lanes 0  epoch capabil. session proof   0
+//! welcome    UMEMWELC version 0   0    0 0     0     0  0     capabil. session proof   0
 //! refusal    UMEMWELC 0     code  text, NUL padded ............................................
 //! ```
 //!
 //! The zeroes are checked. A version that needs more says so with a capability, never by what an
 //! older end would take for rubbish.
 
-use crate::bytes::{array, put, u16_at, u64_at};
+use crate::bytes::{array, put, u16_at, u32_at, u64_at};
 use crate::error::HelloError;
 use crate::fault::{FaultCode, parse_text, push_text};
 use crate::limits::*;
@@ -35,6 +35,7 @@ mod field {
     pub(super) const INDEX: usize = 14;
     pub(super) const BULK_LANES: usize = 16;
     pub(super) const RESERVED_LANES: usize = 18;
+    pub(super) const EPOCH: usize = 20;
     pub(super) const CAPABILITIES: usize = 24;
     pub(super) const SESSION: usize = 32;
     pub(super) const PROOF: usize = 48;
@@ -70,6 +71,9 @@ pub struct Hello {
     /// How many bulk lanes the session has, at most [`LANES_MAX`]. With 0 (a URI that is a single
     /// connection) background pages share the demand lane.
     pub bulk_lanes: u16,
+    /// 0 for the lanes that begin a session; each later attempt to replace lost ones has a higher
+    /// number, so that lanes of different attempts do not mix. Needs [`Capabilities::RECOVERY`].
+    pub epoch: u32,
     /// Shows that the sender knows the session's secret; how is the caller's matter.
     pub proof: [u8; 32],
 }
@@ -85,6 +89,7 @@ impl Hello {
         out[field::ROLE] = self.role as u8;
         put(&mut out, field::INDEX, &self.index.to_le_bytes());
         put(&mut out, field::BULK_LANES, &self.bulk_lanes.to_le_bytes());
+        put(&mut out, field::EPOCH, &self.epoch.to_le_bytes());
         put(&mut out, field::CAPABILITIES, &self.capabilities.0.to_le_bytes());
         put(&mut out, field::SESSION, &self.session.0);
         put(&mut out, field::PROOF, &self.proof);
@@ -106,7 +111,7 @@ impl Hello {
         }
         let reserved = [
             &bytes[field::RESERVED_ROLE..field::INDEX],
-            &bytes[field::RESERVED_LANES..field::CAPABILITIES],
+            &bytes[field::RESERVED_LANES..field::EPOCH],
             &bytes[field::RESERVED..],
         ];
         check_zero(&reserved)?;
@@ -118,6 +123,7 @@ impl Hello {
             role,
             index,
             bulk_lanes,
+            epoch: u32_at(bytes, field::EPOCH),
             proof: array(bytes, field::PROOF),
         })
     }
@@ -282,6 +288,16 @@ impl Capabilities {
     /// them; the destination tells it. Without this no ack frame is sent.
     pub const ACKS: Capabilities = Capabilities(1);
 
+    /// Recovery: when lanes are lost after the switchover, both ends keep what they have, the source
+    /// opens new ones with a higher [`Hello::epoch`], and the destination says what it has. Without this
+    /// a lost lane is the end.
+    pub const RECOVERY: Capabilities = Capabilities(2);
+
+    /// What either can do.
+    pub const fn union(self, other: Capabilities) -> Capabilities {
+        Capabilities(self.0 | other.0)
+    }
+
     /// What both can do.
     pub const fn intersection(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 & other.0)
@@ -319,6 +335,7 @@ mod tests {
             role: LaneRole::Bulk,
             index: 2,
             bulk_lanes: 4,
+            epoch: 0x0b0a_0908,
             proof: [0x9f; 32],
         }
     }
@@ -326,7 +343,7 @@ mod tests {
     fn hello_bytes() -> [u8; HELLO_BYTES] {
         let mut bytes = [0xa5; HELLO_BYTES];
         bytes[..8].copy_from_slice(b"UMEMLANE");
-        bytes[8..24].copy_from_slice(&[1, 0, 3, 2, 2, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+        bytes[8..24].copy_from_slice(&[1, 0, 3, 2, 2, 0, 2, 0, 4, 0, 0, 0, 8, 9, 10, 11]);
         bytes[24..32].copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
         bytes[32..48].fill(0x51);
         bytes[48..80].fill(0x9f);
@@ -378,7 +395,7 @@ mod tests {
         for role in [0, 3, 255] {
             assert_eq!(with(12, &[role]), Err(HelloError::Role(role)));
         }
-        for at in [13, 18, 23, 80, 127] {
+        for at in [13, 18, 19, 80, 127] {
             assert_eq!(with(at, &[1]), Err(HelloError::Reserved));
         }
         assert_eq!(with(16, &[65, 0]), Err(HelloError::Lanes(65)));

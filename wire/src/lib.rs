@@ -42,6 +42,8 @@
 //! | 23 | running | ← | demand | it runs |
 //! | 24 | lane end | → | bulk | nothing more comes here, errors aside |
 //! | 25 | complete | both | demand | every page is cached; the source's answer is goodbye |
+//! | 26 | resume | ← | demand | where the destination stands, first on a lane that replaces a lost one |
+//! | 27 | have | ← | demand | which pages the destination has, behind resume |
 //! | 32 | ping | both | any | please answer |
 //! | 33 | pong | both | any | the answer, with the ping's number |
 //! | 255 | error | both | any | the sender gives up: a code and a text |
@@ -89,6 +91,25 @@
 //! Where both ends know a secret, each lane begins with a nonce from each end ([`auth`]), and hello and
 //! welcome prove with them that their senders know it.
 //!
+//! # Recovery
+//!
+//! With [`Capabilities::RECOVERY`] a lane that is lost after *loaded* is not the end. Either end then
+//! gives up all lanes of the session, and stops whatever they were doing: nothing of them reaches a page
+//! any more. The guest runs on with what it has. The source opens all lanes anew, with the same session,
+//! number of lanes and capabilities, and a higher epoch than ever before; the destination takes lanes of
+//! one epoch together, and a higher one ends whatever is older. Nothing is compared or prepared again:
+//! on the new demand lane the destination says where it stands and which pages it has ([`resume`]), and
+//! from the last page of that account on everything goes on as before, with what the account calls
+//! missing unclaimed at the source and no page landing at the destination.
+//!
+//! The account settles what neither end could know when the lanes broke. If the switchover has not come
+//! the source sends it again; if the guest runs already the source learns it there; a destination that
+//! has every page says *complete* again. A destination that has said *loaded* and is not switched over
+//! waits, as the source may have committed; its guest does not run. One that has said *complete* and
+//! waits for the goodbye has all it needs, and may leave.
+//!
+//! Before *loaded* a lost lane ends the migration, and the guest goes on at the source.
+//!
 //! # Limits
 //!
 //! All in [`limits`]. No limit depends on what a peer says, and memory for a body grows only with
@@ -110,6 +131,7 @@ pub mod hello;
 pub mod limits;
 pub mod receive;
 pub mod region;
+pub mod resume;
 pub mod source;
 pub mod transmit;
 
@@ -125,3 +147,4 @@ pub use receive::{Event, Receiver, RunTarget, Target};
 pub use region::{
     Agreement, PageRange, PageSize, Region, RegionDifference, RegionId, RegionMismatch, RegionTable,
 };
+pub use resume::Standing;

@@ -27,6 +27,10 @@ pub const RUN_BYTES_MAX: u64 = 2 << 20;
 /// Pages asked for in one request frame.
 pub const REQUEST_ENTRIES_MAX: usize = 256;
 
+/// Pages that one have frame speaks of, a bit each: 64 KiB of them, the pages of 2 GiB at 4 KiB. A
+/// destination tells what it has of 1 TiB in 512 frames.
+pub const HAVE_PAGES_MAX: u64 = 8 * (64 << 10);
+
 /// Bytes of device state in one frame.
 pub const STATE_CHUNK_BYTES_MAX: usize = 64 << 10;
 
@@ -47,5 +51,6 @@ const _: () = assert!(REQUEST_ENTRIES_MAX * crate::frame::REQUEST_ENTRY_BYTES <=
 const _: () = assert!(REGIONS_MAX * crate::region::DESCRIPTOR_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * crate::frame::UNIT_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(ERROR_TEXT_BYTES_MAX <= BODY_BYTES_MAX);
+const _: () = assert!(HAVE_PAGES_MAX as usize / 8 <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX <= 1 << 16);
 const _: () = assert!(TOTAL_BYTES_MAX >> 12 <= 1 << 48);

@@ -43,6 +43,7 @@ use crate::frame::{Body, Content, Frame, HEADER_BYTES, Head, Header, Kind, Total
 use crate::hello::LaneRole;
 use crate::limits::*;
 use crate::region::{PageRange, RegionId, RegionTable};
+use crate::resume::{Account, Standing};
 use std::collections::VecDeque;
 
 /// Where the next bytes of the lane go.
@@ -119,6 +120,17 @@ pub enum Event {
     LaneEnd,
     /// See [`Frame::Complete`].
     Complete(Totals),
+    /// See [`Frame::Resume`].
+    Resume(Standing),
+    /// See [`Frame::Have`]; each page is spoken of once, in order.
+    Have {
+        /// The pages.
+        range: PageRange,
+        /// A bit each, words of 64.
+        words: Vec<u64>,
+    },
+    /// The last have frame has come: every page has been spoken of.
+    Accounted,
     /// To be answered with a pong of this number.
     Ping(u64),
     /// The answer to the ping of this number.
@@ -132,6 +144,7 @@ impl Event {
     pub fn name(&self) -> &'static str {
         let kind = match self {
             Event::RunBegins(_) => return "the start of a data run",
+            Event::Accounted => return "the end of an account",
             Event::Data(_) => Kind::Data,
             Event::Zero(_) => Kind::Zero,
             Event::Hole(_) => Kind::Hole,
@@ -147,6 +160,8 @@ impl Event {
             Event::Running { .. } => Kind::Running,
             Event::LaneEnd => Kind::LaneEnd,
             Event::Complete(_) => Kind::Complete,
+            Event::Resume(_) => Kind::Resume,
+            Event::Have { .. } => Kind::Have,
             Event::Ping(_) => Kind::Ping,
             Event::Pong(_) => Kind::Pong,
             Event::Error(_) => Kind::Error,
@@ -163,6 +178,8 @@ pub struct Receiver {
     offered: Option<RegionTable>,
     /// The landing table.
     regions: Option<RegionTable>,
+    /// What the destination has to say before all else, on a lane that replaces a lost one.
+    account: Option<Account>,
     state: State,
     events: VecDeque<Event>,
 }
@@ -202,6 +219,21 @@ impl Receiver {
         Receiver::new(Lane::AtSource(LaneRole::Bulk))
     }
 
+    /// The source's end of a demand lane that replaces a lost one: what the destination says first is
+    /// where it stands and what it has.
+    pub fn for_resumed_source(landing: &RegionTable) -> Receiver {
+        let receiver = Receiver::new(Lane::AtSource(LaneRole::Demand));
+        let (regions, account) = (Some(landing.clone()), Some(Account::Standing));
+        Receiver { regions, account, ..receiver }
+    }
+
+    /// The destination's end of a demand lane that replaces a lost one: the regions are agreed on.
+    pub fn for_resumed_destination(landing: &RegionTable) -> Receiver {
+        let receiver = Receiver::new(Lane::AtDestination(LaneRole::Demand));
+        let (offered, regions) = (Some(landing.clone()), Some(landing.clone()));
+        Receiver { offered, regions, ..receiver }
+    }
+
     /// The destination's end of a lane. It needs [`Receiver::set_regions`] before the first page
     /// comes, which is after the destination sent its ready.
     pub fn for_destination(role: LaneRole) -> Receiver {
@@ -211,7 +243,8 @@ impl Receiver {
     fn new(lane: Lane) -> Receiver {
         // At the destination a call makes two events at most (an empty queue, then one frame).
         let events = VecDeque::with_capacity(4);
-        Receiver { lane, offered: None, regions: None, state: State::NEXT_HEADER, events }
+        let state = State::NEXT_HEADER;
+        Receiver { lane, offered: None, regions: None, account: None, state, events }
     }
 
     /// Gives the receiver the landing table, whose numbers travel: required before pages, requests
@@ -364,6 +397,7 @@ impl Receiver {
     /// A header is whole: what comes next?
     fn begin(&mut self, header: Header) -> Result<State, ReceiveError> {
         self.lane.check(header.kind)?;
+        self.check_account(header.kind)?;
         match header.head()? {
             Head::Whole(frame) => {
                 self.whole(frame)?;
@@ -373,7 +407,13 @@ impl Receiver {
                 self.events.push_back(Event::Error(Fault { code, text: String::new() }));
                 Ok(State::NEXT_HEADER)
             }
-            Head::Body(body) => Ok(State::Body { body, bytes: Vec::new() }),
+            Head::Body(body) => {
+                if let (Content::Have(range), Some(account)) = (body.content, &self.account) {
+                    self.check_pages(Kind::Have, range)?;
+                    account.check_range(range, self.regions.as_ref().expect("just checked"))?;
+                }
+                Ok(State::Body { body, bytes: Vec::new() })
+            }
             Head::Data(range) => {
                 let target = self.run_target(range)?;
                 self.events.push_back(Event::RunBegins(range));
@@ -439,12 +479,36 @@ impl Receiver {
             Frame::Switchover { stopped_us } => Event::Switchover { stopped_us },
             Frame::Running { us_since_switchover } => Event::Running { us_since_switchover },
             Frame::Complete(totals) => Event::Complete(totals),
+            Frame::Resume(standing) => {
+                self.account = Some(Account::Pages { region: RegionId(0), first: 0 });
+                Event::Resume(standing)
+            }
+            Frame::Have { range, words } => {
+                let regions = self.regions.as_ref().expect("a resumed lane has its regions");
+                self.account = Account::heard(range, regions);
+                self.events.push_back(Event::Have { range, words });
+                if self.account.is_some() {
+                    return Ok(());
+                }
+                Event::Accounted
+            }
             Frame::Ping(number) => Event::Ping(number),
             Frame::Pong(number) => Event::Pong(number),
             Frame::Error(fault) => Event::Error(fault),
         };
         self.events.push_back(event);
         Ok(())
+    }
+
+    /// Whether a kind of frame fits what the destination has to say first, if it has to.
+    fn check_account(&self, kind: Kind) -> Result<(), ReceiveError> {
+        match &self.account {
+            Some(account) => account.check(kind),
+            None if matches!(kind, Kind::Resume | Kind::Have) => {
+                Err(ReceiveError::NotResuming { kind })
+            }
+            None => Ok(()),
+        }
     }
 
     fn check_pages(&self, kind: Kind, range: PageRange) -> Result<(), ReceiveError> {
@@ -523,6 +587,7 @@ fn route(kind: Kind) -> (Way, Lanes) {
         Kind::Request | Kind::Ready | Kind::Loaded | Kind::Running => {
             (Way::ToSource, Lanes::Demand)
         }
+        Kind::Resume | Kind::Have => (Way::ToSource, Lanes::Demand),
         Kind::Ack => (Way::ToSource, Lanes::Any),
         Kind::Complete => (Way::Both, Lanes::Demand),
         Kind::Ping | Kind::Pong | Kind::Error => (Way::Both, Lanes::Any),
@@ -563,6 +628,9 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::Running { us_since_switchover: 1 },
         Event::LaneEnd,
         Event::Complete(Totals::default()),
+        Event::Resume(Standing { switched: true, running: Some(1), totals: Totals::default() }),
+        Event::Have { range, words: vec![1] },
+        Event::Accounted,
         Event::Ping(1),
         Event::Pong(1),
         Event::Error(Fault::new(FaultCode::Other, "why")),
@@ -628,6 +696,60 @@ mod tests {
 
     fn drain(receiver: &mut Receiver) -> Vec<Event> {
         std::iter::from_fn(|| receiver.poll_event()).collect()
+    }
+
+    /// What the destination says first on a lane that replaces a lost one.
+    #[test]
+    fn a_resumed_lane_begins_with_an_account_of_every_page() {
+        let standing = Standing { switched: true, running: None, totals: Totals::default() };
+        let resume = encoded(&Frame::Resume(standing));
+        let have = |region, first, pages, words: &[u64]| {
+            encoded(&Frame::Have { range: range(region, first, pages), words: words.to_vec() })
+        };
+        let request = encoded(&Frame::Request(vec![(SMALL, 1)]));
+        let fresh = || Receiver::for_resumed_source(&table());
+        let mut receiver = fresh();
+        let ping = encoded(&Frame::Ping(4));
+        let first = have(SMALL, 0, 960, &[7; 15]);
+        let rest = [have(SMALL, 960, 64, &[0]), have(HUGE, 0, 2, &[3])].concat();
+        let whole = [&resume[..], &ping, &first, &rest, &request].concat();
+        feed(&mut receiver, &whole, 5).unwrap();
+        let events = [
+            Event::Resume(standing),
+            Event::Ping(4),
+            Event::Have { range: range(SMALL, 0, 960), words: vec![7; 15] },
+            Event::Have { range: range(SMALL, 960, 64), words: vec![0] },
+            Event::Have { range: range(HUGE, 0, 2), words: vec![3] },
+            Event::Accounted,
+            Event::Request(vec![(SMALL, 1)]),
+        ];
+        assert_eq!(drain(&mut receiver), events);
+        let again = feed(&mut receiver, &resume, 64);
+        assert_eq!(again, Err(ReceiveError::NotResuming { kind: Kind::Resume }));
+
+        let early = feed(&mut fresh(), &request, 64);
+        assert_eq!(early, Err(ReceiveError::NotResumed { kind: Kind::Request }));
+        let unsaid = feed(&mut fresh(), &first, 64);
+        assert_eq!(unsaid, Err(ReceiveError::NotResumed { kind: Kind::Have }));
+        let gap = [&resume[..], &have(SMALL, 64, 64, &[0])].concat();
+        let order = ReceiveError::HaveOrder { range: range(SMALL, 64, 64) };
+        assert_eq!(feed(&mut fresh(), &gap, 64), Err(order));
+        let mut outside = fresh();
+        let result =
+            feed(&mut outside, &[&resume[..], &have(SMALL, 0, 1088, &[0; 17])].concat(), 9);
+        assert!(matches!(result, Err(ReceiveError::Pages { kind: Kind::Have, .. })), "{result:?}");
+        let normal = feed(&mut source(), &resume, 64);
+        assert_eq!(normal, Err(ReceiveError::NotResuming { kind: Kind::Resume }));
+    }
+
+    #[test]
+    fn a_resumed_lane_at_the_destination_has_its_regions() {
+        let mut receiver = Receiver::for_resumed_destination(&table());
+        let regions = feed(&mut receiver, &encoded(&Frame::Regions(table())), 64);
+        assert_eq!(regions, Err(ReceiveError::RegionsTwice));
+        let mut receiver = Receiver::for_resumed_destination(&table());
+        feed(&mut receiver, &transmit::hole_header(range(SMALL, 3, 2)), 64).unwrap();
+        assert_eq!(drain(&mut receiver), [Event::Hole(range(SMALL, 3, 2))]);
     }
 
     #[test]
@@ -794,6 +916,8 @@ mod tests {
             (Kind::Running, "s"),
             (Kind::LaneEnd, "D"),
             (Kind::Complete, "sd"),
+            (Kind::Resume, "s"),
+            (Kind::Have, "s"),
             (Kind::Ping, "sSdD"),
             (Kind::Pong, "sSdD"),
             (Kind::Error, "sSdD"),

@@ -10,7 +10,11 @@
 //!                                                                         |
 //!              Completed <--Complete-- Serving <--Running-----------------+
 //!
+//! Committed, Serving --Broken--> the same, and then Resume and an account of all pages:
+//!     Committed --Resume (runs)--> Serving
+//!
 //! any but Completed --Lost, Error, what cannot happen--> Failed
+//! any before Committed --Broken--> Failed
 //! any before Committed --Cancel--> Failed
 //! ```
 //!
@@ -23,6 +27,7 @@ use crate::error::PhaseError;
 use crate::frame::Totals;
 use crate::limits::STATE_BYTES_MAX;
 use crate::receive::Event;
+use crate::resume::Standing;
 
 /// Where the source is.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -90,8 +95,13 @@ pub enum Input<'a> {
     /// The destination said this on the demand lane. Events of bulk lanes do not come here: they
     /// are not ordered against the demand lane's.
     Received(&'a Event),
-    /// A lane is gone.
+    /// A lane is gone, and the session cannot go on without it.
     Lost,
+    /// A lane is gone, in a session that recovers ([`Capabilities::RECOVERY`]). From the commit point on
+    /// that changes nothing here: new lanes will come. Before it the guest goes on at once.
+    ///
+    /// [`Capabilities::RECOVERY`]: crate::Capabilities::RECOVERY
+    Broken,
     /// Somebody asked to stop. Too late from the commit point on, and without effect then.
     Cancel,
 }
@@ -156,6 +166,10 @@ impl Phase {
             (Phase::Failed { .. }, _) => Err(None),
             (Phase::Completed(totals), input) => after_completion(totals, input),
             (phase, Input::Lost) => Err(Some(PhaseError::Lost { phase: phase.name() })),
+            (phase, Input::Broken) if phase.may_run() => {
+                Err(Some(PhaseError::Lost { phase: phase.name() }))
+            }
+            (phase, Input::Broken) => Ok(phase),
             (phase, Input::Cancel) if phase.may_run() => {
                 Err(Some(PhaseError::Cancelled { phase: phase.name() }))
             }
@@ -194,6 +208,17 @@ impl Phase {
             (Phase::Loading { state_bytes }, Event::Loaded) => Ok(Phase::Loaded { state_bytes }),
             (Phase::Committed, Event::Running { .. }) => Ok(Phase::Serving),
             (Phase::Serving, Event::Complete(totals)) => Ok(Phase::Completed(*totals)),
+            (Phase::Committed, Event::Resume(Standing { running: None, .. })) => {
+                Ok(Phase::Committed)
+            }
+            (
+                Phase::Committed | Phase::Serving,
+                Event::Resume(Standing { running: Some(_), .. }),
+            ) => Ok(Phase::Serving),
+            (
+                phase @ (Phase::Committed | Phase::Serving),
+                Event::Have { .. } | Event::Accounted,
+            ) => Ok(phase),
             _ => Err(None),
         }
     }
@@ -217,7 +242,9 @@ impl Phase {
 /// part of it.
 fn after_completion(totals: Totals, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
     match input {
-        Input::Lost | Input::Cancel | Input::PagesAllSent => Ok(Phase::Completed(totals)),
+        Input::Lost | Input::Broken | Input::Cancel | Input::PagesAllSent => {
+            Ok(Phase::Completed(totals))
+        }
         Input::Received(Event::Ack(_) | Event::Ping(_) | Event::Pong(_) | Event::Error(_)) => {
             Ok(Phase::Completed(totals))
         }
@@ -237,6 +264,7 @@ impl Input<'_> {
             Input::PagesAllSent => "the last page",
             Input::Received(event) => event.name(),
             Input::Lost => "a lost lane",
+            Input::Broken => "a broken lane",
             Input::Cancel => "cancelling",
         }
     }
@@ -268,11 +296,37 @@ mod tests {
                 Phase::Loaded { state_bytes: 5 },
                 &["sending switchover", "the last page", "request", "ack"],
             ),
-            (Phase::Committed, &["the last page", "cancelling", "request", "ack", "running"]),
-            (Phase::Serving, &["the last page", "cancelling", "request", "ack", "complete"]),
+            (
+                Phase::Committed,
+                &[
+                    "the last page",
+                    "cancelling",
+                    "a broken lane",
+                    "request",
+                    "ack",
+                    "running",
+                    "resume",
+                    "have",
+                    "the end of an account",
+                ],
+            ),
+            (
+                Phase::Serving,
+                &[
+                    "the last page",
+                    "cancelling",
+                    "a broken lane",
+                    "request",
+                    "ack",
+                    "complete",
+                    "resume",
+                    "have",
+                    "the end of an account",
+                ],
+            ),
             (
                 Phase::Completed(totals),
-                &["the last page", "a lost lane", "cancelling", "ack", "error"],
+                &["the last page", "a lost lane", "a broken lane", "cancelling", "ack", "error"],
             ),
             (Phase::Failed { may_run: true }, &[]),
         ]
@@ -287,6 +341,7 @@ mod tests {
             Input::SentSwitchover,
             Input::PagesAllSent,
             Input::Lost,
+            Input::Broken,
             Input::Cancel,
         ];
         inputs.extend(events.iter().map(Input::Received));
@@ -335,6 +390,21 @@ mod tests {
         let sending = phases().map(|(phase, _)| phase.may_send_pages());
         let expected = [false, false, false, true, true, true, true, true, true, false, false];
         assert_eq!(sending, expected);
+    }
+
+    #[test]
+    fn an_account_says_what_the_source_could_not_know() {
+        let resume = |switched, running| {
+            Event::Resume(Standing { switched, running, totals: Totals::default() })
+        };
+        let next = |phase: Phase, event: &Event| phase.step(Input::Received(event));
+        assert_eq!(next(Phase::Committed, &resume(false, None)), Ok(Phase::Committed));
+        assert_eq!(next(Phase::Committed, &resume(true, None)), Ok(Phase::Committed));
+        assert_eq!(next(Phase::Committed, &resume(true, Some(1))), Ok(Phase::Serving));
+        assert_eq!(next(Phase::Serving, &resume(true, Some(1))), Ok(Phase::Serving));
+        // It said before that it runs.
+        let (phase, _) = next(Phase::Serving, &resume(true, None)).unwrap_err();
+        assert_eq!(phase, Phase::Failed { may_run: false });
     }
 
     #[test]

@@ -5,10 +5,11 @@
 use crate::fault::{Fault, push_text};
 use crate::frame::{
     Frame, HEADER_BYTES, Header, Kind, REQUEST_ENTRY_BYTES, Totals, UNIT_BYTES, request_entry,
-    stopped_flags,
+    standing_flags, stopped_flags,
 };
 use crate::limits::*;
 use crate::region::{PageRange, PageSize, RegionId, RegionTable};
+use crate::resume::{self, HAVE_WORD_PAGES, Standing};
 
 /// Appends a frame. After [`Frame::Data`] the caller sends the pages, after [`Frame::DeviceState`]
 /// the state; all other frames are whole.
@@ -36,6 +37,8 @@ pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         Frame::Regions(table) => return regions(out, table),
         Frame::Ready(units) => return ready(out, units),
         Frame::Complete(totals) => return complete(out, totals),
+        Frame::Resume(standing) => return resume(out, standing),
+        Frame::Have { range, words } => return have(out, *range, words.iter().copied()),
         Frame::Error(fault) => return error(out, fault),
     };
     out.extend_from_slice(&header.encode());
@@ -95,6 +98,34 @@ fn complete(out: &mut Vec<u8>, totals: &Totals) {
     let body = totals.encode();
     out.extend_from_slice(&Header::with_body(Kind::Complete, body.len()).encode());
     out.extend_from_slice(&body);
+}
+
+fn resume(out: &mut Vec<u8>, standing: &Standing) {
+    let body = standing.totals.encode();
+    let header = Header {
+        flags: standing_flags(standing),
+        first: standing.running.unwrap_or(0),
+        ..Header::with_body(Kind::Resume, body.len())
+    };
+    out.extend_from_slice(&header.encode());
+    out.extend_from_slice(&body);
+}
+
+/// Appends which of the pages of `range`, 1 to [`HAVE_PAGES_MAX`] from a multiple of 64 on, are there:
+/// a bit each, the words as [`Frame::Have`] has them.
+pub fn have(out: &mut Vec<u8>, range: PageRange, words: impl ExactSizeIterator<Item = u64>) {
+    assert!((1..=HAVE_PAGES_MAX).contains(&range.pages), "a have frame of {range}");
+    assert!(range.first.is_multiple_of(HAVE_WORD_PAGES), "a have frame of {range}");
+    assert_eq!(words.len() as u64, resume::words(range.pages), "a word for each 64 pages");
+    let PageRange { region, first, pages } = range;
+    let header = Header {
+        region: region.0,
+        first,
+        pages,
+        ..Header::with_body(Kind::Have, resume::body_bytes(pages) as usize)
+    };
+    out.extend_from_slice(&header.encode());
+    words.for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
 }
 
 fn error(out: &mut Vec<u8>, fault: &Fault) {

@@ -72,6 +72,14 @@ fn frames() -> impl Strategy<Value = Frame> {
         number.prop_map(|us| Frame::Running { us_since_switchover: us }),
         Just(Frame::LaneEnd),
         totals().prop_map(Frame::Complete),
+        (any::<bool>(), any::<Option<u64>>(), totals()).prop_map(|(switched, running, totals)| {
+            let running = running.filter(|_| switched);
+            Frame::Resume(Standing { switched, running, totals })
+        }),
+        any::<[u64; 4]>().prop_map(|words| {
+            let range = PageRange { region: RegionId(0), first: 0, pages: 256 };
+            Frame::Have { range, words: words.into() }
+        }),
         number.prop_map(Frame::Ping),
         number.prop_map(Frame::Pong),
         faults().prop_map(Frame::Error),
@@ -120,7 +128,12 @@ proptest! {
                     prop_assert!(receiver.is_between_frames());
                     accepted += 1;
                 }
-                Err(ReceiveError::WrongDirection { .. } | ReceiveError::WrongLane { .. }) => {}
+                Err(
+                    ReceiveError::WrongDirection { .. }
+                    | ReceiveError::WrongLane { .. }
+                    | ReceiveError::NotResuming { .. }
+                    | ReceiveError::NotResumed { .. },
+                ) => {}
                 Err(error) => prop_assert!(false, "{}", error),
             }
         }
@@ -130,7 +143,7 @@ proptest! {
     #[test]
     fn hellos_arrive_as_they_were_sent(
         (min, max) in (1u16.., 1u16..),
-        (capabilities, session, proof) in any::<(u64, [u8; 16], [u8; 32])>(),
+        (capabilities, session, proof, epoch) in any::<(u64, [u8; 16], [u8; 32], u32)>(),
         (index, bulk_lanes) in (0..=limits::LANES_MAX, 0..=limits::LANES_MAX),
     ) {
         let hello = Hello {
@@ -140,6 +153,7 @@ proptest! {
             role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
             index,
             bulk_lanes: bulk_lanes.max(index),
+            epoch,
             proof,
         };
         prop_assert_eq!(Hello::decode(&hello.encode()), Ok(hello.clone()));

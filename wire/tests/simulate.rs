@@ -5,6 +5,9 @@
 //! Pages are virtual: on a pipe stands *which* bytes of which page come next, never the bytes, so
 //! gigabytes cost nothing, and a byte that would land in the wrong place is caught at once.
 //!
+//! In a session that recovers lanes are cut again and again, also while they are being opened and while
+//! the destination says what it has, and opened anew: everything arrives all the same, each page once.
+//!
 //! Checked at every step: never may both guests run. At the end of a whole run: every page arrived
 //! exactly once, as what the source has. At the end of a broken one: both ends know a typed error
 //! or had finished, and the source may run exactly if it had not committed.
@@ -70,6 +73,61 @@ fn broken_migrations() {
     println!("{resumed} resumed at the source, {lost} not, {completed} completed");
     let one_seed = std::env::var_os("UMEM_SEED").is_some();
     assert!(one_seed || (resumed > 0 && lost > 0 && completed > 0));
+}
+
+#[test]
+fn recovered_migrations() {
+    let (mut whole, mut resumed, mut reconnected) = (0, 0, 0);
+    for seed in seeds(400) {
+        let mut world = World::new(Random(seed));
+        world.recover();
+        // From very often to rarely.
+        let interval = [30, 300, 3000][world.random.index(3)];
+        let mut cuts_left = world.random.below(40);
+        for step in 0.. {
+            assert!(
+                step < STEPS_MAX,
+                "stuck: {:?} {:?}",
+                world.source.phase,
+                world.destination.phase
+            );
+            if world.is_over_or_kept() {
+                break;
+            }
+            assert!(
+                !world.source.committed || world.source.failure.is_none(),
+                "{:?}",
+                world.source.failure
+            );
+            assert!(
+                world.destination.failure.is_none() || !world.source.committed,
+                "{:?}",
+                world.destination.failure
+            );
+            // Cuts before the commit point end the migration, of which there is another test.
+            let may_cut = world.source.committed || world.random.chance(1);
+            if may_cut && cuts_left > 0 && world.random.below(interval) == 0 {
+                cuts_left -= 1;
+                world.cut_some();
+            }
+            world.step();
+            world.reconnect();
+        }
+        reconnected += world.source.epoch;
+        if world.source.committed {
+            whole += 1;
+            assert_eq!(world.source.failure, None);
+            assert!(matches!(world.source.phase, source::Phase::Completed(_)));
+            assert!(matches!(world.destination.phase, destination::Phase::Completed(_)));
+            world.assert_pages();
+        } else {
+            resumed += 1;
+            assert!(world.source.phase.may_run() && !world.destination.phase.may_run());
+        }
+    }
+    println!("{whole} went on over {reconnected} attempts, {resumed} resumed at the source");
+    let one_seed = std::env::var_os("UMEM_SEED").is_some();
+    assert!(one_seed || (whole > 0 && resumed > 0 && reconnected > 500));
 }
 
 /// What a page is at the source.
@@ -146,6 +204,58 @@ impl World {
             self.source.phase,
             self.destination.phase
         );
+    }
+
+    /// Both ends go on over new lanes when these are lost, from the commit point on.
+    fn recover(&mut self) {
+        self.source.recovers = true;
+        self.destination.recovers = true;
+        for hello in &mut self.source.hellos {
+            hello.capabilities = Capabilities::RECOVERY;
+        }
+    }
+
+    /// Cuts one lane, or all.
+    fn cut_some(&mut self) {
+        let lane = self.random.index(self.lanes.len());
+        let all = self.random.chance(30);
+        let lanes = self.lanes.iter_mut().enumerate();
+        let cut = lanes.filter(|(index, _)| all || *index == lane);
+        cut.for_each(|(_, lane)| lane.cut(&mut self.random));
+    }
+
+    /// What an end has given up is no more for the other either, though it may read what is on its
+    /// way; and when the source has given up it opens lanes again, sooner or later.
+    fn reconnect(&mut self) {
+        if self.source.is_down || self.destination.is_down {
+            self.lanes.iter_mut().for_each(LanePipes::close);
+        }
+        let source_is_gone = matches!(self.source.phase, source::Phase::Completed(_));
+        if source_is_gone && self.destination.is_down {
+            // It waits a while for somebody who does not come, and leaves.
+            return self.destination.input(destination::Input::Lost);
+        }
+        if !self.source.is_down || !self.random.chance(5) {
+            return;
+        }
+        // A hello of a later epoch ends what is older.
+        self.destination.go_down();
+        self.lanes.iter_mut().for_each(|lane| *lane = LanePipes::default());
+        self.source.is_down = false;
+        self.source.epoch += 1;
+        for hello in &mut self.source.hellos {
+            hello.epoch = self.source.epoch;
+        }
+        self.destination.is_down = false;
+        self.destination.lanes = self.lanes.iter().map(|_| LaneEnd::Opening(Vec::new())).collect();
+    }
+
+    /// Both have ended; or the guest goes on at the source, and the destination cannot know it.
+    fn is_over_or_kept(&self) -> bool {
+        let is_kept = matches!(self.destination.phase, destination::Phase::Loaded { .. })
+            && self.destination.is_down
+            && matches!(self.source.phase, source::Phase::Failed { may_run: true });
+        self.is_over() || is_kept
     }
 
     /// Cuts a lane, loses an end, or has an end cancelled.
@@ -340,6 +450,13 @@ struct Source {
     state_bytes: u64,
     ended_lanes: bool,
     totals: Totals,
+    recovers: bool,
+    /// The lanes are lost, and there are no others yet.
+    is_down: bool,
+    epoch: u32,
+    /// What the destination says first on new lanes; nothing goes on before all of it.
+    standing: Option<Standing>,
+    is_accounted: bool,
 }
 
 impl Source {
@@ -351,6 +468,7 @@ impl Source {
             role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
             index,
             bulk_lanes,
+            epoch: 0,
             proof: [9; 32],
         };
         let postcopy = random.chance(80);
@@ -368,6 +486,11 @@ impl Source {
             state_bytes: random.below(300_000),
             ended_lanes: false,
             totals: Totals::default(),
+            recovers: false,
+            is_down: false,
+            epoch: 0,
+            standing: None,
+            is_accounted: true,
         }
     }
 
@@ -410,11 +533,52 @@ impl Source {
 
     /// The lanes are no more: remembers why, and tells the phase.
     fn lost(&mut self, failure: Failure) {
+        if let (true, true, Failure::Receive(ReceiveError::Truncated { .. })) =
+            (self.recovers, self.committed, &failure)
+        {
+            return self.go_down();
+        }
         self.failure.get_or_insert(failure);
         self.input(source::Input::Lost);
     }
 
+    fn go_down(&mut self) {
+        self.input(source::Input::Broken);
+        self.is_down = !self.is_over();
+        self.lanes.clear();
+        self.ended_lanes = false;
+        self.is_accounted = false;
+    }
+
+    /// The destination has said what it has.
+    fn account(&mut self, event: &Event, pipes: &mut [LanePipes]) {
+        match event {
+            Event::Resume(standing) => self.standing = Some(*standing),
+            Event::Have { range, words } => {
+                for page in range.first..range.first + range.pages {
+                    let bit = page - range.first;
+                    let has = words[(bit / 64) as usize] >> (bit % 64) & 1 == 1;
+                    let claimed = &mut self.claimed[usize::from(range.region.0)][page as usize];
+                    assert!(*claimed || !has, "page {page} is there and was not sent");
+                    *claimed = has;
+                }
+            }
+            Event::Accounted => {
+                self.is_accounted = true;
+                let standing = self.standing.take().expect("it comes first");
+                self.totals = standing.totals;
+                if !standing.switched {
+                    self.say(pipes, &Frame::Switchover { stopped_us: 2000 });
+                }
+            }
+            _ => {}
+        }
+    }
+
     fn act(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        if self.is_down {
+            return;
+        }
         match self.phase {
             source::Phase::Failed { .. } => return pipes.iter_mut().for_each(LanePipes::close),
             source::Phase::Completed(_) => return self.say_goodbye(pipes),
@@ -425,7 +589,8 @@ impl Source {
             pipes[index].to_destination.send(&self.hellos[index].encode());
             return self.lanes.push(LaneEnd::Opening(Vec::new()));
         }
-        if !self.lanes.iter().all(|lane| matches!(lane, LaneEnd::Open(_))) {
+        let is_open = self.lanes.iter().all(|lane| matches!(lane, LaneEnd::Open(_)));
+        if !is_open || !self.is_accounted {
             return;
         }
         if random.chance(2) {
@@ -540,7 +705,7 @@ impl Source {
 
     /// Reads ahead as it likes: nothing but control bytes ever comes.
     fn read(&mut self, lane: usize, pipes: &mut [LanePipes], random: &mut Random) {
-        let over = matches!(self.phase, source::Phase::Failed { .. });
+        let over = matches!(self.phase, source::Phase::Failed { .. }) || self.is_down;
         if over || lane >= self.lanes.len() || matches!(self.lanes[lane], LaneEnd::Closed) {
             return;
         }
@@ -574,6 +739,9 @@ impl Source {
 
     fn read_end(&mut self, lane: usize) {
         let end = std::mem::replace(&mut self.lanes[lane], LaneEnd::Closed);
+        if self.recovers && self.committed {
+            return self.go_down();
+        }
         if let LaneEnd::Open(mut receiver) = end
             && let Err(error) = receiver.closed()
         {
@@ -588,9 +756,13 @@ impl Source {
             return self.lost(Failure::Hello(error));
         }
         self.lanes[lane] = LaneEnd::Open(match lane {
+            0 if self.epoch > 0 => Receiver::for_resumed_source(&self.regions),
             0 => Receiver::for_source(&self.regions),
             _ => Receiver::for_source_bulk(),
         });
+        if let (1.., LaneEnd::Open(receiver)) = (self.epoch, &mut self.lanes[lane]) {
+            receiver.set_regions(&self.regions);
+        }
     }
 
     fn handle(&mut self, lane: usize, event: &Event, pipes: &mut [LanePipes], random: &mut Random) {
@@ -600,6 +772,7 @@ impl Source {
         if let source::Phase::Failed { .. } = self.phase {
             return;
         }
+        self.account(event, pipes);
         if let Event::Ready(landing) = event {
             self.land(landing, random);
         }
@@ -625,6 +798,10 @@ struct Destination {
     pages: Vec<Vec<Page>>,
     lanes: Vec<LaneEnd>,
     totals: Totals,
+    recovers: bool,
+    /// The lanes are lost, and there are no others yet.
+    is_down: bool,
+    epoch: u32,
 }
 
 impl Destination {
@@ -638,6 +815,9 @@ impl Destination {
             regions,
             lanes: (0..=bulk_lanes).map(|_| LaneEnd::Opening(Vec::new())).collect(),
             totals: Totals::default(),
+            recovers: false,
+            is_down: false,
+            epoch: 0,
         }
     }
 
@@ -661,11 +841,55 @@ impl Destination {
     }
 
     fn lost(&mut self, failure: Failure) {
+        let is_cut = matches!(failure, Failure::Receive(ReceiveError::Truncated { .. }));
+        if is_cut && self.recovers && self.phase.outlives_its_lanes() {
+            return self.go_down();
+        }
         self.failure.get_or_insert(failure);
         self.input(destination::Input::Lost);
     }
 
+    /// Gives up its lanes: what was landing has not come.
+    fn go_down(&mut self) {
+        if self.is_down {
+            return;
+        }
+        self.input(destination::Input::Broken);
+        self.is_down = !self.is_over();
+        for page in self.pages.iter_mut().flatten() {
+            if *page == Page::Landing {
+                *page = Page::Missing;
+            }
+        }
+    }
+
+    /// What it says first on a demand lane that replaces a lost one.
+    fn account(&self, out: &mut Vec<u8>) {
+        let landing = self.landing.as_ref().expect("the regions were agreed on");
+        let runs = matches!(
+            self.phase,
+            destination::Phase::Running { .. } | destination::Phase::Completing
+        );
+        let switched = runs || matches!(self.phase, destination::Phase::Switched { .. });
+        let running = runs.then_some(9);
+        transmit::encode(&Frame::Resume(Standing { switched, running, totals: self.totals }), out);
+        for range in resume::have_ranges(landing) {
+            let pages = &self.pages[usize::from(self.id(range.region).0)];
+            let words = (0..range.pages.div_ceil(64) as u32).map(|word| {
+                let first = range.first + u64::from(word) * 64;
+                let end = (first + 64).min(range.first + range.pages);
+                let has = |page: &u64| matches!(pages[*page as usize], Page::Cached(_));
+                (first..end).filter(has).map(|page| 1 << (page - first)).sum()
+            });
+            transmit::have(out, range, words.collect::<Vec<u64>>().into_iter());
+        }
+        if self.phase == destination::Phase::Completing {
+            transmit::encode(&Frame::Complete(self.totals), out);
+        }
+    }
+
     fn act(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        // The guest comes to run, with lanes or without; what is said without is said later.
         match self.phase {
             destination::Phase::Failed { .. } => {
                 return pipes.iter_mut().for_each(LanePipes::close);
@@ -681,16 +905,24 @@ impl Destination {
             }
             destination::Phase::Switched { .. } => {
                 self.input(destination::Input::GuestRunning);
-                send(&mut pipes[0].to_source, &Frame::Running { us_since_switchover: 9 });
+                self.say(pipes, &Frame::Running { us_since_switchover: 9 });
             }
             destination::Phase::Running { .. } if self.is_whole() => {
                 self.input(destination::Input::AllCached);
-                send(&mut pipes[0].to_source, &Frame::Complete(self.totals));
+                self.say(pipes, &Frame::Complete(self.totals));
             }
             _ => {}
         }
-        if self.phase.may_request_pages() && random.chance(20) {
+        let can_ask = matches!(self.lanes[0], LaneEnd::Open(_));
+        if can_ask && self.phase.may_request_pages() && random.chance(20) {
             self.request(&mut pipes[0].to_source, random);
+        }
+    }
+
+    /// What cannot be said, as there is no open lane, is in the account that comes first on the next.
+    fn say(&self, pipes: &mut [LanePipes], frame: &Frame) {
+        if let LaneEnd::Open(_) = self.lanes[0] {
+            send(&mut pipes[0].to_source, frame);
         }
     }
 
@@ -718,7 +950,7 @@ impl Destination {
 
     /// Reads once, no further than the lane's target.
     fn read(&mut self, lane: usize, pipes: &mut [LanePipes], random: &mut Random) {
-        let over = matches!(self.phase, destination::Phase::Failed { .. });
+        let over = matches!(self.phase, destination::Phase::Failed { .. }) || self.is_down;
         if over || matches!(self.lanes[lane], LaneEnd::Closed) {
             return;
         }
@@ -761,15 +993,33 @@ impl Destination {
                 Err(error) => return self.lost(Failure::Receive(error)),
             }
         }
+        if self.recovers && self.phase.outlives_its_lanes() {
+            return self.go_down();
+        }
         self.input(destination::Input::Lost);
     }
 
     fn hello(&mut self, lane: usize, bytes: &[u8; HELLO_BYTES], answers: &mut Pipe) {
         let hello = Hello::decode(bytes).unwrap();
         assert_eq!(usize::from(hello.index), lane);
-        let welcome = Welcome::answer(&hello, PROTOCOL, Capabilities::NONE, hello.proof).unwrap();
+        let ours = if self.recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
+        let welcome = Welcome::answer(&hello, PROTOCOL, ours, hello.proof).unwrap();
         answers.send(&welcome.encode());
         self.lanes[lane] = LaneEnd::Open(Receiver::for_destination(hello.role));
+        if hello.epoch == 0 {
+            return;
+        }
+        let landing = self.landing.as_ref().expect("the regions were agreed on");
+        if lane > 0 {
+            let LaneEnd::Open(receiver) = &mut self.lanes[lane] else { unreachable!() };
+            return receiver.set_regions(landing);
+        }
+        assert!(hello.epoch > self.epoch, "an old lane came in");
+        self.epoch = hello.epoch;
+        let mut account = Vec::new();
+        self.account(&mut account);
+        answers.send(&account);
+        self.lanes[0] = LaneEnd::Open(Receiver::for_resumed_destination(landing));
     }
 
     fn handle(&mut self, lane: usize, event: &Event, answers: &mut Pipe, random: &mut Random) {

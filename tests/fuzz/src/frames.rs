@@ -1,7 +1,7 @@
 //! Valid frames in any order: each means at the other end what was said.
 
 use arbitrary::{Arbitrary, Unstructured};
-use umem_wire::{Event, Frame, LaneRole, Receiver, Target, transmit};
+use umem_wire::{Event, Frame, LaneRole, Receiver, Standing, Target, Totals, transmit};
 
 use crate::words::{Word, table};
 
@@ -20,13 +20,26 @@ pub(crate) fn run(input: &[u8]) {
 type End = (bool, fn() -> Receiver);
 
 /// Every end of every lane; true for those at the destination.
-fn receivers() -> [End; 4] {
+fn receivers() -> [End; 6] {
     [
         (true, || Receiver::for_destination(LaneRole::Demand)),
         (true, || Receiver::for_destination(LaneRole::Bulk)),
         (false, || Receiver::for_source(&table())),
         (false, Receiver::for_source_bulk),
+        (false, || Receiver::for_resumed_source(&table())),
+        (false, resumed),
     ]
+}
+
+/// The source's end of a demand lane that replaces a lost one, after the first frame.
+fn resumed() -> Receiver {
+    let standing = Standing { switched: true, running: None, totals: Totals::default() };
+    let mut bytes = Vec::new();
+    transmit::encode(&Frame::Resume(standing), &mut bytes);
+    let mut receiver = Receiver::for_resumed_source(&table());
+    receiver.control(&bytes).expect("a resume frame");
+    assert_eq!(receiver.poll_event(), Some(Event::Resume(standing)));
+    receiver
 }
 
 /// Whether a receiver takes the frame; then it must mean what was said. One that does not must say so.

@@ -112,9 +112,11 @@ impl Pair {
                 _ => unreachable!("load is sent while saving"),
             },
             AtSource::SentSwitchover => Event::Switchover { stopped_us: 1 },
-            AtSource::PagesAllSent | AtSource::Received(_) | AtSource::Lost | AtSource::Cancel => {
-                return;
-            }
+            AtSource::PagesAllSent
+            | AtSource::Received(_)
+            | AtSource::Lost
+            | AtSource::Cancel
+            | AtSource::Broken => return,
         };
         self.send_to_destination(event);
     }
@@ -129,7 +131,10 @@ impl Pair {
             AtDestination::StateLoaded => Event::Loaded,
             AtDestination::GuestRunning => Event::Running { us_since_switchover: 1 },
             AtDestination::AllCached => Event::Complete(Totals::default()),
-            AtDestination::Received(_) | AtDestination::Lost | AtDestination::Cancel => return,
+            AtDestination::Received(_)
+            | AtDestination::Lost
+            | AtDestination::Cancel
+            | AtDestination::Broken => return,
         };
         if !self.is_broken {
             self.to_source.push_back(event);

@@ -18,6 +18,7 @@ pub(crate) enum AtSource {
     Received(Word),
     Lost,
     Cancel,
+    Broken,
 }
 
 /// What may happen to a destination.
@@ -30,6 +31,7 @@ pub(crate) enum AtDestination {
     AllCached,
     Lost,
     Cancel,
+    Broken,
 }
 
 /// Byte 0 says which side.
@@ -70,6 +72,7 @@ impl AtSource {
             AtSource::Received(_) => source::Input::Received(event.expect("what was received")),
             AtSource::Lost => source::Input::Lost,
             AtSource::Cancel => source::Input::Cancel,
+            AtSource::Broken => source::Input::Broken,
         }
     }
 }
@@ -91,6 +94,7 @@ impl AtDestination {
             AtDestination::AllCached => destination::Input::AllCached,
             AtDestination::Lost => destination::Input::Lost,
             AtDestination::Cancel => destination::Input::Cancel,
+            AtDestination::Broken => destination::Input::Broken,
         }
     }
 }
@@ -124,6 +128,10 @@ pub(crate) fn step_source(before: source::Phase, input: source::Input<'_>) -> so
         && !matches!(before, Phase::Failed { .. })
     {
         assert_eq!(after, before, "it is too late to cancel");
+    }
+    if matches!(input, Input::Broken) {
+        assert!(failed != (!before.may_run() && !matches!(before, Phase::Failed { .. })));
+        assert!(failed || after == before, "lanes that break change nothing then");
     }
     if let Phase::Saving { state_bytes } | Phase::Loading { state_bytes } = after {
         assert!(state_bytes <= STATE_BYTES_MAX);
@@ -161,6 +169,10 @@ pub(crate) fn step_destination(
     if matches!(input, Input::Cancel) && before.may_run() && !matches!(before, Phase::Failed { .. })
     {
         assert_eq!(after, before, "it is too late to cancel");
+    }
+    if matches!(input, Input::Broken) {
+        assert!(failed || after == before, "lanes that break change nothing then");
+        assert_eq!(failed, !before.outlives_its_lanes() && !matches!(before, Phase::Completed(_)));
     }
     if let Phase::Receiving { state_bytes, .. } | Phase::Loading { state_bytes, .. } = after {
         assert!(state_bytes <= STATE_BYTES_MAX);

@@ -3,7 +3,8 @@
 use arbitrary::Arbitrary;
 use umem_wire::limits::{REQUEST_ENTRIES_MAX, STATE_CHUNK_BYTES_MAX};
 use umem_wire::{
-    Event, Fault, FaultCode, Frame, PageRange, PageSize, Region, RegionId, RegionTable, Totals,
+    Event, Fault, FaultCode, Frame, PageRange, PageSize, Region, RegionId, RegionTable, Standing,
+    Totals,
 };
 
 /// A page or several: brought into [`table`] by [`Pages::range`].
@@ -35,6 +36,8 @@ pub(crate) enum Word {
     Ping(u64),
     Pong(u64),
     Error { code: u16, text: String },
+    Resume { switched: bool, running: Option<u64>, totals: [u64; 5] },
+    Have([u64; 5]),
 }
 
 /// 300 pages of 4 KiB, 3 of 2 MiB, 2 of 1 GiB.
@@ -95,6 +98,16 @@ impl Word {
             Word::Ping(number) => Frame::Ping(number),
             Word::Pong(number) => Frame::Pong(number),
             Word::Error { code, text } => Frame::Error(fault(code, &text)),
+            Word::Resume { switched, running, totals } => {
+                let running = running.filter(|_| switched);
+                Frame::Resume(Standing { switched, running, totals: totals_of(totals) })
+            }
+            Word::Have(mut words) => {
+                // 300 pages are four words and 44 bits.
+                words[4] &= (1 << 44) - 1;
+                let range = PageRange { region: RegionId(0), first: 0, pages: 300 };
+                Frame::Have { range, words: words.into() }
+            }
         }
     }
 
@@ -119,6 +132,8 @@ impl Word {
             Frame::Ping(number) => Event::Ping(number),
             Frame::Pong(number) => Event::Pong(number),
             Frame::Error(fault) => Event::Error(fault),
+            Frame::Resume(standing) => Event::Resume(standing),
+            Frame::Have { range, words } => Event::Have { range, words },
         }
     }
 

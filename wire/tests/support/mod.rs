@@ -83,6 +83,11 @@ pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
         Frame::Running { us_since_switchover: 2000 },
         Frame::LaneEnd,
         Frame::Complete(totals),
+        Frame::Resume(Standing { switched: true, running: Some(77), totals }),
+        Frame::Have {
+            range: PageRange { region: RegionId(0), first: 0, pages: 300 },
+            words: vec![u64::MAX, 0, 0x5a5a, 1, 0xfff],
+        },
         Frame::Ping(4),
         Frame::Pong(5),
         Frame::Error(Fault::new(FaultCode::HostFailed, "the guest is gone")),
@@ -99,13 +104,22 @@ pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
 }
 
 /// A receiver for each end of each kind of lane; all know [`table`] as the landing table, and on the
-/// demand lanes it may still come, or be answered.
-pub(crate) fn receivers() -> [Receiver; 4] {
+/// demand lanes it may still come, or be answered. The last two are of demand lanes that replace lost
+/// ones, before and after the destination has said where it stands.
+pub(crate) fn receivers() -> [Receiver; 6] {
+    let standing = Standing { switched: true, running: None, totals: Totals::default() };
+    let mut resume = Vec::new();
+    transmit::encode(&Frame::Resume(standing), &mut resume);
+    let mut resumed = Receiver::for_resumed_source(&table());
+    resumed.control(&resume).expect("a resume frame");
+    assert_eq!(resumed.poll_event(), Some(Event::Resume(standing)));
     let mut receivers = [
         Receiver::for_destination(LaneRole::Demand),
         Receiver::for_destination(LaneRole::Bulk),
         Receiver::for_source(&table()),
         Receiver::for_source_bulk(),
+        Receiver::for_resumed_source(&table()),
+        resumed,
     ];
     for receiver in &mut receivers {
         receiver.set_regions(&table());
@@ -116,7 +130,7 @@ pub(crate) fn receivers() -> [Receiver; 4] {
 /// The frame that gives an event; nothing for the start of a run.
 pub(crate) fn frame(event: &Event) -> Option<Frame> {
     Some(match event.clone() {
-        Event::RunBegins(_) => return None,
+        Event::RunBegins(_) | Event::Accounted => return None,
         Event::Data(range) => Frame::Data(range),
         Event::Zero(range) => Frame::Zero(range),
         Event::Hole(range) => Frame::Hole(range),
@@ -132,6 +146,8 @@ pub(crate) fn frame(event: &Event) -> Option<Frame> {
         Event::Running { us_since_switchover } => Frame::Running { us_since_switchover },
         Event::LaneEnd => Frame::LaneEnd,
         Event::Complete(totals) => Frame::Complete(totals),
+        Event::Resume(standing) => Frame::Resume(standing),
+        Event::Have { range, words } => Frame::Have { range, words },
         Event::Ping(number) => Frame::Ping(number),
         Event::Pong(number) => Frame::Pong(number),
         Event::Error(fault) => Frame::Error(fault),

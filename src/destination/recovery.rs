@@ -1,0 +1,348 @@
+//! What the destination does when lanes are lost, in a session that recovers.
+//!
+//! ```text
+//! Up --a bulk lane is lost--> Doubtful --nothing on the demand lane in time--> Down
+//!  |                             |--the source gives up--> the migration has failed
+//!  +--the demand lane is lost----+------------------------------------------->  |
+//!  +--the source opens new lanes, pause------------------------------------->   |
+//!  ^                                                                            |
+//!  +---- all lanes of one attempt are here, and nothing of the old ones is -----+
+//! ```
+//!
+//! Any lane's loss takes all of them down: one way to break, one way to go on. The order is what makes it
+//! safe. Connections are severed; bulk threads end, each when no operation of its lane is left; the
+//! demand thread lets go of its lane in the same way and says so. Only then can no byte reach a page any
+//! more, and what was landing becomes Missing again ([`GuestMemory::roll_back`]). Only then does another
+//! lane get to work, and the first thing said on it is which pages have come.
+//!
+//! The guest notices nothing but waits: the threads that serve its faults go on.
+//!
+//! [`GuestMemory::roll_back`]: super::guest::GuestMemory::roll_back
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use umem_wire::destination::{Input, Phase};
+use umem_wire::{Frame, Hello, LaneRole, Standing, transmit};
+
+use super::accept::{Door, Lanes};
+use super::demand::{Command, Resume};
+use super::{Migration, Note, millis};
+use crate::error::{Error, Result};
+use crate::lane::{CAUSE_PATIENCE, Listener, Severable, lane_name};
+use crate::secure::{Guard, Interest};
+use crate::uri::Uri;
+
+/// How long a destination that has everything waits for a source that has not heard of it. The guest
+/// does not need either of them any more.
+const GOODBYE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The lanes of the session, or their absence.
+pub(super) struct Link {
+    recovers: bool,
+    /// The demand lane's, of the last attempt that has come to something.
+    hello: Hello,
+    /// What those who come have to show.
+    guard: Arc<Guard>,
+    /// None where there is one connection, which cannot be opened again.
+    door: Option<Door>,
+    sockets: Severable,
+    state: State,
+    /// New lanes, which wait until nothing is left of the old ones.
+    arrived: Option<Lanes>,
+    /// By hand: no lanes are taken.
+    is_paused: bool,
+    was_interrupted: bool,
+    pub(super) recoveries: u32,
+    pub(super) disconnected: Duration,
+}
+
+enum State {
+    Up,
+    /// A bulk lane is lost. A source that gives up says why on the demand lane, which is not ordered
+    /// against it.
+    Doubtful {
+        error: Error,
+        until: Instant,
+    },
+    Down {
+        since: Instant,
+        /// Nothing of the old lanes is left.
+        is_quiet: bool,
+        /// Every page is here: the source is waited for until then.
+        until: Option<Instant>,
+    },
+}
+
+impl Link {
+    pub(super) fn new(lanes: &mut Lanes, guard: Arc<Guard>) -> Link {
+        Link {
+            recovers: lanes.recovers(),
+            hello: lanes.hello.clone(),
+            guard,
+            door: lanes.door.take(),
+            sockets: lanes.severable(),
+            state: State::Up,
+            arrived: None,
+            is_paused: false,
+            was_interrupted: false,
+            recoveries: 0,
+            disconnected: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn recovers(&self) -> bool {
+        self.recovers
+    }
+
+    fn is_down(&self) -> bool {
+        matches!(self.state, State::Down { .. })
+    }
+
+    /// Where new lanes come in: what is ready is for [`answer`](Link::answer).
+    pub(super) fn fds(&self) -> Vec<Interest<'_>> {
+        self.door.as_ref().map_or_else(Vec::new, Door::fds)
+    }
+
+    pub(super) fn answer(&mut self, index: usize) -> Result<()> {
+        self.door.as_mut().map_or(Ok(()), |door| door.answer(index))
+    }
+
+    /// When [`Migration::look_after_link`] has something to do at the latest.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let own = match &self.state {
+            State::Up => None,
+            State::Doubtful { until, .. } => Some(*until),
+            State::Down { until, .. } => *until,
+        };
+        own.into_iter().chain(self.door.as_ref().and_then(Door::next_deadline)).min()
+    }
+}
+
+impl Migration<'_> {
+    /// A lane is lost.
+    pub(super) fn lane_lost(&mut self, error: Error) -> Result<()> {
+        if !self.link.recovers {
+            return match self.phase {
+                Phase::Completing => self.step(Input::Lost),
+                _ => Err(error),
+            };
+        }
+        if !self.phase.outlives_its_lanes() {
+            return Err(error);
+        }
+        let Error::Lost { lane, .. } = &error else { return Err(error) };
+        let is_demand = *lane == lane_name(LaneRole::Demand, 0);
+        match &self.link.state {
+            State::Up if !is_demand => {
+                let until = Instant::now() + CAUSE_PATIENCE;
+                self.link.state = State::Doubtful { error, until };
+                Ok(())
+            }
+            State::Up | State::Doubtful { .. } if is_demand => self.break_lanes(&error.to_string()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Looks after new lanes and after what has become due.
+    pub(super) fn look_after_link(&mut self) -> Result<()> {
+        let now = Instant::now();
+        if let Some(door) = &mut self.link.door {
+            door.set_refusal(match () {
+                () if self.link.is_paused => Some("the migration is paused here; resume it first"),
+                () if !self.phase.outlives_its_lanes() => Some("its lanes are not to be replaced"),
+                () => None,
+            });
+            door.forget_late(now);
+            if let Some(lanes) = door.whole() {
+                self.new_lanes(lanes)?;
+            }
+        }
+        match &mut self.link.state {
+            State::Doubtful { error, until } if *until <= now => {
+                let why = error.to_string();
+                self.break_lanes(&why)
+            }
+            State::Down { until, .. } if self.phase == Phase::Completing => {
+                let until = *until.get_or_insert(now + GOODBYE_PATIENCE);
+                if until <= now { self.step(Input::Lost) } else { Ok(()) }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The source has opened lanes again: it has lost the old ones, whatever they look like from here.
+    fn new_lanes(&mut self, lanes: Lanes) -> Result<()> {
+        if !self.link.is_down() {
+            self.break_lanes("the source has opened new connections")?;
+        }
+        self.link.arrived = Some(lanes);
+        self.go_on()
+    }
+
+    /// Gives up all lanes. The demand thread says when it has let go of its own.
+    fn break_lanes(&mut self, why: &str) -> Result<()> {
+        self.step(Input::Broken)?;
+        self.guest.set_lanes_down(true);
+        self.link.sockets.sever();
+        self.bulk_wakers.clear();
+        for thread in self.bulk_threads.drain(..) {
+            // What it has failed of comes as a note.
+            let _ = thread.join();
+        }
+        self.link.was_interrupted = false;
+        self.link.state = State::Down { since: Instant::now(), is_quiet: false, until: None };
+        self.progress.phase("waiting");
+        let pages_missing = self.guest.pages_missing();
+        let fields = json!({ "reason": why, "pages_missing": pages_missing });
+        let has_way = self.link.door.is_some() && !self.link.is_paused;
+        match has_way {
+            true => self.output.event(
+                "recovering",
+                fields,
+                &format!("{why}; the guest goes on with what it has until the source comes back"),
+            ),
+            false => self.output.event(
+                "paused",
+                fields,
+                &format!("{why}; the guest goes on with what it has until a resume says how"),
+            ),
+        }
+        Ok(())
+    }
+
+    /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
+    /// more. What they have said of their lanes is in the inbox, and must not be taken for news of the
+    /// next ones.
+    pub(super) fn quiet(&self) {
+        self.inbox.post().send(Note::Settled);
+    }
+
+    pub(super) fn settled(&mut self) -> Result<()> {
+        if let State::Down { is_quiet, .. } = &mut self.link.state {
+            *is_quiet = true;
+        }
+        self.guest.roll_back()?;
+        self.go_on()
+    }
+
+    /// Goes on over new lanes, if they are here and nothing is left of the old ones.
+    fn go_on(&mut self) -> Result<()> {
+        let State::Down { since, is_quiet: true, .. } = self.link.state else { return Ok(()) };
+        let Some(lanes) = self.link.arrived.take() else { return Ok(()) };
+        self.guest.set_lanes_down(false);
+        self.link.sockets = lanes.severable();
+        self.link.hello = lanes.hello.clone();
+        self.demand_socket = lanes.demand.socket();
+        self.link.state = State::Up;
+        self.link.recoveries += 1;
+        self.link.disconnected += since.elapsed();
+        let acks = lanes.acks();
+        let resume = Resume {
+            lane: lanes.demand,
+            landing: self.landing.clone(),
+            first: frame(&Frame::Resume(self.standing())),
+            last: match self.phase {
+                Phase::Completing => frame(&Frame::Complete(self.guest.counters.totals())),
+                _ => Vec::new(),
+            },
+        };
+        self.start_bulk(lanes.bulk, acks)?;
+        // The thread has ended where this fails, and its own note says why.
+        let _ = self.commands.send(Command::Resume(Box::new(resume)));
+        self.demand.wake();
+        self.progress.phase("filling");
+        let disconnected_ms = millis(since.elapsed());
+        self.output.event(
+            "resumed",
+            json!({ "disconnected_ms": disconnected_ms, "recoveries": self.link.recoveries }),
+            &format!("the source is back after {:.1} s", disconnected_ms / 1e3),
+        );
+        Ok(())
+    }
+
+    /// What the source hears first on new lanes.
+    fn standing(&self) -> Standing {
+        let switched = !matches!(self.phase, Phase::Loaded { .. });
+        let running = self.times.running.zip(self.times.switched).filter(|_| switched);
+        let us = |since: Duration| u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
+        Standing {
+            switched,
+            running: running.map(|(running, switched)| us(running - switched)),
+            totals: self.guest.counters.totals(),
+        }
+    }
+
+    /// By hand: no lanes until a resume.
+    pub(super) fn pause(&mut self) -> Result<()> {
+        if !self.link.recovers || !self.phase.outlives_its_lanes() {
+            self.output.remark(
+                "not paused: the guest has not been switched over, or its source cannot resume",
+            );
+            return Ok(());
+        }
+        self.link.is_paused = true;
+        self.link.arrived = None;
+        if self.link.is_down() {
+            self.output.event("paused", json!({ "reason": "by hand" }), "paused until a resume");
+            return Ok(());
+        }
+        self.break_lanes("paused by hand")
+    }
+
+    /// By hand: the source may come back, to another address if one is named.
+    pub(super) fn resume(&mut self, uri: Option<Uri>) -> Result<()> {
+        if let Some(uri) = uri {
+            if uri.is_one_connection() {
+                self.output.remark(&format!("not resumed: {uri} is no address to listen at"));
+                return Ok(());
+            }
+            match Listener::bind(&uri) {
+                Ok(listener) => {
+                    let uri = listener.uri(&uri).to_string();
+                    let guard = self.link.guard.clone();
+                    let door = Door::of_session(listener, guard, &self.link.hello, &self.output);
+                    self.link.door = Some(door);
+                    let text = format!("waiting for the source on {uri}");
+                    self.output.event("listening", json!({ "uri": uri }), &text);
+                }
+                // What listened before still does.
+                Err(error) => self.output.remark(&format!("not resumed: {error}")),
+            }
+        }
+        self.link.is_paused = false;
+        Ok(())
+    }
+
+    /// Ctrl-C while there are no lanes: the first says what the second means. None while there are.
+    pub(super) fn interrupted_without_lanes(&mut self) -> Option<Result<()>> {
+        if !self.link.is_down() {
+            return None;
+        }
+        let what = match self.phase {
+            Phase::Loaded { .. } => {
+                "the source may have given its guest up, and only it knows: interrupt again to end \
+                 this one, if the guest runs there"
+            }
+            // Nothing is lost by leaving.
+            Phase::Completing => return Some(self.step(Input::Lost)),
+            _ => {
+                "the guest here waits for pages that only the source has: interrupt again to leave \
+                 it waiting for ever"
+            }
+        };
+        if self.link.was_interrupted {
+            return Some(Err(Error::Interrupted(format!("there was no connection, and {what}"))));
+        }
+        self.link.was_interrupted = true;
+        self.output.remark(what);
+        Some(Ok(()))
+    }
+}
+
+fn frame(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    transmit::encode(frame, &mut bytes);
+    bytes
+}

@@ -1,0 +1,427 @@
+//! Connections that break after the switchover: the guest runs on, and nothing of it is lost.
+//!
+//! A relay between the two umem processes breaks connections at seeded numbers of bytes, in the middle
+//! of frames and pages, and at the moments when neither side can know what the other has heard. The guest
+//! is umem's own, which checks every word that it reads while its memory arrives, and all of it at the
+//! end.
+
+mod support;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use support::{Cutter, Ends, HugeFile, Qmp, Scratch, Umem};
+use umem_wire::{HEADER_BYTES, HELLO_BYTES};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// What the destination says on its demand lane up to *loaded*, if its guest asks for nothing: a
+/// welcome, ready with the unit of one region, loaded.
+const UNTIL_LOADED: u64 = (HELLO_BYTES + HEADER_BYTES + 1 + HEADER_BYTES) as u64;
+/// And then running.
+const UNTIL_RUNNING: u64 = UNTIL_LOADED + HEADER_BYTES as u64;
+
+/// A guest that moves from one umem to another through a [`Cutter`].
+struct Move {
+    scratch: Scratch,
+    guest: Umem,
+    incoming: Umem,
+    migrate: Umem,
+    cutter: Cutter,
+    mib: u64,
+    _huge: Option<HugeFile>,
+}
+
+/// How the guest arrives.
+#[derive(Clone, Copy, Default)]
+struct How {
+    mib: u64,
+    /// Of both guests.
+    threads: u32,
+    kind: Option<&'static str>,
+    /// For `umem incoming`.
+    incoming: &'static [&'static str],
+    /// For the guest there.
+    arriving: &'static [&'static str],
+    migrate: &'static [&'static str],
+    huge: bool,
+}
+
+impl Move {
+    /// Up to the start of `umem migrate`.
+    fn start(how: How) -> Move {
+        let scratch = Scratch::new();
+        let mib = how.mib.to_string();
+        let threads = how.threads.to_string();
+        let path = |name: &str| scratch.path(name).display().to_string();
+        let [source_qmp, destination_qmp] = [path("source.qmp"), path("destination.qmp")];
+        let huge = how.huge.then(|| HugeFile::with_room(how.mib));
+        let source_ram = format!("ram0={}", scratch.ram("source").display());
+        let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
+        let mut arguments = vec!["guest", "--qmp", &source_qmp, "--ram", &source_ram];
+        arguments.extend(common);
+        let mut guest = Umem::start(arguments);
+        guest.event("ready");
+
+        let kind = how.kind.unwrap_or("shared");
+        let handoff = path("handoff");
+        let is_anonymous = kind == "anonymous";
+        let ram = match &huge {
+            Some(huge) => format!("ram0={}", huge.path().display()),
+            None => format!("ram0={}", scratch.ram("destination").display()),
+        };
+        let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
+        match is_anonymous {
+            true => arguments.extend(["--handoff", &handoff]),
+            false => arguments.extend(["--kind", kind, "--ram", &ram]),
+        }
+        arguments.extend(how.incoming);
+        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
+        arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
+        arguments.extend(common);
+        match is_anonymous {
+            true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
+            false => arguments.extend(["--ram", &ram]),
+        }
+        arguments.extend(how.arriving);
+        let mut incoming = Umem::start(arguments);
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        let cutter = Cutter::to(&uri);
+        let mut arguments = vec!["migrate", "-p", "--json", "--qmp", &source_qmp, cutter.uri()];
+        arguments.extend(how.migrate);
+        let migrate = Umem::start(arguments);
+        Move { scratch, guest, incoming, migrate, cutter, mib: how.mib, _huge: huge }
+    }
+
+    /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
+    /// lets the others go.
+    fn switched(how: How) -> Move {
+        let mut moving = Move::start(how);
+        moving.migrate.event("running");
+        moving.incoming.event("running");
+        moving
+    }
+
+    /// Waits for the end on both sides, and has the guest check its memory. Returns both reports.
+    fn complete(mut self) -> (Value, Value) {
+        let source = self.migrate.event("completed");
+        let destination = self.incoming.event("completed");
+        self.check(&destination);
+        self.migrate.succeeds();
+        let [source_qmp, destination_qmp] =
+            ["source.qmp", "destination.qmp"].map(|name| self.scratch.path(name));
+        Qmp::connect(&source_qmp).quit();
+        self.guest.succeeds();
+        Qmp::connect(&destination_qmp).quit();
+        self.incoming.succeeds();
+        (source, destination)
+    }
+
+    /// Every word is what it was at the source or what has been written since, each page has been
+    /// counted once, and the guest has left its userfaultfd.
+    fn check(&self, report: &Value) {
+        let mut qmp = Qmp::connect(&self.scratch.path("destination.qmp"));
+        let verdict = qmp.execute("umem-verify", json!({}));
+        assert_eq!(verdict["verified_pages"], self.mib * 256, "{verdict}");
+        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
+        assert_eq!(verdict["registered"], false, "{verdict}");
+        let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
+        let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
+        assert_eq!(bytes, self.mib << 20, "every page has come once: {report}");
+    }
+}
+
+/// Numbers below `limit` that depend on the seed alone (splitmix64).
+fn seeded(mut seed: u64, limit: u64) -> impl Iterator<Item = u64> {
+    std::iter::repeat_with(move || {
+        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % limit
+    })
+}
+
+/// Seeds of one test: `UMEM_SEED` picks one.
+fn seed(otherwise: u64) -> u64 {
+    let seed = std::env::var("UMEM_SEED").ok().map(|seed| seed.parse().expect("a number"));
+    let seed = seed.unwrap_or(otherwise);
+    println!("UMEM_SEED={seed}");
+    seed
+}
+
+/// Moves a guest whose connections break `count` times, each time after up to `most` bytes.
+fn cut_often(how: How, count: usize, most: u64) -> (Value, Value) {
+    let moving = Move::switched(how);
+    let seed = seed(how.mib ^ u64::from(how.threads) << 8);
+    let ends = seeded(!seed, 3).map(|which| match which {
+        0 => Ends::Source,
+        1 => Ends::Destination,
+        _ => Ends::Both,
+    });
+    moving.cutter.cut_after(seeded(seed, most).map(|bytes| bytes + 1).zip(ends).take(count));
+    moving.cutter.let_pages_go();
+    moving.cutter.wait_for_cuts(u32::try_from(count).unwrap());
+    let (source, destination) = moving.complete();
+    for report in [&source, &destination] {
+        let recoveries = report["recoveries"].as_u64().unwrap();
+        assert!(recoveries >= 1 && recoveries <= count as u64, "{report}");
+        assert!(report["disconnected_s"].as_f64().unwrap() > 0.0, "{report}");
+    }
+    (source, destination)
+}
+
+#[test]
+fn shared_memory_survives_many_cuts() {
+    cut_often(How { mib: 128, threads: 2, ..How::default() }, 24, 8 << 20);
+}
+
+/// Most of these cuts come while lanes are being opened, or while the destination says what it has.
+#[test]
+fn cuts_in_the_middle_of_a_recovery_are_survived() {
+    cut_often(How { mib: 64, threads: 1, ..How::default() }, 60, 600);
+}
+
+#[test]
+fn several_lanes_break_together() {
+    let migrate = &["--lanes", "3"];
+    cut_often(How { mib: 128, threads: 2, migrate, ..How::default() }, 16, 12 << 20);
+}
+
+#[test]
+fn huge_pages_survive_cuts() {
+    cut_often(How { mib: 64, threads: 1, huge: true, ..How::default() }, 12, 8 << 20);
+}
+
+#[test]
+fn private_memory_survives_cuts() {
+    for flags in ["0", "1"] {
+        let incoming: &[_] =
+            if flags == "0" { &["--postcopy-flags", "0"] } else { &["--postcopy-flags", "1"] };
+        let kind = Some("private");
+        cut_often(How { mib: 64, threads: 1, kind, incoming, ..How::default() }, 10, 8 << 20);
+    }
+}
+
+#[test]
+fn anonymous_memory_that_discards_survives_cuts() {
+    let how = How { mib: 64, threads: 2, kind: Some("anonymous"), ..How::default() };
+    cut_often(How { arriving: &["--discard"], ..how }, 12, 6 << 20);
+    // Served by threads of their own.
+    cut_often(How { arriving: &["--shards", "4"], ..how }, 12, 6 << 20);
+}
+
+#[test]
+fn shared_memory_that_discards_survives_cuts() {
+    let arriving = &["--discard"];
+    cut_often(How { mib: 64, threads: 2, arriving, ..How::default() }, 16, 5 << 20);
+}
+
+/// What has been freed is not asked for again.
+#[test]
+fn memory_that_the_source_frees_survives_cuts() {
+    let migrate = &["--release-ram"];
+    let how = How { mib: 96, threads: 2, migrate, ..How::default() };
+    let (source, _) = cut_often(how, 16, 8 << 20);
+    assert!(source["release_bytes"].as_u64() > Some(0), "{source}");
+}
+
+/// Only what is waited for is sent, and what was asked for before the cut is asked for again.
+#[test]
+fn demands_are_asked_for_again() {
+    let mut moving =
+        Move::switched(How { mib: 32, threads: 2, migrate: &["-n"], ..How::default() });
+    // Requests leave, and no answer comes.
+    moving.cutter.limit_demand(Some(0));
+    let cutter = &moving.cutter;
+    cutter.wait_for_answers(UNTIL_RUNNING + HEADER_BYTES as u64);
+    cutter.cut(Ends::Both, false);
+    cutter.limit_demand(None);
+    moving.migrate.event("resumed");
+    moving.incoming.event("resumed");
+    cutter.let_pages_go();
+    moving.migrate.signal(Signal::SIGINT);
+    let (_, destination) = moving.complete();
+    assert!(destination["pages_demand"].as_u64() > Some(0), "{destination}");
+}
+
+/// A file that moves to a guest which touches nothing, so that every byte of control is known.
+struct Known {
+    scratch: Scratch,
+    incoming: Umem,
+    migrate: Umem,
+    cutter: Cutter,
+}
+
+/// What the source says on its demand lane before the switchover: hello, one region, stopped, load.
+const UNTIL_SWITCHOVER: u64 = (HELLO_BYTES + (HEADER_BYTES + 80) + HEADER_BYTES * 2) as u64;
+const SWITCHOVER: u64 = HEADER_BYTES as u64;
+/// Or goodbye.
+const COMPLETE: u64 = (HEADER_BYTES + 40) as u64;
+
+impl Known {
+    /// `prepare` sets the cutter's limits.
+    fn start(prepare: impl FnOnce(&Cutter)) -> Known {
+        let scratch = Scratch::new();
+        let bytes: Vec<u8> = (0..8 << 20).map(|at: u32| (at / 4096 * 31 + at) as u8).collect();
+        std::fs::write(scratch.ram("source"), bytes).unwrap();
+        let ram = format!("ram0={}", scratch.ram("destination").display());
+        let qmp = scratch.path("guest.qmp").display().to_string();
+        let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
+        arguments.extend([UMEM, "guest", "--incoming", "--threads", "0"]);
+        arguments.extend(["--ram", &ram, "--size", "8", "--qmp", &qmp]);
+        let mut incoming = Umem::start(arguments);
+        let cutter = Cutter::to(incoming.event("listening")["uri"].as_str().unwrap());
+        prepare(&cutter);
+        let ram = format!("ram0={}", scratch.ram("source").display());
+        let migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, cutter.uri()]);
+        Known { scratch, incoming, migrate, cutter }
+    }
+
+    fn cut(&self) {
+        self.cutter.cut(Ends::Both, false);
+        self.cutter.limit_demand(None);
+        self.cutter.limit_answers(None);
+    }
+
+    fn is_equal(&self) {
+        let [source, destination] =
+            ["source", "destination"].map(|name| std::fs::read(self.scratch.ram(name)).unwrap());
+        assert!(source == destination, "every byte is equal");
+    }
+
+    fn completes(mut self) {
+        self.cutter.let_pages_go();
+        for report in [self.migrate.event("completed"), self.incoming.event("completed")] {
+            assert_eq!(report["recoveries"], 1, "{report}");
+        }
+        self.is_equal();
+        self.migrate.succeeds();
+    }
+}
+
+/// The source has given its guest up, and the destination has not heard of it.
+#[test]
+fn a_switchover_that_is_lost_is_sent_again() {
+    let mut known = Known::start(|cutter| cutter.limit_demand(Some(UNTIL_SWITCHOVER)));
+    known.cutter.wait_for_demand(UNTIL_SWITCHOVER + SWITCHOVER);
+    known.cut();
+    known.incoming.event("resumed");
+    known.migrate.event("running");
+    known.incoming.event("running");
+    known.completes();
+}
+
+#[test]
+fn a_guest_that_runs_is_known_to_run_although_word_of_it_was_lost() {
+    let mut known = Known::start(|cutter| cutter.limit_answers(Some(UNTIL_LOADED)));
+    known.incoming.event("running");
+    known.cutter.wait_for_answers(UNTIL_RUNNING);
+    known.cut();
+    known.migrate.event("running");
+    known.completes();
+}
+
+#[test]
+fn a_completion_that_is_lost_is_told_again() {
+    let known = Known::start(|cutter| cutter.limit_answers(Some(UNTIL_RUNNING)));
+    known.cutter.let_pages_go();
+    known.cutter.wait_for_answers(UNTIL_RUNNING + COMPLETE);
+    known.cut();
+    known.completes();
+}
+
+/// The source has heard that everything has come, and left. Its goodbye is not needed.
+#[test]
+fn a_goodbye_that_is_lost_keeps_nobody() {
+    let before = UNTIL_SWITCHOVER + SWITCHOVER;
+    let mut known = Known::start(|cutter| cutter.limit_demand(Some(before)));
+    known.cutter.let_pages_go();
+    known.cutter.wait_for_demand(before + COMPLETE);
+    known.migrate.event("completed");
+    known.cutter.cut(Ends::Both, true);
+    known.incoming.event("recovering");
+    known.is_equal();
+    // It would wait a while for a source that does not know; whoever knows better says so.
+    known.incoming.signal(Signal::SIGINT);
+    assert_eq!(known.incoming.event("completed")["recoveries"], 0);
+    known.migrate.succeeds();
+}
+
+/// Whoever interrupts a side without a connection hears what it means, and may do it all the same.
+#[test]
+fn giving_up_without_a_connection_takes_two_interrupts() {
+    let mut known = Known::start(|_| {});
+    known.migrate.event("running");
+    known.incoming.event("running");
+    known.cutter.cut(Ends::Both, true);
+    known.migrate.event("recovering");
+    known.incoming.event("recovering");
+    let says = |umem: &Umem, text: &str| {
+        support::wait_for(text, || umem.stderr().contains(text).then_some(()));
+    };
+    known.migrate.signal(Signal::SIGINT);
+    says(&known.migrate, "is only here; interrupt again to give up");
+    known.migrate.signal(Signal::SIGINT);
+    assert_eq!(known.migrate.wait().code(), Some(1));
+    says(&known.migrate, "keep this guest's RAM file");
+
+    known.incoming.signal(Signal::SIGINT);
+    says(&known.incoming, "interrupt again to leave it waiting for ever");
+    known.incoming.signal(Signal::SIGINT);
+    assert_eq!(known.incoming.wait().code(), Some(1));
+    // The guest waits for its pages; it is not ended, and reads no zeroes.
+    assert!(!known.scratch.processes("guest").is_empty());
+}
+
+/// Before the switchover a lost lane is the end, and the source's guest has never stopped for good.
+#[test]
+fn before_the_switchover_nothing_is_recovered() {
+    let mut known = Known::start(|cutter| cutter.limit_answers(Some(HELLO_BYTES as u64)));
+    known.migrate.event("connected");
+    known.cutter.wait_for_answers((HELLO_BYTES + HEADER_BYTES + 1) as u64);
+    known.cutter.cut(Ends::Both, false);
+    let error = known.migrate.fails();
+    assert!(error.contains("was lost"), "{error}");
+    assert_eq!(known.incoming.wait().code(), Some(1));
+    assert!(!known.scratch.ram("destination").exists());
+}
+
+/// Somebody else at the door, old lanes and lanes of another session do not get in.
+#[test]
+fn only_later_lanes_of_the_same_session_come_in() {
+    use std::io::{Read, Write};
+    use umem_wire::{Capabilities, Hello, HelloError, LaneRole, PROTOCOL, SessionId, Welcome};
+    let mut known = Known::start(|_| {});
+    known.migrate.event("running");
+    known.incoming.event("running");
+    let stranger = |epoch| {
+        let hello = Hello {
+            versions: PROTOCOL,
+            capabilities: Capabilities::RECOVERY,
+            session: SessionId([7; 16]),
+            role: LaneRole::Demand,
+            index: 0,
+            bulk_lanes: 1,
+            epoch,
+            proof: [0; 32],
+        };
+        let address = known.cutter.destination().to_owned();
+        let mut lane = std::net::TcpStream::connect(address).unwrap();
+        lane.write_all(&hello.encode()).unwrap();
+        let mut answer = [0; HELLO_BYTES];
+        lane.read_exact(&mut answer).unwrap();
+        match Welcome::decode(&answer) {
+            Err(HelloError::Refused { text, .. }) => text,
+            other => panic!("{other:?}"),
+        }
+    };
+    for epoch in [0, 1, u32::MAX] {
+        assert_eq!(stranger(epoch), "another migration is being received");
+    }
+    known.cutter.cut(Ends::Both, true);
+    known.incoming.event("recovering");
+    assert_eq!(stranger(5), "another migration is being received");
+    known.cutter.admit();
+    known.incoming.event("resumed");
+    known.completes();
+}

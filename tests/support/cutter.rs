@@ -1,0 +1,314 @@
+//! A relay between a source and a destination that breaks its connections.
+//!
+//! It cuts where the test says: after a number of bytes towards the destination, which may be in the
+//! middle of a frame or a page, or at once. Connections that are made afterwards are relayed again, so
+//! that the source finds its destination at one address throughout.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use super::DEADLINE;
+
+/// Whose connections a cut ends; the other side's then look alive until somebody sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ends {
+    Both,
+    Source,
+    Destination,
+}
+
+/// One cut that is to come.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    bytes_left: u64,
+    ends: Ends,
+}
+
+/// See the [module](self).
+pub(crate) struct Cutter {
+    uri: String,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    destination: String,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// In order, each counted from the one before it.
+    cuts: std::collections::VecDeque<Cut>,
+    cuts_done: u32,
+    connections: Vec<Connection>,
+    /// Since the last cut.
+    lanes: usize,
+    /// Nothing but their hellos passes on bulk lanes.
+    holds_bulk: bool,
+    /// Bytes that may still pass on demand lanes, to the destination and to the source.
+    limits: [Option<u64>; 2],
+    /// Bytes that have come on demand lanes, passed or not, of either direction.
+    demand: [u64; 2],
+    /// New connections are closed at once.
+    refuses: bool,
+    /// And will be from the next cut on.
+    refuses_after_cut: bool,
+    ended: bool,
+}
+
+struct Connection {
+    source: TcpStream,
+    destination: TcpStream,
+}
+
+/// Bytes of a hello, which every lane begins with.
+const HELLO: u64 = umem_wire::HELLO_BYTES as u64;
+
+/// To the destination.
+const OUT: usize = 0;
+/// To the source.
+const BACK: usize = 1;
+
+impl Cutter {
+    /// Relays to `uri`, a `tcp:HOST:PORT`, and cuts nothing yet. Pages are held back on bulk lanes until
+    /// [`Cutter::let_pages_go`].
+    pub(crate) fn to(uri: &str) -> Cutter {
+        let destination = uri.strip_prefix("tcp:").expect("a tcp: URI").to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("it is bound").port();
+        let state = Mutex::new(State { holds_bulk: true, ..State::default() });
+        let shared = Arc::new(Shared { destination, state, changed: Condvar::new() });
+        let accepting = shared.clone();
+        // Ends with the test's process: it holds nothing but its port.
+        std::thread::spawn(move || {
+            for source in listener.incoming().flatten() {
+                accepting.clone().relay(source);
+            }
+        });
+        Cutter { uri: format!("tcp:127.0.0.1:{port}"), shared }
+    }
+
+    /// Where the source is to connect.
+    pub(crate) fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Where it leads to, HOST:PORT.
+    pub(crate) fn destination(&self) -> &str {
+        &self.shared.destination
+    }
+
+    /// Cuts after about so many more bytes of any lane towards the destination, again and again.
+    pub(crate) fn cut_after(&self, bytes: impl IntoIterator<Item = (u64, Ends)>) {
+        let cuts = bytes.into_iter().map(|(bytes_left, ends)| Cut { bytes_left, ends });
+        self.lock().cuts.extend(cuts);
+    }
+
+    /// Refuses connections from the next cut on, until [`Cutter::admit`].
+    pub(crate) fn refuse_after_cut(&self) {
+        self.lock().refuses_after_cut = true;
+    }
+
+    pub(crate) fn let_pages_go(&self) {
+        self.lock().holds_bulk = false;
+        self.shared.changed.notify_all();
+    }
+
+    /// Lets so many bytes more pass on demand lanes to the destination; all if none.
+    pub(crate) fn limit_demand(&self, bytes: Option<u64>) {
+        self.lock().limits[OUT] = bytes;
+        self.shared.changed.notify_all();
+    }
+
+    /// Lets so many bytes more pass on demand lanes to the source; all if none.
+    pub(crate) fn limit_answers(&self, bytes: Option<u64>) {
+        self.lock().limits[BACK] = bytes;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until so many bytes have come from the source on the demand lane, passed on or not.
+    pub(crate) fn wait_for_demand(&self, bytes: u64) {
+        self.wait_until(|state| state.demand[OUT] >= bytes);
+    }
+
+    /// Waits until so many bytes have come from the destination on the demand lane.
+    pub(crate) fn wait_for_answers(&self, bytes: u64) {
+        self.wait_until(|state| state.demand[BACK] >= bytes);
+    }
+
+    /// Waits for as many cuts in all.
+    pub(crate) fn wait_for_cuts(&self, count: u32) {
+        self.wait_until(|state| state.cuts_done >= count);
+    }
+
+    /// Cuts every connection now. Those that are made afterwards are refused if `refuse` says so.
+    pub(crate) fn cut(&self, ends: Ends, refuse: bool) {
+        let mut state = self.lock();
+        state.refuses = refuse;
+        state.cut(ends);
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    /// Relays connections again.
+    pub(crate) fn admit(&self) {
+        self.lock().refuses = false;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap()
+    }
+
+    fn wait_until(&self, mut is_so: impl FnMut(&State) -> bool) {
+        let waited =
+            self.shared.changed.wait_timeout_while(self.lock(), DEADLINE, |state| !is_so(state));
+        assert!(!waited.unwrap().1.timed_out(), "waited {DEADLINE:?} for bytes or cuts");
+    }
+}
+
+impl Drop for Cutter {
+    fn drop(&mut self) {
+        self.lock().ended = true;
+        self.cut(Ends::Both, true);
+    }
+}
+
+impl State {
+    /// Ends what there is; who copies finds out, and what it has in hand is lost.
+    fn cut(&mut self, ends: Ends) {
+        for Connection { source, destination } in self.connections.drain(..) {
+            // Each fails when its peer has closed it already.
+            if ends != Ends::Destination {
+                let _ = source.shutdown(Shutdown::Both);
+            }
+            if ends != Ends::Source {
+                let _ = destination.shutdown(Shutdown::Both);
+            }
+        }
+        self.refuses |= std::mem::take(&mut self.refuses_after_cut);
+        self.lanes = 0;
+        self.demand = [0; 2];
+        self.cuts_done += 1;
+    }
+}
+
+impl Shared {
+    fn relay(self: Arc<Shared>, source: TcpStream) {
+        let clone = |socket: &TcpStream| socket.try_clone().expect("a descriptor");
+        let mut state = self.state.lock().unwrap();
+        if state.refuses {
+            return;
+        }
+        let Ok(destination) = TcpStream::connect(&self.destination) else { return };
+        let lane = state.lanes;
+        let cuts_seen = state.cuts_done;
+        state.lanes += 1;
+        let [to_source, from_destination] = [clone(&source), clone(&destination)];
+        state
+            .connections
+            .push(Connection { source: clone(&source), destination: clone(&destination) });
+        drop(state);
+        let shared = self.clone();
+        let out = Way { shared, lane, direction: OUT, cuts_seen, passed: 0 };
+        std::thread::spawn(move || out.pass(source, destination));
+        let back = Way { shared: self, lane, direction: BACK, cuts_seen, passed: 0 };
+        std::thread::spawn(move || back.pass(from_destination, to_source));
+    }
+}
+
+/// One direction of one connection.
+struct Way {
+    shared: Arc<Shared>,
+    /// 0 for the demand lane.
+    lane: usize,
+    direction: usize,
+    /// The connection belongs to the time before the next cut.
+    cuts_seen: u32,
+    passed: u64,
+}
+
+impl Way {
+    /// Copies until either side closes, or a cut.
+    fn pass(mut self, mut from: TcpStream, mut to: TcpStream) {
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            self.came(count as u64);
+            let mut rest = &buffer[..count];
+            while !rest.is_empty() {
+                let Some(allowed) = self.allow(rest.len() as u64) else { return };
+                let (now, later) = rest.split_at(allowed as usize);
+                if to.write_all(now).is_err() {
+                    return;
+                }
+                if self.has_passed(allowed) {
+                    return;
+                }
+                rest = later;
+            }
+        }
+        if !self.is_cut(&self.shared.state.lock().unwrap()) {
+            let _ = to.shutdown(Shutdown::Write);
+        }
+    }
+
+    fn is_cut(&self, state: &State) -> bool {
+        state.ended || state.cuts_done != self.cuts_seen
+    }
+
+    fn came(&self, count: u64) {
+        let mut state = self.shared.state.lock().unwrap();
+        if self.lane == 0 && !self.is_cut(&state) {
+            state.demand[self.direction] += count;
+            drop(state);
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// Waits until at least one of `count` bytes may pass, and says how many may; none after a cut.
+    fn allow(&self, count: u64) -> Option<u64> {
+        let mut state = self.shared.state.lock().unwrap();
+        loop {
+            if self.is_cut(&state) {
+                return None;
+            }
+            let mut allowed = count;
+            if self.lane == 0 {
+                allowed = allowed.min(state.limits[self.direction].unwrap_or(u64::MAX));
+            } else if self.direction == OUT && state.holds_bulk {
+                allowed = allowed.min(HELLO.saturating_sub(self.passed));
+            }
+            if let (OUT, Some(cut)) = (self.direction, state.cuts.front()) {
+                allowed = allowed.min(cut.bytes_left);
+            }
+            if allowed > 0 {
+                if let (0, Some(left)) = (self.lane, &mut state.limits[self.direction]) {
+                    *left -= allowed;
+                }
+                return Some(allowed);
+            }
+            state = self.shared.changed.wait(state).unwrap();
+        }
+    }
+
+    /// Counts what has been written; true when that was the last byte before a cut.
+    fn has_passed(&mut self, count: u64) -> bool {
+        self.passed += count;
+        let mut state = self.shared.state.lock().unwrap();
+        if self.is_cut(&state) {
+            return true;
+        }
+        let (OUT, Some(cut)) = (self.direction, state.cuts.front_mut()) else { return false };
+        cut.bytes_left = cut.bytes_left.saturating_sub(count);
+        if cut.bytes_left > 0 {
+            return false;
+        }
+        let ends = cut.ends;
+        state.cuts.pop_front();
+        state.cut(ends);
+        drop(state);
+        self.shared.changed.notify_all();
+        true
+    }
+}

@@ -1,0 +1,174 @@
+//! How a session goes on after all of its lanes were lost: what the destination says first on the new
+//! demand lane.
+//!
+//! ```text
+//! resume   where the destination stands: has the switchover come, does its guest run, its totals
+//! have     which pages it has, a bit each: all of region 0 from its first page on, then region 1 …
+//! have …
+//! ```
+//!
+//! A have frame speaks of at most [`HAVE_PAGES_MAX`] pages of one region, in words of 64 bits, the
+//! lowest bit the first page. It begins where the one before it ended, so that every page is spoken of
+//! once and none is left out: a page that the source takes for missing comes (again), and one that it
+//! takes for present never does. With the last page everything else may follow.
+//!
+//! The source compares what it hears with what it knows: a page that it has never claimed cannot be
+//! there, and one that has been acknowledged cannot be missing.
+
+use crate::error::{FrameError, ReceiveError};
+use crate::frame::{Kind, Totals};
+use crate::limits::HAVE_PAGES_MAX;
+use crate::region::{PageRange, RegionId, RegionTable};
+
+/// Pages of one word in a have frame.
+pub const HAVE_WORD_PAGES: u64 = 64;
+
+/// Where the destination stands when a session goes on.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub struct Standing {
+    /// The switchover has come: the guest is the destination's. If not, it has to be sent again.
+    pub switched: bool,
+    /// The guest runs there, and since how many µs after the switchover frame's arrival. Only after the
+    /// switchover.
+    pub running: Option<u64>,
+    /// What has come in all so far.
+    pub totals: Totals,
+}
+
+/// Words in a have frame of this many pages.
+pub(crate) fn words(pages: u64) -> u64 {
+    pages.div_ceil(HAVE_WORD_PAGES)
+}
+
+/// Bytes of a have frame's body.
+pub(crate) fn body_bytes(pages: u64) -> u64 {
+    words(pages) * 8
+}
+
+/// The words in a have frame's body; bits past the last page must be zero.
+pub(crate) fn decode(range: PageRange, body: &[u8]) -> Result<Vec<u64>, FrameError> {
+    let words: Vec<u64> = body.as_chunks::<8>().0.iter().map(|&w| u64::from_le_bytes(w)).collect();
+    let used = range.pages % HAVE_WORD_PAGES;
+    match words.last() {
+        Some(last) if used > 0 && last >> used != 0 => Err(FrameError::HavePadding),
+        _ => Ok(words),
+    }
+}
+
+/// How the destination tells all that it has: the ranges of its have frames, in order.
+pub fn have_ranges(landing: &RegionTable) -> impl Iterator<Item = PageRange> + use<> {
+    let pages: Vec<(RegionId, u64)> = landing.iter().map(|(id, r)| (id, r.pages())).collect();
+    pages.into_iter().flat_map(|(region, pages)| {
+        (0..pages.div_ceil(HAVE_PAGES_MAX)).map(move |chunk| {
+            let first = chunk * HAVE_PAGES_MAX;
+            PageRange { region, first, pages: HAVE_PAGES_MAX.min(pages - first) }
+        })
+    })
+}
+
+/// What a source's receiver still has to hear before anything else may come.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Account {
+    /// Where the destination stands.
+    Standing,
+    /// What it has, from this page on.
+    Pages { region: RegionId, first: u64 },
+}
+
+impl Account {
+    /// Whether a frame of this kind may come now. Words that concern the lane itself always may.
+    pub(crate) fn check(&self, kind: Kind) -> Result<(), ReceiveError> {
+        let is_next = match self {
+            Account::Standing => kind == Kind::Resume,
+            Account::Pages { .. } => kind == Kind::Have,
+        };
+        match kind {
+            Kind::Ping | Kind::Pong | Kind::Error => Ok(()),
+            _ if is_next => Ok(()),
+            _ => Err(ReceiveError::NotResumed { kind }),
+        }
+    }
+
+    /// Checks that these pages are the next ones, before a byte that speaks of them is kept: they
+    /// begin where the last ones ended, and end in whole words or with their region.
+    pub(crate) fn check_range(
+        &self,
+        range: PageRange,
+        landing: &RegionTable,
+    ) -> Result<(), ReceiveError> {
+        let Account::Pages { region, first } = *self else {
+            return Err(ReceiveError::NotResumed { kind: Kind::Have });
+        };
+        let end = range.first + range.pages;
+        let is_whole = end.is_multiple_of(HAVE_WORD_PAGES) || end == landing.pages(region);
+        match (range.region, range.first) == (region, first) && is_whole {
+            true => Ok(()),
+            false => Err(ReceiveError::HaveOrder { range }),
+        }
+    }
+
+    /// These pages, which have been checked, have been heard of; nothing is left after the last.
+    pub(crate) fn heard(range: PageRange, landing: &RegionTable) -> Option<Account> {
+        let end = range.first + range.pages;
+        if end < landing.pages(range.region) {
+            return Some(Account::Pages { region: range.region, first: end });
+        }
+        let region = RegionId(range.region.0 + 1);
+        landing.get(region).map(|_| Account::Pages { region, first: 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::region::{PageSize, Region};
+
+    fn table(pages: &[u64]) -> RegionTable {
+        let region = |(index, pages): (usize, &u64)| Region {
+            name: format!("ram{index}"),
+            bytes: pages << 12,
+            page_size: PageSize::SIZE_4K,
+        };
+        RegionTable::new(pages.iter().enumerate().map(region).collect()).unwrap()
+    }
+
+    fn range(region: u16, first: u64, pages: u64) -> PageRange {
+        PageRange { region: RegionId(region), first, pages }
+    }
+
+    #[test]
+    fn every_page_is_spoken_of_once_and_in_order() {
+        let landing = table(&[HAVE_PAGES_MAX + 3, 1, 2 * HAVE_PAGES_MAX]);
+        let mut account = Some(Account::Pages { region: RegionId(0), first: 0 });
+        let ranges: Vec<_> = have_ranges(&landing).collect();
+        for &next in &ranges {
+            account.as_ref().unwrap().check_range(next, &landing).unwrap();
+            account = Account::heard(next, &landing);
+        }
+        assert_eq!(account, None);
+        let max = HAVE_PAGES_MAX;
+        let expected = [(0, 0, max), (0, max, 3), (1, 0, 1), (2, 0, max), (2, max, max)];
+        assert_eq!(ranges, expected.map(|(region, first, pages)| range(region, first, pages)));
+    }
+
+    #[test]
+    fn a_gap_a_repetition_or_a_part_of_a_word_is_refused() {
+        let landing = table(&[1000, 64]);
+        let account = Account::Pages { region: RegionId(0), first: 64 };
+        for wrong in [range(0, 0, 64), range(0, 128, 64), range(1, 0, 64), range(0, 64, 65)] {
+            let error = account.check_range(wrong, &landing).unwrap_err();
+            assert_eq!(error, ReceiveError::HaveOrder { range: wrong });
+        }
+        account.check_range(range(0, 64, 128), &landing).unwrap();
+        account.check_range(range(0, 64, 936), &landing).unwrap();
+        assert!(Account::Standing.check_range(range(0, 64, 64), &landing).is_err());
+    }
+
+    #[test]
+    fn bits_past_the_last_page_are_refused() {
+        let body = |last: u64| [u64::MAX.to_le_bytes(), last.to_le_bytes()].concat();
+        assert_eq!(decode(range(0, 0, 65), &body(1)), Ok(vec![u64::MAX, 1]));
+        assert_eq!(decode(range(0, 0, 65), &body(2)), Err(FrameError::HavePadding));
+        assert_eq!(decode(range(0, 0, 128), &body(1 << 63)), Ok(vec![u64::MAX, 1 << 63]));
+    }
+}
