@@ -266,6 +266,7 @@ fn hello() -> Hello {
         capabilities: Capabilities::NONE,
         session: SessionId([7; 16]),
         role: LaneRole::Demand,
+        epoch: 0,
         index: 0,
         bulk_lanes: 0,
         proof: [0; 32],

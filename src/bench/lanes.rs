@@ -134,11 +134,12 @@ pub(super) struct LandPages {
 
 impl LandPages {
     pub(super) fn run(self) -> Result<()> {
+        let mut ahead = None;
         for pass in 0.. {
             let Some(landing) = self.passes.enter(pass)? else {
                 return Ok(());
             };
-            destination::bulk::BulkLane {
+            let lane = destination::bulk::BulkLane {
                 lane: self.lane.clone(),
                 regions: landing.table.clone(),
                 acks: Acks::new(false),
@@ -146,9 +147,10 @@ impl LandPages {
                 core: self.core,
                 // Nobody waits for a page.
                 servers: Servers::new(Vec::new()),
+                ahead: ahead.take(),
                 post: Inbox::new()?.post(),
-            }
-            .run(Started::unheard())?;
+            };
+            ahead = lane.pass(Started::unheard())?;
             drop(landing);
             if let Some(landing) = self.passes.leave(pass) {
                 // Fails only when that thread has, which says why.

@@ -16,7 +16,9 @@ use crate::observe::control;
     name = "control",
     note = "status prints how the migration stands. set changes the limit of what is sent beside what is \
             asked for; 0 is no limit. cancel gives up before the switchover, and the guest goes on at the \
-            source; afterwards it is refused. Any program can do the same: the socket takes and gives one \
+            source; afterwards it is refused. pause gives up the connections after the switchover, and the \
+            guest goes on with what it has, until resume opens them again, at another address if one is \
+            named: at the source where to connect, at the destination where to listen. Any program can do the same: the socket takes and gives one \
             JSON object a line, in the manner of QMP: its \"execute\" is the command.",
     example = "Start a migration that can be asked:\n  umem migrate -p --control /run/umem.sock --qmp \
                /run/qmp.sock tcp:DESTINATION:4444",
@@ -30,10 +32,10 @@ pub(super) struct Control {
     /// the socket
     #[argh(positional)]
     socket: PathBuf,
-    /// status, set or cancel
+    /// status, set, cancel, pause or resume
     #[argh(positional)]
     command: String,
-    /// what to set: max-postcopy-bandwidth=BYTES a second, such as 100M
+    /// set: max-postcopy-bandwidth=BYTES a second, such as 100M; resume: another URI
     #[argh(positional)]
     setting: Vec<String>,
 }
@@ -42,9 +44,14 @@ impl Control {
     pub(super) fn run(self) -> Result<i32> {
         let command = match self.command.as_str() {
             "set" => json!({ "execute": "set", "arguments": settings(&self.setting)? }),
+            "resume" if self.setting.len() == 1 => {
+                json!({ "execute": "resume", "arguments": { "uri": self.setting[0] } })
+            }
             other if self.setting.is_empty() => json!({ "execute": other }),
             other => {
-                return Err(Error::Usage(format!("{other} takes nothing after it; set does")));
+                return Err(Error::Usage(format!(
+                    "{other} takes nothing after it; set and resume do"
+                )));
             }
         };
         let answer = control::ask(&self.socket, &command)?;

@@ -9,7 +9,7 @@ use super::Note;
 use super::acks::Acks;
 use super::faults::{self, Servers};
 use super::guest::{GuestMemory, PageId};
-use super::reader::{Arrived, LaneReader, TOKEN_FREE};
+use super::reader::{Ahead, Arrived, LaneReader, TOKEN_FREE};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::{self, Lane};
@@ -29,6 +29,8 @@ pub(crate) struct BulkLane {
     pub(crate) core: Option<usize>,
     /// Who wakes vCPUs.
     pub(crate) servers: Servers,
+    /// What another one has read of the lane beyond its own end, where they follow each other.
+    pub(crate) ahead: Option<Ahead>,
     pub(crate) post: Post<Note>,
 }
 
@@ -38,12 +40,13 @@ impl BulkLane {
     /// calling thread.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let post = self.post.clone();
-        self.receive(started)?;
+        self.pass(started)?;
         post.send(Note::BulkEnded);
         Ok(())
     }
 
-    fn receive(mut self, started: Started<Waker>) -> Result<()> {
+    /// The same; returns what has been read of the lane beyond its end.
+    pub(crate) fn pass(mut self, started: Started<Waker>) -> Result<Option<Ahead>> {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
             core: self.core,
@@ -51,17 +54,18 @@ impl BulkLane {
         })?;
         priority::go_early();
         started.with(ring.waker()?);
-        let mut reader = LaneReader::bulk(&self.lane, &self.regions, self.guest.clone());
-        reader.arm(&mut ring)?;
+        let ahead = self.ahead.take();
+        let mut reader = LaneReader::bulk(&self.lane, &self.regions, self.guest.clone(), ahead);
         let mut wanted = Vec::new();
         let mut ended = false;
+        let arrived = |arrived| self.arrived(arrived, &mut ended);
+        reader.begin(&mut ring, |page| wanted.push(page), arrived)?;
         let mut lost = None;
         let mut acking = false;
         loop {
-            ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
                 let received = match completion.token {
-                    TOKEN_WAKE => return Ok(()),
+                    TOKEN_WAKE => return Ok(None),
                     TOKEN_POSTED => faults::posted(completion.outcome),
                     // A source that has gone is noticed where its pages are received.
                     TOKEN_ACKED => {
@@ -90,9 +94,10 @@ impl BulkLane {
                     reader.settle(|page| wanted.push(page), arrived)?;
                     self.wake(&mut ring, &mut wanted)?;
                     if ring.in_flight() == 0 {
-                        return lost.map_or(Ok(()), Err);
+                        return lost.map_or(Ok(None), Err);
                     }
                 }
+                ring.enter(Wait::One)?;
                 continue;
             }
             if !acking && (self.acks.is_due() || ended && !self.acks.is_empty()) {
@@ -103,8 +108,9 @@ impl BulkLane {
                 acking = true;
             }
             if ended && ring.in_flight() == 0 {
-                return Ok(());
+                return Ok(reader.into_ahead());
             }
+            ring.enter(Wait::One)?;
         }
     }
 

@@ -42,7 +42,7 @@ use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
-use crate::observe::watch::{Role, Watch};
+use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
 use crate::progress::Progress;
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
@@ -134,6 +134,15 @@ impl Failure for Note {
             Note::Failed(error) => Some(error),
             Note::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
+        }
+    }
+}
+
+impl From<LinkOrder> for Note {
+    fn from(order: LinkOrder) -> Note {
+        match order {
+            LinkOrder::Pause => Note::Pause,
+            LinkOrder::Resume(uri) => Note::Resume(uri),
         }
     }
 }
@@ -320,6 +329,10 @@ impl<'a> Migration<'a> {
         let (commands, queue) = channel();
         let demand_socket = lanes.demand.socket();
         let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
+        if link.recovers() {
+            let post = inbox.post();
+            plan.watch.link(move |order| post.send(order.into()));
+        }
         let demand = DemandLane {
             lane: lanes.demand,
             receiver,
@@ -451,6 +464,7 @@ impl<'a> Migration<'a> {
                 guest: self.guest.clone(),
                 core: self.cores.bulk(index),
                 servers: self.servers.clone(),
+                ahead: None,
                 post: self.inbox.post(),
             };
             let name = format!("umem-bulk-{}", index + 1);

@@ -58,7 +58,7 @@ pub(crate) struct LaneReader {
 }
 
 /// What one receive has brought.
-struct Ahead {
+pub(crate) struct Ahead {
     /// None while a receive is in flight.
     buffer: Option<Bytes>,
     /// What of it has not been taken yet.
@@ -123,12 +123,18 @@ pub(crate) enum Arrived {
 }
 
 impl LaneReader {
-    /// A bulk lane, from its beginning.
-    pub(crate) fn bulk(lane: &Lane, regions: &RegionTable, guest: Arc<GuestMemory>) -> LaneReader {
+    /// A bulk lane, from its beginning; `before` is what has been read of it already.
+    pub(crate) fn bulk(
+        lane: &Lane,
+        regions: &RegionTable,
+        guest: Arc<GuestMemory>,
+        before: Option<Ahead>,
+    ) -> LaneReader {
         let mut receiver = Receiver::for_destination(LaneRole::Bulk);
         receiver.set_regions(regions);
         let is_small = guest.regions.iter().all(|region| !region.has_huge_pages());
-        let ahead = if is_small { Ahead::new(&guest, AHEAD_BULK_BYTES) } else { None };
+        let ahead =
+            before.or_else(|| if is_small { Ahead::new(&guest, AHEAD_BULK_BYTES) } else { None });
         LaneReader { is_bulk: true, ahead, ..LaneReader::new(lane, receiver, guest) }
     }
 
@@ -181,6 +187,21 @@ impl LaneReader {
         let range = PageRange { pages, ..range };
         let last = self.guest.finish(range, RunKind::Data, wake)?;
         arrived(Arrived::Run { range, last })
+    }
+
+    /// What has been read beyond the lane's end.
+    pub(crate) fn into_ahead(self) -> Option<Ahead> {
+        self.ahead.filter(|ahead| ahead.buffer.is_some())
+    }
+
+    /// Takes what has been read already, and starts the first receive.
+    pub(crate) fn begin(
+        &mut self,
+        ring: &mut Ring,
+        mut wake: impl FnMut(PageId),
+        mut arrived: impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        self.take_ahead(ring, &mut wake, &mut arrived)
     }
 
     /// Starts the next receive. Called once at the start; [`LaneReader::complete`] calls it then.

@@ -31,6 +31,7 @@ use super::demand::{Command, Resume};
 use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
 use crate::lane::{CAUSE_PATIENCE, Listener, Severable, lane_name};
+use crate::observe::watch::CUT;
 use crate::secure::{Guard, Interest};
 use crate::uri::Uri;
 
@@ -194,6 +195,7 @@ impl Migration<'_> {
         self.link.was_interrupted = false;
         self.link.state = State::Down { since: Instant::now(), is_quiet: false, until: None };
         self.progress.phase("waiting");
+        self.progress.watch().entered(CUT);
         let pages_missing = self.guest.pages_missing();
         let fields = json!({ "reason": why, "pages_missing": pages_missing });
         let has_way = self.link.door.is_some() && !self.link.is_paused;
@@ -253,6 +255,7 @@ impl Migration<'_> {
         let _ = self.commands.send(Command::Resume(Box::new(resume)));
         self.demand.wake();
         self.progress.phase("filling");
+        self.progress.watch().entered(self.phase.name());
         let disconnected_ms = millis(since.elapsed());
         self.output.event(
             "resumed",

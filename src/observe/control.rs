@@ -29,9 +29,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::{Value, json};
 
-use super::watch::Watch;
+use super::watch::{LinkOrder, Watch};
 use crate::error::{Context, Error, Result};
 use crate::lane::bind_private;
+use crate::uri::Uri;
 
 /// Connections at a time; more wait in the kernel.
 const CLIENTS_MAX: usize = 8;
@@ -43,13 +44,15 @@ const LINE_BYTES_MAX: usize = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What can be executed.
-const COMMANDS: [(&str, &str); 4] = [
+const COMMANDS: [(&str, &str); 6] = [
     ("status", "how the migration stands"),
     (
         "set",
         "change the background's limit: {\"max-postcopy-bandwidth\": bytes a second, 0 for none}",
     ),
     ("cancel", "give up before the switchover, as Ctrl-C does; the guest goes on at the source"),
+    ("pause", "give up the connections, after the switchover; the guest runs on with what it has"),
+    ("resume", "open them again: {\"uri\": another address}, or no arguments for the same"),
     ("help", "the commands"),
 ];
 
@@ -237,12 +240,30 @@ fn execute(name: &str, arguments: &Value, watch: &Watch) -> std::result::Result<
         "status" => Ok(serde_json::to_value(watch.status()).expect("plain numbers and strings")),
         "set" => set(arguments, watch).map(|()| json!({})),
         "cancel" => watch.cancel().map(|()| json!({})).map_err(str::to_owned),
+        "pause" => watch.order(LinkOrder::Pause).map(|()| json!({})).map_err(str::to_owned),
+        "resume" => resume(arguments, watch).map(|()| json!({})),
         "help" => Ok(COMMANDS.iter().map(|&(name, help)| (name.to_owned(), json!(help))).collect()),
         other => {
             let names = COMMANDS.map(|(name, _)| name).join(", ");
             Err(format!("there is no command {other:?}: the commands are {names}"))
         }
     }
+}
+
+fn resume(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
+    let uri = match arguments {
+        Value::Null => None,
+        given => {
+            let text =
+                given["uri"].as_str().ok_or("\"arguments\" are {\"uri\": ADDRESS}, or none")?;
+            let uri: Uri = text.parse()?;
+            if uri.is_one_connection() {
+                return Err(format!("{uri} is no address: write tcp:HOST:PORT or unix:PATH"));
+            }
+            Some(uri)
+        }
+    };
+    watch.order(LinkOrder::Resume(uri)).map_err(str::to_owned)
 }
 
 fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
@@ -302,6 +323,31 @@ mod tests {
     use super::*;
     use crate::bandwidth::Bandwidth;
 
+    #[test]
+    fn lanes_are_given_up_and_opened_again_after_the_switchover() {
+        let watch = source();
+        let answer = |line: &str| answer(line.as_bytes(), &watch);
+        let refused = |line: &str| answer(line)["error"]["desc"].as_str().unwrap().to_owned();
+        let (pause, resume) = (r#"{"execute": "pause"}"#, r#"{"execute": "resume"}"#);
+        assert!(refused(pause).contains("no connections"));
+        let (tell, told) = std::sync::mpsc::channel();
+        watch.link(move |order| tell.send(order).unwrap());
+        assert!(refused(pause).contains("not been switched over"));
+        watch.commit("").unwrap();
+        let elsewhere = r#"{"execute": "resume", "arguments": {"uri": "tcp:there:1"}}"#;
+        for line in [pause, resume, elsewhere] {
+            assert_eq!(answer(line), json!({ "return": {} }));
+        }
+        let uri = "tcp:there:1".parse().unwrap();
+        let expected = [LinkOrder::Pause, LinkOrder::Resume(None), LinkOrder::Resume(Some(uri))];
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), expected);
+        for (uri, hint) in [("fd:3", "no address"), ("there", "tcp:")] {
+            let line = format!(r#"{{"execute": "resume", "arguments": {{"uri": "{uri}"}}}}"#);
+            assert!(refused(&line).contains(hint), "{}", refused(&line));
+        }
+        assert!(refused(r#"{"execute": "resume", "arguments": {"url": 1}}"#).contains("uri"));
+    }
+
     fn source() -> Arc<Watch> {
         Watch::new(Role::Source, false, Some(Arc::new(Bandwidth::new(None))))
     }
@@ -322,7 +368,7 @@ mod tests {
             ("[", "object of JSON"),
             ("{}", "execute"),
             (r#"{"execute": 5}"#, "execute"),
-            (r#"{"execute": "stop"}"#, "status, set, cancel"),
+            (r#"{"execute": "stop"}"#, "status, set, cancel, pause"),
             (r#"{"execute": "set"}"#, "bytes a second"),
             (r#"{"execute": "set", "arguments": {"max-postcopy-bandwidth": -1}}"#, "whole number"),
             (

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use super::recording::{CellRecord, MapRecord, Recording};
 use super::svg::{Scale, Svg, number, ticks};
+use super::watch::CUT;
 use crate::report::Latency;
 
 const WIDTH: f64 = 960.0;
@@ -381,6 +382,7 @@ pub(super) fn timeline(sides: &[Timed<'_>]) -> String {
         ("phase", "prepares, or says goodbye"),
         ("still", "the guest stands still"),
         ("pages", "pages move behind the guest"),
+        ("cut", "no connection"),
     ];
     key(&mut svg, bottom + 62.0, &names);
     svg.finished()
@@ -390,6 +392,7 @@ pub(super) fn timeline(sides: &[Timed<'_>]) -> String {
 fn phase_class(name: &str) -> &'static str {
     match name {
         "serving pages" | "receiving pages" => "pages",
+        CUT => "cut",
         "connecting"
         | "connected"
         | "comparing regions"

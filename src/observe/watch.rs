@@ -1,4 +1,4 @@
-//! What one side of a migration lets others see while it goes on, and the two things they may do.
+//! What one side of a migration lets others see while it goes on, and the few things they may do.
 //!
 //! The control thread tells a [`Watch`] of its phases and has it take samples; metrics, the control
 //! socket and the display on the terminal look at it from threads of their own. Pages are counted
@@ -21,12 +21,16 @@ use super::recording::{Recorder, Recording, Sample, Span};
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
 use crate::report::{Completed, Counters};
+use crate::uri::Uri;
 
 /// Between the first samples of a recording; later ones come less often.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Rates are of at least this long.
 const RATE_WINDOW: Duration = Duration::from_secs(1);
+
+/// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
+pub(crate) const CUT: &str = "without connection";
 
 /// A side of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +64,18 @@ pub(crate) struct Watch {
     /// The background's limit, at a source that has one.
     bandwidth: Option<Arc<Bandwidth>>,
     live: OnceLock<Live>,
+    /// Where the control thread hears of what is to be done with the lanes, if it can do without them.
+    link: OnceLock<Box<dyn Fn(LinkOrder) + Send + Sync>>,
     state: Mutex<State>,
+}
+
+/// What is to be done with the lanes of a migration after its switchover.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum LinkOrder {
+    /// Give them up; the guest runs on with what it has.
+    Pause,
+    /// Open them again, at another address if one is named.
+    Resume(Option<Uri>),
 }
 
 /// What is counted, from when on the guest's size is known.
@@ -93,6 +108,7 @@ impl Watch {
             commitment: AtomicU8::new(OPEN),
             bandwidth,
             live: OnceLock::new(),
+            link: OnceLock::new(),
             state: Mutex::new(State {
                 phase: role.first_phase(),
                 phase_began: now,
@@ -121,6 +137,11 @@ impl Watch {
     /// The guest's size is known, and where its pages are counted.
     pub(crate) fn attach(&self, counters: Arc<Counters>, total_bytes: u64) {
         self.live.get_or_init(|| Live { counters, total_bytes });
+    }
+
+    /// Lanes can be given up and opened again: `tell` says so to the control thread.
+    pub(crate) fn link(&self, tell: impl Fn(LinkOrder) + Send + Sync + 'static) {
+        self.link.get_or_init(|| Box::new(tell));
     }
 
     /// A phase of the protocol begins, unless it is the one that goes on.
@@ -261,6 +282,23 @@ impl Watch {
 
     pub(crate) fn counters(&self) -> Option<&Counters> {
         self.live.get().map(|live| &*live.counters)
+    }
+
+    /// Has the lanes given up, or opened again.
+    ///
+    /// # Errors
+    /// Why that cannot be done.
+    pub(crate) fn order(&self, order: LinkOrder) -> std::result::Result<(), &'static str> {
+        let Some(tell) = self.link.get() else {
+            return Err(
+                "there are no connections yet that could be given up, or none that can be opened again",
+            );
+        };
+        if self.commitment.load(SeqCst) != COMMITTED {
+            return Err("the guest has not been switched over: cancel leaves it at the source");
+        }
+        tell(order);
+        Ok(())
     }
 
     /// Gives the migration up, as Ctrl-C would.

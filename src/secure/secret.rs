@@ -178,6 +178,7 @@ mod tests {
             role: LaneRole::Bulk,
             index: 2,
             bulk_lanes: 3,
+            epoch: 0,
             proof: [0; 32],
         }
     }

@@ -40,7 +40,7 @@ use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
-use crate::observe::watch::{Role, Watch};
+use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
 use crate::progress::Progress;
 use crate::report::{Completed, CpuTime, Output};
@@ -122,10 +122,8 @@ pub(crate) enum Note {
     /// The monitor has answered.
     Host(Answer),
     /// By hand: give up the lanes, and open none until a resume.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the control socket"))]
     Pause,
     /// By hand: open lanes again, to another address if one is named.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the control socket"))]
     Resume(Option<Uri>),
 }
 
@@ -139,6 +137,15 @@ impl Failure for Note {
             Note::Failed(error) => Some(error),
             Note::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
+        }
+    }
+}
+
+impl From<LinkOrder> for Note {
+    fn from(order: LinkOrder) -> Note {
+        match order {
+            LinkOrder::Pause => Note::Pause,
+            LinkOrder::Resume(uri) => Note::Resume(uri),
         }
     }
 }
@@ -368,6 +375,10 @@ impl Migration {
         };
         let (waker, demand_thread) =
             worker::start("umem-demand", &inbox, move |started| demand.run(started))?;
+        if link.recovers() {
+            let post = inbox.post();
+            plan.watch.link(move |order| post.send(order.into()));
+        }
         let mut migration = Migration {
             postcopy: plan.postcopy,
             background: plan.background,

@@ -29,6 +29,7 @@ use super::{Migration, Note, peer};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, Severable, lane_name};
+use crate::observe::watch::CUT;
 use crate::secure::Pass;
 use crate::uri::Uri;
 use crate::worker;
@@ -78,6 +79,10 @@ impl Link {
             recoveries: 0,
             disconnected: Duration::ZERO,
         }
+    }
+
+    pub(super) fn recovers(&self) -> bool {
+        self.recovers
     }
 
     pub(super) fn is_up(&self) -> bool {
@@ -202,6 +207,7 @@ impl Migration {
     /// Says that there is no connection, and what will be done about it.
     fn announce(&mut self, why: &str) {
         self.progress.phase("waiting");
+        self.progress.watch().entered(CUT);
         let fields = json!({ "reason": why });
         match &self.link.uri {
             Some(uri) if !self.link.is_paused => self.output.event(
@@ -366,6 +372,7 @@ impl Migration {
         self.link.is_up = true;
         let disconnected_ms = since.elapsed().as_secs_f64() * 1e3;
         self.progress.phase("sending");
+        self.progress.watch().entered(self.phase.name());
         self.output.event(
             "resumed",
             json!({ "disconnected_ms": disconnected_ms, "recoveries": self.link.recoveries }),
@@ -487,6 +494,7 @@ mod tests {
     use crate::idle::IdleCores;
     use crate::inbox::{Canceller, Post};
     use crate::memory::region::RamFile;
+    use crate::observe::watch::{Role, Watch};
     use crate::report::Output;
     use crate::source::memory::SourceMemory;
     use crate::source::{Order, Plan, wait};
@@ -611,10 +619,12 @@ mod tests {
         let (post, answers) = (inbox.post(), inbox.post());
         let destination = std::thread::spawn(move || play(&listeners, &post));
         let session = Session::new(1, false, true).unwrap();
+        let pass = Arc::new(Pass::default());
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
-        let open = |index| lane::dial(&uri, &session.hello(index, 0), &wait).unwrap();
+        let open = |index| lane::dial(&uri, &session.hello(index, 0), &pass, &wait).unwrap();
         let lanes: Vec<Lane> = (0..=1).map(open).collect();
-        let link = Link::new(session, Some(uri), &lanes);
+        let link = Link::new(session, pass, Some(uri), &lanes);
+        let watch = Watch::new(Role::Source, false, None);
         let host = HostThread::<dyn SourceHost>::elsewhere(move |question| {
             answers.send(Note::Host(match question {
                 Question::Stop => Answer::Stopped(Ok(())),
@@ -628,6 +638,7 @@ mod tests {
             cores: &[],
             idle_cores: IdleCores::Sleep,
             order: Order::Adaptive,
+            watch: &watch,
             quiet: true,
             has_monitor: false,
             stays_local: true,
