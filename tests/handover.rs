@@ -114,7 +114,14 @@ fn a_guest_whose_daemon_dies_after_the_switchover_waits() {
     migrate.event("running");
     incoming.event("running");
     incoming.kill();
-    assert!(migrate.fails().contains("do not start it here again"));
+    migrate.event("recovering");
+    migrate.signal(Signal::SIGINT);
+    wait_for("it to say what giving up means", || {
+        migrate.stderr().contains("interrupt again").then_some(())
+    });
+    migrate.signal(Signal::SIGINT);
+    assert_eq!(migrate.wait().code(), Some(1));
+    assert!(migrate.stderr().contains("do not start it here again"));
     // Both of its vCPUs come upon a page that is missing.
     wait_for("every vCPU to wait", || (waiting_threads(guest.pid()) == 2).then_some(()));
     assert!(guest.is_running());

@@ -207,13 +207,23 @@ fn a_client_that_is_killed_ends_both_sides() {
     assert!(!restore.scratch.path("handoff").exists());
 }
 
-/// What it has not seen yet will never come. It must not go on, and read zeroes instead.
+/// What it has not seen yet will never come once its daemon is told to give up. It must not go on then,
+/// and read zeroes instead.
 #[test]
-fn a_client_whose_source_is_killed_is_killed_too() {
+fn a_client_whose_source_is_killed_waits_and_is_killed_with_its_daemon() {
     let mut restore = Restore::halfway(32, &[]);
     restore.migrate.kill();
-    let error = restore.incoming.fails();
-    assert!(error.contains("source"), "{error}");
+    restore.incoming.event("recovering");
+    assert!(restore.client.is_running());
+    restore.incoming.signal(Signal::SIGINT);
+    let incoming = &restore.incoming;
+    support::wait_for("it to say what giving up means", || {
+        incoming.stderr().contains("interrupt again").then_some(())
+    });
+    restore.incoming.signal(Signal::SIGINT);
+    assert_eq!(restore.incoming.wait().code(), Some(1));
+    let stderr = restore.incoming.stderr();
+    assert!(stderr.contains("there was no connection, and the guest here waits"), "{stderr}");
     assert_eq!(restore.client.wait().signal(), Some(Signal::SIGKILL as i32));
     assert!(!restore.scratch.path("handoff").exists());
 }
@@ -223,7 +233,7 @@ fn a_client_whose_source_is_killed_is_killed_too() {
 fn a_client_whose_daemon_is_killed_sees_nothing_wrong() {
     let mut restore = Restore::halfway(32, &[]);
     restore.incoming.kill();
-    restore.migrate.fails();
+    restore.migrate.event("recovering");
     restore.pause.release();
     let client = &mut restore.client;
     support::wait_for("both threads to wait for pages", || {

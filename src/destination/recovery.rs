@@ -323,23 +323,23 @@ impl Migration<'_> {
         if !self.link.is_down() {
             return None;
         }
-        let what = match self.phase {
-            Phase::Loaded { .. } => {
-                "the source may have given its guest up, and only it knows: interrupt again to end \
-                 this one, if the guest runs there"
-            }
+        let (what, hint) = match self.phase {
+            Phase::Loaded { .. } => (
+                "the source may have given its guest up, and only it knows",
+                "interrupt again to end this one, if the guest runs there",
+            ),
             // Nothing is lost by leaving.
             Phase::Completing => return Some(self.step(Input::Lost)),
-            _ => {
-                "the guest here waits for pages that only the source has: interrupt again to leave \
-                 it waiting for ever"
-            }
+            _ => (
+                "the guest here waits for pages that only the source has",
+                "interrupt again to leave it waiting for ever",
+            ),
         };
         if self.link.was_interrupted {
             return Some(Err(Error::Interrupted(format!("there was no connection, and {what}"))));
         }
         self.link.was_interrupted = true;
-        self.output.remark(what);
+        self.output.remark(&format!("{what}; {hint}"));
         Some(Ok(()))
     }
 }
