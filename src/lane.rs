@@ -65,6 +65,10 @@ const BACKGROUND_TIMEOUT_MS: u32 = 30_000;
 const KEEPALIVE_IDLE_S: u32 = 3;
 const KEEPALIVE_INTERVAL_S: u32 = 2;
 
+/// The highest priority that everybody may ask for (socket(7)); TC_PRIO_INTERACTIVE of
+/// linux/pkt_sched.h.
+const INTERACTIVE: u32 = 6;
+
 /// A connected lane.
 #[derive(Clone)]
 pub(crate) struct Lane {
@@ -115,15 +119,34 @@ impl Lane {
         // One that a source has dialled knew it from the beginning.
         if role == LaneRole::Demand && self.congestion.is_some() && self.name != name {
             let _ = setsockopt(&self.socket, sockopt::TcpUserTimeout, &DEMAND_TIMEOUT_MS);
+            self.go_first();
         }
         Lane { name, ..self }
+    }
+
+    /// Asks for its packets to go before others: on this host by their priority, on the way by the field
+    /// that says so (IP_TOS, IPV6_TCLASS), where anybody heeds that.
+    fn go_first(&self) {
+        if self.congestion.is_none() {
+            return;
+        }
+        // One of them is for the other family, and fails.
+        let low_delay = u32::from(libc::IPTOS_LOWDELAY);
+        let socket = self.socket.as_fd();
+        let _ = setsockopt_raw(socket, libc::IPPROTO_IP, libc::IP_TOS, low_delay);
+        let _ = setsockopt_raw(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, low_delay);
+        let _ = setsockopt_raw(socket, libc::SOL_SOCKET, libc::SO_PRIORITY, INTERACTIVE);
     }
 
     /// A lane with a connection of its own.
     pub(crate) fn new(socket: OwnedFd, name: String) -> Result<Lane> {
         let is_demand = name == lane_name(LaneRole::Demand, 0);
         let timeout_ms = if is_demand { DEMAND_TIMEOUT_MS } else { BACKGROUND_TIMEOUT_MS };
-        Lane::tuned(socket, name, NOTSENT_LOWAT_BYTES, timeout_ms)
+        let lane = Lane::tuned(socket, name, NOTSENT_LOWAT_BYTES, timeout_ms)?;
+        if is_demand {
+            lane.go_first();
+        }
+        Ok(lane)
     }
 
     /// The one lane of a connection that everything shares.
@@ -596,5 +619,52 @@ pub(crate) fn is_local(socket: &OwnedFd) -> bool {
         (Some(address), _) => address.ip().is_loopback(),
         (None, Some(address)) => address.ip().is_loopback(),
         (None, None) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// What the kernel has for an option of four bytes.
+    fn option(lane: &Lane, level: i32, name: i32) -> i32 {
+        let mut value = -1;
+        let mut length = size_of_val(&value) as libc::socklen_t;
+        // SAFETY: the kernel writes at most four bytes to a local variable.
+        let result = unsafe {
+            libc::getsockopt(
+                lane.as_fd().as_raw_fd(),
+                level,
+                name,
+                (&raw mut value).cast(),
+                &raw mut length,
+            )
+        };
+        assert_eq!(result, 0);
+        value
+    }
+
+    #[test]
+    fn packets_of_the_demand_lane_go_first() {
+        for (address, level, name) in [
+            ("127.0.0.1:0", libc::IPPROTO_IP, libc::IP_TOS),
+            ("[::1]:0", libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+        ] {
+            let listener = TcpListener::bind(address).unwrap();
+            let dial =
+                || OwnedFd::from(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+            let marks = |lane: &Lane| {
+                (option(lane, level, name), option(lane, libc::SOL_SOCKET, libc::SO_PRIORITY))
+            };
+            let first = (i32::from(libc::IPTOS_LOWDELAY), 6);
+            let dialled = Lane::new(dial(), lane_name(LaneRole::Demand, 0)).unwrap();
+            assert_eq!(marks(&dialled), first, "{address}");
+            let accepted = Lane::new(dial(), "a lane".into()).unwrap();
+            assert_eq!(marks(&accepted), (0, 0), "{address}");
+            assert_eq!(marks(&accepted.clone().assign(LaneRole::Bulk, 1)), (0, 0), "{address}");
+            assert_eq!(marks(&accepted.assign(LaneRole::Demand, 0)), first, "{address}");
+        }
     }
 }

@@ -9,7 +9,7 @@ mod support;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::{Cutter, Ends, HugeFile, Qmp, Scratch, Umem};
+use support::{Authority, Cutter, Ends, HugeFile, Qmp, Scratch, Umem, write_private};
 use umem_wire::{HEADER_BYTES, HELLO_BYTES};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
@@ -19,6 +19,9 @@ const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 const UNTIL_LOADED: u64 = (HELLO_BYTES + HEADER_BYTES + 1 + HEADER_BYTES) as u64;
 /// And then running.
 const UNTIL_RUNNING: u64 = UNTIL_LOADED + HEADER_BYTES as u64;
+
+/// A handshake of TLS, or a nonce, and a hello.
+const GREETING_BYTES_MAX: u64 = 4 << 10;
 
 /// A guest that moves from one umem to another through a [`Cutter`].
 struct Move {
@@ -43,6 +46,8 @@ struct How {
     /// For the guest there.
     arriving: &'static [&'static str],
     migrate: &'static [&'static str],
+    /// For both umem processes: a directory of certificates, or a secret.
+    security: Option<[&'static str; 2]>,
     huge: bool,
 }
 
@@ -75,6 +80,7 @@ impl Move {
             false => arguments.extend(["--kind", kind, "--ram", &ram]),
         }
         arguments.extend(how.incoming);
+        arguments.extend(how.security.iter().flatten());
         arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
         arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
         arguments.extend(common);
@@ -86,8 +92,12 @@ impl Move {
         let mut incoming = Umem::start(arguments);
         let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
         let cutter = Cutter::to(&uri);
+        if how.security.is_some() {
+            cutter.lengthen_greetings(GREETING_BYTES_MAX);
+        }
         let mut arguments = vec!["migrate", "-p", "--json", "--qmp", &source_qmp, cutter.uri()];
         arguments.extend(how.migrate);
+        arguments.extend(how.security.iter().flatten());
         let migrate = Umem::start(arguments);
         Move { scratch, guest, incoming, migrate, cutter, mib: how.mib, _huge: huge }
     }
@@ -178,7 +188,21 @@ fn shared_memory_survives_many_cuts() {
 /// Most of these cuts come while lanes are being opened, or while the destination says what it has.
 #[test]
 fn cuts_in_the_middle_of_a_recovery_are_survived() {
-    cut_often(How { mib: 64, threads: 1, ..How::default() }, 60, 600);
+    cut_often(How { mib: 64, threads: 1, ..How::default() }, 30, 600);
+}
+
+/// Lanes that replace lost ones show the same certificate, or prove the same secret, as those did.
+#[test]
+fn secured_lanes_survive_cuts() {
+    let scratch = Scratch::new();
+    let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
+    let secret = scratch.path("secret");
+    write_private(&secret, "thirty-two bytes that nobody knows");
+    for (option, path) in [("--tls-creds", creds), ("--secret-file", secret)] {
+        let path: &'static str = path.display().to_string().leak();
+        let security = Some([option, path]);
+        cut_often(How { mib: 64, threads: 1, security, ..How::default() }, 10, 6 << 20);
+    }
 }
 
 #[test]

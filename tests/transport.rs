@@ -386,6 +386,28 @@ fn a_lane_may_close_as_soon_as_it_has_ended() {
     incoming.event("completed");
 }
 
+/// Once it has said that the guest is loaded, the source may give it up at any moment: if both did,
+/// nobody would have it.
+#[test]
+fn a_guest_that_is_loaded_is_not_given_up_by_an_interrupt() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_loading_guest(&scratch, 8);
+    let mut peer = Peer::dial(&uri(&mut incoming), 1);
+    peer.until_stopped(8, true);
+    peer.load();
+    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    peer.send(1, &Frame::Hole(range(0, 1)), &[]);
+    assert_eq!(peer.event(), Some(Event::Loaded));
+    incoming.signal(Signal::SIGINT);
+    wait_for("it to say that it goes on", || {
+        incoming.stderr().contains("going on, as nobody would have it").then_some(())
+    });
+    peer.switch_over();
+    peer.send(1, &Frame::Hole(range(1, 2047)), &[]);
+    peer.complete(1);
+    incoming.event("completed");
+}
+
 /// The source has sent every page then; that does not mean that they have come.
 #[test]
 fn without_postcopy_the_guest_is_loaded_when_its_last_page_has_come() {

@@ -640,8 +640,15 @@ impl<'a> Migration<'a> {
         if let Some(result) = self.interrupted_without_lanes() {
             return result;
         }
-        if !self.phase.may_run() {
+        if !self.phase.outlives_its_lanes() {
             return Err(Error::Interrupted("the guest stays at the source".into()));
+        }
+        if !self.phase.may_run() {
+            self.output.remark(
+                "the source may be giving the guest up at this moment; going on, as nobody would have \
+                 it then",
+            );
+            return Ok(());
         }
         self.output.remark(&format!(
             "the guest runs here and still needs {} pages from the source; stopping now would stop \

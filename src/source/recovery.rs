@@ -38,7 +38,7 @@ use crate::worker;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 
 /// … up to this.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// What is needed to open lanes again, and how often that was.
 pub(super) struct Link {

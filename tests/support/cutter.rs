@@ -45,7 +45,9 @@ struct State {
     connections: Vec<Connection>,
     /// Since the last cut.
     lanes: usize,
-    /// Nothing but their hellos passes on bulk lanes.
+    /// Bytes that each bulk lane begins with: a hello, unless there is more.
+    greeting: u64,
+    /// Nothing but their greetings passes on bulk lanes.
     holds_bulk: bool,
     /// Bytes that may still pass on demand lanes, to the destination and to the source.
     limits: [Option<u64>; 2],
@@ -78,7 +80,7 @@ impl Cutter {
         let destination = uri.strip_prefix("tcp:").expect("a tcp: URI").to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("it is bound").port();
-        let state = Mutex::new(State { holds_bulk: true, ..State::default() });
+        let state = Mutex::new(State { greeting: HELLO, holds_bulk: true, ..State::default() });
         let shared = Arc::new(Shared { destination, state, changed: Condvar::new() });
         let accepting = shared.clone();
         // Ends with the test's process: it holds nothing but its port.
@@ -114,6 +116,11 @@ impl Cutter {
     pub(crate) fn let_pages_go(&self) {
         self.lock().holds_bulk = false;
         self.shared.changed.notify_all();
+    }
+
+    /// Lanes begin with more than a hello: with this many bytes at most.
+    pub(crate) fn lengthen_greetings(&self, bytes: u64) {
+        self.lock().greeting = bytes;
     }
 
     /// Lets so many bytes more pass on demand lanes to the destination; all if none.
@@ -277,7 +284,7 @@ impl Way {
             if self.lane == 0 {
                 allowed = allowed.min(state.limits[self.direction].unwrap_or(u64::MAX));
             } else if self.direction == OUT && state.holds_bulk {
-                allowed = allowed.min(HELLO.saturating_sub(self.passed));
+                allowed = allowed.min(state.greeting.saturating_sub(self.passed));
             }
             if let (OUT, Some(cut)) = (self.direction, state.cuts.front()) {
                 allowed = allowed.min(cut.bytes_left);

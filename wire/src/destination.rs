@@ -12,7 +12,7 @@
 //! any but Completing, Completed --Lost--> Failed
 //! any before Loaded --Broken--> Failed
 //! any but Completed --Error, what cannot happen--> Failed
-//! any before Switched --Cancel--> Failed
+//! any before Loaded --Cancel--> Failed
 //! ```
 //!
 //! Pages come, and may be asked for, from [`Phase::Receiving`] on: loading the device state touches
@@ -208,7 +208,8 @@ impl Phase {
             (phase, Input::Lost) => Err(Some(PhaseError::Lost { phase: phase.name() })),
             (phase, Input::Broken) if phase.outlives_its_lanes() => Ok(phase),
             (phase, Input::Broken) => Err(Some(PhaseError::Lost { phase: phase.name() })),
-            (phase, Input::Cancel) if phase.may_run() => Ok(phase),
+            // The source may have given the guest up already: then nobody would have it.
+            (phase, Input::Cancel) if phase.outlives_its_lanes() => Ok(phase),
             (phase, Input::Cancel) => Err(Some(PhaseError::Cancelled { phase: phase.name() })),
             (phase, Input::Received(event)) => phase.receive(event),
 
@@ -306,7 +307,7 @@ mod tests {
             (Phase::Ready, &["stopped"]),
             (Phase::Receiving { mode, state_bytes: 2 }, &["device state", "load"]),
             (Phase::Loading { mode, state_bytes: 2 }, &["loaded device state"]),
-            (Phase::Loaded { mode }, &["switchover", "a broken lane"]),
+            (Phase::Loaded { mode }, &["cancelling", "switchover", "a broken lane"]),
             (
                 Phase::Switched { mode, stopped_us },
                 &["cancelling", "the running guest", "a broken lane"],
