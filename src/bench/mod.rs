@@ -6,7 +6,7 @@
 //! with a userfaultfd. So every page is allocated, checked, landed and unregistered as in a migration;
 //! what a pass has filled is given back by a thread beside the lanes ([`passes`]). With `--discard`
 //! nothing lands: sendfile at one end, a hot buffer at the other ([`lanes`]). With `--fault-rate` pages are
-//! asked for meanwhile ([`faults`](self::faults)).
+//! asked for meanwhile (`faults.rs`).
 //!
 //! The two programs talk on a control connection, in lines of JSON ([`protocol`]); each lane is a
 //! connection that says whose it is and then belongs to the stream. The client says when to measure

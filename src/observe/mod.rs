@@ -1,7 +1,7 @@
 //! What a migration lets others see, and do to it: progress, reports, metrics, a control socket.
 //!
 //! Threads that move pages only count ([`map`], [`faults`], [`Counters`](crate::report::Counters)); a
-//! [`Watch`](watch::Watch) reads what they have counted, and everybody else asks the watch:
+//! [`Watch`] reads what they have counted, and everybody else asks the watch:
 //!
 //! - [`progress`](crate::progress): bars, lines or JSON events for whoever waits
 //! - [`recording`] and [`report`]: `--report FILE`, figures over time and pictures of them on a [`page`]

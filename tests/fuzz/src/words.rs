@@ -69,7 +69,7 @@ impl Pages {
 }
 
 impl Word {
-    /// As it is sent. What follows it, pages or device state, is [`Word::body_bytes`] long.
+    /// As it is sent. What follows it, pages or device state, is as long as the frame says.
     pub(crate) fn frame(&self) -> Frame {
         match self.clone() {
             Word::Data(pages) => Frame::Data(pages.range(true)),
