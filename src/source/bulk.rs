@@ -37,6 +37,12 @@ const BATCH_BYTES: u64 = 256 << 10;
 /// Each run is two pieces at most, and a vectored send takes 1024.
 const BATCH_RUNS: usize = 256;
 
+/// The headers that usually stand before a piece of pages.
+const HEADERS_BYTES: usize = 16 * HEADER_BYTES;
+
+/// A batch of zeroes and holes has no more than this of headers.
+const HEADERS_BYTES_MAX: usize = BATCH_RUNS * HEADER_BYTES;
+
 /// What a bulk thread needs.
 pub(crate) struct BulkLane {
     pub(crate) lane: Lane,
@@ -65,10 +71,45 @@ struct BulkThread {
     /// It is to leave without a copy.
     sending_zero_copy: bool,
     spare: Vec<Run>,
+    storage: Storage,
     lane_end_sent: bool,
     in_flight: usize,
     /// The destination has closed the lane, after its end.
     closed: bool,
+}
+
+/// What batches are made of, used again and again: the kernel gives each batch back.
+#[derive(Default)]
+struct Storage {
+    /// Empty; one for each batch that can be in the kernel at once.
+    pieces: Vec<Vec<Memory>>,
+    /// Empty; one for each piece of headers.
+    headers: Vec<Vec<u8>>,
+}
+
+impl Storage {
+    fn pieces(&mut self) -> Vec<Memory> {
+        self.pieces.pop().unwrap_or_else(|| Vec::with_capacity(2 * BATCH_RUNS))
+    }
+
+    fn headers(&mut self) -> Vec<u8> {
+        self.headers.pop().unwrap_or_else(|| Vec::with_capacity(HEADERS_BYTES))
+    }
+
+    fn take_back(&mut self, memory: Memory) {
+        let Memory::Pieces(mut pieces) = memory else { return };
+        for piece in pieces.drain(..) {
+            if let Memory::Bytes(bytes) = piece {
+                let mut headers = bytes.into_vec();
+                // A copy of a large page is not what the next header needs.
+                if headers.capacity() <= HEADERS_BYTES_MAX {
+                    headers.clear();
+                    self.headers.push(headers);
+                }
+            }
+        }
+        self.pieces.push(pieces);
+    }
 }
 
 impl BulkLane {
@@ -97,6 +138,7 @@ impl BulkLane {
             sending: None,
             sending_zero_copy: false,
             spare: Vec::with_capacity(1024),
+            storage: Storage::default(),
             lane_end_sent: false,
             in_flight: 0,
             closed: false,
@@ -193,9 +235,9 @@ impl BulkThread {
     fn batch(&mut self) -> Result<Op> {
         let mut sending = std::mem::take(&mut self.spare);
         sending.clear();
-        let mut pieces = Vec::with_capacity(2 * BATCH_RUNS);
+        let mut pieces = self.storage.pieces();
         let mut bytes = 0;
-        let mut headers = Vec::new();
+        let mut headers = self.storage.headers();
         for run in &self.runs {
             if sending.len() == BATCH_RUNS || bytes >= BATCH_BYTES {
                 break;
@@ -203,13 +245,16 @@ impl BulkThread {
             let (header, pages) = self.memory.pieces(run)?;
             headers.extend_from_slice(&header);
             if let Some(pages) = pages {
-                pieces.push(Memory::from(std::mem::take(&mut headers)));
+                pieces.push(Memory::from(headers));
                 pieces.push(pages);
+                headers = self.storage.headers();
                 bytes += self.memory.bytes(run.range);
             }
             sending.push(*run);
         }
-        if !headers.is_empty() {
+        if headers.is_empty() {
+            self.storage.headers.push(headers);
+        } else {
             pieces.push(Memory::from(headers));
         }
         self.memory.bandwidth.sent(bytes);
@@ -221,7 +266,10 @@ impl BulkThread {
         Ok(Op::SendVectored { fd: self.socket.clone(), pieces, zero_copy, more: false })
     }
 
-    fn sent(&mut self, completion: Completion) -> Result<()> {
+    fn sent(&mut self, mut completion: Completion) -> Result<()> {
+        let memory = completion.memory.take();
+        let freed_bytes = memory.as_ref().map_or(0, |memory| memory.len() as u64);
+        memory.into_iter().for_each(|memory| self.storage.take_back(memory));
         match completion.outcome {
             Outcome::Done(_) => {
                 let runs = self.sending.take().unwrap_or_default();
@@ -242,9 +290,8 @@ impl BulkThread {
             Outcome::Released { copied } => {
                 if copied {
                     self.memory.zero_copy_is_copied.store(true, Relaxed);
-                    let bytes = completion.memory.map_or(0, |memory| memory.len() as u64);
                     let counters = &self.memory.counters;
-                    let moved = bytes.min(counters.zero_copied_bytes.load(Relaxed));
+                    let moved = freed_bytes.min(counters.zero_copied_bytes.load(Relaxed));
                     counters.zero_copied_bytes.fetch_sub(moved, Relaxed);
                     Counters::add(&counters.copied_bytes, moved);
                 }

@@ -18,7 +18,7 @@ use umem_ring::{
 use umem_wire::{Event, PageRange, Receiver, RegionId};
 
 use super::Note;
-use super::memory::{SourceMemory, Walk};
+use super::memory::{Holes, SourceMemory, Walk};
 use crate::error::{Error, Result};
 use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
@@ -97,6 +97,8 @@ struct DemandThread {
     has_answered: bool,
     /// Claimed, to be sent.
     answers: Vec<PageRange>,
+    /// Room for what is asked about an answer's page.
+    holes: Holes,
     outbox: Vec<u8>,
     /// The buffer for answers while none is in flight.
     spare: Vec<u8>,
@@ -130,6 +132,7 @@ impl DemandLane {
             vigil: Vigil::new(self.idle_cores, TOKEN_CALM),
             has_answered: false,
             answers: Vec::with_capacity(ANSWERS_MAX),
+            holes: Holes::default(),
             outbox: Vec::with_capacity(4096),
             spare: Vec::with_capacity(SPARE_BYTES),
             background: None,
@@ -288,7 +291,7 @@ impl DemandThread {
         bytes.clear();
         let mut pieces = Vec::new();
         for page in self.answers.drain(..count) {
-            let (run, contents) = self.memory.answer(page, &mut bytes)?;
+            let (run, contents) = self.memory.answer(page, &mut bytes, &mut self.holes)?;
             if let Some(contents) = contents {
                 pieces.push(Memory::from(std::mem::take(&mut bytes)));
                 pieces.push(contents);

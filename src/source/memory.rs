@@ -131,7 +131,8 @@ impl SourceMemory {
     }
 
     /// A page that has been claimed, as it is sent: header and contents are appended to `answer`.
-    /// Only what is larger than [`ANSWER_BYTES_MAX`] comes back, to be sent from the mapping.
+    /// Only what is larger than [`ANSWER_BYTES_MAX`] comes back, to be sent from the mapping. `holes` is
+    /// room for the answer to what a page is, and remembers nothing.
     ///
     /// A small page is read from its file and not through the mapping: that takes one system call in
     /// place of two (a hole must not be touched) and the mapping's page fault, and leaves one piece to
@@ -140,12 +141,13 @@ impl SourceMemory {
         &self,
         page: PageRange,
         answer: &mut Vec<u8>,
+        holes: &mut Holes,
     ) -> Result<(Run, Option<Memory>)> {
         let region = self.region(page.region);
         let (offset, unit) = (page.first << region.unit().shift(), region.unit().bytes());
         if unit > ANSWER_BYTES_MAX {
-            let kind = Holes::of(&region.ram, offset, unit)?.kind(&region.ram, offset, unit)?;
-            let run = Run { kind, range: page };
+            holes.look_at(&region.ram, offset, unit)?;
+            let run = Run { kind: holes.kind(&region.ram, offset, unit)?, range: page };
             let (header, pages) = self.pieces(&run)?;
             answer.extend_from_slice(&header);
             return Ok((run, pages));
@@ -160,7 +162,8 @@ impl SourceMemory {
             return Ok((Run { kind: RunKind::Data, range: page }, None));
         }
         answer.truncate(start);
-        let kind = match Holes::of(&region.ram, offset, unit)?.kind(&region.ram, offset, unit)? {
+        holes.look_at(&region.ram, offset, unit)?;
+        let kind = match holes.kind(&region.ram, offset, unit)? {
             RunKind::Hole => RunKind::Hole,
             // The guest has stopped: what was zero is zero.
             RunKind::Data | RunKind::Zero => RunKind::Zero,
@@ -327,6 +330,8 @@ pub(crate) struct Walk {
     followed: Followed,
     /// Of a piece of a sequence.
     holes: Holes,
+    /// Of a block, while there is none.
+    spare: Holes,
 }
 
 /// Pieces of sequences, each of 64 pages at most, that are looked at in vain, as their pages have left
@@ -354,6 +359,7 @@ impl Walk {
             current: None,
             followed: Followed::default(),
             holes: Holes::default(),
+            spare: Holes::default(),
         }
     }
 
@@ -377,7 +383,7 @@ impl Walk {
         let Some(block) = &mut self.current else { return Ok(false) };
         block.claim_word(memory.region(block.region), most, runs)?;
         if block.next == block.end {
-            self.current = None;
+            self.spare = self.current.take().map(|block| block.holes).unwrap_or_default();
         }
         Ok(true)
     }
@@ -417,11 +423,13 @@ impl Walk {
                 self.block = block + 1;
                 let (first, pages) = region.claims().block_range(block);
                 let shift = region.unit().shift();
+                let mut holes = std::mem::take(&mut self.spare);
+                holes.look_at(&region.ram, first << shift, pages << shift)?;
                 return Ok(Some(Block {
                     region: RegionId(u16::try_from(self.region).expect("at most 256 regions")),
                     next: first,
                     end: first + pages,
-                    holes: Holes::of(&region.ram, first << shift, pages << shift)?,
+                    holes,
                 }));
             }
             self.region = (self.region + 1) % memory.regions.len();
@@ -469,7 +477,7 @@ fn push_won(
 /// part alone, and only a page that is not in memory is looked for in the file (it may be swapped
 /// out, or be on disk); SEEK_DATA is quick there, as it ends at the first data.
 #[derive(Default)]
-struct Holes {
+pub(crate) struct Holes {
     start: u64,
     resident: Vec<u8>,
     /// No data before this offset, as far as SEEK_DATA has been asked.
@@ -477,13 +485,7 @@ struct Holes {
 }
 
 impl Holes {
-    fn of(ram: &RamFile, start: u64, len: u64) -> Result<Holes> {
-        let mut holes = Holes::default();
-        holes.look_at(ram, start, len)?;
-        Ok(holes)
-    }
-
-    /// Turns to another part of the file, or of another one.
+    /// Turns to a part of the file, or of another one.
     fn look_at(&mut self, ram: &RamFile, start: u64, len: u64) -> Result<()> {
         (self.start, self.until) = (start, 0);
         ram.resident(start, len, &mut self.resident)
@@ -565,7 +567,7 @@ mod tests {
         let range = PageRange { region, first: page, pages: 1 };
         memory.claim_demanded(region, page).then(|| {
             let mut answer = vec![0xa5; 3];
-            let (run, contents) = memory.answer(range, &mut answer).unwrap();
+            let (run, contents) = memory.answer(range, &mut answer, &mut Holes::default()).unwrap();
             assert_eq!(run.range, range);
             assert_eq!(answer[3..3 + HEADER_BYTES], header(&run));
             let bytes = answer.len() - 3 - HEADER_BYTES + contents.map_or(0, |pages| pages.len());
@@ -581,7 +583,7 @@ mod tests {
         for page in [5, 7] {
             assert!(memory.claim_demanded(RegionId(0), page));
             let range = PageRange { region: RegionId(0), first: page, pages: 1 };
-            assert!(memory.answer(range, &mut answer).unwrap().1.is_none());
+            assert!(memory.answer(range, &mut answer, &mut Holes::default()).unwrap().1.is_none());
         }
         assert_eq!(answer.len(), 2 * HEADER_BYTES + 4096);
         assert!(answer[HEADER_BYTES..HEADER_BYTES + 4096].iter().all(|&byte| byte == 0xa5));
