@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use serde_json::{Value, json};
 
 use super::{DEADLINE, wait_for};
@@ -52,6 +54,12 @@ impl Qmp {
         while self.stream.read_line(&mut rest).is_ok_and(|count| count > 0) {}
     }
 
+    /// QEMU's.
+    fn pid(&self) -> i32 {
+        let peer = getsockopt(self.stream.get_ref(), PeerCredentials);
+        peer.expect("the other end's credentials").pid()
+    }
+
     fn send(&mut self, command: &str, arguments: &Value) {
         let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         self.stream.get_mut().write_all(line.as_bytes()).expect("QMP takes a command");
@@ -59,8 +67,28 @@ impl Qmp {
 
     fn read(&mut self) -> Value {
         let mut line = String::new();
-        let count = self.stream.read_line(&mut line).expect("QMP answers");
+        let count = self.stream.read_line(&mut line).unwrap_or_else(|error| {
+            panic!("QMP does not answer ({error}); QEMU's threads:\n{}", threads(self.pid()))
+        });
         assert!(count > 0, "QEMU has closed QMP");
         serde_json::from_str(&line).expect("QMP speaks JSON")
     }
+}
+
+/// What each thread of a process does, for who has to find out why it does nothing.
+fn threads(pid: i32) -> String {
+    let tasks = format!("/proc/{pid}/task");
+    let Ok(tasks) = std::fs::read_dir(&tasks) else { return format!("{tasks} has gone") };
+    let line = |task: std::fs::DirEntry| {
+        let read = |name| {
+            let text = std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            text.trim_end().replace('\n', " < ")
+        };
+        let parts = ["comm", "stat", "wchan", "syscall", "stack"].map(|name| {
+            let text = read(name);
+            format!("  {name}: {text}\n")
+        });
+        parts.concat() + "\n"
+    };
+    tasks.flatten().map(line).collect()
 }
