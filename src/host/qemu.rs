@@ -6,7 +6,9 @@
 //! inside the device state, and private memory cannot be read from outside of QEMU.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -160,6 +162,34 @@ impl Qemu {
         }
     }
 
+    /// Has QEMU write its device state to the other end of a socket, and returns it: no more than a byte
+    /// over what is allowed.
+    ///
+    /// It is read by a thread of its own, from before the command on: QEMU's migration holds the lock of its
+    /// main loop while it writes, so that QEMU can answer the command only after all has been read.
+    fn migrate_into(&mut self, ours: UnixStream) -> Result<Vec<u8>> {
+        let read = |ours: &UnixStream| -> Result<Vec<u8>> {
+            let mut state = Vec::new();
+            let count = ours.take(STATE_BYTES_MAX).read_to_end(&mut state);
+            count.context(|| "reading QEMU's device state")?;
+            Ok(state)
+        };
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let state = read(&ours);
+                // What is left of too much makes QEMU's migration fail, and not wait.
+                let _ = ours.shutdown(Shutdown::Both);
+                state
+            });
+            let uri = json!({ "uri": format!("fd:{STATE_SOCKET}") });
+            if let Err(error) = self.qmp.execute("migrate", uri) {
+                let _ = ours.shutdown(Shutdown::Both);
+                return Err(error);
+            }
+            reader.join().expect("reading does not panic")
+        })
+    }
+
     fn set_ignore_shared(&mut self, on: bool) -> Result<()> {
         let capability = json!({ "capability": "x-ignore-shared", "state": on });
         self.qmp
@@ -229,11 +259,8 @@ impl SourceHost for Qemu {
         let (ours, theirs) = socket_pair()?;
         self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
         drop(theirs);
-        self.qmp.execute("migrate", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
         let mut state = vec![if self.was_running { GUEST_RUNS } else { GUEST_IS_PAUSED }];
-        ours.take(STATE_BYTES_MAX + 1)
-            .read_to_end(&mut state)
-            .context(|| "reading QEMU's device state")?;
+        state.extend(self.migrate_into(ours)?);
         if state.len() as u64 > STATE_BYTES_MAX {
             return Err(Error::Unsupported(format!(
                 "QEMU's device state is larger than {} MiB: RAM outside of shared files is part of \
@@ -306,6 +333,72 @@ fn unsupported_device(kind: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+    /// More than the buffers of a socket hold.
+    const STATE: usize = 4 << 20;
+
+    /// As a QEMU whose migration has the main loop's lock before the command has been answered.
+    #[test]
+    fn a_device_state_is_read_before_the_command_is_answered() {
+        let (monitor, ours) = UnixStream::pair().unwrap();
+        let qemu = std::thread::spawn(move || answer_late(&monitor));
+        let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+        let state = qmp.save_state().unwrap();
+        assert_eq!(state.len(), 1 + STATE);
+        assert!(state[1..].iter().all(|&byte| byte == 0x5a));
+        drop(qmp);
+        qemu.join().unwrap();
+    }
+
+    fn answer_late(monitor: &UnixStream) {
+        let mut out = monitor;
+        out.write_all(b"{\"QMP\":{}}\n").unwrap();
+        let mut line = Vec::new();
+        let mut socket = None;
+        while let Some(descriptor) = next_line(monitor, &mut line) {
+            socket = descriptor.or(socket);
+            let command: Value = serde_json::from_slice(&line).unwrap();
+            let value = match command["execute"].as_str().unwrap() {
+                "query-migrate-capabilities" => json!([]),
+                "query-migrate" => json!({ "status": "completed" }),
+                "migrate" => {
+                    let mut state = UnixStream::from(socket.take().unwrap());
+                    state.write_all(&[0x5a; STATE]).unwrap();
+                    json!({})
+                }
+                _ => json!({}),
+            };
+            writeln!(out, "{}", json!({ "return": value })).unwrap();
+        }
+    }
+
+    /// The next line and the descriptor that came with it, if one did; None at the end.
+    fn next_line(monitor: &UnixStream, line: &mut Vec<u8>) -> Option<Option<OwnedFd>> {
+        line.clear();
+        let mut descriptor = None;
+        while !line.ends_with(b"\n") {
+            let mut byte = [0];
+            let mut pieces = [std::io::IoSliceMut::new(&mut byte)];
+            let mut space = nix::cmsg_space!(i32);
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let fd = monitor.as_raw_fd();
+            let message = recvmsg::<()>(fd, &mut pieces, Some(&mut space), flags).unwrap();
+            for control in message.cmsgs().unwrap() {
+                if let ControlMessageOwned::ScmRights(rights) = control {
+                    // SAFETY: the kernel has just made it, for us.
+                    descriptor = rights.first().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+            if message.bytes == 0 {
+                return None;
+            }
+            line.push(byte[0]);
+        }
+        Some(descriptor)
+    }
 
     #[test]
     fn devices_that_bypass_userfaultfd_are_known_by_type() {
