@@ -9,7 +9,7 @@
 //! while faults come, and [`CALM`] longer.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use umem_ring::{Op, Ring};
@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 const CALM: Duration = Duration::from_millis(100);
 
 /// Takes a 32-bit number of µs for as long as it is open.
-const DEVICE: &str = "/dev/cpu_dma_latency";
+pub(crate) const DEVICE: &str = "/dev/cpu_dma_latency";
 
 /// What a virtual machine's cores ask for: they poll. Any other number lets them halt, and the kernel
 /// does not know what that costs.
@@ -74,7 +74,7 @@ impl Vigil {
         if self.is_off || self.held.is_some() {
             return Ok(());
         }
-        self.held = hold(DEVICE);
+        self.held = hold(DEVICE).ok();
         if self.held.is_none() {
             // Not allowed, or there is no such thing here: nothing is lost but time.
             self.is_off = true;
@@ -100,11 +100,12 @@ impl Vigil {
     }
 }
 
-fn hold(device: &str) -> Option<File> {
+/// Keeps cores awake for as long as what it returns is there.
+pub(crate) fn hold(device: &str) -> io::Result<File> {
     let latency = if is_virtual() { LATENCY_VIRTUAL_US } else { LATENCY_BARE_US };
-    let mut file = OpenOptions::new().write(true).open(device).ok()?;
-    file.write_all(&latency.to_ne_bytes()).ok()?;
-    Some(file)
+    let mut file = OpenOptions::new().write(true).open(device)?;
+    file.write_all(&latency.to_ne_bytes())?;
+    Ok(file)
 }
 
 /// Whether this is a virtual machine: its processors say so (the CPUID bit that Linux calls
@@ -128,7 +129,7 @@ mod tests {
         let mut vigil = Vigil::new(IdleCores::Poll, TOKEN);
         vigil.fault(&mut ring).unwrap();
         if vigil.is_off {
-            assert!(hold(DEVICE).is_none(), "it was off only because it may not be opened");
+            assert!(hold(DEVICE).is_err(), "it was off only because it may not be opened");
             return;
         }
         vigil.fault(&mut ring).unwrap();
@@ -150,6 +151,6 @@ mod tests {
         let mut vigil = Vigil::new(IdleCores::Sleep, 0);
         vigil.fault(&mut ring).unwrap();
         assert!(vigil.held.is_none() && ring.in_flight() == 0);
-        assert!(hold("/dev/there-is-no-such-device").is_none());
+        assert!(hold("/dev/there-is-no-such-device").is_err());
     }
 }

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, ToSocketAddrs};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -26,6 +26,7 @@ use umem_wire::{
 };
 
 use crate::error::{Context, Error, Result};
+use crate::lookup;
 use crate::secure::{Answer, Fate, Pass, introduce};
 use crate::single;
 use crate::uri::Uri;
@@ -81,8 +82,10 @@ pub(crate) struct Lane {
     pub(crate) queue_bytes: u32,
     /// What both sides can do; known once it is open.
     pub(crate) capabilities: Capabilities,
-    /// With TLS: what became of its connection.
+    /// With TLS: what became of its connection …
     fate: Option<Arc<Fate>>,
+    /// … and the connection, which is the pump's.
+    connection: Option<Weak<OwnedFd>>,
 }
 
 impl Lane {
@@ -102,7 +105,8 @@ impl Lane {
 
     /// The same lane, behind a pump of TLS: `socket` leads there.
     pub(crate) fn behind(self, socket: OwnedFd, fate: Arc<Fate>) -> Lane {
-        Lane { socket: Arc::new(socket), fate: Some(fate), ..self }
+        let connection = Some(Arc::downgrade(&self.socket));
+        Lane { socket: Arc::new(socket), fate: Some(fate), connection, ..self }
     }
 
     /// With TLS: why its connection broke, if it did.
@@ -118,24 +122,12 @@ impl Lane {
         }
         // One that a source has dialled knew it from the beginning.
         if role == LaneRole::Demand && self.congestion.is_some() && self.name != name {
-            let _ = setsockopt(&self.socket, sockopt::TcpUserTimeout, &DEMAND_TIMEOUT_MS);
-            self.go_first();
+            let behind = self.connection.as_ref().and_then(Weak::upgrade);
+            let connection = behind.as_ref().unwrap_or(&self.socket);
+            let _ = setsockopt(connection, sockopt::TcpUserTimeout, &DEMAND_TIMEOUT_MS);
+            go_first(connection);
         }
         Lane { name, ..self }
-    }
-
-    /// Asks for its packets to go before others: on this host by their priority, on the way by the field
-    /// that says so (IP_TOS, IPV6_TCLASS), where anybody heeds that.
-    fn go_first(&self) {
-        if self.congestion.is_none() {
-            return;
-        }
-        // One of them is for the other family, and fails.
-        let low_delay = u32::from(libc::IPTOS_LOWDELAY);
-        let socket = self.socket.as_fd();
-        let _ = setsockopt_raw(socket, libc::IPPROTO_IP, libc::IP_TOS, low_delay);
-        let _ = setsockopt_raw(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, low_delay);
-        let _ = setsockopt_raw(socket, libc::SOL_SOCKET, libc::SO_PRIORITY, INTERACTIVE);
     }
 
     /// A lane with a connection of its own.
@@ -143,8 +135,8 @@ impl Lane {
         let is_demand = name == lane_name(LaneRole::Demand, 0);
         let timeout_ms = if is_demand { DEMAND_TIMEOUT_MS } else { BACKGROUND_TIMEOUT_MS };
         let lane = Lane::tuned(socket, name, NOTSENT_LOWAT_BYTES, timeout_ms)?;
-        if is_demand {
-            lane.go_first();
+        if is_demand && lane.congestion.is_some() {
+            go_first(&lane.socket);
         }
         Ok(lane)
     }
@@ -169,7 +161,8 @@ impl Lane {
         };
         let capabilities = Capabilities::NONE;
         let socket = Arc::new(socket);
-        Ok(Lane { socket, name, congestion, queue_bytes, capabilities, fate: None })
+        let (fate, connection) = (None, None);
+        Ok(Lane { socket, name, congestion, queue_bytes, capabilities, fate, connection })
     }
 }
 
@@ -177,6 +170,17 @@ impl AsFd for Lane {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Asks for a TCP connection's packets to go before others: on this host by their priority, on the way by the
+/// field that says so (IP_TOS, IPV6_TCLASS), where anybody heeds that.
+fn go_first(connection: &OwnedFd) {
+    // One of them is for the other family, and fails.
+    let low_delay = u32::from(libc::IPTOS_LOWDELAY);
+    let connection = connection.as_fd();
+    let _ = setsockopt_raw(connection, libc::IPPROTO_IP, libc::IP_TOS, low_delay);
+    let _ = setsockopt_raw(connection, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, low_delay);
+    let _ = setsockopt_raw(connection, libc::SOL_SOCKET, libc::SO_PRIORITY, INTERACTIVE);
 }
 
 /// Sets what every TCP lane wants and returns the congestion control it got.
@@ -307,7 +311,7 @@ pub(crate) fn open(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lan
 fn connect_tcp(uri: &Uri, host: &str, port: u16, wait: Wait<'_>) -> Result<OwnedFd> {
     let failed = |source| Error::Connect { uri: uri.to_string(), source };
     let mut error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in (host, port).to_socket_addrs().map_err(failed)? {
+    for address in lookup::addresses(host, port, wait)?.map_err(failed)? {
         let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         match connect(family, &SockaddrStorage::from(address), wait)? {
             Ok(socket) => return Ok(socket),
@@ -602,14 +606,13 @@ pub(crate) fn new_session() -> Result<SessionId> {
 }
 
 /// True when the lane stays on this machine, where zero-copy sends are copied anyway.
-pub(crate) fn stays_local(uri: &Uri) -> bool {
-    match uri {
+pub(crate) fn stays_local(uri: &Uri, wait: Wait<'_>) -> Result<bool> {
+    Ok(match uri {
         // What is behind one connection is not known; no bulk lane is.
         Uri::Unix { .. } | Uri::Fd { .. } | Uri::Exec { .. } => true,
-        Uri::Tcp { host, port } => (host.as_str(), *port)
-            .to_socket_addrs()
-            .is_ok_and(|mut addresses| addresses.all(|address| address.ip().is_loopback())),
-    }
+        Uri::Tcp { host, port } => lookup::addresses(host, *port, wait)?
+            .is_ok_and(|addresses| addresses.iter().all(|address| address.ip().is_loopback())),
+    })
 }
 
 /// True when a connection does not leave this machine, as for [`stays_local`].

@@ -35,13 +35,18 @@ pub(crate) fn go_first() -> Priority {
 /// it, so this one gets nine tenths of a core that it shares with a vCPU.
 const EARLY: i32 = -10;
 
+/// RLIMIT_NICE that allows it to whoever has no CAP_SYS_NICE (setrlimit(2): 20 less the nice value).
+pub(crate) const EARLY_LIMIT: u64 = (20 - EARLY) as u64;
+
 /// Asks for the calling thread to go before ordinary ones, and other processes'; where that is not
 /// allowed nothing changes.
 ///
 /// For bulk threads. Until the last page has come the guest waits for what is missing and depends on
 /// two hosts and the network between them. The work is the same whenever it is done; done early there are
 /// fewer faults to serve, and the guest gets its cores back whole.
-pub(crate) fn go_early() {
+///
+/// The value says whether it was allowed.
+pub(crate) fn go_early() -> bool {
     let mut attributes = Attributes {
         size: size_of::<Attributes>() as u32,
         nice: EARLY,
@@ -50,10 +55,8 @@ pub(crate) fn go_early() {
     };
     // SAFETY: 0 is the calling thread, and the attributes outlive the call.
     let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attributes, 0) };
-    if result != 0 {
-        // SAFETY: 0 is the calling thread (Linux keeps nice values per thread); no memory is involved.
-        let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, EARLY) };
-    }
+    // SAFETY: 0 is the calling thread (Linux keeps nice values per thread); no memory is involved.
+    result == 0 || unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, EARLY) } == 0
 }
 
 /// How long a bulk thread runs before somebody else may, ns: the least that the scheduler knows (since

@@ -103,7 +103,8 @@ impl Progress {
         }
         on_screen().take();
         bar.finish_and_clear();
-        let bytes = self.watch.status().done_bytes - done_bytes;
+        // Fewer than before where a lost connection has swallowed some.
+        let bytes = self.watch.status().done_bytes.saturating_sub(done_bytes);
         eprintln!("{}", phase_line(name, began.elapsed(), bytes));
     }
 

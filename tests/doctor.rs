@@ -114,8 +114,19 @@ fn a_user_is_told_what_to_type() {
 
     let remedy = nobody.remedy("real-time priority");
     assert!(remedy.contains("prlimit --pid $$ --rtprio=1:1"), "{remedy}");
+    let remedy = nobody.remedy("nice value");
+    assert!(remedy.contains("prlimit --pid $$ --nice=30:30"), "{remedy}");
     let nice = Diagnosis::new(&NOBODY.replace("+dac_read_search", "+dac_read_search,+sys_nice"));
     assert_eq!(nice.status("real-time priority"), "ok");
+    assert_eq!(nice.status("nice value"), "ok");
+
+    // Where the device is not there at all there is another remedy.
+    let remedy = nobody.remedy("idle cores");
+    assert!(
+        remedy.contains("setfacl -m u:nobody:w /dev/cpu_dma_latency")
+            || remedy.contains("give the container that device"),
+        "{remedy}"
+    );
 }
 
 /// Typing what it says helps.

@@ -125,6 +125,8 @@ fn check(metrics: &Metrics, report: &Value) {
         ("umem_pages_total{cause=\"demand\"}", "pages_demand"),
         ("umem_pages_total{cause=\"background\"}", "pages_background"),
         ("umem_guest_bytes", "total_bytes"),
+        ("umem_connection_losses_total", "recoveries"),
+        ("umem_disconnected_seconds_total", "disconnected_s"),
     ] {
         assert_eq!(metrics.get(sample), report[field].as_f64().unwrap(), "{sample}");
     }

@@ -5,6 +5,7 @@ mod support;
 use std::path::Path;
 use std::process::Command;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use support::{Chromium, Scheme, Scratch, Umem};
 
@@ -110,4 +111,38 @@ fn the_figures_of_both_sides_agree_with_the_report() {
 fn a_report_that_cannot_be_written_is_refused_before_anything_moves() {
     let error = Umem::start(["demo", "--json", "--report", "/nonexistent/report.html"]).fails();
     assert!(error.contains("/nonexistent/report.html"), "{error}");
+}
+
+/// Also where nothing has begun: before there are lanes, and before anybody has dialled.
+#[test]
+fn a_failure_leaves_a_report_of_what_failed() {
+    let scratch = Scratch::new();
+    let page = scratch.path("report.html");
+    let ram = scratch.ram("source");
+    std::fs::write(&ram, [1; 4096]).unwrap();
+    let (word, ram) = (page.display().to_string(), format!("ram0={}", ram.display()));
+    // Nobody listens there.
+    let arguments = ["migrate", "-p", "--report", &word, "--ram", &ram, "tcp:127.0.0.1:1"];
+    let error = Umem::start(arguments).fails();
+    assert!(error.contains("cannot connect"), "{error}");
+    let html = std::fs::read_to_string(&page).unwrap();
+    let title = html.split("<title>").nth(1).and_then(|rest| rest.split("</title>").next());
+    assert_eq!(title, Some(&*format!("A guest did not move: {error}")));
+
+    let file = scratch.path("report.json");
+    let handoff = scratch.path("handoff").display().to_string();
+    let mut incoming = Umem::start([
+        "incoming",
+        "--json",
+        "--report",
+        &file.display().to_string(),
+        "--handoff",
+        &handoff,
+        "tcp:127.0.0.1:0",
+    ]);
+    incoming.event("listening");
+    incoming.signal(Signal::SIGINT);
+    let error = incoming.fails();
+    let figures: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!((&figures["error"], &figures["role"]), (&error.into(), &"destination".into()));
 }

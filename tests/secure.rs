@@ -16,9 +16,9 @@ use rcgen::{SerialNumber, date_time_ymd};
 use ring::hmac;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, Stream};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, Stream, StreamOwned};
 use serde_json::Value;
-use support::{Authority, DEADLINE, Scratch, Umem, wait_for, write_private};
+use support::{Authority, DEADLINE, LaneToDestination, Scratch, Umem, wait_for, write_private};
 use umem_wire::{Capabilities, HELLO_BYTES, Hello, LaneRole, Nonce, PROTOCOL, SessionId, Welcome};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
@@ -358,6 +358,49 @@ fn a_connection_that_is_cut_is_not_one_that_has_ended() {
         assert!(error.contains("the source closed it"), "{error}");
         assert_eq!(error.contains("TLS: the connection was cut without notice"), is_cut, "{error}");
     }
+}
+
+/// By a resume by hand as little as at first. What listened before still does then.
+#[test]
+fn a_resume_opens_no_address_to_everybody() {
+    let moving = Move::new();
+    let control = moving.scratch.path("control");
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--control", text(&control)]);
+    let hello = Hello { capabilities: Capabilities::RECOVERY, ..hello() };
+    let mut lane = LaneToDestination::open(socket(&uri), &hello).expect("the first");
+    lane.switch_over(MIB << 20);
+    incoming.event("running");
+    let resume = |uri: &str| Umem::start(["control", text(&control), "resume", uri]).succeeds();
+    resume("tcp:0.0.0.0:0");
+    says(&incoming, "not resumed: tcp:0.0.0.0:");
+    says(&incoming, "open to everybody who can reach it: give --tls-creds");
+    resume("tcp:127.0.0.1:0");
+    assert_ne!(incoming.event("listening")["uri"].as_str(), Some(&*uri));
+}
+
+/// Whoever has begun a migration goes on with it: another certificate that the same authority has signed does
+/// not do, whatever its owner has learned of the session.
+#[test]
+fn who_shows_another_certificate_goes_on_with_nothing() {
+    let moving = Move::new();
+    let ours = Authority::new("ours");
+    let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
+    let others = ours.credentials(&moving.scratch, "others", "127.0.0.1");
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
+    let hello = Hello { capabilities: Capabilities::RECOVERY, ..hello() };
+    let open = |creds: &Path, epoch| {
+        let stream = StreamOwned::new(tls(creds, true), socket(&uri));
+        LaneToDestination::open(stream, &Hello { epoch, ..hello.clone() })
+    };
+    let mut lane = open(&creds, 0).expect("the first");
+    lane.switch_over(MIB << 20);
+    incoming.event("running");
+
+    let refused = open(&others, 1).err().expect("it is somebody else");
+    assert!(refused.contains("began with another certificate"), "{refused}");
+    let _back = open(&creds, 1).expect("who began it takes the first lane's place");
+    incoming.event("recovering");
+    incoming.event("resumed");
 }
 
 /// Rubbish in place of a record is an error of that lane, which both ends hear of.

@@ -29,6 +29,8 @@ pub(super) struct Lanes {
     pub(super) bulk: Vec<Lane>,
     /// The demand lane's.
     pub(super) hello: Hello,
+    /// What all of them have shown, where TLS is asked for.
+    pub(super) certificate: Option<Vec<u8>>,
     /// Where more of them may come in.
     pub(super) door: Option<Door>,
 }
@@ -112,7 +114,7 @@ fn accept(mut door: Door, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<La
     loop {
         if let Some(mut lanes) = door.whole() {
             if lanes.recovers() {
-                door.known = Some(Known::new(&lanes.hello));
+                door.known = Some(Known::new(&lanes.hello, lanes.certificate.clone()));
                 lanes.door = Some(door);
             }
             return Ok(lanes);
@@ -149,6 +151,8 @@ pub(super) struct Door {
 /// A session that has begun, and what is needed to replace its lanes.
 struct Known {
     hello: Hello,
+    /// Who began it: nobody else goes on with it, whatever the authority has signed.
+    certificate: Option<Vec<u8>>,
     /// The highest that a demand lane has had.
     epoch: u32,
     /// Why no lanes are wanted now, if they are not.
@@ -156,8 +160,8 @@ struct Known {
 }
 
 impl Known {
-    fn new(hello: &Hello) -> Known {
-        Known { hello: hello.clone(), epoch: hello.epoch, refusal: None }
+    fn new(hello: &Hello, certificate: Option<Vec<u8>>) -> Known {
+        Known { hello: hello.clone(), certificate, epoch: hello.epoch, refusal: None }
     }
 
     fn is_of_session(&self, hello: &Hello) -> bool {
@@ -220,10 +224,11 @@ impl Door {
         listener: Listener,
         guard: Arc<Guard>,
         hello: &Hello,
+        certificate: Option<Vec<u8>>,
         output: &Output,
     ) -> Door {
         let door = Door::new(listener, guard, hello.bulk_lanes, true, output);
-        Door { known: Some(Known::new(hello)), ..door }
+        Door { known: Some(Known::new(hello, certificate)), ..door }
     }
 
     /// Whether lanes of the session that has begun are wanted; if not, why.
@@ -308,6 +313,7 @@ impl Door {
             None if hello.epoch > 0 => Err("there is no migration here to go on with"),
             None => Ok(()),
             Some(known) if !known.is_of_session(&hello) => Err(ANOTHER),
+            Some(known) if known.certificate != certificate => Err(SOMEBODY_ELSE),
             Some(Known { refusal: Some(why), .. }) => Err(*why),
             Some(known) if hello.role == LaneRole::Demand => {
                 // Lanes of a later attempt end those of one before it; they are refused afterwards.
@@ -405,12 +411,15 @@ impl Session {
     }
 
     fn into_lanes(self) -> Lanes {
-        let bulk = self.bulk.into_iter().flatten().collect();
-        Lanes { demand: self.demand, bulk, hello: self.hello, door: None }
+        let Session { demand, hello, certificate, bulk, .. } = self;
+        let bulk = bulk.into_iter().flatten().collect();
+        Lanes { demand, bulk, hello, certificate, door: None }
     }
 }
 
 const ANOTHER: &str = "another migration is being received";
+const SOMEBODY_ELSE: &str =
+    "this migration began with another certificate, and goes on with it alone";
 
 fn refuse(lane: &Lane) {
     lane::refuse(lane, FaultCode::Refused, ANOTHER);
@@ -442,7 +451,7 @@ fn accept_single(
             Progress::Waits(again) => opening = again,
         }
     };
-    let Opened { lane: demand, hello, answer, .. } = opened;
+    let Opened { lane: demand, hello, answer, certificate } = opened;
     let mut demand = demand.assign(LaneRole::Demand, 0);
     if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 || hello.epoch > 0 {
         let text = "one connection here: the source must use fd: or exec: too";
@@ -450,7 +459,7 @@ fn accept_single(
         return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
     }
     lane::welcome(&mut demand, &hello, lane::capabilities(recovers), answer.as_ref())?;
-    Ok(Lanes { demand, bulk: Vec::new(), hello, door: None })
+    Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
 }
 
 fn interrupted() -> Error {

@@ -101,7 +101,7 @@ fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes>
     let bulk = lanes.split_off(1);
     let demand = lanes.pop().expect("there is one connection at least");
     let hello = first.expect("there is one connection at least");
-    Ok(Lanes { demand, bulk, hello, door: None })
+    Ok(Lanes { demand, bulk, hello, certificate: None, door: None })
 }
 
 /// What the source says that a connection is for.

@@ -169,34 +169,42 @@ pub fn run(options: &Options) -> Result<i32> {
     let output = Output::new(options.json);
     // Answers until the guest's process has ended.
     let observer = Observer::start(&options.observe, Role::Destination, None, &output)?;
-    let guard = Arc::new(Guard::load(&options.security)?);
-    let received = receive(options, socket, &guard, &inbox, &observer);
-    let received =
-        received.map_err(|error| guard.explain(error)).map_err(|error| match &mut command {
-            Some(command) => command.explain(error),
-            None => error,
-        });
+    let (guard, received) = match Guard::load(&options.security).map(Arc::new) {
+        Ok(guard) => {
+            let received = receive(options, socket, &guard, &inbox, &observer);
+            let received = received.map_err(|error| guard.explain(error));
+            (Some(guard), received)
+        }
+        Err(error) => (None, Err(error)),
+    };
+    let received = received.map_err(|error| match &mut command {
+        Some(command) => command.explain(error),
+        None => error,
+    });
+    observer.ended(received.as_ref().map(|(_, report)| report));
+    let (mut prepared, report) = received?;
+    output.completed(&report);
     // What lanes have sent leaves first.
     drop(guard);
     drop(command);
-    received?.side.outlive(&inbox)
+    prepared.side.outlive(&inbox)
 }
 
-/// Receives it, and gives back what it runs in.
+/// Receives it, and gives back what it runs in, and the report.
 fn receive(
     options: &Options,
     socket: Option<OwnedFd>,
     guard: &Arc<Guard>,
     inbox: &Inbox<Note>,
     observer: &Observer,
-) -> Result<Prepared> {
+) -> Result<(Prepared, Completed)> {
     let output = Output::new(options.json);
     let entrance = match socket {
         Some(socket) => Entrance::Connection(socket),
         None => Entrance::Listener(Listener::bind(&options.uri)?),
     };
     let uri = entrance.uri(&options.uri);
-    let open = guard.check_open(&entrance.way_in(), &uri, options.security.insecure)?;
+    let open = guard.check_open(&entrance.way_in(), &uri)?;
     if let Some(open) = open {
         output.remark(&open);
     }
@@ -236,10 +244,9 @@ fn receive(
         quiet: options.observe.quiet,
     };
     let open = Open { lanes, guard: guard.clone(), receiver, adopted };
-    let migration = Migration::start(&plan, output.clone(), inbox, open, host, &prepared.side)?;
-    let report = observer.ended(migration.drive(&mut prepared.side))?;
-    output.completed(&report);
-    Ok(prepared)
+    let migration = Migration::start(&plan, output, inbox, open, host, &prepared.side)?;
+    let report = migration.drive(&mut prepared.side)?;
+    Ok((prepared, report))
 }
 
 fn peer(fault: Fault) -> Error {

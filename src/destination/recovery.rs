@@ -32,7 +32,7 @@ use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
 use crate::lane::{CAUSE_PATIENCE, Listener, Severable, lane_name};
 use crate::observe::watch::CUT;
-use crate::secure::{Guard, Interest};
+use crate::secure::{Guard, Interest, WayIn};
 use crate::uri::Uri;
 
 /// How long a destination that has everything waits for a source that has not heard of it. The guest
@@ -46,6 +46,8 @@ pub(super) struct Link {
     hello: Hello,
     /// What those who come have to show.
     guard: Arc<Guard>,
+    /// Who began the session, where TLS is asked for.
+    certificate: Option<Vec<u8>>,
     /// None where there is one connection, which cannot be opened again.
     door: Option<Door>,
     sockets: Severable,
@@ -82,6 +84,7 @@ impl Link {
             recovers: lanes.recovers(),
             hello: lanes.hello.clone(),
             guard,
+            certificate: lanes.certificate.clone(),
             door: lanes.door.take(),
             sockets: lanes.severable(),
             state: State::Up,
@@ -255,7 +258,7 @@ impl Migration<'_> {
         let _ = self.commands.send(Command::Resume(Box::new(resume)));
         self.demand.wake();
         self.progress.phase("filling");
-        self.progress.watch().entered(self.phase.name());
+        self.progress.watch().reconnected(self.phase.name());
         let disconnected_ms = millis(since.elapsed());
         self.output.event(
             "resumed",
@@ -296,25 +299,34 @@ impl Migration<'_> {
 
     /// By hand: the source may come back, to another address if one is named.
     pub(super) fn resume(&mut self, uri: Option<Uri>) -> Result<()> {
-        if let Some(uri) = uri {
-            if uri.is_one_connection() {
-                self.output.remark(&format!("not resumed: {uri} is no address to listen at"));
-                return Ok(());
-            }
-            match Listener::bind(&uri) {
-                Ok(listener) => {
-                    let uri = listener.uri(&uri).to_string();
-                    let guard = self.link.guard.clone();
-                    let door = Door::of_session(listener, guard, &self.link.hello, &self.output);
-                    self.link.door = Some(door);
-                    let text = format!("waiting for the source on {uri}");
-                    self.output.event("listening", json!({ "uri": uri }), &text);
-                }
-                // What listened before still does.
-                Err(error) => self.output.remark(&format!("not resumed: {error}")),
-            }
+        if let Some(uri) = uri
+            && let Err(error) = self.listen_elsewhere(&uri)
+        {
+            // What listened before still does, and a pause goes on.
+            self.output.remark(&format!("not resumed: {error}"));
+            return Ok(());
         }
         self.link.is_paused = false;
+        Ok(())
+    }
+
+    /// Has the source come in somewhere else, where whoever may not come in here may not either.
+    fn listen_elsewhere(&mut self, uri: &Uri) -> Result<()> {
+        if uri.is_one_connection() {
+            return Err(Error::Usage(format!("{uri} is no address to listen at")));
+        }
+        let Link { guard, hello, certificate, .. } = &self.link;
+        let listener = Listener::bind(uri)?;
+        let uri = listener.uri(uri);
+        if let Some(open) = guard.check_open(&WayIn::Listener(&listener), &uri)? {
+            self.output.remark(&open);
+        }
+        let certificate = certificate.clone();
+        let door = Door::of_session(listener, guard.clone(), hello, certificate, &self.output);
+        self.link.door = Some(door);
+        let uri = uri.to_string();
+        let text = format!("waiting for the source on {uri}");
+        self.output.event("listening", json!({ "uri": uri }), &text);
         Ok(())
     }
 

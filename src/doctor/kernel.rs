@@ -7,6 +7,7 @@ use umem_ring::{Config, Ring};
 
 use super::{Check, read, sudo, user};
 use crate::fault::open::{self, DEVICE, Faults, Way};
+use crate::idle;
 
 /// What the README asks for: IORING_MSG_RING_FLAGS_PASS is the newest thing umem uses.
 const OLDEST: (u32, u32) = (6, 3);
@@ -117,6 +118,26 @@ pub(super) fn userfaultfd_features() -> Check {
         (false, false) => {
             check.warning("for guests in hugetlb pages, boot a kernel with CONFIG_HUGETLBFS")
         }
+    }
+}
+
+/// Keeps them awake as a demand thread does, and lets go at once.
+pub(super) fn idle_cores() -> Check {
+    let check = |found: &str| {
+        Check::ok(
+            "idle cores",
+            "kept awake while a vCPU waits for a page, as they take long to wake",
+            found,
+        )
+    };
+    match idle::hold(idle::DEVICE) {
+        Ok(_) => check("stay awake where that is wanted"),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            let remedy = format!("{}setfacl -m u:{}:w {}", sudo(), user(), idle::DEVICE);
+            check(&format!("no permission for {}", idle::DEVICE)).warning(remedy)
+        }
+        Err(error) => check(&format!("{}: {error}", idle::DEVICE))
+            .warning("give the container that device, or boot a kernel with CONFIG_CPU_IDLE"),
     }
 }
 

@@ -8,7 +8,7 @@ use super::{Check, read, sudo};
 use crate::error::{Error, Result};
 use crate::memory::BLOCK_BYTES;
 use crate::memory::blocks::ISLANDS_MAX;
-use crate::priority::{Priority, go_first};
+use crate::priority::{EARLY_LIMIT, Priority, go_early, go_first};
 
 /// Descriptors beside those of the lanes: standard streams, bells, QMP, regions and their
 /// userfaultfds, and room for what libraries open for a moment.
@@ -163,6 +163,23 @@ pub(super) fn priority() -> Check {
         Priority::Nice => check("not allowed, but a nice value of -20 is").warning(remedy),
         Priority::Unchanged => check("not allowed").warning(remedy),
     }
+}
+
+/// Asks for what a bulk thread asks for, in the same way.
+pub(super) fn early() -> Check {
+    let is_allowed = std::thread::spawn(go_early).join().unwrap_or(false);
+    let check = |found: &str| {
+        Check::ok(
+            "nice value",
+            "the guest has all of its memory sooner where cores are busy",
+            found,
+        )
+    };
+    if is_allowed {
+        return check("threads that move pages may go before ordinary ones");
+    }
+    let remedy = format!("{}prlimit --pid $$ --nice={EARLY_LIMIT}:{EARLY_LIMIT}", sudo());
+    check("threads that move pages take their turn").warning(remedy)
 }
 
 /// `RLIM_INFINITY` is none.

@@ -3,7 +3,7 @@
 //! Nothing is inferred that can be tried: a ring is made, a userfaultfd opened, a thread asks for its
 //! priority. Everything is let go of again, and nothing on the machine is changed.
 //!
-//! - [`kernel`]: its version, io_uring, userfaultfd, KVM
+//! - [`kernel`]: its version, io_uring, userfaultfd, idle cores, KVM
 //! - [`limits`]: what this user may have: descriptors, locked memory, mappings, priority
 //! - [`memory`]: where the guest's RAM lies: /dev/shm, huge pages
 //! - [`network`]: congestion control
@@ -76,6 +76,8 @@ pub fn run(json: bool) -> i32 {
         limits::locked_memory(),
         limits::mappings(),
         limits::priority(),
+        limits::early(),
+        kernel::idle_cores(),
         memory::shared(),
         memory::huge_pages(),
         memory::hugetlb_pool(),

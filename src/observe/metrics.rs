@@ -160,6 +160,12 @@ fn text(watch: &Watch) -> String {
         page.metric("umem_downtime_seconds", "gauge", "How long the guest stood still.");
         page.value("umem_downtime_seconds", &[], downtime_ms / 1e3);
     }
+    let help = "How often all connections were lost after the switchover.";
+    page.metric("umem_connection_losses_total", "counter", help);
+    page.value("umem_connection_losses_total", &[], f64::from(status.connection_losses));
+    let help = "Time without a connection after the switchover.";
+    page.metric("umem_disconnected_seconds_total", "counter", help);
+    page.value("umem_disconnected_seconds_total", &[], status.disconnected_s);
     if watch.bandwidth().is_some() {
         let help = "The background's limit, 0 for none.";
         page.metric("umem_background_limit_bytes_per_second", "gauge", help);

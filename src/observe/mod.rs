@@ -88,15 +88,13 @@ impl Observer {
         })
     }
 
-    /// The migration has ended so: writes the report of it. A report that cannot be written changes
-    /// nothing about the guest, so that this is only said.
-    pub(crate) fn ended(&self, outcome: Result<Completed>) -> Result<Completed> {
-        let result: std::result::Result<&Completed, &Error> = outcome.as_ref();
-        if let (Some(path), Some(recording)) = (&self.report, self.watch.recording(result))
+    /// The migration has ended so, or has never begun: writes the report of it. A report that cannot be
+    /// written changes nothing about the guest, so that this is only said.
+    pub(crate) fn ended(&self, outcome: std::result::Result<&Completed, &Error>) {
+        if let (Some(path), Some(recording)) = (&self.report, self.watch.recording(outcome))
             && let Err(error) = write(path, &[recording])
         {
             self.output.remark(&format!("no report: {error}"));
         }
-        outcome
     }
 }

@@ -32,6 +32,12 @@ pub struct Recording {
     pub map: MapRecord,
     /// Fault latencies at the destination: lower and upper edge in µs, and how many lay between.
     pub faults: Vec<(f64, f64, u64)>,
+    /// How often all connections were lost after the switchover.
+    #[serde(default)]
+    pub connection_losses: u32,
+    /// How long there were none then, seconds.
+    #[serde(default)]
+    pub disconnected_s: f64,
     /// The report in numbers, if the migration came to its end.
     pub completed: Option<Completed>,
     /// Why it did not.

@@ -40,6 +40,7 @@ fn page(recordings: &[Recording]) -> String {
         page.highlights(&highlights(completed));
     }
     figures(&mut page, main, &sides);
+    losses(&mut page, recordings);
     let completed: Vec<&Completed> =
         recordings.iter().filter_map(|recording| recording.completed.as_ref()).collect();
     if !completed.is_empty() {
@@ -77,6 +78,20 @@ fn highlights(completed: &Completed) -> Vec<(&'static str, String)> {
         highlights.push(("a fault, p99", pictures::time(latency.p99 as f64)));
     }
     highlights
+}
+
+/// Connections that were lost, if any were.
+fn losses(page: &mut Page, recordings: &[Recording]) {
+    if recordings.iter().all(|side| side.connection_losses == 0) {
+        return;
+    }
+    let head = ["seen by", "connections were lost", "time without any"].map(str::to_owned);
+    let row = |side: &Recording| {
+        let losses = format!("{} ×", side.connection_losses);
+        vec![side.role.clone(), losses, format!("{:.3} s", side.disconnected_s)]
+    };
+    let rows: Vec<_> = recordings.iter().map(row).collect();
+    page.table("Lost connections", &head, &rows);
 }
 
 fn figures(page: &mut Page, main: &Timed<'_>, sides: &[Timed<'_>]) {
@@ -170,6 +185,15 @@ fn phases(page: &mut Page, recordings: &[Recording]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lost_connections_have_a_table_if_there_were_any() {
+        let whole = Recording { role: "source".into(), ..Recording::default() };
+        let cut = Recording { connection_losses: 3, disconnected_s: 1.25, ..whole.clone() };
+        assert!(!page(&[whole]).contains("Lost connections"));
+        let html = page(&[cut]);
+        assert!(html.contains("<td>source</td><td>3 ×</td><td>1.250 s</td>"), "{html}");
+    }
 
     #[test]
     fn a_failure_has_a_page_that_says_why() {

@@ -32,6 +32,9 @@ const RATE_WINDOW: Duration = Duration::from_secs(1);
 /// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
 pub(crate) const CUT: &str = "without connection";
 
+/// The last phase of either side.
+const COMPLETED: &str = "completed";
+
 /// A side of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
@@ -90,6 +93,35 @@ struct State {
     recorder: Option<Recorder>,
     pace: Pace,
     downtime: Option<Duration>,
+    cuts: Cuts,
+}
+
+/// Times without lanes, after the switchover.
+#[derive(Default)]
+struct Cuts {
+    count: u32,
+    /// Those that are over, together.
+    past: Duration,
+    /// Of the one that goes on.
+    since: Option<Instant>,
+}
+
+impl Cuts {
+    fn begin(&mut self, now: Instant) {
+        if self.since.is_none() {
+            self.count += 1;
+            self.since = Some(now);
+        }
+    }
+
+    fn end(&mut self, now: Instant) {
+        self.past = self.total(now);
+        self.since = None;
+    }
+
+    fn total(&self, now: Instant) -> Duration {
+        self.past + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
 }
 
 /// Still to be decided, cancelled by somebody, or beyond the point of no return.
@@ -115,6 +147,7 @@ impl Watch {
                 recorder: records.then(|| Recorder::new(SAMPLE_INTERVAL.as_secs_f64())),
                 pace: Pace::new(now),
                 downtime: None,
+                cuts: Cuts::default(),
             }),
         })
     }
@@ -144,10 +177,29 @@ impl Watch {
         self.link.get_or_init(|| Box::new(tell));
     }
 
-    /// A phase of the protocol begins, unless it is the one that goes on.
+    /// A phase of the protocol begins, unless it is the one that goes on. While there are no lanes that
+    /// is what shows, until the end or until [`reconnected`](Watch::reconnected).
     pub(crate) fn entered(&self, phase: &'static str) {
         let now = Instant::now();
         let mut state = self.state();
+        match phase {
+            CUT => state.cuts.begin(now),
+            COMPLETED => state.cuts.end(now),
+            _ if state.cuts.since.is_some() => return,
+            _ => {}
+        }
+        self.shows(phase, now, state);
+    }
+
+    /// There are lanes again, in this phase.
+    pub(crate) fn reconnected(&self, phase: &'static str) {
+        let now = Instant::now();
+        let mut state = self.state();
+        state.cuts.end(now);
+        self.shows(phase, now, state);
+    }
+
+    fn shows(&self, phase: &'static str, now: Instant, mut state: MutexGuard<'_, State>) {
         if state.phase == phase {
             return;
         }
@@ -209,10 +261,11 @@ impl Watch {
     ) -> Option<Recording> {
         let mut state = self.state();
         // What umem does after its last phase is no part of the migration.
-        let is_over = state.phase == "completed";
+        let is_over = state.phase == COMPLETED;
         let end = if is_over { state.phase_began } else { Instant::now() };
         let at_s = (end - self.began).as_secs_f64();
         let last = self.span(state.phase, state.phase_began, end);
+        let cuts = (state.cuts.count, state.cuts.total(end).as_secs_f64());
         let recorder = state.recorder.as_mut()?;
         let since = self.began_unix.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut recording = Recording {
@@ -221,6 +274,8 @@ impl Watch {
             began_unix_ms: u64::try_from(since.as_millis()).unwrap_or(0),
             seconds: at_s,
             total_bytes: self.live.get().map_or(0, |live| live.total_bytes),
+            connection_losses: cuts.0,
+            disconnected_s: cuts.1,
             completed: outcome.ok().cloned(),
             error: outcome.err().map(ToString::to_string),
             ..Recording::default()
@@ -253,7 +308,9 @@ impl Watch {
     pub(crate) fn status(&self) -> Status {
         let state = self.state();
         let (phase, downtime) = (state.phase, state.downtime);
-        let bytes_per_s = state.pace.bytes_per_s(Instant::now());
+        let now = Instant::now();
+        let bytes_per_s = state.pace.bytes_per_s(now);
+        let (connection_losses, disconnected) = (state.cuts.count, state.cuts.total(now));
         drop(state);
         let mut status = Status {
             role: self.role.name(),
@@ -262,6 +319,8 @@ impl Watch {
             bytes_per_s: bytes_per_s as u64,
             downtime_ms: downtime.map(|downtime| downtime.as_secs_f64() * 1e3),
             max_postcopy_bandwidth: self.bandwidth.as_ref().and_then(|limit| limit.limit()),
+            connection_losses,
+            disconnected_s: disconnected.as_secs_f64(),
             may_cancel: self.commitment.load(SeqCst) == OPEN,
             ..Status::default()
         };
@@ -348,6 +407,9 @@ pub(crate) struct Status {
     /// At this rate.
     pub(crate) seconds_left: Option<f64>,
     pub(crate) downtime_ms: Option<f64>,
+    /// How often all lanes have gone since the switchover, and how long there were none.
+    pub(crate) connection_losses: u32,
+    pub(crate) disconnected_s: f64,
     /// At the source, if there is a limit.
     pub(crate) max_postcopy_bandwidth: Option<u64>,
     pub(crate) may_cancel: bool,
@@ -369,6 +431,11 @@ impl Pace {
         // What passed before the first byte is no part of a rate.
         if self.now.1 == 0 {
             *self = Pace::new(now);
+        }
+        // What a lost connection swallowed has not been moved after all.
+        if bytes < self.now.1 {
+            let at = (now, bytes);
+            *self = Pace { older: at, newer: at, now: at };
         }
         self.now = (now, bytes);
         if now - self.newer.0 >= RATE_WINDOW {
@@ -424,6 +491,36 @@ mod tests {
             pace.note(at(70_000 + 100 * step), 10_000);
         }
         assert_eq!(pace.bytes_per_s(at(73_000)), 0.0);
+        // Some of it was lost with a connection, and moves once more.
+        pace.note(at(73_100), 4_000);
+        assert_eq!(pace.bytes_per_s(at(73_100)), 0.0);
+        pace.note(at(74_100), 5_000);
+        assert!((pace.bytes_per_s(at(74_100)) - 1000.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn losses_are_counted_once_however_phases_go_on_meanwhile() {
+        let watch = Watch::new(Role::Destination, true, None);
+        watch.attach(Arc::new(Counters::of([1 << 20].into_iter())), 1 << 20);
+        let cuts = || (watch.status().connection_losses, watch.status().phase);
+        watch.entered("loading");
+        assert_eq!(cuts(), (0, "loading"));
+        assert_eq!(watch.status().disconnected_s, 0.0);
+        for count in 1..=2 {
+            watch.entered(CUT);
+            watch.entered("running");
+            watch.entered(CUT);
+            assert_eq!(cuts(), (count, CUT));
+            watch.reconnected("running");
+            assert_eq!(cuts(), (count, "running"));
+        }
+        let so_far = watch.status().disconnected_s;
+        assert!(so_far > 0.0 && watch.status().disconnected_s == so_far, "it stands still");
+        watch.entered(CUT);
+        watch.entered("completed");
+        assert_eq!(cuts(), (3, "completed"));
+        let recording = watch.recording(Err(&Error::Internal("why".into()))).unwrap();
+        assert_eq!((recording.connection_losses, recording.phases.len()), (3, 7));
     }
 
     #[test]

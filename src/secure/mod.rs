@@ -59,6 +59,8 @@ pub struct Security {
 pub(crate) struct Guard {
     tls: Option<Arc<ServerConfig>>,
     secret: Option<Secret>,
+    /// Anybody may dial.
+    insecure: bool,
     pumps: Pumps,
 }
 
@@ -68,22 +70,18 @@ impl Guard {
         Ok(Guard {
             tls: security.tls_creds.as_deref().map(credentials::server).transpose()?,
             secret: security.secret_file.as_deref().map(Secret::load).transpose()?,
+            insecure: security.insecure,
             pumps: Pumps::default(),
         })
     }
 
     /// Refuses to listen where anybody could dial and nobody has said that they may; what has been
     /// agreed to is put in words.
-    pub(crate) fn check_open(
-        &self,
-        way_in: &WayIn<'_>,
-        uri: &Uri,
-        insecure: bool,
-    ) -> Result<Option<String>> {
+    pub(crate) fn check_open(&self, way_in: &WayIn<'_>, uri: &Uri) -> Result<Option<String>> {
         if self.tls.is_some() || self.secret.is_some() || way_in.is_local() {
             return Ok(None);
         }
-        if insecure {
+        if self.insecure {
             return Ok(Some(format!(
                 "{uri} is open: whoever reaches it can send a guest here, and whoever is on the way \
                  can read and change it"

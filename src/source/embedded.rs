@@ -52,7 +52,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
             let session = Session::new(lanes, false, false)?;
             let open = |index| lane::dial(&uri, &session.hello(index, 0), &pass, &wait);
             let lanes = (0..=lanes).map(open).collect::<Result<Vec<_>>>()?;
-            (session, lanes, lane::stays_local(&uri))
+            (session, lanes, lane::stays_local(&uri, &wait)?)
         }
         Way::Connections(sockets) => {
             let stays_local = sockets.iter().all(lane::is_local);

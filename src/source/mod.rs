@@ -164,21 +164,40 @@ pub fn run(options: &Options) -> Result<()> {
     // Before anything else makes descriptors.
     let single = Single::open(&options.uri)?;
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
-    let pass = Arc::new(Pass::load(&options.security, &options.uri)?);
-    let migrated = migrate(options, socket, &pass);
-    migrated.map_err(|error| pass.explain(error)).map_err(|error| match &mut command {
-        Some(command) => command.explain(error),
-        None => error,
-    })
-}
-
-fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Arc<Pass>) -> Result<()> {
     let output = Output::new(options.json);
     let inbox = Inbox::new()?;
     // Without postcopy the guest stands still meanwhile, and there is no background.
     let bandwidth = Arc::new(Bandwidth::new(options.max_postcopy_bandwidth));
     let limit = options.postcopy.then(|| bandwidth.clone());
     let observer = Observer::start(&options.observe, Role::Source, limit, &output)?;
+    let (pass, migrated) = match Pass::load(&options.security, &options.uri).map(Arc::new) {
+        Ok(pass) => {
+            let migrated = migrate(options, socket, &pass, inbox, bandwidth, &observer);
+            let migrated = migrated.map_err(|error| pass.explain(error));
+            (Some(pass), migrated)
+        }
+        Err(error) => (None, Err(error)),
+    };
+    let migrated = migrated.map_err(|error| match &mut command {
+        Some(command) => command.explain(error),
+        None => error,
+    });
+    observer.ended(migrated.as_ref());
+    output.completed(&migrated?);
+    // What lanes have sent leaves first.
+    drop(pass);
+    Ok(())
+}
+
+fn migrate(
+    options: &Options,
+    socket: Option<OwnedFd>,
+    pass: &Arc<Pass>,
+    inbox: Inbox<Note>,
+    bandwidth: Arc<Bandwidth>,
+    observer: &Observer,
+) -> Result<Completed> {
+    let output = Output::new(options.json);
     let (host, ram) = guest(options)?;
     let files = ram
         .iter()
@@ -195,12 +214,13 @@ fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Arc<Pass>) -> Resu
         }),
         &format!("connected to {}", options.uri),
     );
+    let look = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     let plan = Plan {
         postcopy: options.postcopy,
         background: options.background,
         has_monitor: options.qmp.is_some(),
         // Behind TLS, lanes end at a pump in this process.
-        stays_local: pass.has_tls() || lane::stays_local(&options.uri),
+        stays_local: pass.has_tls() || lane::stays_local(&options.uri, &look)?,
         cores: &options.cores,
         idle_cores: options.idle_cores,
         order: options.order,
@@ -208,10 +228,7 @@ fn migrate(options: &Options, socket: Option<OwnedFd>, pass: &Arc<Pass>) -> Resu
         quiet: options.observe.quiet,
     };
     let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
-    let migration = Migration::start(&plan, output.clone(), inbox, (lanes, link), memory, host)?;
-    let report = observer.ended(migration.drive())?;
-    output.completed(&report);
-    Ok(())
+    Migration::start(&plan, output, inbox, (lanes, link), memory, host)?.drive()
 }
 
 /// The guest's monitor, checked, and its RAM files.

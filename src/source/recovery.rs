@@ -372,7 +372,7 @@ impl Migration {
         self.link.is_up = true;
         let disconnected_ms = since.elapsed().as_secs_f64() * 1e3;
         self.progress.phase("sending");
-        self.progress.watch().entered(self.phase.name());
+        self.progress.watch().reconnected(self.phase.name());
         self.output.event(
             "resumed",
             json!({ "disconnected_ms": disconnected_ms, "recoveries": self.link.recoveries }),

@@ -7,10 +7,13 @@
 //! - [`Guests`]: two of umem's own guests, of which one is to become the other
 //! - [`Chromium`]: a browser that opens reports
 //! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
+//! - [`LaneToDestination`]: the other end of a `umem incoming`
 //! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //! - [`Cutter`]: a relay that breaks connections, at known bytes or when told to
+//! - [`Network`]: two hosts with a router between them, in network namespaces of the test's own
+//! - [`Seeded`]: numbers that depend on a seed alone
 //! - [`Fifo`]: lets another program go on
 //!
 //! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
@@ -25,11 +28,14 @@ mod destination;
 mod fifo;
 mod guests;
 mod hugepages;
+mod network;
 mod process;
 mod qemu;
 mod qmp;
 mod scratch;
+mod seeded;
 mod serial;
+mod source;
 mod tap;
 mod umem;
 
@@ -46,11 +52,14 @@ pub(crate) use {
     fifo::Fifo,
     guests::Guests,
     hugepages::{HugeFile, HugePages},
+    network::{Namespace, Network},
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},
     qmp::Qmp,
     scratch::Scratch,
+    seeded::Seeded,
     serial::{Beat, Serial},
+    source::LaneToDestination,
     tap::Tap,
     umem::Umem,
 };

@@ -3,6 +3,7 @@
 //! One thread sends a filled memory file over loopback TCP, another receives it into memory of each
 //! kind, with plain system calls and a core each.
 
+mod cipher;
 mod receive;
 mod send;
 
@@ -23,6 +24,7 @@ use crate::memory::{List, Mapping, PAGE_BYTES, Pages, Pool};
 use crate::report::{Report, Table, progress};
 use crate::statistics::Spread;
 
+pub(crate) use cipher::Cipher;
 pub(crate) use receive::Receive;
 use receive::Target;
 pub(crate) use send::Send;

@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 
+use nix::sys::socket::getsockopt;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::crypto::{CipherSuiteCommon, CryptoProvider, ring as provider};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -82,9 +84,13 @@ fn lanes(pumps: &Pumps, records: u64) -> (Lane, Lane) {
     for socket in [&left, &right] {
         setsockopt(socket, sockopt::SndBuf, &8192).unwrap();
     }
-    let (client, server) = Certificates::new().sessions(records);
     let lane = |socket: UnixStream, name: &str| Lane::new(socket.into(), name.into()).unwrap();
-    let (left, right) = (lane(left, "left"), lane(right, "right"));
+    secured(pumps, records, lane(left, "left"), lane(right, "right"))
+}
+
+/// The same over connections that are there.
+fn secured(pumps: &Pumps, records: u64, left: Lane, right: Lane) -> (Lane, Lane) {
+    let (client, server) = Certificates::new().sessions(records);
     let mut client = Handshake::new(left.socket(), client);
     let mut server = Handshake::new(right.socket(), server);
     while !(client.advance().unwrap() & server.advance().unwrap()) {}
@@ -185,4 +191,25 @@ fn a_cause_is_added_to_the_lane_it_is_of() {
     assert!(pumps.explain(lost("left")).to_string().contains("closed (TLS: why)"));
     assert!(!pumps.explain(lost("right")).to_string().contains("TLS"));
     drop((left, right));
+}
+
+/// What a lane's connection is told when it turns out to be the demand lane's is told to the connection, which
+/// the lane itself does not have any more.
+#[test]
+fn a_demand_lane_has_the_demand_lanes_timeout_behind_its_pump() {
+    let pumps = Pumps::default();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    let left = Lane::new(dialled.into(), "demand lane".into()).unwrap();
+    let right = Lane::new(accepted.into(), "a lane".into()).unwrap();
+    let (dialled, accepted) = (left.socket(), right.socket());
+    let (_left, right) = secured(&pumps, 1 << 20, left, right);
+    let told = |connection: &OwnedFd| {
+        let timeout_ms = getsockopt(connection, sockopt::TcpUserTimeout).unwrap();
+        (timeout_ms, getsockopt(connection, sockopt::Priority).unwrap())
+    };
+    assert_ne!(told(&dialled), told(&accepted));
+    let _right = right.assign(LaneRole::Demand, 0);
+    assert_eq!(told(&dialled), told(&accepted));
 }

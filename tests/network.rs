@@ -1,0 +1,283 @@
+//! A guest that moves between two hosts of their own network, which goes dark, loses connections, or is
+//! not the only one.
+//!
+//! `UMEM_MOVES`, `UMEM_MIB` and `UMEM_KILLS` make more of the test that has the kernel destroy connections:
+//!
+//! ```sh
+//! UMEM_MOVES=50 UMEM_MIB=2048 tests/run --test network destroys --no-capture
+//! ```
+
+mod support;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use support::{Authority, Namespace, Network, Qmp, Scratch, Seeded, Umem, wait_for};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// A guest that checks its own memory, on its way from one host to the other.
+struct Move {
+    scratch: Scratch,
+    network: Network,
+    guest: Umem,
+    incoming: Umem,
+    migrate: Umem,
+    mib: u64,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Secured {
+    Not,
+    Tls,
+}
+
+impl Move {
+    /// Up to the guest running at the destination, with more arguments for `umem migrate`.
+    fn switched(mib: u64, secured: Secured, more: &[&str]) -> Move {
+        let (scratch, network) = (Scratch::new(), Network::new());
+        let security = match secured {
+            Secured::Not => vec!["--insecure".to_owned()],
+            Secured::Tls => {
+                let authority = Authority::new("ours");
+                let creds = authority.credentials(&scratch, "tls", network.destination_address());
+                vec!["--tls-creds".to_owned(), creds.display().to_string()]
+            }
+        };
+        let path = |name: &str| scratch.path(name).display().to_string();
+        let of_guest = |side: &str| -> Vec<String> {
+            let ram = format!("ram0={}", scratch.ram(side).display());
+            let common = ["--size", &mib.to_string(), "--threads", "1", "--seed", "5"];
+            let full = ["--zero-percent", "0", "--hole-percent", "0"];
+            let own = ["guest", "--qmp", &path(side), "--ram", &ram];
+            own.into_iter().chain(common).chain(full).map(str::to_owned).collect()
+        };
+        let mut guest = Umem::start(of_guest("source"));
+        guest.event("ready");
+        let ram = format!("ram0={}", scratch.ram("destination").display());
+        let (qmp, control) = (path("destination"), path("destination.control"));
+        let listen = network.listen();
+        let mut arguments: Vec<String> = ["incoming", "--json", "--qmp", &qmp]
+            .into_iter()
+            .chain(security.iter().map(String::as_str))
+            .chain(["--ram", &ram, "--control", &control, &listen, "--", UMEM])
+            .map(str::to_owned)
+            .collect();
+        arguments.extend(of_guest("destination"));
+        arguments.push("--incoming".into());
+        let mut incoming = Umem::start_under(&network.destination().wrapper(), arguments);
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        let (qmp, control) = (path("source"), path("source.control"));
+        let mut arguments = vec!["migrate", "-p", "--json", "--qmp", &qmp, "--control", &control];
+        arguments.extend(["--lanes", "2"]);
+        arguments.extend(more);
+        if secured == Secured::Tls {
+            arguments.extend(security.iter().map(String::as_str));
+        }
+        arguments.push(&uri);
+        let mut migrate = Umem::start_under(&network.source().wrapper(), arguments);
+        migrate.event("running");
+        incoming.event("running");
+        Move { scratch, network, guest, incoming, migrate, mib }
+    }
+
+    /// Waits until so many bytes more have left the source's host, or umem has ended there.
+    fn wait_for_bytes(&mut self, more: u64) {
+        let host = self.network.source();
+        let bytes = host.bytes_sent() + more;
+        wait_for(format!("{bytes} bytes"), || {
+            (host.bytes_sent() >= bytes || !self.migrate.is_running()).then_some(())
+        });
+    }
+
+    /// `umem control` at one of the two sides, and what it prints.
+    fn control(&self, side: &str, words: &[&str]) -> String {
+        let socket: PathBuf = self.scratch.path(&format!("{side}.control"));
+        let output = Command::new(UMEM).arg("control").arg(socket).args(words).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// `umem control status` at one of the two sides.
+    fn status(&self, side: &str) -> Value {
+        serde_json::from_str(&self.control(side, &["status"])).unwrap()
+    }
+
+    /// An event at both sides.
+    fn both(&mut self, name: &str) -> [Value; 2] {
+        [self.migrate.event(name), self.incoming.event(name)]
+    }
+
+    /// Waits for the end on both sides, and has the guest check every word. Returns both reports.
+    fn complete(mut self) -> [Value; 2] {
+        let reports = self.both("completed");
+        let mut qmp = Qmp::connect(&self.scratch.path("destination"));
+        let verdict = qmp.execute("umem-verify", json!({}));
+        assert_eq!(verdict["verified_pages"], self.mib * 256, "{verdict}");
+        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
+        assert_eq!(verdict["registered"], false, "{verdict}");
+        qmp.quit();
+        Qmp::connect(&self.scratch.path("source")).quit();
+        self.migrate.succeeds();
+        self.incoming.succeeds();
+        self.guest.succeeds();
+        reports
+    }
+}
+
+/// Slow enough for the test to be there before everything is.
+const LIMIT: [&str; 2] = ["--max-postcopy-bandwidth", "32M"];
+
+/// Packets vanish and nobody is told: both sides find out by themselves, and go on when there is a way.
+#[test]
+fn silence_is_noticed_by_both_sides() {
+    goes_dark(Secured::Not, Network::darken, Network::lighten);
+}
+
+/// Where pumps stand between the connections and the lanes, too.
+#[test]
+fn silence_is_noticed_behind_tls() {
+    goes_dark(Secured::Tls, Network::darken, Network::lighten);
+}
+
+/// The source's own link is down: whatever it sends fails at once, which is no reason to give up.
+#[test]
+fn a_link_that_is_down_is_waited_for() {
+    goes_dark(Secured::Not, Network::unplug, Network::plug_in);
+}
+
+fn goes_dark(secured: Secured, darken: fn(&Network), lighten: fn(&Network)) {
+    let mut seeded = Seeded::new(64);
+    let mut moving = Move::switched(64, secured, &LIMIT);
+    moving.wait_for_bytes(seeded.below(48 << 20));
+    darken(&moving.network);
+    moving.both("recovering");
+    lighten(&moving.network);
+    for resumed in moving.both("resumed") {
+        assert_eq!(resumed["recoveries"], 1, "{resumed}");
+    }
+    for report in moving.complete() {
+        assert_eq!(report["recoveries"], 1, "{report}");
+    }
+}
+
+/// By hand, at either side, to the same address and to another one.
+#[test]
+fn a_move_is_paused_and_goes_on_at_another_address() {
+    let mut moving = Move::switched(64, Secured::Not, &LIMIT);
+    moving.control("source", &["pause"]);
+    assert_eq!(moving.migrate.event("paused")["reason"], "paused by hand");
+    moving.incoming.event("recovering");
+    assert_eq!(moving.status("source")["phase"], "without connection");
+    assert_eq!(moving.status("destination")["phase"], "without connection");
+    moving.control("source", &["resume"]);
+    moving.both("resumed");
+
+    moving.control("destination", &["pause"]);
+    assert_eq!(moving.incoming.event("paused")["reason"], "paused by hand");
+    moving.migrate.event("recovering");
+    let refused = moving.migrate.event("retrying")["reason"].as_str().unwrap().to_owned();
+    assert!(refused.contains("paused here; resume it first"), "{refused}");
+    moving.control("destination", &["resume"]);
+    moving.both("resumed");
+
+    // The first network is never there again.
+    moving.control("source", &["pause"]);
+    moving.migrate.event("paused");
+    moving.incoming.event("recovering");
+    let elsewhere = moving.network.listen_elsewhere();
+    moving.control("destination", &["resume", &elsewhere]);
+    let uri = moving.incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+    assert!(uri.starts_with(elsewhere.trim_end_matches('0')) && uri != elsewhere, "{uri}");
+    moving.control("source", &["resume", &uri]);
+    for resumed in moving.both("resumed") {
+        assert_eq!(resumed["recoveries"], 3, "{resumed}");
+    }
+    for side in ["source", "destination"] {
+        let status = moving.status(side);
+        assert_eq!(status["connection-losses"], 3, "{status}");
+        assert!(status["disconnected-s"].as_f64() > Some(0.0), "{status}");
+    }
+    for report in moving.complete() {
+        assert_eq!(report["recoveries"], 3, "{report}");
+    }
+}
+
+/// A resolver that does not answer keeps nobody who wants to leave.
+#[test]
+fn a_name_that_is_looked_up_can_be_interrupted() {
+    let (scratch, network) = (Scratch::new(), Network::new());
+    let (ram, resolver) = (scratch.ram("source"), scratch.path("resolv.conf"));
+    std::fs::write(&ram, [1; 4096]).unwrap();
+    // Nothing gets there, and nobody says so.
+    std::fs::write(&resolver, "nameserver 10.213.2.1\n").unwrap();
+    network.darken();
+    let prepare =
+        format!("mount --bind {} /etc/resolv.conf && exec \"$0\" \"$@\"", resolver.display());
+    let of_its_own = ["unshare", "--mount", "sh", "-c", &prepare];
+    let wrapper = [&network.source().wrapper()[..], &of_its_own].concat();
+    let ram = format!("ram0={}", ram.display());
+    let arguments = ["migrate", "-p", "--ram", &ram, "tcp:there.example:4444"];
+    let mut migrate = Umem::start_under(&wrapper, arguments);
+    let threads = format!("/proc/{}/task", migrate.pid());
+    wait_for("a thread that looks it up", || {
+        let names = std::fs::read_dir(&threads).ok()?.flatten();
+        let mut names = names.flat_map(|task| std::fs::read_to_string(task.path().join("comm")));
+        names.any(|name| name.trim() == "umem-lookup").then_some(())
+    });
+    migrate.signal(Signal::SIGINT);
+    assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+}
+
+/// What `ss -K` does: the kernel takes a connection away from its owner and resets the peer's. Any
+/// lane's, of either side, again and again.
+#[test]
+fn connections_that_the_kernel_destroys_are_made_again() {
+    let number = |name: &str, otherwise: u64| {
+        std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
+    };
+    let (moves, mib) = (number("UMEM_MOVES", 1), number("UMEM_MIB", 256));
+    let kills = number("UMEM_KILLS", 10);
+    let mut seeded = Seeded::new(mib ^ kills << 32);
+    // Two seconds, if nothing came in between.
+    let limit = format!("{}M", mib.div_ceil(2));
+    for round in 1..=moves {
+        let mut moving = Move::switched(mib, Secured::Not, &["--max-postcopy-bandwidth", &limit]);
+        let mut killed = 0;
+        for _ in 0..kills {
+            // Half of the move on average.
+            moving.wait_for_bytes(seeded.below((mib << 20) / kills));
+            let host = match seeded.below(2) {
+                0 => moving.network.source(),
+                _ => moving.network.destination(),
+            };
+            killed += u64::from(destroy_one(host, &mut seeded));
+        }
+        let [source, destination] = moving.complete();
+        println!(
+            "{round}: {killed} connections destroyed, {} and {} recoveries, {:.3} s without any",
+            source["recoveries"],
+            destination["recoveries"],
+            destination["disconnected_s"].as_f64().unwrap()
+        );
+        assert!(killed > 0 && source["recoveries"].as_u64() > Some(0), "{source}");
+    }
+}
+
+/// Has the kernel of this host destroy one of its connections; false when there is none.
+fn destroy_one(host: &Namespace, seeded: &mut Seeded) -> bool {
+    let listed = host.run(&["ss", "-Htn", "state", "established"]);
+    // Queues of bytes, then our address, then the other side's.
+    let column = |line: &str, index| line.split_ascii_whitespace().nth(index).map(str::to_owned);
+    let lanes: Vec<_> =
+        listed.lines().filter_map(|line| Some((column(line, 2)?, column(line, 3)?))).collect();
+    if lanes.is_empty() {
+        return false;
+    }
+    let (ours, theirs) = &lanes[seeded.below(lanes.len() as u64) as usize];
+    let listed = host.run(&["ss", "-HtnK", "src", ours, "dst", theirs]);
+    !listed.trim().is_empty()
+}
