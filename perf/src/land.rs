@@ -14,9 +14,9 @@ use crate::machine::Machine;
 use crate::memory::{List, Pages};
 use crate::migration::{Landing, Route, Subject};
 use crate::process::find_umem;
-use crate::report::{Report, Table, cell, progress};
-use crate::statistics::Spread;
-use crate::svg;
+use crate::report::{Measure, Output, Report, Table, cell, progress};
+use crate::statistics::{Spread, finite};
+use crate::svg::{Bar, Plot};
 
 /// umem end to end into checked guest memory of every kind, as a share of the floor measured in the
 /// same run.
@@ -60,41 +60,44 @@ pub(crate) struct Options {
     json: bool,
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    if options.size == 0 || options.rounds == 0 {
-        return usage("--size and --rounds are at least 1");
-    }
-    check_zero(&options.zero)?;
-    let umem = find_umem(options.umem.as_deref())?;
-    let machine = Machine::describe();
-    let kinds = chosen(options.into.as_ref());
-    let mut floor = Floor::new(options.size << 20, &kinds, &options.zero.0)?;
-    let mut subjects = subjects(options, &floor.kinds);
-    let mut cipher = options.tls_creds.as_ref().map(|_| Cipher::default());
-    let route = Route { umem: &umem, namespaces: None, tls_creds: options.tls_creds.as_deref() };
-    for round in 1..=options.rounds {
-        progress(&format!("round {round} of {}: floor", options.rounds));
-        floor.round()?;
-        cipher.iter_mut().try_for_each(|cipher| cipher.round(options.size << 20))?;
-        for (subject, landings) in &mut subjects {
-            progress(&format!(
-                "round {round} of {}: umem, {}, {} lane(s), {} % zeroes, {} reader(s)",
-                options.rounds,
-                subject.pages.name(),
-                subject.lanes,
-                subject.zero_percent,
-                subject.readers
-            ));
-            landings.push(subject.land(&route)?);
+impl Measure for Options {
+    fn measure(&self) -> Result<Report> {
+        let options = self;
+        if options.size == 0 || options.rounds == 0 {
+            return usage("--size and --rounds are at least 1");
         }
+        check_zero(&options.zero)?;
+        let umem = find_umem(options.umem.as_deref())?;
+        let machine = Machine::describe();
+        let kinds = chosen(options.into.as_ref());
+        let mut floor = Floor::new(options.size << 20, &kinds, &options.zero.0)?;
+        let mut subjects = subjects(options, &floor.kinds);
+        let mut cipher = options.tls_creds.as_ref().map(|_| Cipher::default());
+        let route =
+            Route { umem: &umem, namespaces: None, tls_creds: options.tls_creds.as_deref() };
+        for round in 1..=options.rounds {
+            progress(&format!("round {round} of {}: floor", options.rounds));
+            floor.round()?;
+            cipher.iter_mut().try_for_each(|cipher| cipher.round(options.size << 20))?;
+            for (subject, landings) in &mut subjects {
+                progress(&format!(
+                    "round {round} of {}: umem, {}, {} lane(s), {} % zeroes, {} reader(s)",
+                    options.rounds,
+                    subject.pages.name(),
+                    subject.lanes,
+                    subject.zero_percent,
+                    subject.readers
+                ));
+                landings.push(subject.land(&route)?);
+            }
+        }
+        Ok(report(options, machine, &floor, cipher.as_ref(), &subjects))
     }
-    let title = "Into checked guest memory (the marks are the floor)";
-    let plot = svg::bars(title, "Gbit/s of the guest's memory", &bars(&floor, &subjects));
-    if let Some(path) = &options.svg {
-        plot.write(path)?;
+
+    fn output(&self) -> Output<'_> {
+        let svg = self.svg.as_deref();
+        Output { json: self.json, report: self.report.as_deref(), svg }
     }
-    let report = report(options, machine, &floor, cipher.as_ref(), &subjects);
-    report.show(options.json, options.report.as_deref(), &[plot])
 }
 
 /// Every combination that was asked for.
@@ -105,7 +108,14 @@ fn subjects(options: &Options, kinds: &[Pages]) -> Vec<(Subject, Vec<Landing>)> 
             for &lanes in &options.lanes.0 {
                 for &readers in &options.readers.0 {
                     let size_mib = options.size;
-                    let subject = Subject { pages, size_mib, zero_percent, readers, lanes };
+                    let subject = Subject {
+                        pages,
+                        size_mib,
+                        zero_percent,
+                        readers,
+                        lanes,
+                        release_ram: false,
+                    };
                     subjects.push((subject, Vec::new()));
                 }
             }
@@ -120,11 +130,11 @@ fn moving_s(landings: &[Landing]) -> Spread {
 }
 
 /// The guest's memory, zero pages and all, over the time: comparable between shares of zero pages.
-fn bars(floor: &Floor, subjects: &[(Subject, Vec<Landing>)]) -> Vec<svg::Bar> {
+fn bars(floor: &Floor, subjects: &[(Subject, Vec<Landing>)]) -> Vec<Bar> {
     let bar = |(subject, landings): &(Subject, Vec<Landing>)| {
         let gbit = (subject.size_mib << 20) as f64 * 8e-9;
         let best = floor.best(subject.pages, subject.zero_percent);
-        svg::Bar {
+        Bar {
             name: format!(
                 "{}, {} lane(s), {} % zeroes, {}",
                 subject.pages.name(),
@@ -132,8 +142,8 @@ fn bars(floor: &Floor, subjects: &[(Subject, Vec<Landing>)]) -> Vec<svg::Bar> {
                 subject.zero_percent,
                 if subject.readers == 0 { "idle" } else { "reads" }
             ),
-            value: gbit / moving_s(landings).median,
-            floor: best.map(|best: Figure| gbit / best.seconds.median),
+            value: finite(gbit / moving_s(landings).median),
+            mark: best.map(|best: Figure| gbit / best.seconds.median),
         }
     };
     subjects.iter().map(bar).collect()
@@ -164,7 +174,7 @@ fn report(
     ];
     head.extend(cipher.iter().map(|_| "of AES-GCM"));
     let mut table = Table::new(&head);
-    let mut figures = Vec::new();
+    let (mut figures, mut highlights) = (Vec::new(), Vec::new());
     for (subject, landings) in subjects {
         let spread = |get: fn(&Landing) -> f64| Spread::of(landings.iter().map(get).collect());
         let (gbps, total_s) = (spread(|l| l.gbps), spread(|l| l.total_s));
@@ -192,6 +202,14 @@ fn report(
         ];
         row.extend(share.map(|share| cell(share, 2)));
         table.row(row);
+        highlights.push(format!(
+            "{}, {} lane(s), {} % zeroes: {:.1} Gbit/s, {} of the floor",
+            subject.pages.name(),
+            subject.lanes,
+            subject.zero_percent,
+            gbps.median,
+            cell(ratio, 2)
+        ));
         figures.push(json!({
             "pages": subject.pages,
             "zero_percent": subject.zero_percent,
@@ -231,11 +249,15 @@ fn report(
     for left_out in &floor.left_out {
         method += &format!(" Left out: {left_out}.");
     }
+    let title = "Into checked guest memory (the marks are the floor)";
+    let plot = Plot::bars(title, "Gbit/s of the guest's memory", bars(floor, subjects));
     Report {
         what: "land",
         machine,
         method,
+        highlights,
         tables: vec![table],
+        plots: vec![plot],
         value: json!({
             "size_mib": options.size,
             "rounds": options.rounds,

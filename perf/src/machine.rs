@@ -2,12 +2,12 @@
 
 use std::fs::read_to_string;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result};
 
 /// What has to be known of a machine to read a figure.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Machine {
     cpu: String,
     /// Cores that this process may use.
@@ -19,7 +19,7 @@ pub(crate) struct Machine {
     /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled`.
     shmem_huge: String,
     /// Load average of the last minute when the measurement began.
-    load: f64,
+    pub(crate) load: f64,
 }
 
 impl Machine {
@@ -40,16 +40,16 @@ impl Machine {
         }
     }
 
+    /// The machine, but for what else it does.
     pub(crate) fn line(&self) -> String {
         format!(
-            "{}, {} cores, {:.1} GiB, Linux {}, congestion control {}, shmem huge pages {}, load {:.2}",
+            "{}, {} cores, {:.1} GiB, Linux {}, congestion control {}, shmem huge pages {}",
             self.cpu,
             self.cores,
             self.memory_mib as f64 / 1024.0,
             self.kernel,
             self.congestion,
-            self.shmem_huge,
-            self.load
+            self.shmem_huge
         )
     }
 }

@@ -4,6 +4,8 @@
 //! method and the spread over its rounds; subjects take turns (A B A B), with memory warmed in the
 //! same way for all, so that their ratios hold where absolute figures move from run to run.
 
+mod all;
+mod bench;
 mod error;
 mod fault;
 mod floor;
@@ -13,6 +15,7 @@ mod link10;
 mod machine;
 mod memory;
 mod migration;
+mod page;
 mod patterns;
 mod process;
 mod qemu;
@@ -26,6 +29,8 @@ mod userfault;
 
 use argh::FromArgs;
 
+use crate::report::Measure;
+
 /// Measures umem: against the kernel's floor, end to end, and beside QEMU's own migration.
 #[derive(FromArgs)]
 #[argh(
@@ -34,6 +39,8 @@ use argh::FromArgs;
     example = "What this machine's kernel gives at best:\n  {command_name} floor",
     example = "What a guest's first access to a page takes, with a plot:\n  {command_name} fault --svg \
                fault.svg",
+    example = "Everything, for about a quarter of an hour, as a page of results:\n  {command_name} all \
+               --out RESULTS.md",
     example = "A Linux guest moved by QEMU and by umem in turns:\n  {command_name} qemu --rounds 3",
     error_code(1, "It could not be measured; stderr says why."),
     error_code(2, "The command line is wrong.")
@@ -50,10 +57,30 @@ enum What {
     Land(land::Options),
     Fault(fault::Options),
     Size(size::Options),
+    Bench(bench::Options),
     Link10(link10::Options),
     Patterns(patterns::Options),
     Qemu(qemu::Options),
+    All(all::Options),
+    Page(page::Options),
     Toucher(fault::Toucher),
+}
+
+impl What {
+    /// What it measures, if it does.
+    fn measures(&self) -> Option<&dyn Measure> {
+        match self {
+            What::Floor(options) => Some(options),
+            What::Land(options) => Some(options),
+            What::Fault(options) => Some(options),
+            What::Size(options) => Some(options),
+            What::Bench(options) => Some(options),
+            What::Link10(options) => Some(options),
+            What::Patterns(options) => Some(options),
+            What::Qemu(options) => Some(options),
+            What::All(_) | What::Page(_) | What::Toucher(_) => None,
+        }
+    }
 }
 
 fn main() {
@@ -76,15 +103,12 @@ fn run() -> i32 {
         }
     };
     let ready = interrupt::catch().and_then(|()| process::adopt_orphans());
+    let command = format!("umem-perf {}", words.join(" "));
     let result = ready.and_then(|()| match &arguments.what {
-        What::Floor(options) => floor::run(options),
-        What::Land(options) => land::run(options),
-        What::Fault(options) => fault::run(options),
-        What::Size(options) => size::run(options),
-        What::Link10(options) => link10::run(options),
-        What::Patterns(options) => patterns::run(options),
-        What::Qemu(options) => qemu::run(options),
+        What::All(options) => all::run(options, &command),
+        What::Page(options) => page::run(options),
         What::Toucher(options) => fault::touch(options),
+        what => what.measures().expect("it is none of those").run(&command),
     });
     process::end_orphans();
     match result {
@@ -98,5 +122,30 @@ fn run() -> i32 {
             eprintln!("umem-perf: {error}");
             if error.is::<error::Usage>() { 2 } else { 1 }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What perf/README.md tells people to type is what the command line takes.
+    #[test]
+    fn every_command_in_the_readme_is_taken() {
+        let readme = include_str!("../README.md");
+        let blocks = readme
+            .lines()
+            .filter_map(|line| line.strip_prefix("    cargo run --release -p umem-perf -- "));
+        let spans = readme.split('`').skip(1).step_by(2);
+        let spans = spans.filter_map(|span| span.strip_prefix("umem-perf "));
+        let mut count = 0;
+        for line in blocks.chain(spans) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            if let Err(exit) = Arguments::from_args(&["umem-perf"], &words) {
+                panic!("umem-perf {line}: {}", exit.output.trim());
+            }
+            count += 1;
+        }
+        assert!(count > 12, "only {count} commands were found");
     }
 }

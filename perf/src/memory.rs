@@ -114,12 +114,22 @@ impl Pages {
             return Ok((None, Mapping::anonymous(bytes, self == Pages::AnonymousHuge)?));
         }
         let file = self.file(bytes)?;
+        let mapping = self.map_file(&file, bytes)?;
+        Ok((Some(file), mapping))
+    }
+
+    /// A file of this kind, as a guest maps it.
+    pub(crate) fn map_file(self, file: &File, bytes: usize) -> Result<Mapping> {
         let sharing = match self {
             Pages::Private => MapFlags::MAP_PRIVATE,
             _ => MapFlags::MAP_SHARED,
         };
-        let mapping = Mapping::with(&file, bytes, sharing)?;
-        Ok((Some(file), mapping))
+        Mapping::with(file, bytes, sharing)
+    }
+
+    /// Bytes of one of its pages, as far as a fault is concerned.
+    pub(crate) fn page_bytes(self) -> usize {
+        if self.is_from_pool() { HUGE_PAGE_BYTES } else { PAGE_BYTES }
     }
 
     /// Writes as much memory of this kind and gives it back: a virtual machine's memory that has not

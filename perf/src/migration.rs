@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Context, Result, failure};
+use crate::machine::memory_available_mib;
 use crate::memory::{PAGE_BYTES, Pages};
 use crate::process::{Cpu, OwnMemory, Process};
 use crate::qmp::Qmp;
@@ -18,6 +19,12 @@ use crate::scratch::Scratch;
 
 /// A child that says nothing for this long is stuck.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A child that fills, moves or checks memory may take this much longer for each GiB of it.
+const PATIENCE_A_GIB: Duration = Duration::from_secs(10);
+
+/// Left to the machine, beside both sides' memory.
+pub(crate) const SPARE_MIB: usize = 1024;
 
 /// The region's name on both sides.
 const RAM: &str = "ram0";
@@ -116,6 +123,8 @@ pub(crate) struct Subject {
     pub(crate) readers: u32,
     /// Bulk lanes.
     pub(crate) lanes: u16,
+    /// The source frees what has arrived, so that both sides' memory is hardly more than the guest's.
+    pub(crate) release_ram: bool,
 }
 
 /// What one move gave.
@@ -147,8 +156,8 @@ impl Subject {
         arguments.extend(["--ram".into(), ram(&from).into()]);
         let log = scratch.file("guest.log");
         let mut guest = Process::start("the guest", route.umem, &arguments, log)?;
-        guest.event("ready", PATIENCE)?;
-        self.pages.warm(bytes)?;
+        guest.event("ready", self.patience())?;
+        self.pages.warm(self.warm_bytes())?;
 
         let mut options = words(&["--qmp"]);
         options.push(there.clone().into());
@@ -173,21 +182,35 @@ impl Subject {
             }
         }
         let (mut incoming, uri) = route.incoming(&scratch, options, command)?;
-        let options = vec!["--qmp".into(), here.into()];
+        let mut options = vec!["--qmp".into(), here.into()];
+        options.extend(self.release_ram.then(|| "--release-ram".into()));
         let mut migrate = route.migrate(&scratch, self.lanes, options, &uri)?;
         let own = OwnMemory::watch([migrate.pid(), incoming.pid()]);
-        let (_, source) = migrate.event("completed", PATIENCE)?;
+        let (_, source) = migrate.event("completed", self.patience())?;
         let (_, destination) = incoming.event("completed", PATIENCE)?;
         let cpu = Cpu::of_all(&[migrate.pid(), incoming.pid()]);
         let own = own.most_mib();
 
-        let verdict = Qmp::connect(&there)?.execute("umem-verify", &json!({}))?;
+        let mut qmp = Qmp::connect(&there)?;
+        let verdict = qmp.execute_within("umem-verify", &json!({}), self.patience())?;
         let expected = (bytes / PAGE_BYTES) as u64;
         let count = |name: &str| verdict[name].as_u64();
         if count("verified_pages") != Some(expected) || count("bad_pages") != Some(0) {
             return failure(format!("the guest did not arrive whole: {verdict}"));
         }
         landing(&source, &destination, cpu, own).context(|| "umem's report")
+    }
+
+    /// A machine whose memory has to be backed anew takes seconds for each GiB, for filling as for moving.
+    fn patience(self) -> Duration {
+        PATIENCE + PATIENCE_A_GIB * (self.size_mib / 1024) as u32
+    }
+
+    /// What is written and given back beforehand: all that the destination will take, or as much of it as
+    /// there is room for beside the source's.
+    fn warm_bytes(self) -> usize {
+        let room = memory_available_mib().saturating_sub(SPARE_MIB);
+        if self.release_ram { self.size_mib.min(room) << 20 } else { self.size_mib << 20 }
     }
 
     /// What both guests are told; where their memory is comes after.

@@ -12,7 +12,7 @@ use crate::machine::Machine;
 use crate::memory::Pages;
 use crate::migration::Route;
 use crate::process::find_umem;
-use crate::report::{Report, Table, cell, progress};
+use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::statistics::Spread;
 
 /// Which share of a guest's accesses has to wait for a page, by its pattern of access, against plain
@@ -52,42 +52,51 @@ struct Subject {
     turns: Vec<Touched>,
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    if options.size == 0 || options.rounds == 0 || options.count == Some(0) {
-        return usage("--size, --rounds and --count are at least 1");
-    }
-    let umem = find_umem(options.umem.as_deref())?;
-    let machine = Machine::describe();
-    let count = options.count.unwrap_or(options.size * 256 / 8).min(options.size * 256 - 1);
-    let mut subjects: Vec<Subject> = Pattern::ALL
-        .iter()
-        .flat_map(|&pattern| Order::ALL.map(|order| Subject { pattern, order, turns: Vec::new() }))
-        .collect();
-    let route = Route { umem: &umem, namespaces: None, tls_creds: None };
-    for round in 1..=options.rounds {
-        for subject in &mut subjects {
-            let (pattern, order) = (subject.pattern, subject.order);
-            progress(&format!(
-                "round {round} of {}: {}, {} order",
-                options.rounds,
-                pattern.word(),
-                order.word()
-            ));
-            let touching = Touching {
-                pages: Pages::Memfd,
-                size_mib: options.size,
-                lanes: options.lanes,
-                count: Some(count),
-                background: true,
-                pattern,
-                think_us: options.think_us,
-                order,
-            };
-            subject.turns.push(touching.once(&route)?);
+impl Measure for Options {
+    fn measure(&self) -> Result<Report> {
+        let options = self;
+        if options.size == 0 || options.rounds == 0 || options.count == Some(0) {
+            return usage("--size, --rounds and --count are at least 1");
         }
+        let umem = find_umem(options.umem.as_deref())?;
+        let machine = Machine::describe();
+        let count = options.count.unwrap_or(options.size * 256 / 8).min(options.size * 256 - 1);
+        let mut subjects: Vec<Subject> = Pattern::ALL
+            .iter()
+            .flat_map(|&pattern| {
+                Order::ALL.map(|order| Subject { pattern, order, turns: Vec::new() })
+            })
+            .collect();
+        let route = Route { umem: &umem, namespaces: None, tls_creds: None };
+        for round in 1..=options.rounds {
+            for subject in &mut subjects {
+                let (pattern, order) = (subject.pattern, subject.order);
+                progress(&format!(
+                    "round {round} of {}: {}, {} order",
+                    options.rounds,
+                    pattern.word(),
+                    order.word()
+                ));
+                let touching = Touching {
+                    pages: Pages::Memfd,
+                    size_mib: options.size,
+                    lanes: options.lanes,
+                    count: Some(count),
+                    background: true,
+                    pattern,
+                    think_us: options.think_us,
+                    order,
+                };
+                subject.turns.push(touching.once(&route)?);
+            }
+        }
+        Ok(report(options, machine, count, &subjects))
     }
-    let report = report(options, machine, count, &subjects);
-    report.show(options.json, options.report.as_deref(), &[])
+
+    fn output(&self) -> Output<'_> {
+        let svg = None;
+        Output { json: self.json, report: self.report.as_deref(), svg }
+    }
 }
 
 fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject]) -> Report {
@@ -101,7 +110,7 @@ fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject
         "waiting ms",
         "× plain",
     ]);
-    let mut figures = Vec::new();
+    let (mut figures, mut highlights) = (Vec::new(), Vec::new());
     let share = |subject: &Subject| {
         let shares = subject.turns.iter().map(|turn| {
             let accesses = turn.waited_ns.len() as u64 + turn.already_there;
@@ -133,6 +142,15 @@ fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject
             cell(waiting.median, 1),
             cell(ratios[1], 2),
         ]);
+        if plain.is_some() {
+            highlights.push(format!(
+                "{}: {:.1} % of the accesses wait, {} × plain order; for {} × the time",
+                subject.pattern.word(),
+                waited.median,
+                cell(ratios[0], 2),
+                cell(ratios[1], 2)
+            ));
+        }
         figures.push(json!({
             "pattern": subject.pattern,
             "order": subject.order,
@@ -153,7 +171,9 @@ fn report(options: &Options, machine: Machine, count: usize, subjects: &[Subject
         what: "patterns",
         machine,
         method,
+        highlights,
         tables: vec![table],
+        plots: Vec::new(),
         value: json!({
             "size_mib": options.size,
             "rounds": options.rounds,

@@ -57,9 +57,19 @@ impl Qmp {
 
     /// Runs a command and returns its `return` value.
     pub(crate) fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        self.execute_within(command, arguments, PATIENCE)
+    }
+
+    /// The same for a command that may take this long.
+    pub(crate) fn execute_within(
+        &mut self,
+        command: &str,
+        arguments: &Value,
+        patience: Duration,
+    ) -> Result<Value> {
         let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
         self.stream.write_all(text.as_bytes()).context(|| command)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience;
         loop {
             let mut object = self.read(deadline).context(|| command)?;
             if let Some(value) = object.get_mut("return") {

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use umem::observe::page::Page;
 
 use crate::error::{Context, Result};
 use crate::machine::Machine;
-use crate::svg::Plot;
+use crate::svg::{self, Plot};
 
 /// One subcommand's result.
 pub(crate) struct Report {
@@ -16,48 +17,92 @@ pub(crate) struct Report {
     pub(crate) machine: Machine,
     /// How it was measured, in sentences.
     pub(crate) method: String,
+    /// What matters most of it, a line each.
+    pub(crate) highlights: Vec<String>,
     pub(crate) tables: Vec<Table>,
-    /// What `--json` gives beside machine and method.
+    pub(crate) plots: Vec<Plot>,
+    /// What `--json` gives beside all this.
     pub(crate) value: Value,
 }
 
+/// Where a result goes, as a subcommand's options say.
+pub(crate) struct Output<'a> {
+    /// stdout gets one JSON object.
+    pub(crate) json: bool,
+    /// A file for a page.
+    pub(crate) report: Option<&'a Path>,
+    /// A file for the plots.
+    pub(crate) svg: Option<&'a Path>,
+}
+
+/// A subcommand that measures.
+pub(crate) trait Measure {
+    fn measure(&self) -> Result<Report>;
+    fn output(&self) -> Output<'_>;
+
+    /// Measures, and puts the result where it is to go. `command` is what was asked for.
+    fn run(&self, command: &str) -> Result<()> {
+        let report = self.measure()?;
+        let output = self.output();
+        report.print(output.json, command);
+        if let Some(path) = output.svg {
+            write(path, &svg::svg(&report.plots))?;
+        }
+        if let Some(path) = output.report {
+            write(path, &report.page())?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).context(|| format!("writing {}", path.display()))
+}
+
 impl Report {
-    /// Prints it; and writes it with these plots as a page, if there is to be one.
-    pub(crate) fn show(&self, as_json: bool, page: Option<&Path>, plots: &[Plot]) -> Result<()> {
-        self.print(as_json);
-        let Some(path) = page else { return Ok(()) };
-        std::fs::write(path, self.page(plots))
-            .context(|| format!("writing the report {}", path.display()))
+    /// The same result under another name.
+    pub(crate) fn named(self, what: &'static str) -> Report {
+        Report { what, ..self }
     }
 
-    fn page(&self, plots: &[Plot]) -> String {
-        let mut page = Page::new(&format!("umem-perf {}", self.what), &self.machine.line());
+    fn page(&self) -> String {
+        let machine = format!("{}, load {:.2}", self.machine.line(), self.machine.load);
+        let mut page = Page::new(&format!("umem-perf {}", self.what), &machine);
         page.text(&self.method);
-        for (index, plot) in plots.iter().enumerate() {
-            page.plot(&format!("plot-{}", index + 1), plot.markup());
+        for (index, plot) in self.plots.iter().enumerate() {
+            let plot = std::slice::from_ref(plot);
+            page.plot(&format!("plot-{}", index + 1), &svg::svg(plot));
         }
         for table in &self.tables {
-            let (head, rows) = table.rows.split_first().expect("a table has a head");
-            page.table("Figures", head, rows);
+            page.table("Figures", &table.head, &table.rows);
         }
         page.to_html()
     }
 
-    fn print(&self, as_json: bool) {
+    /// The result as one JSON object: its figures, and what a page of results needs of it.
+    pub(crate) fn object(&self, command: &str) -> Value {
+        let mut object = json!({
+            "event": "measured",
+            "what": self.what,
+            "command": command,
+            "machine": self.machine,
+            "method": self.method,
+            "highlights": self.highlights,
+            "tables": self.tables,
+            "plots": self.plots,
+        });
+        if let (Value::Object(object), Value::Object(value)) = (&mut object, &self.value) {
+            object.extend(value.clone());
+        }
+        object
+    }
+
+    fn print(&self, as_json: bool, command: &str) {
         if as_json {
-            let mut object = json!({
-                "event": "measured",
-                "what": self.what,
-                "machine": self.machine,
-                "method": self.method,
-            });
-            if let (Value::Object(object), Value::Object(value)) = (&mut object, &self.value) {
-                object.extend(value.clone());
-            }
-            println!("{object}");
+            println!("{}", self.object(command));
             return;
         }
-        println!("machine  {}", self.machine.line());
+        println!("machine  {}, load {:.2}", self.machine.line(), self.machine.load);
         println!("method   {}", wrapped(&self.method, 9));
         for table in &self.tables {
             println!("\n{}", table.text());
@@ -76,13 +121,16 @@ pub(crate) fn cell(value: f64, digits: usize) -> String {
 }
 
 /// Rows of cells; the first column is flush left, the others right.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Table {
-    rows: Vec<Vec<String>>,
+    pub(crate) head: Vec<String>,
+    pub(crate) rows: Vec<Vec<String>>,
 }
 
 impl Table {
     pub(crate) fn new(head: &[&str]) -> Table {
-        Table { rows: vec![head.iter().map(|&cell| cell.to_owned()).collect()] }
+        let head = head.iter().map(|&cell| cell.to_owned()).collect();
+        Table { head, rows: Vec::new() }
     }
 
     pub(crate) fn row(&mut self, cells: Vec<String>) {
@@ -90,13 +138,14 @@ impl Table {
     }
 
     fn text(&self) -> String {
-        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let all = || std::iter::once(&self.head).chain(&self.rows);
+        let columns = all().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
-            let cells = self.rows.iter().filter_map(|row| row.get(column));
+            let cells = all().filter_map(|row| row.get(column));
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
-        let lines = self.rows.iter().map(|row| {
+        let lines = all().map(|row| {
             let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
                 if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
             });

@@ -8,9 +8,9 @@ use serde_json::json;
 use crate::error::{Result, failure, usage};
 use crate::machine::{Machine, memory_available_mib};
 use crate::memory::{List, PAGE_BYTES, Pages};
-use crate::migration::{Landing, Route, Subject};
+use crate::migration::{Landing, Route, SPARE_MIB, Subject};
 use crate::process::find_umem;
-use crate::report::{Report, Table, cell, progress};
+use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::statistics::Spread;
 
 /// What moving a guest takes as the guest grows: time, processor time, memory of umem's own.
@@ -18,7 +18,7 @@ use crate::statistics::Spread;
 #[argh(subcommand, name = "size")]
 pub(crate) struct Options {
     /// sizes of the guest's RAM in MiB with commas between them (default 1024,2048,4096,8192); one
-    /// that twice does not fit into this machine's memory is left out
+    /// that twice does not fit into this machine's memory is left out, without --release-ram
     #[argh(option, default = "List(vec![1024, 2048, 4096, 8192])")]
     sizes: List<usize>,
     /// how often each size has its turn (default 3)
@@ -27,6 +27,10 @@ pub(crate) struct Options {
     /// kind of memory (default memfd): memfd, huge-tmpfs, anonymous, private
     #[argh(option, default = "Pages::Memfd")]
     into: Pages,
+    /// free the source's memory as it arrives (`umem migrate --release-ram`), so that a guest of nearly all
+    /// of this machine's memory fits
+    #[argh(switch)]
+    release_ram: bool,
     /// bulk lanes (default 1)
     #[argh(option, default = "1")]
     lanes: u16,
@@ -41,53 +45,59 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// Left to the machine, beside both sides' memory.
-const SPARE_MIB: usize = 1024;
-
 /// A guest's pages by which time and processor time are compared.
 const GIB_MIB: f64 = 1024.0;
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    if options.rounds == 0 || options.sizes.0.contains(&0) {
-        return usage("--rounds and --sizes are at least 1");
-    }
-    if options.into.is_from_pool() {
-        return usage(format!("--into {} is not measured by `size`", options.into.word()));
-    }
-    let umem = find_umem(options.umem.as_deref())?;
-    let machine = Machine::describe();
-    let available = memory_available_mib();
-    let mut sizes = options.sizes.0.clone();
-    sizes.sort_unstable();
-    sizes.dedup();
-    let (fit, left_out): (Vec<usize>, Vec<usize>) =
-        sizes.into_iter().partition(|mib| 2 * mib + SPARE_MIB <= available);
-    if fit.is_empty() {
-        return failure(format!(
-            "{available} MiB are free, and both sides of the smallest guest do not fit: choose \
-             smaller --sizes"
-        ));
-    }
-    let mut subjects: Vec<(Subject, Vec<Landing>)> = fit
-        .into_iter()
-        .map(|size_mib| Subject {
-            pages: options.into,
-            size_mib,
-            zero_percent: 0,
-            readers: 0,
-            lanes: options.lanes,
-        })
-        .map(|subject| (subject, Vec::new()))
-        .collect();
-    let route = Route { umem: &umem, namespaces: None, tls_creds: None };
-    for round in 1..=options.rounds {
-        for (subject, landings) in &mut subjects {
-            progress(&format!("round {round} of {}: {} MiB", options.rounds, subject.size_mib));
-            landings.push(subject.land(&route)?);
+impl Measure for Options {
+    fn measure(&self) -> Result<Report> {
+        let options = self;
+        if options.rounds == 0 || options.sizes.0.contains(&0) {
+            return usage("--rounds and --sizes are at least 1");
         }
+        if options.into.is_from_pool() {
+            return usage(format!("--into {} is not measured by `size`", options.into.word()));
+        }
+        let umem = find_umem(options.umem.as_deref())?;
+        let machine = Machine::describe();
+        let available = memory_available_mib();
+        let sides = if options.release_ram { 1 } else { 2 };
+        let mut sizes = options.sizes.0.clone();
+        sizes.sort_unstable();
+        sizes.dedup();
+        let (fit, left_out): (Vec<usize>, Vec<usize>) =
+            sizes.into_iter().partition(|mib| sides * mib + SPARE_MIB <= available);
+        if fit.is_empty() {
+            return failure(format!(
+                "{available} MiB are free, and the smallest guest does not fit with {SPARE_MIB} MiB to \
+                 spare: choose smaller --sizes"
+            ));
+        }
+        let mut subjects: Vec<(Subject, Vec<Landing>)> = fit
+            .into_iter()
+            .map(|size_mib| Subject {
+                pages: options.into,
+                size_mib,
+                zero_percent: 0,
+                readers: 0,
+                lanes: options.lanes,
+                release_ram: options.release_ram,
+            })
+            .map(|subject| (subject, Vec::new()))
+            .collect();
+        let route = Route { umem: &umem, namespaces: None, tls_creds: None };
+        for round in 1..=options.rounds {
+            for (subject, landings) in &mut subjects {
+                progress(&format!("round {round} of {}: {} MiB", options.rounds, subject.size_mib));
+                landings.push(subject.land(&route)?);
+            }
+        }
+        Ok(report(options, machine, &subjects, &left_out))
     }
-    let report = report(options, machine, &subjects, &left_out);
-    report.show(options.json, options.report.as_deref(), &[])
+
+    fn output(&self) -> Output<'_> {
+        let svg = None;
+        Output { json: self.json, report: self.report.as_deref(), svg }
+    }
 }
 
 fn report(
@@ -111,7 +121,7 @@ fn report(
     let spread = |landings: &[Landing], get: fn(&Landing) -> f64| {
         Spread::of(landings.iter().map(get).collect())
     };
-    let mut figures = Vec::new();
+    let (mut figures, mut highlights) = (Vec::new(), Vec::new());
     let mut smallest: Option<(f64, f64)> = None;
     for (subject, landings) in subjects {
         let gib = subject.size_mib as f64 / GIB_MIB;
@@ -133,6 +143,15 @@ fn report(
             cell(destination_own_mib.max, 1),
             cell(page_state_mib, 1),
         ]);
+        highlights.push(format!(
+            "{} MiB: {} times the time of the smallest for each GiB, {} times the processor time; {} and {} \
+             MiB of memory of umem's own",
+            subject.size_mib,
+            cell(time / least_time, 2),
+            cell(cpu / least_cpu, 2),
+            cell(source_own_mib.max, 1),
+            cell(destination_own_mib.max, 1)
+        ));
         figures.push(json!({
             "size_mib": subject.size_mib,
             "total_s": total_s,
@@ -156,18 +175,25 @@ fn report(
         options.into.name(),
         options.rounds
     );
+    if options.release_ram {
+        method += " The source frees its memory as it arrives (--release-ram); where the guest's memory \
+                   does not fit twice, as much as does fit is written and given back.";
+    }
     if !left_out.is_empty() {
-        method += &format!(" Left out, because both sides do not fit here: {left_out:?} MiB.");
+        method += &format!(" Left out, because they do not fit here: {left_out:?} MiB.");
     }
     Report {
         what: "size",
         machine,
         method,
+        highlights,
         tables: vec![table],
+        plots: Vec::new(),
         value: json!({
             "pages": options.into,
             "rounds": options.rounds,
             "lanes": options.lanes,
+            "release_ram": options.release_ram,
             "figures": figures,
             "left_out_mib": left_out,
         }),

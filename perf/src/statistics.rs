@@ -13,6 +13,11 @@ pub(crate) fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// None of a figure that there is none of.
+pub(crate) fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
 /// One figure over all rounds, with every round's value.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Spread {

@@ -17,6 +17,7 @@ const API: u64 = 0xaa;
 const IOC_NEW: libc::c_ulong = 0xaa00;
 const MISSING_HUGETLBFS: u64 = 1 << 4;
 const MISSING_SHMEM: u64 = 1 << 5;
+const MINOR_HUGETLBFS: u64 = 1 << 9;
 const MINOR_SHMEM: u64 = 1 << 10;
 const MODE_MISSING: u64 = 1;
 const MODE_MINOR: u64 = 1 << 2;
@@ -70,7 +71,7 @@ impl Userfault {
             Pages::Memfd | Pages::HugeTmpfs | Pages::Private => {
                 (MISSING_SHMEM | MINOR_SHMEM, MODE_MISSING | MODE_MINOR)
             }
-            Pages::Hugetlb => return failure("no floor registers shared hugetlb memory"),
+            Pages::Hugetlb => (MISSING_HUGETLBFS | MINOR_HUGETLBFS, MODE_MISSING | MODE_MINOR),
         };
         let uffd = create().context(
             || "making a userfaultfd (it takes root, or /dev/userfaultfd that this user may open)",

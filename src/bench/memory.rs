@@ -35,10 +35,11 @@ const SAMPLE_BYTES: u64 = 64 << 20;
 /// A buffer that stays in the processor's cache; whole pages.
 const HOT_BYTES: usize = 256 << 10;
 
-/// The sender's files: one for whole passes, and one for the last if it is smaller.
+/// The sender's files: one for whole passes, and one for the last if it is smaller. They stay mapped from
+/// pass to pass, as nobody measures how fast this machine maps a file and lets go of it again.
 pub(super) struct Source {
-    whole: Option<OwnedFd>,
-    last: Option<(u64, OwnedFd)>,
+    whole: Option<RamFile>,
+    last: Option<RamFile>,
     unit: PageSize,
 }
 
@@ -52,10 +53,10 @@ impl Source {
     ) -> Result<Source> {
         let total = bytes.unwrap_or(u64::MAX);
         let last = if bytes.is_some() { total % region_bytes } else { 0 };
-        let make = |bytes| filled(place.pages, zero_percent, bytes);
+        let make = |bytes| ram(&filled(place.pages, zero_percent, bytes)?, 0);
         Ok(Source {
-            whole: if total >= region_bytes { Some(make(region_bytes)?) } else { None },
-            last: if last > 0 { Some((last, make(last)?)) } else { None },
+            whole: (total >= region_bytes).then(|| make(region_bytes)).transpose()?,
+            last: (last > 0).then(|| make(last)).transpose()?,
             unit: place.unit(),
         })
     }
@@ -63,10 +64,10 @@ impl Source {
     /// The memory of a pass of this many bytes.
     pub(super) fn memory(&self, bytes: u64) -> Result<SourceMemory> {
         let file = match &self.last {
-            Some((last, file)) if *last == bytes => file,
+            Some(last) if last.bytes == bytes => last,
             _ => self.whole.as_ref().expect("passes are whole, or the last one"),
         };
-        source_memory(file, 1, self.unit)
+        landing_in(self.unit, vec![file.again()?])
     }
 }
 
@@ -76,12 +77,21 @@ pub(super) fn source_memory(
     regions: usize,
     unit: PageSize,
 ) -> Result<SourceMemory> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let open = |index| RamFile::open_source(&name(index), Path::new(&path), false);
-    let memory = SourceMemory::new((0..regions).map(open).collect::<Result<_>>()?, false);
-    let landing = memory.table()?.with_units(&vec![unit; regions]);
+    landing_in(unit, (0..regions).map(|index| ram(file, index)).collect::<Result<_>>()?)
+}
+
+/// What sends these files, none of which has been sent.
+fn landing_in(unit: PageSize, files: Vec<RamFile>) -> Result<SourceMemory> {
+    let units = vec![unit; files.len()];
+    let memory = SourceMemory::new(files, false);
+    let landing = memory.table()?.with_units(&units);
     memory.land(landing.map_err(|error| Error::Internal(error.to_string()))?);
     Ok(memory)
+}
+
+fn ram(file: &OwnedFd, index: usize) -> Result<RamFile> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    RamFile::open_source(&name(index), Path::new(&path), false)
 }
 
 impl Memory for SourceMemory {

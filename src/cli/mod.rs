@@ -9,6 +9,8 @@ mod guest;
 mod incoming;
 mod install;
 mod migrate;
+#[cfg(test)]
+mod readme;
 mod values;
 
 use argh::{ArgsInfo, FromArgs};

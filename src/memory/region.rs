@@ -93,6 +93,16 @@ impl RamFile {
         RamFile::map(name, file, ProtFlags::PROT_READ)
     }
 
+    /// The same file and the same mapping once more, for whoever sends it again.
+    pub(crate) fn again(&self) -> Result<RamFile> {
+        Ok(RamFile {
+            name: self.name.clone(),
+            file: self.file.try_clone().context(|| format!("RAM {}", self.name))?,
+            mapping: self.mapping.clone(),
+            ..*self
+        })
+    }
+
     /// Takes over the RAM file that a guest handed to us, for landing pages in it.
     pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
         let ram = RamFile::map(name, file, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;

@@ -15,7 +15,7 @@ use crate::error::{Context, Result, failure};
 use crate::floor::{connection, joined};
 use crate::interrupt;
 use crate::machine::{pin, two_cores};
-use crate::memory::{HUGE_PAGE_BYTES, Mapping, PAGE_BYTES, Pages};
+use crate::memory::{Mapping, PAGE_BYTES, Pages};
 use crate::userfault::Userfault;
 
 /// Touches `count` pages and returns what each access took, nanoseconds. The guest and the source are
@@ -108,8 +108,8 @@ fn answer(mut socket: TcpStream, source: &Mapping, page_bytes: usize) -> Result<
 
 /// Where a page is received.
 enum Landing {
-    /// Straight into a second mapping of the file.
-    File(Mapping),
+    /// Straight into a second mapping of the file, so many bytes at once.
+    File(Mapping, usize),
     /// Into a buffer of one page, to be copied from there.
     Buffer(Vec<u8>),
 }
@@ -117,15 +117,14 @@ enum Landing {
 impl Landing {
     fn new(pages: Pages, file: Option<&File>, bytes: usize) -> Result<Landing> {
         Ok(match file {
-            Some(file) => Landing::File(Mapping::of(file, bytes)?),
-            None if pages == Pages::AnonymousHuge => Landing::Buffer(vec![0; HUGE_PAGE_BYTES]),
-            None => Landing::Buffer(vec![0; PAGE_BYTES]),
+            Some(file) => Landing::File(Mapping::of(file, bytes)?, pages.page_bytes()),
+            None => Landing::Buffer(vec![0; pages.page_bytes()]),
         })
     }
 
     fn page_bytes(&self) -> usize {
         match self {
-            Landing::File(_) => PAGE_BYTES,
+            Landing::File(_, page_bytes) => *page_bytes,
             Landing::Buffer(buffer) => buffer.len(),
         }
     }
@@ -143,9 +142,9 @@ impl Landing {
             let offset = address - address % page_bytes;
             socket.write_all(&(offset as u64).to_le_bytes()).context(|| "asking for a page")?;
             match &mut self {
-                Landing::File(mapping) => {
-                    receive(&socket, mapping, offset)?;
-                    uffd.proceed(guest, offset, PAGE_BYTES)?;
+                Landing::File(mapping, _) => {
+                    receive(&socket, mapping, offset, page_bytes)?;
+                    uffd.proceed(guest, offset, page_bytes)?;
                 }
                 Landing::Buffer(buffer) => {
                     socket.read_exact(buffer).context(|| "receiving a page")?;
@@ -157,15 +156,15 @@ impl Landing {
     }
 }
 
-fn receive(socket: &TcpStream, mapping: &Mapping, offset: usize) -> Result<()> {
+fn receive(socket: &TcpStream, mapping: &Mapping, offset: usize, bytes: usize) -> Result<()> {
     let (start, left) = mapping.at(offset);
-    assert!(PAGE_BYTES <= left);
+    assert!(bytes <= left);
     let mut received = 0;
-    while received < PAGE_BYTES {
+    while received < bytes {
         // SAFETY: inside the mapping; the guest does not see the page yet.
         let result = unsafe {
             let rest = start.add(received).cast();
-            libc::recv(socket.as_raw_fd(), rest, PAGE_BYTES - received, libc::MSG_WAITALL)
+            libc::recv(socket.as_raw_fd(), rest, bytes - received, libc::MSG_WAITALL)
         };
         match Errno::result(result) {
             Ok(0) => return failure("the floor's source has gone"),

@@ -16,10 +16,10 @@ use crate::machine::Machine;
 use crate::memory::{List, Mapping, Pages, Pool};
 use crate::migration::{PATIENCE, Route, ram, words};
 use crate::process::find_umem;
-use crate::report::{Report, Table, cell, progress};
+use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::scratch::Scratch;
 use crate::statistics::{Distribution, Spread};
-use crate::svg;
+use crate::svg::{Curve, Plot};
 
 pub(crate) use pattern::Pattern;
 pub(crate) use toucher::{Options as Toucher, run as touch};
@@ -38,8 +38,8 @@ pub(crate) struct Options {
     /// pages that are touched without background, and by each floor, a turn (default 4000)
     #[argh(option, default = "4000")]
     count: usize,
-    /// kinds of memory with commas between them (default memfd): memfd, huge-tmpfs, anonymous,
-    /// anonymous-huge
+    /// kinds of memory with commas between them (default memfd): memfd, huge-tmpfs, hugetlb, anonymous,
+    /// anonymous-huge, private
     #[argh(option, default = "List(vec![Pages::Memfd])")]
     into: List<Pages>,
     /// bulk lanes (default 1)
@@ -145,48 +145,55 @@ struct Subject {
     turns: Vec<Touched>,
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    if options.size == 0 || options.rounds == 0 || options.count == 0 {
-        return usage("--size, --rounds and --count are at least 1");
-    }
-    for pages in &options.into.0 {
-        if matches!(pages, Pages::Hugetlb | Pages::Private) {
-            return usage(format!("--into {} is not measured by `fault`", pages.word()));
+impl Measure for Options {
+    fn measure(&self) -> Result<Report> {
+        let options = self;
+        if options.size == 0 || options.rounds == 0 || options.count == 0 {
+            return usage("--size, --rounds and --count are at least 1");
         }
-    }
-    let umem = find_umem(options.umem.as_deref())?;
-    let machine = Machine::describe();
-    let bytes = options.size << 20;
-    let is_from_pool = options.into.0.iter().any(|pages| pages.is_from_pool());
-    let _pool = is_from_pool.then(|| Pool::reserve(bytes)).transpose()?;
-    let mut subjects: Vec<Subject> = Vec::new();
-    for &pages in &options.into.0 {
-        subjects.extend(Answers::ALL.map(|answers| Subject { pages, answers, turns: Vec::new() }));
-    }
-    let route = Route { umem: &umem, namespaces: None, tls_creds: None };
-    for round in 1..=options.rounds {
-        for subject in &mut subjects {
-            let (pages, answers) = (subject.pages, subject.answers);
-            progress(&format!(
-                "round {round} of {}: {}, {}",
-                options.rounds,
-                pages.name(),
-                answers.name()
-            ));
-            let touching = |count: Option<usize>| Touching {
-                background: count.is_none(),
-                count,
-                ..Touching::new(pages, options.size, options.lanes)
-            };
-            subject.turns.push(match answers {
-                Answers::UmemIdle => touching(Some(options.count)).once(&route)?,
-                Answers::UmemLoaded => touching(None).once(&route)?,
-                Answers::FloorOneCore => raw(pages, bytes, options.count, true)?,
-                Answers::FloorTwoCores => raw(pages, bytes, options.count, false)?,
-            });
+        let umem = find_umem(options.umem.as_deref())?;
+        let machine = Machine::describe();
+        let bytes = options.size << 20;
+        let is_from_pool = options.into.0.iter().any(|pages| pages.is_from_pool());
+        let _pool = is_from_pool.then(|| Pool::reserve(bytes)).transpose()?;
+        let mut subjects: Vec<Subject> = Vec::new();
+        for &pages in &options.into.0 {
+            subjects.extend(Answers::ALL.map(|answers| Subject {
+                pages,
+                answers,
+                turns: Vec::new(),
+            }));
         }
+        let route = Route { umem: &umem, namespaces: None, tls_creds: None };
+        for round in 1..=options.rounds {
+            for subject in &mut subjects {
+                let (pages, answers) = (subject.pages, subject.answers);
+                progress(&format!(
+                    "round {round} of {}: {}, {}",
+                    options.rounds,
+                    pages.name(),
+                    answers.name()
+                ));
+                let touching = |count: Option<usize>| Touching {
+                    background: count.is_none(),
+                    count,
+                    ..Touching::new(pages, options.size, options.lanes)
+                };
+                subject.turns.push(match answers {
+                    Answers::UmemIdle => touching(Some(options.count)).once(&route)?,
+                    Answers::UmemLoaded => touching(None).once(&route)?,
+                    Answers::FloorOneCore => raw(pages, bytes, options.count, true)?,
+                    Answers::FloorTwoCores => raw(pages, bytes, options.count, false)?,
+                });
+            }
+        }
+        Ok(report(options, machine, &subjects))
     }
-    report(options, machine, &subjects)
+
+    fn output(&self) -> Output<'_> {
+        let svg = self.svg.as_deref();
+        Output { json: self.json, report: self.report.as_deref(), svg }
+    }
 }
 
 fn raw(pages: Pages, bytes: usize, count: usize, one_core: bool) -> Result<Touched> {
@@ -232,6 +239,9 @@ impl Touching {
         if let Some(to) = &to {
             options.extend(["--ram".into(), ram(to).into()]);
             command.extend(["--ram".into(), ram(to).into()]);
+            if self.pages == Pages::Private {
+                options.extend(words(&["--kind", "private", "--postcopy-flags", "1"]));
+            }
         } else {
             let handoff = scratch.file("handoff");
             options.extend(["--handoff".into(), handoff.clone().into()]);
@@ -278,7 +288,7 @@ fn distribution(turns: &[Touched]) -> Distribution {
     Distribution::of(turns.iter().flat_map(|turn| turn.waited_ns.iter().copied()).collect())
 }
 
-fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<()> {
+fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
     let mut table = Table::new(&[
         "memory",
         "answered by",
@@ -294,7 +304,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
         "p50 × idle",
         "p99 × idle",
     ]);
-    let (mut figures, mut curves) = (Vec::new(), Vec::new());
+    let (mut figures, mut curves, mut highlights) = (Vec::new(), Vec::new(), Vec::new());
     for subject in subjects {
         let all = distribution(&subject.turns);
         let of = |answers: Answers| {
@@ -329,6 +339,18 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
         row.push(cell(inside.median, 0));
         row.extend(ratios.map(|ratio| cell(ratio, 2)));
         table.row(row);
+        if is_umem {
+            let (over, ratio) =
+                if is_loaded { ("the idle one", ratios[2]) } else { ("the floor", ratios[0]) };
+            highlights.push(format!(
+                "{}, {}: p50 {} µs, {} × {over}; p99 {} µs",
+                subject.pages.name(),
+                subject.answers.name(),
+                cell(all.p50_us, 0),
+                cell(ratio, 2),
+                cell(all.p99_us, 0)
+            ));
+        }
         let each = |get: fn(&Distribution) -> f64| {
             let turns = subject.turns.iter().map(|turn| Distribution::of(turn.waited_ns.clone()));
             Spread::of(turns.map(|turn| get(&turn)).collect())
@@ -351,7 +373,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
             "ratio_to_idle": { "p50": ratios[2], "p99": ratios[3] },
         }));
         let name = format!("{}, {}", subject.pages.name(), subject.answers.name());
-        curves.push(svg::Curve { name, points: all.curve() });
+        curves.push(Curve { name, points: all.curve() });
     }
     let method = format!(
         "A thread reads the first word of {} random pages of {} MiB that it has not touched before \
@@ -367,15 +389,14 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
          guest's way back onto its core.",
         options.count, options.size, options.lanes, options.rounds
     );
-    let plot = svg::curves("First access to a page", "µs, logarithmic", &curves);
-    if let Some(path) = &options.svg {
-        plot.write(path)?;
-    }
+    let plot = Plot::curves("First access to a page", "µs, logarithmic", curves);
     Report {
         what: "fault",
         machine,
         method,
+        highlights,
         tables: vec![table],
+        plots: vec![plot],
         value: json!({
             "size_mib": options.size,
             "rounds": options.rounds,
@@ -384,5 +405,4 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Result<(
             "figures": figures,
         }),
     }
-    .show(options.json, options.report.as_deref(), &[plot])
 }

@@ -18,7 +18,7 @@ use serde_json::json;
 
 use super::pattern::Pattern;
 use crate::error::{Context, Result, usage};
-use crate::memory::{HUGE_PAGE_BYTES, Mapping, PAGE_BYTES, Pages};
+use crate::memory::{Mapping, PAGE_BYTES, Pages};
 use crate::userfault::Userfault;
 
 /// The guest of `fault` and `patterns`: touches pages and times each access. Started by them.
@@ -28,7 +28,7 @@ pub(crate) struct Options {
     /// its memory, MiB
     #[argh(option)]
     size: usize,
-    /// what it consists of: memfd, huge-tmpfs, anonymous or anonymous-huge
+    /// what it consists of: memfd, huge-tmpfs, hugetlb, anonymous, anonymous-huge or private
     #[argh(option)]
     kind: Pages,
     /// the file of its memory, NAME=PATH
@@ -54,7 +54,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mapping = match (&options.ram, &options.handoff) {
         (Some(ram), None) => {
             let path = ram.split_once('=').map_or(ram.as_str(), |(_, path)| path);
-            Mapping::of(&open(path)?, bytes)?
+            options.kind.map_file(&open(path)?, bytes)?
         }
         (None, Some(_)) => Mapping::anonymous(bytes, options.kind == Pages::AnonymousHuge)?,
         _ => return usage("a toucher has either --ram or --handoff"),
@@ -121,7 +121,7 @@ fn open(path: &str) -> Result<File> {
 fn hand_over(socket: &Path, mapping: &Mapping, pages: Pages) -> Result<(UnixStream, Userfault)> {
     let uffd = Userfault::of(mapping, pages)?;
     let stream = UnixStream::connect(socket).context(|| socket.display())?;
-    let page_bytes = if pages == Pages::AnonymousHuge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+    let page_bytes = pages.page_bytes();
     let message = json!([{
         "base_host_virt_addr": mapping.at(0).0.expose_provenance() as u64,
         "size": mapping.bytes(),

@@ -21,7 +21,7 @@ use crate::error::{Context, Result, failure, usage};
 use crate::interrupt;
 use crate::machine::{Machine, pin, two_cores};
 use crate::memory::{List, Mapping, PAGE_BYTES, Pages, Pool};
-use crate::report::{Report, Table, progress};
+use crate::report::{Measure, Output, Report, Table, progress};
 use crate::statistics::Spread;
 
 pub(crate) use cipher::Cipher;
@@ -109,19 +109,27 @@ pub(crate) fn ways(pages: Pages, zero_percent: u32) -> Vec<Way> {
     receives.iter().flat_map(each).collect()
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    if options.size == 0 || options.rounds == 0 {
-        return usage("--size and --rounds are at least 1");
+impl Measure for Options {
+    fn measure(&self) -> Result<Report> {
+        let options = self;
+        if options.size == 0 || options.rounds == 0 {
+            return usage("--size and --rounds are at least 1");
+        }
+        check_zero(&options.zero)?;
+        let machine = Machine::describe();
+        let kinds = chosen(options.into.as_ref());
+        let mut floor = Floor::new(options.size << 20, &kinds, &options.zero.0)?;
+        for round in 1..=options.rounds {
+            progress(&format!("round {round} of {}", options.rounds));
+            floor.round()?;
+        }
+        Ok(report(options, machine, &floor))
     }
-    check_zero(&options.zero)?;
-    let machine = Machine::describe();
-    let kinds = chosen(options.into.as_ref());
-    let mut floor = Floor::new(options.size << 20, &kinds, &options.zero.0)?;
-    for round in 1..=options.rounds {
-        progress(&format!("round {round} of {}", options.rounds));
-        floor.round()?;
+
+    fn output(&self) -> Output<'_> {
+        let svg = None;
+        Output { json: self.json, report: self.report.as_deref(), svg }
     }
-    report(options, machine, &floor).show(options.json, options.report.as_deref(), &[])
 }
 
 /// The kinds of memory that were asked for.
@@ -375,7 +383,9 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
         what: "floor",
         machine,
         method,
+        highlights: Vec::new(),
         tables: vec![table],
+        plots: Vec::new(),
         value: json!({
             "size_mib": options.size,
             "rounds": options.rounds,

@@ -13,9 +13,9 @@ use crate::machine::Machine;
 use crate::memory::Pages;
 use crate::migration::{Landing, Route, Subject};
 use crate::process::find_umem;
-use crate::report::{Report, Table, cell, progress};
+use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::statistics::{Distribution, Spread};
-use crate::svg;
+use crate::svg::{Curve, Plot};
 use link::{CONGESTION, Link};
 
 /// umem over a link of 10 Gbit/s between two network namespaces, beside iperf3; and what a fault
@@ -67,43 +67,53 @@ struct Turns {
     loaded: Vec<Touched>,
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    if [options.size, options.rounds, options.count].contains(&0) {
-        return usage("--size, --rounds and --count are at least 1");
+impl Measure for Options {
+    fn measure(&self) -> Result<Report> {
+        let options = self;
+        if [options.size, options.rounds, options.count].contains(&0) {
+            return usage("--size, --rounds and --count are at least 1");
+        }
+        if options.rate == 0 || options.seconds == 0 {
+            return usage("--rate and --seconds are at least 1");
+        }
+        if options.into.is_from_pool() || options.into == Pages::Private {
+            return usage(format!("--into {} is not measured by `link10`", options.into.word()));
+        }
+        let umem = find_umem(options.umem.as_deref())?;
+        let machine = Machine::describe();
+        let link = Link::new(options.rate)?;
+        let route = Route { umem: &umem, namespaces: Some(link.namespaces()), tls_creds: None };
+        let (pages, size_mib, lanes) = (options.into, options.size, options.lanes);
+        let subject =
+            Subject { pages, size_mib, zero_percent: 0, readers: 0, lanes, release_ram: false };
+        let touching = |count: Option<usize>| Touching {
+            background: count.is_none(),
+            count,
+            ..Touching::new(pages, size_mib, lanes)
+        };
+        let mut turns = Turns::default();
+        for round in 1..=options.rounds {
+            let say =
+                |what: &str| progress(&format!("round {round} of {}: {what}", options.rounds));
+            say("iperf3");
+            turns.iperf3_gbps.push(link.iperf3_gbps(options.seconds)?);
+            say("umem, idle guest");
+            turns.landings.push(subject.land(&route)?);
+            say("faults, nothing else on the link");
+            turns.idle.push(touching(Some(options.count)).once(&route)?);
+            say("faults, the link full");
+            turns.loaded.push(touching(None).once(&route)?);
+        }
+        Ok(report(options, machine, &turns))
     }
-    if options.rate == 0 || options.seconds == 0 {
-        return usage("--rate and --seconds are at least 1");
+
+    fn output(&self) -> Output<'_> {
+        let svg = self.svg.as_deref();
+        Output { json: self.json, report: self.report.as_deref(), svg }
     }
-    if options.into.is_from_pool() || options.into == Pages::Private {
-        return usage(format!("--into {} is not measured by `link10`", options.into.word()));
-    }
-    let umem = find_umem(options.umem.as_deref())?;
-    let machine = Machine::describe();
-    let link = Link::new(options.rate)?;
-    let route = Route { umem: &umem, namespaces: Some(link.namespaces()), tls_creds: None };
-    let (pages, size_mib, lanes) = (options.into, options.size, options.lanes);
-    let subject = Subject { pages, size_mib, zero_percent: 0, readers: 0, lanes };
-    let touching = |count: Option<usize>| Touching {
-        background: count.is_none(),
-        count,
-        ..Touching::new(pages, size_mib, lanes)
-    };
-    let mut turns = Turns::default();
-    for round in 1..=options.rounds {
-        let say = |what: &str| progress(&format!("round {round} of {}: {what}", options.rounds));
-        say("iperf3");
-        turns.iperf3_gbps.push(link.iperf3_gbps(options.seconds)?);
-        say("umem, idle guest");
-        turns.landings.push(subject.land(&route)?);
-        say("faults, nothing else on the link");
-        turns.idle.push(touching(Some(options.count)).once(&route)?);
-        say("faults, the link full");
-        turns.loaded.push(touching(None).once(&route)?);
-    }
-    report(options, machine, &turns)
 }
 
-fn report(options: &Options, machine: Machine, turns: &Turns) -> Result<()> {
+fn report(options: &Options, machine: Machine, turns: &Turns) -> Report {
     let iperf3 = Spread::of(turns.iperf3_gbps.clone());
     let umem = Spread::of(turns.landings.iter().map(|landing| landing.gbps).collect());
     let touched = Spread::of(turns.loaded.iter().filter_map(|turn| turn.gbps).collect());
@@ -134,12 +144,9 @@ fn report(options: &Options, machine: Machine, turns: &Turns) -> Result<()> {
             [all.p50_us, all.p90_us, all.p99_us, all.p999_us, all.max_us].map(|us| cell(us, 1)),
         );
         latency.row(row);
-        curves.push(svg::Curve { name: name.into(), points: all.curve() });
+        curves.push(Curve { name: name.into(), points: all.curve() });
     }
-    let plot = svg::curves("First access to a page, over the link", "µs, logarithmic", &curves);
-    if let Some(path) = &options.svg {
-        plot.write(path)?;
-    }
+    let plot = Plot::curves("First access to a page, over the link", "µs, logarithmic", curves);
     let method = format!(
         "Two network namespaces with a veth pair between them, shaped to {} Gbit/s in either direction \
          (tbf, burst 4 MB, latency 1 ms). iperf3: one connection ({CONGESTION}, zero-copy, 1 MiB \
@@ -162,7 +169,22 @@ fn report(options: &Options, machine: Machine, turns: &Turns) -> Result<()> {
         what: "link10",
         machine,
         method,
+        highlights: vec![
+            format!(
+                "umem moves {} Gbit/s through the link, {} of what iperf3 gets",
+                cell(umem.median, 2),
+                cell(umem.median / iperf3.median, 2)
+            ),
+            format!(
+                "a first access takes {} µs (p99 {}), and {} µs (p99 {}) with the link full",
+                cell(idle.p50_us, 0),
+                cell(idle.p99_us, 0),
+                cell(loaded.p50_us, 0),
+                cell(loaded.p99_us, 0)
+            ),
+        ],
         tables: vec![throughput, latency],
+        plots: vec![plot],
         value: json!({
             "size_mib": options.size,
             "rounds": options.rounds,
@@ -177,5 +199,4 @@ fn report(options: &Options, machine: Machine, turns: &Turns) -> Result<()> {
             "latency_full": loaded,
         }),
     }
-    .show(options.json, options.report.as_deref(), &[plot])
 }

@@ -15,8 +15,9 @@ use serde_json::{Value, json};
 use crate::error::{Result, usage};
 use crate::machine::Machine;
 use crate::process::find_umem;
-use crate::report::{Report, Table, cell, progress};
-use crate::statistics::Spread;
+use crate::report::{Measure, Output, Report, Table, cell, progress};
+use crate::statistics::{Spread, finite};
+use crate::svg::{Bar, Plot};
 
 use guest::{Artefacts, Setup};
 use subject::{Move, Ram, Subject};
@@ -63,35 +64,43 @@ pub(crate) struct Options {
 /// MiB that the guest's kernel and initramfs need beside what the guest fills.
 const KERNEL_MIB: u64 = 256;
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    if options.rounds == 0 || options.fill == 0 {
-        return usage("--rounds and --fill are at least 1");
-    }
-    if options.size < options.fill + KERNEL_MIB {
-        return usage(format!(
-            "--size {} is too small for --fill {}: the guest's kernel needs {KERNEL_MIB} MiB more",
-            options.size, options.fill
-        ));
-    }
-    let setup = Setup {
-        artefacts: Artefacts::find(options.qemu.as_deref())?,
-        umem: find_umem(options.umem.as_deref())?,
-        size_mib: options.size,
-        fill_mib: options.fill,
-        idle: options.idle,
-    };
-    let machine = Machine::describe();
-    let mut moves: Vec<(Subject, Vec<Move>)> =
-        subjects(options).into_iter().map(|subject| (subject, Vec::new())).collect();
-    for round in 1..=options.rounds {
-        for (subject, moves) in &mut moves {
-            progress(&format!("round {round} of {}: {}", options.rounds, subject.name()));
-            let moved = subject.run(&setup)?;
-            progress(&format!("moved in {:.2} s", moved.total_s));
-            moves.push(moved);
+impl Measure for Options {
+    fn measure(&self) -> Result<Report> {
+        let options = self;
+        if options.rounds == 0 || options.fill == 0 {
+            return usage("--rounds and --fill are at least 1");
         }
+        if options.size < options.fill + KERNEL_MIB {
+            return usage(format!(
+                "--size {} is too small for --fill {}: the guest's kernel needs {KERNEL_MIB} MiB more",
+                options.size, options.fill
+            ));
+        }
+        let setup = Setup {
+            artefacts: Artefacts::find(options.qemu.as_deref())?,
+            umem: find_umem(options.umem.as_deref())?,
+            size_mib: options.size,
+            fill_mib: options.fill,
+            idle: options.idle,
+        };
+        let machine = Machine::describe();
+        let mut moves: Vec<(Subject, Vec<Move>)> =
+            subjects(options).into_iter().map(|subject| (subject, Vec::new())).collect();
+        for round in 1..=options.rounds {
+            for (subject, moves) in &mut moves {
+                progress(&format!("round {round} of {}: {}", options.rounds, subject.name()));
+                let moved = subject.run(&setup)?;
+                progress(&format!("moved in {:.2} s", moved.total_s));
+                moves.push(moved);
+            }
+        }
+        Ok(report(options, machine, &moves))
     }
-    report(options, machine, &moves).show(options.json, options.report.as_deref(), &[])
+
+    fn output(&self) -> Output<'_> {
+        let svg = None;
+        Output { json: self.json, report: self.report.as_deref(), svg }
+    }
 }
 
 fn subjects(options: &Options) -> Vec<Subject> {
@@ -104,29 +113,34 @@ fn subjects(options: &Options) -> Vec<Subject> {
 }
 
 /// What is compared: its name in JSON, its head in the table, its digits there, where it comes from.
-struct Measure {
+struct Quantity {
     name: &'static str,
     head: &'static str,
     digits: usize,
     get: fn(&Move) -> f64,
 }
 
-const MEASURES: [Measure; 10] = [
-    Measure { name: "total_s", head: "total s", digits: 2, get: |m| m.total_s },
-    Measure { name: "stopped_to_complete_s", head: "stop→end s", digits: 2, get: |m| m.drain_s },
-    Measure { name: "downtime_ms", head: "downtime ms", digits: 1, get: |m| m.downtime_ms },
-    Measure { name: "latency_p50_us", head: "p50 µs", digits: 0, get: |m| m.latency.p50_us },
-    Measure { name: "latency_p99_us", head: "p99 µs", digits: 0, get: |m| m.latency.p99_us },
-    Measure {
+const QUANTITIES: [Quantity; 10] = [
+    Quantity { name: "total_s", head: "total s", digits: 2, get: |m| m.total_s },
+    Quantity { name: "stopped_to_complete_s", head: "stop→end s", digits: 2, get: |m| m.drain_s },
+    Quantity { name: "downtime_ms", head: "downtime ms", digits: 1, get: |m| m.downtime_ms },
+    Quantity { name: "latency_p50_us", head: "p50 µs", digits: 0, get: |m| m.latency.p50_us },
+    Quantity { name: "latency_p99_us", head: "p99 µs", digits: 0, get: |m| m.latency.p99_us },
+    Quantity {
         name: "latency_p99_worst_us",
         head: "worst p99",
         digits: 0,
         get: |m| m.latency.p99_worst_us,
     },
-    Measure { name: "latency_max_us", head: "max µs", digits: 0, get: |m| m.latency.max_us },
-    Measure { name: "work_lost_s", head: "work lost s", digits: 2, get: |m| m.latency.work_lost_s },
-    Measure { name: "cpu_s", head: "CPU s", digits: 2, get: |m| m.cpu.all_s },
-    Measure {
+    Quantity { name: "latency_max_us", head: "max µs", digits: 0, get: |m| m.latency.max_us },
+    Quantity {
+        name: "work_lost_s",
+        head: "work lost s",
+        digits: 2,
+        get: |m| m.latency.work_lost_s,
+    },
+    Quantity { name: "cpu_s", head: "CPU s", digits: 2, get: |m| m.cpu.all_s },
+    Quantity {
         name: "cpu_without_vcpus_s",
         head: "without vCPUs",
         digits: 2,
@@ -134,7 +148,7 @@ const MEASURES: [Measure; 10] = [
     },
 ];
 
-impl Measure {
+impl Quantity {
     fn spread(&self, moves: &[Move]) -> Spread {
         Spread::of(moves.iter().map(self.get).collect())
     }
@@ -147,7 +161,9 @@ fn report(options: &Options, machine: Machine, moves: &[(Subject, Vec<Move>)]) -
         what: "qemu",
         machine,
         method: method(options, version),
+        highlights: highlights(moves),
         tables: vec![figures_table(moves), ratios_table(moves)],
+        plots: vec![plot(moves)],
         value: json!({
             "size_mib": options.size,
             "fill_mib": options.fill,
@@ -160,14 +176,36 @@ fn report(options: &Options, machine: Machine, moves: &[(Subject, Vec<Move>)]) -
     }
 }
 
+/// The figure that a person sees first: how long a move takes.
+fn plot(moves: &[(Subject, Vec<Move>)]) -> Plot {
+    let bar = |(subject, moves): &(Subject, Vec<Move>)| {
+        let total_s = Spread::of(moves.iter().map(|moved| moved.total_s).collect());
+        Bar { name: subject.name(), value: finite(total_s.median), mark: None }
+    };
+    let title = "A Linux guest, from giving the command to both sides' end";
+    Plot::bars(title, "s", moves.iter().map(bar).collect())
+}
+
+/// How much better umem does than each peer.
+fn highlights(moves: &[(Subject, Vec<Move>)]) -> Vec<String> {
+    let sentence = |(peer, ratios): (Subject, Vec<f64>)| {
+        let ratios = QUANTITIES
+            .iter()
+            .zip(ratios)
+            .map(|(quantity, ratio)| format!("{} {} ×", quantity.head, cell(ratio, 2)));
+        format!("{} over umem: {}", peer.name(), ratios.collect::<Vec<_>>().join(", "))
+    };
+    peers(moves).into_iter().map(sentence).collect()
+}
+
 fn figures_table(moves: &[(Subject, Vec<Move>)]) -> Table {
     let mut head = vec!["medians"];
-    head.extend(MEASURES.iter().map(|measure| measure.head));
+    head.extend(QUANTITIES.iter().map(|measure| measure.head));
     let mut table = Table::new(&head);
     for (subject, moves) in moves {
         let mut cells = vec![subject.name()];
         cells.extend(
-            MEASURES.iter().map(|measure| cell(measure.spread(moves).median, measure.digits)),
+            QUANTITIES.iter().map(|measure| cell(measure.spread(moves).median, measure.digits)),
         );
         table.row(cells);
     }
@@ -176,7 +214,7 @@ fn figures_table(moves: &[(Subject, Vec<Move>)]) -> Table {
 
 fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
     let mut head = vec!["× umem"];
-    head.extend(MEASURES.iter().map(|measure| measure.head));
+    head.extend(QUANTITIES.iter().map(|measure| measure.head));
     let mut table = Table::new(&head);
     for (peer, ratios) in peers(moves) {
         let mut cells = vec![peer.name()];
@@ -191,8 +229,8 @@ fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Vec<f64>)> {
     let umem = moves.iter().find(|(subject, _)| *subject == Subject::Umem);
     let Some((_, umem)) = umem else { return Vec::new() };
     let ratios = |moves: &[Move]| {
-        let ratio = |measure: &Measure| measure.spread(moves).median / measure.spread(umem).median;
-        MEASURES.iter().map(ratio).collect()
+        let ratio = |measure: &Quantity| measure.spread(moves).median / measure.spread(umem).median;
+        QUANTITIES.iter().map(ratio).collect()
     };
     let peers = moves.iter().filter(|(subject, _)| *subject != Subject::Umem);
     peers.map(|(subject, moves)| (*subject, ratios(moves))).collect()
@@ -200,7 +238,7 @@ fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Vec<f64>)> {
 
 fn ratios(moves: &[(Subject, Vec<Move>)]) -> Value {
     let object = |(peer, ratios): (Subject, Vec<f64>)| {
-        let ratios = MEASURES.iter().zip(ratios);
+        let ratios = QUANTITIES.iter().zip(ratios);
         let ratios = ratios.map(|(measure, ratio)| (measure.name.to_owned(), json!(ratio)));
         (peer.key().to_owned(), Value::Object(ratios.collect()))
     };
@@ -210,7 +248,7 @@ fn ratios(moves: &[(Subject, Vec<Move>)]) -> Value {
 fn figure((subject, moves): &(Subject, Vec<Move>)) -> Value {
     let mut object = serde_json::Map::new();
     object.insert("subject".into(), json!(subject.key()));
-    for measure in &MEASURES {
+    for measure in &QUANTITIES {
         object.insert(measure.name.into(), json!(measure.spread(moves)));
     }
     object.insert("moves".into(), json!(moves));
