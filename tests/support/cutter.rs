@@ -1,4 +1,4 @@
-//! A relay between a source and a destination that breaks its connections.
+//! A relay between a source and a destination that breaks its connections, and changes bits on the way.
 //!
 //! It cuts where the test says: after a number of bytes towards the destination, which may be in the
 //! middle of a frame or a page, or at once. Connections that are made afterwards are relayed again, so
@@ -53,6 +53,11 @@ struct State {
     limits: [Option<u64>; 2],
     /// Bytes that have come on demand lanes, passed or not, of either direction.
     demand: [u64; 2],
+    /// Bytes from one changed bit to the next, to the destination and to the source.
+    flips: [std::collections::VecDeque<u64>; 2],
+    flips_done: u32,
+    /// Every so many bytes of each connection to the destination a bit is changed.
+    flips_every: Option<u64>,
     /// New connections are closed at once.
     refuses: bool,
     /// And will be from the next cut on.
@@ -106,6 +111,26 @@ impl Cutter {
     pub(crate) fn cut_after(&self, bytes: impl IntoIterator<Item = (u64, Ends)>) {
         let cuts = bytes.into_iter().map(|(bytes_left, ends)| Cut { bytes_left, ends });
         self.lock().cuts.extend(cuts);
+    }
+
+    /// Changes a bit after so many more bytes of any lane to the destination, again and again.
+    pub(crate) fn flip_after(&self, bytes: impl IntoIterator<Item = u64>) {
+        self.lock().flips[OUT].extend(bytes);
+    }
+
+    /// The same on the way to the source.
+    pub(crate) fn flip_answers_after(&self, bytes: impl IntoIterator<Item = u64>) {
+        self.lock().flips[BACK].extend(bytes);
+    }
+
+    /// Changes a bit of each so many bytes of each connection to the destination; none any more if none.
+    pub(crate) fn flip_every(&self, bytes: Option<u64>) {
+        self.lock().flips_every = bytes;
+    }
+
+    /// Waits until so many bits have been changed in all.
+    pub(crate) fn wait_for_flips(&self, count: u32) {
+        self.wait_until(|state| state.flips_done >= count);
     }
 
     /// Refuses connections from the next cut on, until [`Cutter::admit`].
@@ -242,10 +267,11 @@ impl Way {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
             self.came(count as u64);
-            let mut rest = &buffer[..count];
+            let mut rest = &mut buffer[..count];
             while !rest.is_empty() {
                 let Some(allowed) = self.allow(rest.len() as u64) else { return };
-                let (now, later) = rest.split_at(allowed as usize);
+                let (now, later) = rest.split_at_mut(allowed as usize);
+                self.flip(now);
                 if to.write_all(now).is_err() {
                     return;
                 }
@@ -296,6 +322,39 @@ impl Way {
                 return Some(allowed);
             }
             state = self.shared.changed.wait(state).unwrap();
+        }
+    }
+
+    /// Changes those bits that are to change of what is about to pass.
+    fn flip(&self, bytes: &mut [u8]) {
+        let mut state = self.shared.state.lock().unwrap();
+        let mut flipped = 0;
+        let mut at = 0;
+        while let Some(next) = state.flips[self.direction].front_mut() {
+            let left = bytes.len() as u64 - at;
+            if *next >= left {
+                *next -= left;
+                break;
+            }
+            at += *next;
+            bytes[at as usize] ^= 1 << (at % 8);
+            at += 1;
+            flipped += 1;
+            state.flips[self.direction].pop_front();
+        }
+        if let (OUT, Some(every)) = (self.direction, state.flips_every) {
+            let positions = self.passed..self.passed + bytes.len() as u64;
+            for (byte, _) in
+                bytes.iter_mut().zip(positions).filter(|(_, at)| at % every == every - 1)
+            {
+                *byte ^= 4;
+                flipped += 1;
+            }
+        }
+        state.flips_done += flipped;
+        drop(state);
+        if flipped > 0 {
+            self.shared.changed.notify_all();
         }
     }
 
