@@ -116,6 +116,8 @@ pub(crate) struct Subject {
     pub(crate) readers: u32,
     /// Bulk lanes.
     pub(crate) lanes: u16,
+    /// With --checksum.
+    pub(crate) checksum: bool,
 }
 
 /// What one move gave.
@@ -173,7 +175,8 @@ impl Subject {
             }
         }
         let (mut incoming, uri) = route.incoming(&scratch, options, command)?;
-        let options = vec!["--qmp".into(), here.into()];
+        let mut options = vec!["--qmp".into(), here.into()];
+        options.extend(self.checksum.then(|| "--checksum".into()));
         let mut migrate = route.migrate(&scratch, self.lanes, options, &uri)?;
         let own = OwnMemory::watch([migrate.pid(), incoming.pid()]);
         let (_, source) = migrate.event("completed", PATIENCE)?;

@@ -76,6 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             zero_percent: 0,
             readers: 0,
             lanes: options.lanes,
+            checksum: false,
         })
         .map(|subject| (subject, Vec::new()))
         .collect();

@@ -40,9 +40,11 @@ impl Random {
     }
 }
 
-/// The seeds to run: the one in UMEM_SEED, or `0..count`. The one that runs is printed, so that a
-/// failure shows it last.
+/// The seeds to run: the one in UMEM_SEED, or `0..count`, or as many as UMEM_SIM_SEEDS says. The one that
+/// runs is printed, so that a failure shows it last.
 pub(crate) fn seeds(count: u64) -> impl Iterator<Item = u64> {
+    let many = std::env::var("UMEM_SIM_SEEDS").ok();
+    let count = many.map_or(count, |many| many.parse().expect("UMEM_SIM_SEEDS is a number"));
     let only = std::env::var("UMEM_SEED").ok();
     let only = only.map(|seed| seed.parse().expect("UMEM_SEED is a number"));
     let seeds = only.map_or(0..count, |seed: u64| seed..seed + 1);
