@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use support::{How, Move, Qmp, Scratch, Umem, seed, seeded, wait_for};
+use support::{Cutter, How, Move, Qmp, Scratch, Umem, seed, seeded, wait_for};
 use umem_wire::{HEADER_BYTES, HELLO_BYTES};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
@@ -82,26 +82,43 @@ fn memory_that_the_source_frees_comes_as_it_was() {
     flip_often(How { mib: 64, threads: 1, migrate, ..How::default() }, 9, 5 << 20);
 }
 
+/// A file that moves to a guest which touches nothing, so that every byte of control is known.
+struct Still {
+    scratch: Scratch,
+    incoming: Umem,
+    uri: String,
+}
+
+impl Still {
+    fn start() -> Still {
+        let scratch = Scratch::new();
+        let bytes: Vec<u8> = (0..8 << 20).map(|at: u32| (at / 4096 * 31 + at) as u8).collect();
+        std::fs::write(scratch.ram("source"), bytes).unwrap();
+        let ram = format!("ram0={}", scratch.ram("destination").display());
+        let qmp = scratch.path("guest.qmp").display().to_string();
+        let mut arguments = vec!["incoming", "--json", "--checksum", "--ram", &ram];
+        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming", "--threads", "0"]);
+        arguments.extend(["--ram", &ram, "--size", "8", "--qmp", &qmp]);
+        let mut incoming = Umem::start(arguments);
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        Still { scratch, incoming, uri }
+    }
+
+    fn migrate(&self, options: &[&str], uri: &str) -> Umem {
+        let ram = format!("ram0={}", self.scratch.ram("source").display());
+        let arguments = ["migrate", "--json", "--ram", &ram].iter().chain(options).chain([&uri]);
+        Umem::start(arguments)
+    }
+}
+
 /// Where everything comes before the switchover, and nothing changes on its way.
 #[test]
 fn digests_are_equal_without_postcopy_too() {
-    let scratch = Scratch::new();
-    let bytes: Vec<u8> = (0..8 << 20).map(|at: u32| (at / 4096 * 31 + at) as u8).collect();
-    std::fs::write(scratch.ram("source"), bytes).unwrap();
-    let ram = |name| format!("ram0={}", scratch.ram(name).display());
-    let qmp = scratch.path("guest.qmp").display().to_string();
-    let destination = ram("destination");
-    let mut arguments = vec!["incoming", "--json", "--checksum", "--ram", &destination];
-    arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming", "--threads", "0"]);
-    arguments.extend(["--ram", &destination, "--size", "8", "--qmp", &qmp]);
-    let mut incoming = Umem::start(arguments);
-    let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
-
-    let plain = Umem::start(["migrate", "--json", "--ram", &ram("source"), &uri]);
-    assert!(plain.fails().contains("checksums are asked for here: give --checksum"));
-    let mut migrate =
-        Umem::start(["migrate", "--json", "--checksum", "--ram", &ram("source"), &uri]);
-    let (source, destination) = (migrate.event("completed"), incoming.event("completed"));
+    let mut still = Still::start();
+    let plain = still.migrate(&[], &still.uri).fails();
+    assert!(plain.contains("checksums are asked for here: give --checksum"), "{plain}");
+    let mut migrate = still.migrate(&["--checksum"], &still.uri);
+    let (source, destination) = (migrate.event("completed"), still.incoming.event("completed"));
     is_equal(&source, &destination);
     assert_eq!(destination["checksum_errors"], 0);
     migrate.succeeds();
@@ -157,26 +174,25 @@ const COMPLETION: u64 = (HEADER_BYTES + 8 + HEADER_BYTES + 40) as u64;
 /// Whatever it was that went wrong, it does not go unnoticed.
 #[test]
 fn memory_that_differs_at_the_end_is_told_by_both_sides() {
-    let migrate = &["--checksum"];
-    let how = How { mib: 8, threads: 0, migrate, ..How::default() };
-    let mut moving = Move::start_through(how, |cutter| {
-        cutter.limit_answers(Some(UNTIL_RUNNING));
-        cutter.let_pages_go();
-    });
-    moving.cutter.wait_for_answers(UNTIL_RUNNING + COMPLETION);
+    let mut still = Still::start();
+    let cutter = Cutter::to(&still.uri);
+    cutter.limit_answers(Some(UNTIL_RUNNING));
+    cutter.let_pages_go();
+    let mut migrate = still.migrate(&["-p", "--checksum"], cutter.uri());
+    cutter.wait_for_answers(UNTIL_RUNNING + COMPLETION);
     // Everything has come. As if this page had come otherwise:
-    let file = std::fs::File::options().write(true).open(moving.scratch.ram("source")).unwrap();
+    let file = std::fs::File::options().write(true).open(still.scratch.ram("source")).unwrap();
     file.write_all_at(b"another", 5 * 4096).unwrap();
-    moving.cutter.limit_answers(None);
-    for side in [&mut moving.migrate, &mut moving.incoming] {
+    cutter.limit_answers(None);
+    for side in [&mut migrate, &mut still.incoming] {
         let digest = side.event("completed")["digests"][0].clone();
         assert_ne!(digest["digest"], digest["peer"], "{digest}");
     }
     let damaged = "what arrived of RAM ram0 is not what the source has";
-    assert!(moving.migrate.fails().contains(damaged));
-    let told = moving.incoming.event("damaged");
+    assert!(migrate.fails().contains(damaged));
+    let told = still.incoming.event("damaged");
     assert!(told["error"].as_str().unwrap().contains(damaged), "{told}");
     // The guest runs on all the same, and at its end its umem's exit status says so.
-    Qmp::connect(&moving.scratch.path("destination.qmp")).quit();
-    assert!(moving.incoming.fails().contains(damaged));
+    Qmp::connect(&still.scratch.path("guest.qmp")).quit();
+    assert!(still.incoming.fails().contains(damaged));
 }
