@@ -106,7 +106,9 @@ impl Still {
 
     fn migrate(&self, options: &[&str], uri: &str) -> Umem {
         let ram = format!("ram0={}", self.scratch.ram("source").display());
-        let arguments = ["migrate", "--json", "--ram", &ram].iter().chain(options).chain([&uri]);
+        let mut arguments = vec!["migrate", "--json", "--ram", &ram];
+        arguments.extend(options);
+        arguments.push(uri);
         Umem::start(arguments)
     }
 }
