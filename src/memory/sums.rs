@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_span_has_the_sums_of_its_bytes() {
-        let bytes: Vec<u8> = (0..3 * SUMMED_BYTES).map(|at| (at * 7 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..3 * SUMMED_BYTES).map(|at| ((at * 7) >> 3) as u8).collect();
         let owner = Arc::new(bytes.clone());
         let start = NonNull::new(owner.as_ptr().cast_mut()).unwrap();
         // SAFETY: the vector is not touched again, and lives as long as the span.
