@@ -19,15 +19,15 @@ const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 /// Moves a guest while `count` bits change on their way to the destination, each up to `most` bytes after the
 /// one before, and then some on the way back.
 fn flip_often(how: How, count: usize, most: u64) {
-    let moving = Move::switched(how);
     let seed = seed(how.mib ^ most);
-    let cutter = &moving.cutter;
-    cutter.flip_after(seeded(seed, most).take(count));
-    // Requests, and two bytes for a MiB of what is here each time that lanes are opened.
     let back = count / 3;
-    cutter.flip_answers_after(seeded(!seed, 20 * how.mib).take(back));
-    cutter.let_pages_go();
-    cutter.wait_for_flips(u32::try_from(count + back).unwrap());
+    let moving = Move::start_through(how, |cutter| {
+        cutter.flip_after(seeded(seed, most).take(count));
+        // Requests, and 32 bytes for a MiB of what is here each time that lanes are opened.
+        cutter.flip_answers_after(seeded(!seed, 20 * how.mib).take(back));
+        cutter.let_pages_go();
+    });
+    moving.cutter.wait_for_flips(u32::try_from(count + back).unwrap());
     let (source, destination) = moving.complete();
     let wrong = |report: &Value| report["checksum_errors"].as_u64().unwrap();
     assert!(wrong(&destination) > 0, "{destination}");
@@ -133,7 +133,7 @@ fn before_the_switchover_the_guest_stays() {
     let how = How { mib: 8, threads: 1, migrate, ..How::default() };
     // In the name of the region, behind the hellos of two lanes.
     let place = (2 * HELLO_BYTES + HEADER_BYTES + 2) as u64;
-    let moving = Move::start_through(how, |cutter| cutter.flip_after([place]));
+    let moving = Move::start_through(how, |cutter| cutter.flip_at_once_after(place));
     let Move { scratch, guest: _guest, mut incoming, migrate, .. } = moving;
     let error = migrate.fails();
     assert!(error.contains("the checksum of a regions frame is wrong"), "{error}");

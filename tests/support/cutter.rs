@@ -53,8 +53,10 @@ struct State {
     limits: [Option<u64>; 2],
     /// Bytes that have come on demand lanes, passed or not, of either direction.
     demand: [u64; 2],
-    /// Bytes from one changed bit to the next, to the destination and to the source.
+    /// Bytes from one changed bit to the next, to the destination and to the source; counted from when the
+    /// guest runs at the destination.
     flips: [std::collections::VecDeque<u64>; 2],
+    is_running: bool,
     flips_done: u32,
     /// Every so many bytes of each connection to the destination a bit is changed.
     flips_every: Option<u64>,
@@ -113,7 +115,8 @@ impl Cutter {
         self.lock().cuts.extend(cuts);
     }
 
-    /// Changes a bit after so many more bytes of any lane to the destination, again and again.
+    /// Changes a bit after so many bytes of any lane to the destination, again and again; counted from when
+    /// the destination has said on a plain lane that its guest runs.
     pub(crate) fn flip_after(&self, bytes: impl IntoIterator<Item = u64>) {
         self.lock().flips[OUT].extend(bytes);
     }
@@ -126,6 +129,13 @@ impl Cutter {
     /// Changes a bit of each so many bytes of each connection to the destination; none any more if none.
     pub(crate) fn flip_every(&self, bytes: Option<u64>) {
         self.lock().flips_every = bytes;
+    }
+
+    /// As [`Cutter::flip_after`], from the first byte on.
+    pub(crate) fn flip_at_once_after(&self, bytes: u64) {
+        let mut state = self.lock();
+        state.is_running = true;
+        state.flips[OUT].push_back(bytes);
     }
 
     /// Waits until so many bits have been changed in all.
@@ -243,9 +253,11 @@ impl Shared {
             .push(Connection { source: clone(&source), destination: clone(&destination) });
         drop(state);
         let shared = self.clone();
-        let out = Way { shared, lane, direction: OUT, cuts_seen, passed: 0 };
+        let frames = Frames::default();
+        let out = Way { shared, lane, direction: OUT, cuts_seen, passed: 0, frames };
         std::thread::spawn(move || out.pass(source, destination));
-        let back = Way { shared: self, lane, direction: BACK, cuts_seen, passed: 0 };
+        let frames = Frames::default();
+        let back = Way { shared: self, lane, direction: BACK, cuts_seen, passed: 0, frames };
         std::thread::spawn(move || back.pass(from_destination, to_source));
     }
 }
@@ -259,6 +271,41 @@ struct Way {
     /// The connection belongs to the time before the next cut.
     cuts_seen: u32,
     passed: u64,
+    /// To the source, where no pages go.
+    frames: Frames,
+}
+
+/// What passes, frame by frame.
+#[derive(Default)]
+struct Frames {
+    /// Of the header that is passing.
+    header: Vec<u8>,
+    /// Of the body that is passing.
+    left: u64,
+}
+
+/// The tag of a frame that says that the guest runs.
+const RUNNING: u8 = umem_wire::Kind::Running as u8;
+
+impl Frames {
+    /// Whether the last byte of a running frame is among these.
+    fn say_running(&mut self, bytes: &[u8]) -> bool {
+        let mut is_running = false;
+        for &byte in bytes {
+            if self.left > 0 {
+                self.left -= 1;
+                continue;
+            }
+            self.header.push(byte);
+            if self.header.len() == umem_wire::HEADER_BYTES {
+                is_running |= self.header[0] == RUNNING;
+                let body = self.header[4..8].try_into().expect("four bytes");
+                self.left = u32::from_le_bytes(body).into();
+                self.header.clear();
+            }
+        }
+        is_running
+    }
 }
 
 impl Way {
@@ -326,8 +373,15 @@ impl Way {
     }
 
     /// Changes those bits that are to change of what is about to pass.
-    fn flip(&self, bytes: &mut [u8]) {
+    fn flip(&mut self, bytes: &mut [u8]) {
         let mut state = self.shared.state.lock().unwrap();
+        if !state.is_running {
+            if (self.lane, self.direction) == (0, BACK) {
+                let welcome = HELLO.saturating_sub(self.passed).min(bytes.len() as u64);
+                state.is_running = self.frames.say_running(&bytes[welcome as usize..]);
+            }
+            return;
+        }
         let mut flipped = 0;
         let mut at = 0;
         while let Some(next) = state.flips[self.direction].front_mut() {
