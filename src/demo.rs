@@ -49,6 +49,8 @@ pub struct Options {
     pub threads: usize,
     /// Bulk lanes.
     pub lanes: u16,
+    /// Check what is sent.
+    pub checksum: bool,
     /// Postcopy, or everything before the switchover.
     pub postcopy: bool,
     /// `--tls-creds` of both sides.
@@ -259,6 +261,7 @@ impl Demo<'_> {
         arguments.push(self.directory.file("source.qmp"));
         arguments.push("--lanes".into());
         arguments.push(self.options.lanes.to_string());
+        arguments.extend(self.options.checksum.then(|| "--checksum".to_owned()));
         if self.options.postcopy {
             arguments.push("-p".into());
         }

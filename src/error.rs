@@ -6,7 +6,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use umem_wire::{Fault, FaultCode};
+use umem_wire::{Fault, FaultCode, ReceiveError};
 
 /// Everything that can end a migration, worded for the person who has to act on it.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +137,16 @@ pub enum Error {
     )]
     Internal(String),
 
+    /// The guest has moved, and what it moved with is not what the source had: it runs with wrong memory.
+    #[error(
+        "the guest's memory is damaged: what arrived of RAM {regions} is not what the source has, by the \
+         digests of both sides; stop the guest, and start it again from something older than this"
+    )]
+    Damaged {
+        /// The regions' names.
+        regions: String,
+    },
+
     /// Somebody pressed Ctrl-C (or sent SIGTERM) while stopping was still possible.
     #[error("interrupted; {0}")]
     Interrupted(String),
@@ -154,6 +164,16 @@ impl Error {
     /// A protocol violation on `lane`.
     pub(crate) fn protocol(lane: &str, what: impl ToString) -> Error {
         Error::Protocol { lane: lane.to_owned(), what: what.to_string() }
+    }
+
+    /// Something came on `lane` that cannot be read: the `side` it came from broke the protocol, or, where
+    /// there are checksums, it is not what was sent, and the lane is as good as lost.
+    pub(crate) fn received(side: &'static str, lane: &str, error: &ReceiveError) -> Error {
+        if error.is_corruption() {
+            let what = format!("{error}; bytes change on their way");
+            return Error::Lost { side, lane: lane.to_owned(), what };
+        }
+        Error::protocol(lane, error)
     }
 
     /// What the peer is told when this error ends the migration.

@@ -21,8 +21,8 @@ use nix::sys::socket::{
     getsockname, getsockopt, setsockopt, socket, sockopt,
 };
 use umem_wire::{
-    Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, SessionId, Welcome,
-    transmit,
+    Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, Seal, SessionId,
+    Welcome, transmit,
 };
 
 use crate::error::{Context, Error, Result};
@@ -101,6 +101,11 @@ impl Lane {
     /// The same socket for blocking reads and writes.
     pub(crate) fn blocking(&self) -> Result<File> {
         Ok(File::from(self.socket.try_clone().context(|| self.name.clone())?))
+    }
+
+    /// Both sides check what comes over it.
+    pub(crate) fn is_checked(&self) -> bool {
+        self.capabilities.contains(Capabilities::CHECKSUM)
     }
 
     /// The same lane, behind a pump of TLS: `socket` leads there.
@@ -219,11 +224,12 @@ fn setsockopt_raw(socket: BorrowedFd<'_>, level: i32, name: i32, value: u32) -> 
     nix::errno::Errno::result(result).map(drop)
 }
 
-/// Sends the reason why we give up on a lane that no ring serves (any more). It never waits: a peer
-/// that does not read, or has gone, finds out by the lane's end.
-pub(crate) fn tell(socket: &OwnedFd, error: &Error) {
+/// Sends the reason why we give up on a lane that no ring serves (any more), and that is `checked` or not.
+/// It never waits: a peer that does not read, or has gone, finds out by the lane's end.
+pub(crate) fn tell(socket: &OwnedFd, checked: bool, error: &Error) {
     let mut bytes = Vec::new();
     transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
+    Seal::new(checked).frames(&mut bytes);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     let _ = nix::sys::socket::send(socket.as_raw_fd(), &bytes, flags);
 }
@@ -533,7 +539,7 @@ impl Drop for Listener {
 /// or told by somebody how.
 pub(crate) fn capabilities(recovers: bool) -> Capabilities {
     let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
-    Capabilities::ACKS.union(recovery)
+    Capabilities::ACKS.union(Capabilities::CHECKSUM).union(recovery)
 }
 
 /// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
@@ -579,6 +585,12 @@ impl Session {
         let acks = if acks { Capabilities::ACKS } else { Capabilities::NONE };
         let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
         Ok(Session { id: new_session()?, bulk_lanes, capabilities: acks.union(recovery) })
+    }
+
+    /// The same, with checksums or without.
+    pub(crate) fn checked(self, checked: bool) -> Session {
+        let sums = if checked { Capabilities::CHECKSUM } else { Capabilities::NONE };
+        Session { capabilities: self.capabilities.union(sums), ..self }
     }
 
     /// The hello of lane `index`, 0 for the demand lane, in an attempt to open them all.

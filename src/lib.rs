@@ -51,6 +51,7 @@ pub mod report;
 mod secure;
 mod single;
 pub mod source;
+mod suspicion;
 mod uri;
 mod worker;
 

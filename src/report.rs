@@ -8,7 +8,8 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
+use crate::memory::sums::RegionDigest;
 use crate::observe::faults::AllFaults;
 use crate::observe::map::Map;
 use crate::progress;
@@ -26,6 +27,8 @@ pub(crate) struct Counters {
     /// Bytes that zero-copy sends put on the wire without copying, and with.
     pub(crate) zero_copied_bytes: AtomicU64,
     pub(crate) copied_bytes: AtomicU64,
+    /// What came and was not what had been sent, where there are checksums.
+    pub(crate) checksum_errors: AtomicU64,
     /// How each part of the guest's memory came.
     pub(crate) map: Map,
     /// At the destination.
@@ -135,6 +138,15 @@ pub struct Completed {
     /// How long there were none in all, seconds.
     #[serde(default)]
     pub disconnected_s: f64,
+    /// Whether what came was checked (`--checksum`).
+    #[serde(default)]
+    pub checksum: bool,
+    /// What this side got that was not what had been sent, and was sent again.
+    #[serde(default)]
+    pub checksum_errors: u64,
+    /// What all pages of each region come to, with `--checksum`; empty where that is not known.
+    #[serde(default)]
+    pub digests: Vec<RegionDigest>,
 }
 
 /// A latency distribution in microseconds.
@@ -199,6 +211,13 @@ impl CpuTime {
 }
 
 impl Completed {
+    /// Whether both sides have the same memory, as far as they have said.
+    pub(crate) fn check_digests(&self) -> Result<()> {
+        let differ = self.digests.iter().filter(|digest| digest.differs());
+        let regions = differ.map(|digest| digest.region.as_str()).collect::<Vec<_>>().join(", ");
+        if regions.is_empty() { Ok(()) } else { Err(Error::Damaged { regions }) }
+    }
+
     /// The summary for a person: a few short lines.
     pub fn summary(&self) -> String {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
@@ -220,7 +239,29 @@ impl Completed {
                 latency.p50, latency.p99, latency.max, latency.count
             );
         }
-        text
+        text + &self.integrity()
+    }
+
+    /// What the checksums have said, a line or none.
+    fn integrity(&self) -> String {
+        if !self.checksum {
+            return String::new();
+        }
+        let digests: Vec<String> = self
+            .digests
+            .iter()
+            .map(|region| format!("{} {}", region.region, region.digest))
+            .collect();
+        let are_compared = self.digests.iter().all(|region| region.peer.is_some());
+        let outcome = match self.check_digests() {
+            _ if digests.is_empty() => "no digest is known".to_owned(),
+            Ok(()) if are_compared => {
+                format!("digests equal on both sides: {}", digests.join(", "))
+            }
+            Ok(()) => format!("digests not compared: {}", digests.join(", ")),
+            Err(_) => format!("DIGESTS DIFFER: {}", digests.join(", ")),
+        };
+        format!("checked: {} wrong checksums; {outcome}\n", self.checksum_errors)
     }
 }
 

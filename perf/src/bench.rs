@@ -104,6 +104,7 @@ impl Measure for Options {
                     readers: 0,
                     lanes,
                     release_ram: false,
+                    checksum: false,
                 };
                 turns.landings.push(subject.land(&route)?);
                 progress(&format!("round {round} of {}: {name}, umem bench", self.rounds));

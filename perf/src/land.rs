@@ -42,6 +42,9 @@ pub(crate) struct Options {
     /// numbers of threads that read the guest's memory meanwhile (default 0,1)
     #[argh(option, default = "List(vec![0, 1])")]
     readers: List<u32>,
+    /// every subject also with --checksum, to see what that costs
+    #[argh(switch)]
+    checksum: bool,
     /// TLS between both sides: a directory with QEMU's files of certificates and keys, the
     /// destination's for 127.0.0.1
     #[argh(option)]
@@ -83,7 +86,7 @@ impl Measure for Options {
                 progress(&format!(
                     "round {round} of {}: umem, {}, {} lane(s), {} % zeroes, {} reader(s)",
                     options.rounds,
-                    subject.pages.name(),
+                    name(subject),
                     subject.lanes,
                     subject.zero_percent,
                     subject.readers
@@ -115,13 +118,29 @@ fn subjects(options: &Options, kinds: &[Pages]) -> Vec<(Subject, Vec<Landing>)> 
                         readers,
                         lanes,
                         release_ram: false,
+                        checksum: false,
                     };
                     subjects.push((subject, Vec::new()));
+                    if options.checksum {
+                        subjects.push((Subject { checksum: true, ..subject }, Vec::new()));
+                    }
                 }
             }
         }
     }
     subjects
+}
+
+/// The guest's memory, and whether it was checked.
+fn name(subject: &Subject) -> String {
+    format!("{}{}", subject.pages.name(), if subject.checksum { ", checked" } else { "" })
+}
+
+/// For a subject with checksums: the time of the same without.
+fn unchecked(subjects: &[(Subject, Vec<Landing>)], subject: &Subject) -> Option<Spread> {
+    let plain = Subject { checksum: false, ..*subject };
+    let (_, landings) = subjects.iter().find(|(other, _)| subject.checksum && *other == plain)?;
+    Some(moving_s(landings))
 }
 
 /// Seconds from the first page to the last.
@@ -137,7 +156,7 @@ fn bars(floor: &Floor, subjects: &[(Subject, Vec<Landing>)]) -> Vec<Bar> {
         Bar {
             name: format!(
                 "{}, {} lane(s), {} % zeroes, {}",
-                subject.pages.name(),
+                name(subject),
                 subject.lanes,
                 subject.zero_percent,
                 if subject.readers == 0 { "idle" } else { "reads" }
@@ -186,7 +205,7 @@ fn report(
         let ratio = best.as_ref().map_or(f64::NAN, |best| best.seconds.median / moving_s.median);
         let share = cipher.as_ref().map(|cipher| gbps.median / cipher.lane_gbps());
         let mut row = vec![
-            subject.pages.name().into(),
+            name(subject),
             format!("{} %", subject.zero_percent),
             subject.lanes.to_string(),
             if subject.readers == 0 { "idle".into() } else { "reads".into() },
@@ -224,6 +243,8 @@ fn report(
             "floor": best,
             "ratio_to_floor": ratio,
             "ratio_to_cipher": share,
+            "checksum": subject.checksum,
+            "ratio_to_unchecked": unchecked(subjects, subject).map(|s| s.median / moving_s.median),
         }));
     }
     let mut method = format!(

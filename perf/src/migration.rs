@@ -125,6 +125,8 @@ pub(crate) struct Subject {
     pub(crate) lanes: u16,
     /// The source frees what has arrived, so that both sides' memory is hardly more than the guest's.
     pub(crate) release_ram: bool,
+    /// With --checksum.
+    pub(crate) checksum: bool,
 }
 
 /// What one move gave.
@@ -184,6 +186,7 @@ impl Subject {
         let (mut incoming, uri) = route.incoming(&scratch, options, command)?;
         let mut options = vec!["--qmp".into(), here.into()];
         options.extend(self.release_ram.then(|| "--release-ram".into()));
+        options.extend(self.checksum.then(|| "--checksum".into()));
         let mut migrate = route.migrate(&scratch, self.lanes, options, &uri)?;
         let own = OwnMemory::watch([migrate.pid(), incoming.pid()]);
         let (_, source) = migrate.event("completed", self.patience())?;

@@ -81,6 +81,7 @@ impl Measure for Options {
                 readers: 0,
                 lanes: options.lanes,
                 release_ram: options.release_ram,
+                checksum: false,
             })
             .map(|subject| (subject, Vec::new()))
             .collect();

@@ -147,6 +147,7 @@ impl From<&Error> for umem_status {
             Error::Ram { .. } | Error::Unsupported(_) => umem_status::UMEM_ERR_UNSUPPORTED,
             Error::Host(_) | Error::Preload(_) => umem_status::UMEM_ERR_HOST,
             Error::OutOfMemory(_) => umem_status::UMEM_ERR_NO_MEMORY,
+            Error::Damaged { .. } => umem_status::UMEM_ERR_PROTOCOL,
             // Nothing behind this interface measures, or sends commands to another umem.
             Error::Internal(_) | Error::Bench(_) | Error::Control(_) => {
                 umem_status::UMEM_ERR_INTERNAL

@@ -49,6 +49,9 @@ pub(super) struct Demo {
     /// send everything before the guest is switched over, to compare with
     #[argh(switch)]
     precopy: bool,
+    /// check every page and word for bits that change on their way, and compare all memory at the end
+    #[argh(switch)]
+    checksum: bool,
     /// TLS between both sides: a directory with all of QEMU's files of certificates and keys, the
     /// destination's for 127.0.0.1
     #[argh(option)]
@@ -119,6 +122,7 @@ impl Demo {
             hole_percent: self.hole_percent,
             threads: self.threads,
             lanes: self.lanes,
+            checksum: self.checksum,
             postcopy: !self.precopy,
             tls_creds: self.tls_creds,
             secret_file: self.secret_file,

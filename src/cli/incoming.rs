@@ -55,6 +55,10 @@ pub(super) struct Incoming {
     /// bulk lanes that a source may open at most (default 16; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
+    /// take no guest whose source does not check what is sent for bits that change on their way (umem
+    /// migrate --checksum); without this option that is the source's choice
+    #[argh(switch)]
+    checksum: bool,
     /// TLS with certificates on both sides: the directory of ca-cert.pem, server-cert.pem and
     /// server-key.pem, as for QEMU; a source needs a certificate that this ca-cert.pem has signed
     #[argh(option)]
@@ -144,6 +148,7 @@ impl Incoming {
             handoff: self.handoff,
             qmp: self.qmp,
             lanes_max,
+            checksum: self.checksum,
             security: Security {
                 tls_creds: self.tls_creds,
                 tls_hostname: None,

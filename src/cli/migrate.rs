@@ -48,6 +48,10 @@ pub(super) struct Migrate {
     /// here, so that the guest's process here can only be ended
     #[argh(switch)]
     release_ram: bool,
+    /// check every page and every word of both sides for bits that change on their way, have sent again
+    /// what did, and compare all of the guest's memory at the end; reads it twice more here and once there
+    #[argh(switch)]
+    checksum: bool,
     /// TLS with certificates on both sides: the directory of ca-cert.pem, client-cert.pem and
     /// client-key.pem, as for QEMU; the destination's certificate must be for the URI's host
     #[argh(option)]
@@ -131,6 +135,7 @@ impl Migrate {
             qmp: self.qmp,
             lanes,
             release_ram: self.release_ram,
+            checksum: self.checksum,
             security: Security {
                 tls_creds: self.tls_creds,
                 tls_hostname: self.tls_hostname,

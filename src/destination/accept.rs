@@ -55,6 +55,29 @@ impl Lanes {
     }
 }
 
+/// What a session has to be like.
+#[derive(Clone, Copy)]
+pub(super) struct Terms {
+    /// The most bulk lanes.
+    pub(super) lanes_max: u16,
+    /// This side is able to go on over other lanes.
+    pub(super) recovers: bool,
+    /// No session without checksums.
+    pub(super) checksum: bool,
+}
+
+impl Terms {
+    /// Why a source is refused, if it is.
+    fn refusal(&self, hello: &Hello) -> Option<String> {
+        if hello.bulk_lanes > self.lanes_max {
+            return Some(format!("at most {} lanes here; use --lanes there", self.lanes_max));
+        }
+        let is_checked = hello.capabilities.contains(Capabilities::CHECKSUM);
+        (self.checksum && !is_checked)
+            .then(|| "checksums are asked for here: give --checksum".to_owned())
+    }
+}
+
 /// Where the source comes in.
 pub(super) enum Entrance {
     Listener(Listener),
@@ -79,26 +102,26 @@ impl Entrance {
         }
     }
 
-    /// Opens all lanes of a session. Nobody else comes in then. `recovers` says whether this side is
-    /// able to go on over other lanes.
+    /// Opens all lanes of a session. Nobody else comes in then.
     pub(super) fn accept(
         self,
         guard: &Arc<Guard>,
-        lanes_max: u16,
-        recovers: bool,
+        terms: Terms,
         output: &Output,
         inbox: &Inbox<Note>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
         let lanes = match self {
             Entrance::Listener(listener) => {
-                let door = Door::new(listener, guard.clone(), lanes_max, recovers, output);
+                let door = Door::new(listener, guard.clone(), terms, output);
                 accept(door, inbox, prepared)
             }
-            Entrance::Connection(socket) => accept_single(socket, guard, recovers, inbox, prepared),
+            Entrance::Connection(socket) => accept_single(socket, guard, terms, inbox, prepared),
         }?;
         let count = u16::try_from(lanes.bulk.len()).expect("there are LANES_MAX at most");
-        limits::check(count).inspect_err(|error| lane::tell(&lanes.demand.socket(), error))?;
+        let demand = &lanes.demand;
+        let told = |error: &Error| lane::tell(&demand.socket(), demand.is_checked(), error);
+        limits::check(count).inspect_err(told)?;
         Ok(lanes)
     }
 }
@@ -138,8 +161,7 @@ fn accept(mut door: Door, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<La
 pub(super) struct Door {
     listener: Listener,
     guard: Arc<Guard>,
-    lanes_max: u16,
-    capabilities: Capabilities,
+    terms: Terms,
     output: Output,
     /// The oldest first.
     pending: VecDeque<Pending>,
@@ -200,18 +222,11 @@ enum Who {
 }
 
 impl Door {
-    fn new(
-        listener: Listener,
-        guard: Arc<Guard>,
-        lanes_max: u16,
-        recovers: bool,
-        output: &Output,
-    ) -> Door {
+    fn new(listener: Listener, guard: Arc<Guard>, terms: Terms, output: &Output) -> Door {
         Door {
             listener,
             guard,
-            lanes_max,
-            capabilities: lane::capabilities(recovers),
+            terms,
             output: output.clone(),
             pending: VecDeque::new(),
             session: None,
@@ -227,7 +242,8 @@ impl Door {
         certificate: Option<Vec<u8>>,
         output: &Output,
     ) -> Door {
-        let door = Door::new(listener, guard, hello.bulk_lanes, true, output);
+        let terms = Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false };
+        let door = Door::new(listener, guard, terms, output);
         Door { known: Some(Known::new(hello, certificate)), ..door }
     }
 
@@ -337,11 +353,11 @@ impl Door {
             },
             None => return refuse(&lane),
         };
-        if hello.bulk_lanes > self.lanes_max {
-            let text = format!("at most {} lanes here; use --lanes there", self.lanes_max);
-            return lane::refuse(&lane, FaultCode::Refused, &text);
+        if let Some(why) = self.terms.refusal(&hello) {
+            return lane::refuse(&lane, FaultCode::Refused, &why);
         }
-        if lane::welcome(&mut lane, &hello, self.capabilities, answer.as_ref()).is_err() {
+        let ours = lane::capabilities(self.terms.recovers);
+        if lane::welcome(&mut lane, &hello, ours, answer.as_ref()).is_err() {
             return;
         }
         match (place, &mut self.session) {
@@ -375,7 +391,8 @@ impl Door {
         }
         if let Some(session) = self.session.take_if(|session| session.deadline <= now) {
             let what = "not all of its lanes have come";
-            lane::tell(&session.demand.socket(), &lost(&session.demand, what));
+            let demand = &session.demand;
+            lane::tell(&demand.socket(), demand.is_checked(), &lost(demand, what));
             self.ignored(what);
         }
     }
@@ -429,7 +446,7 @@ fn refuse(lane: &Lane) {
 fn accept_single(
     socket: OwnedFd,
     guard: &Guard,
-    recovers: bool,
+    terms: Terms,
     inbox: &Inbox<Note>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
@@ -458,7 +475,11 @@ fn accept_single(
         lane::refuse(&demand, FaultCode::Refused, text);
         return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
     }
-    lane::welcome(&mut demand, &hello, lane::capabilities(recovers), answer.as_ref())?;
+    if let Some(why) = terms.refusal(&hello) {
+        lane::refuse(&demand, FaultCode::Refused, &why);
+        return Err(refused(why));
+    }
+    lane::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
     Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
 }
 
@@ -477,7 +498,8 @@ pub(super) fn compare(
     inbox: &Inbox<Note>,
     prepared: &mut Prepared,
 ) -> Result<(Receiver, Adopted)> {
-    let mut receiver = Receiver::for_destination(LaneRole::Demand);
+    let receiver = Receiver::for_destination(LaneRole::Demand);
+    let mut receiver = receiver.checked(demand.is_checked());
     let compared = read_regions(demand, inbox, prepared, &mut receiver)
         .and_then(|table| prepared.adopt(&table))
         .and_then(|adopted| {
@@ -490,7 +512,7 @@ pub(super) fn compare(
             Ok((receiver, adopted))
         }
         Err(error) => {
-            lane::tell(&demand.socket(), &error);
+            lane::tell(&demand.socket(), demand.is_checked(), &error);
             Err(error)
         }
     }
@@ -524,7 +546,8 @@ fn read_regions(
                 _ => return Err(error).context(|| demand.name.clone()),
             },
         };
-        receiver.control(&buffer[..count]).map_err(|error| Error::protocol(&demand.name, error))?;
+        let read = receiver.control(&buffer[..count]);
+        read.map_err(|error| Error::received("source", &demand.name, &error))?;
         match receiver.poll_event() {
             None | Some(Event::Ping(_) | Event::Pong(_)) => {}
             Some(Event::Regions(table)) => return Ok(table),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use umem_ring::{Config, Fd, Op, Ring, TOKEN_WAKE, Wait, Waker};
-use umem_wire::{Event, RegionTable};
+use umem_wire::{Event, RegionTable, Seal};
 
 use super::Note;
 use super::acks::Acks;
@@ -62,6 +62,7 @@ impl BulkLane {
         reader.begin(&mut ring, |page| wanted.push(page), arrived)?;
         let mut lost = None;
         let mut acking = false;
+        let mut seal = Seal::new(self.lane.is_checked());
         loop {
             while let Some(completion) = ring.next() {
                 let received = match completion.token {
@@ -103,6 +104,7 @@ impl BulkLane {
             if !acking && (self.acks.is_due() || ended && !self.acks.is_empty()) {
                 let mut bytes = Vec::new();
                 self.acks.encode(&mut bytes);
+                seal.frames(&mut bytes);
                 let op = Op::send(Fd::from(self.lane.socket()), bytes).wait_all();
                 ring.submit(op, TOKEN_ACKED).map_err(|rejected| Error::Ring(rejected.error))?;
                 acking = true;

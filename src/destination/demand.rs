@@ -20,7 +20,7 @@ use umem_ring::{
     Wait, Waker,
 };
 use umem_wire::limits::REQUEST_ENTRIES_MAX;
-use umem_wire::{Event, PageRange, Receiver, RegionId, RegionTable, transmit};
+use umem_wire::{Event, PageRange, Receiver, RegionId, RegionTable, Seal, transmit};
 
 use super::Note;
 use super::acks::Acks;
@@ -98,6 +98,8 @@ pub(crate) struct Reach {
 struct Link {
     socket: Arc<OwnedFd>,
     reader: LaneReader,
+    /// What is said on it.
+    seal: Seal,
     /// It is lost, and its operations are ending.
     is_lost: bool,
     /// What is to be told on it before anything else.
@@ -153,6 +155,7 @@ impl DemandLane {
             link: Some(Link {
                 socket: self.lane.socket(),
                 reader: LaneReader::demand(&self.lane, self.receiver, self.guest.clone()),
+                seal: Seal::new(self.lane.is_checked()),
                 is_lost: false,
                 account: None,
             }),
@@ -295,13 +298,14 @@ impl DemandThread {
     fn resume(&mut self, ring: &mut Ring, resume: Resume) -> Result<()> {
         assert!(self.link.is_none(), "the lane before has been let go of");
         let Resume { lane, landing, first, last } = resume;
-        let receiver = Receiver::for_resumed_destination(&landing);
+        let receiver = Receiver::for_resumed_destination(&landing).checked(lane.is_checked());
         let mut reader = LaneReader::demand(&lane, receiver, self.guest.clone());
         reader.arm(ring)?;
         self.outbox.extend_from_slice(&last);
         let ranges = Box::new(umem_wire::resume::have_ranges(&landing));
         let account = Some(Account { first, ranges });
-        self.link = Some(Link { socket: lane.socket(), reader, is_lost: false, account });
+        let seal = Seal::new(lane.is_checked());
+        self.link = Some(Link { socket: lane.socket(), reader, seal, is_lost: false, account });
         Ok(())
     }
 
@@ -408,6 +412,7 @@ impl DemandThread {
             self.spare = Some(buffer);
             return Ok(());
         }
+        self.link.iter_mut().for_each(|link| link.seal.frames(&mut buffer));
         ring.submit(Op::send(socket, buffer).wait_all(), TOKEN_SENT)
             .map_err(|rejected| Error::Ring(rejected.error))?;
         ring.enter(Wait::No)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use umem_wire::{FaultCode, Hello, LaneRole};
 
-use super::accept::{self, Lanes};
+use super::accept::{self, Lanes, Terms};
 use super::prepare::Prepared;
 use super::{Migration, Note, Open, Plan};
 use crate::embed::desk::Desk;
@@ -48,11 +48,21 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     // Who may connect is the program's own matter: it can give connections that it has secured.
     let guard = Arc::new(Guard::default());
     let lanes = match entrance {
-        Entrance::Listener(listener) => accept::Entrance::Listener(listener)
-            .accept(&guard, lanes_max, false, &output, &inbox, &prepared)?,
+        Entrance::Listener(listener) => accept::Entrance::Listener(listener).accept(
+            &guard,
+            terms(lanes_max),
+            &output,
+            &inbox,
+            &prepared,
+        )?,
         Entrance::Connections(sockets) => match <[OwnedFd; 1]>::try_from(sockets) {
-            Ok([single]) => accept::Entrance::Connection(single)
-                .accept(&guard, 0, false, &output, &inbox, &prepared)?,
+            Ok([single]) => accept::Entrance::Connection(single).accept(
+                &guard,
+                terms(0),
+                &output,
+                &inbox,
+                &prepared,
+            )?,
             Err(sockets) => accept_connected(sockets, &inbox)?,
         },
     };
@@ -67,7 +77,13 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let open = Open { lanes, guard, receiver, adopted };
     let migration = Migration::start(&plan, output, &inbox, open, host, &prepared.side)?;
     desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
-    migration.drive(&mut prepared.side)
+    let report = migration.drive(&mut prepared.side)?;
+    report.check_digests().map(|()| report)
+}
+
+/// Whether there are checksums is the source's choice.
+fn terms(lanes_max: u16) -> Terms {
+    Terms { lanes_max, recovers: false, checksum: false }
 }
 
 /// Opens a lane on each of several connections. The source may come at any time.

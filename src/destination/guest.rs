@@ -38,6 +38,7 @@ use crate::memory::fragments::Fragments;
 use crate::memory::kind::Kind;
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::region::RamFile;
+use crate::memory::sums::Digests;
 use crate::report::Counters;
 
 /// The most that is made visible with the gate held open, unless a page is larger: a reader of fault
@@ -192,6 +193,8 @@ pub(crate) struct GuestMemory {
     pub(crate) regions: Vec<GuestRegion>,
     pub(crate) sources: Vec<FaultSource>,
     pub(crate) counters: Arc<Counters>,
+    /// With checksums: what all that has landed comes to.
+    pub(crate) digests: Digests,
     /// Private memory: bytes that have landed and are not released, and the most that ever were.
     spare_bytes: AtomicU64,
     spare_bytes_max: AtomicU64,
@@ -227,6 +230,7 @@ impl GuestMemory {
         let pages_total = regions.iter().map(|region| region.bytes >> region.unit_shift).sum();
         let counters = Arc::new(Counters::of(regions.iter().map(|region| region.bytes)));
         GuestMemory {
+            digests: Digests::of(regions.len()),
             regions,
             sources,
             counters,

@@ -22,6 +22,7 @@ use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -42,6 +43,7 @@ use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
+use crate::memory::sums::RegionDigest;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
 use crate::progress::Progress;
@@ -51,7 +53,7 @@ use crate::single::{self, Single};
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
-use accept::{Entrance, Lanes};
+use accept::{Entrance, Lanes, Terms};
 use acks::Acks;
 use bulk::BulkLane;
 use demand::{Command, DemandLane, Reach};
@@ -82,6 +84,8 @@ pub struct Options {
     pub qmp: Option<PathBuf>,
     /// The most bulk lanes that a source may open; where the URI is one connection there are none.
     pub lanes_max: u16,
+    /// Take no guest that comes without checksums.
+    pub checksum: bool,
     /// How lanes are secured.
     pub security: Security,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
@@ -184,10 +188,17 @@ pub fn run(options: &Options) -> Result<i32> {
     observer.ended(received.as_ref().map(|(_, report)| report));
     let (mut prepared, report) = received?;
     output.completed(&report);
+    let damaged = report.check_digests().err();
+    if let Some(error) = &damaged {
+        let fields = json!({ "error": error.to_string() });
+        output.event("damaged", fields, &error.to_string());
+    }
     // What lanes have sent leaves first.
     drop(guard);
     drop(command);
-    prepared.side.outlive(&inbox)
+    let status = prepared.side.outlive(&inbox)?;
+    // The guest has run with what it has all the while; whoever started this is to know in any case.
+    damaged.map_or(Ok(status), Err)
 }
 
 /// Receives it, and gives back what it runs in, and the report.
@@ -227,10 +238,16 @@ fn receive(
     if !is_to_come {
         announce(prepared.side.pid());
     }
-    let lanes = entrance.accept(guard, options.lanes_max, true, &output, inbox, &prepared)?;
+    let (lanes_max, checksum) = (options.lanes_max, options.checksum);
+    let terms = Terms { lanes_max, recovers: true, checksum };
+    let lanes = entrance.accept(guard, terms, &output, inbox, &prepared)?;
     output.event(
         "connected",
-        json!({ "lanes": lanes.bulk.len(), "security": guard.describe() }),
+        json!({
+            "lanes": lanes.bulk.len(),
+            "security": guard.describe(),
+            "checksum": lanes.demand.is_checked(),
+        }),
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
     let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;
@@ -292,6 +309,10 @@ struct Migration<'a> {
     phase: Phase,
     link: Link,
     landing: RegionTable,
+    /// What comes is checked.
+    is_checked: bool,
+    /// What the source's memory comes to, once it has said so.
+    source_digests: Option<Vec<u64>>,
     cores: Cores,
     servers: Servers,
     mode: Mode,
@@ -336,6 +357,7 @@ impl<'a> Migration<'a> {
         let (commands, queue) = channel();
         let demand_socket = lanes.demand.socket();
         let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
+        let is_checked = lanes.demand.is_checked();
         if link.recovers() {
             let post = inbox.post();
             plan.watch.link(move |order| post.send(order.into()));
@@ -385,6 +407,8 @@ impl<'a> Migration<'a> {
             congestion,
             times: Times::default(),
             landing: landing.clone(),
+            is_checked,
+            source_digests: None,
             inbox,
         };
         let started = migration
@@ -590,6 +614,10 @@ impl<'a> Migration<'a> {
                 self.times.stopped = now.checked_sub(self.times.downtime).or(Some(now));
                 self.host.run();
             }
+            Event::Digests(digests) if self.is_checked => self.source_digests = Some(digests),
+            Event::Digests(_) => {
+                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
+            }
             Event::Ping(number) => self.send(&Frame::Pong(number)),
             _ => {}
         }
@@ -639,8 +667,19 @@ impl<'a> Migration<'a> {
         }
         self.guest.unregister_all()?;
         self.step(Input::AllCached)?;
-        self.send(&Frame::Complete(self.guest.counters.totals()));
+        let _ = self.commands.send(Command::Send(self.completion()));
+        self.demand.wake();
         Ok(())
+    }
+
+    /// What is said once everything is here.
+    fn completion(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if self.is_checked {
+            transmit::encode(&Frame::Digests(self.guest.digests.get()), &mut bytes);
+        }
+        transmit::encode(&Frame::Complete(self.guest.counters.totals()), &mut bytes);
+        bytes
     }
 
     fn interrupted(&mut self) -> Result<()> {
@@ -734,7 +773,7 @@ impl<'a> Migration<'a> {
         let demand = self.demand_thread.take().expect("ended once");
         let latency = demand.join().ok().flatten();
         if let (None, Some(error)) = (&latency, error) {
-            lane::tell(&self.demand_socket, error);
+            lane::tell(&self.demand_socket, self.is_checked, error);
         }
         let mut latency = latency.unwrap_or_else(latency_histogram);
         // After the demand thread, which tells them of pages.
@@ -784,7 +823,21 @@ impl<'a> Migration<'a> {
             congestion: self.congestion.clone(),
             recoveries: self.link.recoveries,
             disconnected_s: self.link.disconnected.as_secs_f64(),
+            checksum: self.is_checked,
+            checksum_errors: self.guest.counters.checksum_errors.load(Relaxed),
+            digests: self.digests(),
         }
+    }
+}
+
+impl Migration<'_> {
+    /// For the report.
+    fn digests(&self) -> Vec<RegionDigest> {
+        if !self.is_checked {
+            return Vec::new();
+        }
+        let names = self.guest.regions.iter().map(|region| region.name.as_str());
+        RegionDigest::all(names, &self.guest.digests.get(), self.source_digests.as_deref())
     }
 }
 

@@ -11,6 +11,10 @@
 //! process has a mapping of anonymous memory. The demand lane is read ahead too whatever the pages are, if
 //! they are not too large: an answer and its header take one receive.
 //!
+//! On a lane that is checked a run is whole, and its pages add up, before any of them goes further: what is
+//! read ahead or staged is not written before that, and what was received in place is not cached, so that it
+//! goes back with all else that was landing (`GuestMemory::roll_back`).
+//!
 //! A run that cannot be placed at once, as the guest is changing its mappings, is held and tried again,
 //! and nothing further is taken from the lane meanwhile: the thread goes on with what else it does.
 
@@ -19,7 +23,8 @@ use std::sync::Arc;
 
 use umem_ring::{Bytes, Chain, Completion, Fd, Memory, Op, Outcome, Ring};
 use umem_wire::{
-    Event, HEADER_BYTES, LaneRole, PageRange, Receiver, RegionTable, RunTarget, Target,
+    Event, HEADER_BYTES, LaneRole, PageRange, ReceiveError, Receiver, RegionTable, RunTarget,
+    Target,
 };
 
 use super::faults::RETRY_INTERVAL;
@@ -27,6 +32,8 @@ use super::guest::{GuestMemory, PageId};
 use crate::error::{Error, Result};
 use crate::lane::Lane;
 use crate::memory::claims::RunKind;
+use crate::memory::sums;
+use crate::report::Counters;
 
 /// Completion tokens of the reader; the threads' own tokens start above.
 pub(crate) const TOKEN_CONTROL: u64 = 0;
@@ -55,6 +62,11 @@ pub(crate) struct LaneReader {
     in_flight: u32,
     /// The data run whose bytes are coming.
     current: Option<PageRange>,
+    /// Of a checked lane: the sums of the current run's pages, once they are known to be right.
+    sums: Vec<u32>,
+    is_verified: bool,
+    /// Nothing more is taken from the lane.
+    is_unreadable: bool,
 }
 
 /// What one receive has brought.
@@ -130,7 +142,8 @@ impl LaneReader {
         guest: Arc<GuestMemory>,
         before: Option<Ahead>,
     ) -> LaneReader {
-        let mut receiver = Receiver::for_destination(LaneRole::Bulk);
+        let receiver = Receiver::for_destination(LaneRole::Bulk);
+        let mut receiver = receiver.checked(lane.is_checked());
         receiver.set_regions(regions);
         let is_small = guest.regions.iter().all(|region| !region.has_huge_pages());
         let ahead =
@@ -159,6 +172,9 @@ impl LaneReader {
             retry_armed: false,
             in_flight: 0,
             current: None,
+            sums: Vec::new(),
+            is_verified: false,
+            is_unreadable: false,
         }
     }
 
@@ -278,10 +294,15 @@ impl LaneReader {
                     return Err(self.failed(outcome));
                 };
                 match memory {
-                    Some(Memory::Bytes(staging)) => {
-                        self.place(ring, staging, &mut wake, &mut arrived)
+                    Some(memory) => {
+                        self.verify(|sums| sums::of_memory(&memory, sums))?;
+                        match memory {
+                            Memory::Bytes(staging) => {
+                                self.place(ring, staging, &mut wake, &mut arrived)
+                            }
+                            memory => self.landed(memory.len(), &mut wake, &mut arrived),
+                        }
                     }
-                    Some(memory) => self.landed(memory.len(), &mut wake, &mut arrived),
                     None => unreachable!("a receive gives its memory back"),
                 }
             }
@@ -311,7 +332,7 @@ impl LaneReader {
             self.header = Some(bytes);
         }
         self.events(wake, arrived)?;
-        result.map_err(|error| Error::protocol(&self.name, error))?;
+        result.map_err(|error| self.unreadable(&error))?;
         // The source may close a lane that has ended.
         if self.receiver.is_ended() { Ok(()) } else { self.arm(ring) }
     }
@@ -334,7 +355,7 @@ impl LaneReader {
                     let result = self.receiver.control(&bytes[..taken]);
                     left.start += taken;
                     self.events(wake, arrived)?;
-                    result.map_err(|error| Error::protocol(&self.name, error))?;
+                    result.map_err(|error| self.unreadable(&error))?;
                 }
                 Target::Run(run) => {
                     let region = self.guest.region(run.region);
@@ -345,6 +366,14 @@ impl LaneReader {
                         return self.arm_retry(ring);
                     }
                     let there = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
+                    if self.receiver.is_checked() && !self.is_verified {
+                        let Some(whole) = bytes.get(..there) else { break };
+                        sums::of_slice(whole, &mut self.sums);
+                        let verified = self.receiver.verify(&self.sums);
+                        verified.map_err(|error| self.unreadable(&error))?;
+                        self.is_verified = true;
+                        continue;
+                    }
                     let pages = there.min(bytes.len()) >> region.unit_shift;
                     if pages == 0 {
                         break;
@@ -371,6 +400,38 @@ impl LaneReader {
             }
         }
         self.arm(ring)
+    }
+
+    /// On a checked lane: adds up the pages of a run that has come whole, and fails if they are not as they
+    /// were sent.
+    fn verify(&mut self, sum: impl FnOnce(&mut Vec<u32>)) -> Result<()> {
+        if !self.receiver.is_checked() {
+            return Ok(());
+        }
+        sum(&mut self.sums);
+        let verified = self.receiver.verify(&self.sums);
+        verified.map_err(|error| self.unreadable(&error))?;
+        self.is_verified = true;
+        Ok(())
+    }
+
+    /// What has come cannot be read, or is not what was sent. The latter is counted, once a lane.
+    fn unreadable(&mut self, error: &ReceiveError) -> Error {
+        let is_first = !std::mem::replace(&mut self.is_unreadable, true);
+        if is_first && error.is_corruption() {
+            Counters::add(&self.guest.counters.checksum_errors, 1);
+        }
+        match error {
+            ReceiveError::RunSum { range } => {
+                let (first, last) = (range.first, range.first + range.pages - 1);
+                let name = &self.guest.region(range.region).name;
+                self.lost(format!(
+                    "the checksum of RAM {name}, pages {first} to {last}, is wrong; bytes change on \
+                     their way"
+                ))
+            }
+            error => Error::received("source", &self.name, error),
+        }
     }
 
     /// Puts a staged run where it belongs, or holds it.
@@ -419,7 +480,8 @@ impl LaneReader {
         wake: &mut impl FnMut(PageId),
         arrived: &mut impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
-        self.receiver.landed(bytes as u64).map_err(|error| Error::protocol(&self.name, error))?;
+        let landed = self.receiver.landed(bytes as u64);
+        landed.map_err(|error| self.unreadable(&error))?;
         self.events(wake, arrived)
     }
 
@@ -487,6 +549,12 @@ impl LaneReader {
             };
             if kind != RunKind::Data {
                 self.guest.begin(range, &self.name)?;
+            }
+            // Before the pages count as here: with the last of them the digests are read.
+            if kind == RunKind::Data && std::mem::take(&mut self.is_verified) {
+                let shift = self.guest.region(range.region).unit_shift;
+                let first = sums::first_summed(range, shift);
+                self.guest.digests.add(range.region, first, &self.sums);
             }
             let last = self.guest.finish(range, kind, &mut *wake)?;
             arrived(Arrived::Run { range, last })?;

@@ -20,6 +20,7 @@
 //! [`GuestMemory::roll_back`]: super::guest::GuestMemory::roll_back
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -33,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::lane::{CAUSE_PATIENCE, Listener, Severable, lane_name};
 use crate::observe::watch::CUT;
 use crate::secure::{Guard, Interest, WayIn};
+use crate::suspicion::Suspicion;
 use crate::uri::Uri;
 
 /// How long a destination that has everything waits for a source that has not heard of it. The guest
@@ -57,6 +59,7 @@ pub(super) struct Link {
     /// By hand: no lanes are taken.
     is_paused: bool,
     was_interrupted: bool,
+    suspicion: Suspicion,
     pub(super) recoveries: u32,
     pub(super) disconnected: Duration,
 }
@@ -91,6 +94,7 @@ impl Link {
             arrived: None,
             is_paused: false,
             was_interrupted: false,
+            suspicion: Suspicion::default(),
             recoveries: 0,
             disconnected: Duration::ZERO,
         }
@@ -200,6 +204,9 @@ impl Migration<'_> {
         self.progress.phase("waiting");
         self.progress.watch().entered(CUT);
         let pages_missing = self.guest.pages_missing();
+        let counters = &self.guest.counters;
+        let done = counters.pages_done.load(SeqCst);
+        self.link.is_paused |= self.link.suspicion.lost(why, done, counters, &self.output);
         let fields = json!({ "reason": why, "pages_missing": pages_missing });
         let has_way = self.link.door.is_some() && !self.link.is_paused;
         match has_way {
@@ -249,7 +256,7 @@ impl Migration<'_> {
             landing: self.landing.clone(),
             first: frame(&Frame::Resume(self.standing())),
             last: match self.phase {
-                Phase::Completing => frame(&Frame::Complete(self.guest.counters.totals())),
+                Phase::Completing => self.completion(),
                 _ => Vec::new(),
             },
         };

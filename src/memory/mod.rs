@@ -18,6 +18,7 @@ pub(crate) mod kind;
 pub(crate) mod pages;
 pub(crate) mod region;
 pub(crate) mod sequences;
+pub(crate) mod sums;
 pub(crate) mod zero;
 
 /// A block is what is completed and unregistered as one, and what a bulk lane takes as one: 2 MiB,

@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAdd
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -171,6 +172,12 @@ fn text(watch: &Watch) -> String {
         page.metric("umem_background_limit_bytes_per_second", "gauge", help);
         let limit = status.max_postcopy_bandwidth.unwrap_or(0);
         page.value("umem_background_limit_bytes_per_second", &[], limit as f64);
+    }
+    if let Some(counters) = watch.counters() {
+        let help = "What came with a wrong checksum, and was sent again.";
+        page.metric("umem_checksum_errors_total", "counter", help);
+        let errors = counters.checksum_errors.load(Relaxed);
+        page.value("umem_checksum_errors_total", &[], errors as f64);
     }
     let cpu = CpuTime::of_this_process();
     page.metric("umem_cpu_seconds_total", "counter", "Processor time of umem's process.");

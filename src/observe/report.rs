@@ -153,6 +153,14 @@ fn numbers(page: &mut Page, sides: &[&Completed]) {
     row("sent without a copy", &|c| c.zero_copy.clone());
     row("freed", &|c| mib(c.release_bytes));
     row("congestion control", &|c| c.congestion.clone());
+    if sides.iter().any(|side| side.checksum) {
+        row("wrong checksums", &|c| c.checksum_errors.to_string());
+        row("digests", &|c| {
+            let digests =
+                c.digests.iter().map(|region| format!("{} {}", region.region, region.digest));
+            digests.collect::<Vec<_>>().join(", ")
+        });
+    }
     for (name, value) in [
         ("faults", (|l| l.count) as fn(&crate::report::Latency) -> u64),
         ("fault p50, µs", |l| l.p50),

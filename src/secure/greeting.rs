@@ -60,8 +60,18 @@ impl Greeting<'_> {
     fn check(&self, welcome: &Welcome, hello: &Hello) -> Result<Capabilities> {
         welcome.check(hello).map_err(|error| Error::protocol(&self.lane.name, error))?;
         // Without recovery a lost lane is the end, as it always was; that is no reason not to begin.
-        let needed = hello.capabilities.intersection(Capabilities::ACKS);
-        if welcome.capabilities.contains(needed) {
+        let lacks = |needed| {
+            let needed = hello.capabilities.intersection(needed);
+            !welcome.capabilities.contains(needed)
+        };
+        if lacks(Capabilities::CHECKSUM) {
+            return Err(Error::Unsupported(
+                "the destination cannot check what comes: leave out --checksum, or use a newer umem \
+                 there"
+                    .into(),
+            ));
+        }
+        if !lacks(Capabilities::ACKS) {
             return Ok(welcome.capabilities);
         }
         Err(Error::Unsupported(

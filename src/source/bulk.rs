@@ -10,10 +10,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use umem_ring::{
     Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
 };
-use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, transmit};
+use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 
 use super::Note;
 use super::memory::{SourceMemory, Walk};
+use super::seal::Sealer;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
@@ -58,6 +59,7 @@ pub(crate) struct BulkLane {
 struct BulkThread {
     name: String,
     socket: Fd,
+    sealer: Sealer,
     memory: Arc<SourceMemory>,
     walk: Walk,
     zero_copy: bool,
@@ -70,6 +72,8 @@ struct BulkThread {
     sending: Option<Vec<Run>>,
     /// It is to leave without a copy.
     sending_zero_copy: bool,
+    /// Where the count of frames was before it.
+    sealed_before: Seal,
     spare: Vec<Run>,
     storage: Storage,
     lane_end_sent: bool,
@@ -126,6 +130,8 @@ impl BulkLane {
         })?;
         priority::go_early();
         started.with(ring.waker()?);
+        let is_checked = self.lane.is_checked();
+        let sealer = Sealer::new(is_checked);
         let mut thread = BulkThread {
             name: self.lane.name.clone(),
             socket: Fd::from(self.lane.socket()),
@@ -137,13 +143,15 @@ impl BulkLane {
             pausing: false,
             sending: None,
             sending_zero_copy: false,
+            sealed_before: sealer.place(),
+            sealer,
             spare: Vec::with_capacity(1024),
             storage: Storage::default(),
             lane_end_sent: false,
             in_flight: 0,
             closed: false,
         };
-        let mut receiver = Receiver::for_source_bulk();
+        let mut receiver = Receiver::for_source_bulk().checked(is_checked);
         receiver.set_regions(thread.memory.landing());
         thread.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
         let mut has_told = false;
@@ -182,6 +190,7 @@ impl BulkThread {
                 self.lane_end_sent = true;
                 let mut frame = Vec::with_capacity(HEADER_BYTES);
                 transmit::encode(&Frame::LaneEnd, &mut frame);
+                self.sealer.frames(&mut frame);
                 self.submit(ring, Op::send(self.socket.clone(), frame).wait_all())?;
             } else {
                 let op = self.batch()?;
@@ -238,11 +247,12 @@ impl BulkThread {
         let mut pieces = self.storage.pieces();
         let mut bytes = 0;
         let mut headers = self.storage.headers();
+        self.sealed_before = self.sealer.place();
         for run in &self.runs {
             if sending.len() == BATCH_RUNS || bytes >= BATCH_BYTES {
                 break;
             }
-            let (header, pages) = self.memory.pieces(run)?;
+            let (header, pages) = self.memory.pieces(run, &mut self.sealer)?;
             headers.extend_from_slice(&header);
             if let Some(pages) = pages {
                 pieces.push(Memory::from(headers));
@@ -303,6 +313,7 @@ impl BulkThread {
                     && [libc::ENOMEM, libc::ENOBUFS].contains(&errno.raw()) =>
             {
                 self.memory.zero_copy_is_copied.store(true, Relaxed);
+                self.sealer.go_back(self.sealed_before);
                 self.runs.splice(..0, self.sending.take().unwrap_or_default());
             }
             other => {
@@ -355,7 +366,7 @@ impl BulkThread {
                 _ => {}
             }
         }
-        result.map_err(|error| Error::protocol(&self.name, error))?;
+        result.map_err(|error| self.memory.received(&self.name, &error))?;
         self.receive(ring, bytes)
     }
 }

@@ -19,6 +19,7 @@ use umem_wire::{Event, PageRange, Receiver, RegionId};
 
 use super::Note;
 use super::memory::{Holes, SourceMemory, Walk};
+use super::seal::Sealer;
 use crate::error::{Error, Result};
 use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
@@ -86,6 +87,7 @@ struct DemandThread {
     name: String,
     socket: Fd,
     receiver: Receiver,
+    sealer: Sealer,
     memory: Arc<SourceMemory>,
     commands: Commands<Command>,
     post: Post<Note>,
@@ -124,6 +126,7 @@ impl DemandLane {
             name: self.lane.name.clone(),
             socket: Fd::from(self.lane.socket()),
             receiver: self.receiver,
+            sealer: Sealer::new(self.lane.is_checked()),
             memory: self.memory,
             commands: self.commands,
             post: self.post,
@@ -214,7 +217,7 @@ impl DemandThread {
                 other => self.post.send(Note::Received(other)),
             }
         }
-        result.map_err(|error| Error::protocol(&self.name, error))?;
+        result.map_err(|error| self.memory.received(&self.name, &error))?;
         self.receive(ring, buffer)
     }
 
@@ -291,7 +294,8 @@ impl DemandThread {
         bytes.clear();
         let mut pieces = Vec::new();
         for page in self.answers.drain(..count) {
-            let (run, contents) = self.memory.answer(page, &mut bytes, &mut self.holes)?;
+            let (run, contents) =
+                self.memory.answer(page, &mut bytes, &mut self.holes, &mut self.sealer)?;
             if let Some(contents) = contents {
                 pieces.push(Memory::from(std::mem::take(&mut bytes)));
                 pieces.push(contents);
@@ -299,6 +303,7 @@ impl DemandThread {
             self.memory.count(&run, true);
             Counters::add(&self.memory.counters.pages_demand, run.range.pages);
         }
+        self.sealer.frames(&mut self.outbox);
         bytes.append(&mut self.outbox);
         if pieces.is_empty() && bytes.is_empty() {
             self.spare = bytes;
@@ -333,7 +338,7 @@ impl DemandThread {
         }
         let counters = &memory.counters;
         for run in runs.drain(..) {
-            let (header, pages) = memory.pieces(&run)?;
+            let (header, pages) = memory.pieces(&run, &mut self.sealer)?;
             pieces.push(Memory::from(header.to_vec()));
             pieces.extend(pages);
             memory.count(&run, false);

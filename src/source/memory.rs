@@ -10,15 +10,17 @@ use std::sync::{Arc, OnceLock};
 use umem_ring::{Memory, Waker};
 use umem_wire::limits::RUN_BYTES_MAX;
 use umem_wire::{
-    HEADER_BYTES, PageRange, PageSize, Region, RegionId, RegionTable, Totals, transmit,
+    HEADER_BYTES, PageRange, PageSize, ReceiveError, Region, RegionId, RegionTable, Totals,
 };
 
+use super::seal::Sealer;
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
 use crate::memory::acks::{Acks, NotSent};
 use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
 use crate::memory::region::RamFile;
 use crate::memory::sequences::{Followed, Sequences};
+use crate::memory::sums::Digests;
 use crate::memory::zero;
 use crate::report::Counters;
 
@@ -59,6 +61,12 @@ pub(crate) struct SourceMemory {
     pub(crate) zero_copy_is_copied: AtomicBool,
     /// The destination acknowledges pages, which are freed here.
     pub(crate) releases: bool,
+    /// What leaves has checksums, and runs are short enough for them.
+    pub(crate) is_checked: bool,
+    /// With checksums: what has been freed comes to, and at the end everything.
+    pub(crate) digests: Digests,
+    /// Something was freed that is not in there, or is not known to be.
+    pub(crate) digest_is_lost: AtomicBool,
     /// Wakes the thread that frees pages, from the switchover on.
     pub(crate) releaser: OnceLock<Waker>,
     /// That thread is to end.
@@ -69,6 +77,7 @@ impl SourceMemory {
     pub(crate) fn new(files: Vec<RamFile>, releases: bool) -> SourceMemory {
         let region = |ram| SourceRegion { ram, landing: OnceLock::new() };
         let counters = Arc::new(Counters::of(files.iter().map(|file| file.bytes)));
+        let digests = Digests::of(files.len());
         SourceMemory {
             regions: files.into_iter().map(region).collect(),
             landing: OnceLock::new(),
@@ -79,6 +88,9 @@ impl SourceMemory {
             stopped: AtomicBool::new(false),
             zero_copy_is_copied: AtomicBool::new(false),
             releases,
+            is_checked: false,
+            digests,
+            digest_is_lost: AtomicBool::new(false),
             releaser: OnceLock::new(),
             is_ending: AtomicBool::new(false),
         }
@@ -87,6 +99,16 @@ impl SourceMemory {
     /// With a limit of the background.
     pub(crate) fn limited(self, bandwidth: Arc<Bandwidth>) -> SourceMemory {
         SourceMemory { bandwidth, ..self }
+    }
+
+    /// With checksums or without.
+    pub(crate) fn checked(self, is_checked: bool) -> SourceMemory {
+        SourceMemory { is_checked, ..self }
+    }
+
+    /// The most pages of a region that one data run may have.
+    fn run_pages_max(&self, unit: PageSize) -> u64 {
+        if self.is_checked { unit.checked_run_pages_max() } else { unit.run_pages_max() }
     }
 
     pub(crate) fn table(&self) -> Result<RegionTable> {
@@ -142,23 +164,25 @@ impl SourceMemory {
         page: PageRange,
         answer: &mut Vec<u8>,
         holes: &mut Holes,
+        sealer: &mut Sealer,
     ) -> Result<(Run, Option<Memory>)> {
         let region = self.region(page.region);
         let (offset, unit) = (page.first << region.unit().shift(), region.unit().bytes());
         if unit > ANSWER_BYTES_MAX {
             holes.look_at(&region.ram, offset, unit)?;
             let run = Run { kind: holes.kind(&region.ram, offset, unit)?, range: page };
-            let (header, pages) = self.pieces(&run)?;
+            let (header, pages) = self.pieces(&run, sealer)?;
             answer.extend_from_slice(&header);
             return Ok((run, pages));
         }
         self.sending(page);
         let start = answer.len();
-        answer.extend_from_slice(&transmit::data_header(page));
-        let contents = answer.len();
+        let contents = start + HEADER_BYTES;
         answer.resize(contents + usize::try_from(unit).expect("64-bit Linux"), 0);
         region.ram.read_into(&mut answer[contents..], offset)?;
         if !zero::slice_is_zero(&answer[contents..]) {
+            let header = sealer.page(page, &answer[contents..]);
+            answer[start..contents].copy_from_slice(&header);
             return Ok((Run { kind: RunKind::Data, range: page }, None));
         }
         answer.truncate(start);
@@ -169,7 +193,7 @@ impl SourceMemory {
             RunKind::Data | RunKind::Zero => RunKind::Zero,
         };
         let run = Run { kind, range: page };
-        answer.extend_from_slice(&header(&run));
+        answer.extend_from_slice(&sealer.run(&run, None));
         Ok((run, None))
     }
 
@@ -192,6 +216,12 @@ impl SourceMemory {
     /// The length of a range.
     pub(crate) fn bytes(&self, range: PageRange) -> u64 {
         range.pages * self.region(range.region).unit().bytes()
+    }
+
+    /// What came on a lane cannot be read; called once for each lane.
+    pub(crate) fn received(&self, lane: &str, error: &ReceiveError) -> Error {
+        Counters::add(&self.counters.checksum_errors, error.is_corruption().into());
+        Error::received("destination", lane, error)
     }
 
     /// The destination has made these pages its own: they may be freed once the guest is.
@@ -245,13 +275,17 @@ impl SourceMemory {
     }
 
     /// A run as it is sent, at once: its header, and its pages if they go with it.
-    pub(crate) fn pieces(&self, run: &Run) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
+    pub(crate) fn pieces(
+        &self,
+        run: &Run,
+        sealer: &mut Sealer,
+    ) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
         self.sending(run.range);
         let contents = match run.kind {
             RunKind::Data => Some(self.contents(run.range)?),
             RunKind::Zero | RunKind::Hole => None,
         };
-        Ok((header(run), contents))
+        Ok((sealer.run(run, contents.as_ref()), contents))
     }
 
     /// From here on these pages may be acknowledged.
@@ -286,14 +320,6 @@ impl SourceMemory {
 
     pub(crate) fn total_bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.ram.bytes).sum()
-    }
-}
-
-fn header(run: &Run) -> [u8; HEADER_BYTES] {
-    match run.kind {
-        RunKind::Data => transmit::data_header(run.range),
-        RunKind::Zero => transmit::zero_header(run.range),
-        RunKind::Hole => transmit::hole_header(run.range),
     }
 }
 
@@ -381,7 +407,7 @@ impl Walk {
             self.current = self.take_block(memory)?;
         }
         let Some(block) = &mut self.current else { return Ok(false) };
-        block.claim_word(memory.region(block.region), most, runs)?;
+        block.claim_word(memory, most, runs)?;
         if block.next == block.end {
             self.spare = self.current.take().map(|block| block.holes).unwrap_or_default();
         }
@@ -406,7 +432,8 @@ impl Walk {
             }
             let (start, len) = (piece.first << unit.shift(), piece.pages << unit.shift());
             self.holes.look_at(&region.ram, start, len)?;
-            push_won(&mut self.holes, region, piece.region, piece.first, won, runs)?;
+            let max = memory.run_pages_max(unit);
+            push_won(&mut self.holes, region, (piece.region, max), piece.first, won, runs)?;
             return Ok(true);
         }
         Ok(false)
@@ -440,22 +467,24 @@ impl Walk {
 }
 
 impl Block {
-    fn claim_word(&mut self, region: &SourceRegion, most: u64, runs: &mut Vec<Run>) -> Result<()> {
+    fn claim_word(&mut self, memory: &SourceMemory, most: u64, runs: &mut Vec<Run>) -> Result<()> {
+        let region = memory.region(self.region);
         let unit = region.unit();
         let word = self.next;
         let most = (most / unit.bytes()).max(1);
         let count = (64 - word % 64).min(self.end - word).min(most);
         self.next += count;
         let won = region.claims().claim_word(word, count);
-        push_won(&mut self.holes, region, self.region, word, won, runs)
+        let max = memory.run_pages_max(unit);
+        push_won(&mut self.holes, region, (self.region, max), word, won, runs)
     }
 }
 
-/// Appends the pages that a claim has won, a bit each from `first` on, to the runs.
+/// Appends the pages that a claim has won, a bit each from `first` on, to the runs of at most `max` pages.
 fn push_won(
     holes: &mut Holes,
     region: &SourceRegion,
-    id: RegionId,
+    (id, max): (RegionId, u64),
     first: u64,
     mut won: u64,
     runs: &mut Vec<Run>,
@@ -465,7 +494,7 @@ fn push_won(
         let page = first + u64::from(won.trailing_zeros());
         won &= won - 1;
         let kind = holes.kind(&region.ram, page * unit.bytes(), unit.bytes())?;
-        push_page(runs, kind, id, page, unit.run_pages_max());
+        push_page(runs, kind, id, page, max);
     }
     Ok(())
 }
@@ -485,6 +514,12 @@ pub(crate) struct Holes {
 }
 
 impl Holes {
+    pub(super) fn of(ram: &RamFile, start: u64, len: u64) -> Result<Holes> {
+        let mut holes = Holes::default();
+        holes.look_at(ram, start, len)?;
+        Ok(holes)
+    }
+
     /// Turns to a part of the file, or of another one.
     fn look_at(&mut self, ram: &RamFile, start: u64, len: u64) -> Result<()> {
         (self.start, self.until) = (start, 0);
@@ -508,7 +543,7 @@ impl Holes {
     }
 
     /// Whether the file's page at `offset` is a hole.
-    fn covers(&mut self, ram: &RamFile, offset: u64) -> Result<bool> {
+    pub(super) fn covers(&mut self, ram: &RamFile, offset: u64) -> Result<bool> {
         let small_page = usize::try_from((offset - self.start) / 4096).expect("inside a block");
         if offset < self.until {
             return Ok(true);
@@ -567,9 +602,11 @@ mod tests {
         let range = PageRange { region, first: page, pages: 1 };
         memory.claim_demanded(region, page).then(|| {
             let mut answer = vec![0xa5; 3];
-            let (run, contents) = memory.answer(range, &mut answer, &mut Holes::default()).unwrap();
+            let (mut holes, mut sealer) = (Holes::default(), Sealer::new(false));
+            let (run, contents) =
+                memory.answer(range, &mut answer, &mut holes, &mut sealer).unwrap();
             assert_eq!(run.range, range);
-            assert_eq!(answer[3..3 + HEADER_BYTES], header(&run));
+            assert_eq!(answer[3..3 + HEADER_BYTES], Sealer::new(false).run(&run, None));
             let bytes = answer.len() - 3 - HEADER_BYTES + contents.map_or(0, |pages| pages.len());
             assert_eq!(bytes, if run.kind == RunKind::Data { unit } else { 0 });
             run.kind
@@ -583,7 +620,9 @@ mod tests {
         for page in [5, 7] {
             assert!(memory.claim_demanded(RegionId(0), page));
             let range = PageRange { region: RegionId(0), first: page, pages: 1 };
-            assert!(memory.answer(range, &mut answer, &mut Holes::default()).unwrap().1.is_none());
+            let (mut holes, mut sealer) = (Holes::default(), Sealer::new(false));
+            let answered = memory.answer(range, &mut answer, &mut holes, &mut sealer).unwrap();
+            assert!(answered.1.is_none());
         }
         assert_eq!(answer.len(), 2 * HEADER_BYTES + 4096);
         assert!(answer[HEADER_BYTES..HEADER_BYTES + 4096].iter().all(|&byte| byte == 0xa5));

@@ -7,10 +7,12 @@
 
 pub(crate) mod bulk;
 pub(crate) mod demand;
+mod digest;
 pub(crate) mod embedded;
 pub(crate) mod memory;
 mod recovery;
 mod release;
+pub(crate) mod seal;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -51,6 +53,7 @@ use crate::worker::{self, Failure};
 
 use bulk::BulkLane;
 use demand::{Command, DemandLane};
+use digest::Digesting;
 use memory::SourceMemory;
 use recovery::Link;
 use release::Releaser;
@@ -73,6 +76,8 @@ pub struct Options {
     pub lanes: u16,
     /// Free the guest's RAM here as the destination gets it.
     pub release_ram: bool,
+    /// Check everything that is sent and received, and compare all memory at the end.
+    pub checksum: bool,
     /// How lanes are secured.
     pub security: Security,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
@@ -121,6 +126,8 @@ pub(crate) enum Note {
     Failed(Error),
     /// The monitor has answered.
     Host(Answer),
+    /// What the guest's memory here comes to.
+    Digested(Result<digest::Outcome>),
     /// By hand: give up the lanes, and open none until a resume.
     Pause,
     /// By hand: open lanes again, to another address if one is named.
@@ -183,10 +190,11 @@ pub fn run(options: &Options) -> Result<()> {
         None => error,
     });
     observer.ended(migrated.as_ref());
-    output.completed(&migrated?);
+    let report = migrated?;
+    output.completed(&report);
     // What lanes have sent leaves first.
     drop(pass);
-    Ok(())
+    report.check_digests()
 }
 
 fn migrate(
@@ -203,7 +211,8 @@ fn migrate(
         .iter()
         .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
         .collect::<Result<Vec<_>>>()?;
-    let memory = Arc::new(SourceMemory::new(files, options.release_ram).limited(bandwidth));
+    let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
+    let memory = Arc::new(memory.checked(options.checksum));
     let (lanes, link) = dial(options, socket, pass, &inbox)?;
     output.event(
         "connected",
@@ -211,6 +220,7 @@ fn migrate(
             "uri": options.uri.to_string(),
             "lanes": options.lanes,
             "security": pass.describe(),
+            "checksum": options.checksum,
         }),
         &format!("connected to {}", options.uri),
     );
@@ -262,12 +272,12 @@ fn dial(
 ) -> Result<(Vec<Lane>, Link)> {
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
     if let Some(socket) = socket {
-        let session = Session::new(0, options.release_ram, true)?;
+        let session = Session::new(0, options.release_ram, true)?.checked(options.checksum);
         let lanes = vec![lane::open_shared(socket, &session.hello(0, 0), pass, &wait)?];
         let link = Link::new(session, pass.clone(), None, &lanes);
         return Ok((lanes, link));
     }
-    let session = Session::new(options.lanes, options.release_ram, true)?;
+    let session = Session::new(options.lanes, options.release_ram, true)?.checked(options.checksum);
     let open = |index| lane::dial(&options.uri, &session.hello(index, 0), pass, &wait);
     let lanes = (0..=options.lanes).map(open).collect::<Result<Vec<_>>>()?;
     let link = Link::new(session, pass.clone(), Some(options.uri.clone()), &lanes);
@@ -358,6 +368,7 @@ struct Migration {
     /// What the RAM files held at the switchover, where they are freed.
     allocated_bytes: u64,
     congestion: String,
+    digesting: Digesting,
     times: Times,
     progress: Progress,
 }
@@ -376,7 +387,7 @@ impl Migration {
         let lane = lanes.pop().expect("the demand lane is there");
         let congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
         let cores = Cores::choose(plan.cores, crate::cores::Role::Source);
-        let receiver = Receiver::for_source(&table);
+        let receiver = Receiver::for_source(&table).checked(lane.is_checked());
         let (commands, queue) = channel();
         let demand_socket = lane.socket();
         let demand = DemandLane {
@@ -428,6 +439,7 @@ impl Migration {
             release_thread: None,
             allocated_bytes: 0,
             congestion,
+            digesting: Digesting::new(memory.is_checked),
             times: Times::default(),
             memory,
             inbox,
@@ -460,7 +472,8 @@ impl Migration {
 
     fn until_completed(&mut self) -> Result<Totals> {
         loop {
-            if let Phase::Completed(totals) = self.phase {
+            if let (Phase::Completed(totals), true) = (&self.phase, self.digesting.is_done()) {
+                let totals = *totals;
                 return Ok(totals);
             }
             let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
@@ -473,6 +486,7 @@ impl Migration {
                 Wake::Message(Note::Failed(error @ Error::Lost { .. })) => self.lane_lost(error)?,
                 Wake::Message(Note::Failed(error)) => return Err(error),
                 Wake::Message(Note::Host(answer)) => self.answered(answer)?,
+                Wake::Message(Note::Digested(outcome)) => self.digested(outcome)?,
                 Wake::Message(Note::Pause) => self.pause()?,
                 // Nothing has been paused.
                 Wake::Message(Note::Resume(_)) => {}
@@ -495,14 +509,52 @@ impl Migration {
             }
             Event::Loaded => self.switch_over()?,
             Event::Running { .. } => self.running(Instant::now())?,
+            Event::Digests(digests) if self.memory.is_checked => self.digesting.heard(digests),
+            Event::Digests(_) => {
+                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
+            }
             Event::Complete(_) => {
                 self.times.completed = Some(Instant::now());
-                self.send(&Frame::Complete(self.memory.counters.totals()));
+                return self.completed();
             }
             Event::Ping(number) => self.send(&Frame::Pong(number)),
             _ => {}
         }
         Ok(())
+    }
+
+    /// The destination has everything: says goodbye, after it is known what everything comes to where that
+    /// is compared.
+    fn completed(&mut self) -> Result<()> {
+        if self.digesting.is_done() {
+            self.send(&Frame::Complete(self.memory.counters.totals()));
+            return Ok(());
+        }
+        self.end_release();
+        self.progress.phase("comparing");
+        digest::begin(self.memory.clone(), self.inbox.post())
+    }
+
+    /// It is known now. That it cannot be changes nothing for the guest, which has moved.
+    fn digested(&mut self, outcome: Result<digest::Outcome>) -> Result<()> {
+        let outcome = outcome.unwrap_or_else(|error| {
+            self.output.remark(&format!("the memory of both sides is not compared: {error}"));
+            None
+        });
+        self.digesting.known(outcome);
+        if let Some(digests) = self.digesting.ours() {
+            self.send(&Frame::Digests(digests.clone()));
+        }
+        self.completed()
+    }
+
+    /// Nothing is freed on the way any more.
+    fn end_release(&mut self) {
+        self.memory.is_ending.store(true, Release);
+        self.memory.releaser.get().into_iter().for_each(Waker::wake);
+        if let Some(thread) = self.release_thread.take() {
+            let _ = thread.join();
+        }
     }
 
     fn answered(&mut self, answer: Answer) -> Result<()> {
@@ -751,15 +803,14 @@ impl Migration {
         }
         self.command(Command::End);
         self.bulk_wakers.iter().for_each(Waker::wake);
-        self.memory.is_ending.store(true, Release);
-        self.memory.releaser.get().into_iter().for_each(Waker::wake);
-        for thread in self.bulk_threads.drain(..).chain(self.release_thread.take()) {
+        for thread in self.bulk_threads.drain(..) {
             let _ = thread.join();
         }
+        self.end_release();
         // None while there are no lanes.
         let demand = self.demand_thread.take().map(JoinHandle::join);
         if let (Some(Ok(None) | Err(_)), Some(error)) = (demand, error) {
-            lane::tell(&self.demand_socket, error);
+            lane::tell(&self.demand_socket, self.memory.is_checked, error);
         }
     }
 
@@ -800,6 +851,9 @@ impl Migration {
             congestion: self.congestion.clone(),
             recoveries: self.link.recoveries,
             disconnected_s: self.link.disconnected.as_secs_f64(),
+            checksum: self.memory.is_checked,
+            checksum_errors: self.memory.counters.checksum_errors.load(Relaxed),
+            digests: self.digesting.compared(&self.memory),
         }
     }
 }

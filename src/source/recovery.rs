@@ -31,6 +31,7 @@ use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, Severable, lane_name};
 use crate::observe::watch::CUT;
 use crate::secure::Pass;
+use crate::suspicion::Suspicion;
 use crate::uri::Uri;
 use crate::worker;
 
@@ -57,6 +58,9 @@ pub(super) struct Link {
     /// By hand: no lanes are opened.
     is_paused: bool,
     was_interrupted: bool,
+    suspicion: Suspicion,
+    /// Bytes that the destination had when it said so last.
+    accounted: u64,
     pub(super) recoveries: u32,
     pub(super) disconnected: Duration,
 }
@@ -76,6 +80,8 @@ impl Link {
             doubt: None,
             is_paused: false,
             was_interrupted: false,
+            suspicion: Suspicion::default(),
+            accounted: 0,
             recoveries: 0,
             disconnected: Duration::ZERO,
         }
@@ -114,6 +120,10 @@ enum Failed {
 impl Migration {
     /// A lane is lost.
     pub(super) fn lane_lost(&mut self, error: Error) -> Result<()> {
+        if matches!(self.phase, Phase::Completed(_)) {
+            // The destination has everything, and does without a goodbye.
+            return Ok(());
+        }
         if !self.link.recovers || self.phase.may_run() {
             return Err(error);
         }
@@ -153,6 +163,9 @@ impl Migration {
             // The destination knows that it has everything; it does without a goodbye.
             return Ok(());
         }
+        let counters = &self.memory.counters;
+        let Link { suspicion, accounted, .. } = &mut self.link;
+        self.link.is_paused |= suspicion.lost(why, *accounted, counters, &self.output);
         self.announce(why);
         let opened = self.open_again()?;
         self.link.disconnected += since.elapsed();
@@ -187,6 +200,7 @@ impl Migration {
             Note::Failed(Error::Lost { .. }) | Note::BulkEnded => Ok(()),
             Note::Failed(error) => Err(error),
             Note::Host(answer) => self.answered(answer),
+            Note::Digested(outcome) => self.digested(outcome),
             Note::Pause => {
                 self.link.is_paused = true;
                 self.announce("paused by hand");
@@ -289,10 +303,11 @@ impl Migration {
         let open = |index| lane::dial(uri, &session.hello(index, *epoch), pass, &wait);
         let lanes = (0..=session.bulk_lanes).map(open).collect::<Result<Vec<_>>>();
         let lanes = lanes.map_err(Failed::Attempt)?;
-        let mut receiver = Receiver::for_resumed_source(self.memory.landing());
+        let receiver = Receiver::for_resumed_source(self.memory.landing());
+        let mut receiver = receiver.checked(lanes[0].is_checked());
         let standing = self.hear(&lanes[0], &mut receiver, waiting).inspect_err(|failed| {
             if let Failed::Migration(error) = failed {
-                lane::tell(&lanes[0].socket(), error);
+                lane::tell(&lanes[0].socket(), lanes[0].is_checked(), error);
             }
         })?;
         Ok(Opened { lanes, receiver, standing })
@@ -309,7 +324,6 @@ impl Migration {
             let lane = demand.name.clone();
             Failed::Attempt(Error::Lost { side: "destination", lane, what })
         };
-        let wrong = |what: String| Failed::Migration(Error::protocol(&demand.name, what));
         let mut standing = None;
         let mut buffer = vec![0; 64 << 10];
         loop {
@@ -329,7 +343,12 @@ impl Migration {
                 Err(Errno::EAGAIN | Errno::EINTR) => continue,
                 Err(errno) => return Err(lost(errno.to_string())),
             };
-            receiver.control(&buffer[..count]).map_err(|error| wrong(error.to_string()))?;
+            receiver.control(&buffer[..count]).map_err(|error| {
+                match self.memory.received(&demand.name, &error) {
+                    error @ Error::Lost { .. } => Failed::Attempt(error),
+                    error => Failed::Migration(error),
+                }
+            })?;
             while let Some(event) = receiver.poll_event() {
                 match (event, standing) {
                     (Event::Resume(heard), _) => standing = Some(heard),
@@ -351,6 +370,7 @@ impl Migration {
         let before = self.phase.clone();
         self.step(Input::Received(&Event::Resume(opened.standing)))?;
         self.memory.accounted(&opened.standing.totals);
+        self.link.accounted = self.memory.counters.done_bytes();
         if let (Phase::Committed, Phase::Serving, Some(us)) =
             (before, &self.phase, opened.standing.running)
         {

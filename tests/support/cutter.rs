@@ -1,4 +1,4 @@
-//! A relay between a source and a destination that breaks its connections.
+//! A relay between a source and a destination that breaks its connections, and changes bits on the way.
 //!
 //! It cuts where the test says: after a number of bytes towards the destination, which may be in the
 //! middle of a frame or a page, or at once. Connections that are made afterwards are relayed again, so
@@ -53,6 +53,13 @@ struct State {
     limits: [Option<u64>; 2],
     /// Bytes that have come on demand lanes, passed or not, of either direction.
     demand: [u64; 2],
+    /// Bytes from one changed bit to the next, to the destination and to the source; counted from when the
+    /// guest runs at the destination.
+    flips: [std::collections::VecDeque<u64>; 2],
+    is_running: bool,
+    flips_done: u32,
+    /// Every so many bytes of each connection to the destination a bit is changed.
+    flips_every: Option<u64>,
     /// New connections are closed at once.
     refuses: bool,
     /// And will be from the next cut on.
@@ -106,6 +113,34 @@ impl Cutter {
     pub(crate) fn cut_after(&self, bytes: impl IntoIterator<Item = (u64, Ends)>) {
         let cuts = bytes.into_iter().map(|(bytes_left, ends)| Cut { bytes_left, ends });
         self.lock().cuts.extend(cuts);
+    }
+
+    /// Changes a bit after so many bytes of any lane to the destination, again and again; counted from when
+    /// the destination has said on a plain lane that its guest runs.
+    pub(crate) fn flip_after(&self, bytes: impl IntoIterator<Item = u64>) {
+        self.lock().flips[OUT].extend(bytes);
+    }
+
+    /// The same on the way to the source.
+    pub(crate) fn flip_answers_after(&self, bytes: impl IntoIterator<Item = u64>) {
+        self.lock().flips[BACK].extend(bytes);
+    }
+
+    /// Changes a bit of each so many bytes of each connection to the destination; none any more if none.
+    pub(crate) fn flip_every(&self, bytes: Option<u64>) {
+        self.lock().flips_every = bytes;
+    }
+
+    /// As [`Cutter::flip_after`], from the first byte on.
+    pub(crate) fn flip_at_once_after(&self, bytes: u64) {
+        let mut state = self.lock();
+        state.is_running = true;
+        state.flips[OUT].push_back(bytes);
+    }
+
+    /// Waits until so many bits have been changed in all.
+    pub(crate) fn wait_for_flips(&self, count: u32) {
+        self.wait_until(|state| state.flips_done >= count);
     }
 
     /// Refuses connections from the next cut on, until [`Cutter::admit`].
@@ -218,9 +253,11 @@ impl Shared {
             .push(Connection { source: clone(&source), destination: clone(&destination) });
         drop(state);
         let shared = self.clone();
-        let out = Way { shared, lane, direction: OUT, cuts_seen, passed: 0 };
+        let frames = Frames::default();
+        let out = Way { shared, lane, direction: OUT, cuts_seen, passed: 0, frames };
         std::thread::spawn(move || out.pass(source, destination));
-        let back = Way { shared: self, lane, direction: BACK, cuts_seen, passed: 0 };
+        let frames = Frames::default();
+        let back = Way { shared: self, lane, direction: BACK, cuts_seen, passed: 0, frames };
         std::thread::spawn(move || back.pass(from_destination, to_source));
     }
 }
@@ -234,6 +271,41 @@ struct Way {
     /// The connection belongs to the time before the next cut.
     cuts_seen: u32,
     passed: u64,
+    /// To the source, where no pages go.
+    frames: Frames,
+}
+
+/// What passes, frame by frame.
+#[derive(Default)]
+struct Frames {
+    /// Of the header that is passing.
+    header: Vec<u8>,
+    /// Of the body that is passing.
+    left: u64,
+}
+
+/// The tag of a frame that says that the guest runs.
+const RUNNING: u8 = umem_wire::Kind::Running as u8;
+
+impl Frames {
+    /// Whether the last byte of a running frame is among these.
+    fn say_running(&mut self, bytes: &[u8]) -> bool {
+        let mut is_running = false;
+        for &byte in bytes {
+            if self.left > 0 {
+                self.left -= 1;
+                continue;
+            }
+            self.header.push(byte);
+            if self.header.len() == umem_wire::HEADER_BYTES {
+                is_running |= self.header[0] == RUNNING;
+                let body = self.header[4..8].try_into().expect("four bytes");
+                self.left = u32::from_le_bytes(body).into();
+                self.header.clear();
+            }
+        }
+        is_running
+    }
 }
 
 impl Way {
@@ -242,10 +314,11 @@ impl Way {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
             self.came(count as u64);
-            let mut rest = &buffer[..count];
+            let mut rest = &mut buffer[..count];
             while !rest.is_empty() {
                 let Some(allowed) = self.allow(rest.len() as u64) else { return };
-                let (now, later) = rest.split_at(allowed as usize);
+                let (now, later) = rest.split_at_mut(allowed as usize);
+                self.flip(now);
                 if to.write_all(now).is_err() {
                     return;
                 }
@@ -296,6 +369,46 @@ impl Way {
                 return Some(allowed);
             }
             state = self.shared.changed.wait(state).unwrap();
+        }
+    }
+
+    /// Changes those bits that are to change of what is about to pass.
+    fn flip(&mut self, bytes: &mut [u8]) {
+        let mut state = self.shared.state.lock().unwrap();
+        if !state.is_running {
+            if (self.lane, self.direction) == (0, BACK) {
+                let welcome = HELLO.saturating_sub(self.passed).min(bytes.len() as u64);
+                state.is_running = self.frames.say_running(&bytes[welcome as usize..]);
+            }
+            return;
+        }
+        let mut flipped = 0;
+        let mut at = 0;
+        while let Some(next) = state.flips[self.direction].front_mut() {
+            let left = bytes.len() as u64 - at;
+            if *next >= left {
+                *next -= left;
+                break;
+            }
+            at += *next;
+            bytes[at as usize] ^= 1 << (at % 8);
+            at += 1;
+            flipped += 1;
+            state.flips[self.direction].pop_front();
+        }
+        if let (OUT, Some(every)) = (self.direction, state.flips_every) {
+            let positions = self.passed..self.passed + bytes.len() as u64;
+            for (byte, _) in
+                bytes.iter_mut().zip(positions).filter(|(_, at)| at % every == every - 1)
+            {
+                *byte ^= 4;
+                flipped += 1;
+            }
+        }
+        state.flips_done += flipped;
+        drop(state);
+        if flipped > 0 {
+            self.shared.changed.notify_all();
         }
     }
 

@@ -11,7 +11,8 @@
 //! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
-//! - [`Cutter`]: a relay that breaks connections, at known bytes or when told to
+//! - [`Cutter`]: a relay that breaks connections, or changes bits, at known bytes or when told to
+//! - [`Move`]: a guest on its way through a [`Cutter`]
 //! - [`Network`]: two hosts with a router between them, in network namespaces of the test's own
 //! - [`Seeded`]: numbers that depend on a seed alone
 //! - [`Fifo`]: lets another program go on
@@ -28,6 +29,7 @@ mod destination;
 mod fifo;
 mod guests;
 mod hugepages;
+mod moving;
 mod network;
 mod process;
 mod qemu;
@@ -52,6 +54,7 @@ pub(crate) use {
     fifo::Fifo,
     guests::Guests,
     hugepages::{HugeFile, HugePages},
+    moving::{How, Move, seed, seeded},
     network::{Namespace, Network},
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},

@@ -251,6 +251,7 @@ impl Phase {
             (Phase::Loaded { mode }, &Event::Switchover { stopped_us }) => {
                 Ok(Phase::Switched { mode, stopped_us })
             }
+            (Phase::Completing, Event::Digests(_)) => Ok(Phase::Completing),
             (Phase::Completing, Event::Complete(totals)) => Ok(Phase::Completed(Some(*totals))),
             _ => Err(None),
         }
@@ -316,7 +317,10 @@ mod tests {
                 Phase::Running { mode, stopped_us },
                 &["cancelling", "the last cached page", "a broken lane"],
             ),
-            (Phase::Completing, &["cancelling", "a lost lane", "a broken lane", "complete"]),
+            (
+                Phase::Completing,
+                &["cancelling", "a lost lane", "a broken lane", "digests", "complete"],
+            ),
             (Phase::Completed(None), &["cancelling", "a lost lane", "a broken lane", "error"]),
             (Phase::Failed { may_have_run: false }, &[]),
         ]

@@ -63,6 +63,9 @@ pub enum HelloError {
     /// Bytes that must be zero are not.
     #[error("reserved bytes of the hello are not zero")]
     Reserved,
+    /// Bits have changed on the way.
+    #[error("the checksum of a hello or a welcome is wrong: bytes change on their way")]
+    Sum,
     /// Proofs of a secret made in a way that this end does not know.
     #[error("the peer proves secrets in way {0}, which is not known here")]
     AuthVersion(u16),
@@ -286,6 +289,38 @@ pub enum ReceiveError {
         /// The most pages a run in this region may have.
         pages_max: u64,
     },
+    /// The sum of a frame's header is wrong.
+    #[error("the checksum of frame {number} of the lane is wrong")]
+    HeaderSum {
+        /// Which frame of this way of the lane was to come, from 0 on.
+        number: u64,
+    },
+    /// The sum of a frame's body is wrong.
+    #[error("the checksum of a {kind} frame is wrong")]
+    BodySum {
+        /// The frame's kind.
+        kind: Kind,
+    },
+    /// The sum of a data run's pages is wrong.
+    #[error("the checksum of {range} is wrong")]
+    RunSum {
+        /// The run.
+        range: PageRange,
+    },
+    /// A data run on a checked lane has landed and its sum was not asked about: a mistake at this end.
+    #[error("{range} has landed unchecked")]
+    Unchecked {
+        /// The run.
+        range: PageRange,
+    },
+    /// More or fewer digests than there are regions.
+    #[error("{digests} digests for {regions} regions")]
+    DigestCount {
+        /// Digests that came.
+        digests: usize,
+        /// Regions in the table.
+        regions: usize,
+    },
     /// The peer closed the lane inside a frame.
     #[error("the lane closed with {missing_bytes} bytes of a frame still to come")]
     Truncated {
@@ -300,6 +335,14 @@ pub enum ReceiveError {
         /// Bytes that came.
         given_bytes: u64,
     },
+}
+
+impl ReceiveError {
+    /// Whether what came is not what was sent: the lane is lost, the peer has done nothing wrong.
+    pub fn is_corruption(&self) -> bool {
+        use ReceiveError::*;
+        matches!(self, HeaderSum { .. } | BodySum { .. } | RunSum { .. })
+    }
 }
 
 /// Why a migration stopped. Comes with the failed phase that it led to.

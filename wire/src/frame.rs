@@ -23,10 +23,11 @@
 //! | complete | | five u64, see [`Totals`] |
 //! | resume | flags: 1 switched, 2 running; first: µs if it runs | five u64, see [`Totals`] |
 //! | have | region, first page, pages | a bit a page, in words of 8 bytes |
+//! | digests | | 8 bytes a region |
 //! | ping, pong | first: any number | |
 //! | error | first: code | UTF-8 without control characters |
 //!
-//! `extra` is kept for a data run's checksum; it is zero in version 1.
+//! `extra` holds checksums where both ends can check ([`checksum`](crate::checksum)), else it is zero.
 //!
 //! Nothing here panics on what a peer sent.
 
@@ -50,6 +51,9 @@ pub(crate) const UNIT_BYTES: usize = 1;
 /// Bits of a request's entry that hold the page.
 const REQUEST_PAGE_BITS: u32 = 48;
 
+/// Bytes of one region in a digests frame's body.
+pub(crate) const DIGEST_BYTES: usize = 8;
+
 /// Bytes of a complete frame's body.
 const TOTALS_BYTES: usize = 40;
 
@@ -71,6 +75,17 @@ const FLAG_RUNNING: u8 = 2;
 
 const _: () = assert!(field::EXTRA + size_of::<u64>() == HEADER_BYTES);
 const _: () = assert!(TOTALS_BYTES == size_of::<Totals>());
+
+/// Where the sums of a header are.
+pub(crate) const EXTRA_AT: usize = field::EXTRA;
+
+/// Where a header says how long its body is.
+pub(crate) const BODY_BYTES_AT: usize = field::BODY_BYTES;
+
+/// The length of the body behind a header of our own.
+pub(crate) fn body_bytes(header: &[u8; HEADER_BYTES]) -> usize {
+    u32_at(header, BODY_BYTES_AT) as usize
+}
 
 /// A frame's tag. Zero is never one.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
@@ -110,6 +125,8 @@ pub enum Kind {
     Resume = 26,
     /// Which pages the destination has, behind a resume frame.
     Have = 27,
+    /// What all that has landed comes to, region by region.
+    Digests = 28,
     /// Please answer.
     Ping = 32,
     /// The answer.
@@ -120,7 +137,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in order of its tag.
-    pub const ALL: [Kind; 20] = [
+    pub const ALL: [Kind; 21] = [
         Kind::Data,
         Kind::Zero,
         Kind::Hole,
@@ -138,6 +155,7 @@ impl Kind {
         Kind::Complete,
         Kind::Resume,
         Kind::Have,
+        Kind::Digests,
         Kind::Ping,
         Kind::Pong,
         Kind::Error,
@@ -167,6 +185,7 @@ impl Kind {
             Kind::Complete => "complete",
             Kind::Resume => "resume",
             Kind::Have => "have",
+            Kind::Digests => "digests",
             Kind::Ping => "ping",
             Kind::Pong => "pong",
             Kind::Error => "error",
@@ -251,9 +270,12 @@ impl Header {
             Kind::Data | Kind::Zero | Kind::Hole | Kind::Ack => {
                 Header { region, first, pages, ..nothing }
             }
-            Kind::Request | Kind::Regions | Kind::Ready | Kind::DeviceState | Kind::Complete => {
-                Header { body_bytes, ..nothing }
-            }
+            Kind::Request
+            | Kind::Regions
+            | Kind::Ready
+            | Kind::DeviceState
+            | Kind::Complete
+            | Kind::Digests => Header { body_bytes, ..nothing },
             Kind::Have => Header { region, first, pages, body_bytes, ..nothing },
             Kind::Resume => {
                 let known = flags & (FLAG_SWITCHED | FLAG_RUNNING);
@@ -306,6 +328,7 @@ impl Header {
             | Kind::Complete
             | Kind::Resume
             | Kind::Have
+            | Kind::Digests
             | Kind::Error => return self.body().map(Head::Body),
         };
         Ok(Head::Whole(frame))
@@ -343,6 +366,9 @@ impl Header {
                 }
                 let bytes = resume::body_bytes(self.pages) as usize;
                 (Content::Have(range), 1, bytes, bytes)
+            }
+            Kind::Digests => {
+                (Content::Digests, DIGEST_BYTES, DIGEST_BYTES, REGIONS_MAX * DIGEST_BYTES)
             }
             Kind::Error => {
                 let code = u16::try_from(self.first).ok().and_then(FaultCode::from_number);
@@ -387,6 +413,7 @@ pub(crate) enum Content {
     /// Switched, and running since so many µs after it.
     Standing(bool, Option<u64>),
     Have(PageRange),
+    Digests,
     Fault(FaultCode),
 }
 
@@ -406,6 +433,10 @@ impl Body {
                 Frame::Resume(Standing { switched, running, totals: Totals::decode(bytes) })
             }
             Content::Have(range) => Frame::Have { range, words: resume::decode(range, bytes)? },
+            Content::Digests => {
+                let digests = bytes.as_chunks::<DIGEST_BYTES>().0.iter();
+                Frame::Digests(digests.map(|&digest| u64::from_le_bytes(digest)).collect())
+            }
             Content::Fault(code) => {
                 let text = parse_text(bytes).ok_or(FrameError::FaultText)?.to_owned();
                 Frame::Error(Fault { code, text })
@@ -476,6 +507,9 @@ pub enum Frame {
         /// As many as the pages need.
         words: Vec<u64>,
     },
+    /// A digest of each region ([`checksum::digest`](crate::checksum::digest)), in the order of the
+    /// source's table: of all that has landed, or of all that was to. Before complete, from either end.
+    Digests(Vec<u64>),
     /// Please answer with this number.
     Ping(u64),
     /// The answer to the ping of this number.
@@ -616,7 +650,8 @@ mod tests {
     #[test]
     fn tags_keep_their_numbers() {
         let tags = Kind::ALL.map(|kind| kind as u8);
-        let expected = [1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 32, 33, 255];
+        let expected =
+            [1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 32, 33, 255];
         assert_eq!(tags, expected);
         for tag in 0..=255 {
             assert_eq!(
@@ -777,6 +812,13 @@ mod tests {
     }
 
     #[test]
+    fn digests_are_a_number_for_each_region() {
+        let mut bytes = literal(28, 0, [0; 2], [16, 0, 0, 0], [0; 8], [0; 8]);
+        bytes.extend([1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0, 0]);
+        assert_literal(&Frame::Digests(vec![0x0807_0605_0403_0201, 9]), &bytes);
+    }
+
+    #[test]
     fn an_error_has_a_code_and_a_text() {
         let mut bytes = literal(255, 0, [0; 2], [3, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0], [0; 8]);
         bytes.extend("né".as_bytes());
@@ -818,6 +860,7 @@ mod tests {
             (Kind::Ready, [0, 257, 1 << 20, u32::MAX], [1, 256]),
             (Kind::DeviceState, [0, 65537, 1 << 20, u32::MAX], [1, 65536]),
             (Kind::Complete, [0, 39, 41, u32::MAX], [40, 40]),
+            (Kind::Digests, [0, 7, 12, 2056], [8, 2048]),
         ];
         for (kind, wrong, right) in limits {
             for body_bytes in wrong {

@@ -3,15 +3,18 @@
 //!
 //! ```text
 //!            0       8     10    12   13 14    16    18 20    24       32      48      80    128
-//! hello      UMEMLANE min   max   role 0 index lanes 0  epoch capabil. session proof   0
-//! welcome    UMEMWELC version 0   0    0 0     0     0  0     capabil. session proof   0
+//! hello      UMEMLANE min   max   role 0 index lanes 0  epoch capabil. session proof   sum, 0
+//! welcome    UMEMWELC version 0   0    0 0     0     0  0     capabil. session proof   sum, 0
 //! refusal    UMEMWELC 0     code  text, NUL padded ............................................
 //! ```
+//!
+//! The sum, a CRC32C of the 80 bytes before it, is there with [`Capabilities::CHECKSUM`], else zero.
 //!
 //! The zeroes are checked. A version that needs more says so with a capability, never by what an
 //! older end would take for rubbish.
 
 use crate::bytes::{array, put, u16_at, u32_at, u64_at};
+use crate::checksum::body_sum;
 use crate::error::HelloError;
 use crate::fault::{FaultCode, parse_text, push_text};
 use crate::limits::*;
@@ -39,7 +42,8 @@ mod field {
     pub(super) const CAPABILITIES: usize = 24;
     pub(super) const SESSION: usize = 32;
     pub(super) const PROOF: usize = 48;
-    pub(super) const RESERVED: usize = 80;
+    pub(super) const SUM: usize = 80;
+    pub(super) const RESERVED: usize = 84;
 
     /// In a welcome.
     pub(super) const VERSION: usize = VERSION_MIN;
@@ -51,7 +55,8 @@ mod field {
 
 const _: () = assert!(field::MAGIC + HELLO_MAGIC.len() == field::VERSION_MIN);
 const _: () = assert!(field::SESSION + size_of::<SessionId>() == field::PROOF);
-const _: () = assert!(field::PROOF + size_of::<[u8; 32]>() == field::RESERVED);
+const _: () = assert!(field::PROOF + size_of::<[u8; 32]>() == field::SUM);
+const _: () = assert!(field::SUM + size_of::<u32>() == field::RESERVED);
 const _: () = assert!(field::RESERVED <= HELLO_BYTES);
 const _: () = assert!(field::TEXT + REFUSAL_TEXT_BYTES_MAX == HELLO_BYTES);
 
@@ -93,6 +98,7 @@ impl Hello {
         put(&mut out, field::CAPABILITIES, &self.capabilities.0.to_le_bytes());
         put(&mut out, field::SESSION, &self.session.0);
         put(&mut out, field::PROOF, &self.proof);
+        put_sum(&mut out, self.capabilities);
         out
     }
 
@@ -115,10 +121,11 @@ impl Hello {
             &bytes[field::RESERVED..],
         ];
         check_zero(&reserved)?;
+        let capabilities = check_sum(bytes)?;
         let (role, index, bulk_lanes) = decode_lane(bytes)?;
         Ok(Hello {
             versions,
-            capabilities: Capabilities(u64_at(bytes, field::CAPABILITIES)),
+            capabilities,
             session: SessionId(array(bytes, field::SESSION)),
             role,
             index,
@@ -196,6 +203,7 @@ impl Welcome {
         put(&mut out, field::CAPABILITIES, &self.capabilities.0.to_le_bytes());
         put(&mut out, field::SESSION, &self.session.0);
         put(&mut out, field::PROOF, &self.proof);
+        put_sum(&mut out, self.capabilities);
         out
     }
 
@@ -226,10 +234,29 @@ impl Welcome {
         ])?;
         Ok(Welcome {
             version,
-            capabilities: Capabilities(u64_at(bytes, field::CAPABILITIES)),
+            capabilities: check_sum(bytes)?,
             session: SessionId(array(bytes, field::SESSION)),
             proof: array(bytes, field::PROOF),
         })
+    }
+}
+
+/// With [`Capabilities::CHECKSUM`]: the sum of what comes before it.
+fn put_sum(out: &mut [u8; HELLO_BYTES], capabilities: Capabilities) {
+    if capabilities.contains(Capabilities::CHECKSUM) {
+        let sum = body_sum(&out[..field::SUM]);
+        put(out, field::SUM, &sum.to_le_bytes());
+    }
+}
+
+/// The capabilities, once the sum that they ask for is right.
+fn check_sum(bytes: &[u8; HELLO_BYTES]) -> Result<Capabilities, HelloError> {
+    let capabilities = Capabilities(u64_at(bytes, field::CAPABILITIES));
+    let sum = u32_at(bytes, field::SUM);
+    match capabilities.contains(Capabilities::CHECKSUM) {
+        true if sum != body_sum(&bytes[..field::SUM]) => Err(HelloError::Sum),
+        false if sum != 0 => Err(HelloError::Reserved),
+        _ => Ok(capabilities),
     }
 }
 
@@ -292,6 +319,10 @@ impl Capabilities {
     /// opens new ones with a higher [`Hello::epoch`], and the destination says what it has. Without this
     /// a lost lane is the end.
     pub const RECOVERY: Capabilities = Capabilities(2);
+
+    /// Checksums: every frame says what it adds up to, and what does not is lost with its lane
+    /// ([`checksum`](crate::checksum)). Without this only TCP's and TLS's own sums stand between.
+    pub const CHECKSUM: Capabilities = Capabilities(4);
 
     /// What either can do.
     pub const fn union(self, other: Capabilities) -> Capabilities {
@@ -406,6 +437,23 @@ mod tests {
             );
         }
         assert_eq!(with(12, &[1]), Err(HelloError::Index { index: 2, bulk_lanes: 4 }));
+    }
+
+    #[test]
+    fn with_checksums_every_bit_of_a_hello_and_a_welcome_counts() {
+        let capabilities = Capabilities::CHECKSUM.union(Capabilities::ACKS);
+        let hello = Hello { capabilities, ..hello() };
+        let welcome = Welcome { capabilities, ..welcome() };
+        assert_eq!(Hello::decode(&hello.encode()), Ok(hello.clone()));
+        assert_eq!(Welcome::decode(&welcome.encode()), Ok(welcome.clone()));
+        for bit in 0..8 * HELLO_BYTES {
+            let flipped = |mut bytes: [u8; HELLO_BYTES]| {
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                bytes
+            };
+            assert!(Hello::decode(&flipped(hello.encode())).is_err(), "bit {bit}");
+            assert!(Welcome::decode(&flipped(welcome.encode())).is_err(), "bit {bit}");
+        }
     }
 
     #[test]

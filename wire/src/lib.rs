@@ -44,6 +44,7 @@
 //! | 25 | complete | both | demand | every page is cached; the source's answer is goodbye |
 //! | 26 | resume | ← | demand | where the destination stands, first on a lane that replaces a lost one |
 //! | 27 | have | ← | demand | which pages the destination has, behind resume |
+//! | 28 | digests | both | demand | what all pages come to, before complete, with [`Capabilities::CHECKSUM`] |
 //! | 32 | ping | both | any | please answer |
 //! | 33 | pong | both | any | the answer, with the ping's number |
 //! | 255 | error | both | any | the sender gives up: a code and a text |
@@ -110,6 +111,15 @@
 //!
 //! Before *loaded* a lost lane ends the migration, and the guest goes on at the source.
 //!
+//! # Checksums
+//!
+//! With [`Capabilities::CHECKSUM`] every frame carries sums of its header and of what follows it
+//! ([`checksum`]), which are checked before anything that they are of is used: a page is cached only when
+//! the run that it came with is as it was sent. A wrong sum is a lost lane. Runs are shorter then
+//! ([`CHECKED_RUN_BYTES_MAX`](limits::CHECKED_RUN_BYTES_MAX)), hellos and welcomes have a sum of their own,
+//! and before *complete* each end says what all pages come to: the destination what it has landed, the
+//! source what its files hold.
+//!
 //! # Limits
 //!
 //! All in [`limits`]. No limit depends on what a peer says, and memory for a body grows only with
@@ -123,6 +133,7 @@
 
 pub mod auth;
 mod bytes;
+pub mod checksum;
 pub mod destination;
 pub mod error;
 pub mod fault;
@@ -136,6 +147,7 @@ pub mod source;
 pub mod transmit;
 
 pub use auth::{Nonce, Opening};
+pub use checksum::Seal;
 pub use error::{Error, FrameError, HelloError, PhaseError, ReceiveError, RegionError};
 pub use fault::{Fault, FaultCode};
 pub use frame::{Frame, HEADER_BYTES, Kind, Totals};

@@ -24,6 +24,10 @@ pub const TOTAL_BYTES_MAX: u64 = 1 << 52;
 /// as their region.
 pub const RUN_BYTES_MAX: u64 = 2 << 20;
 
+/// The same on a lane that is checked: whoever receives it holds it whole until its sum is known to be
+/// right, and a buffer of that stays in a core's nearest cache but one.
+pub const CHECKED_RUN_BYTES_MAX: u64 = 64 << 10;
+
 /// Pages asked for in one request frame.
 pub const REQUEST_ENTRIES_MAX: usize = 256;
 
@@ -50,6 +54,7 @@ pub const BODY_BYTES_MAX: usize = STATE_CHUNK_BYTES_MAX;
 const _: () = assert!(REQUEST_ENTRIES_MAX * crate::frame::REQUEST_ENTRY_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * crate::region::DESCRIPTOR_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * crate::frame::UNIT_BYTES <= BODY_BYTES_MAX);
+const _: () = assert!(REGIONS_MAX * crate::frame::DIGEST_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(ERROR_TEXT_BYTES_MAX <= BODY_BYTES_MAX);
 const _: () = assert!(HAVE_PAGES_MAX as usize / 8 <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX <= 1 << 16);

@@ -31,12 +31,16 @@
 //! `Control { exact: HEADER_BYTES }`: whatever the run was, a ring may link the receive of the next
 //! header behind the receive of the run before either has completed.
 //!
+//! On a checked lane ([`Receiver::checked`]) the caller says what a run's pages add up to
+//! ([`Receiver::verify`]) once all of it has come, and before the last byte of it counts as landed.
+//!
 //! **Invariant:** what is still to come is at least one byte, at most its limit, and belongs to a
 //! frame that may come on this lane now: an unfinished run lies inside a known region at the
 //! destination, and an unfinished body holds no more memory than bytes came for it (twice, as
 //! vectors grow). [`Receiver::assert_invariants`] asserts it. Once a call has failed the lane is of
 //! no more use, and every later call fails the same way.
 
+use crate::checksum::{Checker, SUMMED_BYTES, body_sum, run_sum};
 use crate::error::ReceiveError;
 use crate::fault::Fault;
 use crate::frame::{Body, Content, Frame, HEADER_BYTES, Head, Header, Kind, Totals};
@@ -129,6 +133,8 @@ pub enum Event {
         /// A bit each, words of 64.
         words: Vec<u64>,
     },
+    /// See [`Frame::Digests`]: one for each region.
+    Digests(Vec<u64>),
     /// The last have frame has come: every page has been spoken of.
     Accounted,
     /// To be answered with a pong of this number.
@@ -162,6 +168,7 @@ impl Event {
             Event::Complete(_) => Kind::Complete,
             Event::Resume(_) => Kind::Resume,
             Event::Have { .. } => Kind::Have,
+            Event::Digests(_) => Kind::Digests,
             Event::Ping(_) => Kind::Ping,
             Event::Pong(_) => Kind::Pong,
             Event::Error(_) => Kind::Error,
@@ -180,6 +187,8 @@ pub struct Receiver {
     regions: Option<RegionTable>,
     /// What the destination has to say before all else, on a lane that replaces a lost one.
     account: Option<Account>,
+    /// On a lane that is checked.
+    checker: Option<Checker>,
     state: State,
     events: VecDeque<Event>,
 }
@@ -196,9 +205,22 @@ enum Lane {
 /// What is arriving.
 #[derive(Debug)]
 enum State {
-    Header { bytes: [u8; HEADER_BYTES], filled: usize },
-    Body { body: Body, bytes: Vec<u8> },
-    Run { range: PageRange, target: RunTarget },
+    Header {
+        bytes: [u8; HEADER_BYTES],
+        filled: usize,
+    },
+    Body {
+        kind: Kind,
+        body: Body,
+        bytes: Vec<u8>,
+        sum: Option<u32>,
+    },
+    /// With the sum that its pages must have, until they are known to.
+    Run {
+        range: PageRange,
+        target: RunTarget,
+        sum: Option<u32>,
+    },
     Failed(ReceiveError),
 }
 
@@ -244,7 +266,20 @@ impl Receiver {
         // At the destination a call makes two events at most (an empty queue, then one frame).
         let events = VecDeque::with_capacity(4);
         let state = State::NEXT_HEADER;
-        Receiver { lane, offered: None, regions: None, account: None, state, events }
+        let (offered, regions, account, checker) = (None, None, None, None);
+        Receiver { lane, offered, regions, account, checker, state, events }
+    }
+
+    /// The same receiver; if both ends of the lane can, it checks everything that comes. To be said before
+    /// the first byte.
+    #[must_use]
+    pub fn checked(self, checked: bool) -> Receiver {
+        Receiver { checker: checked.then(Checker::default), ..self }
+    }
+
+    /// Whether the lane is checked: runs have to be verified.
+    pub fn is_checked(&self) -> bool {
+        self.checker.is_some()
     }
 
     /// Gives the receiver the landing table, whose numbers travel: required before pages, requests
@@ -257,7 +292,7 @@ impl Receiver {
     pub fn next_target(&self) -> Target {
         match &self.state {
             State::Header { filled, .. } => Target::Control { exact: HEADER_BYTES - filled },
-            State::Body { body, bytes } => Target::Control { exact: body.bytes - bytes.len() },
+            State::Body { body, bytes, .. } => Target::Control { exact: body.bytes - bytes.len() },
             State::Run { target, .. } => Target::Run(*target),
             State::Failed(_) => Target::Control { exact: 0 },
         }
@@ -270,6 +305,28 @@ impl Receiver {
         self.check_feed(bytes.len()).and_then(|()| self.feed(bytes)).map_err(|e| self.fail(e))
     }
 
+    /// Whether the current run's pages, all of them, are as they were sent: given the
+    /// [`page_sum`](crate::checksum::page_sum) of each [`SUMMED_BYTES`] of them in order. They must not be
+    /// used if not. Without a run, or on a lane that is not checked, there is nothing to ask about.
+    ///
+    /// [`SUMMED_BYTES`]: crate::checksum::SUMMED_BYTES
+    pub fn verify(&mut self, sums: &[u32]) -> Result<(), ReceiveError> {
+        let State::Run { range, sum: expected @ Some(_), .. } = &mut self.state else {
+            return Ok(());
+        };
+        let range = *range;
+        let region = self.regions.as_ref().and_then(|regions| regions.get(range.region));
+        let wanted_bytes = range.pages << region.expect("a run needs its region").page_size.shift();
+        let given_bytes = sums.len() as u64 * SUMMED_BYTES as u64;
+        if given_bytes != wanted_bytes {
+            return Err(self.fail(ReceiveError::Misfed { wanted_bytes, given_bytes }));
+        }
+        if expected.take() == Some(run_sum(sums)) {
+            return Ok(());
+        }
+        Err(self.fail(ReceiveError::RunSum { range }))
+    }
+
     /// Notes that bytes of the current run are in memory, no more than the target's.
     pub fn landed(&mut self, bytes: u64) -> Result<(), ReceiveError> {
         let wanted_bytes = match &self.state {
@@ -277,11 +334,15 @@ impl Receiver {
             State::Run { target, .. } => target.bytes,
             State::Header { .. } | State::Body { .. } => 0,
         };
-        let State::Run { range, target } = &mut self.state else {
+        let State::Run { range, target, sum } = &mut self.state else {
             return Err(self.fail(ReceiveError::Misfed { wanted_bytes, given_bytes: bytes }));
         };
         if bytes > wanted_bytes {
             return Err(self.fail(ReceiveError::Misfed { wanted_bytes, given_bytes: bytes }));
+        }
+        if sum.is_some() && bytes == wanted_bytes {
+            let range = *range;
+            return Err(self.fail(ReceiveError::Unchecked { range }));
         }
         target.byte_offset += bytes;
         target.bytes -= bytes;
@@ -322,11 +383,12 @@ impl Receiver {
     pub fn assert_invariants(&self) {
         match &self.state {
             State::Header { filled, .. } => assert!(*filled < HEADER_BYTES),
-            State::Body { body, bytes } => {
+            State::Body { body, bytes, .. } => {
                 assert!(bytes.len() < body.bytes && body.bytes <= BODY_BYTES_MAX);
                 assert!(bytes.capacity() <= body.bytes.min(2 * bytes.len()));
             }
-            State::Run { range, target } => {
+            State::Run { range, target, sum } => {
+                assert!(sum.is_none() || self.is_checked());
                 assert_eq!(range.region, target.region);
                 let Lane::AtDestination(_) = self.lane else { panic!("a run at {:?}", self.lane) };
                 let regions = self.regions.as_ref().expect("a run needs regions");
@@ -376,14 +438,19 @@ impl Receiver {
                 header[*filled..*filled + bytes.len()].copy_from_slice(bytes);
                 *filled += bytes.len();
                 if *filled == HEADER_BYTES {
+                    let sum = self.checker.as_mut().map(|checker| checker.open(header));
+                    let sum = sum.transpose()?;
                     let header = Header::decode(header)?;
-                    self.state = self.begin(header)?;
+                    self.state = self.begin(header, sum)?;
                 }
             }
-            State::Body { body, bytes: received } => {
+            State::Body { kind, body, bytes: received, sum } => {
                 grow(received, bytes.len(), body.bytes);
                 received.extend_from_slice(bytes);
                 if received.len() == body.bytes {
+                    if sum.is_some_and(|sum| sum != body_sum(received)) {
+                        return Err(ReceiveError::BodySum { kind: *kind });
+                    }
                     let (body, received) = (*body, std::mem::take(received));
                     self.state = State::NEXT_HEADER;
                     self.finish(body, received)?;
@@ -394,8 +461,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// A header is whole: what comes next?
-    fn begin(&mut self, header: Header) -> Result<State, ReceiveError> {
+    /// A header is whole, and right where there are sums, `sum` that of what follows it: what comes next?
+    fn begin(&mut self, header: Header, sum: Option<u32>) -> Result<State, ReceiveError> {
         self.lane.check(header.kind)?;
         self.check_account(header.kind)?;
         match header.head()? {
@@ -412,12 +479,12 @@ impl Receiver {
                     self.check_pages(Kind::Have, range)?;
                     account.check_range(range, self.regions.as_ref().expect("just checked"))?;
                 }
-                Ok(State::Body { body, bytes: Vec::new() })
+                Ok(State::Body { kind: header.kind, body, bytes: Vec::new(), sum })
             }
             Head::Data(range) => {
                 let target = self.run_target(range)?;
                 self.events.push_back(Event::RunBegins(range));
-                Ok(State::Run { range, target })
+                Ok(State::Run { range, target, sum })
             }
         }
     }
@@ -492,6 +559,14 @@ impl Receiver {
                 }
                 Event::Accounted
             }
+            Frame::Digests(digests) => {
+                let kind = Kind::Digests;
+                let regions = self.regions.as_ref().ok_or(ReceiveError::NoRegions { kind })?.len();
+                if digests.len() != regions {
+                    return Err(ReceiveError::DigestCount { digests: digests.len(), regions });
+                }
+                Event::Digests(digests)
+            }
             Frame::Ping(number) => Event::Ping(number),
             Frame::Pong(number) => Event::Pong(number),
             Frame::Error(fault) => Event::Error(fault),
@@ -522,7 +597,10 @@ impl Receiver {
         let regions = self.regions.as_ref().ok_or(ReceiveError::NoRegions { kind })?;
         regions.check(range).map_err(|error| ReceiveError::Pages { kind, error })?;
         let region = regions.get(range.region).expect("checked");
-        let pages_max = region.page_size.run_pages_max();
+        let pages_max = match self.is_checked() {
+            true => region.page_size.checked_run_pages_max(),
+            false => region.page_size.run_pages_max(),
+        };
         if range.pages > pages_max {
             return Err(ReceiveError::RunLength { range, pages_max });
         }
@@ -589,7 +667,7 @@ fn route(kind: Kind) -> (Way, Lanes) {
         }
         Kind::Resume | Kind::Have => (Way::ToSource, Lanes::Demand),
         Kind::Ack => (Way::ToSource, Lanes::Any),
-        Kind::Complete => (Way::Both, Lanes::Demand),
+        Kind::Complete | Kind::Digests => (Way::Both, Lanes::Demand),
         Kind::Ping | Kind::Pong | Kind::Error => (Way::Both, Lanes::Any),
     }
 }
@@ -631,6 +709,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::Resume(Standing { switched: true, running: Some(1), totals: Totals::default() }),
         Event::Have { range, words: vec![1] },
         Event::Accounted,
+        Event::Digests(vec![5]),
         Event::Ping(1),
         Event::Pong(1),
         Event::Error(Fault::new(FaultCode::Other, "why")),
@@ -640,6 +719,7 @@ pub(crate) fn one_of_each() -> Vec<Event> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checksum::Seal;
     use crate::error::{FrameError, RegionError};
     use crate::fault::FaultCode;
     use crate::region::{PageSize, Region};
@@ -897,6 +977,86 @@ mod tests {
         assert_eq!(receiver.landed(4097), misfed(4096, 4097));
     }
 
+    fn checked() -> Receiver {
+        bulk().checked(true)
+    }
+
+    fn sealed_run(seal: &mut Seal, range: PageRange, sums: &[u32]) -> [u8; HEADER_BYTES] {
+        let mut header = transmit::data_header(range);
+        seal.data(&mut header, sums);
+        header
+    }
+
+    #[test]
+    fn a_run_lands_once_its_sum_is_right() {
+        let (pages, sums) = (range(SMALL, 3, 2), [7, 9]);
+        let begun = |receiver: &mut Receiver, seal: &mut Seal| {
+            receiver.control(&sealed_run(seal, pages, &sums)).unwrap();
+            assert_eq!(receiver.poll_event(), Some(Event::RunBegins(pages)));
+        };
+        let (mut receiver, mut seal) = (checked(), Seal::new(true));
+        begun(&mut receiver, &mut seal);
+        receiver.landed(5000).unwrap();
+        receiver.verify(&sums).unwrap();
+        receiver.landed(3192).unwrap();
+        assert_eq!(drain(&mut receiver), [Event::Data(pages)]);
+
+        begun(&mut receiver, &mut seal);
+        let wrong = ReceiveError::RunSum { range: pages };
+        assert_eq!(receiver.verify(&[7, 8]), Err(wrong.clone()));
+        assert!(wrong.is_corruption());
+        assert_eq!(receiver.landed(8192), Err(wrong));
+        assert_eq!(drain(&mut receiver), []);
+
+        let (mut receiver, mut seal) = (checked(), Seal::new(true));
+        begun(&mut receiver, &mut seal);
+        assert_eq!(receiver.landed(8192), Err(ReceiveError::Unchecked { range: pages }));
+        let (mut receiver, mut seal) = (checked(), Seal::new(true));
+        begun(&mut receiver, &mut seal);
+        let misfed = ReceiveError::Misfed { wanted_bytes: 8192, given_bytes: 4096 };
+        assert_eq!(receiver.verify(&[7]), Err(misfed));
+    }
+
+    #[test]
+    fn checked_runs_are_short() {
+        let (mut seal, pages) = (Seal::new(true), range(SMALL, 0, 17));
+        let header = sealed_run(&mut seal, pages, &[0; 17]);
+        let long = ReceiveError::RunLength { range: pages, pages_max: 16 };
+        assert_eq!(checked().control(&header), Err(long));
+        assert_eq!(bulk().control(&transmit::data_header(pages)), Ok(()));
+    }
+
+    /// Nothing is waited for, allocated or said because of bits that have changed.
+    #[test]
+    fn every_flipped_bit_of_a_checked_lane_is_found() {
+        let frames = [
+            Frame::Request(vec![(SMALL, 7), (HUGE, 1)]),
+            Frame::Ack(range(SMALL, 0, 4)),
+            Frame::Digests(vec![1, 2]),
+            Frame::Error(Fault::new(FaultCode::Other, "why")),
+        ];
+        for frame in &frames {
+            let mut bytes = encoded(frame);
+            Seal::new(true).frames(&mut bytes);
+            let receiver = || {
+                let mut receiver = Receiver::for_source(&table()).checked(true);
+                receiver.set_regions(&table());
+                receiver
+            };
+            assert_eq!(feed(&mut receiver(), &bytes, 99), Ok(()));
+            for bit in 0..8 * bytes.len() {
+                let mut flipped = bytes.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                let mut receiver = receiver();
+                let error = feed(&mut receiver, &flipped, 99).unwrap_err();
+                assert!(error.is_corruption(), "bit {bit} of {frame:?}: {error}");
+                assert_eq!(drain(&mut receiver), []);
+            }
+        }
+        let unsealed = checked().control(&encoded(&Frame::LaneEnd));
+        assert_eq!(unsealed, Err(ReceiveError::HeaderSum { number: 0 }));
+    }
+
     #[test]
     fn each_kind_has_its_way_and_its_lanes() {
         // Letters: who accepts it. s/S source demand/bulk, d/D destination demand/bulk.
@@ -918,6 +1078,7 @@ mod tests {
             (Kind::Complete, "sd"),
             (Kind::Resume, "s"),
             (Kind::Have, "s"),
+            (Kind::Digests, "sd"),
             (Kind::Ping, "sSdD"),
             (Kind::Pong, "sSdD"),
             (Kind::Error, "sSdD"),

@@ -93,6 +93,12 @@ impl PageSize {
         let pages = RUN_BYTES_MAX >> self.shift;
         if pages == 0 { 1 } else { pages }
     }
+
+    /// The same on a lane that is checked: [`CHECKED_RUN_BYTES_MAX`] worth, or one larger page.
+    pub const fn checked_run_pages_max(self) -> u64 {
+        let pages = CHECKED_RUN_BYTES_MAX >> self.shift;
+        if pages == 0 { 1 } else { pages }
+    }
 }
 
 impl fmt::Display for PageSize {
@@ -482,6 +488,7 @@ mod tests {
         }
         let sizes = [PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G];
         assert_eq!(sizes.map(PageSize::run_pages_max), [512, 1, 1]);
+        assert_eq!(sizes.map(PageSize::checked_run_pages_max), [16, 1, 1]);
         assert_eq!(sizes.map(|size| size.to_string()), ["4 KiB", "2 MiB", "1 GiB"]);
     }
 

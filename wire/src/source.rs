@@ -207,6 +207,7 @@ impl Phase {
             (Phase::Comparing, Event::Ready(_)) => Ok(Phase::Ready),
             (Phase::Loading { state_bytes }, Event::Loaded) => Ok(Phase::Loaded { state_bytes }),
             (Phase::Committed, Event::Running { .. }) => Ok(Phase::Serving),
+            (Phase::Serving, Event::Digests(_)) => Ok(Phase::Serving),
             (Phase::Serving, Event::Complete(totals)) => Ok(Phase::Completed(*totals)),
             (Phase::Committed, Event::Resume(Standing { running: None, .. })) => {
                 Ok(Phase::Committed)
@@ -318,6 +319,7 @@ mod tests {
                     "a broken lane",
                     "request",
                     "ack",
+                    "digests",
                     "complete",
                     "resume",
                     "have",

@@ -4,8 +4,8 @@
 
 use crate::fault::{Fault, push_text};
 use crate::frame::{
-    Frame, HEADER_BYTES, Header, Kind, REQUEST_ENTRY_BYTES, Totals, UNIT_BYTES, request_entry,
-    standing_flags, stopped_flags,
+    DIGEST_BYTES, Frame, HEADER_BYTES, Header, Kind, REQUEST_ENTRY_BYTES, Totals, UNIT_BYTES,
+    request_entry, standing_flags, stopped_flags,
 };
 use crate::limits::*;
 use crate::region::{PageRange, PageSize, RegionId, RegionTable};
@@ -39,6 +39,7 @@ pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         Frame::Complete(totals) => return complete(out, totals),
         Frame::Resume(standing) => return resume(out, standing),
         Frame::Have { range, words } => return have(out, *range, words.iter().copied()),
+        Frame::Digests(digests) => return self::digests(out, digests),
         Frame::Error(fault) => return error(out, fault),
     };
     out.extend_from_slice(&header.encode());
@@ -98,6 +99,13 @@ fn complete(out: &mut Vec<u8>, totals: &Totals) {
     let body = totals.encode();
     out.extend_from_slice(&Header::with_body(Kind::Complete, body.len()).encode());
     out.extend_from_slice(&body);
+}
+
+fn digests(out: &mut Vec<u8>, digests: &[u64]) {
+    assert!((1..=REGIONS_MAX).contains(&digests.len()), "digests of {} regions", digests.len());
+    let header = Header::with_body(Kind::Digests, digests.len() * DIGEST_BYTES);
+    out.extend_from_slice(&header.encode());
+    digests.iter().for_each(|digest| out.extend_from_slice(&digest.to_le_bytes()));
 }
 
 fn resume(out: &mut Vec<u8>, standing: &Standing) {

@@ -80,6 +80,7 @@ fn frames() -> impl Strategy<Value = Frame> {
             let range = PageRange { region: RegionId(0), first: 0, pages: 256 };
             Frame::Have { range, words: words.into() }
         }),
+        any::<[u64; 3]>().prop_map(|digests| Frame::Digests(digests.into())),
         number.prop_map(Frame::Ping),
         number.prop_map(Frame::Pong),
         faults().prop_map(Frame::Error),

@@ -8,6 +8,9 @@
 //! In a session that recovers lanes are cut again and again, also while they are being opened and while
 //! the destination says what it has, and opened anew: everything arrives all the same, each page once.
 //!
+//! With checksums bits change on the way too, and bytes come again: no page is cached that is not as it was
+//! sent, everything arrives all the same, and both ends' digests are equal.
+//!
 //! Checked at every step: never may both guests run. At the end of a whole run: every page arrived
 //! exactly once, as what the source has. At the end of a broken one: both ends know a typed error
 //! or had finished, and the source may run exactly if it had not committed.
@@ -16,6 +19,7 @@ mod support;
 
 use std::collections::VecDeque;
 use support::{Random, region, seeds};
+use umem_wire::checksum::{SUMMED_BYTES, digest};
 use umem_wire::*;
 
 /// More steps than any run takes; one that takes them is stuck.
@@ -130,6 +134,58 @@ fn recovered_migrations() {
     assert!(one_seed || (whole > 0 && resumed > 0 && reconnected > 500));
 }
 
+#[test]
+fn corrupted_migrations() {
+    let (mut whole, mut resumed, mut reconnected) = (0, 0, 0);
+    for seed in seeds(300) {
+        let mut world = World::checked(Random(seed), true);
+        world.recover();
+        let interval = [10, 100, 1000][world.random.index(3)];
+        let mut left = world.random.below(40);
+        for step in 0.. {
+            assert!(
+                step < STEPS_MAX,
+                "stuck: {:?} {:?}",
+                world.source.phase,
+                world.destination.phase
+            );
+            if world.is_over_or_kept() {
+                break;
+            }
+            let committed = world.source.committed;
+            assert!(!committed || world.source.failure.is_none(), "{:?}", world.source.failure);
+            let failure = &world.destination.failure;
+            assert!(failure.is_none() || !committed, "{failure:?}");
+            // What is spoilt before the commit point ends the migration.
+            let may_spoil = committed || world.random.below(500) == 0;
+            if may_spoil && left > 0 && world.random.below(interval) == 0 {
+                left -= 1;
+                match world.random.chance(10) {
+                    true => world.cut_some(),
+                    false => world.spoil_some(),
+                }
+            }
+            world.step();
+            world.reconnect();
+        }
+        reconnected += world.source.epoch;
+        if world.source.committed {
+            whole += 1;
+            assert_eq!(world.source.failure, None);
+            assert!(matches!(world.source.phase, source::Phase::Completed(_)));
+            assert!(matches!(world.destination.phase, destination::Phase::Completed(_)));
+            world.assert_pages();
+            world.assert_digests();
+        } else {
+            resumed += 1;
+            assert!(world.source.phase.may_run() && !world.destination.phase.may_run());
+        }
+    }
+    println!("{whole} went on over {reconnected} attempts, {resumed} resumed at the source");
+    let one_seed = std::env::var_os("UMEM_SEED").is_some();
+    assert!(one_seed || (whole > 0 && resumed > 0 && reconnected > 500));
+}
+
 /// What a page is at the source.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 enum Content {
@@ -154,15 +210,29 @@ enum Failure {
     Phase(PhaseError),
 }
 
+impl Failure {
+    /// Another lane may do better.
+    fn is_loss(&self) -> bool {
+        match self {
+            Failure::Receive(error) => {
+                error.is_corruption() || matches!(error, ReceiveError::Truncated { .. })
+            }
+            Failure::Hello(_) => true,
+            Failure::Phase(_) => false,
+        }
+    }
+}
+
 struct World {
     random: Random,
     source: Source,
     destination: Destination,
     /// Lane 0 is the demand lane.
     lanes: Vec<LanePipes>,
+    /// Frames have checksums.
+    is_checked: bool,
 }
 
-#[derive(Default)]
 struct LanePipes {
     to_destination: Pipe,
     to_source: Pipe,
@@ -170,10 +240,17 @@ struct LanePipes {
 
 impl World {
     fn new(mut random: Random) -> World {
+        let is_checked = random.chance(30);
+        World::checked(random, is_checked)
+    }
+
+    fn checked(mut random: Random, is_checked: bool) -> World {
         let sizes = [PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G];
+        // A page of 1 GiB has 262,144 sums to make up.
+        let most = if is_checked { 2 } else { 3 };
         let (mut theirs, mut ours) = (Vec::new(), VecDeque::new());
         for (name, units_max, sizes) in
-            [("small", 600, &sizes[..1]), ("large", 5, &sizes[..2]), ("huge", 2, &sizes[..])]
+            [("small", 600, &sizes[..1]), ("large", 5, &sizes[..2]), ("huge", 2, &sizes[..most])]
         {
             // The two sides' pages may differ in size; the length is whole units of both.
             let [there, here] = [(); 2].map(|()| sizes[random.index(sizes.len())]);
@@ -183,10 +260,13 @@ impl World {
             ours.push_front(Region { name: name.into(), bytes, page_size: here });
         }
         let bulk_lanes = random.below(4) as u16;
-        let source = Source::new(RegionTable::new(theirs).unwrap(), bulk_lanes, &mut random);
-        let destination = Destination::new(RegionTable::new(ours.into()).unwrap(), bulk_lanes);
-        let lanes = (0..=bulk_lanes).map(|_| LanePipes::default()).collect();
-        World { random, source, destination, lanes }
+        let mut source = Source::new(RegionTable::new(theirs).unwrap(), bulk_lanes, &mut random);
+        let mut destination = Destination::new(RegionTable::new(ours.into()).unwrap(), bulk_lanes);
+        let sums = if is_checked { Capabilities::CHECKSUM } else { Capabilities::NONE };
+        source.hellos.iter_mut().for_each(|hello| hello.capabilities = sums);
+        (source.is_checked, destination.is_checked) = (is_checked, is_checked);
+        let lanes = (0..=bulk_lanes).map(|_| LanePipes::new(is_checked)).collect();
+        World { random, source, destination, lanes, is_checked }
     }
 
     /// One end does one thing, or reads once from one lane.
@@ -211,7 +291,7 @@ impl World {
         self.source.recovers = true;
         self.destination.recovers = true;
         for hello in &mut self.source.hellos {
-            hello.capabilities = Capabilities::RECOVERY;
+            hello.capabilities = hello.capabilities.union(Capabilities::RECOVERY);
         }
     }
 
@@ -222,6 +302,24 @@ impl World {
         let lanes = self.lanes.iter_mut().enumerate();
         let cut = lanes.filter(|(index, _)| all || *index == lane);
         cut.for_each(|(_, lane)| lane.cut(&mut self.random));
+    }
+
+    /// Changes a bit of what is on its way on some lane, or has bytes of it come again.
+    fn spoil_some(&mut self) {
+        let lane = self.random.index(self.lanes.len());
+        let LanePipes { to_destination, to_source } = &mut self.lanes[lane];
+        let pipe = if self.random.chance(70) { to_destination } else { to_source };
+        pipe.spoil(&mut self.random);
+    }
+
+    /// Both ends know what the other has, as far as it got to say so, and it is the same.
+    fn assert_digests(&self) {
+        let theirs = self.source.digests();
+        assert_eq!(self.source.heard_digests.as_ref(), Some(&theirs));
+        assert_eq!(self.destination.digests, theirs);
+        if let destination::Phase::Completed(Some(_)) = self.destination.phase {
+            assert_eq!(self.destination.heard_digests, Some(theirs));
+        }
     }
 
     /// What an end has given up is no more for the other either, though it may read what is on its
@@ -240,7 +338,8 @@ impl World {
         }
         // A hello of a later epoch ends what is older.
         self.destination.go_down();
-        self.lanes.iter_mut().for_each(|lane| *lane = LanePipes::default());
+        let is_checked = self.is_checked;
+        self.lanes.iter_mut().for_each(|lane| *lane = LanePipes::new(is_checked));
         self.source.is_down = false;
         self.source.epoch += 1;
         for hello in &mut self.source.hellos {
@@ -248,6 +347,7 @@ impl World {
         }
         self.destination.is_down = false;
         self.destination.lanes = self.lanes.iter().map(|_| LaneEnd::Opening(Vec::new())).collect();
+        self.destination.are_intact.fill(true);
     }
 
     /// Both have ended; or the guest goes on at the source, and the destination cannot know it.
@@ -327,17 +427,33 @@ impl World {
 }
 
 /// One direction of a lane: what was sent and not read.
-#[derive(Default)]
 struct Pipe {
     pieces: VecDeque<Piece>,
     closed: bool,
+    seal: Seal,
+    /// What comes is not what was sent.
+    is_spoilt: bool,
 }
 
+#[derive(Clone)]
 enum Piece {
     /// Headers and bodies.
     Control(VecDeque<u8>),
-    /// Bytes of pages, in the source's numbers.
-    Pages(RunTarget),
+    /// Bytes of pages, in the source's numbers; true if some of them have changed.
+    Pages(RunTarget, bool),
+}
+
+/// What 4 KiB of a page add up to, made up.
+fn sum(region: RegionId, page: u64) -> u32 {
+    Random(u64::from(region.0) << 48 | page).next() as u32
+}
+
+/// The sums of a run's pages, and the number of the first of them in 4 KiB.
+fn sums(table: &RegionTable, range: PageRange) -> (u64, Vec<u32>) {
+    let summed = table.get(range.region).unwrap().page_size.bytes() / SUMMED_BYTES as u64;
+    let first = range.first * summed;
+    let end = first + range.pages * summed;
+    (first, (first..end).map(|page| sum(range.region, page)).collect())
 }
 
 impl Pipe {
@@ -345,8 +461,22 @@ impl Pipe {
         self.pieces.is_empty()
     }
 
+    /// Whole frames, and device state behind its header.
+    fn send(&mut self, frames: &[u8]) {
+        let mut sealed = frames.to_vec();
+        self.seal.frames(&mut sealed);
+        self.send_bytes(&sealed);
+    }
+
+    /// A data run's header.
+    fn send_data(&mut self, range: PageRange, sums: &[u32]) {
+        let mut header = transmit::data_header(range);
+        self.seal.data(&mut header, sums);
+        self.send_bytes(&header);
+    }
+
     /// A closed pipe swallows what is sent, as a socket does for a while.
-    fn send(&mut self, bytes: &[u8]) {
+    fn send_bytes(&mut self, bytes: &[u8]) {
         if self.closed {
             return;
         }
@@ -358,12 +488,22 @@ impl Pipe {
 
     fn send_pages(&mut self, run: RunTarget) {
         if !self.closed {
-            self.pieces.push_back(Piece::Pages(run));
+            self.pieces.push_back(Piece::Pages(run, false));
         }
     }
 
-    /// Reads control bytes, some of `most`. Pages where control bytes are wanted are a mistake.
+    /// Reads control bytes, some of `most`. Pages where control bytes are wanted are a mistake, unless
+    /// what comes is not what was sent.
     fn read_control(&mut self, most: usize, random: &mut Random) -> Vec<u8> {
+        if let (true, Some(Piece::Pages(run, _))) = (self.is_spoilt, self.pieces.front_mut()) {
+            let count = random.partial(run.bytes.min(most as u64));
+            run.bytes -= count;
+            run.byte_offset += count;
+            if run.bytes == 0 {
+                self.pieces.pop_front();
+            }
+            return vec![0xa5; count as usize];
+        }
         let Some(Piece::Control(waiting)) = self.pieces.front_mut() else {
             panic!("control bytes were wanted, pages came");
         };
@@ -375,19 +515,54 @@ impl Pipe {
         bytes
     }
 
-    /// Reads bytes of pages, and checks that they belong where the reader puts them.
-    fn read_pages(&mut self, target: RunTarget, random: &mut Random) -> u64 {
-        let Some(Piece::Pages(run)) = self.pieces.front_mut() else {
+    /// Reads bytes of pages, and checks that they belong where the reader puts them, as far as what comes is
+    /// what was sent. How many bytes, and whether they are those of the target.
+    fn read_pages(&mut self, target: RunTarget, random: &mut Random) -> (u64, bool) {
+        if let (true, Some(Piece::Control(_))) = (self.is_spoilt, self.pieces.front()) {
+            let most = usize::try_from(target.bytes).unwrap();
+            return (self.read_control(most, random).len() as u64, false);
+        }
+        let Some(Piece::Pages(run, is_spoilt)) = self.pieces.front_mut() else {
             panic!("pages were wanted, control bytes came");
         };
-        assert_eq!(*run, target, "bytes land where they do not belong");
-        let count = random.partial(run.bytes);
+        let is_intact = *run == target && !*is_spoilt;
+        assert!(is_intact || self.is_spoilt, "bytes land where they do not belong");
+        let count = random.partial(run.bytes.min(target.bytes));
         run.byte_offset += count;
         run.bytes -= count;
         if run.bytes == 0 {
             self.pieces.pop_front();
         }
-        count
+        (count, is_intact)
+    }
+
+    /// Changes a bit, or has something come again.
+    fn spoil(&mut self, random: &mut Random) {
+        if self.pieces.is_empty() {
+            return;
+        }
+        self.is_spoilt = true;
+        let index = random.index(self.pieces.len());
+        let again = random.chance(30);
+        match &mut self.pieces[index] {
+            Piece::Control(bytes) if again => {
+                let start = random.index(bytes.len());
+                let end = start + 1 + random.index(bytes.len() - start);
+                let slice: Vec<u8> = bytes.range(start..end).copied().collect();
+                let behind = bytes.split_off(end);
+                bytes.extend(slice);
+                bytes.extend(behind);
+            }
+            Piece::Control(bytes) => {
+                let at = random.index(bytes.len());
+                bytes[at] ^= 1 << random.below(8);
+            }
+            Piece::Pages(run, _) if again => {
+                let run = *run;
+                self.pieces.insert(index, Piece::Pages(run, true));
+            }
+            Piece::Pages(_, is_spoilt) => *is_spoilt = true,
+        }
     }
 
     /// Ends here: some of what was not read is lost.
@@ -401,6 +576,16 @@ impl Pipe {
 }
 
 impl LanePipes {
+    fn new(is_checked: bool) -> LanePipes {
+        let pipe = || Pipe {
+            pieces: VecDeque::new(),
+            closed: false,
+            seal: Seal::new(is_checked),
+            is_spoilt: false,
+        };
+        LanePipes { to_destination: pipe(), to_source: pipe() }
+    }
+
     fn cut(&mut self, random: &mut Random) {
         self.to_destination.cut(random);
         self.to_source.cut(random);
@@ -450,6 +635,8 @@ struct Source {
     state_bytes: u64,
     ended_lanes: bool,
     totals: Totals,
+    is_checked: bool,
+    heard_digests: Option<Vec<u64>>,
     recovers: bool,
     /// The lanes are lost, and there are no others yet.
     is_down: bool,
@@ -486,6 +673,8 @@ impl Source {
             state_bytes: random.below(300_000),
             ended_lanes: false,
             totals: Totals::default(),
+            is_checked: false,
+            heard_digests: None,
             recovers: false,
             is_down: false,
             epoch: 0,
@@ -533,9 +722,7 @@ impl Source {
 
     /// The lanes are no more: remembers why, and tells the phase.
     fn lost(&mut self, failure: Failure) {
-        if let (true, true, Failure::Receive(ReceiveError::Truncated { .. })) =
-            (self.recovers, self.committed, &failure)
-        {
+        if self.recovers && self.committed && failure.is_loss() {
             return self.go_down();
         }
         self.failure.get_or_insert(failure);
@@ -586,7 +773,7 @@ impl Source {
         }
         if self.lanes.len() < self.hellos.len() {
             let index = self.lanes.len();
-            pipes[index].to_destination.send(&self.hellos[index].encode());
+            pipes[index].to_destination.send_bytes(&self.hellos[index].encode());
             return self.lanes.push(LaneEnd::Opening(Vec::new()));
         }
         let is_open = self.lanes.iter().all(|lane| matches!(lane, LaneEnd::Open(_)));
@@ -618,8 +805,9 @@ impl Source {
                 let bytes = random.partial(most.min(self.state_bytes - state_bytes)).max(500);
                 let bytes = bytes.min(self.state_bytes - state_bytes);
                 self.input(source::Input::SentState { bytes });
-                self.say(pipes, &Frame::DeviceState { bytes: bytes as u32 });
-                pipes[0].to_destination.send(&vec![0xa5; bytes as usize]);
+                let mut frame = transmit::device_state_header(bytes as usize).to_vec();
+                frame.extend(vec![0xa5; bytes as usize]);
+                pipes[0].to_destination.send(&frame);
             }
             source::Phase::Saving { state_bytes } => {
                 self.input(source::Input::SentLoad);
@@ -636,12 +824,28 @@ impl Source {
 
     fn say_goodbye(&mut self, pipes: &mut [LanePipes]) {
         self.end_lanes(pipes);
+        if self.is_checked {
+            self.say(pipes, &Frame::Digests(self.digests()));
+        }
         self.say(pipes, &Frame::Complete(self.totals));
         pipes.iter_mut().for_each(LanePipes::close);
     }
 
     fn say(&self, pipes: &mut [LanePipes], frame: &Frame) {
         send(&mut pipes[0].to_destination, frame);
+    }
+
+    /// What all of its memory comes to.
+    fn digests(&self) -> Vec<u64> {
+        let of = |(region, pages): (usize, &Vec<Content>)| {
+            let region = RegionId(region as u16);
+            let data = (0..).zip(pages).filter(|&(_, &content)| content == Content::Data);
+            data.fold(0u64, |all, (first, _)| {
+                let (first, sums) = sums(&self.regions, PageRange { region, first, pages: 1 });
+                all.wrapping_add(digest(first, &sums))
+            })
+        };
+        self.contents.iter().enumerate().map(of).collect()
     }
 
     /// Sends the next run that nobody claimed, from a random place on; or ends the lanes.
@@ -674,7 +878,11 @@ impl Source {
         let id = RegionId(region as u16);
         let page_size = self.regions.get(id).unwrap().page_size;
         let kind = self.contents[region][first];
-        let most = if kind == Content::Data { most.min(page_size.run_pages_max()) } else { most };
+        let most = match kind {
+            Content::Data if self.is_checked => most.min(page_size.checked_run_pages_max()),
+            Content::Data => most.min(page_size.run_pages_max()),
+            _ => most,
+        };
         let (contents, claimed) = (&self.contents[region], &self.claimed[region]);
         let fits = |&page: &usize| contents[page] == kind && !claimed[page];
         let end = first + most as usize;
@@ -686,7 +894,8 @@ impl Source {
         let bytes = range.pages * page_size.bytes();
         match kind {
             Content::Data => {
-                pipe.send(&transmit::data_header(range));
+                let sums = if self.is_checked { sums(&self.regions, range).1 } else { Vec::new() };
+                pipe.send_data(range, &sums);
                 let byte_offset = range.first * page_size.bytes();
                 pipe.send_pages(RunTarget { region: id, byte_offset, bytes });
                 self.totals.data_bytes += bytes;
@@ -755,11 +964,12 @@ impl Source {
         if let Err(error) = checked {
             return self.lost(Failure::Hello(error));
         }
-        self.lanes[lane] = LaneEnd::Open(match lane {
+        let receiver = match lane {
             0 if self.epoch > 0 => Receiver::for_resumed_source(&self.regions),
             0 => Receiver::for_source(&self.regions),
             _ => Receiver::for_source_bulk(),
-        });
+        };
+        self.lanes[lane] = LaneEnd::Open(receiver.checked(self.is_checked));
         if let (1.., LaneEnd::Open(receiver)) = (self.epoch, &mut self.lanes[lane]) {
             receiver.set_regions(&self.regions);
         }
@@ -773,6 +983,9 @@ impl Source {
             return;
         }
         self.account(event, pipes);
+        if let Event::Digests(digests) = event {
+            self.heard_digests = Some(digests.clone());
+        }
         if let Event::Ready(landing) = event {
             self.land(landing, random);
         }
@@ -797,7 +1010,14 @@ struct Destination {
     landing: Option<RegionTable>,
     pages: Vec<Vec<Page>>,
     lanes: Vec<LaneEnd>,
+    /// Of each lane's current run nothing has come yet that was not sent.
+    are_intact: Vec<bool>,
+    /// Each lane's current run.
+    begun: Vec<Option<PageRange>>,
     totals: Totals,
+    is_checked: bool,
+    digests: Vec<u64>,
+    heard_digests: Option<Vec<u64>>,
     recovers: bool,
     /// The lanes are lost, and there are no others yet.
     is_down: bool,
@@ -814,7 +1034,12 @@ impl Destination {
             pages: Vec::new(),
             regions,
             lanes: (0..=bulk_lanes).map(|_| LaneEnd::Opening(Vec::new())).collect(),
+            are_intact: vec![true; usize::from(bulk_lanes) + 1],
+            begun: vec![None; usize::from(bulk_lanes) + 1],
             totals: Totals::default(),
+            is_checked: false,
+            digests: Vec::new(),
+            heard_digests: None,
             recovers: false,
             is_down: false,
             epoch: 0,
@@ -841,8 +1066,7 @@ impl Destination {
     }
 
     fn lost(&mut self, failure: Failure) {
-        let is_cut = matches!(failure, Failure::Receive(ReceiveError::Truncated { .. }));
-        if is_cut && self.recovers && self.phase.outlives_its_lanes() {
+        if failure.is_loss() && self.recovers && self.phase.outlives_its_lanes() {
             return self.go_down();
         }
         self.failure.get_or_insert(failure);
@@ -884,6 +1108,9 @@ impl Destination {
             transmit::have(out, range, words.collect::<Vec<u64>>().into_iter());
         }
         if self.phase == destination::Phase::Completing {
+            if self.is_checked {
+                transmit::encode(&Frame::Digests(self.digests.clone()), out);
+            }
             transmit::encode(&Frame::Complete(self.totals), out);
         }
     }
@@ -909,6 +1136,9 @@ impl Destination {
             }
             destination::Phase::Running { .. } if self.is_whole() => {
                 self.input(destination::Input::AllCached);
+                if self.is_checked {
+                    self.say(pipes, &Frame::Digests(self.digests.clone()));
+                }
                 self.say(pipes, &Frame::Complete(self.totals));
             }
             _ => {}
@@ -972,7 +1202,24 @@ impl Destination {
         };
         let result = match receiver.next_target() {
             Target::Control { exact } => receiver.control(&pipe.read_control(exact, random)),
-            Target::Run(target) => receiver.landed(pipe.read_pages(target, random)),
+            Target::Run(target) => {
+                let (count, is_intact) = pipe.read_pages(target, random);
+                self.are_intact[lane] &= is_intact;
+                let verified = match count == target.bytes && receiver.is_checked() {
+                    true => {
+                        let is_intact = std::mem::replace(&mut self.are_intact[lane], true);
+                        let range = self.begun[lane].expect("it has begun");
+                        let landing = self.landing.as_ref().expect("pages come after the regions");
+                        let (_, mut sums) = sums(landing, range);
+                        sums[0] ^= u32::from(!is_intact);
+                        let verified = receiver.verify(&sums);
+                        assert_eq!(verified.is_ok(), is_intact, "{range}");
+                        verified
+                    }
+                    false => Ok(()),
+                };
+                verified.and_then(|()| receiver.landed(count))
+            }
         };
         receiver.assert_invariants();
         let events: Vec<Event> = std::iter::from_fn(|| receiver.poll_event()).collect();
@@ -1000,12 +1247,20 @@ impl Destination {
     }
 
     fn hello(&mut self, lane: usize, bytes: &[u8; HELLO_BYTES], answers: &mut Pipe) {
-        let hello = Hello::decode(bytes).unwrap();
+        let hello = match Hello::decode(bytes) {
+            Ok(hello) => hello,
+            Err(error) => {
+                answers.closed = true;
+                return self.lost(Failure::Hello(error));
+            }
+        };
         assert_eq!(usize::from(hello.index), lane);
         let ours = if self.recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
+        let ours = ours.union(Capabilities::CHECKSUM);
         let welcome = Welcome::answer(&hello, PROTOCOL, ours, hello.proof).unwrap();
-        answers.send(&welcome.encode());
-        self.lanes[lane] = LaneEnd::Open(Receiver::for_destination(hello.role));
+        answers.send_bytes(&welcome.encode());
+        let receiver = Receiver::for_destination(hello.role).checked(self.is_checked);
+        self.lanes[lane] = LaneEnd::Open(receiver);
         if hello.epoch == 0 {
             return;
         }
@@ -1019,7 +1274,8 @@ impl Destination {
         let mut account = Vec::new();
         self.account(&mut account);
         answers.send(&account);
-        self.lanes[0] = LaneEnd::Open(Receiver::for_resumed_destination(landing));
+        let receiver = Receiver::for_resumed_destination(landing).checked(self.is_checked);
+        self.lanes[0] = LaneEnd::Open(receiver);
     }
 
     fn handle(&mut self, lane: usize, event: &Event, answers: &mut Pipe, random: &mut Random) {
@@ -1038,12 +1294,22 @@ impl Destination {
                     let ours = usize::from(ids[usize::from(theirs.0)].0);
                     self.pages[ours] = vec![Page::Missing; region.pages() as usize];
                 }
+                self.digests = vec![0; ids.len()];
                 (self.ids, self.landing) = (ids, Some(landing));
             }
-            Event::RunBegins(range) => self.move_pages(*range, Page::Missing, Page::Landing),
+            Event::RunBegins(range) => {
+                self.begun[lane] = Some(*range);
+                self.move_pages(*range, Page::Missing, Page::Landing);
+            }
             Event::Data(range) => {
                 self.move_pages(*range, Page::Landing, Page::Cached(Content::Data));
                 self.totals.data_bytes += self.bytes(*range);
+                if self.is_checked {
+                    let landing = self.landing.as_ref().expect("pages come after the regions");
+                    let (first, sums) = sums(landing, *range);
+                    let digests = &mut self.digests[usize::from(range.region.0)];
+                    *digests = digests.wrapping_add(digest(first, &sums));
+                }
                 if random.chance(50) {
                     answers.send(&transmit::ack_header(*range));
                 }
@@ -1056,6 +1322,7 @@ impl Destination {
                 self.move_pages(*range, Page::Missing, Page::Cached(Content::Hole));
                 self.totals.hole_bytes += self.bytes(*range);
             }
+            Event::Digests(digests) => self.heard_digests = Some(digests.clone()),
             Event::Ping(number) => send(answers, &Frame::Pong(*number)),
             _ => {}
         }

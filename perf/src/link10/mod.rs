@@ -84,8 +84,15 @@ impl Measure for Options {
         let link = Link::new(options.rate)?;
         let route = Route { umem: &umem, namespaces: Some(link.namespaces()), tls_creds: None };
         let (pages, size_mib, lanes) = (options.into, options.size, options.lanes);
-        let subject =
-            Subject { pages, size_mib, zero_percent: 0, readers: 0, lanes, release_ram: false };
+        let subject = Subject {
+            pages,
+            size_mib,
+            zero_percent: 0,
+            readers: 0,
+            lanes,
+            release_ram: false,
+            checksum: false,
+        };
         let touching = |count: Option<usize>| Touching {
             background: count.is_none(),
             count,

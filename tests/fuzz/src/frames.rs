@@ -1,7 +1,11 @@
-//! Valid frames in any order: each means at the other end what was said.
+//! Valid frames in any order: each means at the other end what was said; with checksums too, and not with a
+//! bit of it changed.
 
 use arbitrary::{Arbitrary, Unstructured};
-use umem_wire::{Event, Frame, LaneRole, Receiver, Standing, Target, Totals, transmit};
+use umem_wire::checksum::SUMMED_BYTES;
+use umem_wire::{
+    Event, Frame, LaneRole, ReceiveError, Receiver, Seal, Standing, Target, Totals, transmit,
+};
 
 use crate::words::{Word, table};
 
@@ -14,6 +18,10 @@ pub(crate) fn run(input: &[u8]) {
         bytes.extend(vec![0xa5; word.state_bytes() as usize]);
         let understood = receivers().into_iter().filter(|receiver| means(receiver, &word, &bytes));
         assert_ne!(understood.count(), 0, "nobody understands {word:?}");
+        let bit = input.arbitrary().unwrap_or(0u32) as usize;
+        for (at_destination, make) in receivers() {
+            check_sealed((at_destination, make), &word, &bytes, bit);
+        }
     }
 }
 
@@ -40,6 +48,64 @@ fn resumed() -> Receiver {
     receiver.control(&bytes).expect("a resume frame");
     assert_eq!(receiver.poll_event(), Some(Event::Resume(standing)));
     receiver
+}
+
+/// With checksums a frame means what it means without, and nothing with any one bit changed.
+fn check_sealed(end: End, word: &Word, bytes: &[u8], bit: usize) {
+    let is_understood = means(&end, word, bytes);
+    let mut sealed = bytes.to_vec();
+    let mut sums = Vec::new();
+    let mut seal = Seal::new(true);
+    if let Frame::Data(range) = word.frame() {
+        let page_size = table().get(range.region).expect("within the table").page_size;
+        if range.pages > page_size.checked_run_pages_max() {
+            return;
+        }
+        sums = vec![7; (range.pages * page_size.bytes()) as usize / SUMMED_BYTES];
+        seal.data(sealed.first_chunk_mut().expect("a header"), &sums);
+    } else {
+        seal.frames(&mut sealed);
+    }
+    if !is_understood {
+        return;
+    }
+    let receiver = || {
+        let mut receiver = (end.1)();
+        if !matches!(word, Word::Regions | Word::Ready) {
+            receiver.set_regions(&table());
+        }
+        receiver
+    };
+    let fed = feed(receiver().checked(true), end.0, &sealed, &sums);
+    assert!(fed.is_ok(), "{word:?} with checksums: {fed:?}");
+    let bit = bit % (8 * sealed.len());
+    sealed[bit / 8] ^= 1 << (bit % 8);
+    let error = feed(receiver().checked(true), end.0, &sealed, &sums).unwrap_err();
+    assert!(error.is_corruption(), "bit {bit} of {word:?}: {error}");
+}
+
+/// Everything that a frame brings goes to a receiver, pages with these sums.
+fn feed(
+    mut receiver: Receiver,
+    at_destination: bool,
+    mut rest: &[u8],
+    sums: &[u32],
+) -> Result<(), ReceiveError> {
+    loop {
+        match receiver.next_target() {
+            Target::Run(run) => {
+                receiver.verify(sums)?;
+                receiver.landed(run.bytes)?;
+            }
+            Target::Control { .. } if rest.is_empty() => return Ok(()),
+            Target::Control { exact } => {
+                let most = if at_destination { exact.min(rest.len()) } else { rest.len() };
+                let (now, later) = rest.split_at(most);
+                rest = later;
+                receiver.control(now)?;
+            }
+        }
+    }
 }
 
 /// Whether a receiver takes the frame; then it must mean what was said. One that does not must say so.

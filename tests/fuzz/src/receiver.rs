@@ -32,7 +32,8 @@ struct Outcome {
     is_ended: bool,
 }
 
-/// The end of a lane, by the lower bits of a number: its role, its side, and whether it knows the regions.
+/// The end of a lane, by the lower bits of a number: its role, its side, whether it knows the regions, and
+/// whether it is checked.
 fn receiver(which: u8) -> Receiver {
     let mut receiver = match which % 4 {
         0 => Receiver::for_destination(LaneRole::Demand),
@@ -43,7 +44,7 @@ fn receiver(which: u8) -> Receiver {
     if which & 4 != 0 {
         receiver.set_regions(&table());
     }
-    receiver
+    receiver.checked(which & 8 != 0)
 }
 
 /// Feeds bytes in pieces of these lengths, over and over; without any, as much at once as is allowed.

@@ -38,6 +38,7 @@ pub(crate) enum Word {
     Error { code: u16, text: String },
     Resume { switched: bool, running: Option<u64>, totals: [u64; 5] },
     Have([u64; 5]),
+    Digests([u64; 3]),
 }
 
 /// 300 pages of 4 KiB, 3 of 2 MiB, 2 of 1 GiB.
@@ -102,6 +103,7 @@ impl Word {
                 let running = running.filter(|_| switched);
                 Frame::Resume(Standing { switched, running, totals: totals_of(totals) })
             }
+            Word::Digests(digests) => Frame::Digests(digests.into()),
             Word::Have(mut words) => {
                 // 300 pages are four words and 44 bits.
                 words[4] &= (1 << 44) - 1;
@@ -134,6 +136,7 @@ impl Word {
             Frame::Error(fault) => Event::Error(fault),
             Frame::Resume(standing) => Event::Resume(standing),
             Frame::Have { range, words } => Event::Have { range, words },
+            Frame::Digests(digests) => Event::Digests(digests),
         }
     }
 

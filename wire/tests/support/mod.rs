@@ -40,9 +40,11 @@ impl Random {
     }
 }
 
-/// The seeds to run: the one in UMEM_SEED, or `0..count`. The one that runs is printed, so that a
-/// failure shows it last.
+/// The seeds to run: the one in UMEM_SEED, or `0..count`, or as many as UMEM_SIM_SEEDS says. The one that
+/// runs is printed, so that a failure shows it last.
 pub(crate) fn seeds(count: u64) -> impl Iterator<Item = u64> {
+    let many = std::env::var("UMEM_SIM_SEEDS").ok();
+    let count = many.map_or(count, |many| many.parse().expect("UMEM_SIM_SEEDS is a number"));
     let only = std::env::var("UMEM_SEED").ok();
     let only = only.map(|seed| seed.parse().expect("UMEM_SEED is a number"));
     let seeds = only.map_or(0..count, |seed: u64| seed..seed + 1);
@@ -88,6 +90,7 @@ pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
             range: PageRange { region: RegionId(0), first: 0, pages: 300 },
             words: vec![u64::MAX, 0, 0x5a5a, 1, 0xfff],
         },
+        Frame::Digests(vec![1, 2, 3]),
         Frame::Ping(4),
         Frame::Pong(5),
         Frame::Error(Fault::new(FaultCode::HostFailed, "the guest is gone")),
@@ -148,6 +151,7 @@ pub(crate) fn frame(event: &Event) -> Option<Frame> {
         Event::Complete(totals) => Frame::Complete(totals),
         Event::Resume(standing) => Frame::Resume(standing),
         Event::Have { range, words } => Frame::Have { range, words },
+        Event::Digests(digests) => Frame::Digests(digests),
         Event::Ping(number) => Frame::Ping(number),
         Event::Pong(number) => Frame::Pong(number),
         Event::Error(fault) => Frame::Error(fault),

@@ -1,0 +1,138 @@
+//! Sums of pages, as `--checksum` has them: of buffers of our own, and of guest memory, which is copied out
+//! piece by piece, as nobody may hold a reference to it.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use serde::{Deserialize, Serialize};
+use umem_ring::{Memory, Span};
+use umem_wire::checksum::{self, SUMMED_BYTES};
+use umem_wire::{PageRange, RegionId};
+
+/// log2 of what one sum is of.
+const SUMMED_SHIFT: u8 = 12;
+const _: () = assert!(1 << SUMMED_SHIFT == SUMMED_BYTES);
+
+/// Puts the sum of each 4 KiB of a buffer into `sums`, in place of what was there.
+pub(crate) fn of_slice(bytes: &[u8], sums: &mut Vec<u32>) {
+    sums.clear();
+    sums.extend(bytes.as_chunks::<SUMMED_BYTES>().0.iter().map(|page| checksum::page_sum(page)));
+}
+
+/// The same for a piece of a mapping. Where somebody writes to it meanwhile a sum is of no moment's contents.
+pub(crate) fn of_span(span: &Span, sums: &mut Vec<u32>) {
+    sums.clear();
+    let mut page = [0; SUMMED_BYTES];
+    sums.extend((0..span.len()).step_by(SUMMED_BYTES).map(|offset| {
+        // SAFETY: the page lies inside the span (spans of pages are whole pages), which its owner keeps
+        // mapped; `page` is our own. Bytes that change meanwhile are copied as whatever they are.
+        unsafe {
+            let from = span.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(from, page.as_mut_ptr(), SUMMED_BYTES);
+        }
+        checksum::page_sum(&page)
+    }));
+}
+
+/// The same for what is sent or has been received, one buffer or one piece of a mapping.
+pub(crate) fn of_memory(memory: &Memory, sums: &mut Vec<u32>) {
+    match memory {
+        Memory::Bytes(bytes) => of_slice(bytes.as_slice(), sums),
+        Memory::Span(span) => of_span(span, sums),
+        Memory::Pieces(_) => unreachable!("a run is one piece of memory"),
+    }
+}
+
+/// The number, among pages of 4 KiB, of the first page of a range that counts units of `unit_shift`.
+pub(crate) fn first_summed(range: PageRange, unit_shift: u8) -> u64 {
+    range.first << (unit_shift - SUMMED_SHIFT)
+}
+
+/// What has been added up of each region.
+#[derive(Default)]
+pub(crate) struct Digests(Box<[AtomicU64]>);
+
+impl Digests {
+    pub(crate) fn of(regions: usize) -> Digests {
+        Digests((0..regions).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Pages with these sums are to count, for good: from this one on, counted in 4 KiB.
+    pub(crate) fn add(&self, region: RegionId, first: u64, sums: &[u32]) {
+        self.add_digest(region, checksum::digest(first, sums));
+    }
+
+    pub(crate) fn add_digest(&self, region: RegionId, digest: u64) {
+        self.0[usize::from(region.0)].fetch_add(digest, Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> Vec<u64> {
+        self.0.iter().map(|digest| digest.load(Relaxed)).collect()
+    }
+}
+
+/// A region's digest as both sides have it, in a report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionDigest {
+    /// The region's name.
+    pub region: String,
+    /// What its pages come to at this side, 16 hexadecimal digits: at the destination as they arrived, at
+    /// the source as its file has them.
+    pub digest: String,
+    /// The same at the other side; null where it did not say.
+    pub peer: Option<String>,
+}
+
+impl RegionDigest {
+    /// Region by region, in the order of the source's table.
+    pub(crate) fn all<'a>(
+        names: impl Iterator<Item = &'a str>,
+        ours: &[u64],
+        theirs: Option<&[u64]>,
+    ) -> Vec<RegionDigest> {
+        let text = |digest: &u64| format!("{digest:016x}");
+        let of = |(index, name): (usize, &str)| RegionDigest {
+            region: name.to_owned(),
+            digest: ours.get(index).map(text).unwrap_or_default(),
+            peer: theirs.and_then(|theirs| theirs.get(index)).map(text),
+        };
+        names.enumerate().map(of).collect()
+    }
+
+    /// Both sides have said what they have, and it is not the same.
+    pub(crate) fn differs(&self) -> bool {
+        self.peer.as_ref().is_some_and(|peer| *peer != self.digest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ptr::NonNull;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_span_has_the_sums_of_its_bytes() {
+        let bytes: Vec<u8> = (0..3 * SUMMED_BYTES).map(|at| ((at * 7) >> 3) as u8).collect();
+        let owner = Arc::new(bytes.clone());
+        let start = NonNull::new(owner.as_ptr().cast_mut()).unwrap();
+        // SAFETY: the vector is not touched again, and lives as long as the span.
+        let span = unsafe { Span::new(start, bytes.len(), owner) };
+        let (mut here, mut there) = (vec![7], Vec::new());
+        of_slice(&bytes, &mut here);
+        of_memory(&Memory::from(span), &mut there);
+        assert_eq!((here.len(), &here), (3, &there));
+        assert_eq!(here[1], checksum::page_sum(&bytes[4096..8192]));
+    }
+
+    #[test]
+    fn a_report_says_which_region_differs() {
+        let digests = RegionDigest::all(["a", "b"].into_iter(), &[1, 2], Some(&[1, 3]));
+        assert_eq!([digests[0].differs(), digests[1].differs()], [false, true]);
+        assert_eq!(
+            (digests[1].digest.as_str(), digests[1].region.as_str()),
+            ("0000000000000002", "b")
+        );
+        assert!(!RegionDigest::all(["a"].into_iter(), &[1], None)[0].differs());
+    }
+}

@@ -1,0 +1,152 @@
+//! One of umem's own guests on its way from one umem to another, through a relay that spoils that.
+
+use serde_json::{Value, json};
+
+use super::{Cutter, HugeFile, Qmp, Scratch, Umem};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// A handshake of TLS, or a nonce, and a hello.
+const GREETING_BYTES_MAX: u64 = 4 << 10;
+
+/// A guest that moves from one umem to another through a [`Cutter`].
+pub(crate) struct Move {
+    pub(crate) scratch: Scratch,
+    pub(crate) guest: Umem,
+    pub(crate) incoming: Umem,
+    pub(crate) migrate: Umem,
+    pub(crate) cutter: Cutter,
+    pub(crate) mib: u64,
+    _huge: Option<HugeFile>,
+}
+
+/// How the guest arrives.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct How {
+    pub(crate) mib: u64,
+    /// Of both guests.
+    pub(crate) threads: u32,
+    pub(crate) kind: Option<&'static str>,
+    /// For `umem incoming`.
+    pub(crate) incoming: &'static [&'static str],
+    /// For the guest there.
+    pub(crate) arriving: &'static [&'static str],
+    pub(crate) migrate: &'static [&'static str],
+    /// For both umem processes: a directory of certificates, or a secret.
+    pub(crate) security: Option<[&'static str; 2]>,
+    pub(crate) huge: bool,
+}
+
+impl Move {
+    /// Up to the start of `umem migrate`.
+    pub(crate) fn start(how: How) -> Move {
+        Move::start_through(how, |_| {})
+    }
+
+    /// The same; `prepare` has its say at the relay before anything passes there.
+    pub(crate) fn start_through(how: How, prepare: impl FnOnce(&Cutter)) -> Move {
+        let scratch = Scratch::new();
+        let mib = how.mib.to_string();
+        let threads = how.threads.to_string();
+        let path = |name: &str| scratch.path(name).display().to_string();
+        let [source_qmp, destination_qmp] = [path("source.qmp"), path("destination.qmp")];
+        let huge = how.huge.then(|| HugeFile::with_room(how.mib));
+        let source_ram = format!("ram0={}", scratch.ram("source").display());
+        let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
+        let mut arguments = vec!["guest", "--qmp", &source_qmp, "--ram", &source_ram];
+        arguments.extend(common);
+        let mut guest = Umem::start(arguments);
+        guest.event("ready");
+
+        let kind = how.kind.unwrap_or("shared");
+        let handoff = path("handoff");
+        let is_anonymous = kind == "anonymous";
+        let ram = match &huge {
+            Some(huge) => format!("ram0={}", huge.path().display()),
+            None => format!("ram0={}", scratch.ram("destination").display()),
+        };
+        let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
+        match is_anonymous {
+            true => arguments.extend(["--handoff", &handoff]),
+            false => arguments.extend(["--kind", kind, "--ram", &ram]),
+        }
+        arguments.extend(how.incoming);
+        arguments.extend(how.security.iter().flatten());
+        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
+        arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
+        arguments.extend(common);
+        match is_anonymous {
+            true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
+            false => arguments.extend(["--ram", &ram]),
+        }
+        arguments.extend(how.arriving);
+        let mut incoming = Umem::start(arguments);
+        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
+        let cutter = Cutter::to(&uri);
+        if how.security.is_some() {
+            cutter.lengthen_greetings(GREETING_BYTES_MAX);
+        }
+        prepare(&cutter);
+        let mut arguments = vec!["migrate", "-p", "--json", "--qmp", &source_qmp, cutter.uri()];
+        arguments.extend(how.migrate);
+        arguments.extend(how.security.iter().flatten());
+        let migrate = Umem::start(arguments);
+        Move { scratch, guest, incoming, migrate, cutter, mib: how.mib, _huge: huge }
+    }
+
+    /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
+    /// lets the others go.
+    pub(crate) fn switched(how: How) -> Move {
+        let mut moving = Move::start(how);
+        moving.migrate.event("running");
+        moving.incoming.event("running");
+        moving
+    }
+
+    /// Waits for the end on both sides, and has the guest check its memory. Returns both reports.
+    pub(crate) fn complete(mut self) -> (Value, Value) {
+        let source = self.migrate.event("completed");
+        let destination = self.incoming.event("completed");
+        self.check(&destination);
+        self.migrate.succeeds();
+        let [source_qmp, destination_qmp] =
+            ["source.qmp", "destination.qmp"].map(|name| self.scratch.path(name));
+        Qmp::connect(&source_qmp).quit();
+        self.guest.succeeds();
+        Qmp::connect(&destination_qmp).quit();
+        self.incoming.succeeds();
+        (source, destination)
+    }
+
+    /// Every word is what it was at the source or what has been written since, each page has been
+    /// counted once, and the guest has left its userfaultfd.
+    fn check(&self, report: &Value) {
+        let mut qmp = Qmp::connect(&self.scratch.path("destination.qmp"));
+        let verdict = qmp.execute("umem-verify", json!({}));
+        assert_eq!(verdict["verified_pages"], self.mib * 256, "{verdict}");
+        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
+        assert_eq!(verdict["registered"], false, "{verdict}");
+        let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
+        let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
+        assert_eq!(bytes, self.mib << 20, "every page has come once: {report}");
+    }
+}
+
+/// Numbers below `limit` that depend on the seed alone (splitmix64).
+pub(crate) fn seeded(mut seed: u64, limit: u64) -> impl Iterator<Item = u64> {
+    std::iter::repeat_with(move || {
+        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % limit
+    })
+}
+
+/// Seeds of one test: `UMEM_SEED` picks one.
+pub(crate) fn seed(otherwise: u64) -> u64 {
+    let seed = std::env::var("UMEM_SEED").ok().map(|seed| seed.parse().expect("a number"));
+    let seed = seed.unwrap_or(otherwise);
+    println!("UMEM_SEED={seed}");
+    seed
+}

@@ -1,0 +1,237 @@
+//! Checksums ([`Capabilities::CHECKSUM`]): what is not as it was sent is noticed before it means anything.
+//!
+//! On a lane where both ends can check, every frame's `extra` field holds two CRC32C, 32 bits each:
+//!
+//! ```text
+//! 24           28
+//! body         header
+//! of the body, or of the pages' sums      of the frame's number, 8 bytes, and the 28 bytes before it
+//! ```
+//!
+//! The *number* counts the frames of this way of this lane from 0 on and does not travel: a frame that is
+//! lost, comes again or out of order is as wrong as one whose bits have changed. Error frames have no number
+//! (all ones stand for it) and are not counted: they are the last, and whoever gives up may not know how many
+//! there were. The header is checked by itself, as a length that is wrong would have the receiver wait for
+//! what never comes.
+//!
+//! Pages are summed by 4 KiB, whatever their size ([`page_sum`]), as they are sent and as they have come, by
+//! whoever has them at hand: this crate never sees them. A run's sum is that of its pages' sums, each
+//! little-endian, one after the other; and the same sums make a region's [`digest`].
+//!
+//! CRC32C finds every change of up to 32 bits in a row, and all but one of 4 billion others. It is no secret:
+//! who changes bytes on purpose changes the sum with them. That is what TLS is for.
+//!
+//! [`Capabilities::CHECKSUM`]: crate::Capabilities::CHECKSUM
+
+use crate::bytes::{put, u32_at};
+use crate::error::ReceiveError;
+use crate::frame::{BODY_BYTES_AT, EXTRA_AT, HEADER_BYTES, Kind, body_bytes};
+
+/// What one sum is of: bytes of a page, or of a piece of a larger one.
+pub const SUMMED_BYTES: usize = 4096;
+
+/// The [`page_sum`] of zeroes.
+pub const ZERO_SUM: u32 = 0x98f9_4189;
+
+/// In place of an error frame's number.
+const NO_NUMBER: u64 = u64::MAX;
+
+/// The sum of [`SUMMED_BYTES`] of a page.
+pub fn page_sum(bytes: &[u8]) -> u32 {
+    debug_assert_eq!(bytes.len(), SUMMED_BYTES);
+    crc32c::crc32c(bytes)
+}
+
+/// What a region's pages add to its digest, given their sums from the page with this number on, of
+/// [`SUMMED_BYTES`] each.
+///
+/// A region's digest is the sum (modulo 2^64) of these over all of its pages, in any order, each once.
+/// Pages of zeroes add nothing, so that it is the same whether they were sent, left out or are holes.
+pub fn digest(first: u64, sums: &[u32]) -> u64 {
+    let pages = (first..).zip(sums).filter(|&(_, &sum)| sum != ZERO_SUM);
+    pages.fold(0, |digest, (page, &sum)| digest.wrapping_add(mixed(page, sum)))
+}
+
+/// Spreads a page's number and its sum over 64 bits: the end of SplitMix64, twice.
+fn mixed(page: u64, sum: u32) -> u64 {
+    let mix = |mut z: u64| {
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    mix(mix(page.wrapping_add(0x9e37_79b9_7f4a_7c15)).wrapping_add(sum.into()))
+}
+
+/// The sending end of one way of a lane: puts sums into frames, in the order in which they leave.
+///
+/// A copy remembers where the count was, for frames that did not leave.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub struct Seal {
+    /// None on a lane that is not checked.
+    next: Option<u64>,
+}
+
+impl Seal {
+    /// Before the first frame of a lane; `checked` says whether both ends can.
+    pub const fn new(checked: bool) -> Seal {
+        Seal { next: if checked { Some(0) } else { None } }
+    }
+
+    /// Whether frames get sums at all: if not, pages need not be summed.
+    pub const fn is_on(&self) -> bool {
+        self.next.is_some()
+    }
+
+    /// Seals whole frames, one behind the other, none of which has pages. Device state has to be there
+    /// behind its header.
+    pub fn frames(&mut self, mut frames: &mut [u8]) {
+        if !self.is_on() {
+            return;
+        }
+        while let Some((header, rest)) = frames.split_first_chunk_mut::<HEADER_BYTES>() {
+            let (body, rest) = rest.split_at_mut(body_bytes(header));
+            self.header(header, crc32c::crc32c(body));
+            frames = rest;
+        }
+    }
+
+    /// Seals the header of a data run whose pages have these sums.
+    pub fn data(&mut self, header: &mut [u8; HEADER_BYTES], sums: &[u32]) {
+        if self.is_on() {
+            self.header(header, run_sum(sums));
+        }
+    }
+
+    fn header(&mut self, header: &mut [u8; HEADER_BYTES], body: u32) {
+        let Some(next) = &mut self.next else { return };
+        put(header, EXTRA_AT, &body.to_le_bytes());
+        let number = if header[0] == Kind::Error as u8 { NO_NUMBER } else { *next };
+        *next += u64::from(number != NO_NUMBER);
+        let sum = header_sum(header, number);
+        put(header, EXTRA_AT + 4, &sum.to_le_bytes());
+    }
+}
+
+/// The receiving end of one way of a lane.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Checker {
+    next: u64,
+}
+
+impl Checker {
+    /// Takes the sums out of a header that has come whole; what is left is a header as without them.
+    /// Returns what the body's sum must be.
+    pub(crate) fn open(&mut self, header: &mut [u8; HEADER_BYTES]) -> Result<u32, ReceiveError> {
+        let (body, sum) = (u32_at(header, EXTRA_AT), u32_at(header, EXTRA_AT + 4));
+        let is_error = header[0] == Kind::Error as u8;
+        let number = if is_error { NO_NUMBER } else { self.next };
+        if header_sum(header, number) != sum {
+            return Err(ReceiveError::HeaderSum { number: self.next });
+        }
+        self.next += u64::from(!is_error);
+        put(header, EXTRA_AT, &[0; 8]);
+        Ok(body)
+    }
+}
+
+/// Whether a body is as it was sent.
+pub(crate) fn body_sum(body: &[u8]) -> u32 {
+    crc32c::crc32c(body)
+}
+
+/// A run's sum.
+pub(crate) fn run_sum(sums: &[u32]) -> u32 {
+    sums.iter().fold(0, |sum, page| crc32c::crc32c_append(sum, &page.to_le_bytes()))
+}
+
+fn header_sum(header: &[u8; HEADER_BYTES], number: u64) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&number.to_le_bytes()), &header[..EXTRA_AT + 4])
+}
+
+const _: () = assert!(EXTRA_AT + 8 == HEADER_BYTES && BODY_BYTES_AT + 4 <= EXTRA_AT);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::FrameError;
+    use crate::fault::{Fault, FaultCode};
+    use crate::frame::{Frame, Header};
+    use crate::transmit;
+
+    fn encoded(frames: &[Frame]) -> Vec<u8> {
+        let mut out = Vec::new();
+        frames.iter().for_each(|frame| transmit::encode(frame, &mut out));
+        out
+    }
+
+    fn first(bytes: &[u8]) -> [u8; HEADER_BYTES] {
+        *bytes.first_chunk().unwrap()
+    }
+
+    /// The check value of RFC 3720, B.4, and our own constant.
+    #[test]
+    fn it_is_crc32c() {
+        assert_eq!(crc32c::crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(page_sum(&[0; SUMMED_BYTES]), ZERO_SUM);
+    }
+
+    #[test]
+    fn a_sealed_header_opens_once_and_in_order() {
+        let mut bytes = encoded(&[Frame::Ping(7), Frame::Loaded]);
+        let plain = bytes.clone();
+        let mut seal = Seal::new(true);
+        seal.frames(&mut bytes);
+        assert_ne!(bytes[..HEADER_BYTES], plain[..HEADER_BYTES]);
+        let [ping, loaded] = [first(&bytes), first(&bytes[HEADER_BYTES..])];
+        let open = |checker: &mut Checker, mut header| checker.open(&mut header).map(|_| header);
+        let mut checker = Checker::default();
+        assert_eq!(open(&mut checker, ping), Ok(first(&plain)));
+        assert_eq!(open(&mut checker, ping), Err(ReceiveError::HeaderSum { number: 1 }));
+        assert_eq!(open(&mut checker, loaded), Ok(first(&plain[HEADER_BYTES..])));
+        assert_eq!(
+            open(&mut Checker::default(), loaded),
+            Err(ReceiveError::HeaderSum { number: 0 })
+        );
+    }
+
+    #[test]
+    fn an_error_has_no_number() {
+        let error = Frame::Error(Fault::new(FaultCode::Other, "why"));
+        let mut bytes = encoded(&[error]);
+        Seal::new(true).frames(&mut bytes);
+        let mut checker = Checker { next: 77 };
+        let body = checker.open(&mut first(&bytes)).unwrap();
+        assert_eq!((body, checker.next), (body_sum(b"why"), 77));
+    }
+
+    #[test]
+    fn an_unchecked_lane_has_zeroes() {
+        let mut bytes = encoded(&[Frame::Ping(7), Frame::Digests(vec![1, 2])]);
+        let plain = bytes.clone();
+        Seal::new(false).frames(&mut bytes);
+        assert_eq!(bytes, plain);
+        Seal::new(true).frames(&mut bytes);
+        let unused = FrameError::Unused { kind: Kind::Ping, field: "extra" };
+        assert_eq!(Header::decode(&first(&bytes)), Err(unused));
+    }
+
+    #[test]
+    fn each_bit_of_a_header_counts() {
+        let mut bytes = encoded(&[Frame::Ping(0x1234)]);
+        Seal::new(true).frames(&mut bytes);
+        for bit in 0..8 * HEADER_BYTES {
+            let mut flipped = first(&bytes);
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(Checker::default().open(&mut flipped).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn a_digest_knows_where_pages_are_and_not_when_they_came() {
+        let whole = digest(5, &[1, 2, ZERO_SUM, 4]);
+        assert_eq!(digest(8, &[4]).wrapping_add(digest(5, &[1, 2])), whole);
+        assert_ne!(digest(5, &[2, 1, ZERO_SUM, 4]), whole);
+        assert_ne!(digest(6, &[1, 2, ZERO_SUM, 4]), whole);
+        assert_eq!(digest(0, &[ZERO_SUM; 9]), 0);
+    }
+}
