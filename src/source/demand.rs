@@ -212,7 +212,10 @@ impl DemandThread {
         let result = self.receiver.control(&buffer.as_slice()[..count as usize]);
         while let Some(event) = self.receiver.poll_event() {
             match event {
-                Event::Request(pages) => self.answer(&pages)?,
+                Event::Request(pages) => {
+                    self.answer(&pages)?;
+                    self.receiver.give_back(pages);
+                }
                 Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
                 other => self.post.send(Note::Received(other)),
             }

@@ -418,11 +418,19 @@ pub(crate) enum Content {
 }
 
 impl Body {
-    /// The whole frame, given its body.
-    pub(crate) fn frame(self, bytes: &[u8]) -> Result<Frame, FrameError> {
+    /// The whole frame, given its body, and room for the pages of a request: an empty vector.
+    pub(crate) fn frame(
+        self,
+        bytes: &[u8],
+        room: &mut Vec<(RegionId, u64)>,
+    ) -> Result<Frame, FrameError> {
         assert_eq!(bytes.len(), self.bytes, "the body is whole");
         Ok(match self.content {
-            Content::Request => Frame::Request(decode_request(bytes)),
+            Content::Request => {
+                let mut pages = std::mem::take(room);
+                pages.extend(decode_request(bytes));
+                Frame::Request(pages)
+            }
             Content::Regions => {
                 Frame::Regions(RegionTable::decode(bytes).map_err(FrameError::Regions)?)
             }
@@ -561,11 +569,11 @@ pub(crate) fn request_entry(region: RegionId, page: u64) -> [u8; REQUEST_ENTRY_B
     ((u64::from(region.0) << REQUEST_PAGE_BITS) | page).to_le_bytes()
 }
 
-fn decode_request(body: &[u8]) -> Vec<(RegionId, u64)> {
+fn decode_request(body: &[u8]) -> impl Iterator<Item = (RegionId, u64)> {
     let entries = body.as_chunks::<REQUEST_ENTRY_BYTES>().0.iter();
     let entries = entries.map(|&entry| u64::from_le_bytes(entry));
     let page_mask = (1 << REQUEST_PAGE_BITS) - 1;
-    entries.map(|e| (RegionId((e >> REQUEST_PAGE_BITS) as u16), e & page_mask)).collect()
+    entries.map(move |e| (RegionId((e >> REQUEST_PAGE_BITS) as u16), e & page_mask))
 }
 
 /// The landing units in a ready frame's body.
@@ -638,7 +646,7 @@ mod tests {
         match Header::decode(header)?.head()? {
             Head::Whole(frame) => Ok(frame),
             Head::Data(range) => Ok(Frame::Data(range)),
-            Head::Body(announced) => announced.frame(body),
+            Head::Body(announced) => announced.frame(body, &mut Vec::new()),
         }
     }
 

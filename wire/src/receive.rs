@@ -36,8 +36,8 @@
 //!
 //! **Invariant:** what is still to come is at least one byte, at most its limit, and belongs to a
 //! frame that may come on this lane now: an unfinished run lies inside a known region at the
-//! destination, and an unfinished body holds no more memory than bytes came for it (twice, as
-//! vectors grow). [`Receiver::assert_invariants`] asserts it. Once a call has failed the lane is of
+//! destination, and an unfinished body holds no more memory than 4 KiB, or than bytes came for it
+//! (twice, as vectors grow). [`Receiver::assert_invariants`] asserts it. Once a call has failed the lane is of
 //! no more use, and every later call fails the same way.
 
 use crate::checksum::{Checker, SUMMED_BYTES, body_sum, run_sum};
@@ -191,7 +191,19 @@ pub struct Receiver {
     checker: Option<Checker>,
     state: State,
     events: VecDeque<Event>,
+    /// Room for the next body and the next request's pages, so that requests allocate nothing.
+    spare: Spare,
 }
+
+/// What bodies and requests were in, empty.
+#[derive(Debug, Default)]
+struct Spare {
+    body: Vec<u8>,
+    pages: Vec<(RegionId, u64)>,
+}
+
+/// Larger bodies than this are not kept for: requests are smaller.
+const SPARE_BYTES_MAX: usize = 4096;
 
 /// Which end of which lane this is: together with the kind it decides what may come.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -267,7 +279,8 @@ impl Receiver {
         let events = VecDeque::with_capacity(4);
         let state = State::NEXT_HEADER;
         let (offered, regions, account, checker) = (None, None, None, None);
-        Receiver { lane, offered, regions, account, checker, state, events }
+        let spare = Spare::default();
+        Receiver { lane, offered, regions, account, checker, state, events, spare }
     }
 
     /// The same receiver; if both ends of the lane can, it checks everything that comes. To be said before
@@ -358,6 +371,12 @@ impl Receiver {
         self.events.pop_front()
     }
 
+    /// Takes a request's pages back when they are not needed any more; the next request is put there.
+    pub fn give_back(&mut self, mut pages: Vec<(RegionId, u64)>) {
+        pages.clear();
+        self.spare.pages = pages;
+    }
+
     /// Whether the lane's end has come: the peer may close it, and nothing is lost.
     pub fn is_ended(&self) -> bool {
         self.lane == Lane::Ended
@@ -385,7 +404,8 @@ impl Receiver {
             State::Header { filled, .. } => assert!(*filled < HEADER_BYTES),
             State::Body { body, bytes, .. } => {
                 assert!(bytes.len() < body.bytes && body.bytes <= BODY_BYTES_MAX);
-                assert!(bytes.capacity() <= body.bytes.min(2 * bytes.len()));
+                let grown = body.bytes.min(2 * bytes.len());
+                assert!(bytes.capacity() <= grown.max(SPARE_BYTES_MAX));
             }
             State::Run { range, target, sum } => {
                 assert!(sum.is_none() || self.is_checked());
@@ -479,7 +499,12 @@ impl Receiver {
                     self.check_pages(Kind::Have, range)?;
                     account.check_range(range, self.regions.as_ref().expect("just checked"))?;
                 }
-                Ok(State::Body { kind: header.kind, body, bytes: Vec::new(), sum })
+                Ok(State::Body {
+                    kind: header.kind,
+                    body,
+                    bytes: std::mem::take(&mut self.spare.body),
+                    sum,
+                })
             }
             Head::Data(range) => {
                 let target = self.run_target(range)?;
@@ -495,7 +520,11 @@ impl Receiver {
             self.events.push_back(Event::DeviceState(bytes));
             return Ok(());
         }
-        let frame = body.frame(&bytes)?;
+        let frame = body.frame(&bytes, &mut self.spare.pages)?;
+        if bytes.capacity() <= SPARE_BYTES_MAX {
+            self.spare.body = bytes;
+            self.spare.body.clear();
+        }
         self.whole(frame)
     }
 
@@ -1015,6 +1044,22 @@ mod tests {
         begun(&mut receiver, &mut seal);
         let misfed = ReceiveError::Misfed { wanted_bytes: 8192, given_bytes: 4096 };
         assert_eq!(receiver.verify(&[7]), Err(misfed));
+    }
+
+    #[test]
+    fn requests_allocate_nothing_when_they_are_given_back() {
+        let mut receiver = Receiver::for_source(&table());
+        receiver.set_regions(&table());
+        let mut places = Vec::new();
+        for page in 0..9 {
+            let pages = vec![(SMALL, page), (HUGE, 1)];
+            feed(&mut receiver, &encoded(&Frame::Request(pages.clone())), 7).unwrap();
+            let Some(Event::Request(came)) = receiver.poll_event() else { panic!("no request") };
+            assert_eq!(came, pages);
+            places.push((came.as_ptr(), receiver.spare.body.as_ptr()));
+            receiver.give_back(came);
+        }
+        assert!(places[1..].iter().all(|place| *place == places[1]), "{places:?}");
     }
 
     #[test]

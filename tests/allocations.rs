@@ -1,0 +1,184 @@
+//! The data path allocates nothing: however much is moved, umem's threads ask for memory as often.
+//!
+//! Both sides run in this process, under an allocator that counts what is asked for by the threads that
+//! move pages. A guest of four times the size may cost a few allocations more, as queues find their size,
+//! and not one for each batch, answer or request.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use umem::embed::{DestinationSetup, Event, Memory, SourceSetup};
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations of umem's threads.
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+struct Counting;
+
+impl Counting {
+    fn count() {
+        let mut name = [0u8; 16];
+        // SAFETY: PR_GET_NAME writes 16 bytes.
+        unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
+        if name.starts_with(b"umem-") {
+            ALLOCATIONS.fetch_add(1, SeqCst);
+        }
+    }
+}
+
+// SAFETY: all of it is the system's allocator's.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Counting::count();
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(start, layout) }
+    }
+
+    unsafe fn realloc(&self, start: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        Counting::count();
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(start, layout, size) }
+    }
+}
+
+const PAGE: usize = 4096;
+const SMALL: usize = 8 << 20;
+const LARGE: usize = 64 << 20;
+/// What a larger guest may cost: vectors that grow by doubling, a few of them on each of four threads.
+const SPARE: u64 = 40;
+
+#[test]
+fn a_larger_guest_costs_no_more_allocations() {
+    // The first of each pays for what a process does once.
+    for shared in [true, false] {
+        moved(SMALL, shared);
+        let (small, large) = (moved(SMALL, shared), moved(LARGE, shared));
+        assert!(small > 0, "the threads that move pages were not seen");
+        assert!(
+            large <= small + SPARE,
+            "{large} allocations for {LARGE} bytes and {small} for {SMALL}, shared: {shared}"
+        );
+    }
+}
+
+/// Allocations while a guest of so many bytes moves and is read meanwhile, every other page by demand.
+fn moved(bytes: usize, shared: bool) -> u64 {
+    let source_ram = ram(bytes);
+    // Runs of one, two and three pages of data, with pages of zeroes and holes between them.
+    for page in 0..bytes / PAGE {
+        match page % 9 {
+            0 | 2 | 3 | 5 | 6 | 7 => {
+                source_ram
+                    .write_all_at(&[contents(page); PAGE], (page * PAGE) as u64)
+                    .expect("room");
+            }
+            1 => source_ram.write_all_at(&[0; PAGE], (page * PAGE) as u64).expect("room"),
+            _ => {}
+        }
+    }
+    let destination_ram = shared.then(|| ram(bytes));
+    let memory = map(bytes, destination_ram.as_ref());
+    let (mut here, mut there) = (Vec::<OwnedFd>::new(), Vec::<OwnedFd>::new());
+    for _ in 0..2 {
+        let (one, other) = UnixStream::pair().expect("a pair of sockets");
+        here.push(one.into());
+        there.push(other.into());
+    }
+    let mut source = SourceSetup::new();
+    source.region("ram0", source_ram.as_fd()).expect("a region");
+    source.connections(here).expect("connections");
+    let mut destination = DestinationSetup::new();
+    let file = destination_ram.as_ref().map(|file| file.as_fd());
+    let region = Memory { start: memory.cast(), bytes: bytes as u64, file };
+    // SAFETY: nobody else knows of the mapping, and it stays until the end.
+    unsafe { destination.region("ram0", &region) }.expect("a region");
+    destination.connections(there).expect("connections");
+
+    let before = ALLOCATIONS.load(SeqCst);
+    let (source, destination) =
+        (source.start().expect("a source"), destination.start().expect("a destination"));
+    let sending = std::thread::spawn(move || {
+        while let Some(event) = source.wait(None).expect("events") {
+            match event {
+                Event::Stop => source.stopped().expect("an answer"),
+                Event::SaveState => source.saved(Vec::new()).expect("an answer"),
+                Event::Completed(_) => return,
+                Event::Failed(failure) => panic!("{}", failure.error),
+                _ => {}
+            }
+        }
+    });
+    let start = memory.as_ptr() as usize;
+    let mut guest = None;
+    while let Some(event) = destination.wait(None).expect("events") {
+        match event {
+            Event::LoadState(_) => destination.loaded().expect("an answer"),
+            Event::Run => {
+                guest = Some(std::thread::spawn(move || check(start, bytes)));
+                destination.running().expect("an answer");
+            }
+            Event::Completed(_) => break,
+            Event::Failed(failure) => panic!("{}", failure.error),
+            _ => {}
+        }
+    }
+    sending.join().expect("the source ends well");
+    guest.expect("it ran").join().expect("every page is right");
+    let count = ALLOCATIONS.load(SeqCst) - before;
+    drop(destination);
+    // SAFETY: our own mapping, which nobody uses any more.
+    unsafe { munmap(memory.cast(), bytes) }.expect("it is mapped");
+    count
+}
+
+/// Reads a word of each page, in an order that no pre-paging foresees.
+fn check(start: usize, bytes: usize) {
+    let pages = bytes / PAGE;
+    // A unit modulo a power of two that is coprime to it walks through all of them.
+    for step in 0..pages {
+        let page = step * 12_345 % pages;
+        let word = (start + page * PAGE + 64) as *const u8;
+        // SAFETY: inside the mapping, which stays until this thread has been joined.
+        let found = unsafe { word.read_volatile() };
+        let expected = if matches!(page % 9, 1 | 4 | 8) { 0 } else { contents(page) };
+        assert_eq!(found, expected, "page {page}");
+    }
+}
+
+fn contents(page: usize) -> u8 {
+    (page % 251) as u8 + 1
+}
+
+fn ram(bytes: usize) -> File {
+    let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+    file.set_len(bytes as u64).expect("room");
+    file
+}
+
+fn map(bytes: usize, file: Option<&File>) -> NonNull<u8> {
+    let length = bytes.try_into().expect("not zero");
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping, where the kernel likes.
+    let start = unsafe {
+        match file {
+            Some(file) => mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0),
+            None => mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE),
+        }
+    };
+    start.expect("room for a mapping").cast()
+}
