@@ -117,11 +117,13 @@ pub(crate) enum Note {
     /// All notes of those who have served lost lanes have been read.
     Settled,
     /// By hand: give up the lanes, and take none until a resume.
-    #[allow(dead_code, reason = "the hook of a control socket")]
     Pause,
     /// By hand: take lanes again, at another address if one is named.
-    #[allow(dead_code, reason = "the hook of a control socket")]
     Resume(Option<Uri>),
+    /// By hand: take lanes here.
+    Listen(Listener),
+    /// By hand: take lanes on these connections.
+    Reconnect(Vec<OwnedFd>),
 }
 
 impl Failure for Note {
@@ -554,6 +556,11 @@ impl<'a> Migration<'a> {
             Note::Settled => self.settled(),
             Note::Pause => self.pause(),
             Note::Resume(uri) => self.resume(uri),
+            Note::Listen(listener) => {
+                self.listen(listener);
+                Ok(())
+            }
+            Note::Reconnect(sockets) => self.reconnect(sockets),
             Note::Host(Answer::Loaded(result)) => {
                 result?;
                 self.state_loaded = true;
