@@ -597,7 +597,6 @@ impl<'a> Migration<'a> {
                 self.times.stopped = now.checked_sub(self.times.downtime).or(Some(now));
                 self.host.run();
             }
-            Event::Ping(number) => self.send(&Frame::Pong(number)),
             _ => {}
         }
         Ok(())

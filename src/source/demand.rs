@@ -15,7 +15,7 @@ use std::time::Duration;
 use umem_ring::{
     Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
 };
-use umem_wire::{Event, PageRange, Receiver, RegionId};
+use umem_wire::{Event, Frame, PageRange, Receiver, RegionId, transmit};
 
 use super::Note;
 use super::memory::{Holes, SourceMemory, Walk};
@@ -100,6 +100,8 @@ struct DemandThread {
     /// Room for what is asked about an answer's page.
     holes: Holes,
     outbox: Vec<u8>,
+    /// The last ping that has not been answered: of a flood of them no more is kept.
+    ping: Option<u64>,
     /// The buffer for answers while none is in flight.
     spare: Vec<u8>,
     background: Option<Background>,
@@ -134,6 +136,7 @@ impl DemandLane {
             answers: Vec::with_capacity(ANSWERS_MAX),
             holes: Holes::default(),
             outbox: Vec::with_capacity(4096),
+            ping: None,
             spare: Vec::with_capacity(SPARE_BYTES),
             background: None,
             pausing: None,
@@ -211,6 +214,8 @@ impl DemandThread {
             match event {
                 Event::Request(pages) => self.answer(&pages)?,
                 Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
+                Event::Ping(number) => self.ping = Some(number),
+                Event::Pong(_) => {}
                 other => self.post.send(Note::Received(other)),
             }
         }
@@ -300,6 +305,9 @@ impl DemandThread {
             Counters::add(&self.memory.counters.pages_demand, run.range.pages);
         }
         bytes.append(&mut self.outbox);
+        if let Some(number) = self.ping.take() {
+            transmit::encode(&Frame::Pong(number), &mut bytes);
+        }
         if pieces.is_empty() && bytes.is_empty() {
             self.spare = bytes;
             return Ok(None);

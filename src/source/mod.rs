@@ -502,7 +502,6 @@ impl Migration {
                 self.times.completed = Some(Instant::now());
                 self.send(&Frame::Complete(self.memory.counters.totals()));
             }
-            Event::Ping(number) => self.send(&Frame::Pong(number)),
             _ => {}
         }
         Ok(())
