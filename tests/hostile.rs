@@ -132,7 +132,8 @@ fn hello(index: u16, bulk_lanes: u16) -> Hello {
 
 /// Opens a lane, if it is wanted; if not, why.
 fn dial(uri: &str, hello: &Hello) -> Result<TcpStream, String> {
-    let mut lane = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
+    let lane = TcpStream::connect(uri.strip_prefix("tcp:").unwrap());
+    let mut lane = lane.map_err(|error| error.to_string())?;
     lane.write_all(&hello.encode()).unwrap();
     let mut welcome = [0; HELLO_BYTES];
     lane.read_exact(&mut welcome).map_err(|error| error.to_string())?;

@@ -19,7 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use support::embedded::{
-    Backing, Deed, Deeds, End, Ends, Guest, Habits, Model, Move, Pausing, Random, Region, Route, Side,
+    Backing, Deed, Deeds, End, Ends, Guest, Habits, Left, Model, Move, Pausing, Random, Region,
+    Route, Side,
 };
 use umem::embed::Guest as Owner;
 
@@ -30,7 +31,7 @@ const TIME: Duration = Duration::from_secs(15);
 const ROUND: u64 = 64;
 
 /// Seeds at a time: most of the time a seed waits.
-const AT_A_TIME: usize = 8;
+const AT_A_TIME: usize = 24;
 
 /// Pages of one region; sizes are odd, and beyond a block of 2 MiB now and then.
 const PAGES_MAX: u64 = 700;
@@ -201,27 +202,6 @@ fn judge(
     }
 }
 
-/// Descriptors, threads, mappings and registered memory of this process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Left {
-    descriptors: usize,
-    threads: usize,
-    registered: usize,
-}
-
-impl Left {
-    fn now() -> Left {
-        let count = |path: &str| std::fs::read_dir(path).expect("in /proc").count();
-        let smaps = std::fs::read_to_string("/proc/self/smaps").expect("in /proc");
-        let flags = smaps.lines().filter(|line| line.starts_with("VmFlags:"));
-        Left {
-            descriptors: count("/proc/self/fd"),
-            threads: count("/proc/self/task"),
-            registered: flags.filter(|line| line.split(' ').any(|f| f == "um" || f == "ui")).count(),
-        }
-    }
-}
-
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect("a number"))
 }
@@ -248,8 +228,9 @@ fn whatever_happens_on_the_way_every_word_is_right_and_nothing_is_left() {
         for (outcome, count) in round(next, end) {
             *outcomes.entry(outcome).or_insert(0) += count;
         }
-        let left = Left::now();
-        assert!(left == before, "of the seeds {next} to {end} is left: {left:?}, before {before:?}");
+        if let Err(left) = Left::returned_to(&before) {
+            panic!("of the seeds {next} to {end} is left: {left:?}, before {before:?}");
+        }
         next = end;
     }
     println!("{} seeds in {:.1?}: {outcomes:?}", next - seeds.start, began.elapsed());
@@ -266,11 +247,7 @@ fn round(first: u64, end: u64) -> BTreeMap<&'static str, u64> {
                 if seed >= end {
                     return;
                 }
-                let began = Instant::now();
                 let result = std::panic::catch_unwind(|| run(seed));
-                if began.elapsed() > Duration::from_secs(2) {
-                    println!("slow {seed} {:?}", began.elapsed());
-                }
                 let outcome = match result {
                     Ok(Ok(outcome)) => outcome,
                     Ok(Err(error)) => fail(seed, &error),

@@ -2,6 +2,7 @@
 //! and sockets, a wire that breaks, and a guest that checks every word.
 
 mod drive;
+mod left;
 mod model;
 mod random;
 mod relay;
@@ -9,6 +10,7 @@ mod relay;
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
     drive::{End, Move, Moved, Pausing, Route, Side},
+    left::{Left, mappings},
     model::{Backing, Guest, Habits, Model, PAGE, Region, Running},
     random::Random,
     relay::{Deed, Deeds, Ends, Place, Relay},
