@@ -200,6 +200,9 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.shared.orders.lock().unwrap().has_ended = true;
         let _ = self.shared.bell.write(1);
+        if let Some(Place::Unix(path)) = &self.place {
+            let _ = std::fs::remove_file(path);
+        }
         let thread = self.thread.take().expect("ended once");
         if thread.join().is_err() && !std::thread::panicking() {
             panic!("the relay panicked");
