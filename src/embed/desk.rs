@@ -378,6 +378,38 @@ mod tests {
     }
 
     #[test]
+    fn of_connections_that_come_and_go_the_last_news_is_kept() {
+        let desk = Arc::new(desk().0);
+        let Output::Host(tell) = desk.output(Role::Destination) else { unreachable!() };
+        let fields = serde_json::json!({ "reason": "why", "disconnected_ms": 1500.0 });
+        for _ in 0..1000 {
+            tell("recovering", &fields);
+            tell("resumed", &fields);
+        }
+        desk.ask(Question::Run);
+        tell("paused", &fields);
+        tell("running", &fields);
+        let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
+        let [Event::Resumed { disconnected }, Event::Run, Event::Paused { reason }] = &events[..] else {
+            panic!("{events:?}")
+        };
+        assert_eq!((disconnected.as_millis(), reason.as_str()), (1500, "why"));
+        assert!(!is_readable(&desk));
+    }
+
+    #[test]
+    fn orders_are_taken_while_there_is_somebody_to_follow_them() {
+        let (desk, _answers) = desk();
+        let refused = |desk: &Desk, order| desk.order(order).unwrap_err().to_string();
+        assert!(refused(&desk, LinkOrder::Pause).contains("no connections yet"));
+        desk.takes_orders(2, |_| Ok(()));
+        desk.order(LinkOrder::Pause).unwrap();
+        assert!(refused(&desk, LinkOrder::Reconnect(Vec::new())).contains("0 connections"));
+        desk.end(Err(Error::Interrupted("why".into())));
+        assert!(refused(&desk, LinkOrder::Resume).contains("has ended"));
+    }
+
+    #[test]
     fn a_failure_says_whose_the_guest_is() {
         use Question::{Load, Resume, Run, Save, Stop};
         for (questions, guest) in [

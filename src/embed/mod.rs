@@ -46,7 +46,9 @@
 //! sides' programs have asked for it, with `recover(true)`, as otherwise a lost connection ends the migration
 //! as before. The program may also `pause` by itself, to move the traffic elsewhere for example.
 //!
-//! Nobody gives up by himself then: who believes that the other side will not come back drops the handle.
+//! Nobody gives up by himself then: who believes that the other side will not come back drops the handle. A
+//! destination that has loaded and has not been asked to run may wait for a source that never heard of it and
+//! goes on alone: only who knows both can tell.
 //!
 //! When a destination fails after the switchover, the guest belongs to it and misses pages that nobody
 //! will bring. They stay waited for, also when the handle has been dropped: a page never reads as
@@ -154,7 +156,8 @@ pub enum Event {
         downtime: Duration,
     },
     /// The connections are lost, or given up, and the migration goes on without them: whoever waits for
-    /// a page waits longer. umem opens others, or waits for the source to.
+    /// a page waits longer. umem opens others, or waits for the source to. Of this event and the two below
+    /// the last is kept where nobody has taken those before it.
     Recovering {
         /// What became of them, one line.
         reason: String,
