@@ -61,7 +61,8 @@ impl Plan {
         let regions = (0..count)
             .map(|_| (random.pick(backings), 1 + random.magnitude(9).min(PAGES_MAX) % PAGES_MAX))
             .collect();
-        let route = random.pick(&[Route::Unix, Route::Unix, Route::Tcp, Route::Given, Route::Given]);
+        let route =
+            random.pick(&[Route::Unix, Route::Unix, Route::Tcp, Route::Given, Route::Given]);
         let bulk_lanes = match route {
             Route::Given => random.pick(&[0, 1, 2, 3]),
             _ => random.pick(&[1, 1, 2, 3]),
@@ -152,7 +153,8 @@ fn run(seed: u64) -> Result<&'static str, String> {
     if let Some(running) = moved.running {
         running.join();
     }
-    let outcome = judge(moved.source, moved.destination, moved.has_run, recovers, arriving.bytes())?;
+    let outcome =
+        judge(moved.source, moved.destination, moved.has_run, recovers, arriving.bytes())?;
     if outcome == "completed" {
         arriving.check_all();
     }

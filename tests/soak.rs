@@ -10,8 +10,8 @@ mod support;
 use std::sync::Arc;
 
 use support::embedded::{
-    Backing, Deed, Deeds, End, Ends, Guest, Habits, Left, Model, Move, Pausing, Random, Region, Route,
-    Running, Side, mappings,
+    Backing, Deed, Deeds, End, Ends, Guest, Habits, Left, Model, Move, Pausing, Random, Region,
+    Route, Running, Side, mappings,
 };
 use umem::embed::Guest as Owner;
 

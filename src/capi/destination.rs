@@ -293,7 +293,9 @@ pub unsafe extern "C" fn umem_destination_cancel(
 ///
 /// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn umem_destination_pause(destination: *const umem_destination) -> umem_status {
+pub unsafe extern "C" fn umem_destination_pause(
+    destination: *const umem_destination,
+) -> umem_status {
     // SAFETY: as above.
     guard(|| unsafe { given(destination, "destination")?.side.running()?.pause() })
 }

@@ -86,11 +86,7 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
 }
 
 /// Opens a lane on each of several connections. The source may come at any time.
-fn accept_connected(
-    sockets: Vec<OwnedFd>,
-    recovers: bool,
-    inbox: &Inbox<Note>,
-) -> Result<Lanes> {
+fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) -> Result<Lanes> {
     let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
     let mut first: Option<Hello> = None;
     let mut lanes = Vec::new();

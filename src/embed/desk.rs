@@ -390,7 +390,8 @@ mod tests {
         tell("paused", &fields);
         tell("running", &fields);
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
-        let [Event::Resumed { disconnected }, Event::Run, Event::Paused { reason }] = &events[..] else {
+        let [Event::Resumed { disconnected }, Event::Run, Event::Paused { reason }] = &events[..]
+        else {
             panic!("{events:?}")
         };
         assert_eq!((disconnected.as_millis(), reason.as_str()), (1500, "why"));

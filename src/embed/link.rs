@@ -28,7 +28,8 @@ pub(crate) enum LinkOrder {
 pub(crate) fn check(recovers: bool, watch: &Watch) -> Result<()> {
     if !recovers {
         return Err(Error::Usage(
-            "this migration ends with its connections: have both sides recover before they start".into(),
+            "this migration ends with its connections: have both sides recover before they start"
+                .into(),
         ));
     }
     if !watch.is_committed() {

@@ -253,7 +253,10 @@ impl Drive<'_> {
         let of_source = self.source.as_ref().map(Source::event_fd);
         let of_destination = self.destination.as_ref().map(|d| d.event_fd());
         fds.extend(
-            of_source.into_iter().chain(of_destination).map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
+            of_source
+                .into_iter()
+                .chain(of_destination)
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
         );
         let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {

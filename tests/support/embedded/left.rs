@@ -32,7 +32,11 @@ impl Left {
             descriptors: descriptors.len(),
             threads,
             mapped: count("/memfd:") + count("anon_inode:"),
-            registered: smaps.lines().filter(|l| l.starts_with("VmFlags:")).filter(has_flag).count(),
+            registered: smaps
+                .lines()
+                .filter(|l| l.starts_with("VmFlags:"))
+                .filter(has_flag)
+                .count(),
             in_shm: count("/dev/shm/") + links.filter(|link| link.starts_with("/dev/shm")).count(),
         }
     }

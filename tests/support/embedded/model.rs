@@ -149,7 +149,9 @@ impl Guest {
             for page in 0..region.pages {
                 match random.below(100) {
                     drawn if drawn < data => self.write(index, page),
-                    drawn if drawn < data + zero => (0..WORDS).for_each(|i| region.write(page, i, 0)),
+                    drawn if drawn < data + zero => {
+                        (0..WORDS).for_each(|i| region.write(page, i, 0))
+                    }
                     _ => {}
                 }
             }

@@ -134,8 +134,7 @@ impl Relay {
     /// Between connections that are [given](Relay::pair), or, with places, from the first to the second.
     pub(crate) fn start(seed: u64, way: Option<(Place, Place)>) -> Relay {
         let bell = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
-        let shared =
-            Arc::new(Shared { orders: Mutex::default(), bell: bell(), told: bell() });
+        let shared = Arc::new(Shared { orders: Mutex::default(), bell: bell(), told: bell() });
         let way = way.map(|(from, to)| {
             let listener = match &from {
                 Place::Unix(path) => Listener::Unix(UnixListener::bind(path).unwrap()),
