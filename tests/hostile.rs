@@ -211,7 +211,7 @@ fn a_region_that_no_machine_has_is_refused() {
 #[test]
 fn more_lanes_than_agreed_are_refused_and_the_others_go_on() {
     let scratch = Scratch::new();
-    let guests = Guests::quiet(&scratch, &["--json"]);
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
     let uri = guests.uri().to_owned();
     let demand = dial(&uri, &hello(0, 3)).unwrap();
     let second = dial(&uri, &hello(2, 3)).unwrap();
@@ -230,5 +230,7 @@ fn more_lanes_than_agreed_are_refused_and_the_others_go_on() {
     // Nobody comes in where all have come.
     assert!(dial(&uri, &hello(1, 3)).is_err());
     drop(source);
-    assert!(guests.incoming.fails().contains("the source closed it"));
+    assert_eq!(guests.incoming.wait().code(), Some(1));
+    let said = guests.incoming.stderr();
+    assert!(said.contains("lane index 4") && said.contains("the source closed it"), "{said}");
 }

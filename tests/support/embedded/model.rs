@@ -150,7 +150,7 @@ impl Guest {
                 match random.below(100) {
                     drawn if drawn < data => self.write(index, page),
                     drawn if drawn < data + zero => {
-                        (0..WORDS).for_each(|i| region.write(page, i, 0))
+                        (0..WORDS).for_each(|i| region.write(page, i, 0));
                     }
                     _ => {}
                 }
