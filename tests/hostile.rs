@@ -12,6 +12,8 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use support::{Guests, LaneFromSource, Scratch, Umem};
 use umem_wire::limits::REQUEST_ENTRIES_MAX;
 use umem_wire::{
@@ -36,10 +38,19 @@ fn peak_bytes(umem: &Umem) -> u64 {
 
 /// A `umem migrate` of [`PAGES`] pages with data, and the two lanes that it opens here.
 fn migrate(scratch: &Scratch) -> (Umem, LaneFromSource<TcpStream>, LaneFromSource<TcpStream>) {
+    migrate_of(scratch, PAGES, PAGES)
+}
+
+/// The same with so many pages, of which the first have data.
+fn migrate_of(
+    scratch: &Scratch,
+    pages: u64,
+    data: u64,
+) -> (Umem, LaneFromSource<TcpStream>, LaneFromSource<TcpStream>) {
     let path = scratch.ram("source");
     let file = File::create(&path).unwrap();
-    file.set_len(PAGES << 12).unwrap();
-    (0..PAGES).for_each(|page| file.write_all_at(&[7; 4096], page << 12).unwrap());
+    file.set_len(pages << 12).unwrap();
+    (0..data).for_each(|page| file.write_all_at(&[7; 4096], page << 12).unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
     let ram = format!("ram0={}", path.display());
@@ -109,6 +120,30 @@ fn a_flood_of_requests_is_answered_once() {
     demand.send(&Frame::Complete(umem_wire::Totals::default()));
     assert!(matches!(demand.control_event(), Some(Event::Complete(_))));
     migrate.succeeds();
+}
+
+/// Every page of a large guest, of whose answers none is read: the source stops reading, too.
+#[test]
+fn answers_that_nobody_reads_are_not_queued() {
+    let scratch = Scratch::new();
+    let (migrate, mut demand, _bulk) = migrate_of(&scratch, FLOOD * 4, 0);
+    demand.until_stopped();
+    let before = peak_bytes(&migrate);
+    // A source that stopped reading for so long has stopped.
+    setsockopt(&demand.stream, sockopt::SendTimeout, &TimeVal::seconds(2)).unwrap();
+    for first in (0..FLOOD * 4).step_by(REQUEST_ENTRIES_MAX) {
+        let mut bytes = Vec::new();
+        let pages = first..first + REQUEST_ENTRIES_MAX as u64;
+        let pages: Vec<_> = pages.map(|page| (RegionId(0), page)).collect();
+        transmit::request(&mut bytes, &pages);
+        if demand.stream.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    let growth = peak_bytes(&migrate) - before;
+    assert!(growth < GROWTH_BYTES, "{growth} bytes");
+    drop(demand);
+    assert!(migrate.fails().contains("demand lane"));
 }
 
 /// A source of the test's own, up to its lanes being open.

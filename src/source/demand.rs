@@ -42,6 +42,10 @@ const RECEIVE_BYTES: usize = 16 << 10;
 /// Answers that leave with one send: two pieces each at most, of the 1024 that a send takes.
 const ANSWERS_MAX: usize = 64;
 
+/// Pages that wait to be sent before no more requests are read: more than any guest has threads, and few
+/// enough that a destination which asks for everything and reads nothing takes less than a mebibyte.
+const ANSWERS_QUEUED_MAX: usize = 16 << 10;
+
 /// The answers that a send usually holds.
 const SPARE_BYTES: usize = 16 << 10;
 
@@ -97,6 +101,8 @@ struct DemandThread {
     has_answered: bool,
     /// Claimed, to be sent.
     answers: Vec<PageRange>,
+    /// The buffer for requests, while there are answers enough.
+    held: Option<Bytes>,
     /// Room for what is asked about an answer's page.
     holes: Holes,
     outbox: Vec<u8>,
@@ -134,6 +140,7 @@ impl DemandLane {
             vigil: Vigil::new(self.idle_cores, TOKEN_CALM),
             has_answered: false,
             answers: Vec::with_capacity(ANSWERS_MAX),
+            held: None,
             holes: Holes::default(),
             outbox: Vec::with_capacity(4096),
             ping: None,
@@ -220,7 +227,17 @@ impl DemandThread {
             }
         }
         result.map_err(|error| Error::protocol(&self.name, error))?;
-        self.receive(ring, buffer)
+        self.held = Some(buffer);
+        self.receive_more(ring)
+    }
+
+    /// Reads on, unless whoever asks does not read the answers.
+    fn receive_more(&mut self, ring: &mut Ring) -> Result<()> {
+        let may_read = self.answers.len() < ANSWERS_QUEUED_MAX;
+        match self.held.take_if(|_| may_read) {
+            Some(buffer) => self.receive(ring, buffer),
+            None => Ok(()),
+        }
     }
 
     fn answer(&mut self, pages: &[(RegionId, u64)]) -> Result<()> {
@@ -247,6 +264,7 @@ impl DemandThread {
 
     /// Sends what there is, answers first, all in one; if nobody waits, the next of the background.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
+        self.receive_more(ring)?;
         if self.sending {
             return Ok(());
         }
