@@ -48,7 +48,7 @@ fn deeds(random: &mut Random) -> [Deeds; 4] {
         };
         (0..random.below(count + 1)).map(|_| (random.magnitude(bits), deed(random))).collect()
     };
-    let later = some(3, 21);
+    let later = some(1, 21);
     let early = some(8, 8);
     // Of up to eight, none in most cases.
     let early = if early.len() == 8 { early } else { Deeds::new() };
