@@ -168,6 +168,11 @@ impl<T> Inbox<T> {
         Ok(Inbox { sender, receiver, bell: bell()?, interrupts })
     }
 
+    /// Whether it belongs to a part of another program, which has a way of its own to end it.
+    pub(crate) fn is_embedded(&self) -> bool {
+        matches!(self.interrupts, Interrupts::Host(_))
+    }
+
     pub(crate) fn post(&self) -> Post<T> {
         Post { sender: self.sender.clone(), bell: self.bell.clone() }
     }

@@ -10,7 +10,7 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -235,18 +235,27 @@ pub(crate) fn tell(socket: &OwnedFd, checked: bool, error: &Error) {
 }
 
 /// Connections that may have to be ended by somebody else than who serves them. Each closes when that
-/// one is done with it all the same.
-#[derive(Default)]
-pub(crate) struct Severable(Vec<Weak<OwnedFd>>);
+/// one is done with it all the same. Clones are of the same connections.
+#[derive(Clone, Default)]
+pub(crate) struct Severable(Arc<Mutex<Vec<Weak<OwnedFd>>>>);
 
 impl Severable {
     pub(crate) fn new<'a>(lanes: impl IntoIterator<Item = &'a Lane>) -> Severable {
-        Severable(lanes.into_iter().map(|lane| Arc::downgrade(&lane.socket)).collect())
+        let all = Severable::default();
+        all.replace(lanes);
+        all
+    }
+
+    /// These are there in place of the others.
+    pub(crate) fn replace<'a>(&self, lanes: impl IntoIterator<Item = &'a Lane>) {
+        let sockets = lanes.into_iter().map(|lane| Arc::downgrade(&lane.socket)).collect();
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
     }
 
     /// Ends all that are still there.
-    pub(crate) fn sever(&mut self) {
-        let alive = self.0.drain(..).filter_map(|socket| socket.upgrade());
+    pub(crate) fn sever(&self) {
+        let mut sockets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let alive = sockets.drain(..).filter_map(|socket| socket.upgrade());
         alive.for_each(|socket| sever(&socket));
     }
 }

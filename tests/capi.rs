@@ -144,6 +144,16 @@ fn pages_that_nobody_brings_any_more_are_waited_for() {
 }
 
 #[test]
+fn a_program_gives_other_connections_in_place_of_lost_ones() {
+    embed("reconnect");
+}
+
+#[test]
+fn a_program_has_both_sides_go_on_at_another_address() {
+    embed("elsewhere");
+}
+
+#[test]
 fn what_cannot_be_is_refused_with_a_text() {
     embed("misuse");
 }

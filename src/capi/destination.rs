@@ -3,26 +3,33 @@
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
-use super::side::{Side, address, descriptor, take_sockets, timeout};
+use super::side::{Side, address, descriptor, give_sockets, take_sockets, timeout};
 use super::types::{
     c_text, given, guard, list, make, text, umem_event, umem_stats, umem_status, unmake,
 };
 use crate::embed::{Destination, DestinationSetup, Memory};
 use crate::error::Error;
+use crate::uri::Uri;
 
 /// The side that a guest comes to. One handle is for one migration.
 pub struct umem_destination {
     side: Side<DestinationSetup, Destination>,
-    /// Where it listens, once it has been started.
-    uri: OnceLock<Option<CString>>,
+    /// Where it has listened, the last of them now. Texts that have been given away stay.
+    uris: Mutex<Vec<CString>>,
+}
+
+impl umem_destination {
+    fn listens(&self, uri: &Uri) {
+        self.uris.lock().unwrap_or_else(PoisonError::into_inner).push(c_text(&uri.to_string()));
+    }
 }
 
 /// Makes a destination, which the caller destroys with umem_destination_destroy. NULL if that fails.
 #[unsafe(no_mangle)]
 pub extern "C" fn umem_destination_new() -> *mut umem_destination {
-    make(|| umem_destination { side: Side::new(DestinationSetup::new()), uri: OnceLock::new() })
+    make(|| umem_destination { side: Side::new(DestinationSetup::new()), uris: Mutex::default() })
 }
 
 /// Adds a region: `bytes` bytes of this process's memory at `address`, both multiples of its page size.
@@ -114,6 +121,23 @@ pub unsafe extern "C" fn umem_destination_connections(
     })
 }
 
+/// With true the migration goes on when connections are lost after the switchover, if the other side
+/// says the same; with false that ends it. If nothing is said it goes on where it listens, and not
+/// where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_destination_recover(
+    destination: *const umem_destination,
+    recovers: bool,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        given(destination, "destination")?.side.set_up(|setup| {
+            setup.recover(recovers);
+            Ok(())
+        })
+    })
+}
+
 /// Begins: listens, and registers the regions with userfaultfd. From here on whoever touches them
 /// waits. Everything else is told by events.
 ///
@@ -129,8 +153,7 @@ pub unsafe extern "C" fn umem_destination_start(
     guard(|| unsafe {
         let handle = given(destination, "destination")?;
         handle.side.start(DestinationSetup::start)?;
-        let uri = handle.side.running()?.uri().map(|uri| c_text(&uri.to_string()));
-        let _ = handle.uri.set(uri);
+        handle.side.running()?.uri().into_iter().for_each(|uri| handle.listens(uri));
         Ok(())
     })
 }
@@ -145,7 +168,8 @@ pub unsafe extern "C" fn umem_destination_uri(
     // SAFETY: as above.
     guard(|| unsafe {
         let handle = given(destination, "destination")?;
-        if let Some(Some(text)) = handle.uri.get() {
+        let uris = handle.uris.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(text) = uris.last() {
             uri = text.as_ptr();
         }
         Ok(())
@@ -261,6 +285,62 @@ pub unsafe extern "C" fn umem_destination_cancel(
     guard(|| unsafe {
         given(destination, "destination")?.side.running()?.cancel();
         Ok(())
+    })
+}
+
+/// Gives up the connections, and opens or takes none until the program says how: UMEM_EVENT_PAUSED
+/// follows. The guest runs on with what it has.
+///
+/// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_destination_pause(
+    destination: *const umem_destination,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe { given(destination, "destination")?.side.running()?.pause() })
+}
+
+/// Ends a pause: listens at `uri` from now on until the end, and nowhere else, or, if that is NULL, goes on
+/// listening where it did. umem_destination_uri has the port that the kernel chose.
+///
+/// UMEM_ERR_USAGE: `uri` is no address; the switchover has not been, the migration has ended, or it does
+/// not recover. UMEM_ERR_LISTEN: the address cannot be listened at.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_destination_resume(
+    destination: *const umem_destination,
+    uri: *const c_char,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let handle = given(destination, "destination")?;
+        let running = handle.side.running()?;
+        if uri.is_null() {
+            return running.resume();
+        }
+        let bound = running.resume_at(&address(text(uri, "uri")?)?)?;
+        handle.listens(&bound);
+        Ok(())
+    })
+}
+
+/// Goes on over `count` connected stream sockets, as many as there were at first, the first for demanded
+/// pages; those that there are it gives up, and it listens no more. The other
+/// side's program gives their other ends in the same order, now or later. With UMEM_OK they are umem's,
+/// which closes them; otherwise they stay the caller's. Works during a pause and without one.
+///
+/// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket; the
+/// switchover has not been, the migration has ended, or it does not recover.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_destination_reconnect(
+    destination: *const umem_destination,
+    sockets: *const c_int,
+    count: usize,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let numbers = list(sockets, count, "sockets")?;
+        let running = given(destination, "destination")?.side.running()?;
+        give_sockets(numbers, |sockets| running.reconnect(sockets))
     })
 }
 

@@ -1,14 +1,14 @@
 //! What the handles of both sides have in common: first a setup, then a migration.
 
 use std::ffi::{CString, c_int};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::types::{c_text, umem_event, umem_event_kind, umem_guest, umem_status};
 use crate::embed::handle::check_connections;
 use crate::embed::{Event, Failure};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::uri::Uri;
 
 /// A setup `S` that becomes a migration `R`.
@@ -84,7 +84,21 @@ impl<S, R> Side<S, R> {
             Event::Running { downtime } => {
                 described.kind = kind::UMEM_EVENT_RUNNING;
                 described.guest = at_destination;
-                described.downtime_us = u64::try_from(downtime.as_micros()).unwrap_or(u64::MAX);
+                described.downtime_us = micros(downtime);
+            }
+            Event::Recovering { ref reason } | Event::Paused { ref reason } => {
+                described.kind = match event {
+                    Event::Paused { .. } => kind::UMEM_EVENT_PAUSED,
+                    _ => kind::UMEM_EVENT_RECOVERING,
+                };
+                described.guest = at_destination;
+                held.text = c_text(reason);
+                described.text = held.text.as_ptr();
+            }
+            Event::Resumed { disconnected } => {
+                described.kind = kind::UMEM_EVENT_RESUMED;
+                described.guest = at_destination;
+                described.disconnected_us = micros(disconnected);
             }
             Event::Completed(report) => {
                 described.kind = kind::UMEM_EVENT_COMPLETED;
@@ -103,6 +117,10 @@ impl<S, R> Side<S, R> {
         }
         described
     }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -146,5 +164,35 @@ pub(super) unsafe fn take_sockets(numbers: &[c_int]) -> Result<Vec<OwnedFd>> {
         .collect::<Result<_>>()?;
     check_connections(&sockets)?;
     // SAFETY: open, each named once, and given to us.
-    Ok(sockets.iter().map(|socket| unsafe { OwnedFd::from_raw_fd(socket.as_raw_fd()) }).collect())
+    Ok(unsafe { owned(numbers) })
+}
+
+/// The same, but they become ours only if `use_them`, which gets duplicates, takes these.
+///
+/// # Safety
+/// As for [`take_sockets`].
+pub(super) unsafe fn give_sockets(
+    numbers: &[c_int],
+    use_them: impl FnOnce(Vec<OwnedFd>) -> Result<()>,
+) -> Result<()> {
+    let duplicates = numbers
+        .iter()
+        // SAFETY: the caller's, for the length of this call.
+        .map(|&number| unsafe { descriptor(number, "a socket") })
+        .map(|socket| socket?.try_clone_to_owned().context(|| "duplicating a socket"))
+        .collect::<Result<Vec<_>>>()?;
+    if let Some(index) = (1..numbers.len()).find(|&i| numbers[..i].contains(&numbers[i])) {
+        return Err(Error::Usage(format!("connection {index} is given twice")));
+    }
+    use_them(duplicates)?;
+    // SAFETY: open, each named once, and given to us.
+    drop(unsafe { owned(numbers) });
+    Ok(())
+}
+
+/// # Safety
+/// Open, each named once, and given to us.
+unsafe fn owned(numbers: &[c_int]) -> Vec<OwnedFd> {
+    // SAFETY: as the caller says.
+    numbers.iter().map(|&number| unsafe { OwnedFd::from_raw_fd(number) }).collect()
 }

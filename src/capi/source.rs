@@ -3,7 +3,7 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
 
-use super::side::{Side, address, descriptor, take_sockets, timeout};
+use super::side::{Side, address, descriptor, give_sockets, take_sockets, timeout};
 use super::types::{given, guard, list, make, text, umem_event, umem_stats, umem_status, unmake};
 use crate::embed::{Source, SourceSetup};
 use crate::error::Error;
@@ -83,6 +83,23 @@ pub unsafe extern "C" fn umem_source_postcopy(
     guard(|| unsafe {
         given(source, "source")?.side.set_up(|setup| {
             setup.postcopy(postcopy);
+            Ok(())
+        })
+    })
+}
+
+/// With true the migration goes on when connections are lost after the switchover, if the other side
+/// says the same; with false that ends it. If nothing is said it goes on where it dials, and not
+/// where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_recover(
+    source: *const umem_source,
+    recovers: bool,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        given(source, "source")?.side.set_up(|setup| {
+            setup.recover(recovers);
             Ok(())
         })
     })
@@ -206,6 +223,56 @@ pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_
     guard(|| unsafe {
         given(source, "source")?.side.running()?.cancel();
         Ok(())
+    })
+}
+
+/// Gives up the connections, and opens or takes none until the program says how: UMEM_EVENT_PAUSED
+/// follows. The guest runs on with what it has.
+///
+/// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_pause(source: *const umem_source) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe { given(source, "source")?.side.running()?.pause() })
+}
+
+/// Ends a pause: dials `uri` from now on until the end, or, if that is NULL, as before.
+///
+/// UMEM_ERR_USAGE: `uri` is no address; the switchover has not been, the migration has ended, or it does
+/// not recover.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_resume(
+    source: *const umem_source,
+    uri: *const c_char,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let source = given(source, "source")?.side.running()?;
+        match uri.is_null() {
+            true => source.resume(),
+            false => source.resume_at(address(text(uri, "uri")?)?),
+        }
+    })
+}
+
+/// Goes on over `count` connected stream sockets, as many as there were at first, the first for demanded
+/// pages; those that there are it gives up, and it dials no more. The other
+/// side's program gives their other ends in the same order, now or later. With UMEM_OK they are umem's,
+/// which closes them; otherwise they stay the caller's. Works during a pause and without one.
+///
+/// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket; the
+/// switchover has not been, the migration has ended, or it does not recover.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_reconnect(
+    source: *const umem_source,
+    sockets: *const c_int,
+    count: usize,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        let numbers = list(sockets, count, "sockets")?;
+        let running = given(source, "source")?.side.running()?;
+        give_sockets(numbers, |sockets| running.reconnect(sockets))
     })
 }
 

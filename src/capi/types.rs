@@ -65,6 +65,15 @@ pub enum umem_event_kind {
     /// Both sides: it did not work. The last event; `status` and `text` say why, `guest` whose the
     /// guest is.
     UMEM_EVENT_FAILED = 8,
+    /// Both sides: the connections are lost, or given up; `text` says what became of them. umem opens
+    /// others, or waits for the source to; the guest runs on with what it has.
+    UMEM_EVENT_RECOVERING = 9,
+    /// Both sides: the same, and umem opens none until the program says how: umem_source_reconnect or
+    /// umem_source_resume, umem_destination_reconnect or umem_destination_resume.
+    UMEM_EVENT_PAUSED = 10,
+    /// Both sides: there are connections again; there were none for `disconnected_us`. Of this event and
+    /// the two before it the last is kept where nobody has taken the others.
+    UMEM_EVENT_RESUMED = 11,
 }
 
 /// Whose the guest is.
@@ -89,8 +98,9 @@ pub struct umem_event {
     pub status: umem_status,
     /// Whose the guest is from here on.
     pub guest: umem_guest,
-    /// UMEM_EVENT_FAILED: why, in one line; UMEM_EVENT_COMPLETED: the report. Valid until the next
-    /// event is taken from this handle, as is `data`.
+    /// UMEM_EVENT_FAILED, UMEM_EVENT_RECOVERING, UMEM_EVENT_PAUSED: why, in one line;
+    /// UMEM_EVENT_COMPLETED: the report. Valid until the next event is taken from this handle, as is
+    /// `data`.
     pub text: *const c_char,
     /// UMEM_EVENT_LOAD: the device state …
     pub data: *const c_void,
@@ -98,6 +108,8 @@ pub struct umem_event {
     pub data_bytes: usize,
     /// UMEM_EVENT_RUNNING: how long the guest stood still, microseconds.
     pub downtime_us: u64,
+    /// UMEM_EVENT_RESUMED: how long there were no connections, microseconds.
+    pub disconnected_us: u64,
 }
 
 /// How far a migration has come. All 0 before the connections are open.
@@ -129,6 +141,7 @@ impl umem_event {
         data: std::ptr::null(),
         data_bytes: 0,
         downtime_us: 0,
+        disconnected_us: 0,
     };
 }
 

@@ -16,6 +16,9 @@
  *     UMEM_EVENT_RUNNING
  *     UMEM_EVENT_COMPLETED                    UMEM_EVENT_COMPLETED
  *
+ * In a migration that recovers UMEM_EVENT_RECOVERING or UMEM_EVENT_PAUSED may come after the
+ * switchover, and UMEM_EVENT_RESUMED after them, as often as connections are lost.
+ *
  * UMEM_EVENT_FAILED may come at any time in place of the rest. After it, and after
  * UMEM_EVENT_COMPLETED, nothing comes any more, and the handle is destroyed.
  *
@@ -93,6 +96,15 @@ typedef enum umem_event_kind {
     // Both sides: it did not work. The last event; `status` and `text` say why, `guest` whose the
     // guest is.
     UMEM_EVENT_FAILED = 8,
+    // Both sides: the connections are lost, or given up; `text` says what became of them. umem opens
+    // others, or waits for the source to; the guest runs on with what it has.
+    UMEM_EVENT_RECOVERING = 9,
+    // Both sides: the same, and umem opens none until the program says how: umem_source_reconnect or
+    // umem_source_resume, umem_destination_reconnect or umem_destination_resume.
+    UMEM_EVENT_PAUSED = 10,
+    // Both sides: there are connections again; there were none for `disconnected_us`. Of this event and
+    // the two before it the last is kept where nobody has taken the others.
+    UMEM_EVENT_RESUMED = 11,
 } umem_event_kind;
 
 // Whose the guest is.
@@ -119,8 +131,9 @@ typedef struct umem_event {
     enum umem_status status;
     // Whose the guest is from here on.
     enum umem_guest guest;
-    // UMEM_EVENT_FAILED: why, in one line; UMEM_EVENT_COMPLETED: the report. Valid until the next
-    // event is taken from this handle, as is `data`.
+    // UMEM_EVENT_FAILED, UMEM_EVENT_RECOVERING, UMEM_EVENT_PAUSED: why, in one line;
+    // UMEM_EVENT_COMPLETED: the report. Valid until the next event is taken from this handle, as is
+    // `data`.
     const char *text;
     // UMEM_EVENT_LOAD: the device state …
     const void *data;
@@ -128,6 +141,8 @@ typedef struct umem_event {
     size_t data_bytes;
     // UMEM_EVENT_RUNNING: how long the guest stood still, microseconds.
     uint64_t downtime_us;
+    // UMEM_EVENT_RESUMED: how long there were no connections, microseconds.
+    uint64_t disconnected_us;
 } umem_event;
 
 // How far a migration has come. All 0 before the connections are open.
@@ -192,6 +207,11 @@ enum umem_status umem_source_connections(const struct umem_source *source,
 enum umem_status umem_source_postcopy(const struct umem_source *source,
                                       bool postcopy);
 
+// With true the migration goes on when connections are lost after the switchover, if the other side
+// says the same; with false that ends it. If nothing is said it goes on where it dials, and not
+// where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
+enum umem_status umem_source_recover(const struct umem_source *source, bool recovers);
+
 // Begins. Everything else is told by events; connecting, too, happens on umem's threads.
 //
 // UMEM_ERR_USAGE: no region, or no way to the destination. UMEM_ERR_SYSTEM: the kernel gave no thread
@@ -237,6 +257,30 @@ enum umem_status umem_source_stats(const struct umem_source *source, struct umem
 // Gives up before the switchover: UMEM_EVENT_FAILED follows, with UMEM_ERR_CANCELLED. Has no effect
 // after it, as the destination's guest needs its pages.
 enum umem_status umem_source_cancel(const struct umem_source *source);
+
+// Gives up the connections, and opens or takes none until the program says how: UMEM_EVENT_PAUSED
+// follows. The guest runs on with what it has.
+//
+// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
+enum umem_status umem_source_pause(const struct umem_source *source);
+
+// Ends a pause: dials `uri` from now on until the end, or, if that is NULL, as before.
+//
+// UMEM_ERR_USAGE: `uri` is no address; the switchover has not been, the migration has ended, or it does
+// not recover.
+enum umem_status umem_source_resume(const struct umem_source *source,
+                                    const char *uri);
+
+// Goes on over `count` connected stream sockets, as many as there were at first, the first for demanded
+// pages; those that there are it gives up, and it dials no more. The other
+// side's program gives their other ends in the same order, now or later. With UMEM_OK they are umem's,
+// which closes them; otherwise they stay the caller's. Works during a pause and without one.
+//
+// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket; the
+// switchover has not been, the migration has ended, or it does not recover.
+enum umem_status umem_source_reconnect(const struct umem_source *source,
+                                       const int *sockets,
+                                       size_t count);
 
 // Ends the source, whatever it does at the moment, and frees the handle; NULL is allowed. Before the
 // switchover the guest stays at this side. After it, and before UMEM_EVENT_COMPLETED, the
@@ -295,6 +339,12 @@ enum umem_status umem_destination_connections(const struct umem_destination *des
                                               const int *sockets,
                                               size_t count);
 
+// With true the migration goes on when connections are lost after the switchover, if the other side
+// says the same; with false that ends it. If nothing is said it goes on where it listens, and not
+// where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
+enum umem_status umem_destination_recover(const struct umem_destination *destination,
+                                          bool recovers);
+
 // Begins: listens, and registers the regions with userfaultfd. From here on whoever touches them
 // waits. Everything else is told by events.
 //
@@ -347,6 +397,31 @@ enum umem_status umem_destination_stats(const struct umem_destination *destinati
 // Gives up before the switchover: UMEM_EVENT_FAILED follows, with UMEM_ERR_CANCELLED. Has no effect
 // after it, as the guest needs its pages.
 enum umem_status umem_destination_cancel(const struct umem_destination *destination);
+
+// Gives up the connections, and opens or takes none until the program says how: UMEM_EVENT_PAUSED
+// follows. The guest runs on with what it has.
+//
+// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
+enum umem_status umem_destination_pause(const struct umem_destination *destination);
+
+// Ends a pause: listens at `uri` from now on until the end, and nowhere else, or, if that is NULL, goes on
+// listening where it did. umem_destination_uri has the port that the kernel chose.
+//
+// UMEM_ERR_USAGE: `uri` is no address; the switchover has not been, the migration has ended, or it does
+// not recover. UMEM_ERR_LISTEN: the address cannot be listened at.
+enum umem_status umem_destination_resume(const struct umem_destination *destination,
+                                         const char *uri);
+
+// Goes on over `count` connected stream sockets, as many as there were at first, the first for demanded
+// pages; those that there are it gives up, and it listens no more. The other
+// side's program gives their other ends in the same order, now or later. With UMEM_OK they are umem's,
+// which closes them; otherwise they stay the caller's. Works during a pause and without one.
+//
+// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket; the
+// switchover has not been, the migration has ended, or it does not recover.
+enum umem_status umem_destination_reconnect(const struct umem_destination *destination,
+                                            const int *sockets,
+                                            size_t count);
 
 // After UMEM_EVENT_FAILED with UMEM_GUEST_AT_DESTINATION: no vCPU runs any more, and nobody believes
 // what the guest's memory holds. Missing pages become zeroes, and whoever waits for one goes on. Has

@@ -46,12 +46,12 @@ impl Lanes {
         self.demand.capabilities.contains(Capabilities::RECOVERY)
     }
 
-    pub(super) fn severable(&self) -> Severable {
-        Severable::new(self.bulk.iter().chain([&self.demand]))
+    pub(super) fn all(&self) -> impl Iterator<Item = &Lane> {
+        self.bulk.iter().chain([&self.demand])
     }
 
-    pub(super) fn sockets(&self) -> Vec<Arc<OwnedFd>> {
-        self.bulk.iter().chain([&self.demand]).map(Lane::socket).collect()
+    pub(super) fn severable(&self) -> Severable {
+        Severable::new(self.all())
     }
 }
 
@@ -67,6 +67,11 @@ pub(super) struct Terms {
 }
 
 impl Terms {
+    /// Those of a session that has begun: what else it has is compared with its first hello.
+    fn of_session(hello: &Hello) -> Terms {
+        Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false }
+    }
+
     /// Why a source is refused, if it is.
     fn refusal(&self, hello: &Hello) -> Option<String> {
         if hello.bulk_lanes > self.lanes_max {
@@ -157,9 +162,10 @@ fn accept(mut door: Door, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<La
     }
 }
 
-/// Where sources dial, and everybody who has and is not a lane of a whole session yet.
+/// Where sources dial, and everybody who has and is not a lane of a whole session yet. Or nobody dials,
+/// and there are connections that were given.
 pub(super) struct Door {
-    listener: Listener,
+    listener: Option<Listener>,
     guard: Arc<Guard>,
     terms: Terms,
     output: Output,
@@ -196,7 +202,8 @@ impl Known {
 /// A connection that has not said who it is.
 struct Pending {
     opening: Opening,
-    deadline: Instant,
+    /// None for one that was given, whose other end may come into the source's hands at any time.
+    deadline: Option<Instant>,
 }
 
 /// A session some of whose lanes have come, the demand lane among them.
@@ -224,7 +231,7 @@ enum Who {
 impl Door {
     fn new(listener: Listener, guard: Arc<Guard>, terms: Terms, output: &Output) -> Door {
         Door {
-            listener,
+            listener: Some(listener),
             guard,
             terms,
             output: output.clone(),
@@ -242,9 +249,47 @@ impl Door {
         certificate: Option<Vec<u8>>,
         output: &Output,
     ) -> Door {
-        let terms = Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false };
-        let door = Door::new(listener, guard, terms, output);
+        let door = Door::new(listener, guard, Terms::of_session(hello), output);
         Door { known: Some(Known::new(hello, certificate)), ..door }
+    }
+
+    /// For a session that has begun, with a connection for each lane of it.
+    pub(super) fn of_connections(
+        sockets: Vec<OwnedFd>,
+        guard: Arc<Guard>,
+        hello: &Hello,
+        certificate: Option<Vec<u8>>,
+        output: &Output,
+    ) -> Door {
+        let mut door = Door {
+            listener: None,
+            guard,
+            terms: Terms::of_session(hello),
+            output: output.clone(),
+            pending: VecDeque::new(),
+            session: None,
+            known: Some(Known::new(hello, certificate)),
+        };
+        for socket in sockets {
+            let lane = match hello.bulk_lanes {
+                0 => Lane::shared(socket),
+                _ => Lane::new(socket, "a lane".into()),
+            };
+            door.open(lane, None);
+        }
+        door
+    }
+
+    /// Nobody dials.
+    pub(super) fn is_of_connections(&self) -> bool {
+        self.listener.is_none()
+    }
+
+    /// Connections that were given are of use only together: false when one is gone.
+    pub(super) fn has_all(&self) -> bool {
+        let of_session = |session: &Session| 1 + session.bulk.iter().flatten().count();
+        let count = self.pending.len() + self.session.as_ref().map_or(0, of_session);
+        count == usize::from(self.terms.lanes_max) + 1
     }
 
     /// Whether lanes of the session that has begun are wanted; if not, why.
@@ -263,8 +308,9 @@ impl Door {
             session.map(|session| (Who::Session, (session.demand.as_fd(), PollFlags::POLLIN)));
         let pending = self.pending.iter().enumerate();
         let pending = pending.map(|(i, p)| (Who::Pending(i), p.opening.interest()));
-        let stranger = (Who::Stranger, (self.listener.as_fd(), PollFlags::POLLIN));
-        session.chain(pending).chain([stranger]).collect()
+        let listener = self.listener.iter();
+        let stranger = listener.map(|l| (Who::Stranger, (l.as_fd(), PollFlags::POLLIN)));
+        session.chain(pending).chain(stranger).collect()
     }
 
     pub(super) fn answer(&mut self, index: usize) -> Result<()> {
@@ -285,24 +331,27 @@ impl Door {
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let session = self.session.iter().map(|session| session.deadline);
-        self.pending.iter().map(|pending| pending.deadline).chain(session).min()
+        self.pending.iter().filter_map(|pending| pending.deadline).chain(session).min()
     }
 
     fn knock(&mut self) -> Result<()> {
-        let Some(socket) = self.listener.accept()? else {
+        let Some(socket) = self.listener.as_ref().map_or(Ok(None), Listener::accept)? else {
             return Ok(());
         };
         if self.pending.len() == PENDING_MAX {
             self.pending.pop_front();
             self.ignored("others came before it had said who it is");
         }
-        let deadline = Instant::now() + HELLO_TIMEOUT;
-        let lane = Lane::new(socket, "a lane".into()).map_err(|error| error.to_string());
+        self.open(Lane::new(socket, "a lane".into()), Some(Instant::now() + HELLO_TIMEOUT));
+        Ok(())
+    }
+
+    fn open(&mut self, lane: Result<Lane>, deadline: Option<Instant>) {
+        let lane = lane.map_err(|error| error.to_string());
         match lane.and_then(|lane| Opening::new(lane, &self.guard)) {
             Ok(opening) => self.pending.push_back(Pending { opening, deadline }),
             Err(why) => self.ignored(&why),
         }
-        Ok(())
     }
 
     fn hear(&mut self, who: Who) {
@@ -385,7 +434,7 @@ impl Door {
 
     pub(super) fn forget_late(&mut self, now: Instant) {
         let before = self.pending.len();
-        self.pending.retain(|pending| pending.deadline > now);
+        self.pending.retain(|pending| pending.deadline.is_none_or(|deadline| deadline > now));
         for _ in self.pending.len()..before {
             self.ignored("it did not say who it is");
         }

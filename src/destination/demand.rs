@@ -20,7 +20,7 @@ use umem_ring::{
     Wait, Waker,
 };
 use umem_wire::limits::REQUEST_ENTRIES_MAX;
-use umem_wire::{Event, PageRange, Receiver, RegionId, RegionTable, Seal, transmit};
+use umem_wire::{Event, Frame, PageRange, Receiver, RegionId, RegionTable, Seal, transmit};
 
 use super::Note;
 use super::acks::Acks;
@@ -138,6 +138,8 @@ struct DemandThread {
     wanted: Vec<PageId>,
     /// Whole frames to send.
     outbox: Vec<u8>,
+    /// The last ping that has not been answered: of a flood of them no more is kept.
+    ping: Option<u64>,
     /// The buffer that is not in flight.
     spare: Option<Vec<u8>>,
     ending: bool,
@@ -174,6 +176,7 @@ impl DemandLane {
             ask: Vec::with_capacity(REQUEST_ENTRIES_MAX),
             wanted: Vec::with_capacity(REQUEST_ENTRIES_MAX),
             outbox: Vec::with_capacity(4096),
+            ping: None,
             spare: Some(Vec::with_capacity(4096)),
             ending: false,
         };
@@ -338,6 +341,8 @@ impl DemandThread {
                     self.post.send(Note::AllCached);
                 }
             }
+            Arrived::Other(Event::Ping(number)) => self.ping = Some(number),
+            Arrived::Other(Event::Pong(_)) => {}
             Arrived::Other(event) => {
                 match event {
                     Event::Stopped { .. } => self.may_ask = true,
@@ -386,6 +391,7 @@ impl DemandThread {
             self.faults.as_mut().into_iter().for_each(|faults| faults.unasked().clear());
             self.ask.clear();
             self.outbox.clear();
+            self.ping = None;
             self.acks.clear();
             return Ok(());
         };
@@ -432,6 +438,9 @@ impl DemandThread {
             }
         }
         buffer.append(&mut self.outbox);
+        if let Some(number) = self.ping.take() {
+            transmit::encode(&Frame::Pong(number), buffer);
+        }
         if self.acks.is_due() {
             self.acks.encode(buffer);
         }

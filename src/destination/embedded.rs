@@ -9,6 +9,7 @@ use super::accept::{self, Lanes, Terms};
 use super::prepare::Prepared;
 use super::{Migration, Note, Open, Plan};
 use crate::embed::desk::Desk;
+use crate::embed::link::{self, LinkOrder};
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
 use crate::host::thread::HostThread;
@@ -16,7 +17,7 @@ use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HelloBytes, Lane, Listener};
 use crate::observe::watch::{Role, Watch};
-use crate::report::{Completed, Output};
+use crate::report::Completed;
 use crate::secure::Guard;
 
 /// Where the source comes in.
@@ -32,25 +33,26 @@ pub(crate) struct Reception {
     pub(crate) handed: Vec<Handed>,
     /// Bulk lanes that a source may open at an address.
     pub(crate) lanes_max: u16,
+    /// Go on over other connections when these are lost after the switchover.
+    pub(crate) recovers: bool,
     /// As in [`Options`](super::Options).
     pub(crate) cores: Vec<usize>,
 }
 
 /// Receives one guest into memory of this process. Nothing of it runs any more when this returns.
 pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Completed> {
-    let Reception { entrance, handed, lanes_max, cores } = reception;
+    let Reception { entrance, handed, lanes_max, recovers, cores } = reception;
     let inbox = Inbox::embedded(desk.canceller())?;
     let post = inbox.post();
     desk.answers(move |answer| post.send(Note::Host(answer)));
-    // Its events are the questions, which take another way.
-    let output = Output::Host(Arc::new(|_, _| {}));
+    let output = desk.output(Role::Destination);
     let mut prepared = Prepared::here(handed)?;
     // Who may connect is the program's own matter: it can give connections that it has secured.
     let guard = Arc::new(Guard::default());
     let lanes = match entrance {
         Entrance::Listener(listener) => accept::Entrance::Listener(listener).accept(
             &guard,
-            terms(lanes_max),
+            terms(lanes_max, recovers),
             &output,
             &inbox,
             &prepared,
@@ -58,15 +60,15 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
         Entrance::Connections(sockets) => match <[OwnedFd; 1]>::try_from(sockets) {
             Ok([single]) => accept::Entrance::Connection(single).accept(
                 &guard,
-                terms(0),
+                terms(0, recovers),
                 &output,
                 &inbox,
                 &prepared,
             )?,
-            Err(sockets) => accept_connected(sockets, &inbox)?,
+            Err(sockets) => accept_connected(sockets, recovers, &inbox)?,
         },
     };
-    desk.connected(lanes.sockets());
+    desk.connected(lanes.severable());
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
     let asking = desk.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
@@ -76,18 +78,31 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let plan = Plan { touch: false, cores: &cores, idle_cores, watch: &watch, quiet: true };
     let open = Open { lanes, guard, receiver, adopted };
     let migration = Migration::start(&plan, output, &inbox, open, host, &prepared.side)?;
+    desk.connected_by(migration.link.severable());
     desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
+    let (recovers, post) = (migration.link.recovers(), inbox.post());
+    desk.takes_orders(migration.lane_count + 1, move |order| {
+        link::check(recovers, &watch)?;
+        post.send(match order {
+            LinkOrder::Pause => Note::Pause,
+            LinkOrder::Resume => Note::Resume(None),
+            LinkOrder::Listen(listener) => Note::Listen(listener),
+            LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+            LinkOrder::Dial(_) => unreachable!("a destination dials nobody"),
+        });
+        Ok(())
+    });
     let report = migration.drive(&mut prepared.side)?;
     report.check_digests().map(|()| report)
 }
 
 /// Whether there are checksums is the source's choice.
-fn terms(lanes_max: u16) -> Terms {
-    Terms { lanes_max, recovers: false, checksum: false }
+fn terms(lanes_max: u16, recovers: bool) -> Terms {
+    Terms { lanes_max, recovers, checksum: false }
 }
 
 /// Opens a lane on each of several connections. The source may come at any time.
-fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes> {
+fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) -> Result<Lanes> {
     let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
     let mut first: Option<Hello> = None;
     let mut lanes = Vec::new();
@@ -110,7 +125,7 @@ fn accept_connected(sockets: Vec<OwnedFd>, inbox: &Inbox<Note>) -> Result<Lanes>
             lane::refuse(&lane, FaultCode::Refused, &text);
             return Err(Error::protocol(&lane.name, text));
         }
-        lane::welcome(&mut lane, &hello, lane::capabilities(false), None)?;
+        lane::welcome(&mut lane, &hello, lane::capabilities(recovers), None)?;
         first.get_or_insert(hello);
         lanes.push(lane);
     }

@@ -121,11 +121,13 @@ pub(crate) enum Note {
     /// All notes of those who have served lost lanes have been read.
     Settled,
     /// By hand: give up the lanes, and take none until a resume.
-    #[allow(dead_code, reason = "the hook of a control socket")]
     Pause,
     /// By hand: take lanes again, at another address if one is named.
-    #[allow(dead_code, reason = "the hook of a control socket")]
     Resume(Option<Uri>),
+    /// By hand: take lanes here.
+    Listen(Listener),
+    /// By hand: take lanes on these connections.
+    Reconnect(Vec<OwnedFd>),
 }
 
 impl Failure for Note {
@@ -578,6 +580,11 @@ impl<'a> Migration<'a> {
             Note::Settled => self.settled(),
             Note::Pause => self.pause(),
             Note::Resume(uri) => self.resume(uri),
+            Note::Listen(listener) => {
+                self.listen(listener);
+                Ok(())
+            }
+            Note::Reconnect(sockets) => self.reconnect(sockets),
             Note::Host(Answer::Loaded(result)) => {
                 result?;
                 self.state_loaded = true;
@@ -618,7 +625,6 @@ impl<'a> Migration<'a> {
             Event::Digests(_) => {
                 return Err(Error::protocol("demand lane", "digests that nobody asked for"));
             }
-            Event::Ping(number) => self.send(&Frame::Pong(number)),
             _ => {}
         }
         Ok(())

@@ -19,6 +19,7 @@
 //!
 //! [`GuestMemory::roll_back`]: super::guest::GuestMemory::roll_back
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -50,7 +51,7 @@ pub(super) struct Link {
     guard: Arc<Guard>,
     /// Who began the session, where TLS is asked for.
     certificate: Option<Vec<u8>>,
-    /// None where there is one connection, which cannot be opened again.
+    /// None where there were connections, which cannot be opened again, and no others have been given.
     door: Option<Door>,
     sockets: Severable,
     state: State,
@@ -102,6 +103,16 @@ impl Link {
 
     pub(super) fn recovers(&self) -> bool {
         self.recovers
+    }
+
+    /// For who may have to end the lanes.
+    pub(super) fn severable(&self) -> Severable {
+        self.sockets.clone()
+    }
+
+    /// Connections that were given are of no use any more.
+    fn forget_given(&mut self) {
+        self.door.take_if(|door| door.is_of_connections());
     }
 
     fn is_down(&self) -> bool {
@@ -165,6 +176,9 @@ impl Migration<'_> {
             door.forget_late(now);
             if let Some(lanes) = door.whole() {
                 self.new_lanes(lanes)?;
+                self.link.forget_given();
+            } else if door.is_of_connections() && !door.has_all() {
+                self.given_in_vain();
             }
         }
         match &mut self.link.state {
@@ -177,6 +191,15 @@ impl Migration<'_> {
                 if until <= now { self.step(Input::Lost) } else { Ok(()) }
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Of the connections that were given one has gone, or was the other end of something else.
+    fn given_in_vain(&mut self) {
+        self.link.forget_given();
+        if self.link.is_down() && self.link.arrived.is_none() {
+            let reason = "of the connections that were given one has closed or led elsewhere";
+            self.output.event("paused", json!({ "reason": reason }), "");
         }
     }
 
@@ -244,7 +267,7 @@ impl Migration<'_> {
         let State::Down { since, is_quiet: true, .. } = self.link.state else { return Ok(()) };
         let Some(lanes) = self.link.arrived.take() else { return Ok(()) };
         self.guest.set_lanes_down(false);
-        self.link.sockets = lanes.severable();
+        self.link.sockets.replace(lanes.all());
         self.link.hello = lanes.hello.clone();
         self.demand_socket = lanes.demand.socket();
         self.link.state = State::Up;
@@ -297,6 +320,7 @@ impl Migration<'_> {
         }
         self.link.is_paused = true;
         self.link.arrived = None;
+        self.link.forget_given();
         if self.link.is_down() {
             self.output.event("paused", json!({ "reason": "by hand" }), "paused until a resume");
             return Ok(());
@@ -322,19 +346,42 @@ impl Migration<'_> {
         if uri.is_one_connection() {
             return Err(Error::Usage(format!("{uri} is no address to listen at")));
         }
-        let Link { guard, hello, certificate, .. } = &self.link;
         let listener = Listener::bind(uri)?;
         let uri = listener.uri(uri);
-        if let Some(open) = guard.check_open(&WayIn::Listener(&listener), &uri)? {
+        if let Some(open) = self.link.guard.check_open(&WayIn::Listener(&listener), &uri)? {
             self.output.remark(&open);
         }
-        let certificate = certificate.clone();
-        let door = Door::of_session(listener, guard.clone(), hello, certificate, &self.output);
-        self.link.door = Some(door);
+        self.listen(listener);
         let uri = uri.to_string();
         let text = format!("waiting for the source on {uri}");
         self.output.event("listening", json!({ "uri": uri }), &text);
         Ok(())
+    }
+
+    /// By hand: the source may come back here.
+    pub(super) fn listen(&mut self, listener: Listener) {
+        let Link { guard, hello, certificate, .. } = &self.link;
+        let certificate = certificate.clone();
+        let door = Door::of_session(listener, guard.clone(), hello, certificate, &self.output);
+        self.link.door = Some(door);
+        self.link.is_paused = false;
+    }
+
+    /// By hand: the source comes back over these connections, of which lanes are made that replace the
+    /// others, lost or not.
+    pub(super) fn reconnect(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
+        if !self.link.recovers || !self.phase.outlives_its_lanes() {
+            return Ok(());
+        }
+        let Link { guard, hello, certificate, .. } = &self.link;
+        let certificate = certificate.clone();
+        let door = Door::of_connections(sockets, guard.clone(), hello, certificate, &self.output);
+        self.link.door = Some(door);
+        self.link.is_paused = false;
+        if self.link.is_down() {
+            return Ok(());
+        }
+        self.break_lanes("other connections were given")
     }
 
     /// Ctrl-C while there are no lanes: the first says what the second means. None while there are.
@@ -343,12 +390,14 @@ impl Migration<'_> {
             return None;
         }
         let (what, hint) = match self.phase {
+            // Nothing is lost by leaving.
+            Phase::Completing => return Some(self.step(Input::Lost)),
+            // A program that embeds this has another way to end it, which no cancel is.
+            _ if self.inbox.is_embedded() => return Some(Ok(())),
             Phase::Loaded { .. } => (
                 "the source may have given its guest up, and only it knows",
                 "interrupt again to end this one, if the guest runs there",
             ),
-            // Nothing is lost by leaving.
-            Phase::Completing => return Some(self.step(Input::Lost)),
             _ => (
                 "the guest here waits for pages that only the source has",
                 "interrupt again to leave it waiting for ever",

@@ -5,22 +5,25 @@
 //! straight into the control thread's inbox.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::Shutdown;
 
+use super::link::LinkOrder;
 use super::{Event, Failure, Guest, Stats};
 use crate::error::{Context, Error, Result};
 use crate::host::thread::{Answer, Question};
 use crate::inbox::Canceller;
+use crate::lane::Severable;
+use crate::observe::watch::Role;
 use crate::report::{Completed, Counters, Output};
 
 type Answers = Arc<dyn Fn(Answer) + Send + Sync>;
+type Orders = Arc<dyn Fn(LinkOrder) -> Result<()> + Send + Sync>;
 
 pub(crate) struct Desk {
     desk: Mutex<Papers>,
@@ -42,8 +45,9 @@ struct Papers {
     /// The destination's guest was to run: it belongs to that side.
     run_asked: bool,
     counters: Option<(Arc<Counters>, u64)>,
-    /// Until it has ended.
-    lanes: Vec<Arc<OwnedFd>>,
+    lanes: Severable,
+    /// While lanes can be given up and opened again: how many connections that takes.
+    orders: Option<(u16, Orders)>,
     has_ended: bool,
 }
 
@@ -72,6 +76,14 @@ impl Desk {
     }
 
     fn put(&self, papers: &mut Papers, event: Event) {
+        // Connections may come and go as often as they like, and nobody has to take events: of those
+        // that tell of it in a row the last is kept.
+        if event.is_of_link()
+            && let Some(last) = papers.events.back_mut().filter(|last| last.is_of_link())
+        {
+            *last = event;
+            return;
+        }
         papers.events.push_back(event);
         // As many as there are events, which is a handful in all.
         let _ = self.bell.write(1);
@@ -90,10 +102,24 @@ impl Desk {
     }
 
     /// Every lane is open.
-    pub(crate) fn connected(&self, lanes: Vec<Arc<OwnedFd>>) {
+    pub(crate) fn connected(&self, lanes: Severable) {
         let mut papers = self.papers();
         papers.lanes = lanes;
         self.put(&mut papers, Event::Connected);
+    }
+
+    /// The lanes that may have to be ended from here on are these.
+    pub(crate) fn connected_by(&self, lanes: Severable) {
+        self.papers().lanes = lanes;
+    }
+
+    /// Lanes can be given up and opened again, on as many `connections`.
+    pub(crate) fn takes_orders(
+        &self,
+        connections: u16,
+        post: impl Fn(LinkOrder) -> Result<()> + Send + Sync + 'static,
+    ) {
+        self.papers().orders = Some((connections, Arc::new(post)));
     }
 
     /// What is counted from here on, and the size of the guest's memory in bytes.
@@ -129,14 +155,26 @@ impl Desk {
         self.put(&mut papers, event);
     }
 
-    /// Where a source's events go that are neither questions nor its end.
-    pub(crate) fn output(self: &Arc<Desk>) -> Output {
+    /// Where events go that are neither questions nor the end.
+    pub(crate) fn output(self: &Arc<Desk>, role: Role) -> Output {
         let desk = self.clone();
         Output::Host(Arc::new(move |name, fields| {
-            if let ("running", Some(ms)) = (name, fields["downtime_ms"].as_f64()) {
-                let downtime = Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default();
-                desk.put(&mut desk.papers(), Event::Running { downtime });
-            }
+            let duration = |field: &str| {
+                let ms = fields[field].as_f64().unwrap_or_default();
+                Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default()
+            };
+            let reason = || fields["reason"].as_str().unwrap_or_default().to_owned();
+            let event = match name {
+                // The destination's program has said so itself.
+                "running" if role == Role::Source => {
+                    Event::Running { downtime: duration("downtime_ms") }
+                }
+                "recovering" => Event::Recovering { reason: reason() },
+                "paused" => Event::Paused { reason: reason() },
+                "resumed" => Event::Resumed { disconnected: duration("disconnected_ms") },
+                _ => return,
+            };
+            desk.put(&mut desk.papers(), event);
         }))
     }
 
@@ -154,7 +192,7 @@ impl Desk {
         let guest = if is_committed { Guest::AtDestination } else { Guest::AtSource };
         papers.open = None;
         papers.answers = None;
-        papers.lanes.clear();
+        papers.orders = None;
         let event = match result {
             Ok(report) => Event::Completed(Box::new(report)),
             Err(error) => Event::Failed(Failure { error, guest }),
@@ -229,6 +267,23 @@ impl Desk {
         Ok(())
     }
 
+    /// Has the lanes given up, or opened again.
+    pub(crate) fn order(&self, order: LinkOrder) -> Result<()> {
+        let orders = self.papers().orders.clone();
+        let (connections, post) = orders.ok_or_else(|| {
+            Error::Usage("there are no connections yet, or the migration has ended".into())
+        })?;
+        if let LinkOrder::Reconnect(sockets) = &order
+            && sockets.len() != usize::from(connections)
+        {
+            return Err(Error::Usage(format!(
+                "{} connections: this migration began with {connections}, and goes on with as many",
+                sockets.len()
+            )));
+        }
+        post(order)
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         self.papers().stats()
     }
@@ -242,9 +297,7 @@ impl Desk {
 
     /// Whatever is being sent or received ends.
     pub(crate) fn cut_lanes(&self) {
-        for lane in &self.papers().lanes {
-            let _ = nix::sys::socket::shutdown(lane.as_raw_fd(), Shutdown::Both);
-        }
+        self.papers().lanes.sever();
     }
 }
 
@@ -322,6 +375,39 @@ mod tests {
         let answers: Vec<_> = answers.try_iter().collect();
         let [Answer::Saved(Ok(_)), Answer::Running(Err(error))] = &answers[..] else { panic!() };
         assert!(error.to_string().contains("two lines"), "{error}");
+    }
+
+    #[test]
+    fn of_connections_that_come_and_go_the_last_news_is_kept() {
+        let desk = Arc::new(desk().0);
+        let Output::Host(tell) = desk.output(Role::Destination) else { unreachable!() };
+        let fields = serde_json::json!({ "reason": "why", "disconnected_ms": 1500.0 });
+        for _ in 0..1000 {
+            tell("recovering", &fields);
+            tell("resumed", &fields);
+        }
+        desk.ask(Question::Run);
+        tell("paused", &fields);
+        tell("running", &fields);
+        let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
+        let [Event::Resumed { disconnected }, Event::Run, Event::Paused { reason }] = &events[..]
+        else {
+            panic!("{events:?}")
+        };
+        assert_eq!((disconnected.as_millis(), reason.as_str()), (1500, "why"));
+        assert!(!is_readable(&desk));
+    }
+
+    #[test]
+    fn orders_are_taken_while_there_is_somebody_to_follow_them() {
+        let (desk, _answers) = desk();
+        let refused = |desk: &Desk, order| desk.order(order).unwrap_err().to_string();
+        assert!(refused(&desk, LinkOrder::Pause).contains("no connections yet"));
+        desk.takes_orders(2, |_| Ok(()));
+        desk.order(LinkOrder::Pause).unwrap();
+        assert!(refused(&desk, LinkOrder::Reconnect(Vec::new())).contains("0 connections"));
+        desk.end(Err(Error::Interrupted("why".into())));
+        assert!(refused(&desk, LinkOrder::Resume).contains("has ended"));
     }
 
     #[test]

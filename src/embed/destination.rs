@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::desk::{Desk, Open};
 use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
+use super::link::LinkOrder;
 use super::{Event, Stats};
 use crate::destination::embedded::{Entrance, Reception, receive};
 use crate::error::{Context, Error, Result};
@@ -37,6 +38,7 @@ pub struct DestinationSetup {
     regions: Vec<(Area, Option<File>)>,
     userfaultfd: Option<OwnedFd>,
     way: Option<Way>,
+    recovers: Option<bool>,
     cores: Vec<usize>,
 }
 
@@ -49,7 +51,13 @@ impl DestinationSetup {
     /// Nothing yet.
     #[expect(clippy::new_without_default, reason = "an empty setup is no default of anything")]
     pub fn new() -> DestinationSetup {
-        DestinationSetup { regions: Vec::new(), userfaultfd: None, way: None, cores: Vec::new() }
+        DestinationSetup {
+            regions: Vec::new(),
+            userfaultfd: None,
+            way: None,
+            recovers: None,
+            cores: Vec::new(),
+        }
     }
 
     /// Adds a region. `name` is the same at the source.
@@ -111,6 +119,13 @@ impl DestinationSetup {
         Ok(())
     }
 
+    /// Whether the migration goes on when connections are lost after the switchover, if the source does too.
+    /// If nothing is said it does where it listens, and not where it was given connections: then the
+    /// program has to give others.
+    pub fn recover(&mut self, recovers: bool) {
+        self.recovers = Some(recovers);
+    }
+
     /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses if
     /// nothing is said.
     pub fn cores(&mut self, cores: &[usize]) {
@@ -124,13 +139,14 @@ impl DestinationSetup {
     /// listened at; memory that is not as it was said to be; no permission for userfaultfd. The
     /// regions are as before then.
     pub fn start(self) -> Result<Destination> {
-        let DestinationSetup { regions, userfaultfd, way, cores } = self;
+        let DestinationSetup { regions, userfaultfd, way, recovers, cores } = self;
         if regions.is_empty() {
             return Err(Error::Usage("nothing to receive: add the guest's regions first".into()));
         }
         let way = way.ok_or_else(|| {
             Error::Usage("no way for the source: give an address or connections first".into())
         })?;
+        let recovers = recovers.unwrap_or(matches!(way, Way::Listen { .. }));
         let (entrance, uri, lanes_max) = match way {
             Way::Listen { uri, lanes_max } => {
                 let listener = Listener::bind(&uri)?;
@@ -143,7 +159,7 @@ impl DestinationSetup {
         let (areas, files): (Vec<_>, Vec<_>) = regions.into_iter().unzip();
         let guarded = Guarded::new(areas, userfaultfd.as_ref().map(std::os::fd::AsFd::as_fd))?;
         let handed = hand_over(&guarded, files);
-        let reception = Reception { entrance, handed, lanes_max, cores };
+        let reception = Reception { entrance, handed, lanes_max, recovers, cores };
         // Taken back where no thread could be started.
         let shared = Arc::new(Mutex::new(Some(guarded)));
         let theirs = shared.clone();
@@ -211,7 +227,7 @@ pub struct Destination {
 handle!(Destination);
 
 impl Destination {
-    /// Where it listens, with a port that the kernel chose; none if it was given connections.
+    /// Where it listens at first, with a port that the kernel chose; none if it was given connections.
     pub fn uri(&self) -> Option<&Uri> {
         self.uri.as_ref()
     }
@@ -230,6 +246,20 @@ impl Destination {
     /// [`Error::Usage`] if that is not asked.
     pub fn running(&self) -> Result<()> {
         self.handle.desk.answer(Open::Run, || Answer::Running(Ok(())))
+    }
+
+    /// Ends a pause, or does without connections that were given: listens at `uri`, from now on until the
+    /// end, and nowhere else. Returns where that is, with a port that the kernel chose.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and where the migration does not
+    /// recover; an address that cannot be listened at.
+    pub fn resume_at(&self, uri: &Uri) -> Result<Uri> {
+        check_address(uri)?;
+        let listener = Listener::bind(uri)?;
+        let bound = listener.uri(uri);
+        self.handle.desk.order(LinkOrder::Listen(listener))?;
+        Ok(bound)
     }
 
     /// After a failure with [`Guest::AtDestination`](super::Guest::AtDestination): no vCPU runs any

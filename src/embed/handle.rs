@@ -173,6 +173,37 @@ macro_rules! handle {
             }
         }
 
+        /// What is to be done with connections, from the switchover on, in a migration that recovers. The
+        /// program hears by events what came of it.
+        ///
+        /// # Errors
+        /// All of these: [`Error::Usage`](crate::Error::Usage) before the switchover, after the last
+        /// event, and where the migration does not recover.
+        impl $name {
+            /// Gives up the connections, and opens or takes none until the program says how:
+            /// [`Event::Paused`]. The guest runs on with what it has.
+            pub fn pause(&self) -> Result<()> {
+                self.handle.desk.order(LinkOrder::Pause)
+            }
+
+            /// Ends a pause: opens or takes connections as before.
+            pub fn resume(&self) -> Result<()> {
+                self.handle.desk.order(LinkOrder::Resume)
+            }
+
+            /// Goes on over these connected stream sockets, as many as there were at first, the first for
+            /// demanded pages. They are umem's from here on, which gives up those that it had and no longer
+            /// dials or listens. The other side's program gives their other ends in the same order; it may
+            /// do so later.
+            ///
+            /// # Errors
+            /// Also for too few or too many, and for what is no connected stream socket.
+            pub fn reconnect(&self, sockets: Vec<std::os::fd::OwnedFd>) -> Result<()> {
+                check_connections(&sockets)?;
+                self.handle.desk.order(LinkOrder::Reconnect(sockets))
+            }
+        }
+
         impl std::fmt::Debug for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.debug_struct(stringify!($name)).field("stats", &self.stats()).finish()

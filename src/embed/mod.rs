@@ -14,6 +14,9 @@
 //! | [`LoadState`](Event::LoadState) | destination | loads it; that may touch guest memory | [`Destination::loaded`] |
 //! | [`Run`](Event::Run) | destination | starts its vCPUs: the switchover | [`Destination::running`] |
 //! | [`Running`](Event::Running) | source | has nothing to do | |
+//! | [`Recovering`](Event::Recovering) | both | has nothing to do | |
+//! | [`Paused`](Event::Paused) | both | makes connections, or says where to | `reconnect`, `resume_at`, `resume` |
+//! | [`Resumed`](Event::Resumed) | both | has nothing to do | |
 //! | [`Completed`](Event::Completed) | both | drops the handle; a source its guest, too | |
 //! | [`Failed`](Event::Failed) | both | sees [`Failure::guest`] for whose the guest is | |
 //!
@@ -33,8 +36,19 @@
 //! come. The thread that takes events must therefore not touch guest memory that nobody loads, and a
 //! device state is best loaded on a thread of its own.
 //!
-//! Connections that are lost end the migration, before the switchover and after it: umem opens none again
-//! inside another program.
+//! # Lost connections
+//!
+//! Before the switchover they end the migration, and the guest goes on at the source. Later the source may
+//! have given it up, so the migration goes on without them: the guest runs on with what it has, and other
+//! connections take the place of the lost ones. A source that was given an address dials it again, until
+//! it is dropped; a destination that listens goes on listening. Who was given connections is
+//! [`Paused`](Event::Paused) until the program gives others, with `reconnect`; that is only so where both
+//! sides' programs have asked for it, with `recover(true)`, as otherwise a lost connection ends the migration
+//! as before. The program may also `pause` by itself, to move the traffic elsewhere for example.
+//!
+//! Nobody gives up by himself then: who believes that the other side will not come back drops the handle. A
+//! destination that has loaded and has not been asked to run may wait for a source that never heard of it and
+//! goes on alone: only who knows both can tell.
 //!
 //! When a destination fails after the switchover, the guest belongs to it and misses pages that nobody
 //! will bring. They stay waited for, also when the handle has been dropped: a page never reads as
@@ -112,6 +126,7 @@
 pub(crate) mod desk;
 mod destination;
 pub(crate) mod handle;
+pub(crate) mod link;
 mod source;
 
 use std::time::Duration;
@@ -140,10 +155,34 @@ pub enum Event {
         /// How long it has stood still.
         downtime: Duration,
     },
+    /// The connections are lost, or given up, and the migration goes on without them: whoever waits for
+    /// a page waits longer. umem opens others, or waits for the source to. Of this event and the two below
+    /// the last is kept where nobody has taken those before it.
+    Recovering {
+        /// What became of them, one line.
+        reason: String,
+    },
+    /// The same, and nothing is opened until the program says how: `resume`, `resume_at`, `reconnect`.
+    Paused {
+        /// What became of them, one line.
+        reason: String,
+    },
+    /// There are connections again.
+    Resumed {
+        /// How long there were none.
+        disconnected: Duration,
+    },
     /// Every page has come; the last event.
     Completed(Box<Completed>),
     /// It did not work; the last event.
     Failed(Failure),
+}
+
+impl Event {
+    /// Whether it tells of connections that were lost.
+    pub(crate) fn is_of_link(&self) -> bool {
+        matches!(self, Event::Recovering { .. } | Event::Paused { .. } | Event::Resumed { .. })
+    }
 }
 
 /// How it did not work.

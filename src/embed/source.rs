@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::desk::{Desk, Open};
 use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
+use super::link::LinkOrder;
 use super::{Event, Stats};
 use crate::error::{Context, Error, Result};
 use crate::host::thread::Answer;
@@ -18,6 +19,7 @@ pub struct SourceSetup {
     files: Vec<RamFile>,
     way: Option<Way>,
     postcopy: bool,
+    recovers: Option<bool>,
     cores: Vec<usize>,
 }
 
@@ -25,7 +27,13 @@ impl SourceSetup {
     /// Nothing yet; postcopy.
     #[expect(clippy::new_without_default, reason = "an empty setup is no default of anything")]
     pub fn new() -> SourceSetup {
-        SourceSetup { files: Vec::new(), way: None, postcopy: true, cores: Vec::new() }
+        SourceSetup {
+            files: Vec::new(),
+            way: None,
+            postcopy: true,
+            recovers: None,
+            cores: Vec::new(),
+        }
     }
 
     /// Adds a region: all of a file, which the guest maps MAP_SHARED, or a file that does not change.
@@ -69,6 +77,13 @@ impl SourceSetup {
         self.postcopy = postcopy;
     }
 
+    /// Whether the migration goes on when connections are lost after the switchover, if the destination
+    /// does too. If nothing is said it does where it has dialled, and not where it was given connections:
+    /// then the program has to give others.
+    pub fn recover(&mut self, recovers: bool) {
+        self.recovers = Some(recovers);
+    }
+
     /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses if
     /// nothing is said.
     pub fn cores(&mut self, cores: &[usize]) {
@@ -81,14 +96,15 @@ impl SourceSetup {
     /// [`Error::Usage`] where there is nothing to move or no way to the destination; a thread or an
     /// eventfd that the kernel does not give.
     pub fn start(self) -> Result<Source> {
-        let SourceSetup { files, way, postcopy, cores } = self;
+        let SourceSetup { files, way, postcopy, recovers, cores } = self;
         if files.is_empty() {
             return Err(Error::Usage("nothing to move: add the guest's regions first".into()));
         }
         let way = way.ok_or_else(|| {
             Error::Usage("no way to the destination: give an address or connections first".into())
         })?;
-        let departure = Departure { way, files, postcopy, cores };
+        let recovers = recovers.unwrap_or(matches!(way, Way::Dial { .. }));
+        let departure = Departure { way, files, postcopy, recovers, cores };
         let migrate = move |desk: &Arc<Desk>| send(departure, desk);
         let handle = Handle::start(Arc::new(Desk::new()?), migrate, |_, _| ())?;
         Ok(Source { handle })
@@ -119,6 +135,16 @@ impl Source {
     /// [`Error::Usage`] if that is not asked.
     pub fn saved(&self, state: Vec<u8>) -> Result<()> {
         self.handle.desk.answer(Open::Save, || Answer::Saved(Ok(state)))
+    }
+
+    /// Ends a pause, or does without connections that were given: dials `uri`, from now on until the end.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and where the migration does not
+    /// recover.
+    pub fn resume_at(&self, uri: Uri) -> Result<()> {
+        check_address(&uri)?;
+        self.handle.desk.order(LinkOrder::Dial(uri))
     }
 }
 

@@ -343,6 +343,11 @@ impl Watch {
         self.live.get().map(|live| &*live.counters)
     }
 
+    /// Whether it is beyond the point of no return.
+    pub(crate) fn is_committed(&self) -> bool {
+        self.commitment.load(SeqCst) == COMMITTED
+    }
+
     /// Has the lanes given up, or opened again.
     ///
     /// # Errors
@@ -353,7 +358,7 @@ impl Watch {
                 "there are no connections yet that could be given up, or none that can be opened again",
             );
         };
-        if self.commitment.load(SeqCst) != COMMITTED {
+        if !self.is_committed() {
             return Err("the guest has not been switched over: cancel leaves it at the source");
         }
         tell(order);

@@ -15,7 +15,7 @@ use std::time::Duration;
 use umem_ring::{
     Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
 };
-use umem_wire::{Event, PageRange, Receiver, RegionId};
+use umem_wire::{Event, Frame, PageRange, Receiver, RegionId, transmit};
 
 use super::Note;
 use super::memory::{Holes, SourceMemory, Walk};
@@ -42,6 +42,10 @@ const RECEIVE_BYTES: usize = 16 << 10;
 
 /// Answers that leave with one send: two pieces each at most, of the 1024 that a send takes.
 const ANSWERS_MAX: usize = 64;
+
+/// Pages that wait to be sent before no more requests are read: more than any guest has threads, and few
+/// enough that a destination which asks for everything and reads nothing takes less than a mebibyte.
+const ANSWERS_QUEUED_MAX: usize = 16 << 10;
 
 /// The answers that a send usually holds.
 const SPARE_BYTES: usize = 16 << 10;
@@ -99,9 +103,13 @@ struct DemandThread {
     has_answered: bool,
     /// Claimed, to be sent.
     answers: Vec<PageRange>,
+    /// The buffer for requests, while there are answers enough.
+    held: Option<Bytes>,
     /// Room for what is asked about an answer's page.
     holes: Holes,
     outbox: Vec<u8>,
+    /// The last ping that has not been answered: of a flood of them no more is kept.
+    ping: Option<u64>,
     /// The buffer for answers while none is in flight.
     spare: Vec<u8>,
     background: Option<Background>,
@@ -135,8 +143,10 @@ impl DemandLane {
             vigil: Vigil::new(self.idle_cores, TOKEN_CALM),
             has_answered: false,
             answers: Vec::with_capacity(ANSWERS_MAX),
+            held: None,
             holes: Holes::default(),
             outbox: Vec::with_capacity(4096),
+            ping: None,
             spare: Vec::with_capacity(SPARE_BYTES),
             background: None,
             pausing: None,
@@ -217,11 +227,23 @@ impl DemandThread {
                     self.receiver.give_back(pages);
                 }
                 Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
+                Event::Ping(number) => self.ping = Some(number),
+                Event::Pong(_) => {}
                 other => self.post.send(Note::Received(other)),
             }
         }
         result.map_err(|error| self.memory.received(&self.name, &error))?;
-        self.receive(ring, buffer)
+        self.held = Some(buffer);
+        self.receive_more(ring)
+    }
+
+    /// Reads on, unless whoever asks does not read the answers.
+    fn receive_more(&mut self, ring: &mut Ring) -> Result<()> {
+        let may_read = self.answers.len() < ANSWERS_QUEUED_MAX;
+        match self.held.take_if(|_| may_read) {
+            Some(buffer) => self.receive(ring, buffer),
+            None => Ok(()),
+        }
     }
 
     fn answer(&mut self, pages: &[(RegionId, u64)]) -> Result<()> {
@@ -248,6 +270,7 @@ impl DemandThread {
 
     /// Sends what there is, answers first, all in one; if nobody waits, the next of the background.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
+        self.receive_more(ring)?;
         if self.sending {
             return Ok(());
         }
@@ -305,6 +328,9 @@ impl DemandThread {
             }
             self.memory.count(&run, true);
             Counters::add(&self.memory.counters.pages_demand, run.range.pages);
+        }
+        if let Some(number) = self.ping.take() {
+            transmit::encode(&Frame::Pong(number), &mut self.outbox);
         }
         self.sealer.frames(&mut self.outbox);
         bytes.append(&mut self.outbox);

@@ -132,6 +132,8 @@ pub(crate) enum Note {
     Pause,
     /// By hand: open lanes again, to another address if one is named.
     Resume(Option<Uri>),
+    /// By hand: open lanes on these connections, the demand lane's first.
+    Reconnect(Vec<OwnedFd>),
 }
 
 impl Failure for Note {
@@ -490,6 +492,7 @@ impl Migration {
                 Wake::Message(Note::Pause) => self.pause()?,
                 // Nothing has been paused.
                 Wake::Message(Note::Resume(_)) => {}
+                Wake::Message(Note::Reconnect(sockets)) => self.reconnect(sockets)?,
             }
             self.look_after_link()?;
             self.progress.update();
@@ -517,7 +520,6 @@ impl Migration {
                 self.times.completed = Some(Instant::now());
                 return self.completed();
             }
-            Event::Ping(number) => self.send(&Frame::Pong(number)),
             _ => {}
         }
         Ok(())

@@ -11,7 +11,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -25,6 +25,7 @@ use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, LaneRole, Receiver, Standing, Target};
 
 use super::demand::{Command, DemandLane};
+use super::embedded;
 use super::{Migration, Note, peer};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
@@ -47,8 +48,10 @@ pub(super) struct Link {
     pub(super) session: Session,
     /// What is shown, and asked for, each time lanes are opened.
     pass: Arc<Pass>,
-    /// Where the destination listens; none where there is one connection, which cannot be opened again.
+    /// Where the destination listens; none where there were connections, which cannot be opened again.
     uri: Option<Uri>,
+    /// Connections in place of lost ones, good for one attempt.
+    given: Option<Vec<OwnedFd>>,
     /// Of the last attempt to open lanes.
     epoch: u32,
     sockets: Severable,
@@ -74,6 +77,7 @@ impl Link {
             session,
             pass,
             uri,
+            given: None,
             epoch: 0,
             sockets: Severable::new(lanes),
             is_up: true,
@@ -95,10 +99,41 @@ impl Link {
         self.is_up
     }
 
+    /// For who may have to end them.
+    pub(super) fn severable(&self) -> Severable {
+        self.sockets.clone()
+    }
+
+    /// By hand: whoever has these opens others from here on, and no address is dialled.
+    fn give(&mut self, sockets: Vec<OwnedFd>) {
+        (self.uri, self.given) = (None, Some(sockets));
+        self.is_paused = false;
+    }
+
+    fn has_way(&self) -> bool {
+        !self.is_paused && (self.uri.is_some() || self.given.is_some())
+    }
+
+    /// How to open lanes now, if there is a way.
+    fn take_way(&mut self) -> Option<Way> {
+        if self.is_paused {
+            return None;
+        }
+        let given = self.given.take().map(Way::Given);
+        given.or_else(|| self.uri.clone().map(Way::Dial))
+    }
+
     /// When [`Migration::look_after_link`] has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.doubt.as_ref().map(|&(_, until)| until)
     }
+}
+
+/// How lanes are opened again.
+enum Way {
+    Dial(Uri),
+    /// One for each, the demand lane's first.
+    Given(Vec<OwnedFd>),
 }
 
 /// Lanes of one attempt, opened.
@@ -153,6 +188,15 @@ impl Migration {
         }
         self.link.is_paused = true;
         self.recover("paused by hand")
+    }
+
+    /// By hand: goes on over these connections.
+    pub(super) fn reconnect(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
+        if !self.link.recovers || self.phase.may_run() {
+            return Ok(());
+        }
+        self.link.give(sockets);
+        self.recover("other connections were given")
     }
 
     /// Takes everything down, and returns when lanes are up again.
@@ -215,6 +259,10 @@ impl Migration {
                 self.link.is_paused = false;
                 Ok(())
             }
+            Note::Reconnect(sockets) => {
+                self.link.give(sockets);
+                Ok(())
+            }
         }
     }
 
@@ -224,6 +272,9 @@ impl Migration {
         self.progress.watch().entered(CUT);
         let fields = json!({ "reason": why });
         match &self.link.uri {
+            _ if self.link.given.is_some() && !self.link.is_paused => {
+                self.output.event("recovering", fields, "");
+            }
             Some(uri) if !self.link.is_paused => self.output.event(
                 "recovering",
                 fields,
@@ -244,12 +295,13 @@ impl Migration {
     fn open_again(&mut self) -> Result<Opened> {
         let mut pause = PAUSE_MIN;
         loop {
-            if let (Some(uri), false) = (self.link.uri.clone(), self.link.is_paused) {
+            if let Some(way) = self.link.take_way() {
+                let was_given = matches!(way, Way::Given(_));
                 self.link.epoch = self.link.epoch.checked_add(1).ok_or_else(|| {
                     Error::Unsupported("the connection has been lost too often".into())
                 })?;
                 let waiting = Waiting::new(&self.inbox);
-                let attempt = self.attempt(&uri, &waiting);
+                let attempt = self.attempt(way, &waiting);
                 let (notes, was_interrupted) = waiting.into_parts();
                 match attempt {
                     Ok(opened) => {
@@ -262,7 +314,14 @@ impl Migration {
                     }
                     Err(Failed::Migration(error)) => return Err(error),
                     Err(Failed::Attempt(error)) => {
-                        self.output.event("retrying", json!({ "reason": error.to_string() }), "");
+                        // What was given is used up; an order that has come may be another way.
+                        match was_given && !notes.iter().any(Note::is_order) {
+                            true => self.announce(&error.to_string()),
+                            false => {
+                                let fields = json!({ "reason": error.to_string() });
+                                self.output.event("retrying", fields, "");
+                            }
+                        }
                         notes.into_iter().try_for_each(|note| self.left_over(note))?;
                     }
                 }
@@ -279,16 +338,16 @@ impl Migration {
     fn pause_between(&mut self, pause: Duration) -> Result<()> {
         let until = Instant::now() + jittered(pause);
         loop {
-            let has_way = self.link.uri.is_some() && !self.link.is_paused;
+            let has_way = self.link.has_way();
             let left = until.saturating_duration_since(Instant::now());
             match self.inbox.wait(&[], has_way.then_some(left))? {
                 Wake::Timeout => return Ok(()),
                 Wake::Ready(_) => {}
                 Wake::Signal => self.interrupted_without_lanes()?,
                 Wake::Message(note) => {
-                    let is_resume = matches!(note, Note::Resume(_));
+                    let is_resume = matches!(note, Note::Resume(_) | Note::Reconnect(_));
                     self.left_over(note)?;
-                    if is_resume && self.link.uri.is_some() {
+                    if is_resume && self.link.has_way() {
                         return Ok(());
                     }
                 }
@@ -297,11 +356,16 @@ impl Migration {
     }
 
     /// Opens all lanes once, and hears what the destination has.
-    fn attempt(&self, uri: &Uri, waiting: &Waiting<'_>) -> std::result::Result<Opened, Failed> {
+    fn attempt(&self, way: Way, waiting: &Waiting<'_>) -> std::result::Result<Opened, Failed> {
         let Link { session, pass, epoch, .. } = &self.link;
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| waiting.wait(fds, limit);
-        let open = |index| lane::dial(uri, &session.hello(index, *epoch), pass, &wait);
-        let lanes = (0..=session.bulk_lanes).map(open).collect::<Result<Vec<_>>>();
+        let lanes = match way {
+            Way::Dial(uri) => {
+                let open = |index| lane::dial(&uri, &session.hello(index, *epoch), pass, &wait);
+                (0..=session.bulk_lanes).map(open).collect::<Result<Vec<_>>>()
+            }
+            Way::Given(sockets) => embedded::open_over(sockets, session, *epoch, pass, &wait),
+        };
         let lanes = lanes.map_err(Failed::Attempt)?;
         let receiver = Receiver::for_resumed_source(self.memory.landing());
         let mut receiver = receiver.checked(lanes[0].is_checked());
@@ -385,7 +449,7 @@ impl Migration {
     /// Everything goes on over new lanes.
     fn go_on(&mut self, opened: Opened, since: Instant) -> Result<()> {
         let Opened { mut lanes, receiver, standing } = opened;
-        self.link.sockets = Severable::new(&lanes);
+        self.link.sockets.replace(&lanes);
         self.idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
         self.start_demand(lane, receiver)?;
@@ -430,6 +494,10 @@ impl Migration {
 
     /// Ctrl-C while there are no lanes: the first says what the second means.
     fn interrupted_without_lanes(&mut self) -> Result<()> {
+        // A program that embeds this has another way to end it, which no cancel is.
+        if self.inbox.is_embedded() {
+            return Ok(());
+        }
         let has_all_left =
             matches!(self.phase, Phase::Serving) && self.bytes_done() >= self.memory.total_bytes();
         let what = if has_all_left {
@@ -445,6 +513,13 @@ impl Migration {
         }
         self.output.remark(&format!("{what}; interrupt again to give up"));
         Ok(())
+    }
+}
+
+impl Note {
+    /// Whether somebody decides with it what is to be done about the lanes.
+    fn is_order(&self) -> bool {
+        matches!(self, Note::Pause | Note::Resume(_) | Note::Reconnect(_))
     }
 }
 
@@ -469,12 +544,14 @@ impl<'a> Waiting<'a> {
             match self.inbox.wait_for(fds, left)? {
                 Wake::Ready(_) => return Ok(true),
                 Wake::Timeout => return Ok(false),
+                // Without effect in another program.
+                Wake::Signal if self.inbox.is_embedded() => {}
                 Wake::Signal => {
                     self.was_interrupted.set(true);
                     return Err(Error::Interrupted("the attempt is given up".into()));
                 }
                 Wake::Message(note) => {
-                    let is_order = matches!(note, Note::Pause | Note::Resume(_));
+                    let is_order = note.is_order();
                     self.notes.borrow_mut().push_back(note);
                     if is_order {
                         return Err(Error::Interrupted("the attempt is given up".into()));

@@ -216,6 +216,8 @@ struct migration {
     bool cancels;        /* when the guest is to stop */
     const char *refuses; /* to load the device state */
     bool loses;          /* the source, when the guest is to run */
+    bool pauses;         /* when the guest is to run, and then goes on elsewhere */
+    bool dials;
     unsigned seen_by_source, seen_by_destination;
     umem_status failed_source, failed_destination;
     umem_guest guest_of_source, guest_of_destination;
@@ -224,6 +226,52 @@ struct migration {
 
 #define SEEN(kind) (1u << (kind))
 #define ENDED (SEEN(UMEM_EVENT_COMPLETED) | SEEN(UMEM_EVENT_FAILED))
+
+static void wrong(umem_status status, umem_status expected, const char *hint);
+
+/* As many connections as there are lanes, both ends in the same order. */
+static void make_pairs(int *here, int *there, int lanes) {
+    for (int lane = 0; lane < lanes; lane++) {
+        int pair[2];
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+        here[lane] = pair[0];
+        there[lane] = pair[1];
+    }
+}
+
+/* Both sides know that there are no connections: they get others. */
+static void reconnect(struct migration *migration) {
+    int here[LANES], there[LANES];
+    make_pairs(here, there, LANES);
+    wrong(umem_source_reconnect(migration->source, here, 1), UMEM_ERR_USAGE, "as many");
+    wrong(umem_source_reconnect(migration->source, (int[]){here[0], here[0], here[1]}, LANES),
+          UMEM_ERR_USAGE, "twice");
+    CHECK(fcntl(here[0], F_GETFD) >= 0); /* still ours */
+    OK(umem_source_reconnect(migration->source, here, LANES));
+    OK(umem_destination_reconnect(migration->destination, there, LANES));
+}
+
+/* The destination listens at another address, and the source dials that. */
+static void go_elsewhere(struct migration *migration) {
+    char before[256];
+    snprintf(before, sizeof before, "%s", umem_destination_uri(migration->destination));
+    wrong(umem_destination_resume(migration->destination, "fd:3"), UMEM_ERR_USAGE, "connection");
+    OK(umem_destination_resume(migration->destination, "tcp:127.0.0.1:0"));
+    const char *uri = umem_destination_uri(migration->destination);
+    CHECK(uri && strcmp(uri, before) != 0);
+    OK(umem_source_resume(migration->source, uri));
+}
+
+#define PAUSED SEEN(UMEM_EVENT_PAUSED)
+
+/* Goes on once everybody who has to know knows that there are no connections. */
+static void paused(struct migration *migration) {
+    CHECK(migration->pauses);
+    if (migration->dials)
+        go_elsewhere(migration);
+    else if (migration->seen_by_source & migration->seen_by_destination & PAUSED)
+        reconnect(migration);
+}
 
 /* A device's state says where its rings are, and loading it reads there. */
 static void *load(void *argument) {
@@ -239,6 +287,8 @@ static void source_event(struct migration *migration, const umem_event *event) {
     umem_stats stats;
     switch (event->kind) {
     case UMEM_EVENT_STOP:
+        wrong(umem_source_pause(migration->source), UMEM_ERR_USAGE,
+              migration->pauses ? "has not been handed over" : "");
         if (migration->cancels)
             OK(umem_source_cancel(migration->source));
         else
@@ -259,6 +309,13 @@ static void source_event(struct migration *migration, const umem_event *event) {
         migration->failed_source = event->status;
         migration->guest_of_source = event->guest;
         snprintf(migration->text_source, sizeof migration->text_source, "%s", event->text);
+        break;
+    case UMEM_EVENT_PAUSED:
+        CHECK(!migration->dials && event->text[0]);
+        paused(migration);
+        break;
+    case UMEM_EVENT_RESUMED:
+        CHECK(event->guest == UMEM_GUEST_AT_DESTINATION && event->disconnected_us > 0);
         break;
     default:
         break;
@@ -282,10 +339,14 @@ static void destination_event(struct migration *migration, const umem_event *eve
         CHECK(event->guest == UMEM_GUEST_AT_DESTINATION);
         CHECK(umem_threads() >= 4);
         if (migration->loses) {
+            wrong(umem_destination_pause(migration->destination), UMEM_ERR_USAGE, "recover");
             umem_source_destroy(migration->source);
             migration->source = NULL;
             break;
         }
+        /* Hardly a page has come yet. */
+        if (migration->pauses)
+            OK(umem_destination_pause(migration->destination));
         start_guest(migration->guest);
         OK(umem_destination_running(migration->destination));
         break;
@@ -301,6 +362,13 @@ static void destination_event(struct migration *migration, const umem_event *eve
         migration->guest_of_destination = event->guest;
         snprintf(migration->text_destination, sizeof migration->text_destination, "%s",
                  event->text);
+        break;
+    case UMEM_EVENT_PAUSED:
+        CHECK(strstr(event->text, "by hand"));
+        paused(migration);
+        break;
+    case UMEM_EVENT_RESUMED:
+        CHECK(event->guest == UMEM_GUEST_AT_DESTINATION && event->disconnected_us > 0);
         break;
     default:
         break;
@@ -357,12 +425,7 @@ static struct migration *new_migration(int source_file, int destination_file) {
 
 static void connect_both(struct migration *migration, int lanes) {
     int here[LANES], there[LANES];
-    for (int lane = 0; lane < lanes; lane++) {
-        int pair[2];
-        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
-        here[lane] = pair[0];
-        there[lane] = pair[1];
-    }
+    make_pairs(here, there, lanes);
     OK(umem_source_connections(migration->source, here, lanes));
     OK(umem_destination_connections(migration->destination, there, lanes));
 }
@@ -382,18 +445,22 @@ static void listen_and_start(struct migration *migration, const char *uri) {
     OK(umem_source_start(migration->source));
 }
 
+#define OF_LINK (SEEN(UMEM_EVENT_RECOVERING) | PAUSED | SEEN(UMEM_EVENT_RESUMED))
+
 /* It runs to its end, and every word is right, what the guest has written meanwhile included. */
 static void succeed(struct migration *migration) {
     run(migration);
     if (!(migration->seen_by_source & migration->seen_by_destination & SEEN(UMEM_EVENT_COMPLETED)))
         printf("source: %s; destination: %s\n", migration->text_source,
                migration->text_destination);
-    CHECK(migration->seen_by_destination ==
+    CHECK((migration->seen_by_destination & ~OF_LINK) ==
           (SEEN(UMEM_EVENT_CONNECTED) | SEEN(UMEM_EVENT_LOAD) | SEEN(UMEM_EVENT_RUN) |
            SEEN(UMEM_EVENT_COMPLETED)));
-    CHECK(migration->seen_by_source ==
+    CHECK((migration->seen_by_source & ~OF_LINK) ==
           (SEEN(UMEM_EVENT_CONNECTED) | SEEN(UMEM_EVENT_STOP) | SEEN(UMEM_EVENT_SAVE) |
            SEEN(UMEM_EVENT_RUNNING) | SEEN(UMEM_EVENT_COMPLETED)));
+    unsigned of_link = OF_LINK & migration->seen_by_source & migration->seen_by_destination;
+    CHECK(migration->pauses ? of_link & SEEN(UMEM_EVENT_RESUMED) : of_link == 0);
     check_guest(migration->guest);
     CHECK(!is_registered(migration->guest->memory));
     finish(migration);
@@ -418,6 +485,35 @@ static void anonymous(const char *socket) {
     listen_and_start(migration, uri);
     succeed(migration);
     check_source(file);
+    close(file);
+}
+
+/* The program gives other connections in place of those that have gone. */
+static void reconnected(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    for (int kind = 0; kind < 2; kind++) {
+        struct migration *migration = new_migration(file, kind == 0 ? memory_file() : -1);
+        migration->pauses = true;
+        OK(umem_source_recover(migration->source, true));
+        OK(umem_destination_recover(migration->destination, true));
+        connect_both(migration, LANES);
+        start_both(migration);
+        succeed(migration);
+    }
+    check_source(file);
+    close(file);
+}
+
+/* The destination is to be reached elsewhere from then on. */
+static void moved_elsewhere(const char *socket) {
+    char uri[256];
+    snprintf(uri, sizeof uri, "unix:%s", socket);
+    int file = source_memory();
+    struct migration *migration = new_migration(file, memory_file());
+    migration->pauses = migration->dials = true;
+    listen_and_start(migration, uri);
+    succeed(migration);
     close(file);
 }
 
@@ -595,6 +691,8 @@ static void misused(const char *socket) {
     wrong(umem_source_stats(source, &stats), UMEM_ERR_USAGE, "call start first");
     wrong(umem_source_start(source), UMEM_ERR_USAGE, "regions");
     wrong(umem_source_start(source), UMEM_ERR_USAGE, "started already");
+    wrong(umem_source_recover(source, true), UMEM_ERR_USAGE, "started already");
+    wrong(umem_source_pause(source), UMEM_ERR_USAGE, "call start first");
     umem_source_destroy(source);
 
     source = umem_source_new();
@@ -647,6 +745,9 @@ static void misused(const char *socket) {
     CHECK(is_registered(of_file));
     wrong(umem_destination_running(destination), UMEM_ERR_USAGE, "nobody has asked");
     wrong(umem_destination_refuse(destination, "why"), UMEM_ERR_USAGE, "nobody has asked");
+    wrong(umem_destination_pause(destination), UMEM_ERR_USAGE, "no connections yet");
+    wrong(umem_destination_resume(destination, NULL), UMEM_ERR_USAGE, "no connections yet");
+    wrong(umem_destination_reconnect(destination, pair, 2), UMEM_ERR_USAGE, "no connections yet");
     wrong(umem_destination_guest_has_stopped(destination), UMEM_ERR_USAGE, "goes on");
     umem_destination *second = umem_destination_new();
     OK(umem_destination_region(second, "ram0", memory, BYTES, -1));
@@ -671,7 +772,8 @@ int main(int count, char **arguments) {
     } scenarios[] = {
         {"shared", shared},       {"anonymous", anonymous}, {"userfaultfd", with_userfaultfd},
         {"precopy", precopy},     {"cancel", cancelled},    {"refuse", refused},
-        {"lost", lost},           {"misuse", misused},
+        {"lost", lost},           {"misuse", misused},    {"reconnect", reconnected},
+        {"elsewhere", moved_elsewhere},
     };
     for (size_t index = 0; count == 3 && index < sizeof scenarios / sizeof *scenarios; index++) {
         if (strcmp(scenarios[index].name, arguments[1]) == 0) {

@@ -76,6 +76,16 @@ impl Guests {
         Umem::start_inheriting(&socket, 40, arguments)
     }
 
+    /// Where `umem incoming` listens.
+    pub(crate) fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Of the guest's memory.
+    pub(crate) fn bytes(&self) -> u64 {
+        u64::from(MIB) << 20
+    }
+
     /// The guest at the source still runs.
     pub(crate) fn source_runs(&mut self) -> bool {
         self.guest.is_running()

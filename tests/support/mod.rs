@@ -16,6 +16,7 @@
 //! - [`Network`]: two hosts with a router between them, in network namespaces of the test's own
 //! - [`Seeded`]: numbers that depend on a seed alone
 //! - [`Fifo`]: lets another program go on
+//! - [`embedded`]: both sides in the test's own process, and the wire between them
 //!
 //! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
 //! started ends with it, also when it panics.
@@ -26,6 +27,7 @@ mod certificates;
 mod chromium;
 mod cutter;
 mod destination;
+pub(crate) mod embedded;
 mod fifo;
 mod guests;
 mod hugepages;

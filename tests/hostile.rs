@@ -1,0 +1,271 @@
+//! A peer that has been let in and means harm, on real connections: what it floods a side with takes no
+//! memory, what nobody can have is refused, and the migration that is going on is none the worse for it.
+//!
+//! What cannot be read at all is `wire/tests/hostile.rs`'s matter, who is let in `secure.rs`'s, and what comes
+//! at the wrong time `transport.rs`'s.
+
+mod support;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+
+use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+use support::{Guests, LaneFromSource, Scratch, Umem};
+use umem_wire::limits::REQUEST_ENTRIES_MAX;
+use umem_wire::{
+    Capabilities, Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageSize, Receiver, Region,
+    RegionId, RegionTable, SessionId, Target, Welcome, transmit,
+};
+
+/// Frames of a flood. A queue that kept a note of each would take 100 MiB.
+const FLOOD: u64 = 1 << 20;
+
+/// What a process may grow by while it is flooded: buffers, not the flood.
+const GROWTH_BYTES: u64 = 16 << 20;
+
+const PAGES: u64 = 1024;
+
+/// The most memory that a process has had, bytes.
+fn peak_bytes(umem: &Umem) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", umem.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// A `umem migrate` of [`PAGES`] pages with data, and the two lanes that it opens here.
+fn migrate(scratch: &Scratch) -> (Umem, LaneFromSource<TcpStream>, LaneFromSource<TcpStream>) {
+    migrate_of(scratch, PAGES, PAGES)
+}
+
+/// The same with so many pages, of which the first have data.
+fn migrate_of(
+    scratch: &Scratch,
+    pages: u64,
+    data: u64,
+) -> (Umem, LaneFromSource<TcpStream>, LaneFromSource<TcpStream>) {
+    let path = scratch.ram("source");
+    let file = File::create(&path).unwrap();
+    file.set_len(pages << 12).unwrap();
+    (0..data).for_each(|page| file.write_all_at(&[7; 4096], page << 12).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let ram = format!("ram0={}", path.display());
+    let migrate = Umem::start(["migrate", "-p", "-n", "--json", "--ram", &ram, &uri]);
+    let lane = || LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::NONE);
+    let (demand, bulk) = (lane(), lane());
+    (migrate, demand, bulk)
+}
+
+/// So many pings in a row, of which none is waited for.
+fn pings(count: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    (0..count).for_each(|number| transmit::encode(&Frame::Ping(number), &mut bytes));
+    bytes
+}
+
+#[test]
+fn a_flood_of_pings_takes_no_memory_of_a_source() {
+    let scratch = Scratch::new();
+    let (mut migrate, mut demand, _bulk) = migrate(&scratch);
+    demand.until_stopped();
+    let before = peak_bytes(&migrate);
+    demand.stream.write_all(&pings(FLOOD)).unwrap();
+    // The last one is answered whatever becomes of the others.
+    while !matches!(demand.control_event(), Some(Event::Pong(number)) if number == FLOOD - 1) {}
+    let growth = peak_bytes(&migrate) - before;
+    assert!(growth < GROWTH_BYTES, "{growth} bytes");
+    migrate.signal(Signal::SIGINT);
+    assert!(migrate.fails().contains("the guest goes on here"));
+}
+
+/// One page, asked for again and again: it is sent once.
+#[test]
+fn a_flood_of_requests_is_answered_once() {
+    let scratch = Scratch::new();
+    let (migrate, mut demand, mut bulk) = migrate(&scratch);
+    let table = demand.until_stopped();
+    bulk.set_regions(&table);
+    demand.until_running();
+    let before = peak_bytes(&migrate);
+    let mut bytes = Vec::new();
+    let frame = [(RegionId(0), 5); REQUEST_ENTRIES_MAX];
+    for _ in 0..FLOOD / REQUEST_ENTRIES_MAX as u64 {
+        transmit::request(&mut bytes, &frame);
+    }
+    transmit::encode(&Frame::Ping(1), &mut bytes);
+    demand.stream.write_all(&bytes).unwrap();
+    let mut pages = 0;
+    loop {
+        match demand.event().unwrap() {
+            Event::Data(range) => pages += range.pages,
+            Event::Pong(_) => break,
+            _ => {}
+        }
+    }
+    assert_eq!(pages, 1);
+    let growth = peak_bytes(&migrate) - before;
+    assert!(growth < GROWTH_BYTES, "{growth} bytes");
+    // Everything else comes as if nothing had been.
+    let rest: Vec<_> = (0..PAGES).filter(|&page| page != 5).map(|p| (RegionId(0), p)).collect();
+    for batch in rest.chunks(REQUEST_ENTRIES_MAX) {
+        demand.send(&Frame::Request(batch.to_vec()));
+    }
+    while pages < PAGES {
+        pages += demand.pages().unwrap().pages;
+    }
+    demand.send(&Frame::Complete(umem_wire::Totals::default()));
+    assert!(matches!(demand.control_event(), Some(Event::Complete(_))));
+    migrate.succeeds();
+}
+
+/// Every page of a large guest, of whose answers none is read: the source stops reading, too.
+#[test]
+fn answers_that_nobody_reads_are_not_queued() {
+    let scratch = Scratch::new();
+    let (migrate, mut demand, _bulk) = migrate_of(&scratch, FLOOD * 4, 0);
+    demand.until_stopped();
+    let before = peak_bytes(&migrate);
+    // A source that stopped reading for so long has stopped.
+    setsockopt(&demand.stream, sockopt::SendTimeout, &TimeVal::seconds(2)).unwrap();
+    for first in (0..FLOOD * 4).step_by(REQUEST_ENTRIES_MAX) {
+        let mut bytes = Vec::new();
+        let pages = first..first + REQUEST_ENTRIES_MAX as u64;
+        let pages: Vec<_> = pages.map(|page| (RegionId(0), page)).collect();
+        transmit::request(&mut bytes, &pages);
+        if demand.stream.write_all(&bytes).is_err() {
+            break;
+        }
+    }
+    let growth = peak_bytes(&migrate) - before;
+    assert!(growth < GROWTH_BYTES, "{growth} bytes");
+    drop(demand);
+    assert!(migrate.fails().contains("demand lane"));
+}
+
+/// A source of the test's own, up to its lanes being open.
+struct Lanes {
+    lanes: Vec<TcpStream>,
+    receiver: Receiver,
+}
+
+fn hello(index: u16, bulk_lanes: u16) -> Hello {
+    Hello {
+        versions: PROTOCOL,
+        capabilities: Capabilities::NONE,
+        session: SessionId([9; 16]),
+        role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
+        index,
+        bulk_lanes,
+        epoch: 0,
+        proof: [0; 32],
+    }
+}
+
+/// Opens a lane, if it is wanted; if not, why.
+fn dial(uri: &str, hello: &Hello) -> Result<TcpStream, String> {
+    let lane = TcpStream::connect(uri.strip_prefix("tcp:").unwrap());
+    let mut lane = lane.map_err(|error| error.to_string())?;
+    lane.write_all(&hello.encode()).unwrap();
+    let mut welcome = [0; HELLO_BYTES];
+    lane.read_exact(&mut welcome).map_err(|error| error.to_string())?;
+    Welcome::decode(&welcome).map_err(|error| error.to_string()).map(|_| lane)
+}
+
+fn table(bytes: u64) -> RegionTable {
+    let page_size = PageSize::SIZE_4K;
+    RegionTable::new(vec![Region { name: "ram0".into(), bytes, page_size }]).unwrap()
+}
+
+impl Lanes {
+    fn open(uri: &str) -> Lanes {
+        let lanes = (0..2).map(|index| dial(uri, &hello(index, 1)).unwrap()).collect();
+        Lanes { lanes, receiver: Receiver::for_source(&table(4096)) }
+    }
+
+    fn say(&mut self, frame: &Frame) {
+        let mut bytes = Vec::new();
+        transmit::encode(frame, &mut bytes);
+        self.lanes[0].write_all(&bytes).unwrap();
+    }
+
+    fn event(&mut self) -> Event {
+        loop {
+            if let Some(event) = self.receiver.poll_event() {
+                return event;
+            }
+            let Target::Control { exact } = self.receiver.next_target() else { unreachable!() };
+            let mut bytes = vec![0; exact];
+            let count = self.lanes[0].read(&mut bytes).unwrap();
+            assert!(count > 0, "the destination closed the lane");
+            self.receiver.control(&bytes[..count]).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_flood_of_pings_takes_no_memory_of_a_destination() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let mut source = Lanes::open(guests.uri());
+    let table = table(guests.bytes());
+    source.receiver = Receiver::for_source(&table);
+    source.say(&Frame::Regions(table));
+    assert!(matches!(source.event(), Event::Ready(_)));
+    let before = peak_bytes(&guests.incoming);
+    source.lanes[0].write_all(&pings(FLOOD)).unwrap();
+    while !matches!(source.event(), Event::Pong(number) if number == FLOOD - 1) {}
+    let growth = peak_bytes(&guests.incoming) - before;
+    assert!(growth < GROWTH_BYTES, "{growth} bytes");
+    source.say(&Frame::Error(umem_wire::Fault {
+        code: umem_wire::FaultCode::Refused,
+        text: "enough".into(),
+    }));
+    assert!(guests.incoming.fails().contains("enough"));
+}
+
+/// Two pebibytes: refused by what the guest has, before anything is made for them.
+#[test]
+fn a_region_that_no_machine_has_is_refused() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let before = peak_bytes(&guests.incoming);
+    let mut source = Lanes::open(guests.uri());
+    source.say(&Frame::Regions(table(1 << 51)));
+    let Event::Error(fault) = source.event() else { panic!("it is taken") };
+    assert!(fault.text.contains("ram0"), "{}", fault.text);
+    let growth = peak_bytes(&guests.incoming) - before;
+    assert!(growth < GROWTH_BYTES, "{growth} bytes");
+    assert!(guests.incoming.fails().contains("ram0"));
+}
+
+/// A lane that is there already, one beyond those that were agreed on, and one of another number of them.
+#[test]
+fn more_lanes_than_agreed_are_refused_and_the_others_go_on() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let uri = guests.uri().to_owned();
+    let demand = dial(&uri, &hello(0, 3)).unwrap();
+    let second = dial(&uri, &hello(2, 3)).unwrap();
+    for one_more in [hello(2, 3), hello(1, 2), hello(0, 3)] {
+        let refused = dial(&uri, &one_more).expect_err("it is let in");
+        assert!(refused.contains("another migration"), "{refused}");
+    }
+    let wrong = dial(&uri, &hello(4, 3));
+    assert!(wrong.is_err());
+    let [first, third] = [1, 3].map(|index| dial(&uri, &hello(index, 3)).unwrap());
+    let receiver = Receiver::for_source(&table(4096));
+    let mut source = Lanes { lanes: vec![demand, first, second, third], receiver };
+    source.say(&Frame::Regions(table(guests.bytes())));
+    source.receiver = Receiver::for_source(&table(guests.bytes()));
+    assert!(matches!(source.event(), Event::Ready(_)), "all four are in");
+    // Nobody comes in where all have come.
+    assert!(dial(&uri, &hello(1, 3)).is_err());
+    drop(source);
+    assert_eq!(guests.incoming.wait().code(), Some(1));
+    let said = guests.incoming.stderr();
+    assert!(said.contains("lane index 4") && said.contains("the source closed it"), "{said}");
+}
