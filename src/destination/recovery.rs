@@ -96,6 +96,29 @@ impl Link {
         }
     }
 
+    /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
+    pub(super) fn taken_over(
+        hello: Hello,
+        guard: Arc<Guard>,
+        certificate: Option<Vec<u8>>,
+        door: Door,
+    ) -> Link {
+        Link {
+            recovers: true,
+            hello,
+            guard,
+            certificate,
+            door: Some(door),
+            sockets: Severable::default(),
+            state: State::Down { since: Instant::now(), is_quiet: true, until: None },
+            arrived: None,
+            is_paused: false,
+            was_interrupted: false,
+            recoveries: 0,
+            disconnected: Duration::ZERO,
+        }
+    }
+
     pub(super) fn recovers(&self) -> bool {
         self.recovers
     }
@@ -201,6 +224,12 @@ impl Migration<'_> {
         self.progress.watch().entered(CUT);
         let pages_missing = self.guest.pages_missing();
         let fields = json!({ "reason": why, "pages_missing": pages_missing });
+        self.announce(why, fields);
+        Ok(())
+    }
+
+    /// Says that there are no lanes, and what becomes of the guest.
+    pub(super) fn announce(&self, why: &str, fields: serde_json::Value) {
         let has_way = self.link.door.is_some() && !self.link.is_paused;
         match has_way {
             true => self.output.event(
@@ -214,7 +243,6 @@ impl Migration<'_> {
                 &format!("{why}; the guest goes on with what it has until a resume says how"),
             ),
         }
-        Ok(())
     }
 
     /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
@@ -239,7 +267,8 @@ impl Migration<'_> {
         self.guest.set_lanes_down(false);
         self.link.sockets = lanes.severable();
         self.link.hello = lanes.hello.clone();
-        self.demand_socket = lanes.demand.socket();
+        self.demand_socket = Some(lanes.demand.socket());
+        self.congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         self.link.state = State::Up;
         self.link.recoveries += 1;
         self.link.disconnected += since.elapsed();
@@ -325,6 +354,7 @@ impl Migration<'_> {
         let door = Door::of_session(listener, guard.clone(), hello, certificate, &self.output);
         self.link.door = Some(door);
         let uri = uri.to_string();
+        self.keep_address(&uri)?;
         let text = format!("waiting for the source on {uri}");
         self.output.event("listening", json!({ "uri": uri }), &text);
         Ok(())

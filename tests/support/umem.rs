@@ -101,6 +101,8 @@ impl Umem {
                 });
             }
         }
+        // Where session files go that a test does not look at.
+        command.env("XDG_RUNTIME_DIR", env!("CARGO_TARGET_TMPDIR"));
         let process = Process::start(&mut command);
         // The command holds the pipe's writing end, which has to close with the process.
         drop(command);
