@@ -519,8 +519,17 @@ pub(super) fn keep(
         switched_at: None,
         running_at: None,
     };
-    let keeper = Keeper::new(&directory, lanes.hello.session, Role::Destination, record)?;
-    Ok(Some(Keeping { keeper, qmp }))
+    match Keeper::new(&directory, lanes.hello.session, Role::Destination, record) {
+        Ok(keeper) => Ok(Some(Keeping { keeper, qmp })),
+        // Its number is the source's choice: one that is in use here is no reason to refuse a guest.
+        Err(error @ Error::Environment(_)) => {
+            output.remark(&format!(
+                "this process cannot be taken over from if it is killed: {error}"
+            ));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 impl Keeping {
