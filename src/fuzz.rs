@@ -43,7 +43,8 @@ fn in_words(message: &Message) -> String {
     match message {
         Message::Loaded => "loaded".into(),
         Message::Released => "released".into(),
-        Message::Memory { pieces, more, knows_umem } => {
+        Message::Session(entrusted) => format!("session, monitor {}", entrusted.qmp.is_some()),
+        Message::Memory { pieces, more, knows_umem, .. } => {
             let pieces: Vec<_> = pieces
                 .iter()
                 .map(|piece| {

@@ -49,6 +49,7 @@ mod priority;
 mod progress;
 pub mod report;
 mod secure;
+mod session;
 mod single;
 pub mod source;
 mod suspicion;

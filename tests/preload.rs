@@ -79,7 +79,7 @@ impl Program {
         assert_eq!(message["base_host_virt_addr"].to_string(), address);
         assert_eq!(message["size"], LENGTH);
         assert_eq!((&message["name"], &message["kind"]), (&json!("ram0"), &json!(kind)));
-        assert_eq!((&message["page_size"], &message["umem"]), (&json!(PAGE), &json!(1)));
+        assert_eq!((&message["page_size"], &message["umem"]), (&json!(PAGE), &json!(2)));
         let uffd = program.descriptors.pop_front().expect("the userfaultfd");
         let file = File::from(program.descriptors.pop_front().expect("the RAM file"));
         assert!(program.descriptors.is_empty());

@@ -116,6 +116,51 @@ fn a_guest_under_load_survives_ten_seconds_without_a_connection() {
     moved.end();
 }
 
+/// Both umems are killed, one after the other and at once; others take over.
+#[test]
+fn a_guest_under_load_survives_the_death_of_its_umems() {
+    let scratch = Scratch::new();
+    let machine = Machine::linux(QemuVersion::V10_0);
+    let source = boot(&machine, &scratch);
+    let sessions = scratch.path("sessions").display().to_string();
+    let options = ["--session-dir", &sessions];
+    let destination = Destination::start_with(&machine, &scratch, &options, "tcp:127.0.0.1:0");
+    let cutter = Cutter::to(&destination.uri);
+    let umem = migrate(&source, cutter.uri(), &["-p", "--session-dir", &sessions]);
+    let mut moving = Moving { source, umem, destination };
+    let session = moving.umem.event("resumable")["session"].as_str().expect("text").to_owned();
+    let resume = |command| {
+        Umem::start([command, "--json", "--session-dir", &sessions, "--resume", &session])
+    };
+    // Whether the switchover has come there nobody knows, nor whether the guest runs.
+    moving.destination.umem.kill();
+    // The relay's lanes begin anew.
+    cutter.cut(Ends::Both, false);
+    moving.destination.umem = resume("incoming");
+    moving.umem.event("running");
+    moving.destination.umem.event("resumed");
+    cutter.let_pages_go();
+    for (kills_source, kills_destination) in [(true, false), (false, true), (true, true)] {
+        cutter.wait_for_passed(cutter.passed() + (6 << 20));
+        if kills_source {
+            moving.umem.kill();
+        }
+        if kills_destination {
+            moving.destination.umem.kill();
+            moving.destination.umem = resume("incoming");
+        }
+        if kills_source {
+            moving.umem = resume("migrate");
+        }
+    }
+    let mut moved = moving.complete();
+    // Who has taken over is not the QEMU's parent, and has ended.
+    assert!(moved.destination.umem.wait().success());
+    support::Qmp::connect(&moved.destination.qmp).quit();
+    moved.source.qmp.quit();
+    assert_eq!(fs::read_dir(&sessions).expect("it is there").count(), 0);
+}
+
 #[test]
 fn two_guests_move_at_once() {
     let scratch = Scratch::new();
@@ -221,6 +266,7 @@ fn survives_failures(version: QemuVersion) {
         the_destination_is_interrupted_when_stopped,
         the_destination_is_killed_when_connected,
         the_destination_is_killed_when_stopped,
+        the_source_is_killed_when_stopped,
         the_guest_to_be_is_killed_when_stopped,
         the_source_is_killed_when_connected,
         the_connection_is_cut_when_stopped,
@@ -360,6 +406,18 @@ fn the_destination_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, 
     halted.tap.cut();
     says(&halted.umem.fails(), "the connection to the destination was lost");
     halted.destination.left_by_its_umem(scratch);
+}
+
+/// Whoever takes over from it has the guest run again, and puts back what was changed in its QEMU.
+fn the_source_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
+    let mut halted = Halted::when_stopped(machine, scratch, source);
+    halted.umem.kill();
+    halted.tap.cut();
+    assert_eq!(source.qmp.status(), "postmigrate");
+    let uri = &halted.destination.uri;
+    Umem::start(["migrate", "--json", "--resume", &halted.session, uri]).succeeds();
+    // It hears of it, or has given up before as nothing was loaded yet.
+    halted.destination.umem.fails();
 }
 
 fn the_guest_to_be_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
@@ -732,6 +790,8 @@ struct Halted {
     tap: Tap,
     umem: Umem,
     destination: Destination,
+    /// The session's number, once the source's guest has stopped.
+    session: String,
 }
 
 impl Halted {
@@ -747,7 +807,8 @@ impl Halted {
     /// The source's guest has stopped, and its device state is saved.
     fn when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) -> Halted {
         let mut halted = Halted::after(UNTIL_READY, machine, scratch, source);
-        halted.umem.event("stopped");
+        let stopped = halted.umem.event("stopped");
+        halted.session = stopped["session"].as_str().expect("text").to_owned();
         halted.destination.umem.event("stopped");
         wait_for("the device state to be saved", || {
             (source.qmp.status() == "postmigrate").then_some(())
@@ -759,7 +820,7 @@ impl Halted {
         let destination = Destination::start(machine, scratch);
         let tap = Tap::to(&destination.uri, Some(answers));
         let umem = migrate(source, tap.uri(), &["-p"]);
-        Halted { tap, umem, destination }
+        Halted { tap, umem, destination, session: String::new() }
     }
 }
 

@@ -146,8 +146,7 @@ impl FaultLanding {
         let mut receiver = Receiver::for_destination(LaneRole::Demand);
         receiver.set_regions(&self.landing.table);
         let lane = destination::demand::DemandLane {
-            lane,
-            receiver,
+            lane: Some((lane, receiver)),
             guest: self.landing.guest.clone(),
             serves_faults: true,
             core,

@@ -26,6 +26,7 @@ use crate::{destination, observe, single};
             memory-backend-file with share=on (--kind private: share=off), or another monitor that \
             maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
             options itself.",
+    example = "Go on after this process was killed, with the guest that waits:\n  {command_name} --resume SESSION",
     example = "Serve a Firecracker that restores a snapshot, whose memory file the source has:\n  \
                {command_name} --tls-creds /etc/pki/qemu --handoff /run/uffd.sock tcp::4444",
     example = "Receive a QEMU guest:\n  {command_name} --tls-creds /etc/pki/qemu tcp::4444 -- \\\n    qemu-system-x86_64 -m 2G -machine memory-backend=ram0 \\\n    -object \
@@ -71,6 +72,15 @@ pub(super) struct Incoming {
     /// a guest, and read and change one on its way
     #[argh(switch)]
     insecure: bool,
+    /// go on with the session of this number (its beginning is enough) whose umem was killed, with the
+    /// guest that waits: no COMMAND; the URI, --tls-creds, --secret-file and --insecure may be given
+    /// anew. The guest is no child of this umem's then, which ends when all of its memory has come
+    #[argh(option)]
+    resume: Option<String>,
+    /// where to leave what --resume needs, a directory of this user's (default: umem in
+    /// $XDG_RUNTIME_DIR, or /run/umem for root)
+    #[argh(option)]
+    session_dir: Option<PathBuf>,
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
@@ -100,20 +110,31 @@ pub(super) struct Incoming {
     /// print JSON objects, the last of them the report
     #[argh(switch)]
     json: bool,
-    /// tcp:HOST:PORT or unix:PATH to listen at, or fd:N or exec:CMD
-    #[argh(positional)]
-    uri: Uri,
-    /// the guest's monitor and its arguments, after --
-    #[argh(positional, greedy)]
-    command: Vec<String>,
+    /// tcp:HOST:PORT or unix:PATH to listen at, or fd:N or exec:CMD; then, after --, COMMAND, the
+    /// guest's monitor and its arguments
+    #[argh(positional, arg_name = "uri")]
+    words: Vec<String>,
 }
 
 impl Incoming {
     pub(super) fn run(self) -> Result<i32> {
         observe::trace::begin(self.verbose);
-        let lanes_max = match single::is_listening(&self.uri) {
+        // After --, which argh takes away, everything is a word of COMMAND.
+        let mut words = self.words.clone().into_iter();
+        let uri = words.next().map(|word| word.parse::<Uri>()).transpose().map_err(Error::Usage)?;
+        let command: Vec<String> = words.collect();
+        if self.resume.is_some() {
+            return self.go_on(uri, &command);
+        }
+        let Some(uri) = uri else {
+            return Err(Error::Usage(
+                "no URI: say where to listen, such as tcp::4444, or which session to --resume"
+                    .into(),
+            ));
+        };
+        let lanes_max = match single::is_listening(&uri) {
             true => several_lanes(self.lanes, 16)?,
-            false => lanes_to(&self.uri, self.lanes, 16)?,
+            false => lanes_to(&uri, self.lanes, 16)?,
         };
         if self.kind == Kind::Anonymous && self.handoff.is_none() {
             return Err(Error::Usage(
@@ -135,13 +156,8 @@ impl Incoming {
                     .into(),
             ));
         }
-        // argh keeps the -- that separates COMMAND.
-        let mut command = self.command;
-        if command.first().is_some_and(|word| word == "--") {
-            command.remove(0);
-        }
         destination::run(&destination::Options {
-            uri: self.uri,
+            uri,
             ram: self.ram,
             kind: self.kind,
             touch: self.postcopy_flags.0 == 1,
@@ -158,6 +174,7 @@ impl Incoming {
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             preload: self.preload,
+            session_dir: self.session_dir,
             json: self.json,
             observe: observe::Options {
                 report: self.report,
@@ -166,6 +183,51 @@ impl Incoming {
                 quiet: self.quiet,
             },
             command,
+        })
+    }
+
+    /// `--resume`
+    fn go_on(self, uri: Option<Uri>, command: &[String]) -> Result<i32> {
+        let begins = [
+            ("--handoff", self.handoff.is_some()),
+            ("--ram", !self.ram.is_empty()),
+            ("--qmp", self.qmp.is_some()),
+            ("--lanes", self.lanes.is_some()),
+            ("--preload", self.preload.is_some()),
+            ("COMMAND", !command.is_empty()),
+        ];
+        if let Some((what, _)) = begins.iter().find(|(_, is_given)| *is_given) {
+            return Err(Error::Usage(format!(
+                "--resume goes on with the guest of the session as it was begun: leave out {what}"
+            )));
+        }
+        if let Some(uri) = uri.as_ref().filter(|uri| uri.is_one_connection()) {
+            return Err(Error::Usage(format!(
+                "--resume listens: {uri} is no address to listen at"
+            )));
+        }
+        let security = Security {
+            tls_creds: self.tls_creds,
+            tls_hostname: None,
+            secret_file: self.secret_file,
+            insecure: self.insecure,
+        };
+        let is_named =
+            security.tls_creds.is_some() || security.secret_file.is_some() || security.insecure;
+        destination::resume(&destination::ResumeOptions {
+            session: self.resume.unwrap_or_default(),
+            session_dir: self.session_dir,
+            uri,
+            security: is_named.then_some(security),
+            cores: self.cores.0,
+            idle_cores: self.idle_cores,
+            json: self.json,
+            observe: observe::Options {
+                report: self.report,
+                metrics: self.metrics,
+                control: self.control,
+                quiet: self.quiet,
+            },
         })
     }
 }

@@ -24,6 +24,7 @@ use crate::{doctor, observe, source};
             the guest running here; after it the guest never runs here again, and connections that \
             break are opened again until it has all of its memory. With -n, Ctrl-C sends the rest.",
     example = "{command_name} -p --tls-creds /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    example = "Go on after this process was killed, once the switchover had left:\n  {command_name} --resume SESSION",
     error_code(1, "The guest did not move, or not whole; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
@@ -62,6 +63,15 @@ pub(super) struct Migrate {
     /// a file with the secret that the destination was started with
     #[argh(option)]
     secret_file: Option<PathBuf>,
+    /// go on with the session of this number (its beginning is enough) whose umem was killed, as it was
+    /// begun; the URI, --tls-creds with --tls-hostname, and --secret-file may be given anew. If no
+    /// switchover had left, the guest goes on here instead
+    #[argh(option)]
+    resume: Option<String>,
+    /// where to leave what --resume needs, a directory of this user's (default: umem in
+    /// $XDG_RUNTIME_DIR, or /run/umem for root)
+    #[argh(option)]
+    session_dir: Option<PathBuf>,
     /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
@@ -98,13 +108,23 @@ pub(super) struct Migrate {
     json: bool,
     /// tcp:HOST:PORT, unix:PATH, fd:N or exec:CMD
     #[argh(positional)]
-    uri: Uri,
+    uri: Option<Uri>,
 }
 
 impl Migrate {
     pub(super) fn run(self) -> Result<i32> {
         observe::trace::begin(self.verbose);
-        let lanes = lanes_to(&self.uri, self.lanes, 1)?;
+        if self.resume.is_some() {
+            return self.go_on();
+        }
+        let Some(uri) = self.uri else {
+            return Err(Error::Usage(
+                "no URI: say where `umem incoming` listens, such as tcp:HOST:4444, or which session to \
+                 --resume"
+                    .into(),
+            ));
+        };
+        let lanes = lanes_to(&uri, self.lanes, 1)?;
         doctor::limits::check(lanes)?;
         if self.no_background && !self.postcopy {
             return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
@@ -128,7 +148,7 @@ impl Migrate {
             ));
         }
         source::run(&source::Options {
-            uri: self.uri,
+            uri,
             postcopy: self.postcopy,
             background: !self.no_background,
             ram: self.ram,
@@ -146,6 +166,54 @@ impl Migrate {
             idle_cores: self.idle_cores,
             order: self.order,
             max_postcopy_bandwidth,
+            session_dir: self.session_dir,
+            json: self.json,
+            observe: observe::Options {
+                report: self.report,
+                metrics: self.metrics,
+                control: self.control,
+                quiet: self.quiet,
+            },
+        })?;
+        Ok(0)
+    }
+
+    /// `--resume`
+    fn go_on(self) -> Result<i32> {
+        let begins = [
+            ("-p", self.postcopy),
+            ("-n", self.no_background),
+            ("--ram", !self.ram.is_empty()),
+            ("--qmp", self.qmp.is_some()),
+            ("--lanes", self.lanes.is_some()),
+            ("--release-ram", self.release_ram),
+            ("--max-postcopy-bandwidth", self.max_postcopy_bandwidth.is_some()),
+        ];
+        if let Some((option, _)) = begins.iter().find(|(_, is_given)| *is_given) {
+            return Err(Error::Usage(format!(
+                "--resume goes on as the session was begun: leave out {option}"
+            )));
+        }
+        if let Some(uri) = self.uri.as_ref().filter(|uri| uri.is_one_connection()) {
+            return Err(Error::Usage(format!(
+                "--resume opens connections itself: {uri} is no address to connect to"
+            )));
+        }
+        let security = Security {
+            tls_creds: self.tls_creds,
+            tls_hostname: self.tls_hostname,
+            secret_file: self.secret_file,
+            insecure: false,
+        };
+        let is_named = security.tls_creds.is_some() || security.secret_file.is_some();
+        source::resume(&source::ResumeOptions {
+            session: self.resume.unwrap_or_default(),
+            session_dir: self.session_dir,
+            uri: self.uri,
+            security: is_named.then_some(security),
+            cores: self.cores.0,
+            idle_cores: self.idle_cores,
+            order: self.order,
             json: self.json,
             observe: observe::Options {
                 report: self.report,

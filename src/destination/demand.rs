@@ -20,7 +20,9 @@ use umem_ring::{
     Wait, Waker,
 };
 use umem_wire::limits::REQUEST_ENTRIES_MAX;
-use umem_wire::{Event, Frame, PageRange, Receiver, RegionId, RegionTable, Seal, transmit};
+use umem_wire::{
+    Event, Frame, LaneRole, PageRange, Receiver, RegionId, RegionTable, Seal, transmit,
+};
 
 use super::Note;
 use super::acks::Acks;
@@ -69,9 +71,9 @@ pub(crate) struct Resume {
 
 /// What the demand thread needs.
 pub(crate) struct DemandLane {
-    pub(crate) lane: Lane,
-    /// Has read the regions already.
-    pub(crate) receiver: Receiver,
+    /// With a receiver that has read the regions already. None where a process before this has lost it:
+    /// the first one comes as a [`Command::Resume`] then.
+    pub(crate) lane: Option<(Lane, Receiver)>,
     pub(crate) guest: Arc<GuestMemory>,
     /// Serve the guest's faults as well; if not, [`Command::Servers`] says who does.
     pub(crate) serves_faults: bool,
@@ -152,22 +154,25 @@ impl DemandLane {
             let sources = (0..self.guest.sources.len()).collect();
             Faults::new(self.guest.clone(), sources, TOKEN_FAULTS, TOKEN_FAULT_RETRY)
         });
+        // Without a lane the guest has long stopped at the source.
+        let may_ask = self.lane.is_none();
+        let link = self.lane.map(|(lane, receiver)| Link {
+            socket: lane.socket(),
+            reader: LaneReader::demand(&lane, receiver, self.guest.clone()),
+            seal: Seal::new(lane.is_checked()),
+            is_lost: false,
+            account: None,
+        });
         let mut thread = DemandThread {
             guest: self.guest.clone(),
-            link: Some(Link {
-                socket: self.lane.socket(),
-                reader: LaneReader::demand(&self.lane, self.receiver, self.guest.clone()),
-                seal: Seal::new(self.lane.is_checked()),
-                is_lost: false,
-                account: None,
-            }),
+            link,
             recovers: self.recovers,
             has_background: self.has_background,
             pages_arrived: 0,
             acks: self.acks,
             commands: self.commands,
             post: self.post,
-            may_ask: false,
+            may_ask,
             faults,
             servers: None,
             follower: Follower::new(self.follows, self.core),
@@ -180,7 +185,8 @@ impl DemandLane {
             spare: Some(Vec::with_capacity(4096)),
             ending: false,
         };
-        thread.serve(&self.lane.name, self.core, started)?;
+        let name = lane::lane_name(LaneRole::Demand, 0);
+        thread.serve(&name, self.core, started)?;
         Ok(thread.faults.map_or_else(latency_histogram, Faults::into_latency))
     }
 }
@@ -265,7 +271,7 @@ impl DemandThread {
     fn count_arrived(&mut self, wanted: u64) {
         let arrived = std::mem::take(&mut self.pages_arrived);
         let demand = arrived.min(wanted);
-        Counters::add(&self.guest.counters.pages_demand, demand);
+        self.guest.count_demand(demand);
         Counters::add(&self.guest.counters.pages_background, arrived - demand);
     }
 
@@ -335,7 +341,7 @@ impl DemandThread {
                 if self.has_background {
                     self.pages_arrived += range.pages;
                 } else {
-                    Counters::add(&guest.counters.pages_demand, range.pages);
+                    guest.count_demand(range.pages);
                 }
                 if last {
                     self.post.send(Note::AllCached);

@@ -76,8 +76,8 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let idle_cores = IdleCores::Sleep;
     let watch = Watch::new(Role::Destination, false, None);
     let plan = Plan { touch: false, cores: &cores, idle_cores, watch: &watch, quiet: true };
-    let open = Open { lanes, guard, receiver, adopted };
-    let migration = Migration::start(&plan, output, &inbox, open, host, &prepared.side)?;
+    let open = Open { lanes, guard, receiver, adopted, keeping: None };
+    let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
     desk.connected_by(migration.link.severable());
     desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
     let (recovers, post) = (migration.link.recovers(), inbox.post());

@@ -21,6 +21,7 @@ use super::guest::{GuestMemory, PageId};
 use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
 use crate::memory::pages::PageState;
+use crate::memory::words::EVENTS_BYTES;
 use crate::observe::faults::FaultCounts;
 use crate::priority;
 use crate::report::{latency_histogram, record};
@@ -91,21 +92,25 @@ impl Faults {
             latency: latency_histogram(),
             last_thread: 0,
             counts,
-            buffer: vec![0; EVENTS_MAX * MESSAGE_BYTES],
+            buffer: vec![0; EVENTS_BYTES.max(EVENTS_MAX * MESSAGE_BYTES)],
         }
     }
 
     /// Starts to listen.
     pub(crate) fn arm(&self, ring: &mut Ring) -> Result<()> {
         (0..self.sources.len()).try_for_each(|index| {
-            let buffer = Bytes::with_capacity(EVENTS_MAX * MESSAGE_BYTES);
+            let events = self.guest.sources[self.sources[index]].events.as_ref();
+            let buffer: Memory = match events {
+                Some(events) => events.span().into(),
+                None => Bytes::with_capacity(EVENTS_MAX * MESSAGE_BYTES).into(),
+            };
             self.listen(ring, index, buffer)
         })
     }
 
     /// Reads the events as they come; behind a gate only waits for them, as the read that takes them
     /// has to happen with the gate closed.
-    fn listen(&self, ring: &mut Ring, index: usize, buffer: Bytes) -> Result<()> {
+    fn listen(&self, ring: &mut Ring, index: usize, buffer: Memory) -> Result<()> {
         let source = self.sources[index];
         let descriptor = self.guest.sources[source].uffd.descriptor();
         let op = if self.guest.is_gated(source) {
@@ -128,16 +133,16 @@ impl Faults {
         let buffer = match (completion.outcome, completion.memory) {
             (Outcome::Done(count), Some(Memory::Bytes(buffer))) => {
                 self.events(ring, &buffer.as_slice()[..count as usize])?;
+                buffer.into()
+            }
+            (Outcome::Done(count), Some(buffer @ Memory::Span(_))) => {
+                self.shared_events(ring, self.sources[index], count as usize)?;
                 buffer
             }
-            (Outcome::Failed(errno), Some(Memory::Bytes(buffer)))
-                if errno.raw() == libc::EAGAIN =>
-            {
-                buffer
-            }
+            (Outcome::Failed(errno), Some(buffer)) if errno.raw() == libc::EAGAIN => buffer,
             (Outcome::Done(_), None) => {
                 self.read(ring, self.sources[index])?;
-                Bytes::with_capacity(0)
+                Bytes::with_capacity(0).into()
             }
             // The guest's process has ended; the control thread hears of it from the process.
             _ => return Ok(()),
@@ -149,15 +154,35 @@ impl Faults {
     /// Takes what is pending with the gate closed, and carries it out before the gate opens.
     fn read(&mut self, ring: &mut Ring, source: usize) -> Result<()> {
         let guest = self.guest.clone();
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let result = {
-            let _gate = guest.sources[source].close_gate();
-            match guest.sources[source].uffd.read(&mut buffer) {
-                Ok(count) => self.events(ring, &buffer[..count]),
+        let _gate = guest.sources[source].close_gate();
+        if let Some(events) = &guest.sources[source].events {
+            return match guest.sources[source].uffd.read_into(&events.span()) {
+                Ok(count) => self.shared_events(ring, source, count),
                 // As above.
                 Err(_) => Ok(()),
-            }
+            };
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let result = match guest.sources[source].uffd.read(&mut buffer) {
+            Ok(count) => self.events(ring, &buffer[..count]),
+            // As above.
+            Err(_) => Ok(()),
         };
+        self.buffer = buffer;
+        result
+    }
+
+    /// Carries out events that lie where another process would find them, until they have been.
+    fn shared_events(&mut self, ring: &mut Ring, source: usize, count: usize) -> Result<()> {
+        let guest = self.guest.clone();
+        let Some(events) = &guest.sources[source].events else { return Ok(()) };
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let count = count.min(buffer.len());
+        events.copy(&mut buffer[..count]);
+        let result = self.events(ring, &buffer[..count]);
+        if result.is_ok() {
+            events.clear(count);
+        }
         self.buffer = buffer;
         result
     }

@@ -31,7 +31,7 @@ use umem_wire::{PageRange, RegionId};
 
 use super::touch::TouchQueue;
 use crate::error::{Context, Error, Result};
-use crate::fault::uffd::{Placed, Stop, Uffd};
+use crate::fault::uffd::{Event, MESSAGE_BYTES, Placed, Stop, Uffd};
 use crate::memory::blocks::Blocks;
 use crate::memory::claims::RunKind;
 use crate::memory::fragments::Fragments;
@@ -39,6 +39,7 @@ use crate::memory::kind::Kind;
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::region::RamFile;
 use crate::memory::sums::Digests;
+use crate::memory::words::{COUNTERS, EVENTS_BYTES, Events, Extent, State, Words};
 use crate::report::Counters;
 
 /// The most that is made visible with the gate held open, unless a page is larger: a reader of fault
@@ -58,12 +59,14 @@ static ZEROES: [u8; COPIED_PAGE_BYTES_MAX as usize] = [0; COPIED_PAGE_BYTES_MAX 
 /// A userfaultfd of the guest's process.
 pub(crate) struct FaultSource {
     pub(crate) uffd: Uffd,
+    /// Where its events are read into, if another process may have to carry them out.
+    pub(crate) events: Option<Events>,
     gate: RwLock<()>,
 }
 
 impl FaultSource {
     pub(crate) fn new(uffd: Uffd) -> FaultSource {
-        FaultSource { uffd, gate: RwLock::new(()) }
+        FaultSource { uffd, events: None, gate: RwLock::new(()) }
     }
 
     /// For who makes pages visible.
@@ -188,6 +191,16 @@ impl GuestRegion {
     }
 }
 
+/// What is counted for a process that may have to take over: the index of its word.
+#[derive(Clone, Copy)]
+enum Told {
+    ZeroBytes = 0,
+    HoleBytes = 1,
+    PagesDemand = 2,
+}
+
+const _: () = assert!((Told::PagesDemand as usize) < COUNTERS);
+
 /// All regions, in the order of the source's table, so that ids on the wire are indices here.
 pub(crate) struct GuestMemory {
     pub(crate) regions: Vec<GuestRegion>,
@@ -203,6 +216,8 @@ pub(crate) struct GuestMemory {
     touch: OnceLock<TouchQueue>,
     /// The lanes are lost: whoever waits to receive something there gives up.
     lanes_are_down: AtomicBool,
+    /// Where another process may have to go on: what has come, for its report ([`Told`]).
+    told: Option<Words>,
     pages_total: u64,
 }
 
@@ -239,8 +254,143 @@ impl GuestMemory {
             release_bytes: AtomicU64::new(0),
             touch: OnceLock::new(),
             lanes_are_down: AtomicBool::new(false),
+            told: None,
             pages_total,
         }
+    }
+
+    /// What a memory file for the states has to hold of each region.
+    pub(crate) fn extents(&self) -> Vec<Extent> {
+        let extent = |region: &GuestRegion| Extent {
+            pages: region.bytes >> region.unit_shift,
+            parts_per_page: 1 << (region.unit_shift - region.page_shift),
+        };
+        self.regions.iter().map(extent).collect()
+    }
+
+    /// Keeps the states in this file from now on, and takes them as they are there. Before any page
+    /// comes.
+    pub(crate) fn share(&mut self, state: &State) {
+        for (index, region) in self.regions.iter_mut().enumerate() {
+            let words = state.region(index);
+            region.pages = PageStates::over(words.states, region.bytes >> region.unit_shift);
+            if let Some(parts) = words.parts {
+                let pages = &region.pages;
+                region.fragments.share(parts, |unit| pages.get(unit) == PageState::Cached);
+            }
+        }
+        for (index, source) in self.sources.iter_mut().enumerate() {
+            source.events = Some(state.events(index));
+        }
+        self.told = Some(state.counters());
+    }
+
+    /// Goes on where a process was killed, as the [table](crate::memory::words) says; `share` has been
+    /// called, and nobody else is at work yet. Who waits is not woken yet.
+    pub(crate) fn take_over(&self) -> Result<()> {
+        self.roll_back()?;
+        for source in &self.sources {
+            let Some(events) = &source.events else { continue };
+            let mut bytes = [0; EVENTS_BYTES];
+            events.copy(&mut bytes);
+            for event in bytes.as_chunks::<MESSAGE_BYTES>().0 {
+                if let Event::Remove { start, end } = Event::decode(event) {
+                    self.discard(start, end)?;
+                }
+            }
+            events.clear(EVENTS_BYTES);
+        }
+        let mut pages_done = 0;
+        for (index, region) in self.regions.iter().enumerate() {
+            let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
+            region.pages.each_cached(|first, pages| {
+                pages_done += pages;
+                let range = PageRange { region: id, first, pages };
+                // Private memory is complete when it has been released (again).
+                if region.kind == Kind::Private { Ok(()) } else { self.complete(range) }
+            })?;
+        }
+        self.counters.pages_done.store(pages_done, SeqCst);
+        self.recount();
+        Ok(())
+    }
+
+    /// What has come so far, as the process before this has counted; what it was killed over is data.
+    fn recount(&self) {
+        let Some(told) = &self.told else { return };
+        let told = |what: Told| told[what as usize].load(SeqCst);
+        let cached = |region: &GuestRegion| {
+            let mut pages = 0;
+            let _ = region.pages.each_cached(|_, count| {
+                pages += count;
+                Ok::<(), ()>(())
+            });
+            region.byte_offset(pages)
+        };
+        let bytes: u64 = self.regions.iter().map(cached).sum();
+        let zero_bytes = told(Told::ZeroBytes).min(bytes);
+        let hole_bytes = told(Told::HoleBytes).min(bytes - zero_bytes);
+        let pages_done = self.counters.pages_done.load(SeqCst);
+        let pages_demand = told(Told::PagesDemand).min(pages_done);
+        let counters = &self.counters;
+        for (counter, value) in [
+            (&counters.zero_bytes, zero_bytes),
+            (&counters.hole_bytes, hole_bytes),
+            (&counters.data_bytes, bytes - zero_bytes - hole_bytes),
+            (&counters.pages_demand, pages_demand),
+            (&counters.pages_background, pages_done - pages_demand),
+        ] {
+            counter.store(value, SeqCst);
+        }
+    }
+
+    /// Private memory that has come is touched and released, whatever the process before this had done
+    /// of that. The toucher runs.
+    pub(crate) fn touch_again(&self) -> Result<()> {
+        for (index, region) in self.regions.iter().enumerate() {
+            if region.kind != Kind::Private {
+                continue;
+            }
+            let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
+            let queue = self.touch.get().expect("private memory has its toucher");
+            region.pages.each_cached(|first, pages| {
+                let (mut page, end) = (first, first + pages);
+                while page < end {
+                    let (kind, pages) = region.kind_at(page, end)?;
+                    if kind == RunKind::Data {
+                        self.spare_bytes.fetch_add(region.byte_offset(pages), SeqCst);
+                    }
+                    queue.landed(PageRange { region: id, first: page, pages }, kind);
+                    page += pages;
+                }
+                Ok::<(), Error>(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Wakes all who wait: those whose page is not there fault again, and are heard of by whoever reads
+    /// the events now.
+    pub(crate) fn wake_all(&self) -> Result<()> {
+        for region in &self.regions {
+            for part in &region.parts {
+                let uffd = &self.sources[part.source].uffd;
+                uffd.wake(part.address, part.bytes).context(|| what(region))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&self, what: Told, value: u64) {
+        if let Some(told) = &self.told {
+            told[what as usize].fetch_add(value, SeqCst);
+        }
+    }
+
+    /// Pages that were asked for have come.
+    pub(crate) fn count_demand(&self, pages: u64) {
+        Counters::add(&self.counters.pages_demand, pages);
+        self.tell(Told::PagesDemand, pages);
     }
 
     pub(crate) fn bytes(&self, range: PageRange) -> u64 {
@@ -398,6 +548,11 @@ impl GuestMemory {
             RunKind::Hole => &self.counters.hole_bytes,
         };
         Counters::add(counter, region.byte_offset(range.pages));
+        match kind {
+            RunKind::Data => {}
+            RunKind::Zero => self.tell(Told::ZeroBytes, region.byte_offset(range.pages)),
+            RunKind::Hole => self.tell(Told::HoleBytes, region.byte_offset(range.pages)),
+        }
         self.counters.map.count(range, region.unit_shift, kind, false);
     }
 
@@ -616,6 +771,14 @@ impl GuestMemory {
 }
 
 impl GuestRegion {
+    /// What the file has of pages that have come, from `page` on, and how many are alike: one that it has
+    /// not is of zeroes, or the guest's own already, which zeroes do not change.
+    fn kind_at(&self, page: u64, end: u64) -> Result<(RunKind, u64)> {
+        let data = self.file().next_data(self.byte_offset(page))?;
+        let next = data.map_or(end, |offset| (offset >> self.unit_shift).min(end));
+        Ok(if next > page { (RunKind::Hole, next - page) } else { (RunKind::Data, 1) })
+    }
+
     /// Nothing of the unit has been discarded.
     fn is_plain(&self, unit: u64) -> bool {
         self.pages.get(unit) == PageState::Landing

@@ -16,6 +16,7 @@ mod prepare;
 pub(crate) mod reader;
 mod recovery;
 mod side;
+mod takeover;
 mod touch;
 
 use std::collections::BTreeSet;
@@ -37,6 +38,7 @@ use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, transmit};
 use crate::cores::Cores;
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
+use crate::host::qemu::Qemu;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
 use crate::idle::IdleCores;
@@ -49,6 +51,7 @@ use crate::observe::{self, Observer};
 use crate::progress::Progress;
 use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
 use crate::secure::{Guard, Security};
+use crate::session::{DestinationRecord, Keeper};
 use crate::single::{self, Single};
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
@@ -62,6 +65,7 @@ use guest::GuestMemory;
 use prepare::{Adopted, Expected, Prepared};
 use recovery::Link;
 use side::GuestSide;
+use takeover::Keeping;
 use touch::{TouchThread, Toucher};
 
 /// Threads that serve the faults of a guest in shards, each with its own ring.
@@ -94,6 +98,8 @@ pub struct Options {
     pub idle_cores: IdleCores,
     /// The preload object to use in place of the built-in one.
     pub preload: Option<PathBuf>,
+    /// Where to leave what another process needs to go on; none for the usual place.
+    pub session_dir: Option<PathBuf>,
     /// JSON events on stdout.
     pub json: bool,
     /// What others may see.
@@ -101,6 +107,8 @@ pub struct Options {
     /// The monitor to start, with its arguments; empty for one that comes to the hand-over socket.
     pub command: Vec<String>,
 }
+
+pub use takeover::{Options as ResumeOptions, run as resume};
 
 /// What reaches the control thread.
 pub(crate) enum Note {
@@ -253,6 +261,9 @@ fn receive(
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
     let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;
+    let keeping = takeover::keep(options, &uri, &lanes, &prepared, &adopted, &output).inspect_err(
+        |error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error),
+    )?;
     let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
     let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
     let plan = Plan {
@@ -262,8 +273,8 @@ fn receive(
         watch: &observer.watch,
         quiet: options.observe.quiet,
     };
-    let open = Open { lanes, guard: guard.clone(), receiver, adopted };
-    let migration = Migration::start(&plan, output, inbox, open, host, &prepared.side)?;
+    let open = Open { lanes, guard: guard.clone(), receiver, adopted, keeping };
+    let migration = Migration::start(&plan, output, inbox, open, host, &mut prepared.side)?;
     let report = migration.drive(&mut prepared.side)?;
     Ok((prepared, report))
 }
@@ -300,6 +311,19 @@ struct Open {
     guard: Arc<Guard>,
     receiver: Receiver,
     adopted: Adopted,
+    /// For the case that this process is killed.
+    keeping: Option<Keeping>,
+}
+
+/// What the demand thread begins with.
+struct Serving {
+    link: Link,
+    /// None where a process before this has lost it.
+    lane: Option<(Lane, Receiver)>,
+    /// The source wants to hear which pages have come.
+    acks: bool,
+    lane_count: usize,
+    landing: RegionTable,
 }
 
 /// A migration with its lanes open: the control thread's state.
@@ -310,22 +334,29 @@ struct Migration<'a> {
     host: HostThread<dyn DestinationHost>,
     phase: Phase,
     link: Link,
+    /// Where another process finds what it needs to go on, should this one be killed.
+    keeper: Option<Keeper<DestinationRecord>>,
     landing: RegionTable,
     /// What comes is checked.
     is_checked: bool,
+    /// Every page has been summed by this process.
+    digests_are_known: bool,
     /// What the source's memory comes to, once it has said so.
     source_digests: Option<Vec<u64>>,
     cores: Cores,
     servers: Servers,
     mode: Mode,
     state: Vec<u8>,
+    /// The guest ran at the source.
+    runs: bool,
     /// The monitor has loaded the device state and the source has not heard of it.
     state_loaded: bool,
     all_cached: bool,
     all_released: bool,
     commands: Sender<Command>,
     demand: Waker,
-    demand_socket: Arc<OwnedFd>,
+    /// Of the last demand lane.
+    demand_socket: Option<Arc<OwnedFd>>,
     lane_count: u16,
     bulk_wakers: Vec<Waker>,
     demand_thread: Option<JoinHandle<Option<Histogram<u64>>>>,
@@ -348,73 +379,28 @@ impl<'a> Migration<'a> {
         inbox: &'a Inbox<Note>,
         open: Open,
         host: HostThread<dyn DestinationHost>,
-        side: &GuestSide,
+        side: &mut GuestSide,
     ) -> Result<Migration<'a>> {
-        let Open { mut lanes, guard, receiver, adopted } = open;
+        let Open { mut lanes, guard, receiver, adopted, keeping } = open;
         let Adopted { regions, sources, landing } = adopted;
-        let guest = Arc::new(GuestMemory::new(regions, sources));
-        let is_sharded = guest.is_sharded();
-        let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
+        let mut guest = GuestMemory::new(regions, sources);
+        let keeper = keeping.map(|keeping| keeping.begin(&mut guest, side)).transpose();
+        let is_checked = lanes.demand.is_checked();
+        let keeper =
+            keeper.inspect_err(|error| lane::tell(&lanes.demand.socket(), is_checked, error))?;
         let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
-        let (commands, queue) = channel();
         let demand_socket = lanes.demand.socket();
         let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
-        let is_checked = lanes.demand.is_checked();
-        if link.recovers() {
-            let post = inbox.post();
-            plan.watch.link(move |order| post.send(order.into()));
-        }
-        let demand = DemandLane {
-            lane: lanes.demand,
-            receiver,
-            guest: guest.clone(),
-            serves_faults: !is_sharded,
-            core: cores.demand(),
-            follows: plan.cores.is_empty(),
-            idle_cores: plan.idle_cores,
-            has_background: lanes.bulk.is_empty(),
-            recovers: link.recovers(),
-            acks: Acks::new(acks),
-            commands: queue,
-            post: inbox.post(),
-        };
-        let (reach, demand_thread) =
-            worker::start("umem-demand", inbox, move |started| demand.run(started))?;
-        let (counters, total_bytes) = (&guest.counters, landing.total_bytes());
-        let mut migration = Migration {
-            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
-            output,
-            guest: guest.clone(),
-            host,
-            phase: Phase::new(),
-            link,
-            cores,
-            servers: Servers::new(Vec::new()),
-            mode: Mode { postcopy: true, background: true },
-            state: Vec::new(),
-            state_loaded: false,
-            all_cached: false,
-            all_released: !guest.has_private(),
-            commands,
-            demand: reach.waker.clone(),
-            demand_socket,
-            lane_count: u16::try_from(lanes.bulk.len()).expect("at most 64"),
-            bulk_wakers: Vec::new(),
-            demand_thread: Some(demand_thread),
-            bulk_threads: Vec::new(),
-            fault_wakers: Vec::new(),
-            fault_threads: Vec::new(),
-            toucher: None,
-            touch_thread: None,
-            congestion,
-            times: Times::default(),
-            landing: landing.clone(),
-            is_checked,
-            source_digests: None,
-            inbox,
-        };
+        let lane = Some((lanes.demand, receiver));
+        let serving =
+            Serving { link, lane, acks, lane_count: lanes.bulk.len(), landing: landing.clone() };
+        let (mut migration, reach) =
+            Migration::begin(plan, output, inbox, Arc::new(guest), serving, host)?;
+        migration.keeper = keeper;
+        migration.congestion = congestion;
+        migration.demand_socket = Some(demand_socket);
         let started = migration
-            .start_faults(is_sharded, &reach)
+            .start_faults(&reach)
             .and_then(|()| migration.start_toucher(plan.touch, side))
             .and_then(|()| migration.start_bulk(lanes.bulk, acks))
             .and_then(|()| migration.get_ready(landing));
@@ -427,6 +413,77 @@ impl<'a> Migration<'a> {
         }
     }
 
+    /// Starts the demand thread, and nothing else yet.
+    fn begin(
+        plan: &Plan<'_>,
+        output: Output,
+        inbox: &'a Inbox<Note>,
+        guest: Arc<GuestMemory>,
+        serving: Serving,
+        host: HostThread<dyn DestinationHost>,
+    ) -> Result<(Migration<'a>, Reach)> {
+        let Serving { link, lane, acks, lane_count, landing } = serving;
+        let is_checked = link.is_checked();
+        let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
+        let (commands, queue) = channel();
+        if link.recovers() {
+            let post = inbox.post();
+            plan.watch.link(move |order| post.send(order.into()));
+        }
+        let demand = DemandLane {
+            lane,
+            guest: guest.clone(),
+            serves_faults: !guest.is_sharded(),
+            core: cores.demand(),
+            follows: plan.cores.is_empty(),
+            idle_cores: plan.idle_cores,
+            has_background: lane_count == 0,
+            recovers: link.recovers(),
+            acks: Acks::new(acks),
+            commands: queue,
+            post: inbox.post(),
+        };
+        let (reach, demand_thread) =
+            worker::start("umem-demand", inbox, move |started| demand.run(started))?;
+        let (counters, total_bytes) = (&guest.counters, landing.total_bytes());
+        let migration = Migration {
+            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
+            output,
+            guest: guest.clone(),
+            host,
+            phase: Phase::new(),
+            link,
+            keeper: None,
+            cores,
+            servers: Servers::new(Vec::new()),
+            mode: Mode { postcopy: true, background: true },
+            state: Vec::new(),
+            runs: true,
+            state_loaded: false,
+            all_cached: false,
+            all_released: !guest.has_private(),
+            commands,
+            demand: reach.waker.clone(),
+            demand_socket: None,
+            lane_count: u16::try_from(lane_count).expect("at most 64"),
+            bulk_wakers: Vec::new(),
+            demand_thread: Some(demand_thread),
+            bulk_threads: Vec::new(),
+            fault_wakers: Vec::new(),
+            fault_threads: Vec::new(),
+            toucher: None,
+            touch_thread: None,
+            congestion: "none".into(),
+            times: Times::default(),
+            landing,
+            is_checked,
+            digests_are_known: true,
+            source_digests: None,
+            inbox,
+        };
+        Ok((migration, reach))
+    }
+
     fn get_ready(&mut self, landing: RegionTable) -> Result<()> {
         let ready = Frame::Ready(landing.units());
         self.step(Input::Received(&Event::Regions(landing)))?;
@@ -436,9 +493,9 @@ impl<'a> Migration<'a> {
     }
 
     /// Starts those who serve the faults of a guest in shards; notes who serves which.
-    fn start_faults(&mut self, is_sharded: bool, demand: &Reach) -> Result<()> {
+    fn start_faults(&mut self, demand: &Reach) -> Result<()> {
         let sources = self.guest.sources.len();
-        if !is_sharded {
+        if !self.guest.is_sharded() {
             self.servers = Servers::new(vec![demand.mailbox.clone(); sources]);
             return Ok(());
         }
@@ -516,8 +573,12 @@ impl<'a> Migration<'a> {
             self.until_completed(side).map_err(|error| worker::first_cause(self.inbox, error));
         self.progress.phase("ending");
         let latency = self.end(driven.as_ref().err());
-        driven.map_err(|error| self.explain(error))?;
+        if let Err(error) = driven {
+            self.keep_what_can_go_on(side);
+            return Err(self.explain(error));
+        }
         side.release()?;
+        self.forget_session();
         Ok(self.report(&latency))
     }
 
@@ -563,7 +624,7 @@ impl<'a> Migration<'a> {
                     self.progress.phase("touching");
                     toucher.touch_the_rest();
                 }
-                self.loaded_if_done()?;
+                self.loaded_if_done(side)?;
                 self.complete_if_done()
             }
             Note::AllReleased => {
@@ -588,7 +649,7 @@ impl<'a> Migration<'a> {
             Note::Host(Answer::Loaded(result)) => {
                 result?;
                 self.state_loaded = true;
-                self.loaded_if_done()
+                self.loaded_if_done(side)
             }
             Note::Host(Answer::Running(result)) => {
                 result?;
@@ -612,13 +673,17 @@ impl<'a> Migration<'a> {
                 self.output.event("stopped", json!({ "postcopy": postcopy }), "");
             }
             Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
-            Event::Load { .. } => self.host.load_state(std::mem::take(&mut self.state)),
+            Event::Load { .. } => {
+                self.runs = Qemu::runs_with(&self.state);
+                self.host.load_state(std::mem::take(&mut self.state));
+            }
             Event::Switchover { stopped_us } => {
                 side.keep()?;
                 let now = Instant::now();
                 self.times.switched = Some(now);
                 self.times.downtime = Duration::from_micros(stopped_us);
                 self.times.stopped = now.checked_sub(self.times.downtime).or(Some(now));
+                self.keep_switched(stopped_us)?;
                 self.host.run();
             }
             Event::Digests(digests) if self.is_checked => self.source_digests = Some(digests),
@@ -635,6 +700,7 @@ impl<'a> Migration<'a> {
         let since_switchover = self.times.switched.map_or(Duration::ZERO, |at| now - at);
         self.times.running = Some(now);
         self.times.downtime += since_switchover;
+        self.keep_running()?;
         self.step(Input::GuestRunning)?;
         let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Running { us_since_switchover });
@@ -651,7 +717,7 @@ impl<'a> Migration<'a> {
 
     /// Tells the source that the guest could run here. Without postcopy it could only once every
     /// page is cached: the source has sent them all, but that is not their arrival.
-    fn loaded_if_done(&mut self) -> Result<()> {
+    fn loaded_if_done(&mut self, side: &mut GuestSide) -> Result<()> {
         let enough = self.mode.postcopy || self.all_cached;
         if !self.state_loaded || !enough {
             return Ok(());
@@ -659,8 +725,10 @@ impl<'a> Migration<'a> {
         self.state_loaded = false;
         // Once the source has heard this it may give the guest up.
         self.progress.watch().commit("the guest stays at the source")?;
+        self.keep_loaded(side)?;
         self.step(Input::StateLoaded)?;
         self.send(&Frame::Loaded);
+        self.say_how_to_resume();
         Ok(())
     }
 
@@ -681,7 +749,7 @@ impl<'a> Migration<'a> {
     /// What is said once everything is here.
     fn completion(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        if self.is_checked {
+        if self.is_checked && self.digests_are_known {
             transmit::encode(&Frame::Digests(self.guest.digests.get()), &mut bytes);
         }
         transmit::encode(&Frame::Complete(self.guest.counters.totals()), &mut bytes);
@@ -778,8 +846,8 @@ impl<'a> Migration<'a> {
         }
         let demand = self.demand_thread.take().expect("ended once");
         let latency = demand.join().ok().flatten();
-        if let (None, Some(error)) = (&latency, error) {
-            lane::tell(&self.demand_socket, self.is_checked, error);
+        if let (None, Some(socket), Some(error)) = (&latency, &self.demand_socket, error) {
+            lane::tell(socket, self.is_checked, error);
         }
         let mut latency = latency.unwrap_or_else(latency_histogram);
         // After the demand thread, which tells them of pages.
@@ -839,7 +907,7 @@ impl<'a> Migration<'a> {
 impl Migration<'_> {
     /// For the report.
     fn digests(&self) -> Vec<RegionDigest> {
-        if !self.is_checked {
+        if !self.is_checked || !self.digests_are_known {
             return Vec::new();
         }
         let names = self.guest.regions.iter().map(|region| region.name.as_str());

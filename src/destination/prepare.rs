@@ -110,8 +110,8 @@ impl Expected<'_> {
             }
         };
         let host = host(options, qmp, &monitor, inbox)?;
-        let Memory { handed, knows_umem } = memory;
-        let process = GuestProcess { monitor, handoff, knows_umem };
+        let Memory { handed, knows_umem, keeps_sessions } = memory;
+        let process = GuestProcess { monitor, handoff, knows_umem, keeps_sessions };
         Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed })
     }
 }
@@ -120,6 +120,7 @@ impl Expected<'_> {
 struct Memory {
     handed: Vec<Handed>,
     knows_umem: bool,
+    keeps_sessions: bool,
 }
 
 /// Waits for a process of whomever, and its memory.
@@ -145,8 +146,8 @@ fn take_over_stranger(
         let memory = receive_memory(&mut handoff, &mut monitor, pid, inbox)?;
         let Some(memory) = memory else { continue };
         let host = host(options, None, &monitor, inbox)?;
-        let Memory { handed, knows_umem } = memory;
-        let process = GuestProcess { monitor, handoff, knows_umem };
+        let Memory { handed, knows_umem, keeps_sessions } = memory;
+        let process = GuestProcess { monitor, handoff, knows_umem, keeps_sessions };
         return Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed });
     }
 }
@@ -196,7 +197,7 @@ fn receive_memory(
     pid: u32,
     inbox: &Inbox<Note>,
 ) -> Result<Option<Memory>> {
-    let mut memory = Memory { handed: Vec::new(), knows_umem: true };
+    let mut memory = Memory { handed: Vec::new(), knows_umem: true, keeps_sessions: true };
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -220,12 +221,15 @@ fn receive_memory(
             return Err(Error::Preload("the last hand-over message has not come".into()));
         };
         for message in messages {
-            let Message::Memory { pieces, more, knows_umem } = message else { continue };
+            let Message::Memory { pieces, more, knows_umem, keeps_sessions } = message else {
+                continue;
+            };
             if memory.handed.is_empty() {
                 monitor.hold(pid)?;
             }
             memory.handed.extend(pieces);
             memory.knows_umem &= knows_umem;
+            memory.keeps_sessions &= keeps_sessions;
             if memory.handed.len() > PIECES_MAX {
                 return Err(Error::Preload(format!(
                     "more than {PIECES_MAX} pieces of memory were handed over"
@@ -264,7 +268,7 @@ fn take_over(
     inbox: &Inbox<Note>,
 ) -> Result<Memory> {
     let mut missing: HashMap<&str, ()> = ram.iter().map(|ram| (ram.name.as_str(), ())).collect();
-    let mut handed = Vec::new();
+    let (mut handed, mut all_keep_sessions) = (Vec::new(), true);
     let mut loaded = false;
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     while !missing.is_empty() {
@@ -283,7 +287,8 @@ fn take_over(
         for message in messages {
             match message {
                 Message::Loaded => loaded = true,
-                Message::Memory { pieces, .. } => {
+                Message::Memory { pieces, keeps_sessions, .. } => {
+                    all_keep_sessions &= keeps_sessions;
                     for piece in pieces {
                         let name = piece.name.as_deref().unwrap_or_default();
                         if missing.remove(name).is_some() {
@@ -291,11 +296,11 @@ fn take_over(
                         }
                     }
                 }
-                Message::Released => {}
+                Message::Released | Message::Session(_) => {}
             }
         }
     }
-    Ok(Memory { handed, knows_umem: true })
+    Ok(Memory { handed, knows_umem: true, keeps_sessions: all_keep_sessions })
 }
 
 /// Why the hand-over socket was closed: mostly because the process is ending, which shows a moment
@@ -387,9 +392,27 @@ impl Prepared {
         Ok(Prepared { side: GuestSide::here()?, host: None, handed })
     }
 
+    /// Memory that was handed over to a process before this.
+    pub(crate) fn again(side: GuestSide, handed: Vec<Handed>) -> Prepared {
+        Prepared { side, host: None, handed }
+    }
+
     /// Compares the source's regions with ours, checks that they fit, and makes the guest's memory of
     /// them in the source's order.
     pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<Adopted> {
+        self.adopt_if(theirs, check_space)
+    }
+
+    /// The same where a process before this has checked that there is room: some of it is taken now.
+    pub(crate) fn adopt_again(&mut self, landing: &RegionTable) -> Result<Adopted> {
+        self.adopt_if(landing, |_| Ok(()))
+    }
+
+    fn adopt_if(
+        &mut self,
+        theirs: &RegionTable,
+        check_space: impl FnOnce(&[Found]) -> Result<()>,
+    ) -> Result<Adopted> {
         let mut found = self.regions(theirs)?;
         let ours = found
             .iter()

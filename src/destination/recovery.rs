@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use umem_wire::destination::{Input, Phase};
-use umem_wire::{Frame, Hello, LaneRole, Standing, transmit};
+use umem_wire::{Capabilities, Frame, Hello, LaneRole, Standing, transmit};
 
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
@@ -101,8 +101,37 @@ impl Link {
         }
     }
 
+    /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
+    pub(super) fn taken_over(
+        hello: Hello,
+        guard: Arc<Guard>,
+        certificate: Option<Vec<u8>>,
+        door: Door,
+    ) -> Link {
+        Link {
+            recovers: true,
+            hello,
+            guard,
+            certificate,
+            door: Some(door),
+            sockets: Severable::default(),
+            state: State::Down { since: Instant::now(), is_quiet: true, until: None },
+            arrived: None,
+            is_paused: false,
+            was_interrupted: false,
+            suspicion: Suspicion::default(),
+            recoveries: 0,
+            disconnected: Duration::ZERO,
+        }
+    }
+
     pub(super) fn recovers(&self) -> bool {
         self.recovers
+    }
+
+    /// The source asked for checksums, which a destination always has.
+    pub(super) fn is_checked(&self) -> bool {
+        self.hello.capabilities.contains(Capabilities::CHECKSUM)
     }
 
     /// For who may have to end the lanes.
@@ -231,6 +260,12 @@ impl Migration<'_> {
         let done = counters.pages_done.load(SeqCst);
         self.link.is_paused |= self.link.suspicion.lost(why, done, counters, &self.output);
         let fields = json!({ "reason": why, "pages_missing": pages_missing });
+        self.announce(why, fields);
+        Ok(())
+    }
+
+    /// Says that there are no lanes, and what becomes of the guest.
+    pub(super) fn announce(&self, why: &str, fields: serde_json::Value) {
         let has_way = self.link.door.is_some() && !self.link.is_paused;
         match has_way {
             true => self.output.event(
@@ -244,7 +279,6 @@ impl Migration<'_> {
                 &format!("{why}; the guest goes on with what it has until a resume says how"),
             ),
         }
-        Ok(())
     }
 
     /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
@@ -269,7 +303,8 @@ impl Migration<'_> {
         self.guest.set_lanes_down(false);
         self.link.sockets.replace(lanes.all());
         self.link.hello = lanes.hello.clone();
-        self.demand_socket = lanes.demand.socket();
+        self.demand_socket = Some(lanes.demand.socket());
+        self.congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         self.link.state = State::Up;
         self.link.recoveries += 1;
         self.link.disconnected += since.elapsed();
@@ -353,6 +388,7 @@ impl Migration<'_> {
         }
         self.listen(listener);
         let uri = uri.to_string();
+        self.keep_address(&uri)?;
         let text = format!("waiting for the source on {uri}");
         self.output.event("listening", json!({ "uri": uri }), &text);
         Ok(())

@@ -1,7 +1,9 @@
 //! Whose memory it is: another process's, which umem started or which came to it, or our own, where
 //! umem is a part of the program that runs the guest.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::process::ExitStatus;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -27,6 +29,8 @@ pub(crate) struct GuestProcess {
     pub(crate) handoff: HandoffSocket,
     /// The guest side keeps its userfaultfds without us, and understands our commands.
     pub(crate) knows_umem: bool,
+    /// And can keep what somebody needs who takes over from us.
+    pub(crate) keeps_sessions: bool,
 }
 
 impl GuestSide {
@@ -82,6 +86,35 @@ impl GuestSide {
     /// How the guest's process has ended, where it is a child.
     pub(crate) fn status(&mut self) -> Option<ExitStatus> {
         self.process_mut()?.monitor.status().ok().flatten()
+    }
+
+    /// Has the guest's side keep what somebody needs who takes over.
+    pub(crate) fn entrust(
+        &mut self,
+        listener: UnixListener,
+        state: &File,
+        qmp: Option<OwnedFd>,
+    ) -> Result<()> {
+        match self.process_mut() {
+            Some(process) => process.handoff.entrust(listener, state, qmp),
+            None => Ok(()),
+        }
+    }
+
+    /// From here on the source may give its guest up: should we be killed this one waits. If we end by
+    /// ourselves before it is ours, we still end it.
+    pub(crate) fn hold(&mut self) -> Result<()> {
+        match self.process_mut() {
+            Some(process) if process.keeps_sessions => process.handoff.keep(),
+            _ => Ok(()),
+        }
+    }
+
+    /// The guest, which has never run here, ends with us until it is ours.
+    pub(crate) fn doom(&mut self) -> Result<()> {
+        let Some(process) = self.process_mut() else { return Ok(()) };
+        let pid = process.monitor.pid();
+        process.monitor.hold(pid)
     }
 
     /// From here on the guest is ours: its process stays, whatever happens to umem, if its faults wait

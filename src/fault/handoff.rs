@@ -8,15 +8,22 @@
 //!
 //! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"error":CODE,…}`
 //! when it could not do its work and `{"released":N}` when it has closed its descriptors at the end.
+//!
+//! Who says `"umem":2` can keep a *session* for us ([`HandoffSocket::entrust`]): a socket that listens,
+//! the state of the guest's pages, our end of the monitor's socket. A umem that takes over connects there,
+//! and gets every message again, then `{"session":N}` with the rest.
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sockopt};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sendmsg, sockopt,
+};
 use serde::Deserialize;
 
 use super::uffd::Uffd;
@@ -52,9 +59,21 @@ pub(crate) enum Message {
         more: bool,
         /// The guest side keeps its own duplicate of the userfaultfds, and understands commands.
         knows_umem: bool,
+        /// And can keep a session.
+        keeps_sessions: bool,
     },
     /// The guest side has closed its copies of the userfaultfd.
     Released,
+    /// After all memory: what a umem before this has entrusted.
+    Session(Entrusted),
+}
+
+/// What the guest side keeps for whoever takes over.
+pub(crate) struct Entrusted {
+    /// The state of the guest's pages.
+    pub(crate) state: File,
+    /// Our end of the monitor's socket, where there is one.
+    pub(crate) qmp: Option<UnixStream>,
 }
 
 #[derive(Deserialize)]
@@ -169,6 +188,25 @@ impl HandoffSocket {
         }
     }
 
+    /// Has the guest side keep what whoever takes over from us needs.
+    pub(crate) fn entrust(
+        &mut self,
+        listener: UnixListener,
+        state: &File,
+        qmp: Option<OwnedFd>,
+    ) -> Result<()> {
+        let mut descriptors = vec![listener.as_raw_fd(), state.as_raw_fd()];
+        descriptors.extend(qmp.as_ref().map(AsRawFd::as_raw_fd));
+        let (rights, line) = ([ControlMessage::ScmRights(&descriptors)], b"session\n");
+        let (socket, flags) = (self.stream.as_raw_fd(), MsgFlags::MSG_NOSIGNAL);
+        match sendmsg::<()>(socket, &[IoSlice::new(line)], &rights, flags, None) {
+            Ok(sent) => self.command(&line[sent..]),
+            // It has ended, which is noticed elsewhere.
+            Err(Errno::EPIPE) => Ok(()),
+            Err(errno) => Err(errno).context(|| "the hand-over socket"),
+        }
+    }
+
     fn receive(&mut self) -> io::Result<usize> {
         let mut buffer = [0u8; 4096];
         let mut control = nix::cmsg_space!([i32; DESCRIPTORS_MAX]);
@@ -202,6 +240,16 @@ impl HandoffSocket {
             messages.push(Message::Loaded);
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
+        } else if let Some(count) = value.get("session").and_then(serde_json::Value::as_u64) {
+            if !(1..=2).contains(&count) {
+                return Err(self.strange("no session is kept so"));
+            }
+            if (self.descriptors.len() as u64) < count {
+                return Ok(false);
+            }
+            let state = File::from(self.descriptor());
+            let qmp = (count == 2).then(|| UnixStream::from(self.descriptor()));
+            messages.push(Message::Session(Entrusted { state, qmp }));
         } else if value.get("pong").is_none() {
             return Err(self.strange("umem knows no such message"));
         }
@@ -241,8 +289,10 @@ impl HandoffSocket {
         }
         let more = pieces.iter().any(|piece| piece.more);
         // The preload object, which hands over files, always does.
-        let knows_umem = kind != Kind::Anonymous || pieces.iter().all(|p| p.umem == Some(1));
-        Ok(Some(Message::Memory { pieces: handed, more, knows_umem }))
+        let knows = |version| pieces.iter().all(|piece| piece.umem >= Some(version));
+        let knows_umem = kind != Kind::Anonymous || knows(1);
+        let keeps_sessions = knows(2);
+        Ok(Some(Message::Memory { pieces: handed, more, knows_umem, keeps_sessions }))
     }
 
     fn uffd(&mut self) -> Result<Uffd> {
@@ -352,8 +402,6 @@ fn explain(error: &ErrorMessage) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{ControlMessage, sendmsg};
-    use std::io::IoSlice;
 
     fn pair() -> (UnixStream, HandoffSocket) {
         let (guest, daemon) = UnixStream::pair().unwrap();
@@ -371,7 +419,7 @@ mod tests {
         sendmsg::<()>(guest.as_raw_fd(), &[IoSlice::new(text)], &rights, MsgFlags::empty(), None)
             .unwrap();
         let messages = daemon.read().unwrap().unwrap();
-        let [Message::Loaded, Message::Memory { pieces, more: false, knows_umem: true }] =
+        let [Message::Loaded, Message::Memory { pieces, more: false, knows_umem: true, .. }] =
             &messages[..]
         else {
             panic!()
@@ -431,7 +479,7 @@ mod tests {
         sendmsg::<()>(guest.as_raw_fd(), &[IoSlice::new(b"\n")], &rights, MsgFlags::empty(), None)
             .unwrap();
         let messages = daemon.read().unwrap().unwrap();
-        let [Message::Memory { pieces, more: false, knows_umem: false }] = &messages[..] else {
+        let [Message::Memory { pieces, more: false, knows_umem: false, .. }] = &messages[..] else {
             panic!()
         };
         let found: Vec<_> =

@@ -8,6 +8,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use umem_ring::Span;
+
 use super::open::{self, Faults};
 
 /// Bytes of one event as read from the descriptor.
@@ -186,6 +188,26 @@ impl Uffd {
             Ok(count) => Ok(count),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(0),
             Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// The same, into memory that others may see.
+    pub(crate) fn read_into(&self, span: &Span) -> io::Result<usize> {
+        // SAFETY: the span is mapped and so long, and no reference to it exists.
+        let count = unsafe { libc::read(self.0.as_raw_fd(), span.as_ptr().cast(), span.len()) };
+        match usize::try_from(count) {
+            Ok(count) => Ok(count),
+            Err(_) => match io::Error::last_os_error() {
+                error
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) =>
+                {
+                    Ok(0)
+                }
+                error => Err(error),
+            },
         }
     }
 

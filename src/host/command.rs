@@ -215,7 +215,7 @@ pub(crate) fn is_qemu(program: &str) -> bool {
 }
 
 /// A handle on a process, which stays on that process when its pid is used again.
-pub(crate) struct ProcessHandle(OwnedFd);
+pub(crate) struct ProcessHandle(OwnedFd, u32);
 
 impl ProcessHandle {
     /// Of a process that is known to be there: a child, or one that a child of ours waits for.
@@ -224,10 +224,10 @@ impl ProcessHandle {
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
         let fd = i32::try_from(fd).expect("descriptors are small");
         if fd < 0 {
-            return Err(Error::last_os("pidfd_open"));
+            return Err(Error::last_os(format!("pidfd_open of process {pid}")));
         }
         // SAFETY: the kernel has just made it for us.
-        Ok(ProcessHandle(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(ProcessHandle(unsafe { OwnedFd::from_raw_fd(fd) }, pid))
     }
 
     /// Becomes readable when the process ends.
@@ -255,6 +255,30 @@ impl Monitor {
     pub(crate) fn follow(pid: u32) -> Result<Monitor> {
         let handle = ProcessHandle::open(pid)?;
         Ok(Monitor { pid, child: None, handle, owner: None, created: Vec::new(), released: true })
+    }
+
+    /// One that a umem before this has started, or that had come to it. `owner` is the process whose
+    /// memory it is, where that is another one. With `created` the RAM files that umem has made go, too,
+    /// if this ends the process.
+    pub(crate) fn taken_over(
+        pid: u32,
+        owner: Option<u32>,
+        created: Vec<PathBuf>,
+        released: bool,
+    ) -> Result<Monitor> {
+        let handle = ProcessHandle::open(pid)?;
+        let owner = owner.map(ProcessHandle::open).transpose()?;
+        Ok(Monitor { pid, child: None, handle, owner, created, released })
+    }
+
+    /// RAM files that umem has made for it.
+    pub(crate) fn created(&self) -> &[PathBuf] {
+        &self.created
+    }
+
+    /// The process whose memory it is, where that is another one.
+    pub(crate) fn owner(&self) -> Option<u32> {
+        self.owner.as_ref().map(|owner| owner.1)
     }
 
     /// A process has handed over its memory, this one or one that it has started: without us its faults
@@ -297,6 +321,17 @@ impl Monitor {
         let Some(child) = &mut self.child else { return Ok(None) };
         child.try_wait().context(|| "waiting for the guest's monitor")
     }
+}
+
+/// When a process began, in the kernel's ticks since boot (proc(5), field 22): with its pid that is the
+/// process and no other. None if there is no such process, or it has ended and only waits to be noticed.
+pub(crate) fn began(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may hold anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?;
+    let is_alive = !matches!(state, "Z" | "X" | "x");
+    fields.nth(18).filter(|_| is_alive)?.parse().ok()
 }
 
 impl Drop for Monitor {

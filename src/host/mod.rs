@@ -14,10 +14,19 @@ pub(crate) mod qemu;
 pub(crate) mod qmp;
 pub(crate) mod thread;
 
+use std::os::fd::OwnedFd;
+
 use crate::error::Result;
+use crate::session::Undo;
+
+/// Writes down what a stop, and what comes after it, changes in a monitor.
+pub(crate) type BeforeStop = Box<dyn Fn(&Undo) -> Result<()> + Send>;
 
 /// What the source asks of the guest's monitor.
 pub(crate) trait SourceHost: Send {
+    /// Has `note` called before every stop, which fails if that does: what would have to be undone is
+    /// written down then, should this process be killed.
+    fn before_stop(&mut self, _note: BeforeStop) {}
     /// Stops every vCPU. From here on the guest's memory does not change.
     fn stop(&mut self) -> Result<()>;
     /// The device state of the stopped guest.
@@ -32,6 +41,11 @@ pub(crate) trait DestinationHost: Send {
     fn load_state(&mut self, state: Vec<u8>) -> Result<()>;
     /// Starts the vCPUs.
     fn run(&mut self) -> Result<()>;
+    /// Another descriptor of the connection to the monitor, where whoever takes over could not open one
+    /// of its own.
+    fn connection(&self) -> Result<Option<OwnedFd>> {
+        Ok(None)
+    }
 }
 
 /// A source without a monitor: only a RAM file, e.g. a snapshot. There is nothing to stop.

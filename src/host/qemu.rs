@@ -7,7 +7,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -16,9 +16,10 @@ use serde_json::{Value, json};
 use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::qmp::{Qmp, socket_pair};
-use super::{DestinationHost, SourceHost};
+use super::{BeforeStop, DestinationHost, SourceHost};
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
+use crate::session::Undo;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -51,6 +52,7 @@ pub(crate) struct Qemu {
     qmp: Qmp,
     was_running: bool,
     saved: Option<Settings>,
+    before_stop: Option<BeforeStop>,
 }
 
 /// What we change in the source's QEMU, as it was.
@@ -61,7 +63,25 @@ struct Settings {
 
 impl Qemu {
     pub(crate) fn new(qmp: Qmp) -> Qemu {
-        Qemu { qmp, was_running: true, saved: None }
+        Qemu { qmp, was_running: true, saved: None, before_stop: None }
+    }
+
+    /// One that a process before this has stopped: [`SourceHost::resume`] undoes that.
+    pub(crate) fn stopped(qmp: Qmp, undo: &Undo) -> Qemu {
+        let &Undo { was_running, ignore_shared, bandwidth } = undo;
+        let saved = Some(Settings { ignore_shared, bandwidth });
+        Qemu { was_running, saved, ..Qemu::new(qmp) }
+    }
+
+    /// One that a process before this has given its device state: [`DestinationHost::run`] lets it run,
+    /// if it ran at the source.
+    pub(crate) fn loaded(qmp: Qmp, runs: bool) -> Qemu {
+        Qemu { was_running: runs, ..Qemu::new(qmp) }
+    }
+
+    /// Whether device state is of a guest that ran when it was stopped.
+    pub(crate) fn runs_with(state: &[u8]) -> bool {
+        state.first() == Some(&GUEST_RUNS)
     }
 
     /// Checks that this guest can be moved, its RAM mapped as `kind` says, and returns its RAM
@@ -247,13 +267,22 @@ impl Qemu {
 }
 
 impl SourceHost for Qemu {
+    fn before_stop(&mut self, note: BeforeStop) {
+        self.before_stop = Some(note);
+    }
+
     fn stop(&mut self) -> Result<()> {
         self.was_running = self.status()? == "running";
+        let settings = self.settings()?;
+        if let Some(note) = &self.before_stop {
+            let &Settings { ignore_shared, bandwidth } = &settings;
+            note(&Undo { was_running: self.was_running, ignore_shared, bandwidth })?;
+        }
+        self.saved = Some(settings);
         self.qmp.execute("stop", json!({})).map(drop)
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>> {
-        self.saved = Some(self.settings()?);
         self.set_ignore_shared(true)?;
         self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": STATE_BANDWIDTH }))?;
         let (ours, theirs) = socket_pair()?;
@@ -310,6 +339,10 @@ impl DestinationHost for Qemu {
             return Ok(());
         }
         self.qmp.execute("cont", json!({})).map(drop)
+    }
+
+    fn connection(&self) -> Result<Option<OwnedFd>> {
+        self.qmp.connection().map(Some)
     }
 }
 

@@ -53,6 +53,30 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// A socket on which another process was in command mode, and was killed. What it had asked may be
+    /// answered, in part, before our first answer comes.
+    pub(crate) fn go_on(stream: UnixStream) -> Result<Qmp> {
+        let mut qmp = Qmp { reader: BufReader::new(stream), line: String::new() };
+        // No id of the process before this, which had none.
+        let id = format!("umem-{}", std::process::id());
+        let text = format!("{}\n", json!({ "execute": "query-status", "id": id }));
+        qmp.reader.get_mut().write_all(text.as_bytes()).map_err(gone)?;
+        loop {
+            // The rest of a line is not JSON.
+            match qmp.read() {
+                Ok(answer) if answer["id"] == json!(id) => return Ok(qmp),
+                Ok(_) => {}
+                Err(error) if qmp.line.is_empty() => return Err(error),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Another descriptor of the socket.
+    pub(crate) fn connection(&self) -> Result<OwnedFd> {
+        Ok(self.reader.get_ref().try_clone().context(|| "the QMP socket")?.into())
+    }
+
     /// Runs a command and returns its `return` value.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.try_execute(command, arguments)?

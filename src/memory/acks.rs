@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::pages::low_bits;
+use super::words::Words;
 
 /// Pages that are looked through at once for pending ones: 64 words.
 const GROUP_PAGES: u64 = 64 * 64;
@@ -25,18 +26,25 @@ pub(crate) struct Acks {
     pages: u64,
     sent: Box<[AtomicU64]>,
     pending: Box<[AtomicU64]>,
-    acknowledged: Box<[AtomicU64]>,
+    /// Known to a process that takes over as well: these may be gone.
+    acknowledged: Words,
     /// A bit a group, set after the pages' own.
     groups: Box<[AtomicU64]>,
 }
 
 impl Acks {
     pub(crate) fn new(pages: u64) -> Acks {
+        Acks::over(Words::zeroed(pages.div_ceil(64)), pages)
+    }
+
+    /// With what has been acknowledged to a process before this.
+    pub(crate) fn over(acknowledged: Words, pages: u64) -> Acks {
+        assert_eq!(acknowledged.len() as u64, pages.div_ceil(64));
         Acks {
             pages,
             sent: zeroed(pages.div_ceil(64)),
             pending: zeroed(pages.div_ceil(64)),
-            acknowledged: zeroed(pages.div_ceil(64)),
+            acknowledged,
             groups: zeroed(pages.div_ceil(GROUP_PAGES).div_ceil(64)),
         }
     }

@@ -46,6 +46,14 @@ impl Claims {
         (mask & !before) >> offset
     }
 
+    /// Everything may have been sent, by a process before this. [`account`](Claims::account) says what is
+    /// left then.
+    pub(crate) fn claim_all(&self) {
+        for (word, first) in self.claimed.iter().zip((0..self.pages).step_by(64)) {
+            word.store(low_bits(self.pages - first), Ordering::Release);
+        }
+    }
+
     /// Takes the first block at or after `from` that no lane has, going round once.
     pub(crate) fn take_block(&self, from: u64) -> Option<u64> {
         let blocks = self.blocks();

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::words::Words;
+
 /// Discarded pages of units that have not come, for one region.
 ///
 /// Takes memory for the discarded pages only, one bit each for the whole unit they are in.
@@ -16,6 +18,9 @@ pub(crate) struct Fragments {
     /// Never cleared: most guests discard no part of a unit at all.
     any: AtomicBool,
     units: Mutex<BTreeMap<u64, Box<[u64]>>>,
+    /// For a process that takes over: every page that was ever added, a bit each. Those of units that
+    /// have come mean nothing.
+    shared: Option<Words>,
 }
 
 impl Fragments {
@@ -25,12 +30,38 @@ impl Fragments {
             pages_per_unit,
             any: AtomicBool::new(false),
             units: Mutex::new(BTreeMap::new()),
+            shared: None,
         }
+    }
+
+    /// Notes from now on in these words as well, and begins with what is noted there of units that have
+    /// not come.
+    pub(crate) fn share(&mut self, words: Words, has_come: impl Fn(u64) -> bool) {
+        let bits = words.iter().enumerate().filter_map(|(at, word)| {
+            let bits = word.load(SeqCst);
+            (bits != 0).then_some((at as u64 * 64, bits))
+        });
+        for (first, bits) in bits {
+            for page in (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| first + bit) {
+                let unit = page / self.pages_per_unit;
+                if !has_come(unit) {
+                    self.add(unit, page % self.pages_per_unit, 1);
+                }
+            }
+        }
+        self.shared = Some(words);
     }
 
     /// Notes that the pages `first..first + count` of `unit` are discarded.
     pub(crate) fn add(&self, unit: u64, first: u64, count: u64) {
         debug_assert!(first + count <= self.pages_per_unit);
+        if let Some(shared) = &self.shared {
+            let start = unit * self.pages_per_unit + first;
+            for page in start..start + count {
+                let word = &shared[usize::try_from(page / 64).expect("state is in memory")];
+                word.fetch_or(1 << (page % 64), SeqCst);
+            }
+        }
         self.any.store(true, SeqCst);
         let words = usize::try_from(self.pages_per_unit.div_ceil(64)).expect("small");
         let mut units = self.lock();
@@ -100,5 +131,22 @@ mod tests {
         assert_eq!(discarded.runs(true).collect::<Vec<_>>(), [(10, 2), (500, 12)]);
         assert_eq!(discarded.runs(false).collect::<Vec<_>>(), [(0, 10), (12, 488)]);
         assert!(fragments.take(3).is_none());
+    }
+
+    #[test]
+    fn another_process_finds_what_is_discarded_of_units_that_have_not_come() {
+        let words = || Words::zeroed(8 * 16 / 64);
+        let (mut fragments, shared) = (Fragments::new(16), words());
+        fragments.share(words(), |_| false);
+        fragments.add(3, 15, 1);
+        fragments.add(4, 0, 3);
+        fragments.take(4).unwrap();
+        for (word, noted) in shared.iter().zip(fragments.shared.unwrap().iter()) {
+            word.store(noted.load(SeqCst), SeqCst);
+        }
+        let mut next = Fragments::new(16);
+        next.share(shared, |unit| unit == 3);
+        assert!(next.take(3).is_none());
+        assert_eq!(next.take(4).unwrap().runs(true).collect::<Vec<_>>(), [(0, 3)]);
     }
 }

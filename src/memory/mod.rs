@@ -8,6 +8,7 @@
 //! - [`acks`]: what the destination has of the source's pages, so that they may be freed
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
+//! - [`words`]: state that outlives this process, where a session can be taken over
 //! - [`zero`]: is this page all zeroes
 
 pub(crate) mod acks;
@@ -19,6 +20,7 @@ pub(crate) mod pages;
 pub(crate) mod region;
 pub(crate) mod sequences;
 pub(crate) mod sums;
+pub(crate) mod words;
 pub(crate) mod zero;
 
 /// A block is what is completed and unregistered as one, and what a bulk lane takes as one: 2 MiB,

@@ -17,8 +17,9 @@
 //! state; who completes a page sets the state and then looks at the bit. Both are sequentially
 //! consistent, so at least one of them sees the other and the vCPU is woken.
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 
+use super::words::Words;
 use crate::error::Error;
 
 /// What the destination knows of a page. The numbers are the two bits in memory.
@@ -48,8 +49,9 @@ impl From<AlreadyHere> for Error {
 
 /// The states of one region's pages.
 pub(crate) struct PageStates {
-    states: Box<[AtomicU64]>,
-    wanted: Box<[AtomicU64]>,
+    states: Words,
+    /// This process's own: whoever waits is woken when another one takes over, and wants anew.
+    wanted: Words,
     pages: u64,
 }
 
@@ -61,11 +63,13 @@ const LOWER_ALL: u64 = 0x5555_5555_5555_5555;
 impl PageStates {
     /// All `pages` Missing, none wanted. Takes 3 bits of memory a page.
     pub(crate) fn new(pages: u64) -> PageStates {
-        PageStates {
-            states: zeroed(pages.div_ceil(STATES_PER_WORD)),
-            wanted: zeroed(pages.div_ceil(BITS_PER_WORD)),
-            pages,
-        }
+        PageStates::over(Words::zeroed(pages.div_ceil(STATES_PER_WORD)), pages)
+    }
+
+    /// In words that may have been another process's.
+    pub(crate) fn over(states: Words, pages: u64) -> PageStates {
+        assert_eq!(states.len() as u64, pages.div_ceil(STATES_PER_WORD));
+        PageStates { states, wanted: Words::zeroed(pages.div_ceil(BITS_PER_WORD)), pages }
     }
 
     pub(crate) fn get(&self, page: u64) -> PageState {
@@ -141,26 +145,27 @@ impl PageStates {
     }
 
     /// Landing → Missing for all pages: their lanes are gone, and no operation that could write to them
-    /// is left. Calls `missing` with each run of them, whose bytes may have come in part. A page that is
+    /// is left. Before that it calls `give_back` with each run of them, whose bytes may have come in
+    /// part: should this process be killed in between they are still known to be there. A page that is
     /// discarded stays so, and one that has come stays Cached.
     pub(crate) fn roll_back<E>(
         &self,
-        mut missing: impl FnMut(u64, u64) -> Result<(), E>,
+        mut give_back: impl FnMut(u64, u64) -> Result<(), E>,
     ) -> Result<(), E> {
         for (word, mask) in self.words(0, self.pages) {
             let landing = |now: u64| now & LOWER_ALL & !(now >> 1) & mask;
             let cell = &self.states[index(word)];
-            // Discards may come meanwhile; nothing else changes a page that lands.
-            let before = cell.fetch_update(SeqCst, SeqCst, |now| Some(now & !landing(now)));
-            let mut left = landing(before.expect("always some"));
+            let mut left = landing(cell.load(SeqCst));
             while left != 0 {
                 let slot = left.trailing_zeros();
                 // Bits two apart are neighbours.
                 let pages = (left | left << 1) >> slot;
                 let count = pages.trailing_ones() / 2;
-                missing(word * STATES_PER_WORD + u64::from(slot / 2), u64::from(count))?;
+                give_back(word * STATES_PER_WORD + u64::from(slot / 2), u64::from(count))?;
                 left &= !(low_bits(u64::from(2 * count)) << slot);
             }
+            // Discards may have come meanwhile; nothing else changes a page that lands.
+            let _ = cell.fetch_update(SeqCst, SeqCst, |now| Some(now & !landing(now)));
         }
         Ok(())
     }
@@ -174,6 +179,23 @@ impl PageStates {
         };
         let word = first / STATES_PER_WORD;
         half(word) | half(word + 1) << STATES_PER_WORD
+    }
+
+    /// Calls `f` with each run of pages that are Cached: first page and count, of 64 pages at most.
+    pub(crate) fn each_cached<E>(
+        &self,
+        mut f: impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for first in (0..self.pages).step_by(64) {
+            let mut left = self.cached_word(first);
+            while left != 0 {
+                let offset = u64::from(left.trailing_zeros());
+                let count = u64::from((left >> offset).trailing_ones());
+                f(first + offset, count)?;
+                left &= !(low_bits(count) << offset);
+            }
+        }
+        Ok(())
     }
 
     /// The guest has discarded these pages: those that have not come are to read as zeroes.
@@ -240,10 +262,6 @@ fn compress(even: u64) -> u64 {
         (16, 0x0000_0000_ffff_ffff),
     ];
     steps.into_iter().fold(even, |bits, (shift, mask)| (bits | bits >> shift) & mask)
-}
-
-fn zeroed(words: u64) -> Box<[AtomicU64]> {
-    (0..words).map(|_| AtomicU64::new(0)).collect()
 }
 
 /// The lowest `count` bits set, for `count` up to 64.
@@ -354,11 +372,33 @@ mod tests {
         assert_eq!(states.get(101), PageState::Discarded);
         assert_eq!(states.cached_word(0), 0x3ff | 7 << 40);
         assert_eq!(states.cached_word(192), 0);
+        let mut cached = Vec::new();
+        let found = states.each_cached(|first, pages| {
+            cached.push((first, pages));
+            Ok::<(), ()>(())
+        });
+        assert_eq!((found, &cached[..]), (Ok(()), &[(0, 10), (40, 3)][..]));
         // They come again.
         states.begin(20, 20).unwrap();
         states.begin(43, 27).unwrap();
         finish(&states, 43, 27);
         assert_eq!(states.cached_word(64), 0x3f);
+    }
+
+    /// Killed while it was giving back, a process leaves pages that land still, and not ones that are
+    /// missing and have bytes.
+    #[test]
+    fn pages_are_missing_only_when_what_came_of_them_has_been_given_back() {
+        let states = PageStates::new(200);
+        states.begin(10, 5).unwrap();
+        states.begin(100, 2).unwrap();
+        let killed = states.roll_back(|first, _| {
+            assert_eq!(states.get(first), PageState::Landing);
+            if first == 100 { Err("killed") } else { Ok(()) }
+        });
+        assert_eq!(killed, Err("killed"));
+        assert_eq!(states.get(10), PageState::Missing);
+        assert_eq!(states.get(101), PageState::Landing);
     }
 
     #[test]

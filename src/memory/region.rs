@@ -147,6 +147,12 @@ impl RamFile {
         })
     }
 
+    /// Device and inode, by which the file is known again.
+    pub(crate) fn identity(&self) -> Result<(u64, u64)> {
+        let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+
     /// `len` bytes from `offset`, for the kernel to read or write.
     pub(crate) fn span(&self, offset: u64, len: u64) -> Span {
         assert!(offset + len <= self.bytes);

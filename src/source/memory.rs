@@ -4,7 +4,7 @@
 //! or several where the destination's pages are larger.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Acquire;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, OnceLock};
 
 use umem_ring::{Memory, Waker};
@@ -21,6 +21,7 @@ use crate::memory::claims::{Claims, Pivot, Run, RunKind, push_page};
 use crate::memory::region::RamFile;
 use crate::memory::sequences::{Followed, Sequences};
 use crate::memory::sums::Digests;
+use crate::memory::words::Words;
 use crate::memory::zero;
 use crate::report::Counters;
 
@@ -127,12 +128,36 @@ impl SourceMemory {
     /// The destination is ready and has named the units: pages can be counted from here on. It says
     /// so once, which the wire's receiver has checked.
     pub(crate) fn land(&self, landing: RegionTable) {
-        for (region, (_, landed)) in self.regions.iter().zip(landing.iter()) {
+        self.land_keeping(landing, |_, _| Ok(None)).expect("nothing that could fail is asked for");
+    }
+
+    /// The same. `freed` gives words that keep what has been acknowledged of each region, where another
+    /// process may take over.
+    pub(crate) fn land_keeping(
+        &self,
+        landing: RegionTable,
+        freed: impl Fn(RegionId, u64) -> Result<Option<Words>>,
+    ) -> Result<()> {
+        for (region, (id, landed)) in self.regions.iter().zip(landing.iter()) {
             let claims = Claims::new(landed.pages(), landed.page_size.shift());
-            let acks = self.releases.then(|| Acks::new(landed.pages()));
+            let acks = match self.releases {
+                true => Some(match freed(id, landed.pages().div_ceil(64))? {
+                    Some(words) => Acks::over(words, landed.pages()),
+                    None => Acks::new(landed.pages()),
+                }),
+                false => None,
+            };
             region.landing.get_or_init(|| Landing { unit: landed.page_size, claims, acks });
         }
         self.landing.get_or_init(|| landing);
+        Ok(())
+    }
+
+    /// The guest has gone, and a process before this has sent its pages: what the destination misses of
+    /// them it will say.
+    pub(crate) fn has_left(&self) {
+        self.regions.iter().for_each(|region| region.claims().claim_all());
+        self.stopped.store(true, Release);
     }
 
     /// The landing table.

@@ -13,12 +13,13 @@ pub(crate) mod memory;
 mod recovery;
 mod release;
 pub(crate) mod seal;
+pub(crate) mod takeover;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, Release};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -47,12 +48,13 @@ use crate::observe::{self, Observer};
 use crate::progress::Progress;
 use crate::report::{Completed, CpuTime, Output};
 use crate::secure::{Pass, Security};
+use crate::session::Keeper;
 use crate::single::Single;
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
 use bulk::BulkLane;
-use demand::{Command, DemandLane};
+use demand::Command;
 use digest::Digesting;
 use memory::SourceMemory;
 use recovery::Link;
@@ -88,11 +90,15 @@ pub struct Options {
     pub order: Order,
     /// The most that is sent in the background after the switchover, bytes a second.
     pub max_postcopy_bandwidth: Option<u64>,
+    /// Where to leave what another process needs to go on; none for the usual place.
+    pub session_dir: Option<PathBuf>,
     /// JSON events on stdout.
     pub json: bool,
     /// What others may see.
     pub observe: observe::Options,
 }
+
+pub use takeover::{Options as ResumeOptions, run as resume};
 
 /// In which order pages are sent that nobody has asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -208,14 +214,18 @@ fn migrate(
     observer: &Observer,
 ) -> Result<Completed> {
     let output = Output::new(options.json);
-    let (host, ram) = guest(options)?;
+    let (mut host, ram) = guest(options)?;
     let files = ram
         .iter()
         .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
         .collect::<Result<Vec<_>>>()?;
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
     let memory = Arc::new(memory.checked(options.checksum));
-    let (lanes, link) = dial(options, socket, pass, &inbox)?;
+    let (lanes, mut link) = dial(options, socket, pass, &inbox)?;
+    link.keeper = takeover::keep(options, &link, &ram, &memory, &output)?;
+    if let Some(keeper) = link.keeper.clone() {
+        host.before_stop(takeover::note_stop(keeper));
+    }
     output.event(
         "connected",
         json!({
@@ -339,6 +349,13 @@ struct Plan<'a> {
     stays_local: bool,
 }
 
+/// How the demand lane's thread is reached, and its connection.
+struct Reach {
+    commands: Sender<Command>,
+    waker: Waker,
+    socket: Arc<OwnedFd>,
+}
+
 /// A migration with its lanes open: the control thread's state.
 struct Migration {
     postcopy: bool,
@@ -357,9 +374,8 @@ struct Migration {
     adapts: bool,
     cores: Cores,
     zero_copy: bool,
-    commands: Sender<Command>,
-    demand: Waker,
-    demand_socket: Arc<OwnedFd>,
+    /// None before the first demand lane.
+    reach: Option<Reach>,
     demand_thread: Option<JoinHandle<Option<()>>>,
     /// Bulk lanes that are not sending yet.
     idle: Vec<Lane>,
@@ -385,67 +401,12 @@ impl Migration {
         host: HostThread<dyn SourceHost>,
     ) -> Result<Migration> {
         let table = memory.table()?;
-        let idle = lanes.split_off(1);
+        let mut migration = Migration::new(plan, output, inbox, link, memory, host);
+        migration.idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
-        let congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
-        let cores = Cores::choose(plan.cores, crate::cores::Role::Source);
+        migration.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
         let receiver = Receiver::for_source(&table).checked(lane.is_checked());
-        let (commands, queue) = channel();
-        let demand_socket = lane.socket();
-        let demand = DemandLane {
-            lane,
-            receiver,
-            memory: memory.clone(),
-            core: cores.demand(),
-            follows: plan.cores.is_empty(),
-            idle_cores: plan.idle_cores,
-            adapts: plan.order == Order::Adaptive,
-            commands: queue,
-            post: inbox.post(),
-        };
-        let (waker, demand_thread) =
-            worker::start("umem-demand", &inbox, move |started| demand.run(started))?;
-        if link.recovers() {
-            let post = inbox.post();
-            plan.watch.link(move |order| post.send(order.into()));
-        }
-        let mut migration = Migration {
-            postcopy: plan.postcopy,
-            background: plan.background,
-            lane_count: u16::try_from(idle.len()).expect("at most 64"),
-            progress: Progress::new(
-                plan.watch,
-                &memory.counters,
-                memory.total_bytes(),
-                &output,
-                plan.quiet,
-            ),
-            output,
-            host,
-            has_monitor: plan.has_monitor,
-            phase: Phase::new(),
-            link,
-            follows: plan.cores.is_empty(),
-            idle_cores: plan.idle_cores,
-            adapts: plan.order == Order::Adaptive,
-            cores,
-            zero_copy: !plan.stays_local,
-            commands,
-            demand: waker,
-            demand_socket,
-            demand_thread: Some(demand_thread),
-            idle,
-            bulk_wakers: Vec::new(),
-            bulk_threads: Vec::new(),
-            bulk_ended: 0,
-            release_thread: None,
-            allocated_bytes: 0,
-            congestion,
-            digesting: Digesting::new(memory.is_checked),
-            times: Times::default(),
-            memory,
-            inbox,
-        };
+        migration.start_demand(lane, receiver)?;
         if let Err(error) = migration.step(Input::SentRegions) {
             migration.end(Some(&error));
             return Err(error);
@@ -454,13 +415,61 @@ impl Migration {
         Ok(migration)
     }
 
+    /// Without lanes.
+    fn new(
+        plan: &Plan<'_>,
+        output: Output,
+        inbox: Inbox<Note>,
+        link: Link,
+        memory: Arc<SourceMemory>,
+        host: HostThread<dyn SourceHost>,
+    ) -> Migration {
+        if link.recovers() {
+            let post = inbox.post();
+            plan.watch.link(move |order| post.send(order.into()));
+        }
+        let (counters, total_bytes) = (&memory.counters, memory.total_bytes());
+        Migration {
+            postcopy: plan.postcopy,
+            background: plan.background,
+            lane_count: link.session.bulk_lanes,
+            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
+            output,
+            host,
+            has_monitor: plan.has_monitor,
+            phase: Phase::new(),
+            link,
+            follows: plan.cores.is_empty(),
+            idle_cores: plan.idle_cores,
+            adapts: plan.order == Order::Adaptive,
+            cores: Cores::choose(plan.cores, crate::cores::Role::Source),
+            zero_copy: !plan.stays_local,
+            reach: None,
+            demand_thread: None,
+            idle: Vec::new(),
+            bulk_wakers: Vec::new(),
+            bulk_threads: Vec::new(),
+            bulk_ended: 0,
+            release_thread: None,
+            allocated_bytes: 0,
+            congestion: "none".into(),
+            digesting: Digesting::new(memory.is_checked),
+            times: Times::default(),
+            memory,
+            inbox,
+        }
+    }
+
     /// Runs the phases to their end; a failure before the switchover resumes the guest.
     fn drive(mut self) -> Result<Completed> {
-        let driven =
-            self.until_completed().map_err(|error| worker::first_cause(&self.inbox, error));
+        let begun = if self.link.is_up() { Ok(()) } else { self.take_over() };
+        let driven = begun
+            .and_then(|()| self.until_completed())
+            .map_err(|error| worker::first_cause(&self.inbox, error));
         self.end(driven.as_ref().err());
         match driven {
             Ok(totals) => {
+                self.forget_session();
                 let release_bytes = self.release_rest().unwrap_or_else(|error| {
                     let what = format!("the guest has moved, but its RAM here stays: {error}");
                     self.output.remark(&what);
@@ -506,7 +515,7 @@ impl Migration {
         self.step(Input::Received(&event))?;
         match event {
             Event::Ready(landing) => {
-                self.memory.land(landing);
+                self.land(landing)?;
                 self.times.stopped = Some(Instant::now());
                 self.host.stop();
             }
@@ -578,7 +587,8 @@ impl Migration {
         let (postcopy, background) = (self.postcopy, self.background);
         self.step(Input::GuestStopped { postcopy, background })?;
         self.memory.stopped.store(true, Release);
-        self.output.event("stopped", json!({ "postcopy": postcopy }), "");
+        let session = self.link.keeper.as_ref().map(Keeper::session);
+        self.output.event("stopped", json!({ "postcopy": postcopy, "session": session }), "");
         self.send(&Frame::Stopped { postcopy, background });
         if postcopy {
             self.progress.phase("switching");
@@ -605,9 +615,14 @@ impl Migration {
     /// The commit point: from here on the guest never runs at this side again.
     fn switch_over(&mut self) -> Result<()> {
         self.progress.watch().commit("the guest goes on here")?;
-        self.step(Input::SentSwitchover)?;
+        if self.memory.releases {
+            self.allocated_bytes = self.memory.allocated_bytes()?;
+        }
         self.times.switched = Some(Instant::now());
+        self.keep_commit()?;
+        self.step(Input::SentSwitchover)?;
         self.send_switchover();
+        self.say_how_to_resume();
         self.start_release()
     }
 
@@ -622,7 +637,6 @@ impl Migration {
         if !self.memory.releases {
             return Ok(());
         }
-        self.allocated_bytes = self.memory.allocated_bytes()?;
         let releaser = Releaser { memory: self.memory.clone() };
         let start = move |started| releaser.run(started);
         let (waker, thread) = worker::start("umem-release", &self.inbox, start)?;
@@ -735,6 +749,10 @@ impl Migration {
     /// After a failure: resumes the guest where that is still right, and says how things stand.
     fn give_up(self, error: Error) -> Error {
         if !self.phase.may_run() {
+            if matches!(error, Error::Peer { .. }) {
+                // The destination has ended it: nothing could go on.
+                self.forget_session();
+            }
             return match error {
                 Error::Lost { side, lane, what } => Error::Lost {
                     side,
@@ -748,12 +766,16 @@ impl Migration {
             };
         }
         if self.times.stopped.is_none() {
+            self.forget_session();
             return error;
         }
         self.host.resume();
         loop {
             match self.inbox.wait(&[], None) {
-                Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => return error,
+                Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => {
+                    self.forget_session();
+                    return error;
+                }
                 Ok(Wake::Message(Note::Host(Answer::Resumed(Err(resume))))) => {
                     return Error::Host(format!(
                         "{error}; and the guest could not be resumed here: {resume}; resume it by \
@@ -792,9 +814,10 @@ impl Migration {
     }
 
     fn command(&self, command: Command) {
+        let Some(reach) = &self.reach else { return };
         // The thread has ended where this fails, and its own note says why.
-        let _ = self.commands.send(command);
-        self.demand.wake();
+        let _ = reach.commands.send(command);
+        reach.waker.wake();
     }
 
     /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
@@ -811,8 +834,8 @@ impl Migration {
         self.end_release();
         // None while there are no lanes.
         let demand = self.demand_thread.take().map(JoinHandle::join);
-        if let (Some(Ok(None) | Err(_)), Some(error)) = (demand, error) {
-            lane::tell(&self.demand_socket, self.memory.is_checked, error);
+        if let (Some(Ok(None) | Err(_)), Some(reach), Some(error)) = (demand, &self.reach, error) {
+            lane::tell(&reach.socket, self.memory.is_checked, error);
         }
     }
 

@@ -26,12 +26,13 @@ use umem_wire::{Event, LaneRole, Receiver, Standing, Target};
 
 use super::demand::{Command, DemandLane};
 use super::embedded;
-use super::{Migration, Note, peer};
+use super::{Migration, Note, Reach, peer};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, Severable, lane_name};
 use crate::observe::watch::CUT;
 use crate::secure::Pass;
+use crate::session::{Keeper, SourceRecord};
 use crate::suspicion::Suspicion;
 use crate::uri::Uri;
 use crate::worker;
@@ -54,6 +55,8 @@ pub(super) struct Link {
     given: Option<Vec<OwnedFd>>,
     /// Of the last attempt to open lanes.
     epoch: u32,
+    /// Where another process finds what it needs to go on, should this one be killed.
+    pub(super) keeper: Option<Keeper<SourceRecord>>,
     sockets: Severable,
     is_up: bool,
     /// A bulk lane is lost, and until then a destination that gives up may say so on the demand lane.
@@ -79,6 +82,7 @@ impl Link {
             uri,
             given: None,
             epoch: 0,
+            keeper: None,
             sockets: Severable::new(lanes),
             is_up: true,
             doubt: None,
@@ -89,6 +93,34 @@ impl Link {
             recoveries: 0,
             disconnected: Duration::ZERO,
         }
+    }
+
+    /// Of a session whose process is gone: there are no lanes.
+    pub(super) fn taken_over(
+        session: Session,
+        pass: Arc<Pass>,
+        uri: Option<Uri>,
+        keeper: Keeper<SourceRecord>,
+        epoch: u32,
+    ) -> Link {
+        let link = Link::new(session, pass, uri, &[]);
+        Link { recovers: true, epoch, keeper: Some(keeper), is_up: false, ..link }
+    }
+
+    /// The number of the next attempt to open lanes: more than any before it, of any process. So it is
+    /// written down before it is used.
+    pub(super) fn next_epoch(&mut self) -> Result<u32> {
+        let next = self.epoch.checked_add(1);
+        self.epoch = next
+            .ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))?;
+        let (epoch, uri) = (self.epoch, self.uri.as_ref().map(Uri::to_string));
+        if let Some(keeper) = &self.keeper {
+            keeper.edit(|record| {
+                record.epoch = epoch;
+                record.uri = uri.unwrap_or_else(|| record.uri.clone());
+            })?;
+        }
+        Ok(epoch)
     }
 
     pub(super) fn recovers(&self) -> bool {
@@ -210,6 +242,17 @@ impl Migration {
         let counters = &self.memory.counters;
         let Link { suspicion, accounted, .. } = &mut self.link;
         self.link.is_paused |= suspicion.lost(why, *accounted, counters, &self.output);
+        self.go_on_from(why, since)
+    }
+
+    /// Goes on where a process was killed.
+    pub(super) fn take_over(&mut self) -> Result<()> {
+        self.progress.watch().commit("the guest goes on here")?;
+        self.start_release()?;
+        self.go_on_from("another process has served this session before", Instant::now())
+    }
+
+    fn go_on_from(&mut self, why: &str, since: Instant) -> Result<()> {
         self.announce(why);
         let opened = self.open_again()?;
         self.link.disconnected += since.elapsed();
@@ -297,9 +340,7 @@ impl Migration {
         loop {
             if let Some(way) = self.link.take_way() {
                 let was_given = matches!(way, Way::Given(_));
-                self.link.epoch = self.link.epoch.checked_add(1).ok_or_else(|| {
-                    Error::Unsupported("the connection has been lost too often".into())
-                })?;
+                self.link.next_epoch()?;
                 let waiting = Waiting::new(&self.inbox);
                 let attempt = self.attempt(way, &waiting);
                 let (notes, was_interrupted) = waiting.into_parts();
@@ -452,6 +493,7 @@ impl Migration {
         self.link.sockets.replace(&lanes);
         self.idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
+        self.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
         self.start_demand(lane, receiver)?;
         self.link.is_up = true;
         let disconnected_ms = since.elapsed().as_secs_f64() * 1e3;
@@ -474,7 +516,7 @@ impl Migration {
     /// Starts the thread that serves a demand lane.
     pub(super) fn start_demand(&mut self, lane: Lane, receiver: Receiver) -> Result<()> {
         let (commands, queue) = channel();
-        self.demand_socket = lane.socket();
+        let socket = lane.socket();
         let demand = DemandLane {
             lane,
             receiver,
@@ -488,7 +530,8 @@ impl Migration {
         };
         let (waker, thread): (Waker, _) =
             worker::start("umem-demand", &self.inbox, move |started| demand.run(started))?;
-        (self.commands, self.demand, self.demand_thread) = (commands, waker, Some(thread));
+        self.reach = Some(Reach { commands, waker, socket });
+        self.demand_thread = Some(thread);
         Ok(())
     }
 
@@ -506,9 +549,11 @@ impl Migration {
             "the guest runs at the destination, and what it has not got of its memory is only here"
         };
         if std::mem::replace(&mut self.link.was_interrupted, true) {
+            let how =
+                self.how_to_resume().map_or_else(String::new, |how| format!("; {how} goes on"));
             return Err(Error::Interrupted(format!(
                 "there was no connection to the destination; {what}: keep this guest's RAM file, and do \
-                 not start it here again"
+                 not start it here again{how}"
             )));
         }
         self.output.remark(&format!("{what}; interrupt again to give up"));

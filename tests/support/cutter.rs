@@ -42,6 +42,8 @@ struct State {
     /// In order, each counted from the one before it.
     cuts: std::collections::VecDeque<Cut>,
     cuts_done: u32,
+    /// Bytes that have passed to the destination, on all lanes there ever were.
+    passed: u64,
     connections: Vec<Connection>,
     /// Since the last cut.
     lanes: usize,
@@ -178,6 +180,16 @@ impl Cutter {
     /// Waits until so many bytes have come from the destination on the demand lane.
     pub(crate) fn wait_for_answers(&self, bytes: u64) {
         self.wait_until(|state| state.demand[BACK] >= bytes);
+    }
+
+    /// Bytes that have passed to the destination so far, whatever became of them.
+    pub(crate) fn passed(&self) -> u64 {
+        self.lock().passed
+    }
+
+    /// Waits until so many have.
+    pub(crate) fn wait_for_passed(&self, bytes: u64) {
+        self.wait_until(|state| state.passed >= bytes);
     }
 
     /// Waits for as many cuts in all.
@@ -416,6 +428,10 @@ impl Way {
     fn has_passed(&mut self, count: u64) -> bool {
         self.passed += count;
         let mut state = self.shared.state.lock().unwrap();
+        if self.direction == OUT {
+            state.passed += count;
+            self.shared.changed.notify_all();
+        }
         if self.is_cut(&state) {
             return true;
         }

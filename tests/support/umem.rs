@@ -101,6 +101,10 @@ impl Umem {
                 });
             }
         }
+        // Where session files go that a test does not look at.
+        let sessions = format!("{}/{}", env!("CARGO_TARGET_TMPDIR"), std::process::id());
+        std::fs::create_dir_all(&sessions).expect("a directory");
+        command.env("XDG_RUNTIME_DIR", sessions);
         let process = Process::start(&mut command);
         // The command holds the pipe's writing end, which has to close with the process.
         drop(command);

@@ -3,7 +3,7 @@
 //!
 //! Nobody else can map anonymous memory, so that the process itself makes the userfaultfd, registers
 //! its memory and sends the descriptor away, as Firecracker does. The message is Firecracker's with a
-//! name and `"umem":1`, which says that the commands of the preload object are understood here as well
+//! name and `"umem":2`, which says that the commands of the preload object are understood here as well
 //! (`src/preload/src/lib.rs` has the table): a thread of its own carries them out.
 //!
 //! What must hold is what holds there: our userfaultfds stay open until `release`, so that a page that
@@ -11,14 +11,18 @@
 //! socket closes before `keep`, no guest will come and the process ends.
 
 use std::ffi::c_void;
-use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Write};
+use std::net::Shutdown;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde_json::{Value, json};
 
 use crate::error::{Context, Error, Result};
@@ -28,7 +32,7 @@ use crate::fault::open::{self, Faults};
 const SHARD_ALIGNMENT: u64 = 2 << 20;
 
 /// Longer lines than any command are dropped.
-const LINE_BYTES_MAX: u64 = 256;
+const LINE_BYTES_MAX: usize = 256;
 
 /// Anonymous memory of this process that nobody has touched yet. It must stay mapped until the process
 /// ends.
@@ -63,11 +67,19 @@ pub fn hand_over(socket: &Path, memory: &Memory<'_>) -> Result<()> {
     advise(&area, libc::MADV_DONTFORK).context(|| format!("madvise of RAM {}", memory.name))?;
     let uffds: Vec<OwnedFd> =
         shards.iter().map(|shard| protect(memory, shard)).collect::<Result<_>>()?;
-    for (index, (shard, uffd)) in shards.iter().zip(&uffds).enumerate() {
-        send(&stream, &message(memory, shard, index + 1 < shards.len()), uffd)?;
-    }
-    let name = memory.name.to_owned();
-    super::thread("umem-commands", move || serve(stream, uffds, &name, &area)).map(drop)
+    let messages = shards.iter().enumerate();
+    let messages: Vec<Value> =
+        messages.map(|(index, shard)| message(memory, shard, index + 1 < shards.len())).collect();
+    let pieces: Vec<(Value, OwnedFd)> = messages.into_iter().zip(uffds).collect();
+    hand_over_pieces(&stream, &pieces).context(|| "handing the guest's memory over")?;
+    let held = Arc::new(Held {
+        name: memory.name.to_owned(),
+        area,
+        pieces: Mutex::new(pieces),
+        keeps: AtomicBool::new(false),
+        session: Mutex::new(None),
+    });
+    super::thread("umem-commands", move || serve(&stream, &held)).map(drop)
 }
 
 impl Memory<'_> {
@@ -103,7 +115,7 @@ fn message(memory: &Memory<'_>, shard: &Range<u64>, more: bool) -> Value {
         "page_size": memory.page_bytes,
         "page_size_kib": memory.page_bytes,
         "kind": "anonymous",
-        "umem": 1,
+        "umem": 2,
     });
     if more {
         region["more"] = json!(true);
@@ -111,16 +123,19 @@ fn message(memory: &Memory<'_>, shard: &Range<u64>, more: bool) -> Value {
     json!([region])
 }
 
-fn send(stream: &UnixStream, message: &Value, uffd: &OwnedFd) -> Result<()> {
+fn hand_over_pieces(stream: &UnixStream, pieces: &[(Value, OwnedFd)]) -> std::io::Result<()> {
+    pieces.iter().try_for_each(|(message, uffd)| send(stream, message, &[uffd.as_raw_fd()]))
+}
+
+/// A line with descriptors.
+fn send(stream: &UnixStream, message: &Value, descriptors: &[i32]) -> std::io::Result<()> {
     let line = format!("{message}\n");
-    let (descriptors, bytes) = ([uffd.as_raw_fd()], [IoSlice::new(line.as_bytes())]);
-    let rights = [ControlMessage::ScmRights(&descriptors)];
-    let (socket, flags) = (stream.as_raw_fd(), MsgFlags::MSG_NOSIGNAL);
-    let sent = sendmsg::<()>(socket, &bytes, &rights, flags, None)
-        .context(|| "handing the guest's memory over")?;
-    // A fresh stream socket has room for a message.
-    assert_eq!(sent, line.len());
-    Ok(())
+    let rights = [ControlMessage::ScmRights(descriptors)];
+    let (socket, bytes) = (stream.as_raw_fd(), [IoSlice::new(line.as_bytes())]);
+    let sent = sendmsg::<()>(socket, &bytes, &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    // The descriptors have gone with the first byte.
+    let mut stream = stream;
+    stream.write_all(&line.as_bytes()[sent..])
 }
 
 /// A userfaultfd with which this part of the memory is registered.
@@ -171,19 +186,94 @@ mod uffd {
     nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
 }
 
+/// What has been handed over.
+struct Held {
+    name: String,
+    area: Range<u64>,
+    /// Each message with its userfaultfd; none any more once they are released.
+    pieces: Mutex<Vec<(Value, OwnedFd)>>,
+    /// The guest may run here.
+    keeps: AtomicBool,
+    session: Mutex<Option<Arc<Session>>>,
+}
+
+/// What is kept for a umem that takes over.
+struct Session {
+    /// Where it connects.
+    listener: UnixListener,
+    /// The state of the guest's pages, and perhaps the monitor's socket: never looked at.
+    kept: Vec<OwnedFd>,
+}
+
+impl Held {
+    /// What a session consists of has come: from now on another umem may take over. One session is all
+    /// that there can be.
+    fn keep_session(self: &Arc<Held>, descriptors: Vec<OwnedFd>) {
+        let mut descriptors = descriptors.into_iter();
+        let Some(listener) = descriptors.next() else { return };
+        let session = Arc::new(Session { listener: listener.into(), kept: descriptors.collect() });
+        let mut slot = lock(&self.session);
+        if slot.is_some() || session.kept.is_empty() {
+            return;
+        }
+        let (held, accepting) = (self.clone(), session.clone());
+        // Without the thread nobody can take over, and the guest waits.
+        if super::thread("umem-session", move || held.accept(&accepting)).is_ok() {
+            *slot = Some(session);
+        }
+    }
+
+    /// Hands over again to each umem that connects: the one before it is gone then.
+    fn accept(self: &Arc<Held>, session: &Session) {
+        loop {
+            let stream = match session.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                // Released.
+                Err(_) => return,
+            };
+            let kept: Vec<i32> = session.kept.iter().map(AsRawFd::as_raw_fd).collect();
+            let handed = hand_over_pieces(&stream, &lock(&self.pieces))
+                .and_then(|()| send(&stream, &json!({ "session": kept.len() }), &kept));
+            if handed.is_ok() {
+                let held = self.clone();
+                // A umem that is not served gives up, and may try again.
+                let _ = super::thread("umem-commands", move || serve(&stream, &held));
+            }
+        }
+    }
+
+    /// Everything has come: closes the userfaultfds, and says how many there were.
+    fn release(&self) -> usize {
+        let pieces = std::mem::take(&mut *lock(&self.pieces));
+        let count = pieces.len();
+        drop(pieces);
+        // Fails where the process has unmapped some of it meanwhile, which is its own affair.
+        let _ = advise(&self.area, libc::MADV_DOFORK);
+        if let Some(session) = lock(&self.session).take() {
+            // SAFETY: no memory is involved; who waits for connections there gives up.
+            unsafe { libc::shutdown(session.listener.as_raw_fd(), libc::SHUT_RDWR) };
+        }
+        count
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Carries out umem's commands until `release`, or until umem is gone.
-fn serve(stream: UnixStream, uffds: Vec<OwnedFd>, name: &str, area: &Range<u64>) {
-    match carry_out(&stream, name, area) {
+fn serve(stream: &UnixStream, held: &Arc<Held>) {
+    match carry_out(stream, held) {
         Ended::Released => {
-            let count = uffds.len();
-            drop(uffds);
-            // Fails where the process has unmapped some of it meanwhile, which is its own affair.
-            let _ = advise(area, libc::MADV_DOFORK);
+            let count = held.release();
             // Nobody is left to tell if this fails.
-            let _ = writeln!(&stream, "{}", json!({ "released": count }));
+            let mut stream = stream;
+            let _ = writeln!(stream, "{}", json!({ "released": count }));
+            let _ = stream.shutdown(Shutdown::Both);
         }
         // The guest runs here: what is missing is waited for, whoever may bring it.
-        Ended::Kept => std::mem::forget(uffds),
+        Ended::Kept => std::mem::forget(held.clone()),
         Ended::Forsaken => {
             // At once: other threads may wait in faults that nobody answers any more. umem has said why.
             std::process::exit(1);
@@ -201,39 +291,89 @@ enum Ended {
     Forsaken,
 }
 
-fn carry_out(stream: &UnixStream, name: &str, area: &Range<u64>) -> Ended {
-    let mut reader = BufReader::new(stream);
-    let mut ended = Ended::Forsaken;
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
-            Ok(1..) => {}
-            Ok(0) | Err(_) => return ended,
-        }
+fn carry_out(stream: &UnixStream, held: &Arc<Held>) -> Ended {
+    let mut commands =
+        Lines { stream, bytes: Vec::new(), is_skipping: false, descriptors: Vec::new() };
+    while let Some(line) = commands.next() {
         let answer = match line.as_slice() {
-            b"keep\n" => {
-                ended = Ended::Kept;
+            b"keep" => {
+                held.keeps.store(true, SeqCst);
                 continue;
             }
-            b"release\n" => return Ended::Released,
-            b"ping\n" => json!({ "pong": 1 }),
-            [.., b'\n'] => match parse_touch(&line) {
-                Some((address, length)) => touch(name, area, address, length),
+            b"session" => {
+                held.keep_session(std::mem::take(&mut commands.descriptors));
+                continue;
+            }
+            b"release" => return Ended::Released,
+            b"ping" => json!({ "pong": 1 }),
+            line => match parse_touch(line) {
+                Some((address, length)) => touch(&held.name, &held.area, address, length),
                 None => continue,
             },
-            _ if reader.skip_until(b'\n').is_ok() => continue,
-            _ => return ended,
         };
         // Nobody reads any more if this fails: then the end of the stream comes next.
         let mut stream = stream;
         let _ = writeln!(stream, "{answer}");
     }
+    if held.keeps.load(SeqCst) { Ended::Kept } else { Ended::Forsaken }
+}
+
+/// The lines of a stream, and the descriptors that came with them.
+struct Lines<'a> {
+    stream: &'a UnixStream,
+    bytes: Vec<u8>,
+    /// In a line that is too long.
+    is_skipping: bool,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Lines<'_> {
+    /// Without its end; none at the stream's.
+    fn next(&mut self) -> Option<Vec<u8>> {
+        loop {
+            if let Some(end) = self.bytes.iter().position(|&byte| byte == b'\n') {
+                let mut line: Vec<u8> = self.bytes.drain(..=end).collect();
+                line.pop();
+                if !std::mem::take(&mut self.is_skipping) && line.len() < LINE_BYTES_MAX {
+                    return Some(line);
+                }
+                continue;
+            }
+            if self.bytes.len() >= LINE_BYTES_MAX {
+                self.is_skipping = true;
+                self.bytes.clear();
+            }
+            self.receive()?;
+        }
+    }
+
+    fn receive(&mut self) -> Option<()> {
+        let mut buffer = [0; 4096];
+        let mut control = nix::cmsg_space!([i32; 4]);
+        let mut iov = [IoSliceMut::new(&mut buffer)];
+        let (socket, flags) = (self.stream.as_raw_fd(), MsgFlags::MSG_CMSG_CLOEXEC);
+        let received = loop {
+            match recvmsg::<()>(socket, &mut iov, Some(&mut control), flags) {
+                Err(Errno::EINTR) => {}
+                received => break received.ok()?,
+            }
+        };
+        let count = received.bytes;
+        for message in received.cmsgs().ok()? {
+            if let ControlMessageOwned::ScmRights(fds) = message {
+                // SAFETY: the kernel has just made these descriptors for us.
+                let owned = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+                self.descriptors.extend(owned);
+            }
+        }
+        self.bytes.extend_from_slice(&buffer[..count]);
+        (count > 0).then_some(())
+    }
 }
 
 /// `touch ADDRESS LENGTH`
 fn parse_touch(line: &[u8]) -> Option<(u64, u64)> {
-    let words = std::str::from_utf8(line).ok()?.trim_end().strip_prefix("touch ")?;
+    let words = std::str::from_utf8(line).ok()?.strip_prefix("touch ")?;
     let (address, length) = words.split_once(' ')?;
     Some((address.parse().ok()?, length.parse().ok()?))
 }
@@ -271,13 +411,10 @@ fn advise(range: &Range<u64>, advice: i32) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::IoSliceMut;
+    use std::io::{BufRead, BufReader};
     use std::num::NonZeroUsize;
-    use std::os::fd::FromRawFd;
-    use std::os::unix::net::UnixListener;
 
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
-    use nix::sys::socket::{ControlMessageOwned, recvmsg};
 
     const PAGE: u64 = 4096;
 
@@ -347,6 +484,12 @@ mod tests {
 
     /// One line that comes with one descriptor.
     fn receive(stream: &UnixStream) -> (Value, OwnedFd) {
+        let (line, descriptors) = receive_all(stream);
+        let [descriptor] = <[OwnedFd; 1]>::try_from(descriptors).unwrap();
+        (line, descriptor)
+    }
+
+    fn receive_all(stream: &UnixStream) -> (Value, Vec<OwnedFd>) {
         let (mut line, mut descriptors) = (Vec::new(), Vec::new());
         while line.last() != Some(&b'\n') {
             let mut byte = [0];
@@ -365,8 +508,7 @@ mod tests {
             }
             line.extend(byte);
         }
-        let [descriptor] = <[OwnedFd; 1]>::try_from(descriptors).unwrap();
-        (serde_json::from_slice(&line).unwrap(), descriptor)
+        (serde_json::from_slice(&line).unwrap(), descriptors)
     }
 
     /// Waits for a page fault, and returns its address.
@@ -392,7 +534,7 @@ mod tests {
             let number = |field: &str| region[field].as_u64().unwrap();
             assert_eq!((&region["name"], &region["kind"]), (&json!("ram0"), &json!("anonymous")));
             assert_eq!((number("page_size"), number("page_size_kib")), (PAGE, PAGE));
-            assert_eq!((number("umem"), number("offset")), (1, offset));
+            assert_eq!((number("umem"), number("offset")), (2, offset));
             assert_eq!(region["more"].as_bool(), (index < 2).then_some(true));
             assert_eq!(number("offset") % SHARD_ALIGNMENT, 0);
             let start = memory.start.addr().get() as u64 + offset;
@@ -469,8 +611,50 @@ mod tests {
             let (guest, mut daemon) = UnixStream::pair().unwrap();
             daemon.write_all(lines.as_bytes()).unwrap();
             daemon.shutdown(std::net::Shutdown::Write).unwrap();
-            assert_eq!(carry_out(&guest, "ram0", &(0..0)), ended, "{lines:?}");
+            let held = Arc::new(Held {
+                name: "ram0".into(),
+                area: 0..0,
+                pieces: Mutex::default(),
+                keeps: AtomicBool::new(false),
+                session: Mutex::new(None),
+            });
+            assert_eq!(carry_out(&guest, &held), ended, "{lines:?}");
         }
+    }
+
+    /// Whoever connects when umem is gone gets what it had, as often as need be, until the release.
+    #[test]
+    fn a_umem_that_takes_over_is_handed_everything_again() {
+        let mut memory = HandedOver::new(4, 2);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("guest");
+        let listener = OwnedFd::from(UnixListener::bind(&path).unwrap());
+        let state = OwnedFd::from(std::fs::File::open(directory.path()).unwrap());
+        let descriptors = [listener.as_raw_fd(), state.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&descriptors)];
+        let (socket, line) = (memory.daemon.get_ref().as_raw_fd(), [IoSlice::new(b"session\n")]);
+        sendmsg::<()>(socket, &line, &rights, MsgFlags::empty(), None).unwrap();
+        drop(listener);
+        memory.command("keep\nping\n");
+        assert_eq!(memory.answer(), json!({ "pong": 1 }));
+        for _ in 0..2 {
+            let stream = UnixStream::connect(&path).unwrap();
+            for (message, _) in &memory.messages {
+                assert_eq!(&receive(&stream).0, message);
+            }
+            let (session, kept) = receive_all(&stream);
+            assert_eq!((session, kept.len()), (json!({ "session": 1 }), 1));
+            memory.daemon = BufReader::new(stream);
+            memory.command("ping\n");
+            assert_eq!(memory.answer(), json!({ "pong": 1 }));
+        }
+        for (message, uffd) in &memory.messages {
+            let number = |field: &str| message[0][field].as_u64().unwrap();
+            let guest_side = crate::fault::uffd::Uffd::new(uffd.try_clone().unwrap());
+            guest_side.unregister(number("base_host_virt_addr"), number("size")).unwrap();
+        }
+        memory.release();
+        assert!(UnixStream::connect(&path).is_err(), "nothing is left to take over");
     }
 
     #[test]

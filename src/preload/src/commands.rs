@@ -1,7 +1,9 @@
 //! The thread that listens to umem once something has been handed over.
 
 use std::fmt::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{handover, report, sys};
 
@@ -31,24 +33,83 @@ pub(crate) fn start(socket: i32) -> Result<(), i32> {
     if STARTED.swap(true, Ordering::Relaxed) {
         return Ok(());
     }
+    thread(move || serve(socket)).inspect_err(|_| STARTED.store(false, Ordering::Relaxed))
+}
+
+fn thread(body: impl FnOnce() + Send + 'static) -> Result<(), i32> {
     let builder = std::thread::Builder::new().name("umem-preload".into()).stack_size(STACK_SIZE);
-    let spawned = sys::with_signals_blocked(|| builder.spawn(move || serve(socket)));
-    match spawned {
+    match sys::with_signals_blocked(|| builder.spawn(body)) {
         Ok(_) => Ok(()),
-        Err(error) => {
-            STARTED.store(false, Ordering::Relaxed);
-            Err(error.raw_os_error().unwrap_or(sys::EINVAL))
+        Err(error) => Err(error.raw_os_error().unwrap_or(sys::EINVAL)),
+    }
+}
+
+/// What is kept for a umem that takes over, until `release`.
+struct Session {
+    /// Where it connects.
+    listener: OwnedFd,
+    /// The state of the guest's pages, and the monitor's socket: never looked at.
+    kept: Vec<OwnedFd>,
+}
+
+static SESSION: Mutex<Option<Arc<Session>>> = Mutex::new(None);
+
+/// The first descriptor is the listener. One session is all that there can be.
+fn keep_session(descriptors: Vec<OwnedFd>) {
+    let mut descriptors = descriptors.into_iter();
+    let Some(listener) = descriptors.next() else { return };
+    let session = Arc::new(Session { listener, kept: descriptors.collect() });
+    let mut slot = SESSION.lock().unwrap_or_else(PoisonError::into_inner);
+    if slot.is_some() || session.kept.is_empty() {
+        return;
+    }
+    let accepting = session.clone();
+    // Without the thread nobody can take over, which is how it was before.
+    if thread(move || accept(&accepting)).is_ok() {
+        *slot = Some(session);
+    }
+}
+
+/// Hands over again to each umem that connects: the one before it is gone then.
+fn accept(session: &Session) {
+    loop {
+        let socket = match sys::accept(session.listener.as_raw_fd()) {
+            Ok(socket) => socket,
+            Err(sys::EINTR) => continue,
+            // Released.
+            Err(_) => return,
+        };
+        let kept: Vec<i32> = session.kept.iter().map(AsRawFd::as_raw_fd).collect();
+        let line = format!("{{\"session\":{}}}\n", kept.len());
+        let handed = handover::again(socket.as_raw_fd())
+            .and_then(|()| report::send(socket.as_raw_fd(), line.as_bytes(), &kept));
+        if handed.is_ok() {
+            // A umem that is not served gives up, and may try again.
+            let _ = thread(move || serve(socket.as_raw_fd()));
         }
     }
+}
+
+fn release() -> usize {
+    let released = handover::release();
+    let session = SESSION.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(session) = session {
+        sys::shut_down(session.listener.as_raw_fd());
+    }
+    released
 }
 
 /// Until `release` or until umem is gone. A guest that may have run here stays then, everything open,
 /// and waits; one that was still to come never will, and its process ends.
 fn serve(socket: i32) {
-    let mut commands = Commands { line: Vec::with_capacity(LINE_SIZE_MAX), answers: String::new() };
+    let mut commands = Commands {
+        line: Vec::with_capacity(LINE_SIZE_MAX),
+        answers: String::new(),
+        descriptors: Vec::new(),
+    };
     let mut buffer = [0; RECEIVE_SIZE];
     loop {
-        let received = match sys::receive(socket, &mut buffer) {
+        let received = match sys::receive(socket, &mut buffer, &mut commands.descriptors) {
             Ok(count @ 1..) => buffer.get(..count).unwrap_or_default(),
             Err(sys::EINTR) => continue,
             Ok(0) | Err(_) => break,
@@ -68,6 +129,8 @@ struct Commands {
     /// The beginning of a line. One of [`LINE_SIZE_MAX`] is too long already, and dropped at its end.
     line: Vec<u8>,
     answers: String,
+    /// Those that came with lines which are not carried out yet.
+    descriptors: Vec<OwnedFd>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -105,9 +168,10 @@ impl Commands {
         match line {
             b"keep" => KEEPS.store(true, Ordering::Relaxed),
             b"ping" => self.answers.push_str("{\"pong\":1}\n"),
+            b"session" => keep_session(std::mem::take(&mut self.descriptors)),
             b"release" => {
                 KEEPS.store(true, Ordering::Relaxed);
-                self.answer(format_args!("{{\"released\":{}}}\n", handover::release()));
+                self.answer(format_args!("{{\"released\":{}}}\n", release()));
                 return End::Released;
             }
             _ => {

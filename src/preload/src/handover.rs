@@ -25,8 +25,10 @@ struct Held {
     has_refused: bool,
     /// What the program itself has last said of forks: [`release`] leaves it so.
     wants_dont_fork: bool,
-    /// Never read: it is held open.
-    _uffd: OwnedFd,
+    /// What was said of it, for a umem that takes over.
+    message: String,
+    uffd: OwnedFd,
+    file: OwnedFd,
 }
 
 /// Maps a RAM file in the caller's stead. Returns what `mmap` returns, with errno set.
@@ -189,6 +191,15 @@ pub(crate) fn release() -> usize {
     released.len()
 }
 
+/// Hands everything that is not released over once more, to a umem that takes over. Fails with an errno.
+pub(crate) fn again(socket: i32) -> Result<(), i32> {
+    for held in held().iter() {
+        let descriptors = [held.uffd.as_raw_fd(), held.file.as_raw_fd()];
+        report::send(socket, held.message.as_bytes(), &descriptors)?;
+    }
+    Ok(())
+}
+
 fn held() -> MutexGuard<'static, Vec<Held>> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -272,6 +283,8 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         page_size: backing.page_size,
         features,
     });
+    let file = sys::duplicate(descriptor)
+        .map_err(|errno| Failure::new(Code::Send, errno, "the RAM file cannot be kept open"))?;
     // Held before it is sent: from the moment umem has it, ours must be the spare.
     let uffd_number = uffd.as_raw_fd();
     held().push(Held {
@@ -282,7 +295,9 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         is_huge: kind == Kind::Shared && block_size_of(descriptor) >= HUGE_PAGE_SIZE as u64,
         has_refused: false,
         wants_dont_fork: false,
-        _uffd: uffd,
+        message: message.clone(),
+        uffd,
+        file,
     });
     let sent = report::send(socket, message.as_bytes(), &[uffd_number, descriptor])
         .and_then(|()| commands::start(socket));

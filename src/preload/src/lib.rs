@@ -25,7 +25,7 @@
 //!
 //! ```text
 //! [{"name":"ram0","path":"/dev/shm/x","base_host_virt_addr":140737354133504,"size":268435456,
-//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":1}]
+//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2}]
 //! ```
 //!
 //! (on one line; addresses and sizes in bytes, `features` as `UFFDIO_API` granted them) and exactly
@@ -48,11 +48,23 @@
 //! | `ping` | `{"pong":1}` | |
 //! | `touch ADDRESS LENGTH` | `{"touched":ADDRESS,"size":LENGTH}` | makes these pages the guest's own |
 //! | `keep` | | the guest may run here from now on |
+//! | `session` | | with two or three descriptors: keeps them for a umem that takes over |
 //! | `release` | `{"released":N}` | everything is unregistered: closes our userfaultfds, ends the thread |
 //!
 //! Addresses and lengths are decimal, bytes, whole pages of one RAM file. A `touch` that fails is
 //! answered by `{"error":"touch",…}` and changes nothing. If the socket closes before `keep`, no guest
 //! will come: the process is killed.
+//!
+//! With `session` come a unix socket that listens, a memory file and, perhaps, umem's end of the
+//! monitor's socket. Whoever connects to the listening socket, in which the file system lets nobody
+//! but umem's user, gets every hand-over message again, and then
+//!
+//! ```text
+//! {"session":2}
+//! ```
+//!
+//! with the memory file and the monitor's socket (`1` without it); commands come on that connection
+//! then. So a umem that was killed after `keep` can be replaced, while the guest waits.
 //!
 //! Until `release` the memory is in no forked child (MADV_DONTFORK) and stays where it is (`mremap`
 //! fails): the kernel would not tell umem of either, and missing pages would read as zeroes there.

@@ -101,7 +101,7 @@ pub(crate) fn hello(socket: i32) {
 pub(crate) fn handover_line(handover: &Handover) -> String {
     format!(
         "[{{\"name\":{},\"path\":{},\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\
-         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":1}}]\n",
+         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":2}}]\n",
         json_string(handover.ram.name.as_bytes()),
         json_string(handover.ram.path.as_os_str().as_bytes()),
         handover.address,

@@ -43,6 +43,10 @@ const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
 const SOL_SOCKET: c_int = 1;
 const SCM_RIGHTS: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
+const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
+const SHUT_RDWR: c_int = 2;
+const F_DUPFD_CLOEXEC: c_int = 1030;
+const SOCK_CLOEXEC: c_int = 0o2_000_000;
 const SIG_SETMASK: c_int = 2;
 const SIGKILL: c_int = 9;
 
@@ -83,7 +87,7 @@ struct Msghdr {
     flags: c_int,
 }
 
-/// A control message with room for the two descriptors of a hand-over.
+/// A control message with room for the descriptors of a hand-over, or of a session.
 #[repr(C)]
 struct Rights {
     length: usize,
@@ -92,7 +96,7 @@ struct Rights {
     descriptors: [c_int; DESCRIPTORS_MAX],
 }
 
-const DESCRIPTORS_MAX: usize = 2;
+const DESCRIPTORS_MAX: usize = 3;
 const RIGHTS_HEADER_SIZE: usize = std::mem::offset_of!(Rights, descriptors);
 
 /// `struct statfs` of 64-bit Linux; only its head is of interest.
@@ -128,7 +132,14 @@ mod c {
         pub(super) fn fstatfs(descriptor: c_int, statfs: *mut Statfs) -> c_int;
         pub(super) fn sysconf(name: c_int) -> c_long;
         pub(super) fn sendmsg(socket: c_int, message: *const Msghdr, flags: c_int) -> isize;
-        pub(super) fn read(descriptor: c_int, buffer: *mut c_void, size: usize) -> isize;
+        pub(super) fn recvmsg(socket: c_int, message: *mut Msghdr, flags: c_int) -> isize;
+        pub(super) fn accept4(
+            socket: c_int,
+            address: *mut c_void,
+            length: *mut u32,
+            flags: c_int,
+        ) -> c_int;
+        pub(super) fn shutdown(socket: c_int, how: c_int) -> c_int;
         pub(super) fn write(descriptor: c_int, buffer: *const c_void, size: usize) -> isize;
         pub(super) fn dladdr(address: *const c_void, info: *mut DlInfo) -> c_int;
         pub(super) fn pthread_sigmask(
@@ -311,10 +322,61 @@ pub(crate) fn send_message(
     check(unsafe { c::sendmsg(socket, &raw const message, MSG_NOSIGNAL) } as i64)
 }
 
-/// Returns 0 at the end of the stream.
-pub(crate) fn receive(socket: c_int, buffer: &mut [u8]) -> Result<usize, c_int> {
-    // SAFETY: the buffer is ours for the call and as long as said.
-    check(unsafe { c::read(socket, buffer.as_mut_ptr().cast(), buffer.len()) } as i64)
+/// Returns 0 at the end of the stream. Descriptors that come with the bytes are added to those there.
+pub(crate) fn receive(
+    socket: c_int,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+) -> Result<usize, c_int> {
+    let iov = Iovec { base: buffer.as_mut_ptr(), length: buffer.len() };
+    let mut rights = Rights { length: 0, level: 0, kind: 0, descriptors: [-1; DESCRIPTORS_MAX] };
+    let mut message = Msghdr {
+        name: std::ptr::null(),
+        name_length: 0,
+        iov: &raw const iov,
+        iov_count: 1,
+        control: (&raw mut rights).cast_const().cast(),
+        control_length: size_of::<Rights>(),
+        flags: 0,
+    };
+    // SAFETY: the message points to the buffer and to the rights, both ours to write to for the call, with
+    // their own lengths.
+    let count = check(unsafe { c::recvmsg(socket, &raw mut message, MSG_CMSG_CLOEXEC) } as i64)?;
+    let has_rights = message.control_length >= RIGHTS_HEADER_SIZE
+        && (rights.level, rights.kind) == (SOL_SOCKET, SCM_RIGHTS);
+    if has_rights {
+        let bytes = rights.length.saturating_sub(RIGHTS_HEADER_SIZE);
+        for &descriptor in rights.descriptors.iter().take(bytes / size_of::<c_int>()) {
+            // SAFETY: the kernel has just made this descriptor for us alone.
+            descriptors.push(unsafe { OwnedFd::from_raw_fd(descriptor) });
+        }
+    }
+    Ok(count)
+}
+
+/// Waits for a connection.
+pub(crate) fn accept(listener: c_int) -> Result<OwnedFd, c_int> {
+    // SAFETY: nobody's address is asked for.
+    let socket =
+        unsafe { c::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), SOCK_CLOEXEC) };
+    check(i64::from(socket))?;
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+/// Has whoever waits for connections there give up.
+pub(crate) fn shut_down(socket: c_int) {
+    // SAFETY: no memory is passed. One that is shut down already stays so.
+    unsafe { c::shutdown(socket, SHUT_RDWR) };
+}
+
+/// Another descriptor of the same file, not for programs that this one starts.
+pub(crate) fn duplicate(descriptor: c_int) -> Result<OwnedFd, c_int> {
+    // SAFETY: no memory is passed.
+    let number = unsafe { c::fcntl(descriptor, F_DUPFD_CLOEXEC, 0) };
+    check(i64::from(number))?;
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// At once: other threads may be waiting in page faults that nobody answers any more.

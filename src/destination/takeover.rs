@@ -1,0 +1,664 @@
+//! Should this process be killed: what it leaves behind, and how another one goes on.
+//!
+//! From *loaded* on the source may give its guest up, so from then on the guest's side has been told to
+//! wait for whoever takes over (`keep`), and has been given what that one needs (`session`): the state of
+//! every page, a socket to be reached at, our end of the monitor's. What else there is to know lies in the
+//! session file, which is written before what it speaks of is done: before *loaded* is said, before the
+//! guest is let run, before it is said to run. A process that is killed in between leaves the earlier
+//! state, and the source says the rest: it sends a switchover again that has not come.
+//!
+//! Whoever takes over goes on as after the loss of all lanes ([`recovery`](super::recovery)), with these
+//! steps before: pages that were landing are missing again, events that were read and not carried out are,
+//! what is complete leaves its userfaultfd, and all who wait are woken, so that they fault again. Which
+//! moments a process can be killed at, and why each is safe, is in [`words`](crate::memory::words).
+//!
+//! Epochs begin anew at the lowest: lanes of the dead process went with it, and so did its listener with
+//! whoever waited there. The source's next attempt is later than all of its own before.
+//!
+//! The new process is not the monitor's parent. It sees its end, and not how it ended.
+
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use serde_json::json;
+use umem_wire::destination::{Mode, Phase};
+use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, RegionTable};
+
+use super::accept::{Door, Lanes};
+use super::guest::GuestMemory;
+use super::prepare::{Adopted, Prepared};
+use super::recovery::Link;
+use super::side::{GuestProcess, GuestSide};
+use super::{Migration, Note, Plan, Serving, Times};
+use crate::error::{Context, Error, Result};
+use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
+use crate::host::command::{Monitor, began};
+use crate::host::qemu::Qemu;
+use crate::host::qmp::Qmp;
+use crate::host::thread::HostThread;
+use crate::host::{DestinationHost, RunsItself};
+use crate::idle::IdleCores;
+use crate::inbox::{Inbox, Wake};
+use crate::lane::{self, Listener};
+use crate::memory::words::State;
+use crate::observe::watch::Role;
+use crate::observe::{self, Observer};
+use crate::report::Output;
+use crate::secure::{Guard, Security, WayIn};
+use crate::session::{
+    self, DestinationRecord, DestinationState, Directory, GuestRecord, Keeper, RegionRecord,
+    SecurityRecord, VERSION, absolute, since_boot, when,
+};
+use crate::source::takeover::{check_version, no_directory};
+use crate::uri::Uri;
+
+/// How long the guest's side may take to hand over again. It does nothing else.
+const HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a source is waited for that has to hear of a guest's end.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long that source may take to close its lanes.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What `umem incoming --resume` is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The session's number, or how it begins.
+    pub session: String,
+    /// Where session files are; none for the usual place.
+    pub session_dir: Option<PathBuf>,
+    /// Where to listen, if not where it was.
+    pub uri: Option<Uri>,
+    /// How lanes are secured, where that is not to be as it was.
+    pub security: Option<Security>,
+    /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
+    pub cores: Vec<usize>,
+    /// What idle cores do while faults come.
+    pub idle_cores: IdleCores,
+    /// JSON events on stdout.
+    pub json: bool,
+    /// What others may see.
+    pub observe: observe::Options,
+}
+
+/// Goes on with a session whose process is gone, until the guest has all of its memory. It is no child of
+/// ours: nobody waits for its end, and the value is 0.
+///
+/// # Errors
+/// No such session, or one that is served by a process which lives; a guest that has ended meanwhile; all
+/// that ends a migration after its switchover.
+pub fn run(options: &Options) -> Result<i32> {
+    let output = Output::new(options.json);
+    let directory = Directory::find(options.session_dir.as_deref())?.ok_or_else(no_directory)?;
+    let (keeper, record) =
+        Keeper::<DestinationRecord>::take_over(&directory, &options.session, Role::Destination)?;
+    check_version(record.version)?;
+    let inbox = Inbox::new()?;
+    let security = options.security.clone().unwrap_or_else(|| record.security.security());
+    let guard = Arc::new(Guard::load(&security)?);
+    let taken = Taken { keeper, record, guard, output };
+    let result = taken.run(options, &inbox).map_err(|error| taken.guard.explain(error));
+    // What lanes have sent leaves first.
+    drop(taken);
+    result.map(|()| 0)
+}
+
+/// A session that is this process's now.
+struct Taken {
+    keeper: Keeper<DestinationRecord>,
+    record: DestinationRecord,
+    guard: Arc<Guard>,
+    output: Output,
+}
+
+/// What has become of the guest.
+enum Found {
+    Waiting(Box<Guest>),
+    /// It has all of its memory, and was told so.
+    Complete,
+    Ended,
+}
+
+/// A guest that waits, and what its side has kept.
+struct Guest {
+    side: GuestSide,
+    handed: Vec<Handed>,
+    entrusted: Entrusted,
+}
+
+impl Taken {
+    fn run(&self, options: &Options, inbox: &Inbox<Note>) -> Result<()> {
+        match self.find(inbox)? {
+            Found::Waiting(guest) => self.go_on(options, inbox, *guest),
+            Found::Complete => {
+                self.output.event(
+                    "undone",
+                    json!({ "session": self.keeper.session() }),
+                    "the guest has all of its memory: there is nothing left to do",
+                );
+                self.keeper.remove();
+                Ok(())
+            }
+            Found::Ended => self.tell_of_the_end(options, inbox),
+        }
+    }
+
+    /// Looks for the guest, and has everything handed over again.
+    fn find(&self, inbox: &Inbox<Note>) -> Result<Found> {
+        let guest = &self.record.guest;
+        let path = self.keeper.file(GUEST_SOCKET);
+        let is_alive = || began(guest.pid) == Some(guest.began);
+        if !is_alive() {
+            return Ok(Found::Ended);
+        }
+        let stream = match connect(&path) {
+            Ok(stream) => stream,
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionRefused) => {
+                return Ok(if is_alive() { Found::Complete } else { Found::Ended });
+            }
+            Err(error) => return Err(error).context(|| format!("the guest at {}", path.display())),
+        };
+        let created = guest.created.clone();
+        // It is the process that is meant if it is that now: the handle does not go over to another one.
+        let monitor = match Monitor::taken_over(guest.pid, guest.owner, created, true) {
+            Ok(monitor) if is_alive() => monitor,
+            _ => return Ok(Found::Ended),
+        };
+        let mut process = Box::new(GuestProcess {
+            monitor,
+            handoff: HandoffSocket::new(stream),
+            knows_umem: true,
+            keeps_sessions: true,
+        });
+        let Some((handed, entrusted)) = receive(&mut process, inbox)? else {
+            return Ok(Found::Ended);
+        };
+        let side = GuestSide::Process(process);
+        Ok(Found::Waiting(Box::new(Guest { side, handed, entrusted })))
+    }
+
+    /// Serves the guest.
+    fn go_on(&self, options: &Options, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
+        let Guest { side, handed, entrusted } = guest;
+        let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
+        let host =
+            HostThread::<dyn DestinationHost>::start(self.host(entrusted.qmp), inbox.post())?;
+        let landing = self.landing()?;
+        let mut prepared = Prepared::again(side, handed);
+        let Adopted { regions, sources, landing } = prepared.adopt_again(&landing)?;
+        let mut memory = GuestMemory::new(regions, sources);
+        let state = State::found(entrusted.state, memory.extents(), memory.sources.len())?;
+        memory.share(&state);
+        memory.take_over()?;
+        let plan = Plan {
+            touch: self.record.touch,
+            cores: &options.cores,
+            idle_cores: options.idle_cores,
+            watch: &observer.watch,
+            quiet: options.observe.quiet,
+        };
+        let hello = self.hello()?;
+        let door = self.door(options, &hello)?;
+        let serving = Serving {
+            link: Link::taken_over(hello, self.guard.clone(), self.certificate(), door),
+            lane: None,
+            acks: self.record.capabilities & Capabilities::ACKS.0 != 0,
+            lane_count: usize::from(self.record.bulk_lanes),
+            landing,
+        };
+        memory.set_lanes_down(true);
+        let memory = Arc::new(memory);
+        let output = self.output.clone();
+        let (mut migration, reach) = Migration::begin(&plan, output, inbox, memory, serving, host)?;
+        migration.keeper = Some(self.keeper.clone());
+        // Those of the pages that had come before are gone with the process that summed them.
+        migration.digests_are_known = false;
+        migration.recall(&self.record);
+        let begun = migration
+            .start_faults(&reach)
+            .and_then(|()| migration.start_toucher(plan.touch, &prepared.side))
+            .and_then(|()| migration.take_over());
+        if let Err(error) = begun {
+            migration.end(Some(&error));
+            return Err(error);
+        }
+        if self.record.state == DestinationState::Loaded {
+            // If it comes to nothing now, this guest is ended, as the source's goes on.
+            prepared.side.doom()?;
+        }
+        let driven = migration.drive(&mut prepared.side);
+        let driven = driven.map_err(|error| self.guard.explain(error));
+        observer.ended(driven.as_ref());
+        self.output.completed(&driven?);
+        Ok(())
+    }
+
+    /// The monitor, which may still have to be told to run.
+    fn host(&self, entrusted: Option<UnixStream>) -> Box<dyn DestinationHost> {
+        let guest = &self.record.guest;
+        if !guest.has_monitor || self.record.state == DestinationState::Running {
+            return Box::new(RunsItself);
+        }
+        Box::new(WaitingMonitor { path: guest.qmp.clone(), entrusted, runs: guest.runs })
+    }
+
+    fn landing(&self) -> Result<RegionTable> {
+        let strange = |what: String| Error::Environment(format!("the session file: {what}"));
+        let region = |region: &RegionRecord| {
+            let page_size = PageSize::from_shift(region.unit_shift);
+            let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
+            Ok(Region { name: region.name.clone(), bytes: region.bytes, page_size })
+        };
+        let regions = self.record.regions.iter().map(region).collect::<Result<Vec<_>>>()?;
+        RegionTable::new(regions).map_err(|error| strange(error.to_string()))
+    }
+
+    /// As if it were the one of the session's first demand lane.
+    fn hello(&self) -> Result<Hello> {
+        let session = session::parse(&self.keeper.session());
+        Ok(Hello {
+            versions: PROTOCOL,
+            capabilities: Capabilities(self.record.capabilities),
+            session: session
+                .ok_or_else(|| Error::Environment("the session's number is none".into()))?,
+            role: LaneRole::Demand,
+            index: 0,
+            bulk_lanes: self.record.bulk_lanes,
+            epoch: 0,
+            proof: [0; 32],
+        })
+    }
+
+    fn certificate(&self) -> Option<Vec<u8>> {
+        self.record.certificate.as_deref().and_then(session::unhex)
+    }
+
+    /// Where the source comes in: where it did, or at the address that is named now.
+    fn door(&self, options: &Options, hello: &Hello) -> Result<Door> {
+        let recorded = self.record.uri.as_deref().map(str::parse::<Uri>).transpose();
+        let uri = match (&options.uri, recorded.map_err(Error::Environment)?) {
+            (Some(uri), _) => uri.clone(),
+            (None, Some(uri)) if !uri.is_one_connection() => uri,
+            (None, _) => {
+                return Err(Error::Usage(
+                    "the session had one connection, which is gone: say where to listen now, such as \
+                     tcp::4444, and tell the source with `umem migrate --resume SESSION URI` or its \
+                     control socket"
+                        .into(),
+                ));
+            }
+        };
+        remove_stale(&uri);
+        let listener = Listener::bind(&uri)?;
+        let uri = listener.uri(&uri);
+        let open = self.guard.check_open(&WayIn::Listener(&listener), &uri)?;
+        if let Some(open) = open {
+            self.output.remark(&open);
+        }
+        let uri = uri.to_string();
+        self.keeper.edit(|record| record.uri = Some(uri.clone()))?;
+        let text = format!("waiting for the source on {uri}");
+        self.output.event("listening", json!({ "uri": uri }), &text);
+        let (guard, certificate) = (self.guard.clone(), self.certificate());
+        Ok(Door::of_session(listener, guard, hello, certificate, &self.output))
+    }
+
+    /// The guest has ended while nobody served it. The source would serve it for ever.
+    fn tell_of_the_end(&self, options: &Options, inbox: &Inbox<Note>) -> Result<()> {
+        let lost = Error::Host(
+            "the guest's process ended while no umem served it, before all of its memory had come"
+                .into(),
+        );
+        let told = self.hello().and_then(|hello| {
+            let mut door = self.door(options, &hello)?;
+            tell(&mut door, inbox, &lost)
+        });
+        match told {
+            Ok(true) => {}
+            Ok(false) => self.output.remark(
+                "the source did not come to hear that the guest has ended: end its umem, too",
+            ),
+            Err(error) => self.output.remark(&format!(
+                "the source has not heard that the guest has ended ({error}): end its umem, too"
+            )),
+        }
+        for path in &self.record.guest.created {
+            let _ = std::fs::remove_file(path);
+        }
+        self.keeper.remove();
+        Err(lost)
+    }
+}
+
+/// A monitor that is spoken to when there is something to say, and its guest's faults are served: it may
+/// wait for a page itself, and answer nobody until then.
+struct WaitingMonitor {
+    /// Where it listens; otherwise `entrusted` leads there.
+    path: Option<PathBuf>,
+    entrusted: Option<UnixStream>,
+    /// The guest ran at the source.
+    runs: bool,
+}
+
+impl DestinationHost for WaitingMonitor {
+    fn load_state(&mut self, _: Vec<u8>) -> Result<()> {
+        unreachable!("the guest was loaded by a process before this")
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let qmp = match (&self.path, self.entrusted.take()) {
+            (Some(path), _) => Qmp::connect(path)?,
+            (None, Some(stream)) => Qmp::go_on(stream)?,
+            (None, None) => {
+                return Err(Error::Host(
+                    "its QMP socket was not kept: tell it to run with the monitor command `cont`"
+                        .into(),
+                ));
+            }
+        };
+        Qemu::loaded(qmp, self.runs).run()
+    }
+}
+
+/// Waits for the source, and tells it on its new lanes why nothing goes on; false if it does not come.
+fn tell(door: &mut Door, inbox: &Inbox<Note>, error: &Error) -> Result<bool> {
+    let deadline = Instant::now() + FAREWELL_PATIENCE;
+    let lanes: Lanes = loop {
+        if let Some(lanes) = door.whole() {
+            break lanes;
+        }
+        let next = door.next_deadline().map_or(deadline, |at| at.min(deadline));
+        let left = next.saturating_duration_since(Instant::now());
+        match inbox.wait_for(&door.fds(), Some(left))? {
+            Wake::Signal => return Ok(false),
+            Wake::Ready(index) => door.answer(index)?,
+            Wake::Message(_) | Wake::Timeout if Instant::now() >= deadline => return Ok(false),
+            Wake::Message(_) | Wake::Timeout => {}
+        }
+        door.forget_late(Instant::now());
+    };
+    lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
+    // It closes its end when it has read that.
+    let fds = [(lanes.demand.as_fd(), PollFlags::POLLIN)];
+    let _ = inbox.wait_for(&fds, Some(CLOSE_PATIENCE))?;
+    Ok(true)
+}
+
+/// A unix socket's file outlives a process that was killed.
+fn remove_stale(uri: &Uri) {
+    let Uri::Unix { path } = uri else { return };
+    let refused =
+        UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    if refused {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// Everything that the guest's side has; none if it ends meanwhile.
+fn receive(
+    process: &mut GuestProcess,
+    inbox: &Inbox<Note>,
+) -> Result<Option<(Vec<Handed>, Entrusted)>> {
+    let deadline = Instant::now() + HANDOFF_TIMEOUT;
+    let mut handed = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let extra = [process.handoff.stream().as_fd(), process.monitor.exited()];
+        match inbox.wait(&extra, Some(left))? {
+            Wake::Signal => {
+                return Err(Error::Interrupted("the guest waits for another --resume".into()));
+            }
+            Wake::Timeout => {
+                return Err(Error::Preload("the guest's side does not hand over again".into()));
+            }
+            Wake::Ready(0) => {}
+            Wake::Ready(_) => return Ok(None),
+            Wake::Message(_) => continue,
+        }
+        let Some(messages) = process.handoff.read()? else { return Ok(None) };
+        for message in messages {
+            match message {
+                Message::Memory { pieces, .. } => handed.extend(pieces),
+                Message::Session(entrusted) => return Ok(Some((handed, entrusted))),
+                Message::Loaded | Message::Released => {}
+            }
+        }
+    }
+}
+
+/// The file of the socket at which the guest's side is reached.
+const GUEST_SOCKET: &str = "guest";
+
+/// A path of a unix socket may have 107 bytes, and its directory's may be long: named by a descriptor of
+/// that, it is short.
+fn short(path: &Path) -> std::io::Result<(std::fs::File, PathBuf)> {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::OpenOptionsExt;
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(ErrorKind::InvalidInput.into());
+    };
+    let directory =
+        std::fs::File::options().read(true).custom_flags(libc::O_DIRECTORY).open(parent)?;
+    let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
+    Ok((directory, short))
+}
+
+fn connect(path: &Path) -> std::io::Result<UnixStream> {
+    let (_directory, short) = short(path)?;
+    UnixStream::connect(short)
+}
+
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    let (_directory, short) = short(path)?;
+    lane::bind_private(&short)
+}
+
+/// What is kept for the case that this process is killed, before it is.
+pub(super) struct Keeping {
+    keeper: Keeper<DestinationRecord>,
+    /// Our end of the monitor's socket, where nobody could open another one.
+    qmp: Option<OwnedFd>,
+}
+
+/// Prepares a session that begins. None where one of those who would have a part in taking over cannot,
+/// or there is no place for its file.
+pub(super) fn keep(
+    options: &super::Options,
+    uri: &str,
+    lanes: &Lanes,
+    prepared: &Prepared,
+    adopted: &Adopted,
+    output: &Output,
+) -> Result<Option<Keeping>> {
+    let Some(process) = prepared.side.process() else { return Ok(None) };
+    if !lanes.recovers() || !process.keeps_sessions {
+        return Ok(None);
+    }
+    let named = options.session_dir.as_deref();
+    let found = Directory::find_or_remark(named, |why| output.remark(why))?;
+    let Some(directory) = found else { return Ok(None) };
+    let monitor = &process.monitor;
+    let pid = monitor.pid();
+    let guest = GuestRecord {
+        pid,
+        // One that has ended is noticed elsewhere.
+        began: began(pid).unwrap_or(0),
+        owner: monitor.owner(),
+        created: monitor.created().iter().map(|path| absolute(path)).collect::<Result<_>>()?,
+        qmp: options.qmp.as_deref().map(absolute).transpose()?,
+        has_monitor: prepared.host.is_some(),
+        runs: true,
+    };
+    let qmp = match (&guest.qmp, &prepared.host) {
+        (None, Some(host)) => host.connection()?,
+        _ => None,
+    };
+    let regions = adopted.landing.iter().map(|(_, region)| RegionRecord {
+        name: region.name.clone(),
+        bytes: region.bytes,
+        unit_shift: region.page_size.shift(),
+    });
+    let record = DestinationRecord {
+        version: VERSION,
+        state: DestinationState::Loaded,
+        uri: lanes.door.is_some().then(|| uri.to_owned()),
+        bulk_lanes: lanes.hello.bulk_lanes,
+        capabilities: lanes.hello.capabilities.0,
+        certificate: lanes.certificate.as_deref().map(session::hex),
+        regions: regions.collect(),
+        postcopy: true,
+        background: true,
+        touch: options.touch,
+        security: SecurityRecord::of(&options.security)?,
+        guest,
+        stopped_us: 0,
+        switched_at: None,
+        running_at: None,
+    };
+    match Keeper::new(&directory, lanes.hello.session, Role::Destination, record) {
+        Ok(keeper) => Ok(Some(Keeping { keeper, qmp })),
+        // Its number is the source's choice: one that is in use here is no reason to refuse a guest.
+        Err(error @ Error::Environment(_)) => {
+            output.remark(&format!(
+                "this process cannot be taken over from if it is killed: {error}"
+            ));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+impl Keeping {
+    /// Has the pages' states kept where they outlive this process, and gives the guest's side what it
+    /// has to keep.
+    pub(super) fn begin(
+        self,
+        guest: &mut GuestMemory,
+        side: &mut GuestSide,
+    ) -> Result<Keeper<DestinationRecord>> {
+        let state = State::new(guest.extents(), guest.sources.len())?;
+        guest.share(&state);
+        let path = self.keeper.file(GUEST_SOCKET);
+        let listener = listen(&path).context(|| format!("making {}", path.display()))?;
+        side.entrust(listener, &state.file, self.qmp)?;
+        Ok(self.keeper)
+    }
+}
+
+impl Migration<'_> {
+    /// Where the process before this had come to.
+    fn recall(&mut self, record: &DestinationRecord) {
+        let &DestinationRecord { postcopy, background, stopped_us, .. } = record;
+        let mode = Mode { postcopy, background };
+        self.mode = mode;
+        self.runs = record.guest.runs;
+        self.phase = match record.state {
+            DestinationState::Loaded => Phase::Loaded { mode },
+            DestinationState::Switched => Phase::Switched { mode, stopped_us },
+            DestinationState::Running => Phase::Running { mode, stopped_us },
+        };
+        let (switched, running) = (record.switched_at.map(when), record.running_at.map(when));
+        let stopped_for = Duration::from_micros(stopped_us);
+        let ran_after =
+            switched.zip(running).map_or(Duration::ZERO, |(s, r)| r.saturating_duration_since(s));
+        let stopped = switched.map(|at| at.checked_sub(stopped_for).unwrap_or(at));
+        self.times = Times {
+            stopped,
+            switched,
+            running,
+            first_page: stopped,
+            cached: None,
+            downtime: stopped_for + ran_after,
+        };
+    }
+
+    /// Goes on, without lanes at first.
+    fn take_over(&mut self) -> Result<()> {
+        self.progress.watch().commit("the guest stays at the source")?;
+        if self.times.running.is_some() {
+            self.progress.watch().running(self.times.downtime);
+        }
+        self.guest.touch_again()?;
+        if self.guest.pages_missing() == 0 {
+            self.inbox.post().send(Note::AllCached);
+        }
+        // Those who serve faults read them from here on.
+        self.guest.wake_all()?;
+        if matches!(self.phase, Phase::Switched { .. }) {
+            self.host.run();
+        }
+        self.progress.phase("waiting");
+        let why = "another process has served this session before";
+        let fields = json!({ "reason": why, "pages_missing": self.guest.pages_missing() });
+        self.announce(why, fields);
+        Ok(())
+    }
+
+    fn keep_state(&self, change: impl FnOnce(&mut DestinationRecord)) -> Result<()> {
+        self.keeper.as_ref().map_or(Ok(()), |keeper| keeper.edit(change))
+    }
+
+    /// Once the source hears of it, it may give its guest up: this one is kept from now on.
+    pub(super) fn keep_loaded(&self, side: &mut GuestSide) -> Result<()> {
+        let Mode { postcopy, background } = self.mode;
+        self.keep_state(|record| {
+            record.guest.runs = self.runs;
+            (record.postcopy, record.background) = (postcopy, background);
+        })?;
+        if self.keeper.is_some() { side.hold() } else { Ok(()) }
+    }
+
+    /// The guest is this side's.
+    pub(super) fn keep_switched(&self, stopped_us: u64) -> Result<()> {
+        let switched_at = self.times.switched.map(since_boot);
+        self.keep_state(|record| {
+            record.state = DestinationState::Switched;
+            (record.stopped_us, record.switched_at) = (stopped_us, switched_at);
+        })
+    }
+
+    /// It runs.
+    pub(super) fn keep_running(&self) -> Result<()> {
+        let running_at = self.times.running.map(since_boot);
+        self.keep_state(|record| {
+            record.state = DestinationState::Running;
+            record.running_at = running_at;
+        })
+    }
+
+    /// The source finds this side somewhere else from now on.
+    pub(super) fn keep_address(&self, uri: &str) -> Result<()> {
+        self.keep_state(|record| record.uri = Some(uri.to_owned()))
+    }
+
+    pub(super) fn say_how_to_resume(&self) {
+        let (Some(keeper), Some(how)) = (&self.keeper, self.how_to_resume()) else { return };
+        let fields = json!({ "session": keeper.session(), "command": how });
+        self.output.event("resumable", fields, &format!("should umem be killed here: {how}"));
+    }
+
+    /// The command that goes on, if one can.
+    pub(super) fn how_to_resume(&self) -> Option<String> {
+        let keeper = self.keeper.as_ref()?;
+        Some(format!("umem incoming --resume {}{}", keeper.session(), keeper.directory_option()))
+    }
+
+    /// Nobody has to take over any more.
+    pub(super) fn forget_session(&self) {
+        self.keeper.iter().for_each(Keeper::remove);
+    }
+
+    /// After a failure: the session stays if its guest does.
+    pub(super) fn keep_what_can_go_on(&self, side: &GuestSide) {
+        let has_guest = side.pid().is_some_and(|pid| began(pid).is_some());
+        if !self.phase.may_run() || !has_guest {
+            self.forget_session();
+        }
+    }
+}

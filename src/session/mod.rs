@@ -1,0 +1,408 @@
+//! What one side of a migration leaves for a process that takes over from it, should it be killed.
+//!
+//! A side writes a *session file* before the moment from which on nobody else could end its migration
+//! well: the source before it stops its guest, the destination before it says that its guest could run.
+//! `--resume SESSION` reads it ([`source::takeover`](crate::source), [`destination::takeover`]
+//! (crate::destination)). The file is gone when the migration has ended.
+//!
+//! Three files a side, in a directory that is its user's alone ([`Directory`]):
+//!
+//! | file | |
+//! |---|---|
+//! | `SESSION.source`, `SESSION.destination` | the record, JSON, replaced whole by rename |
+//! | the same with `.lock` | locked (flock) by the process that serves the session, as long as it lives |
+//! | `SESSION.freed.N` | source, `--release-ram`: which pages of region N may be gone, a bit each |
+//! | `SESSION.guest` | destination: a socket on which the guest's side hands over again |
+//!
+//! A lock ends with its process: when somebody else has it no thread of the dead one is left, and so no
+//! operation of its rings.
+
+mod clock;
+mod record;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use umem_wire::SessionId;
+
+use crate::error::{Context, Error, Result};
+use crate::observe::watch::Role;
+
+pub(crate) use clock::{since_boot, when};
+pub(crate) use record::{
+    DestinationRecord, DestinationState, GuestRecord, RamRecord, RegionRecord, SecurityRecord,
+    SourceRecord, SourceState, Undo, VERSION, absolute,
+};
+
+/// Where session files are.
+#[derive(Clone, Debug)]
+pub(crate) struct Directory(PathBuf);
+
+impl Directory {
+    /// The one that is named; else one of this user's that ends with the machine: `umem` in
+    /// `$XDG_RUNTIME_DIR`, if that is this user's, or `/run/umem` for root. None where there is no such
+    /// place. It is made if it is missing.
+    pub(crate) fn find(named: Option<&Path>) -> Result<Option<Directory>> {
+        let Some(path) = named.map(Path::to_owned).or_else(usual) else { return Ok(None) };
+        let failed = |source| Error::System {
+            what: format!("the directory for session files {}", path.display()),
+            source,
+        };
+        let made = DirBuilder::new().mode(0o700).create(&path);
+        if let Err(error) = made
+            && error.kind() != ErrorKind::AlreadyExists
+        {
+            return Err(failed(error));
+        }
+        let metadata = fs::symlink_metadata(&path).map_err(failed)?;
+        let own = nix::unistd::geteuid().as_raw();
+        if !metadata.is_dir() || metadata.uid() != own || metadata.permissions().mode() & 0o077 != 0
+        {
+            return Err(Error::Environment(format!(
+                "{} must be a directory of this user's, with mode 0700, as session files say how to get \
+                 at a guest: name another one with --session-dir",
+                path.display()
+            )));
+        }
+        Ok(Some(Directory(path)))
+    }
+
+    /// The same, for a side that can do without: what is wrong with a directory that nobody has named
+    /// is only said.
+    pub(crate) fn find_or_remark(
+        named: Option<&Path>,
+        remark: impl FnOnce(&str),
+    ) -> Result<Option<Directory>> {
+        match Directory::find(named) {
+            Err(error) if named.is_none() => {
+                remark(&format!("this process cannot be taken over from if it is killed: {error}"));
+                Ok(None)
+            }
+            found => found,
+        }
+    }
+
+    fn path(&self, session: &str, what: &str) -> PathBuf {
+        self.0.join(format!("{session}.{what}"))
+    }
+
+    /// The session of this side whose number begins so.
+    fn complete(&self, beginning: &str, role: Role) -> Result<String> {
+        let suffix = format!(".{}", role.name());
+        let entries = fs::read_dir(&self.0).context(|| self.0.display().to_string())?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let all: Vec<String> =
+            names.filter_map(|name| Some(name.strip_suffix(&suffix)?.to_owned())).collect();
+        let is_meant = |session: &&String| !beginning.is_empty() && session.starts_with(beginning);
+        let meant: Vec<&String> = all.iter().filter(is_meant).collect();
+        match meant[..] {
+            [one] => Ok(one.clone()),
+            [] => Err(Error::Usage(format!(
+                "no session {beginning} of this side in {}{}",
+                self.0.display(),
+                listed(&all)
+            ))),
+            _ => Err(Error::Usage(format!(
+                "several sessions begin with {beginning}: write more of the number"
+            ))),
+        }
+    }
+}
+
+fn listed(sessions: &[String]) -> String {
+    match sessions {
+        [] => ", and no other one".into(),
+        some => format!("; there are {}", some.join(", ")),
+    }
+}
+
+/// The directory that nobody has to name.
+fn usual() -> Option<PathBuf> {
+    let own = nix::unistd::geteuid();
+    let of_user = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    // Another user's, where the environment has come through sudo.
+    let is_own = |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.uid() == own.as_raw());
+    let base = of_user.filter(|path| path.is_absolute() && is_own(path));
+    base.or_else(|| own.is_root().then(|| "/run".into())).map(|base| base.join("umem"))
+}
+
+/// A session's number as it is written.
+pub(crate) fn name(session: SessionId) -> String {
+    hex(&session.0)
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What [`hex`] has written.
+pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
+    if !text.is_ascii() || !text.len().is_multiple_of(2) {
+        return None;
+    }
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
+}
+
+/// The number that [`name`] has written.
+pub(crate) fn parse(name: &str) -> Option<SessionId> {
+    unhex(name)?.try_into().ok().map(SessionId)
+}
+
+/// A record that lies in a file of its own while a session needs it. Clones share it.
+pub(crate) struct Keeper<R>(Arc<Mutex<Kept<R>>>);
+
+impl<R> Clone for Keeper<R> {
+    fn clone(&self) -> Keeper<R> {
+        Keeper(self.0.clone())
+    }
+}
+
+struct Kept<R> {
+    record: R,
+    directory: Directory,
+    session: String,
+    role: Role,
+    is_written: bool,
+    /// What else belongs to the session.
+    others: Vec<PathBuf>,
+    /// Held as long as this is.
+    _lock: Flock<File>,
+}
+
+impl<R: Serialize + DeserializeOwned> Keeper<R> {
+    /// For a session that begins. Nothing but the lock is written before the first [`edit`](Keeper::edit).
+    pub(crate) fn new(
+        directory: &Directory,
+        session: SessionId,
+        role: Role,
+        record: R,
+    ) -> Result<Keeper<R>> {
+        let session = name(session);
+        let lock = lock(directory, &session, role)?;
+        Ok(Keeper::of(record, directory, session, role, false, lock))
+    }
+
+    /// Takes a session over whose process is gone.
+    pub(crate) fn take_over(
+        directory: &Directory,
+        beginning: &str,
+        role: Role,
+    ) -> Result<(Keeper<R>, R)>
+    where
+        R: Clone,
+    {
+        let session = directory.complete(beginning, role)?;
+        let lock = lock(directory, &session, role)?;
+        let path = directory.path(&session, role.name());
+        let what = || format!("the session file {}", path.display());
+        let text = fs::read_to_string(&path).context(what)?;
+        let record: R = serde_json::from_str(&text).map_err(|error| {
+            Error::Environment(format!("{} is not one of this umem's: {error}", what()))
+        })?;
+        Ok((Keeper::of(record.clone(), directory, session, role, true, lock), record))
+    }
+
+    fn of(
+        record: R,
+        directory: &Directory,
+        session: String,
+        role: Role,
+        is_written: bool,
+        lock: Flock<File>,
+    ) -> Keeper<R> {
+        let directory = directory.clone();
+        let others = Vec::new();
+        let kept = Kept { record, directory, session, role, is_written, others, _lock: lock };
+        Keeper(Arc::new(Mutex::new(kept)))
+    }
+
+    /// The session's number, as `--resume` takes it.
+    pub(crate) fn session(&self) -> String {
+        self.kept().session.clone()
+    }
+
+    /// What a command line that resumes needs beside the number: where the files are, unless that is the
+    /// usual place. Begins with a blank.
+    pub(crate) fn directory_option(&self) -> String {
+        let path = self.kept().directory.0.clone();
+        match usual().as_ref() == Some(&path) {
+            true => String::new(),
+            false => format!(" --session-dir {}", path.display()),
+        }
+    }
+
+    /// The path of another file of the session, which is removed with the record.
+    pub(crate) fn file(&self, what: &str) -> PathBuf {
+        let mut kept = self.kept();
+        let path = kept.directory.path(&kept.session, what);
+        kept.others.push(path.clone());
+        path
+    }
+
+    /// Changes the record, and has the file say so when this returns.
+    pub(crate) fn edit(&self, change: impl FnOnce(&mut R)) -> Result<()> {
+        let mut kept = self.kept();
+        change(&mut kept.record);
+        kept.write()
+    }
+
+    /// The migration has ended: nobody has to take over any more.
+    pub(crate) fn remove(&self) {
+        let mut kept = self.kept();
+        let record = kept.directory.path(&kept.session, kept.role.name());
+        let others = std::mem::take(&mut kept.others);
+        let next = kept.next();
+        let lock = lock_path(&kept.directory, &kept.session, kept.role);
+        // The lock last, as it keeps others from what is being removed.
+        for path in [record, next].into_iter().chain(others).chain([lock]) {
+            let _ = fs::remove_file(path);
+        }
+        kept.is_written = false;
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept<R>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<R> Kept<R> {
+    /// Where the next record is written.
+    fn next(&self) -> PathBuf {
+        self.directory.path(&self.session, &format!("{}.new", self.role.name()))
+    }
+}
+
+impl<R: Serialize> Kept<R> {
+    /// Whole or not at all: whoever reads finds this record or the one before it.
+    fn write(&mut self) -> Result<()> {
+        let path = self.directory.path(&self.session, self.role.name());
+        let next = self.next();
+        let what = || format!("writing the session file {}", path.display());
+        let text = serde_json::to_vec_pretty(&self.record).expect("a record is plain data");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&next)
+            .context(what)?;
+        file.write_all(&text).context(what)?;
+        fs::rename(&next, &path).context(what)?;
+        self.is_written = true;
+        Ok(())
+    }
+}
+
+impl<R> Drop for Kept<R> {
+    fn drop(&mut self) {
+        // There is nothing to take over.
+        if !self.is_written {
+            let lock = lock_path(&self.directory, &self.session, self.role);
+            for path in std::mem::take(&mut self.others).into_iter().chain([lock]) {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
+
+fn lock_path(directory: &Directory, session: &str, role: Role) -> PathBuf {
+    directory.path(session, &format!("{}.lock", role.name()))
+}
+
+fn lock(directory: &Directory, session: &str, role: Role) -> Result<Flock<File>> {
+    let path = lock_path(directory, session, role);
+    let what = || format!("the lock of a session {}", path.display());
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .context(what)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EWOULDBLOCK => Error::Environment(format!(
+            "session {session} is being served by another umem, which lives: there is nothing to take \
+             over"
+        )),
+        errno => Error::System { what: what(), source: errno.into() },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    struct Record(u32);
+
+    fn directory() -> (tempfile::TempDir, Directory) {
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = Directory::find(Some(&scratch.path().join("umem"))).unwrap().unwrap();
+        (scratch, directory)
+    }
+
+    fn files(directory: &Directory) -> usize {
+        fs::read_dir(&directory.0).unwrap().count()
+    }
+
+    const ID: SessionId = SessionId([0xab; 16]);
+
+    #[test]
+    fn a_number_is_read_as_it_is_written() {
+        let id = SessionId(std::array::from_fn(|at| at as u8 * 16 + 1));
+        assert_eq!(parse(&name(id)), Some(id));
+        for wrong in ["", "abc", &"g".repeat(32), &"1".repeat(33), &"ä".repeat(16)] {
+            assert_eq!(parse(wrong), None);
+        }
+    }
+
+    #[test]
+    fn a_session_is_taken_over_by_one_process_once_the_other_is_gone() {
+        let (_scratch, directory) = directory();
+        let keeper = Keeper::new(&directory, ID, Role::Source, Record(1)).unwrap();
+        let take = |beginning: &str, role| {
+            Keeper::<Record>::take_over(&directory, beginning, role)
+                .map(|(keeper, r)| (keeper, r.0))
+        };
+        let fails = |beginning: &str, role| take(beginning, role).err().unwrap().to_string();
+        assert!(fails("abab", Role::Source).contains("no session abab"), "nothing is written yet");
+        keeper.edit(|record| record.0 = 2).unwrap();
+        assert!(fails("abab", Role::Source).contains("another umem, which lives"));
+        assert!(fails("abab", Role::Destination).contains("no session"));
+        drop(keeper);
+        assert!(fails("cd", Role::Source).contains(&format!("there are {}", name(ID))));
+        assert!(fails("", Role::Source).contains("no session"));
+        let (keeper, record) = take("ab", Role::Source).unwrap();
+        assert_eq!(record, 2);
+        assert!(fails(&name(ID), Role::Source).contains("which lives"));
+        fs::write(keeper.file("guest"), "").unwrap();
+        keeper.remove();
+        drop(keeper);
+        assert_eq!(files(&directory), 0);
+    }
+
+    #[test]
+    fn a_session_that_came_to_nothing_leaves_nothing() {
+        let (_scratch, directory) = directory();
+        let keeper = Keeper::new(&directory, ID, Role::Destination, Record(1)).unwrap();
+        fs::write(keeper.file("guest"), "").unwrap();
+        drop(keeper);
+        assert_eq!(files(&directory), 0);
+    }
+
+    #[test]
+    fn a_directory_that_others_can_read_is_refused() {
+        let (_scratch, directory) = directory();
+        fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o755)).unwrap();
+        let error = Directory::find(Some(&directory.0)).unwrap_err().to_string();
+        assert!(error.contains("mode 0700"), "{error}");
+    }
+}

@@ -1,0 +1,171 @@
+//! What is in a session file.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Context, Result};
+use crate::secure::Security;
+
+/// Of the records below. A umem that takes over has to know it.
+pub(crate) const VERSION: u32 = 1;
+
+/// How lanes are secured: files that are read again.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct SecurityRecord {
+    tls_creds: Option<PathBuf>,
+    tls_hostname: Option<String>,
+    secret_file: Option<PathBuf>,
+    insecure: bool,
+}
+
+impl SecurityRecord {
+    pub(crate) fn of(security: &Security) -> Result<SecurityRecord> {
+        let path = |path: &Option<PathBuf>| path.as_deref().map(absolute).transpose();
+        Ok(SecurityRecord {
+            tls_creds: path(&security.tls_creds)?,
+            tls_hostname: security.tls_hostname.clone(),
+            secret_file: path(&security.secret_file)?,
+            insecure: security.insecure,
+        })
+    }
+
+    pub(crate) fn security(&self) -> Security {
+        Security {
+            tls_creds: self.tls_creds.clone(),
+            tls_hostname: self.tls_hostname.clone(),
+            secret_file: self.secret_file.clone(),
+            insecure: self.insecure,
+        }
+    }
+}
+
+/// A path that means the same in another directory.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).context(|| path.display().to_string())
+}
+
+/// How far a source had come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum SourceState {
+    /// Its guest stood still, or was about to, and may be resumed: no switchover has left.
+    Stopped,
+    /// A switchover may have left: the guest may run at the destination, and never again here.
+    Committed,
+}
+
+/// What umem has changed in the source's monitor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Undo {
+    /// The guest ran when it was stopped.
+    pub(crate) was_running: bool,
+    /// The migration capability of that name.
+    pub(crate) ignore_shared: bool,
+    /// Of migrations, bytes a second.
+    pub(crate) bandwidth: Option<u64>,
+}
+
+/// A RAM file of the source's guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RamRecord {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+    /// By these two it is known to be the same file.
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    /// log2 of the landing unit's size; 0 while the destination has not named it.
+    pub(crate) unit_shift: u8,
+}
+
+/// What a source has to know to go on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SourceRecord {
+    pub(crate) version: u32,
+    pub(crate) state: SourceState,
+    pub(crate) uri: String,
+    pub(crate) bulk_lanes: u16,
+    /// As the lanes' hello has them.
+    pub(crate) capabilities: u64,
+    /// The highest that any attempt to open lanes has had, and more than any that a process before has
+    /// used: it is written before the attempt.
+    pub(crate) epoch: u32,
+    pub(crate) ram: Vec<RamRecord>,
+    pub(crate) qmp: Option<PathBuf>,
+    pub(crate) undo: Option<Undo>,
+    pub(crate) postcopy: bool,
+    pub(crate) background: bool,
+    pub(crate) max_postcopy_bandwidth: Option<u64>,
+    pub(crate) security: SecurityRecord,
+    /// When the guest was stopped, and when the switchover left, nanoseconds since boot.
+    pub(crate) stopped_at: u64,
+    pub(crate) switched_at: u64,
+    /// Bytes that the RAM files held at the switchover, where they are freed.
+    pub(crate) allocated_bytes: u64,
+}
+
+/// How far a destination had come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum DestinationState {
+    /// The guest could run, and must not before the switchover.
+    Loaded,
+    /// The switchover has come: the guest is this side's, and may run.
+    Switched,
+    /// It runs.
+    Running,
+}
+
+/// Who runs the guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct GuestRecord {
+    pub(crate) pid: u32,
+    /// When it began, in the kernel's ticks: another process with that pid began later.
+    pub(crate) began: u64,
+    /// The process whose memory it is, where that is another one.
+    pub(crate) owner: Option<u32>,
+    /// RAM files that umem has made for it.
+    pub(crate) created: Vec<PathBuf>,
+    /// Where it listens for commands, if it was started with a socket of its own for that; otherwise its
+    /// side has kept umem's end.
+    pub(crate) qmp: Option<PathBuf>,
+    /// It has a monitor that has to be told to run.
+    pub(crate) has_monitor: bool,
+    /// The guest ran at the source.
+    pub(crate) runs: bool,
+}
+
+/// A region, in the order of the source's table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RegionRecord {
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
+    /// log2 of the landing unit's size.
+    pub(crate) unit_shift: u8,
+}
+
+/// What a destination has to know to go on; the pages' states are in memory that the guest's side keeps.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct DestinationRecord {
+    pub(crate) version: u32,
+    pub(crate) state: DestinationState,
+    /// Where it listened; none where there was one connection.
+    pub(crate) uri: Option<String>,
+    pub(crate) bulk_lanes: u16,
+    pub(crate) capabilities: u64,
+    /// Whose lanes they were, with TLS: the certificate, in hexadecimal digits.
+    pub(crate) certificate: Option<String>,
+    pub(crate) regions: Vec<RegionRecord>,
+    pub(crate) postcopy: bool,
+    pub(crate) background: bool,
+    /// As in the options.
+    pub(crate) touch: bool,
+    pub(crate) security: SecurityRecord,
+    pub(crate) guest: GuestRecord,
+    /// From the source guest's stop to its switchover, µs.
+    pub(crate) stopped_us: u64,
+    /// When the switchover came and when the guest ran, nanoseconds since boot.
+    pub(crate) switched_at: Option<u64>,
+    pub(crate) running_at: Option<u64>,
+}

@@ -1,0 +1,365 @@
+//! Should this process be killed: what it leaves behind, and how another one goes on.
+//!
+//! Before the guest is stopped the session file says what has to be undone in its monitor, and before the
+//! switchover leaves that it may have. So there are two kinds of sessions to take over:
+//!
+//! - *Stopped.* No switchover has left, and none will: the guest goes on here, and the destination is
+//!   told, as it may have loaded the guest and wait for a switchover.
+//! - *Committed.* The guest may run at the destination. All that it could need is in the RAM files; what it
+//!   has of that it says itself, as after the loss of all lanes ([`recovery`](super::recovery)). The
+//!   process that takes over only has to take everything for sent.
+//!
+//! The file is written before what it speaks of is done: a process that is killed between the two is
+//! taken to have done it. For the switchover that is the safe side, as the destination says whether it
+//! has come.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, recv};
+use serde_json::json;
+use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
+
+use super::memory::SourceMemory;
+use super::recovery::Link;
+use super::{Migration, Order, Plan, Times, wait};
+use crate::bandwidth::Bandwidth;
+use crate::error::{Error, Result};
+use crate::host::command::RamPath;
+use crate::host::qemu::Qemu;
+use crate::host::qmp::Qmp;
+use crate::host::thread::HostThread;
+use crate::host::{BeforeStop, FileOnly, SourceHost};
+use crate::idle::IdleCores;
+use crate::inbox::Inbox;
+use crate::lane::{self, HELLO_TIMEOUT, Lane, Session};
+use crate::memory::region::RamFile;
+use crate::memory::words::Words;
+use crate::observe::watch::Role;
+use crate::observe::{self, Observer};
+use crate::report::Output;
+use crate::secure::{Pass, Security};
+use crate::session::{
+    self, Directory, Keeper, RamRecord, SecurityRecord, SourceRecord, SourceState, VERSION,
+    absolute, since_boot, when,
+};
+use crate::uri::Uri;
+
+/// What `umem migrate --resume` is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The session's number, or how it begins.
+    pub session: String,
+    /// Where session files are; none for the usual place.
+    pub session_dir: Option<PathBuf>,
+    /// The destination, where it is not to be found where it was.
+    pub uri: Option<Uri>,
+    /// How lanes are secured, where that is not to be as it was.
+    pub security: Option<Security>,
+    /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
+    pub cores: Vec<usize>,
+    /// What idle cores do while faults come.
+    pub idle_cores: IdleCores,
+    /// What the background sends next.
+    pub order: Order,
+    /// JSON events on stdout.
+    pub json: bool,
+    /// What others may see.
+    pub observe: observe::Options,
+}
+
+/// Goes on with a session whose process is gone.
+///
+/// # Errors
+/// No such session, or one that is served by a process which lives; RAM files that are not the same any
+/// more; all that ends a migration after its switchover.
+pub fn run(options: &Options) -> Result<()> {
+    let output = Output::new(options.json);
+    let directory = Directory::find(options.session_dir.as_deref())?.ok_or_else(no_directory)?;
+    let (keeper, record) =
+        Keeper::<SourceRecord>::take_over(&directory, &options.session, Role::Source)?;
+    check_version(record.version)?;
+    let uri = match &options.uri {
+        Some(uri) => uri.clone(),
+        None => record.uri.parse().map_err(Error::Environment)?,
+    };
+    let security = options.security.clone().unwrap_or_else(|| record.security.security());
+    let taken = Taken { keeper, record, uri, security, output };
+    match taken.record.state {
+        SourceState::Stopped => taken.undo(),
+        SourceState::Committed => taken.go_on(options),
+    }
+}
+
+/// There is nowhere to look.
+pub(crate) fn no_directory() -> Error {
+    Error::Usage(
+        "there is no usual place for session files, as $XDG_RUNTIME_DIR is not set: name their directory \
+         with --session-dir"
+            .into(),
+    )
+}
+
+/// A record of another umem is not guessed at.
+pub(crate) fn check_version(version: u32) -> Result<()> {
+    if version == VERSION {
+        return Ok(());
+    }
+    Err(Error::Environment(format!(
+        "the session file has version {version}, and this umem knows {VERSION}: resume with the umem \
+         that began the session"
+    )))
+}
+
+/// A session that is this process's now.
+struct Taken {
+    keeper: Keeper<SourceRecord>,
+    record: SourceRecord,
+    uri: Uri,
+    security: Security,
+    output: Output,
+}
+
+impl Taken {
+    fn session(&self) -> Result<Session> {
+        let id = session::parse(&self.keeper.session());
+        let id = id.ok_or_else(|| Error::Environment("the session's number is none".into()))?;
+        let capabilities = Capabilities(self.record.capabilities);
+        Ok(Session { id, bulk_lanes: self.record.bulk_lanes, capabilities })
+    }
+
+    /// Has the guest run here again.
+    fn undo(self) -> Result<()> {
+        if let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) {
+            Qemu::stopped(Qmp::connect(path)?, undo).resume()?;
+        }
+        self.output.event(
+            "undone",
+            json!({ "session": self.keeper.session() }),
+            "no switchover had left: the guest goes on here",
+        );
+        // It would be waiting for a switchover, or has given up long ago.
+        if let Err(error) = self.tell_cancelled() {
+            let uri = &self.uri;
+            self.output.remark(&format!(
+                "the destination at {uri} was not told ({error}); if a umem waits there, interrupt it \
+                 twice"
+            ));
+        }
+        self.keeper.remove();
+        Ok(())
+    }
+
+    /// Opens all lanes, as it would to go on, and says that it does not.
+    fn tell_cancelled(&self) -> Result<()> {
+        if self.uri.is_one_connection() {
+            return Err(Error::Unsupported("it was one connection".into()));
+        }
+        let session = self.session()?;
+        let pass = Pass::load(&self.security, &self.uri)?;
+        let epoch = self.record.epoch + 1;
+        self.keeper.edit(|record| record.epoch = epoch)?;
+        let inbox = Inbox::new()?;
+        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
+        let open = |index| lane::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
+        let lanes = (0..=session.bulk_lanes).map(open).collect::<Result<Vec<Lane>>>()?;
+        let why = Error::Interrupted("the source's umem was killed before the switchover".into());
+        lane::tell(&lanes[0].socket(), lanes[0].is_checked(), &why);
+        // What it says meanwhile is read, as a connection that is closed over it would be reset.
+        let deadline = Instant::now() + HELLO_TIMEOUT;
+        let mut buffer = [0; 4096];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !wait(&[(lanes[0].as_fd(), PollFlags::POLLIN)], Some(left))? {
+                return Err(Error::Unsupported("it does not answer".into()));
+            }
+            let flags = MsgFlags::MSG_DONTWAIT;
+            match recv(lanes[0].as_fd().as_raw_fd(), &mut buffer, flags) {
+                Ok(1..) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Ok(0) | Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// Serves the guest's memory.
+    fn go_on(self, options: &Options) -> Result<()> {
+        let session = self.session()?;
+        let Taken { keeper, record, uri, security, output } = self;
+        let inbox = Inbox::new()?;
+        let releases = session.capabilities.contains(Capabilities::ACKS);
+        let pass = Arc::new(Pass::load(&security, &uri)?);
+        let bandwidth = Arc::new(Bandwidth::new(record.max_postcopy_bandwidth));
+        let limit = record.postcopy.then(|| bandwidth.clone());
+        let observer = Observer::start(&options.observe, Role::Source, limit, &output)?;
+        let files = record.ram.iter().map(|ram| open_again(ram, releases));
+        let files = files.collect::<Result<Vec<_>>>()?;
+        let memory = SourceMemory::new(files, releases).limited(bandwidth);
+        let memory = memory.checked(session.capabilities.contains(Capabilities::CHECKSUM));
+        // What has been freed was summed by the process before.
+        memory.digest_is_lost.store(releases, Relaxed);
+        memory.land_keeping(landing(&record)?, |id, words| keep_freed(&keeper, id, words))?;
+        memory.has_left();
+        let look = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
+        let plan = Plan {
+            postcopy: record.postcopy,
+            background: record.background,
+            has_monitor: record.qmp.is_some(),
+            stays_local: pass.has_tls() || lane::stays_local(&uri, &look)?,
+            cores: &options.cores,
+            idle_cores: options.idle_cores,
+            order: options.order,
+            watch: &observer.watch,
+            quiet: options.observe.quiet,
+        };
+        // Nothing is asked of a monitor any more.
+        let host = HostThread::<dyn SourceHost>::start(Box::new(FileOnly), inbox.post())?;
+        let way = (!uri.is_one_connection()).then_some(uri);
+        let link = Link::taken_over(session, pass.clone(), way, keeper, record.epoch);
+        let memory = Arc::new(memory);
+        let mut migration = Migration::new(&plan, output.clone(), inbox, link, memory, host);
+        migration.phase = umem_wire::source::Phase::Committed;
+        migration.allocated_bytes = record.allocated_bytes;
+        migration.times = Times {
+            stopped: Some(when(record.stopped_at)),
+            switched: Some(when(record.switched_at)),
+            ..Times::default()
+        };
+        let driven = migration.drive().map_err(|error| pass.explain(error));
+        observer.ended(driven.as_ref());
+        let report = driven?;
+        output.completed(&report);
+        report.check_digests()
+    }
+}
+
+/// The landing table of a record.
+fn landing(record: &SourceRecord) -> Result<RegionTable> {
+    let strange = |what: String| Error::Environment(format!("the session file: {what}"));
+    let region = |ram: &RamRecord| {
+        let page_size = PageSize::from_shift(ram.unit_shift);
+        let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
+        Ok(Region { name: ram.name.clone(), bytes: ram.bytes, page_size })
+    };
+    let regions = record.ram.iter().map(region).collect::<Result<Vec<_>>>()?;
+    RegionTable::new(regions).map_err(|error| strange(error.to_string()))
+}
+
+/// The file that a guest has left, and no other one.
+fn open_again(ram: &RamRecord, releases: bool) -> Result<RamFile> {
+    let file = RamFile::open_source(&ram.name, &ram.path, releases)?;
+    if (file.identity()?, file.bytes) == ((ram.device, ram.inode), ram.bytes) {
+        return Ok(file);
+    }
+    Err(Error::Ram {
+        name: ram.name.clone(),
+        path: ram.path.clone(),
+        what: "is not the file of the guest that has left: it has been replaced, and what it held is gone"
+            .into(),
+    })
+}
+
+/// What may be gone of a region here is known to whoever takes over.
+fn keep_freed(keeper: &Keeper<SourceRecord>, id: RegionId, words: u64) -> Result<Option<Words>> {
+    Words::in_file(&keeper.file(&format!("freed.{}", id.0)), words).map(Some)
+}
+
+/// Prepares a session that begins for the case that this process is killed. None where the other side
+/// would not go on either, or there is no place for its file.
+pub(super) fn keep(
+    options: &super::Options,
+    link: &Link,
+    ram: &[RamPath],
+    memory: &SourceMemory,
+    output: &Output,
+) -> Result<Option<Keeper<SourceRecord>>> {
+    if !link.recovers() {
+        return Ok(None);
+    }
+    let named = options.session_dir.as_deref();
+    let found = Directory::find_or_remark(named, |why| output.remark(why))?;
+    let Some(directory) = found else { return Ok(None) };
+    let ram = ram.iter().zip(&memory.regions).map(|(path, region)| {
+        let (device, inode) = region.ram.identity()?;
+        Ok(RamRecord {
+            name: path.name.clone(),
+            path: absolute(&path.path)?,
+            bytes: region.ram.bytes,
+            device,
+            inode,
+            unit_shift: 0,
+        })
+    });
+    let record = SourceRecord {
+        version: VERSION,
+        state: SourceState::Stopped,
+        uri: options.uri.to_string(),
+        bulk_lanes: link.session.bulk_lanes,
+        capabilities: link.session.capabilities.0,
+        epoch: 0,
+        ram: ram.collect::<Result<_>>()?,
+        qmp: options.qmp.as_deref().map(absolute).transpose()?,
+        undo: None,
+        postcopy: options.postcopy,
+        background: options.background,
+        max_postcopy_bandwidth: options.max_postcopy_bandwidth,
+        security: SecurityRecord::of(&options.security)?,
+        stopped_at: 0,
+        switched_at: 0,
+        allocated_bytes: 0,
+    };
+    Keeper::new(&directory, link.session.id, Role::Source, record).map(Some)
+}
+
+/// Writes down what has to be undone, when the guest is about to be stopped.
+pub(super) fn note_stop(keeper: Keeper<SourceRecord>) -> BeforeStop {
+    Box::new(move |undo| keeper.edit(|record| record.undo = Some(undo.clone())))
+}
+
+impl Migration {
+    /// The destination has named its units.
+    pub(super) fn land(&self, landing: RegionTable) -> Result<()> {
+        self.memory.land_keeping(landing, |id, words| match &self.link.keeper {
+            Some(keeper) => keep_freed(keeper, id, words),
+            None => Ok(None),
+        })
+    }
+
+    /// From here on the guest may run at the destination, as far as anybody here can know.
+    pub(super) fn keep_commit(&self) -> Result<()> {
+        let Some(keeper) = &self.link.keeper else { return Ok(()) };
+        let at = |at: Option<Instant>| at.map_or(0, since_boot);
+        keeper.edit(|record| {
+            record.state = SourceState::Committed;
+            record.background = self.background;
+            record.stopped_at = at(self.times.stopped);
+            record.switched_at = at(self.times.switched);
+            record.allocated_bytes = self.allocated_bytes;
+            record.max_postcopy_bandwidth = self.memory.bandwidth.limit();
+            for (ram, region) in record.ram.iter_mut().zip(&self.memory.regions) {
+                ram.unit_shift = region.unit().shift();
+            }
+        })
+    }
+
+    pub(super) fn say_how_to_resume(&self) {
+        let (Some(keeper), Some(how)) = (&self.link.keeper, self.how_to_resume()) else { return };
+        let fields = json!({ "session": keeper.session(), "command": how });
+        self.output.event("resumable", fields, &format!("should umem be killed here: {how}"));
+    }
+
+    /// The command that goes on, if one can.
+    pub(super) fn how_to_resume(&self) -> Option<String> {
+        let keeper = self.link.keeper.as_ref()?;
+        Some(format!("umem migrate --resume {}{}", keeper.session(), keeper.directory_option()))
+    }
+
+    /// Nobody has to take over any more.
+    pub(super) fn forget_session(&self) {
+        self.link.keeper.iter().for_each(Keeper::remove);
+    }
+}

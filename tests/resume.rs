@@ -1,0 +1,453 @@
+//! Processes that are killed (SIGKILL) after the switchover: another one takes over, and nothing of the
+//! guest is lost.
+//!
+//! They are killed when a seeded number of bytes has passed between them, again and again, also while
+//! they take over. The guest is umem's own, which checks every word that it reads while its memory
+//! arrives, and all of it at the end.
+
+mod support;
+
+use std::path::PathBuf;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use support::{Cutter, Ends, Qmp, Scratch, Umem};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// A guest that moves from one umem to another through a relay.
+struct Move {
+    scratch: Scratch,
+    guest: Umem,
+    incoming: Umem,
+    migrate: Umem,
+    cutter: Cutter,
+    how: How,
+    /// The session's number, once there is something to take over.
+    session: String,
+}
+
+#[derive(Clone, Copy, Default)]
+struct How {
+    mib: u64,
+    /// Of both guests.
+    threads: u32,
+    kind: Option<&'static str>,
+    /// For `umem incoming`.
+    incoming: &'static [&'static str],
+    /// For the guest there.
+    arriving: &'static [&'static str],
+    migrate: &'static [&'static str],
+}
+
+/// Whom to kill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Source,
+    Destination,
+    Both,
+}
+
+impl Move {
+    /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
+    /// lets the others go.
+    fn switched(how: How) -> Move {
+        let mut moving = Move::start(how);
+        moving.session = text(&moving.migrate.event("resumable"), "session");
+        moving.migrate.event("running");
+        moving.incoming.event("running");
+        moving
+    }
+
+    /// Up to the start of `umem migrate`.
+    fn start(how: How) -> Move {
+        let scratch = Scratch::new();
+        let mib = how.mib.to_string();
+        let threads = how.threads.to_string();
+        let path = |name: &str| scratch.path(name).display().to_string();
+        let [source_qmp, destination_qmp] = [path("source.qmp"), path("destination.qmp")];
+        let ram = |name: &str| format!("ram0={}", scratch.ram(name).display());
+        let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
+        let source_ram = ram("source");
+        let mut arguments = vec!["guest", "--qmp", &source_qmp, "--ram", &source_ram];
+        arguments.extend(common);
+        let mut guest = Umem::start(arguments);
+        guest.event("ready");
+
+        let kind = how.kind.unwrap_or("shared");
+        let (handoff, destination_ram, sessions) =
+            (path("handoff"), ram("destination"), path("sessions"));
+        let is_anonymous = kind == "anonymous";
+        let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
+        arguments.extend(["--session-dir", &sessions]);
+        match is_anonymous {
+            true => arguments.extend(["--handoff", &handoff]),
+            false => arguments.extend(["--kind", kind, "--ram", &destination_ram]),
+        }
+        arguments.extend(how.incoming);
+        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
+        arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
+        arguments.extend(common);
+        match is_anonymous {
+            true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
+            false => arguments.extend(["--ram", &destination_ram]),
+        }
+        arguments.extend(how.arriving);
+        let mut incoming = Umem::start(arguments);
+        let uri = text(&incoming.event("listening"), "uri");
+        let cutter = Cutter::to(&uri);
+        let mut arguments = vec!["migrate", "-p", "--json", "--session-dir", &sessions];
+        // So that processes begin and end more quickly than the guest moves.
+        arguments.extend(["--max-postcopy-bandwidth", "24M"]);
+        arguments.extend(["--qmp", &source_qmp, cutter.uri()]);
+        arguments.extend(how.migrate);
+        let migrate = Umem::start(arguments);
+        let session = String::new();
+        Move { scratch, guest, incoming, migrate, cutter, how, session }
+    }
+
+    fn sessions(&self) -> PathBuf {
+        self.scratch.path("sessions")
+    }
+
+    /// Takes over from one side.
+    fn resume(&self, command: &str) -> Umem {
+        let sessions = self.sessions().display().to_string();
+        Umem::start([command, "--json", "--session-dir", &sessions, "--resume", &self.session])
+    }
+
+    fn kill(&mut self, side: Side) {
+        if side != Side::Source {
+            self.incoming.kill();
+        }
+        if side != Side::Destination {
+            self.migrate.kill();
+        }
+        if side != Side::Source {
+            self.incoming = self.resume("incoming");
+        }
+        if side != Side::Destination {
+            self.migrate = self.resume("migrate");
+        }
+    }
+
+    /// Kills as often as said, each time after a number of bytes below `most`. Every third time that is
+    /// so few that nobody has taken over yet.
+    fn kill_often(&mut self, count: usize, most: u64, sides: &[Side]) {
+        let seed = seed(self.how.mib ^ u64::from(self.how.threads) << 8 ^ sides.len() as u64);
+        self.cutter.let_pages_go();
+        let moments = seeded(seed, most).zip(seeded(!seed, sides.len() as u64)).take(count);
+        for (at, (bytes, which)) in moments.enumerate() {
+            let bytes = if at % 3 == 2 { bytes % 700 } else { bytes };
+            self.pass(bytes);
+            let side = sides[usize::try_from(which).unwrap()];
+            println!("kill {at}: {side:?} after {bytes} bytes");
+            self.kill(side);
+        }
+    }
+
+    /// Waits until so many bytes more have passed.
+    fn pass(&mut self, bytes: u64) {
+        let until = self.cutter.passed() + bytes;
+        support::wait_for(format!("{bytes} more bytes"), || {
+            let both = [&mut self.incoming, &mut self.migrate];
+            for umem in both {
+                assert!(umem.is_running(), "it has ended: {}", umem.stderr());
+            }
+            (self.cutter.passed() >= until).then_some(())
+        });
+    }
+
+    /// Waits for the end on both sides, and has the guest check its memory. Returns both reports.
+    fn complete(mut self) -> (Value, Value) {
+        self.cutter.let_pages_go();
+        let source = self.migrate.event("completed");
+        let destination = self.incoming.event("completed");
+        self.check(&destination);
+        self.migrate.succeeds();
+        let [source_qmp, destination_qmp] =
+            ["source.qmp", "destination.qmp"].map(|name| self.scratch.path(name));
+        Qmp::connect(&source_qmp).quit();
+        self.guest.succeeds();
+        Qmp::connect(&destination_qmp).quit();
+        self.incoming.succeeds();
+        let left: Vec<_> = std::fs::read_dir(self.scratch.path("sessions")).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+        (source, destination)
+    }
+
+    /// Every word is what it was at the source or what has been written since, each page has been
+    /// counted once, and the guest has left its userfaultfd.
+    fn check(&self, report: &Value) {
+        let mut qmp = Qmp::connect(&self.scratch.path("destination.qmp"));
+        let verdict = qmp.execute("umem-verify", json!({}));
+        let mib = self.how.mib;
+        assert_eq!(verdict["verified_pages"], mib * 256, "{verdict}");
+        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
+        assert_eq!(verdict["registered"], false, "{verdict}");
+        let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
+        let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
+        assert_eq!(bytes, mib << 20, "every page has come once: {report}");
+    }
+}
+
+fn text(event: &Value, field: &str) -> String {
+    event[field].as_str().unwrap_or_else(|| panic!("no {field} in {event}")).to_owned()
+}
+
+/// Numbers below `limit` that depend on the seed alone (splitmix64).
+fn seeded(mut seed: u64, limit: u64) -> impl Iterator<Item = u64> {
+    std::iter::repeat_with(move || {
+        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % limit
+    })
+}
+
+/// Seeds of one test: `UMEM_SEED` picks one.
+fn seed(otherwise: u64) -> u64 {
+    let seed = std::env::var("UMEM_SEED").ok().map(|seed| seed.parse().expect("a number"));
+    let seed = seed.unwrap_or(otherwise);
+    println!("UMEM_SEED={seed}");
+    seed
+}
+
+#[test]
+fn a_source_that_is_killed_is_taken_over_from() {
+    let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
+    moving.kill_often(20, 3 << 20, &[Side::Source]);
+    moving.complete();
+}
+
+/// What has been freed is not asked for again.
+#[test]
+fn a_source_that_frees_its_memory_is_taken_over_from() {
+    let how =
+        How { mib: 96, threads: 1, migrate: &["--release-ram", "--lanes", "2"], ..How::default() };
+    let mut moving = Move::switched(how);
+    moving.kill_often(10, 4 << 20, &[Side::Source]);
+    let (source, _) = moving.complete();
+    assert!(source["release_bytes"].as_u64() > Some(0), "{source}");
+}
+
+#[test]
+fn a_destination_that_is_killed_is_taken_over_from() {
+    let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
+    moving.kill_often(20, 3 << 20, &[Side::Destination]);
+    moving.complete();
+}
+
+#[test]
+fn both_sides_are_killed_in_one_move() {
+    let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
+    moving.kill_often(20, 3 << 20, &[Side::Source, Side::Destination, Side::Both]);
+    moving.complete();
+}
+
+/// A source that takes over reads its files as the one before it would have.
+#[test]
+fn checked_memory_is_compared_after_a_source_was_taken_over_from() {
+    let migrate = &["--checksum"];
+    let how = How { mib: 64, threads: 1, migrate, ..How::default() };
+    let mut moving = Move::switched(how);
+    moving.kill_often(6, 3 << 20, &[Side::Source]);
+    let (source, destination) = moving.complete();
+    let digests = &source["digests"][0];
+    assert!(digests["digest"].is_string(), "{source}");
+    assert_eq!(digests["digest"], digests["peer"]);
+    assert_eq!(destination["digests"][0]["digest"], digests["digest"]);
+}
+
+/// Sums of what came before died with the destination: what is left says nothing of the whole, and is not
+/// taken for damage.
+#[test]
+fn checked_memory_is_taken_over() {
+    let migrate = &["--checksum", "--release-ram"];
+    let how = How { mib: 64, threads: 1, migrate, ..How::default() };
+    let mut moving = Move::switched(how);
+    moving.kill_often(9, 3 << 20, &[Side::Source, Side::Destination, Side::Both]);
+    moving.kill(Side::Both);
+    let (source, destination) = moving.complete();
+    assert_eq!([&source["digests"], &destination["digests"]], [&json!([]), &json!([])]);
+}
+
+/// What the guest discards while nobody takes it in, or as somebody is killed over it, stays discarded.
+#[test]
+fn memory_that_is_discarded_is_taken_over() {
+    let arriving = &["--discard"];
+    let how = How { mib: 64, threads: 2, arriving, ..How::default() };
+    let mut moving = Move::switched(how);
+    moving.kill_often(20, 2 << 20, &[Side::Destination]);
+    moving.complete();
+}
+
+/// Everything has come, and the source does not know: it is told by who takes over.
+#[test]
+fn a_completion_that_was_not_heard_of_is_told_again() {
+    use umem_wire::{HEADER_BYTES, HELLO_BYTES};
+    let mut moving = Move::switched(How { mib: 8, threads: 0, ..How::default() });
+    moving.cutter.limit_answers(Some(0));
+    moving.cutter.let_pages_go();
+    let running = HELLO_BYTES + (HEADER_BYTES + 1) + REQUEST_BYTES + 2 * HEADER_BYTES;
+    moving.cutter.wait_for_answers((running + HEADER_BYTES + 40) as u64);
+    moving.incoming.kill();
+    // What the source has not heard of by now it never will.
+    moving.cutter.cut(Ends::Both, false);
+    moving.cutter.limit_answers(None);
+    moving.incoming = moving.resume("incoming");
+    moving.complete();
+}
+
+#[test]
+fn private_memory_is_taken_over() {
+    for flags in [&["--postcopy-flags", "0"], &["--postcopy-flags", "1"]] {
+        let how =
+            How { mib: 64, threads: 1, kind: Some("private"), incoming: flags, ..How::default() };
+        let mut moving = Move::switched(how);
+        moving.kill_often(8, 4 << 20, &[Side::Destination, Side::Both]);
+        moving.complete();
+    }
+}
+
+#[test]
+fn anonymous_memory_is_taken_over() {
+    let how = How { mib: 64, threads: 2, kind: Some("anonymous"), ..How::default() };
+    for arriving in [&["--discard"][..], &["--shards", "4"]] {
+        let mut moving = Move::switched(How { arriving, ..how });
+        moving.kill_often(8, 4 << 20, &[Side::Destination, Side::Both]);
+        moving.complete();
+    }
+}
+
+/// As soon as the source has given its guest up, its destination is killed: the switchover may have come,
+/// or not, and the guest may run, or not. Then both are, at that moment.
+#[test]
+fn a_switchover_is_survived() {
+    for side in [Side::Destination, Side::Both, Side::Source].repeat(3) {
+        let mut moving = Move::start(How { mib: 16, threads: 1, ..How::default() });
+        moving.session = text(&moving.migrate.event("resumable"), "session");
+        moving.kill(side);
+        moving.complete();
+    }
+}
+
+impl Move {
+    /// Up to the moment when the destination has loaded the guest, and the source has not heard of it:
+    /// nothing is committed. Of the destination's answers none comes after the one page that loading asks
+    /// for.
+    fn loaded() -> Move {
+        let mut moving = Move::start(How { mib: 16, threads: 1, ..How::default() });
+        let answers = umem_wire::HELLO_BYTES + (umem_wire::HEADER_BYTES + 1) + REQUEST_BYTES;
+        moving.cutter.limit_answers(Some(answers as u64));
+        moving.session = text(&moving.incoming.event("resumable"), "session");
+        assert_eq!(text(&moving.migrate.event("stopped"), "session"), moving.session);
+        moving
+    }
+
+    /// What the source's guest says of itself.
+    fn status(&self) -> String {
+        let mut qmp = Qmp::connect(&self.scratch.path("source.qmp"));
+        text(&qmp.execute("query-status", json!({})), "status")
+    }
+}
+
+/// The source might have given its guest up at that moment, so the one that has been loaded stays, and does
+/// not run, until somebody who knows better ends it.
+#[test]
+fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_case() {
+    let mut moving = Move::loaded();
+    moving.incoming.kill();
+    moving.cutter.cut(Ends::Both, false);
+    assert!(moving.scratch.processes("destination.qmp").len() == 1);
+    moving.incoming = moving.resume("incoming");
+    moving.incoming.event("recovering");
+    let Move { scratch, mut guest, mut incoming, migrate, .. } = moving;
+    assert!(migrate.fails().contains("the connection to the destination was lost"));
+    incoming.signal(Signal::SIGINT);
+    let warned = || incoming.stderr().contains("interrupt again to end this one").then_some(());
+    support::wait_for("a warning", warned);
+    incoming.signal(Signal::SIGINT);
+    assert_eq!(incoming.wait().code(), Some(1));
+    scratch.wait_until_gone("destination.qmp");
+    assert!(!scratch.ram("destination").exists());
+    assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
+    assert!(guest.is_running());
+}
+
+#[test]
+fn a_source_that_is_killed_before_the_switchover_has_its_guest_back() {
+    let mut moving = Move::loaded();
+    moving.migrate.kill();
+    assert_eq!(moving.status(), "paused");
+    // The relay's lanes begin anew.
+    moving.cutter.cut(Ends::Both, false);
+    moving.cutter.limit_answers(None);
+    moving.migrate = moving.resume("migrate");
+    moving.migrate.event("undone");
+    assert_eq!(moving.status(), "running");
+    let Move { scratch, mut guest, incoming, migrate, .. } = moving;
+    migrate.succeeds();
+    // The destination has loaded the guest, and must not keep it.
+    assert!(incoming.fails().contains("before the switchover"));
+    scratch.wait_until_gone("destination.qmp");
+    assert!(!scratch.ram("destination").exists());
+    let mut qmp = Qmp::connect(&scratch.path("source.qmp"));
+    let verdict = qmp.execute("umem-verify", json!({}));
+    assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+    Qmp::connect(&scratch.path("source.qmp")).quit();
+    assert!(guest.wait().success());
+    assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
+}
+
+/// A request for one page.
+const REQUEST_BYTES: usize = umem_wire::HEADER_BYTES + 8;
+
+/// Who lives is not taken over from, and a file that is not the guest's is not sent.
+#[test]
+fn only_what_can_go_on_is_taken_over() {
+    let mut moving = Move::switched(How { mib: 16, threads: 0, ..How::default() });
+    let session = moving.session.clone();
+    for command in ["migrate", "incoming"] {
+        let error = moving.resume(command).fails();
+        assert!(error.contains("another umem, which lives"), "{error}");
+        moving.session = "0123".into();
+        let error = moving.resume(command).fails_as_misused();
+        assert!(error.contains("no session 0123"), "{error}");
+        assert!(error.contains(&session), "it names those that there are: {error}");
+        moving.session = session[..6].to_owned();
+    }
+    moving.migrate.kill();
+    let (ram, aside) = (moving.scratch.ram("source"), moving.scratch.ram("aside"));
+    std::fs::rename(&ram, &aside).unwrap();
+    let error = moving.resume("migrate").fails();
+    assert!(error.contains("no such file"), "{error}");
+    std::fs::copy(&aside, &ram).unwrap();
+    let error = moving.resume("migrate").fails();
+    assert!(error.contains("has been replaced"), "{error}");
+    std::fs::rename(&aside, &ram).unwrap();
+    moving.migrate = moving.resume("migrate");
+    moving.complete();
+}
+
+/// The source hears that there is no guest any more, and both sides end.
+#[test]
+fn a_guest_that_dies_while_nobody_serves_it_is_noticed() {
+    let mut moving = Move::switched(How { mib: 16, threads: 1, ..How::default() });
+    moving.incoming.kill();
+    moving.migrate.event("recovering");
+    let guests = moving.scratch.processes("destination.qmp");
+    let [(guest, _)] = &guests[..] else { panic!("{guests:?}") };
+    let guest = nix::unistd::Pid::from_raw(i32::try_from(*guest).unwrap());
+    nix::sys::signal::kill(guest, Signal::SIGKILL).unwrap();
+    moving.scratch.wait_until_gone("destination.qmp");
+    let error = moving.resume("incoming").fails();
+    assert!(error.contains("ended while no umem served it"), "{error}");
+    let Move { scratch, guest, migrate, .. } = moving;
+    let error = migrate.fails();
+    assert!(error.contains("ended while no umem served it"), "{error}");
+    assert!(!scratch.ram("destination").exists());
+    assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
+    drop(guest);
+}
