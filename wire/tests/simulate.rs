@@ -602,7 +602,7 @@ impl LanePipes {
 enum LaneEnd {
     /// The peer's hello or welcome is arriving.
     Opening(Vec<u8>),
-    Open(Receiver),
+    Open(Box<Receiver>),
     /// The peer closed it in order.
     Closed,
 }
@@ -969,7 +969,7 @@ impl Source {
             0 => Receiver::for_source(&self.regions),
             _ => Receiver::for_source_bulk(),
         };
-        self.lanes[lane] = LaneEnd::Open(receiver.checked(self.is_checked));
+        self.lanes[lane] = LaneEnd::Open(Box::new(receiver.checked(self.is_checked)));
         if let (1.., LaneEnd::Open(receiver)) = (self.epoch, &mut self.lanes[lane]) {
             receiver.set_regions(&self.regions);
         }
@@ -1260,7 +1260,7 @@ impl Destination {
         let welcome = Welcome::answer(&hello, PROTOCOL, ours, hello.proof).unwrap();
         answers.send_bytes(&welcome.encode());
         let receiver = Receiver::for_destination(hello.role).checked(self.is_checked);
-        self.lanes[lane] = LaneEnd::Open(receiver);
+        self.lanes[lane] = LaneEnd::Open(Box::new(receiver));
         if hello.epoch == 0 {
             return;
         }
@@ -1275,7 +1275,7 @@ impl Destination {
         self.account(&mut account);
         answers.send(&account);
         let receiver = Receiver::for_resumed_destination(landing).checked(self.is_checked);
-        self.lanes[0] = LaneEnd::Open(receiver);
+        self.lanes[0] = LaneEnd::Open(Box::new(receiver));
     }
 
     fn handle(&mut self, lane: usize, event: &Event, answers: &mut Pipe, random: &mut Random) {
