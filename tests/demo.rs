@@ -223,7 +223,7 @@ fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
         (&["demo", "--write-percent", "101"], "share of 100"),
         (&["demo", "--zero-percent", "60", "--hole-percent", "60"], "share of 100"),
         (&["demo", "--lanes", "0"], "1 to 64"),
-        (&["migrate"], "--help"),
+        (&["migrate"], "tcp:HOST:4444"),
         (&["migrate", "tcp:localhost:1"], "--qmp"),
         (&["migrate", "-n", "--ram", "a=/b", "tcp:localhost:1"], "-p -n"),
         (&["migrate", "-p", "--ram", "nonsense", "tcp:localhost:1"], "NAME=PATH"),

@@ -652,7 +652,7 @@ fn a_wrong_command_line_is_one_line_and_exit_status_2() {
         ("migrate -p tcp:127.0.0.1:1", "give the guest's QMP socket with --qmp"),
         ("migrate -n --qmp x tcp:127.0.0.1:1", "-n only makes sense with -p"),
         ("migrate -p --ram ram0 tcp:127.0.0.1:1", "write NAME=PATH"),
-        ("migrate -p --qmp x", "--help"),
+        ("migrate -p --qmp x", "tcp:HOST:4444, or which session to --resume"),
         ("move", "--help"),
     ] {
         let line = line.replace("QEMU", &qemu);

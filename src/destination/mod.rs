@@ -16,7 +16,7 @@ mod prepare;
 pub(crate) mod reader;
 mod recovery;
 mod side;
-mod takeover;
+pub(crate) mod takeover;
 mod touch;
 
 use std::collections::BTreeSet;

@@ -4,7 +4,7 @@
 //! # The memory file of a destination
 //!
 //! The guest's side holds it (`session` on the hand-over socket), so that it lives exactly as long as
-//! the guest whose pages it speaks of. Its layout follows from the regions alone ([`Layout`]):
+//! the guest whose pages it speaks of. Its layout follows from the regions alone ([`Extent`]):
 //!
 //! ```text
 //! counters  8 words          what has come, in bytes

@@ -2,8 +2,8 @@
 //!
 //! A side writes a *session file* before the moment from which on nobody else could end its migration
 //! well: the source before it stops its guest, the destination before it says that its guest could run.
-//! `--resume SESSION` reads it ([`source::takeover`](crate::source), [`destination::takeover`]
-//! (crate::destination)). The file is gone when the migration has ended.
+//! `--resume SESSION` reads it ([at the source](crate::source::takeover),
+//! [at the destination](crate::destination::takeover)). The file is gone when the migration has ended.
 //!
 //! Three files a side, in a directory that is its user's alone ([`Directory`]):
 //!
