@@ -146,6 +146,9 @@ impl Ring {
     /// [`Error::Submit`] with the kernel's reason; operations not taken stay in the queue.
     pub fn enter(&mut self, wait: Wait) -> Result<(), Error> {
         let wait = if self.reports.is_empty() && self.backlog.is_empty() { wait } else { Wait::No };
+        if self.io.has_nothing_to_do(wait) {
+            return Ok(());
+        }
         self.io.enter(wait).map_err(Error::Submit)
     }
 
@@ -579,6 +582,13 @@ impl Io {
     fn room(&mut self) -> usize {
         let queue = self.ring.submission();
         queue.capacity() - queue.len()
+    }
+
+    /// Nothing is queued, and what the caller would wait for is there: a call would return at once.
+    fn has_nothing_to_do(&mut self, wait: Wait) -> bool {
+        !matches!(wait, Wait::No)
+            && self.ring.submission().is_empty()
+            && !self.ring.completion().is_empty()
     }
 
     fn reap(&mut self) -> Option<Cqe> {
