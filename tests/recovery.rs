@@ -22,7 +22,7 @@ const UNTIL_RUNNING: u64 = UNTIL_LOADED + HEADER_BYTES as u64;
 
 /// Moves a guest whose connections break `count` times, each time after up to `most` bytes.
 fn cut_often(how: How, count: usize, most: u64) -> (Value, Value) {
-    let moving = Move::switched(how);
+    let mut moving = Move::switched(how);
     let seed = seed(how.mib ^ u64::from(how.threads) << 8);
     let ends = seeded(!seed, 3).map(|which| match which {
         0 => Ends::Source,
@@ -31,7 +31,7 @@ fn cut_often(how: How, count: usize, most: u64) -> (Value, Value) {
     });
     moving.cutter.cut_after(seeded(seed, most).map(|bytes| bytes + 1).zip(ends).take(count));
     moving.cutter.let_pages_go();
-    moving.cutter.wait_for_cuts(u32::try_from(count).unwrap());
+    moving.wait_for_cuts(u32::try_from(count).unwrap());
     let (source, destination) = moving.complete();
     for report in [&source, &destination] {
         let recoveries = report["recoveries"].as_u64().unwrap();

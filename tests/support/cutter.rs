@@ -7,6 +7,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use super::DEADLINE;
 
@@ -195,6 +196,14 @@ impl Cutter {
     /// Waits for as many cuts in all.
     pub(crate) fn wait_for_cuts(&self, count: u32) {
         self.wait_until(|state| state.cuts_done >= count);
+    }
+
+    /// How many cuts there have been once there are as many as this, or after `patience`.
+    pub(crate) fn cuts_within(&self, count: u32, patience: Duration) -> u32 {
+        let changed = &self.shared.changed;
+        let waited =
+            changed.wait_timeout_while(self.lock(), patience, |state| state.cuts_done < count);
+        waited.unwrap().0.cuts_done
     }
 
     /// Cuts every connection now. Those that are made afterwards are refused if `refuse` says so.

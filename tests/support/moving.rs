@@ -1,13 +1,18 @@
 //! One of umem's own guests on its way from one umem to another, through a relay that spoils that.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
-use super::{Cutter, HugeFile, Qmp, Scratch, Umem};
+use super::{Cutter, DEADLINE, HugeFile, Qmp, Scratch, Umem};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
 /// A handshake of TLS, or a nonce, and a hello.
 const GREETING_BYTES_MAX: u64 = 4 << 10;
+
+/// How often a wait looks whether both sides still run.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A guest that moves from one umem to another through a [`Cutter`].
 pub(crate) struct Move {
@@ -101,6 +106,24 @@ impl Move {
         moving.migrate.event("running");
         moving.incoming.event("running");
         moving
+    }
+
+    /// Waits for as many cuts in all. A side that ends before them is told of at once, and after the
+    /// deadline how far it got: which of the two it is tells a stall from a failure.
+    pub(crate) fn wait_for_cuts(&mut self, count: u32) {
+        let since = Instant::now();
+        loop {
+            let cuts = self.cutter.cuts_within(count, LOOK_INTERVAL);
+            if cuts >= count {
+                return;
+            }
+            for side in [&mut self.migrate, &mut self.incoming] {
+                let is_running = side.is_running();
+                let stderr = side.stderr();
+                assert!(is_running, "a side ended after {cuts} of {count} cuts: {stderr}");
+                assert!(since.elapsed() < DEADLINE, "only {cuts} of {count} cuts: {stderr}");
+            }
+        }
     }
 
     /// Waits for the end on both sides, and has the guest check its memory. Returns both reports.
