@@ -25,6 +25,8 @@ struct Move {
     how: How,
     /// The session's number, once there is something to take over.
     session: String,
+    /// Of the guest's socket and file here and there.
+    names: [&'static str; 2],
 }
 
 #[derive(Clone, Copy, Default)]
@@ -52,7 +54,11 @@ impl Move {
     /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
     /// lets the others go.
     fn switched(how: How) -> Move {
-        let mut moving = Move::start(how);
+        Move::start(how).until_switched()
+    }
+
+    fn until_switched(self) -> Move {
+        let mut moving = self;
         moving.session = text(&moving.migrate.event("resumable"), "session");
         moving.migrate.event("running");
         moving.incoming.event("running");
@@ -62,27 +68,38 @@ impl Move {
     /// Up to the start of `umem migrate`.
     fn start(how: How) -> Move {
         let scratch = Scratch::new();
-        let mib = how.mib.to_string();
-        let threads = how.threads.to_string();
-        let path = |name: &str| scratch.path(name).display().to_string();
-        let [source_qmp, destination_qmp] = [path("source.qmp"), path("destination.qmp")];
-        let ram = |name: &str| format!("ram0={}", scratch.ram(name).display());
-        let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
-        let source_ram = ram("source");
-        let mut arguments = vec!["guest", "--qmp", &source_qmp, "--ram", &source_ram];
-        arguments.extend(common);
+        let [mib, threads] = [how.mib.to_string(), how.threads.to_string()];
+        let qmp = scratch.path("source.qmp").display().to_string();
+        let ram = format!("ram0={}", scratch.ram("source").display());
+        let mut arguments = vec!["guest", "--qmp", &qmp, "--ram", &ram];
+        arguments.extend(["--size", &mib, "--threads", &threads, "--seed", "7"]);
         let mut guest = Umem::start(arguments);
         guest.event("ready");
+        Move::from("source", guest, "destination", scratch, how)
+    }
 
+    /// The same with a guest that is there, known by these names on both sides.
+    fn from(
+        source: &'static str,
+        guest: Umem,
+        destination: &'static str,
+        scratch: Scratch,
+        how: How,
+    ) -> Move {
+        let [mib, threads] = [how.mib.to_string(), how.threads.to_string()];
+        let path = |name: &str| scratch.path(name).display().to_string();
+        let [source_qmp, destination_qmp] =
+            [source, destination].map(|name| path(&format!("{name}.qmp")));
+        let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
         let kind = how.kind.unwrap_or("shared");
-        let (handoff, destination_ram, sessions) =
-            (path("handoff"), ram("destination"), path("sessions"));
+        let ram = format!("ram0={}", scratch.ram(destination).display());
+        let (handoff, sessions) = (path("handoff"), path("sessions"));
         let is_anonymous = kind == "anonymous";
         let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
         arguments.extend(["--session-dir", &sessions]);
         match is_anonymous {
             true => arguments.extend(["--handoff", &handoff]),
-            false => arguments.extend(["--kind", kind, "--ram", &destination_ram]),
+            false => arguments.extend(["--kind", kind, "--ram", &ram]),
         }
         arguments.extend(how.incoming);
         arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
@@ -90,7 +107,7 @@ impl Move {
         arguments.extend(common);
         match is_anonymous {
             true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
-            false => arguments.extend(["--ram", &destination_ram]),
+            false => arguments.extend(["--ram", &ram]),
         }
         arguments.extend(how.arriving);
         let mut incoming = Umem::start(arguments);
@@ -102,8 +119,8 @@ impl Move {
         arguments.extend(["--qmp", &source_qmp, cutter.uri()]);
         arguments.extend(how.migrate);
         let migrate = Umem::start(arguments);
-        let session = String::new();
-        Move { scratch, guest, incoming, migrate, cutter, how, session }
+        let (session, names) = (String::new(), [source, destination]);
+        Move { scratch, guest, incoming, migrate, cutter, how, session, names }
     }
 
     fn sessions(&self) -> PathBuf {
@@ -159,27 +176,31 @@ impl Move {
     }
 
     /// Waits for the end on both sides, and has the guest check its memory. Returns both reports.
-    fn complete(mut self) -> (Value, Value) {
+    fn complete(self) -> (Value, Value) {
+        let (scratch, guest, [_, there], reports) = self.arrive();
+        Qmp::connect(&scratch.path(&format!("{there}.qmp"))).quit();
+        guest.succeeds();
+        reports
+    }
+
+    /// The same, and leaves the guest where it is: its `umem incoming`, which ends when it does.
+    fn arrive(mut self) -> (Scratch, Umem, [&'static str; 2], (Value, Value)) {
         self.cutter.let_pages_go();
         let source = self.migrate.event("completed");
         let destination = self.incoming.event("completed");
         self.check(&destination);
         self.migrate.succeeds();
-        let [source_qmp, destination_qmp] =
-            ["source.qmp", "destination.qmp"].map(|name| self.scratch.path(name));
-        Qmp::connect(&source_qmp).quit();
+        Qmp::connect(&self.scratch.path(&format!("{}.qmp", self.names[0]))).quit();
         self.guest.succeeds();
-        Qmp::connect(&destination_qmp).quit();
-        self.incoming.succeeds();
         let left: Vec<_> = std::fs::read_dir(self.scratch.path("sessions")).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
-        (source, destination)
+        (self.scratch, self.incoming, self.names, (source, destination))
     }
 
     /// Every word is what it was at the source or what has been written since, each page has been
     /// counted once, and the guest has left its userfaultfd.
     fn check(&self, report: &Value) {
-        let mut qmp = Qmp::connect(&self.scratch.path("destination.qmp"));
+        let mut qmp = Qmp::connect(&self.scratch.path(&format!("{}.qmp", self.names[1])));
         let verdict = qmp.execute("umem-verify", json!({}));
         let mib = self.how.mib;
         assert_eq!(verdict["verified_pages"], mib * 256, "{verdict}");
@@ -219,6 +240,29 @@ fn a_source_that_is_killed_is_taken_over_from() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Source]);
     moving.complete();
+}
+
+/// On and on, to a new process each time, by umems that are killed; nothing is left of any of them.
+#[test]
+fn a_guest_moves_again_and_again_while_its_umems_are_killed() {
+    let moves = std::env::var("UMEM_SOAK_KILLED").map_or(5, |moves| moves.parse().expect("moves"));
+    let name = |number: usize| -> &'static str { format!("guest{number}.").leak() };
+    let how = How { mib: 32, threads: 1, ..How::default() };
+    let sides = [Side::Both, Side::Source, Side::Destination];
+    let mut moving = Move::switched(how);
+    for number in 0.. {
+        moving.kill_often(3, 4 << 20, &sides);
+        let (scratch, guest, [left, here], _) = moving.arrive();
+        scratch.wait_until_gone(&format!("{left}.qmp"));
+        std::fs::remove_file(scratch.ram(left)).expect("umem deletes no guest's memory");
+        if number == moves {
+            Qmp::connect(&scratch.path(&format!("{here}.qmp"))).quit();
+            guest.succeeds();
+            scratch.wait_until_gone(UMEM);
+            break;
+        }
+        moving = Move::from(here, guest, name(number), scratch, how).until_switched();
+    }
 }
 
 /// What has been freed is not asked for again.
