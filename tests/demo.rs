@@ -243,6 +243,14 @@ fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
 }
 
 #[test]
+fn the_version_is_told_either_way() {
+    let outputs = [umem(&["version"]), umem(&["--version"])];
+    assert!(outputs.iter().all(|output| output.status.code() == Some(0)), "{outputs:?}");
+    assert!(String::from_utf8_lossy(&outputs[0].stdout).contains(env!("CARGO_PKG_VERSION")));
+    assert_eq!(outputs[0].stdout, outputs[1].stdout);
+}
+
+#[test]
 fn help_teaches() {
     for arguments in
         [&["--help"][..], &["demo", "--help"], &["incoming", "--help"], &["migrate", "--help"]]

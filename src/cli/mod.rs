@@ -60,6 +60,8 @@ pub fn main() -> i32 {
     let words: Vec<&str> = strings.iter().map(String::as_str).collect();
     let json = words.contains(&"--json");
     let (name, rest) = words.split_first().map_or(("umem", &[][..]), |(_, rest)| ("umem", rest));
+    // As other programs have it.
+    let rest = if rest == ["--version"] { &["version"][..] } else { rest };
     let arguments = match Arguments::from_args(&[name], rest) {
         Ok(arguments) => arguments,
         Err(exit) => return early_exit(&exit),

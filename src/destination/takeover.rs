@@ -60,6 +60,10 @@ use crate::uri::Uri;
 /// How long the guest's side may take to hand over again. It does nothing else.
 const HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long an address may still be in use, and how often it is tried.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(10);
+const ADDRESS_INTERVAL: Duration = Duration::from_millis(20);
+
 /// How long a source is waited for that has to hear of a guest's end.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -204,7 +208,7 @@ impl Taken {
             quiet: options.observe.quiet,
         };
         let hello = self.hello()?;
-        let door = self.door(options, &hello)?;
+        let door = self.door(options, &hello, inbox)?;
         let serving = Serving {
             link: Link::taken_over(hello, self.guard.clone(), self.certificate(), door),
             lane: None,
@@ -280,7 +284,7 @@ impl Taken {
     }
 
     /// Where the source comes in: where it did, or at the address that is named now.
-    fn door(&self, options: &Options, hello: &Hello) -> Result<Door> {
+    fn door(&self, options: &Options, hello: &Hello, inbox: &Inbox<Note>) -> Result<Door> {
         let recorded = self.record.uri.as_deref().map(str::parse::<Uri>).transpose();
         let uri = match (&options.uri, recorded.map_err(Error::Environment)?) {
             (Some(uri), _) => uri.clone(),
@@ -295,7 +299,7 @@ impl Taken {
             }
         };
         remove_stale(&uri);
-        let listener = Listener::bind(&uri)?;
+        let listener = self.listen(&uri, inbox)?;
         let uri = listener.uri(&uri);
         let open = self.guard.check_open(&WayIn::Listener(&listener), &uri)?;
         if let Some(open) = open {
@@ -309,6 +313,28 @@ impl Taken {
         Ok(Door::of_session(listener, guard, hello, certificate, &self.output))
     }
 
+    /// Listens there, if not at once then soon: sockets of a process that was killed may outlive it for a
+    /// moment, as the kernel closes them when io_uring has ended.
+    fn listen(&self, uri: &Uri, inbox: &Inbox<Note>) -> Result<Listener> {
+        let deadline = Instant::now() + ADDRESS_PATIENCE;
+        let mut has_told = false;
+        loop {
+            match Listener::bind(uri) {
+                Err(Error::Listen { source, .. })
+                    if source.kind() == ErrorKind::AddrInUse && Instant::now() < deadline =>
+                {
+                    if !std::mem::replace(&mut has_told, true) {
+                        self.output.remark(&format!("{uri} is still in use; waiting for it"));
+                    }
+                }
+                other => return other,
+            }
+            if let Wake::Signal = inbox.wait(&[], Some(ADDRESS_INTERVAL))? {
+                return Err(Error::Interrupted("the guest waits for another --resume".into()));
+            }
+        }
+    }
+
     /// The guest has ended while nobody served it. The source would serve it for ever.
     fn tell_of_the_end(&self, options: &Options, inbox: &Inbox<Note>) -> Result<()> {
         let lost = Error::Host(
@@ -316,7 +342,7 @@ impl Taken {
                 .into(),
         );
         let told = self.hello().and_then(|hello| {
-            let mut door = self.door(options, &hello)?;
+            let mut door = self.door(options, &hello, inbox)?;
             tell(&mut door, inbox, &lost)
         });
         match told {
