@@ -119,6 +119,9 @@ pub struct Completed {
     pub gbps: f64,
     /// From reading a fault to waking the guest, at the destination; null at the source.
     pub fault_latency_us: Option<Latency>,
+    /// The same by stage, of faults whose pages were asked for; null at the source.
+    #[serde(default)]
+    pub fault_stages_us: Option<FaultStages>,
     /// Processor time of the process that umem runs in.
     pub cpu_s: CpuTime,
     /// How the pages left the source without being copied; at the destination, how they landed.
@@ -175,6 +178,58 @@ impl Latency {
             p99: histogram.value_at_quantile(0.99),
             p999: histogram.value_at_quantile(0.999),
             max: histogram.max(),
+        }
+    }
+}
+
+/// Where the time of a fault goes at the destination.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct FaultStages {
+    /// From reading the fault until its request has been handed to the kernel; of a guest in shards: until
+    /// the demand thread has been told of it.
+    pub read_to_asked: Stage,
+    /// From then until the page has come: the network, and the source.
+    pub asked_to_arrived: Stage,
+    /// From then until the page is visible and whoever waited has been woken.
+    pub arrived_to_continued: Stage,
+}
+
+impl FaultStages {
+    /// In the order in which they follow each other, with what they are called.
+    pub fn each(&self) -> [(&'static str, &Stage); 3] {
+        [
+            ("read → asked", &self.read_to_asked),
+            ("asked → arrived", &self.asked_to_arrived),
+            ("arrived → continued", &self.arrived_to_continued),
+        ]
+    }
+}
+
+/// One stage's distribution in microseconds, to two digits.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Stage {
+    /// Faults measured.
+    pub count: u64,
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// Worst.
+    pub max: f64,
+}
+
+impl Stage {
+    /// Of a histogram of nanoseconds.
+    pub(crate) fn of(histogram_ns: &Histogram<u64>) -> Stage {
+        let us = |ns: u64| ns as f64 / 1e3;
+        Stage {
+            count: histogram_ns.len(),
+            p50: us(histogram_ns.value_at_quantile(0.5)),
+            p90: us(histogram_ns.value_at_quantile(0.9)),
+            p99: us(histogram_ns.value_at_quantile(0.99)),
+            max: us(histogram_ns.max()),
         }
     }
 }
@@ -239,7 +294,18 @@ impl Completed {
                 latency.p50, latency.p99, latency.max, latency.count
             );
         }
+        text += &self.stages();
         text + &self.integrity()
+    }
+
+    /// Where the middle fault's time went, a line or none.
+    fn stages(&self) -> String {
+        let Some(stages) = self.fault_stages_us.as_ref().filter(|s| s.asked_to_arrived.count > 0)
+        else {
+            return String::new();
+        };
+        let medians = stages.each().map(|(name, stage)| format!("{name} {:.1} µs", stage.p50));
+        format!("of it in the middle: {}\n", medians.join(", "))
     }
 
     /// What the checksums have said, a line or none.

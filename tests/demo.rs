@@ -53,7 +53,16 @@ fn check(report: &Value, mib: u64) {
 fn a_guest_moves_and_every_page_is_right() {
     let report = demo(&["--size", "256"]);
     check(&report, 256);
-    assert!(number(&report["fault_latency_us"], "count") > 0);
+    let faults = number(&report["fault_latency_us"], "count");
+    assert!(faults > 0);
+    let stages = report["fault_stages_us"].as_object().expect("stages");
+    assert_eq!(stages.len(), 3);
+    for (name, stage) in stages {
+        let count = number(stage, "count");
+        // Not those whose pages were on their way already.
+        assert!(count > 0 && count <= faults, "{name}: {count} of {faults}");
+        assert!(stage["p50"].as_f64() > Some(0.0), "{name}: {stage}");
+    }
     assert!(number(&report, "pages_demand") > 0);
     assert!(number(&report, "zero_bytes") > 0);
     assert!(number(&report, "writes") > 0);

@@ -14,7 +14,6 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver as Commands;
 
-use hdrhistogram::Histogram;
 use umem_ring::{
     Bytes, Completion, Config, Fd, Mailbox, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE,
     Wait, Waker,
@@ -28,6 +27,7 @@ use super::Note;
 use super::acks::Acks;
 use super::faults::{self, Faults, MESSAGE_ASK, Servers};
 use super::guest::{GuestMemory, PageId};
+use super::latency::Latencies;
 use super::reader::{
     Arrived, LaneReader, TOKEN_AHEAD, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN,
 };
@@ -37,7 +37,7 @@ use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
 use crate::lane::{self, Lane};
 use crate::priority;
-use crate::report::{Counters, latency_histogram};
+use crate::report::Counters;
 use crate::worker::Started;
 
 const TOKEN_SENT: u64 = TOKEN_FREE;
@@ -148,8 +148,8 @@ struct DemandThread {
 }
 
 impl DemandLane {
-    /// Serves until told to end. Returns the fault latencies, µs.
-    pub(crate) fn run(self, started: Started<Reach>) -> Result<Histogram<u64>> {
+    /// Serves until told to end. Returns what the faults took.
+    pub(crate) fn run(self, started: Started<Reach>) -> Result<Latencies> {
         let faults = self.serves_faults.then(|| {
             let sources = (0..self.guest.sources.len()).collect();
             Faults::new(self.guest.clone(), sources, TOKEN_FAULTS, TOKEN_FAULT_RETRY)
@@ -187,7 +187,7 @@ impl DemandLane {
         };
         let name = lane::lane_name(LaneRole::Demand, 0);
         thread.serve(&name, self.core, started)?;
-        Ok(thread.faults.map_or_else(latency_histogram, Faults::into_latency))
+        Ok(thread.faults.map_or_else(Latencies::new, Faults::into_latencies))
     }
 }
 
@@ -320,7 +320,7 @@ impl DemandThread {
 
     /// What somebody waits for and has not come, asked for before the lane was lost or not.
     fn ask_again(&mut self) {
-        self.faults.as_mut().into_iter().for_each(|faults| faults.unasked().clear());
+        self.faults.as_mut().into_iter().for_each(Faults::forget_unasked);
         self.ask.clear();
         self.guest.each_unanswered(|region, page| self.ask.push((region, page)));
     }
@@ -394,7 +394,7 @@ impl DemandThread {
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
         let Some(link) = self.link.as_mut().filter(|link| !link.is_lost) else {
             // The page states remember what is asked for again.
-            self.faults.as_mut().into_iter().for_each(|faults| faults.unasked().clear());
+            self.faults.as_mut().into_iter().for_each(Faults::forget_unasked);
             self.ask.clear();
             self.outbox.clear();
             self.ping = None;
@@ -428,20 +428,21 @@ impl DemandThread {
         ring.submit(Op::send(socket, buffer).wait_all(), TOKEN_SENT)
             .map_err(|rejected| Error::Ring(rejected.error))?;
         ring.enter(Wait::No)?;
+        self.faults.as_mut().into_iter().for_each(Faults::asked);
         Ok(())
     }
 
     /// What there is to say.
     fn gather(&mut self, buffer: &mut Vec<u8>) {
         if self.may_ask {
-            let own = self.faults.as_mut().map(Faults::unasked);
-            for asked in own.into_iter().chain([&mut self.ask]) {
+            let own = self.faults.as_mut().map_or(&[][..], Faults::take_unasked);
+            for asked in [own, &self.ask] {
                 self.has_asked |= !asked.is_empty();
                 for batch in asked.chunks(REQUEST_ENTRIES_MAX) {
                     transmit::request(buffer, batch);
                 }
-                asked.clear();
             }
+            self.ask.clear();
         }
         buffer.append(&mut self.outbox);
         if let Some(number) = self.ping.take() {

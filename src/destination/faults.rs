@@ -6,11 +6,9 @@
 //! a guest that is not sharded, which spares a hop between threads; shards are served by threads of
 //! their own, each with a ring on its own core, which tell the demand thread what to ask for.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use umem_ring::{
     Bytes, Completion, Config, Mailbox, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait,
 };
@@ -18,13 +16,13 @@ use umem_wire::RegionId;
 
 use super::demand::Reach;
 use super::guest::{GuestMemory, PageId};
+use super::latency::{Latencies, Waiting};
 use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
 use crate::memory::pages::PageState;
 use crate::memory::words::EVENTS_BYTES;
 use crate::observe::faults::FaultCounts;
 use crate::priority;
-use crate::report::{latency_histogram, record};
 use crate::worker::Started;
 
 /// Events taken with one read of a userfaultfd.
@@ -59,10 +57,10 @@ pub(crate) struct Faults {
     retry_armed: bool,
     /// Pages to ask the source for.
     ask: Vec<(RegionId, u64)>,
-    /// When each page that somebody waits for was first missed.
-    waiting: HashMap<PageId, Instant>,
+    /// Those whose request is being sent.
+    asking: Vec<(RegionId, u64)>,
+    waiting: Waiting,
     again: Vec<Again>,
-    latency: Histogram<u64>,
     /// The thread whose fault was read last; 0 if it is not known, or has been looked at.
     last_thread: u32,
     /// The same for who looks on.
@@ -87,9 +85,9 @@ impl Faults {
             retry_token,
             retry_armed: false,
             ask: Vec::with_capacity(1024),
-            waiting: HashMap::with_capacity(1024),
+            asking: Vec::with_capacity(1024),
+            waiting: Waiting::new(),
             again: Vec::new(),
-            latency: latency_histogram(),
             last_thread: 0,
             counts,
             buffer: vec![0; EVENTS_BYTES.max(EVENTS_MAX * MESSAGE_BYTES)],
@@ -223,13 +221,14 @@ impl Faults {
             // On its way already, or asked for already: whoever lands it sees that it is wanted.
             PageState::Missing | PageState::Discarded | PageState::Landing => {}
         }
-        self.waiting.entry(page).or_insert(now);
+        self.waiting.read(page, now);
         self.counts.waiting(self.waiting.len());
         Ok(())
     }
 
     /// A page that somebody waits for is there.
     pub(crate) fn cached(&mut self, ring: &mut Ring, page: PageId) -> Result<()> {
+        self.waiting.arrived(page);
         self.guest.region(page.region).pages.unwant(page.page);
         self.show(ring, Again::Came(page))
     }
@@ -243,9 +242,7 @@ impl Faults {
             self.again.push(what);
             return self.arm_retry(ring);
         }
-        if let Some(since) = page.and_then(|page| self.waiting.remove(&page)) {
-            let latency = since.elapsed();
-            record(&mut self.latency, latency);
+        if let Some(latency) = page.and_then(|page| self.waiting.continued(page)) {
             self.counts.served(latency);
             self.counts.waiting(self.waiting.len());
         }
@@ -271,14 +268,26 @@ impl Faults {
         (thread != 0).then_some(thread)
     }
 
-    /// The pages to ask for since the last call.
-    pub(crate) fn unasked(&mut self) -> &mut Vec<(RegionId, u64)> {
-        &mut self.ask
+    /// Nothing of what there is to ask for can be said; somebody else remembers it.
+    pub(crate) fn forget_unasked(&mut self) {
+        self.ask.clear();
     }
 
-    /// Fault latencies, µs: from the reading of a fault to its end.
-    pub(crate) fn into_latency(self) -> Histogram<u64> {
-        self.latency
+    /// The pages to ask for since the last call, which are being asked for now. [`Faults::asked`] follows.
+    pub(crate) fn take_unasked(&mut self) -> &[(RegionId, u64)] {
+        self.asking.append(&mut self.ask);
+        &self.asking
+    }
+
+    /// What was taken has left.
+    pub(crate) fn asked(&mut self) {
+        self.waiting.asked(&self.asking);
+        self.asking.clear();
+    }
+
+    /// What the faults took: from the reading of a fault to its end.
+    pub(crate) fn into_latencies(self) -> Latencies {
+        self.waiting.into_latencies()
     }
 }
 
@@ -303,8 +312,8 @@ pub(crate) struct FaultThread {
 }
 
 impl FaultThread {
-    /// Serves until it is woken to stop. Returns the fault latencies, µs.
-    pub(crate) fn run(self, started: Started<Reach>) -> Result<Histogram<u64>> {
+    /// Serves until it is woken to stop. Returns what the faults took.
+    pub(crate) fn run(self, started: Started<Reach>) -> Result<Latencies> {
         let mut ring = Ring::new(&Config {
             name: "faults".into(),
             core: self.core,
@@ -319,7 +328,7 @@ impl FaultThread {
             ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
                 match completion.token {
-                    TOKEN_WAKE => return Ok(faults.into_latency()),
+                    TOKEN_WAKE => return Ok(faults.into_latencies()),
                     TOKEN_POSTED => posted(completion.outcome)?,
                     TOKEN_MESSAGE => match completion.outcome {
                         Outcome::Message { value, .. } => {
@@ -330,10 +339,11 @@ impl FaultThread {
                     _ => faults.complete(&mut ring, completion)?,
                 }
             }
-            for (region, page) in faults.unasked().drain(..) {
+            for &(region, page) in faults.take_unasked() {
                 let value = PageId { region, page }.pack();
                 post(&mut ring, &self.demand, value, MESSAGE_ASK, TOKEN_POSTED)?;
             }
+            faults.asked();
         }
     }
 }

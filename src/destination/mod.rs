@@ -12,6 +12,7 @@ pub(crate) mod demand;
 pub(crate) mod embedded;
 pub(crate) mod faults;
 pub(crate) mod guest;
+mod latency;
 mod prepare;
 pub(crate) mod reader;
 mod recovery;
@@ -28,7 +29,6 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use nix::poll::PollFlags;
 use serde_json::json;
 use umem_ring::Waker;
@@ -49,7 +49,7 @@ use crate::memory::sums::RegionDigest;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
 use crate::progress::Progress;
-use crate::report::{Completed, CpuTime, Latency, Output, latency_histogram};
+use crate::report::{Completed, CpuTime, Output};
 use crate::secure::{Guard, Security};
 use crate::session::{DestinationRecord, Keeper};
 use crate::single::{self, Single};
@@ -62,6 +62,7 @@ use bulk::BulkLane;
 use demand::{Command, DemandLane, Reach};
 use faults::{FaultThread, Servers};
 use guest::GuestMemory;
+use latency::Latencies;
 use prepare::{Adopted, Expected, Prepared};
 use recovery::Link;
 use side::GuestSide;
@@ -359,11 +360,11 @@ struct Migration<'a> {
     demand_socket: Option<Arc<OwnedFd>>,
     lane_count: u16,
     bulk_wakers: Vec<Waker>,
-    demand_thread: Option<JoinHandle<Option<Histogram<u64>>>>,
+    demand_thread: Option<JoinHandle<Option<Latencies>>>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     /// Of a guest in shards.
     fault_wakers: Vec<Waker>,
-    fault_threads: Vec<JoinHandle<Option<Histogram<u64>>>>,
+    fault_threads: Vec<JoinHandle<Option<Latencies>>>,
     /// Of private memory.
     toucher: Option<Toucher>,
     touch_thread: Option<JoinHandle<Option<()>>>,
@@ -572,14 +573,14 @@ impl<'a> Migration<'a> {
         let driven =
             self.until_completed(side).map_err(|error| worker::first_cause(self.inbox, error));
         self.progress.phase("ending");
-        let latency = self.end(driven.as_ref().err());
+        let latencies = self.end(driven.as_ref().err());
         if let Err(error) = driven {
             self.keep_what_can_go_on(side);
             return Err(self.explain(error));
         }
         side.release()?;
         self.forget_session();
-        Ok(self.report(&latency))
+        Ok(self.report(&latencies))
     }
 
     fn until_completed(&mut self, side: &mut GuestSide) -> Result<()> {
@@ -828,7 +829,7 @@ impl<'a> Migration<'a> {
 
     /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
     /// the demand thread is the one that failed.
-    fn end(&mut self, error: Option<&Error>) -> Histogram<u64> {
+    fn end(&mut self, error: Option<&Error>) -> Latencies {
         if let Some(error) = error {
             self.send(&Frame::Error(error.to_fault()));
         }
@@ -845,23 +846,22 @@ impl<'a> Migration<'a> {
             let _ = thread.join();
         }
         let demand = self.demand_thread.take().expect("ended once");
-        let latency = demand.join().ok().flatten();
-        if let (None, Some(socket), Some(error)) = (&latency, &self.demand_socket, error) {
+        let latencies = demand.join().ok().flatten();
+        if let (None, Some(socket), Some(error)) = (&latencies, &self.demand_socket, error) {
             lane::tell(socket, self.is_checked, error);
         }
-        let mut latency = latency.unwrap_or_else(latency_histogram);
+        let mut latencies = latencies.unwrap_or_else(Latencies::new);
         // After the demand thread, which tells them of pages.
         self.fault_wakers.iter().for_each(Waker::wake);
         for thread in self.fault_threads.drain(..) {
             if let Ok(Some(shard)) = thread.join() {
-                // All have the same range, so that none is refused.
-                let _ = latency.add(shard);
+                latencies.add(&shard);
             }
         }
-        latency
+        latencies
     }
 
-    fn report(&self, latency: &Histogram<u64>) -> Completed {
+    fn report(&self, latencies: &Latencies) -> Completed {
         let totals = self.guest.counters.totals();
         let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
             (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
@@ -873,7 +873,7 @@ impl<'a> Migration<'a> {
         let kinds: BTreeSet<&str> =
             self.guest.regions.iter().map(|region| region.kind.name()).collect();
         let (release_bytes, spare_bytes_max) = self.guest.release_totals();
-        Completed {
+        let mut report = Completed {
             event: "completed".into(),
             role: "destination".into(),
             kind: kinds.into_iter().collect::<Vec<_>>().join(","),
@@ -889,7 +889,8 @@ impl<'a> Migration<'a> {
             drain_s: seconds(self.times.running, self.times.cached),
             total_s: seconds(self.times.stopped, self.times.cached),
             gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
-            fault_latency_us: Some(Latency::of(latency)),
+            fault_latency_us: None,
+            fault_stages_us: None,
             cpu_s: CpuTime::of_this_process(),
             zero_copy: self.guest.how_pages_landed().into(),
             release_bytes,
@@ -900,7 +901,9 @@ impl<'a> Migration<'a> {
             checksum: self.is_checked,
             checksum_errors: self.guest.counters.checksum_errors.load(Relaxed),
             digests: self.digests(),
-        }
+        };
+        latencies.tell(&mut report);
+        report
     }
 }
 

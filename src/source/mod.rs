@@ -869,6 +869,7 @@ impl Migration {
             total_s: seconds(times.stopped, times.completed),
             gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: None,
+            fault_stages_us: None,
             cpu_s: CpuTime::of_this_process(),
             zero_copy: self.memory.counters.zero_copy(),
             release_bytes: 0,

@@ -59,6 +59,9 @@ pub(crate) struct Options {
     json: bool,
 }
 
+/// umem's stages of a fault, as its report calls them.
+const STAGES: [&str; 3] = ["read_to_asked", "asked_to_arrived", "arrived_to_continued"];
+
 /// What answers the guest's faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -99,6 +102,8 @@ pub(crate) struct Touched {
     pub(crate) already_there: u64,
     /// umem's own account of the same faults, from reading one to waking the guest.
     umem_latency_us: Option<Value>,
+    /// The same by stage.
+    umem_stages_us: Option<Value>,
     /// Page contents while they moved, of a run with background.
     pub(crate) gbps: Option<f64>,
 }
@@ -199,7 +204,13 @@ impl Measure for Options {
 fn raw(pages: Pages, bytes: usize, count: usize, one_core: bool) -> Result<Touched> {
     pages.warm(bytes)?;
     let waited_ns = floor::round_trips(pages, bytes, count, one_core)?;
-    Ok(Touched { waited_ns, already_there: 0, umem_latency_us: None, gbps: None })
+    Ok(Touched {
+        waited_ns,
+        already_there: 0,
+        umem_latency_us: None,
+        umem_stages_us: None,
+        gbps: None,
+    })
 }
 
 impl Touching {
@@ -278,6 +289,7 @@ impl Touching {
             waited_ns: waited.iter().filter_map(Value::as_u64).collect(),
             already_there: touched["already_there"].as_u64().unwrap_or(0),
             umem_latency_us: Some(completed["fault_latency_us"].clone()),
+            umem_stages_us: Some(completed["fault_stages_us"].clone()),
             gbps: self.background.then(|| completed["gbps"].as_f64()).flatten(),
         })
     }
@@ -303,6 +315,17 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
         "p99 × floor",
         "p50 × idle",
         "p99 × idle",
+    ]);
+    let mut by_stage = Table::new(&[
+        "memory",
+        "answered by",
+        "read → asked p50 µs",
+        "p99",
+        "asked → arrived p50 µs",
+        "p99",
+        "arrived → continued p50 µs",
+        "p99",
+        "before and after p50 µs",
     ]);
     let (mut figures, mut curves, mut highlights) = (Vec::new(), Vec::new(), Vec::new());
     for subject in subjects {
@@ -359,6 +382,20 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
         let gbps: Vec<f64> = subject.turns.iter().filter_map(|turn| turn.gbps).collect();
         let own: Vec<&Value> =
             subject.turns.iter().filter_map(|turn| turn.umem_latency_us.as_ref()).collect();
+        let stages: Vec<&Value> =
+            subject.turns.iter().filter_map(|turn| turn.umem_stages_us.as_ref()).collect();
+        if is_umem {
+            let mut row = vec![subject.pages.name().into(), subject.answers.name().into()];
+            for stage in STAGES {
+                let of = |what: &str| {
+                    let each = stages.iter().filter_map(|turn| turn[stage][what].as_f64());
+                    cell(Spread::of(each.collect()).median, 1)
+                };
+                row.extend([of("p50"), of("p99")]);
+            }
+            row.push(cell(all.p50_us - inside.median, 1));
+            by_stage.row(row);
+        }
         figures.push(json!({
             "pages": subject.pages,
             "answered_by": subject.answers,
@@ -368,6 +405,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
             "already_there": already_there,
             "background_gbps": (!gbps.is_empty()).then(|| Spread::of(gbps)),
             "umem_read_to_woken_us": (!own.is_empty()).then_some(own),
+            "umem_stages_us": stages,
             "ratio_to_floor": { "p50": ratios[0], "p99": ratios[1] },
             "floor": floor.as_ref().map(|floor| json!({ "p50_us": floor.p50_us, "p99_us": floor.p99_us })),
             "ratio_to_idle": { "p50": ratios[2], "p99": ratios[3] },
@@ -386,7 +424,10 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
          given back; percentiles are over all rounds, and every page read was checked. × floor is \
          over the floor with the lower median, × idle over umem idle. In umem is umem's own median \
          from having read the fault to waking the guest; the rest of p50 is the kernel's, and the \
-         guest's way back onto its core.",
+         guest's way back onto its core. The second table has umem's part by stage, medians of the \
+         turns: from reading a fault until its request has been handed to the kernel, until the page \
+         has come, until it is visible and its waiter woken; and what of the guest's p50 lies before \
+         and after them.",
         options.count, options.size, options.lanes, options.rounds
     );
     let plot = Plot::curves("First access to a page", "µs, logarithmic", curves);
@@ -395,7 +436,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
         machine,
         method,
         highlights,
-        tables: vec![table],
+        tables: vec![table, by_stage],
         plots: vec![plot],
         value: json!({
             "size_mib": options.size,
