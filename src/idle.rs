@@ -100,6 +100,19 @@ impl Vigil {
     }
 }
 
+/// Cores stay awake for as long as this is there.
+#[derive(Debug)]
+pub(crate) struct Awake {
+    _bound: File,
+}
+
+/// For the time in which a guest stands still, and two monitors and their umems wake each other a dozen
+/// times. None where that is not wanted, or not allowed.
+pub(crate) fn stay_awake(idle: IdleCores) -> Option<Awake> {
+    let bound = (idle == IdleCores::Poll).then(|| hold(DEVICE).ok()).flatten();
+    bound.map(|bound| Awake { _bound: bound })
+}
+
 /// Keeps cores awake for as long as what it returns is there.
 pub(crate) fn hold(device: &str) -> io::Result<File> {
     let latency = if is_virtual() { LATENCY_VIRTUAL_US } else { LATENCY_BARE_US };

@@ -41,7 +41,7 @@ use crate::host::command::RamPath;
 use crate::host::qemu::Qemu;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
-use crate::idle::IdleCores;
+use crate::idle::{self, Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
@@ -369,6 +369,9 @@ struct Migration<'a> {
     toucher: Option<Toucher>,
     touch_thread: Option<JoinHandle<Option<()>>>,
     congestion: String,
+    idle_cores: IdleCores,
+    /// Keeps cores awake while the guest stands still.
+    awake: Option<Awake>,
     times: Times,
     progress: Progress,
 }
@@ -475,6 +478,8 @@ impl<'a> Migration<'a> {
             toucher: None,
             touch_thread: None,
             congestion: "none".into(),
+            idle_cores: plan.idle_cores,
+            awake: None,
             times: Times::default(),
             landing,
             is_checked,
@@ -486,6 +491,7 @@ impl<'a> Migration<'a> {
     }
 
     fn get_ready(&mut self, landing: RegionTable) -> Result<()> {
+        self.host.prepare();
         let ready = Frame::Ready(landing.units());
         self.step(Input::Received(&Event::Regions(landing)))?;
         self.step(Input::GuestReady)?;
@@ -652,6 +658,7 @@ impl<'a> Migration<'a> {
                 self.state_loaded = true;
                 self.loaded_if_done(side)
             }
+            Note::Host(Answer::Prepared(result)) => result,
             Note::Host(Answer::Running(result)) => {
                 result?;
                 self.running()
@@ -671,11 +678,15 @@ impl<'a> Migration<'a> {
                 self.times.stopped = Some(Instant::now());
                 self.times.first_page = self.times.stopped;
                 self.progress.phase(if postcopy { "switching" } else { "filling" });
+                if postcopy {
+                    self.awake = idle::stay_awake(self.idle_cores);
+                }
                 self.output.event("stopped", json!({ "postcopy": postcopy }), "");
             }
             Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
             Event::Load { .. } => {
                 self.runs = Qemu::runs_with(&self.state);
+                self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));
                 self.host.load_state(std::mem::take(&mut self.state));
             }
             Event::Switchover { stopped_us } => {
@@ -698,6 +709,7 @@ impl<'a> Migration<'a> {
 
     fn running(&mut self) -> Result<()> {
         let now = Instant::now();
+        self.awake = None;
         let since_switchover = self.times.switched.map_or(Duration::ZERO, |at| now - at);
         self.times.running = Some(now);
         self.times.downtime += since_switchover;

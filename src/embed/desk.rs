@@ -130,6 +130,8 @@ impl Desk {
     pub(crate) fn ask(&self, question: Question) {
         let mut papers = self.papers();
         let (open, event) = match question {
+            // The program knows what comes, and may do what it likes.
+            Question::Prepare => return,
             Question::Stop => {
                 papers.stop_asked = true;
                 (Open::Stop, Event::Stop)
@@ -367,7 +369,7 @@ mod tests {
         let saved = || Answer::Saved(Ok(Vec::new()));
         assert!(desk.answer(Open::Save, saved).is_err() && desk.refuse("why").is_err());
         desk.ask(Question::Save);
-        assert!(desk.answer(Open::Stop, || Answer::Stopped(Ok(()))).is_err());
+        assert!(desk.answer(Open::Stop, || Answer::Stopped(Ok(None))).is_err());
         desk.answer(Open::Save, saved).unwrap();
         assert!(desk.answer(Open::Save, saved).is_err());
         desk.ask(Question::Run);

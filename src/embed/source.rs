@@ -125,7 +125,7 @@ impl Source {
     /// # Errors
     /// [`Error::Usage`] if that is not asked.
     pub fn stopped(&self) -> Result<()> {
-        self.handle.desk.answer(Open::Stop, || Answer::Stopped(Ok(())))
+        self.handle.desk.answer(Open::Stop, || Answer::Stopped(Ok(None)))
     }
 
     /// Answers [`Event::SaveState`]: this is the device state, which the destination's program gets as

@@ -15,6 +15,7 @@ pub(crate) mod qmp;
 pub(crate) mod thread;
 
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use crate::error::Result;
 use crate::session::Undo;
@@ -27,8 +28,9 @@ pub(crate) trait SourceHost: Send {
     /// Has `note` called before every stop, which fails if that does: what would have to be undone is
     /// written down then, should this process be killed.
     fn before_stop(&mut self, _note: BeforeStop) {}
-    /// Stops every vCPU. From here on the guest's memory does not change.
-    fn stop(&mut self) -> Result<()>;
+    /// Stops every vCPU, after whatever can be done while they still run. From here on the guest's memory
+    /// does not change. Says when it was asked to stand still, where that is later than this call.
+    fn stop(&mut self) -> Result<Option<Instant>>;
     /// The device state of the stopped guest.
     fn save_state(&mut self) -> Result<Vec<u8>>;
     /// Undoes stop and save: the guest goes on here as if nothing had happened.
@@ -37,6 +39,10 @@ pub(crate) trait SourceHost: Send {
 
 /// What the destination asks of the guest's monitor.
 pub(crate) trait DestinationHost: Send {
+    /// Does what can be done before the device state is there: the guest still runs at the source.
+    fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Loads the device state. May touch guest memory, so faults are served meanwhile.
     fn load_state(&mut self, state: Vec<u8>) -> Result<()>;
     /// Starts the vCPUs.
@@ -52,8 +58,8 @@ pub(crate) trait DestinationHost: Send {
 pub(crate) struct FileOnly;
 
 impl SourceHost for FileOnly {
-    fn stop(&mut self) -> Result<()> {
-        Ok(())
+    fn stop(&mut self) -> Result<Option<Instant>> {
+        Ok(None)
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>> {

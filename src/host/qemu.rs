@@ -53,6 +53,8 @@ pub(crate) struct Qemu {
     was_running: bool,
     saved: Option<Settings>,
     before_stop: Option<BeforeStop>,
+    /// Our end of the socket for the device state, whose other end QEMU has.
+    state_socket: Option<UnixStream>,
 }
 
 /// What we change in the source's QEMU, as it was.
@@ -63,7 +65,7 @@ struct Settings {
 
 impl Qemu {
     pub(crate) fn new(qmp: Qmp) -> Qemu {
-        Qemu { qmp, was_running: true, saved: None, before_stop: None }
+        Qemu { qmp, was_running: true, saved: None, before_stop: None, state_socket: None }
     }
 
     /// One that a process before this has stopped: [`SourceHost::resume`] undoes that.
@@ -210,6 +212,14 @@ impl Qemu {
         })
     }
 
+    /// Gives QEMU one end of a new socket for its device state.
+    fn give_state_socket(&mut self) -> Result<()> {
+        let (ours, theirs) = socket_pair()?;
+        self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
+        self.state_socket = Some(ours);
+        Ok(())
+    }
+
     fn set_ignore_shared(&mut self, on: bool) -> Result<()> {
         let capability = json!({ "capability": "x-ignore-shared", "state": on });
         self.qmp
@@ -271,7 +281,7 @@ impl SourceHost for Qemu {
         self.before_stop = Some(note);
     }
 
-    fn stop(&mut self) -> Result<()> {
+    fn stop(&mut self) -> Result<Option<Instant>> {
         self.was_running = self.status()? == "running";
         let settings = self.settings()?;
         if let Some(note) = &self.before_stop {
@@ -279,15 +289,20 @@ impl SourceHost for Qemu {
             note(&Undo { was_running: self.was_running, ignore_shared, bandwidth })?;
         }
         self.saved = Some(settings);
-        self.qmp.execute("stop", json!({})).map(drop)
+        // Each answer takes a while, during which the guest had better run.
+        self.set_ignore_shared(true)?;
+        self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": STATE_BANDWIDTH }))?;
+        self.give_state_socket()?;
+        let asked = Instant::now();
+        self.qmp.execute("stop", json!({}))?;
+        Ok(Some(asked))
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>> {
-        self.set_ignore_shared(true)?;
-        self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": STATE_BANDWIDTH }))?;
-        let (ours, theirs) = socket_pair()?;
-        self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
-        drop(theirs);
+        if self.state_socket.is_none() {
+            self.give_state_socket()?;
+        }
+        let ours = self.state_socket.take().expect("just given");
         let mut state = vec![if self.was_running { GUEST_RUNS } else { GUEST_IS_PAUSED }];
         state.extend(self.migrate_into(ours)?);
         if state.len() as u64 > STATE_BYTES_MAX {
@@ -303,6 +318,10 @@ impl SourceHost for Qemu {
 
     fn resume(&mut self) -> Result<()> {
         self.cancel_migration()?;
+        if self.state_socket.take().is_some() {
+            // It was not used. One that QEMU has closed already it does not know any more.
+            let _ = self.qmp.try_execute("closefd", json!({ "fdname": STATE_SOCKET }))?;
+        }
         self.restore_settings()?;
         if self.was_running {
             self.qmp.execute("cont", json!({}))?;
@@ -312,6 +331,14 @@ impl SourceHost for Qemu {
 }
 
 impl DestinationHost for Qemu {
+    /// QEMU waits at the socket for its device state, which need not wait for QEMU then.
+    fn prepare(&mut self) -> Result<()> {
+        self.set_ignore_shared(true)?;
+        self.give_state_socket()?;
+        let uri = json!({ "uri": format!("fd:{STATE_SOCKET}") });
+        self.qmp.execute("migrate-incoming", uri).map(drop)
+    }
+
     fn load_state(&mut self, state: Vec<u8>) -> Result<()> {
         let Some((&was_running, state)) = state.split_first() else {
             return Err(Error::Host(
@@ -321,11 +348,10 @@ impl DestinationHost for Qemu {
             ));
         };
         self.was_running = was_running == GUEST_RUNS;
-        self.set_ignore_shared(true)?;
-        let (mut ours, theirs) = socket_pair()?;
-        self.qmp.give_descriptor(STATE_SOCKET, theirs.as_fd())?;
-        drop(theirs);
-        self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
+        if self.state_socket.is_none() {
+            self.prepare()?;
+        }
+        let mut ours = self.state_socket.take().expect("it has been prepared");
         // QEMU reads in its main loop and may refuse half-way: its own reason comes from the
         // status then, so a broken pipe here is not yet the answer.
         let written = ours.write_all(state);
@@ -386,7 +412,31 @@ mod tests {
         qemu.join().unwrap();
     }
 
-    fn answer_late(monitor: &UnixStream) {
+    /// The guest stands still only for what cannot be done before, and has everything as it was afterwards.
+    #[test]
+    fn what_needs_answers_is_asked_before_the_guest_stops() {
+        let (monitor, ours) = UnixStream::pair().unwrap();
+        let qemu = std::thread::spawn(move || answer_late(&monitor));
+        let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+        assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
+        SourceHost::resume(&mut qmp).unwrap();
+        SourceHost::stop(&mut qmp).unwrap();
+        qmp.save_state().unwrap();
+        drop(qmp);
+        let asked = qemu.join().unwrap();
+        let stops: Vec<_> = (0..asked.len()).filter(|&at| asked[at] == "stop").collect();
+        let &[first, second] = &stops[..] else { panic!("{asked:?}") };
+        assert!(asked[..first].contains(&"getfd".to_owned()), "{asked:?}");
+        let undone = &asked[first + 1..second];
+        for command in ["closefd", "migrate-set-capabilities", "cont"] {
+            assert!(undone.contains(&command.to_owned()), "{command}: {undone:?}");
+        }
+        assert_eq!(asked[second + 1..], ["migrate", "query-migrate"]);
+    }
+
+    /// Returns what it was asked.
+    fn answer_late(monitor: &UnixStream) -> Vec<String> {
+        let mut asked = Vec::new();
         let mut out = monitor;
         out.write_all(b"{\"QMP\":{}}\n").unwrap();
         let mut line = Vec::new();
@@ -394,8 +444,11 @@ mod tests {
         while let Some(descriptor) = next_line(monitor, &mut line) {
             socket = descriptor.or(socket);
             let command: Value = serde_json::from_slice(&line).unwrap();
-            let value = match command["execute"].as_str().unwrap() {
+            let command = command["execute"].as_str().unwrap();
+            asked.push(command.to_owned());
+            let value = match command {
                 "query-migrate-capabilities" => json!([]),
+                "query-status" => json!({ "status": "running" }),
                 "query-migrate" => json!({ "status": "completed" }),
                 "migrate" => {
                     let mut state = UnixStream::from(socket.take().unwrap());
@@ -406,6 +459,7 @@ mod tests {
             };
             writeln!(out, "{}", json!({ "return": value })).unwrap();
         }
+        asked
     }
 
     /// The next line and the descriptor that came with it, if one did; None at the end.

@@ -3,6 +3,7 @@
 
 use std::marker::PhantomData;
 use std::sync::mpsc::{Sender, channel};
+use std::time::Instant;
 
 use super::{DestinationHost, SourceHost};
 use crate::error::{Error, Result};
@@ -10,9 +11,11 @@ use crate::inbox::Post;
 
 /// The monitor's answers, in the order of the questions.
 pub(crate) enum Answer {
-    Stopped(Result<()>),
+    /// When it was asked to, where that is later than the question.
+    Stopped(Result<Option<Instant>>),
     Saved(Result<Vec<u8>>),
     Resumed(Result<()>),
+    Prepared(Result<()>),
     Loaded(Result<()>),
     Running(Result<()>),
 }
@@ -22,6 +25,7 @@ pub(crate) enum Question {
     Stop,
     Save,
     Resume,
+    Prepare,
     Load(Vec<u8>),
     Run,
 }
@@ -68,7 +72,9 @@ impl HostThread<dyn SourceHost> {
             Question::Stop => Answer::Stopped(host.stop()),
             Question::Save => Answer::Saved(host.save_state()),
             Question::Resume => Answer::Resumed(host.resume()),
-            Question::Load(_) | Question::Run => unreachable!("a source is not asked that"),
+            Question::Prepare | Question::Load(_) | Question::Run => {
+                unreachable!("a source is not asked that")
+            }
         };
         HostThread::with(answer, post)
     }
@@ -92,6 +98,7 @@ impl HostThread<dyn DestinationHost> {
         post: Post<T>,
     ) -> Result<Self> {
         let answer = move |question| match question {
+            Question::Prepare => Answer::Prepared(host.prepare()),
             Question::Load(state) => Answer::Loaded(host.load_state(state)),
             Question::Run => Answer::Running(host.run()),
             Question::Stop | Question::Save | Question::Resume => {
@@ -99,6 +106,10 @@ impl HostThread<dyn DestinationHost> {
             }
         };
         HostThread::with(answer, post)
+    }
+
+    pub(crate) fn prepare(&self) {
+        (self.ask)(Question::Prepare);
     }
 
     pub(crate) fn load_state(&self, state: Vec<u8>) {

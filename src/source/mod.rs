@@ -38,7 +38,7 @@ use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
-use crate::idle::IdleCores;
+use crate::idle::{self, Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
 use crate::memory::kind::Kind;
@@ -371,6 +371,8 @@ struct Migration {
     /// As the demand lane's thread is to serve, each time there is one.
     follows: bool,
     idle_cores: IdleCores,
+    /// Keeps cores awake while the guest stands still.
+    awake: Option<Awake>,
     adapts: bool,
     cores: Cores,
     zero_copy: bool,
@@ -441,6 +443,7 @@ impl Migration {
             link,
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
+            awake: None,
             adapts: plan.order == Order::Adaptive,
             cores: Cores::choose(plan.cores, crate::cores::Role::Source),
             zero_copy: !plan.stays_local,
@@ -517,6 +520,9 @@ impl Migration {
             Event::Ready(landing) => {
                 self.land(landing)?;
                 self.times.stopped = Some(Instant::now());
+                if self.postcopy {
+                    self.awake = idle::stay_awake(self.idle_cores);
+                }
                 self.host.stop();
             }
             Event::Loaded => self.switch_over()?,
@@ -571,14 +577,18 @@ impl Migration {
     fn answered(&mut self, answer: Answer) -> Result<()> {
         match answer {
             Answer::Stopped(result) => {
-                result?;
+                if let Some(asked) = result? {
+                    self.times.stopped = Some(asked);
+                }
                 self.stopped()
             }
             Answer::Saved(result) => {
                 let state = result?;
                 self.send_state(&state)
             }
-            Answer::Resumed(_) | Answer::Loaded(_) | Answer::Running(_) => Ok(()),
+            Answer::Resumed(_) | Answer::Prepared(_) | Answer::Loaded(_) | Answer::Running(_) => {
+                Ok(())
+            }
         }
     }
 
@@ -658,6 +668,7 @@ impl Migration {
     /// The guest runs at the destination since then.
     fn running(&mut self, since: Instant) -> Result<()> {
         self.times.running = Some(since);
+        self.awake = None;
         self.progress.watch().running(self.downtime());
         let downtime_ms = self.downtime().as_secs_f64() * 1e3;
         self.output.event(
@@ -714,6 +725,7 @@ impl Migration {
         self.step(Input::PagesAllSent)?;
         if precopying {
             self.progress.phase("switching");
+            self.awake = idle::stay_awake(self.idle_cores);
             self.host.save_state();
         }
         Ok(())

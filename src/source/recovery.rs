@@ -769,7 +769,7 @@ mod tests {
         let watch = Watch::new(Role::Source, false, None);
         let host = HostThread::<dyn SourceHost>::elsewhere(move |question| {
             answers.send(Note::Host(match question {
-                Question::Stop => Answer::Stopped(Ok(())),
+                Question::Stop => Answer::Stopped(Ok(None)),
                 Question::Save => Answer::Saved(Ok(Vec::new())),
                 _ => Answer::Resumed(Ok(())),
             }));
