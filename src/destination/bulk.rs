@@ -10,6 +10,7 @@ use super::acks::Acks;
 use super::faults::{self, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::reader::{Ahead, Arrived, LaneReader, TOKEN_FREE};
+use super::window::Window;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::{self, Lane};
@@ -54,6 +55,7 @@ impl BulkLane {
         })?;
         priority::go_early();
         started.with(ring.waker()?);
+        let mut window = Window::new(&self.lane);
         let ahead = self.ahead.take();
         let mut reader = LaneReader::bulk(&self.lane, &self.regions, self.guest.clone(), ahead);
         let mut wanted = Vec::new();
@@ -89,6 +91,7 @@ impl BulkLane {
                 }
             }
             self.wake(&mut ring, &mut wanted)?;
+            window.adapt();
             if lost.is_some() {
                 if reader.is_quiet() {
                     let arrived = |arrived| self.arrived(arrived, &mut ended);

@@ -19,6 +19,7 @@ mod recovery;
 mod side;
 pub(crate) mod takeover;
 mod touch;
+mod window;
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;

@@ -78,7 +78,7 @@ impl Setup {
     ) -> Vec<OsString> {
         let size = self.size_mib;
         let backend = match ram {
-            Ram::File => format!(
+            Ram::File | Ram::HugeFile => format!(
                 "memory-backend-file,id=ram0,size={size}M,share=on,mem-path={}",
                 ram_path.display()
             ),

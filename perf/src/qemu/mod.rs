@@ -103,12 +103,16 @@ impl Measure for Options {
     }
 }
 
+/// What umem can move: RAM that is a file.
+const UMEM_RAM: [Ram; 2] = [Ram::File, Ram::HugeFile];
+
 fn subjects(options: &Options) -> Vec<Subject> {
-    let mut subjects = vec![Subject::Preempt(Ram::File), Subject::Preempt(Ram::Private)];
+    let all = [Ram::File, Ram::Private, Ram::HugeFile];
+    let mut subjects = all.map(Subject::Preempt).to_vec();
     if options.plain {
-        subjects.extend([Subject::Plain(Ram::File), Subject::Plain(Ram::Private)]);
+        subjects.extend(all.map(Subject::Plain));
     }
-    subjects.push(Subject::Umem);
+    subjects.extend(UMEM_RAM.map(Subject::Umem));
     subjects
 }
 
@@ -171,7 +175,7 @@ fn report(options: &Options, machine: Machine, moves: &[(Subject, Vec<Move>)]) -
             "idle": options.idle,
             "qemu_version": version,
             "figures": moves.iter().map(figure).collect::<Vec<Value>>(),
-            "ratios_to_umem": ratios(moves),
+            "ratios": ratios(moves),
         }),
     }
 }
@@ -188,12 +192,13 @@ fn plot(moves: &[(Subject, Vec<Move>)]) -> Plot {
 
 /// How much better umem does than each peer.
 fn highlights(moves: &[(Subject, Vec<Move>)]) -> Vec<String> {
-    let sentence = |(peer, ratios): (Subject, Vec<f64>)| {
+    let sentence = |(peer, umem, ratios): (Subject, Subject, Vec<f64>)| {
         let ratios = QUANTITIES
             .iter()
             .zip(ratios)
             .map(|(quantity, ratio)| format!("{} {} ×", quantity.head, cell(ratio, 2)));
-        format!("{} over umem: {}", peer.name(), ratios.collect::<Vec<_>>().join(", "))
+        let ratios = ratios.collect::<Vec<_>>().join(", ");
+        format!("{} over {}: {ratios}", peer.name(), umem.name())
     };
     peers(moves).into_iter().map(sentence).collect()
 }
@@ -213,34 +218,39 @@ fn figures_table(moves: &[(Subject, Vec<Move>)]) -> Table {
 }
 
 fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
-    let mut head = vec!["× umem"];
+    let mut head = vec!["a peer's over umem's"];
     head.extend(QUANTITIES.iter().map(|measure| measure.head));
     let mut table = Table::new(&head);
-    for (peer, ratios) in peers(moves) {
-        let mut cells = vec![peer.name()];
+    for (peer, umem, ratios) in peers(moves) {
+        let mut cells = vec![format!("{} / {}", peer.name(), umem.name())];
         cells.extend(ratios.iter().map(|&ratio| cell(ratio, 2)));
         table.row(cells);
     }
     table
 }
 
-/// Each peer's medians over umem's: above 1 umem is better.
-fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Vec<f64>)> {
-    let umem = moves.iter().find(|(subject, _)| *subject == Subject::Umem);
-    let Some((_, umem)) = umem else { return Vec::new() };
-    let ratios = |moves: &[Move]| {
-        let ratio = |measure: &Quantity| measure.spread(moves).median / measure.spread(umem).median;
-        QUANTITIES.iter().map(ratio).collect()
+/// Each peer's medians over umem's with RAM of the same kind, or where the peer has its default: above 1
+/// umem is better.
+fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Subject, Vec<f64>)> {
+    let of = |ram: Ram| moves.iter().find(move |(subject, _)| *subject == Subject::Umem(ram));
+    let pairs = UMEM_RAM.into_iter().filter_map(|ram| Some((ram, of(ram)?)));
+    let against = |(ram, (umem, ours)): (Ram, &(Subject, Vec<Move>))| {
+        let ratios = |theirs: &[Move]| {
+            let ratio =
+                |measure: &Quantity| measure.spread(theirs).median / measure.spread(ours).median;
+            QUANTITIES.iter().map(ratio).collect::<Vec<_>>()
+        };
+        let peers = moves.iter().filter(|(subject, _)| subject.is_peer_of(ram));
+        peers.map(|(peer, theirs)| (*peer, *umem, ratios(theirs))).collect::<Vec<_>>()
     };
-    let peers = moves.iter().filter(|(subject, _)| *subject != Subject::Umem);
-    peers.map(|(subject, moves)| (*subject, ratios(moves))).collect()
+    pairs.flat_map(against).collect()
 }
 
 fn ratios(moves: &[(Subject, Vec<Move>)]) -> Value {
-    let object = |(peer, ratios): (Subject, Vec<f64>)| {
+    let object = |(peer, umem, ratios): (Subject, Subject, Vec<f64>)| {
         let ratios = QUANTITIES.iter().zip(ratios);
         let ratios = ratios.map(|(measure, ratio)| (measure.name.to_owned(), json!(ratio)));
-        (peer.key().to_owned(), Value::Object(ratios.collect()))
+        (format!("{}_over_{}", peer.key(), umem.key()), Value::Object(ratios.collect()))
     };
     Value::Object(peers(moves).into_iter().map(object).collect())
 }
@@ -268,7 +278,8 @@ fn method(options: &Options, version: &str) -> String {
          move, whoever moves, a file of {warm} MiB is written in /dev/shm and removed, so that the \
          machine has as much memory at hand as both ends can take. postcopy-preempt and plain postcopy are QEMU's own, \
          without a bandwidth limit, switched over at once, on the system's congestion control; `file` \
-         is the memory-backend-file with share=on that umem needs, `private` is QEMU's default RAM. \
+         is the memory-backend-file with share=on that umem needs, in /dev/shm, `huge file` the same in a \
+         tmpfs with huge pages, and `private` is QEMU's default RAM. \
          umem is `umem migrate -p` and `umem incoming` with their defaults. Total: from giving the \
          command (for umem: starting the process) until both sides say they have completed. Stop→end: \
          from the source's STOP event until then. Downtime: from the source's STOP to the \

@@ -1,6 +1,8 @@
 //! Who moves the guest, and one move.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,6 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Result, failure};
+use crate::memory::Pages;
 use crate::process::{Cpu, Process, free_port};
 use crate::qmp::Qmp;
 use crate::scratch::{Scratch, SharedFile, warm_shared_memory};
@@ -26,6 +29,8 @@ const NO_LIMIT: u64 = 1 << 40;
 pub(super) enum Ram {
     /// A memory-backend-file in /dev/shm with share=on.
     File,
+    /// The same in a tmpfs with `huge=always`.
+    HugeFile,
     /// A memory-backend-ram, which is QEMU's default.
     Private,
 }
@@ -36,7 +41,18 @@ pub(super) enum Subject {
     Preempt(Ram),
     /// QEMU's postcopy without.
     Plain(Ram),
-    Umem,
+    /// Of RAM that is a file.
+    Umem(Ram),
+}
+
+impl Ram {
+    fn name(self) -> &'static str {
+        match self {
+            Ram::File => "file",
+            Ram::HugeFile => "huge file",
+            Ram::Private => "private",
+        }
+    }
 }
 
 /// What one move gave.
@@ -59,22 +75,34 @@ pub(super) struct Move {
 
 impl Subject {
     pub(super) fn name(self) -> String {
-        let ram = |ram| if ram == Ram::File { "file" } else { "private" };
         match self {
-            Subject::Preempt(kind) => format!("postcopy-preempt, {}", ram(kind)),
-            Subject::Plain(kind) => format!("plain postcopy, {}", ram(kind)),
-            Subject::Umem => "umem, file".into(),
+            Subject::Preempt(ram) => format!("postcopy-preempt, {}", ram.name()),
+            Subject::Plain(ram) => format!("plain postcopy, {}", ram.name()),
+            Subject::Umem(ram) => format!("umem, {}", ram.name()),
         }
     }
 
     /// Its name in JSON.
-    pub(super) fn key(self) -> &'static str {
+    pub(super) fn key(self) -> String {
+        let (mover, ram) = match self {
+            Subject::Preempt(ram) => ("qemu_preempt", ram),
+            Subject::Plain(ram) => ("qemu_plain", ram),
+            Subject::Umem(ram) => ("umem", ram),
+        };
+        format!("{mover}_{}", ram.name().replace(' ', "_"))
+    }
+
+    /// Whether a peer's user would have umem's RAM instead: of the same kind, or QEMU's default.
+    pub(super) fn is_peer_of(self, umem: Ram) -> bool {
         match self {
-            Subject::Preempt(Ram::File) => "qemu_preempt_file",
-            Subject::Preempt(Ram::Private) => "qemu_preempt_private",
-            Subject::Plain(Ram::File) => "qemu_plain_file",
-            Subject::Plain(Ram::Private) => "qemu_plain_private",
-            Subject::Umem => "umem",
+            Subject::Preempt(ram) | Subject::Plain(ram) => ram == umem || ram == Ram::Private,
+            Subject::Umem(_) => false,
+        }
+    }
+
+    fn ram(self) -> Ram {
+        match self {
+            Subject::Preempt(ram) | Subject::Plain(ram) | Subject::Umem(ram) => ram,
         }
     }
 
@@ -82,12 +110,40 @@ impl Subject {
     pub(super) fn run(self, setup: &Setup) -> Result<Move> {
         let scratch = Scratch::new()?;
         // Dropped after the processes that use them.
-        let ram = [SharedFile::named("source"), SharedFile::named("destination")];
-        let [here, there] = [ram[0].path(), ram[1].path()];
+        let places =
+            [Place::of(self.ram(), setup, "source")?, Place::of(self.ram(), setup, "destination")?];
+        let [here, there] = [places[0].path(), places[1].path()];
+        let [here, there] = [here.as_path(), there.as_path()];
         match self {
             Subject::Preempt(ram) => by_qemu(setup, &scratch, ram, [here, there], true),
             Subject::Plain(ram) => by_qemu(setup, &scratch, ram, [here, there], false),
-            Subject::Umem => by_umem(setup, &scratch, [here, there]),
+            Subject::Umem(ram) => by_umem(setup, &scratch, ram, [here, there]),
+        }
+    }
+}
+
+/// Where a guest's RAM lies, if it is in a file. It goes with this.
+enum Place {
+    Shm(SharedFile),
+    /// Under no name but that of our descriptor.
+    Huge(File),
+}
+
+impl Place {
+    fn of(ram: Ram, setup: &Setup, name: &str) -> Result<Place> {
+        let bytes = usize::try_from(setup.size_mib << 20)?;
+        Ok(match ram {
+            Ram::HugeFile => Place::Huge(Pages::HugeTmpfs.file(bytes)?),
+            Ram::File | Ram::Private => Place::Shm(SharedFile::named(name)),
+        })
+    }
+
+    fn path(&self) -> PathBuf {
+        match self {
+            Place::Shm(file) => file.path().to_owned(),
+            Place::Huge(file) => {
+                format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()
+            }
         }
     }
 }
@@ -126,13 +182,13 @@ fn by_qemu(
     ended.into_move(&mut source.qmp, &mut destination.qmp, report)
 }
 
-fn by_umem(setup: &Setup, scratch: &Scratch, [here, there]: [&Path; 2]) -> Result<Move> {
+fn by_umem(setup: &Setup, scratch: &Scratch, ram: Ram, [here, there]: [&Path; 2]) -> Result<Move> {
     let for_umem = scratch.file("source.umem");
-    let mut source = Vm::source(setup, scratch, Ram::File, here, &for_umem)?;
+    let mut source = Vm::source(setup, scratch, ram, here, &for_umem)?;
     source.settle()?;
     let console = scratch.file("destination.console");
     let (mut incoming, uri, guest_pid, mut destination) =
-        start_incoming(setup, scratch, there, &console)?;
+        start_incoming(setup, scratch, (ram, there), &console)?;
     warm_up(setup)?;
 
     let mut watch = Watch::begin(vec![source.pid(), guest_pid, incoming.pid()]);
@@ -164,14 +220,14 @@ fn warm_up(setup: &Setup) -> Result<()> {
 fn start_incoming(
     setup: &Setup,
     scratch: &Scratch,
-    ram: &Path,
+    (ram, path): (Ram, &Path),
     console: &Path,
 ) -> Result<(Process, String, u32, Qmp)> {
     let monitor: PathBuf = scratch.file("destination.qmp");
     let mut arguments: Vec<OsString> =
         ["incoming", "--json", "tcp:127.0.0.1:0", "--"].map(Into::into).into();
     arguments.push(setup.qemu().into());
-    arguments.extend(setup.arguments(Ram::File, ram, console, &[&monitor]));
+    arguments.extend(setup.arguments(ram, path, console, &[&monitor]));
     let log = scratch.file("incoming.log");
     let mut incoming = Process::start("umem incoming", &setup.umem, &arguments, log)?;
     let (_, listening) = incoming.event("listening", PATIENCE)?;
