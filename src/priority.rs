@@ -59,6 +59,16 @@ pub(crate) fn go_early() -> bool {
     result == 0 || unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, EARLY) } == 0
 }
 
+/// Has whoever waits for the caller's core run first, if it is their turn.
+///
+/// For bulk threads, after each batch. A vCPU whose page has come may have used up its share of the core for now,
+/// so that waking it does not take the core from the bulk thread, and from then on the scheduler looks again
+/// only at its next tick, up to 10 ms later. A yield has it look at once; the bulk thread loses no more of
+/// its share than the rest of its slice.
+pub(crate) fn let_others() {
+    std::thread::yield_now();
+}
+
 /// How long a bulk thread runs before somebody else may, ns: the least that the scheduler knows (since
 /// Linux 6.12; before that it ignores the value). It has nine tenths of a core that it shares, but a vCPU
 /// whose page has come does not wait for long until it runs.

@@ -115,6 +115,7 @@ impl BulkLane {
             if ended && ring.in_flight() == 0 {
                 return Ok(reader.into_ahead());
             }
+            priority::let_others();
             ring.enter(Wait::One)?;
         }
     }

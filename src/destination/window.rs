@@ -74,7 +74,9 @@ impl Window {
     fn offer(&mut self, bytes: u64) {
         let Some(socket) = &self.socket else { return };
         let wanted = usize::try_from(bytes).unwrap_or(usize::MAX).min(WINDOW_BYTES_MAX);
-        if wanted.abs_diff(self.offered) < self.offered / 4 {
+        // Never less than before: what is on its way already would be dropped where it has no room, and
+        // sent again only after 200 ms.
+        if wanted <= self.offered + self.offered / 4 {
             return;
         }
         self.offered = wanted;

@@ -165,6 +165,7 @@ impl BulkLane {
                     return Ok(());
                 }
             }
+            priority::let_others();
             ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
                 match completion.token {
