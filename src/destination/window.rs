@@ -221,10 +221,9 @@ mod tests {
         writer.join().unwrap();
         let mut waiting: libc::c_int = 0;
         // SAFETY: the request writes an int to a local variable.
-        assert_eq!(
-            unsafe { libc::ioctl(destination.as_raw_fd(), libc::FIONREAD, &raw mut waiting) },
-            0
-        );
+        let result =
+            unsafe { libc::ioctl(destination.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
+        assert_eq!(result, 0);
         let waiting = u64::try_from(waiting).unwrap();
         // The kernel's bookkeeping takes less than it assumes.
         let most = 2 * most_offered as u64;
