@@ -110,6 +110,36 @@ fn memory_that_the_source_frees_survives_cuts() {
     assert!(source["release_bytes"].as_u64() > Some(0), "{source}");
 }
 
+/// Something in between keeps the source's ends of connections that the destination has lost, and the kernel
+/// there answers for it, until something is sent. The source has nothing to send, and asks.
+#[test]
+fn a_destination_that_has_lost_its_ends_is_noticed() {
+    let mut moving =
+        Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
+    moving.cutter.cut(Ends::Destination, false);
+    moving.migrate.event("resumed");
+    moving.incoming.event("resumed");
+    moving.cutter.let_pages_go();
+    moving.migrate.signal(Signal::SIGINT);
+    moving.complete();
+}
+
+/// What it asks arrives nowhere, and nothing says so.
+#[test]
+fn a_destination_that_does_not_answer_is_noticed() {
+    let mut moving =
+        Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
+    moving.cutter.limit_demand(Some(0));
+    let lost = moving.migrate.event("recovering");
+    assert_eq!(lost["reason"], "the destination does not answer");
+    moving.cutter.limit_demand(None);
+    moving.migrate.event("resumed");
+    moving.incoming.event("resumed");
+    moving.cutter.let_pages_go();
+    moving.migrate.signal(Signal::SIGINT);
+    moving.complete();
+}
+
 /// Only what is waited for is sent, and what was asked for before the cut is asked for again.
 #[test]
 fn demands_are_asked_for_again() {

@@ -228,7 +228,6 @@ impl DemandThread {
                 }
                 Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
                 Event::Ping(number) => self.ping = Some(number),
-                Event::Pong(_) => {}
                 other => self.post.send(Note::Received(other)),
             }
         }

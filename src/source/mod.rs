@@ -9,6 +9,7 @@ pub(crate) mod bulk;
 pub(crate) mod demand;
 mod digest;
 pub(crate) mod embedded;
+mod liveness;
 pub(crate) mod memory;
 mod recovery;
 mod release;
@@ -527,6 +528,7 @@ impl Migration {
             }
             Event::Loaded => self.switch_over()?,
             Event::Running { .. } => self.running(Instant::now())?,
+            Event::Pong(number) => self.link.liveness.answered(number, Instant::now()),
             Event::Digests(digests) if self.memory.is_checked => self.digesting.heard(digests),
             Event::Digests(_) => {
                 return Err(Error::protocol("demand lane", "digests that nobody asked for"));
@@ -632,6 +634,7 @@ impl Migration {
         self.keep_commit()?;
         self.step(Input::SentSwitchover)?;
         self.send_switchover();
+        self.link.watch_over();
         self.say_how_to_resume();
         self.start_release()
     }

@@ -22,11 +22,12 @@ use nix::sys::socket::{MsgFlags, recv};
 use serde_json::json;
 use umem_ring::Waker;
 use umem_wire::source::{Input, Phase};
-use umem_wire::{Event, LaneRole, Receiver, Standing, Target};
+use umem_wire::{Event, Frame, LaneRole, Receiver, Standing, Target};
 
 use super::demand::{Command, DemandLane};
 use super::embedded;
 use super::{Migration, Note, Reach, peer};
+use super::liveness::{Due, Liveness};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, Severable, lane_name};
@@ -64,6 +65,7 @@ pub(super) struct Link {
     /// By hand: no lanes are opened.
     is_paused: bool,
     was_interrupted: bool,
+    pub(super) liveness: Liveness,
     suspicion: Suspicion,
     /// Bytes that the destination had when it said so last.
     accounted: u64,
@@ -94,6 +96,7 @@ impl Link {
             disconnected: Duration::ZERO,
         }
     }
+            liveness: Liveness::off(),
 
     /// Of a session whose process is gone: there are no lanes.
     pub(super) fn taken_over(
@@ -157,7 +160,14 @@ impl Link {
 
     /// When [`Migration::look_after_link`] has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.doubt.as_ref().map(|&(_, until)| until)
+        let doubt = self.doubt.as_ref().map(|&(_, until)| until);
+        doubt.into_iter().chain(self.liveness.deadline()).min()
+    }
+
+    /// From the switchover on, and each time there are lanes again.
+    pub(super) fn watch_over(&mut self) {
+        let is_asked = self.recovers && self.session.bulk_lanes > 0;
+        self.liveness.begin(is_asked, Instant::now());
     }
 }
 
@@ -223,6 +233,13 @@ impl Migration {
     }
 
     /// By hand: goes on over these connections.
+        match self.link.liveness.due(Instant::now()) {
+            Due::Nothing => {}
+            Due::Ask(number) => self.send(&Frame::Ping(number)),
+            // It knows that everything has come.
+            Due::Lost if matches!(self.phase, Phase::Completed(_)) => {}
+            Due::Lost => return self.recover("the destination does not answer"),
+        }
     pub(super) fn reconnect(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
         if !self.link.recovers || self.phase.may_run() {
             return Ok(());
@@ -283,6 +300,7 @@ impl Migration {
     /// What a note means when its lane is gone.
     fn left_over(&mut self, note: Note) -> Result<()> {
         match note {
+        self.link.liveness.begin(false, Instant::now());
             Note::Received(event) => self.received(event),
             Note::Failed(Error::Lost { .. }) | Note::BulkEnded => Ok(()),
             Note::Failed(error) => Err(error),
@@ -556,6 +574,7 @@ impl Migration {
                  not start it here again{how}"
             )));
         }
+        self.link.watch_over();
         self.output.remark(&format!("{what}; interrupt again to give up"));
         Ok(())
     }
@@ -627,8 +646,8 @@ mod tests {
     use std::sync::Arc;
 
     use umem_wire::{
-        Capabilities, Frame, HELLO_BYTES, Hello, PROTOCOL, PageRange, RegionId, RegionTable,
-        Totals, Welcome, transmit,
+        Capabilities, HELLO_BYTES, Hello, PROTOCOL, PageRange, RegionId, RegionTable, Totals,
+        Welcome, transmit,
     };
 
     use crate::host::SourceHost;
