@@ -15,19 +15,20 @@
 //! | `SESSION.guest` | destination: a socket on which the guest's side hands over again |
 //!
 //! A lock ends with its process: when somebody else has it no thread of the dead one is left, and so no
-//! operation of its rings.
+//! operation of its rings. What was left by a process that was killed before its first record, which nobody
+//! can go on with, goes when the next umem looks into the directory.
 
 mod clock;
+mod directory;
 mod record;
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use umem_wire::SessionId;
@@ -37,101 +38,10 @@ use crate::observe::watch::Role;
 
 pub(crate) use clock::{since_boot, when};
 pub(crate) use record::{
+pub(crate) use directory::Directory;
     DestinationRecord, DestinationState, GuestRecord, RamRecord, RegionRecord, SecurityRecord,
     SourceRecord, SourceState, Undo, VERSION, absolute,
 };
-
-/// Where session files are.
-#[derive(Clone, Debug)]
-pub(crate) struct Directory(PathBuf);
-
-impl Directory {
-    /// The one that is named; else one of this user's that ends with the machine: `umem` in
-    /// `$XDG_RUNTIME_DIR`, if that is this user's, or `/run/umem` for root. None where there is no such
-    /// place. It is made if it is missing.
-    pub(crate) fn find(named: Option<&Path>) -> Result<Option<Directory>> {
-        let Some(path) = named.map(Path::to_owned).or_else(usual) else { return Ok(None) };
-        let failed = |source| Error::System {
-            what: format!("the directory for session files {}", path.display()),
-            source,
-        };
-        let made = DirBuilder::new().mode(0o700).create(&path);
-        if let Err(error) = made
-            && error.kind() != ErrorKind::AlreadyExists
-        {
-            return Err(failed(error));
-        }
-        let metadata = fs::symlink_metadata(&path).map_err(failed)?;
-        let own = nix::unistd::geteuid().as_raw();
-        if !metadata.is_dir() || metadata.uid() != own || metadata.permissions().mode() & 0o077 != 0
-        {
-            return Err(Error::Environment(format!(
-                "{} must be a directory of this user's, with mode 0700, as session files say how to get \
-                 at a guest: name another one with --session-dir",
-                path.display()
-            )));
-        }
-        Ok(Some(Directory(path)))
-    }
-
-    /// The same, for a side that can do without: what is wrong with a directory that nobody has named
-    /// is only said.
-    pub(crate) fn find_or_remark(
-        named: Option<&Path>,
-        remark: impl FnOnce(&str),
-    ) -> Result<Option<Directory>> {
-        match Directory::find(named) {
-            Err(error) if named.is_none() => {
-                remark(&format!("this process cannot be taken over from if it is killed: {error}"));
-                Ok(None)
-            }
-            found => found,
-        }
-    }
-
-    fn path(&self, session: &str, what: &str) -> PathBuf {
-        self.0.join(format!("{session}.{what}"))
-    }
-
-    /// The session of this side whose number begins so.
-    fn complete(&self, beginning: &str, role: Role) -> Result<String> {
-        let suffix = format!(".{}", role.name());
-        let entries = fs::read_dir(&self.0).context(|| self.0.display().to_string())?;
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        let all: Vec<String> =
-            names.filter_map(|name| Some(name.strip_suffix(&suffix)?.to_owned())).collect();
-        let is_meant = |session: &&String| !beginning.is_empty() && session.starts_with(beginning);
-        let meant: Vec<&String> = all.iter().filter(is_meant).collect();
-        match meant[..] {
-            [one] => Ok(one.clone()),
-            [] => Err(Error::Usage(format!(
-                "no session {beginning} of this side in {}{}",
-                self.0.display(),
-                listed(&all)
-            ))),
-            _ => Err(Error::Usage(format!(
-                "several sessions begin with {beginning}: write more of the number"
-            ))),
-        }
-    }
-}
-
-fn listed(sessions: &[String]) -> String {
-    match sessions {
-        [] => ", and no other one".into(),
-        some => format!("; there are {}", some.join(", ")),
-    }
-}
-
-/// The directory that nobody has to name.
-fn usual() -> Option<PathBuf> {
-    let own = nix::unistd::geteuid();
-    let of_user = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    // Another user's, where the environment has come through sudo.
-    let is_own = |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.uid() == own.as_raw());
-    let base = of_user.filter(|path| path.is_absolute() && is_own(path));
-    base.or_else(|| own.is_root().then(|| "/run".into())).map(|base| base.join("umem"))
-}
 
 /// A session's number as it is written.
 pub(crate) fn name(session: SessionId) -> String {
@@ -170,8 +80,8 @@ struct Kept<R> {
     session: String,
     role: Role,
     is_written: bool,
-    /// What else belongs to the session.
-    others: Vec<PathBuf>,
+    /// Nothing of it is there any more, and what is may be somebody else's.
+    is_removed: bool,
     /// Held as long as this is.
     _lock: Flock<File>,
 }
@@ -185,7 +95,7 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
         record: R,
     ) -> Result<Keeper<R>> {
         let session = name(session);
-        let lock = lock(directory, &session, role)?;
+        let lock = directory.lock(&session, role)?;
         Ok(Keeper::of(record, directory, session, role, false, lock))
     }
 
@@ -199,7 +109,7 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
         R: Clone,
     {
         let session = directory.complete(beginning, role)?;
-        let lock = lock(directory, &session, role)?;
+        let lock = directory.lock(&session, role)?;
         let path = directory.path(&session, role.name());
         let what = || format!("the session file {}", path.display());
         let text = fs::read_to_string(&path).context(what)?;
@@ -218,8 +128,8 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
         lock: Flock<File>,
     ) -> Keeper<R> {
         let directory = directory.clone();
-        let others = Vec::new();
-        let kept = Kept { record, directory, session, role, is_written, others, _lock: lock };
+        let kept =
+            Kept { record, directory, session, role, is_written, is_removed: false, _lock: lock };
         Keeper(Arc::new(Mutex::new(kept)))
     }
 
@@ -232,7 +142,7 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
     /// usual place. Begins with a blank.
     pub(crate) fn directory_option(&self) -> String {
         let path = self.kept().directory.0.clone();
-        match usual().as_ref() == Some(&path) {
+        match directory::usual().as_ref() == Some(&path) {
             true => String::new(),
             false => format!(" --session-dir {}", path.display()),
         }
@@ -240,10 +150,9 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
 
     /// The path of another file of the session, which is removed with the record.
     pub(crate) fn file(&self, what: &str) -> PathBuf {
-        let mut kept = self.kept();
-        let path = kept.directory.path(&kept.session, what);
-        kept.others.push(path.clone());
-        path
+        let kept = self.kept();
+        assert!(directory::belongs_to(kept.role, what), "nobody would remove {what}");
+        kept.directory.path(&kept.session, what)
     }
 
     /// Changes the record, and has the file say so when this returns.
@@ -256,15 +165,8 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
     /// The migration has ended: nobody has to take over any more.
     pub(crate) fn remove(&self) {
         let mut kept = self.kept();
-        let record = kept.directory.path(&kept.session, kept.role.name());
-        let others = std::mem::take(&mut kept.others);
-        let next = kept.next();
-        let lock = lock_path(&kept.directory, &kept.session, kept.role);
-        // The lock last, as it keeps others from what is being removed.
-        for path in [record, next].into_iter().chain(others).chain([lock]) {
-            let _ = fs::remove_file(path);
-        }
-        kept.is_written = false;
+        kept.directory.remove(&kept.session, kept.role);
+        kept.is_removed = true;
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept<R>> {
@@ -272,18 +174,11 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
     }
 }
 
-impl<R> Kept<R> {
-    /// Where the next record is written.
-    fn next(&self) -> PathBuf {
-        self.directory.path(&self.session, &format!("{}.new", self.role.name()))
-    }
-}
-
 impl<R: Serialize> Kept<R> {
     /// Whole or not at all: whoever reads finds this record or the one before it.
     fn write(&mut self) -> Result<()> {
         let path = self.directory.path(&self.session, self.role.name());
-        let next = self.next();
+        let next = self.directory.path(&self.session, &format!("{}.new", self.role.name()));
         let what = || format!("writing the session file {}", path.display());
         let text = serde_json::to_vec_pretty(&self.record).expect("a record is plain data");
         let mut file = OpenOptions::new()
@@ -303,41 +198,17 @@ impl<R: Serialize> Kept<R> {
 impl<R> Drop for Kept<R> {
     fn drop(&mut self) {
         // There is nothing to take over.
-        if !self.is_written {
-            let lock = lock_path(&self.directory, &self.session, self.role);
-            for path in std::mem::take(&mut self.others).into_iter().chain([lock]) {
-                let _ = fs::remove_file(path);
-            }
+        if !self.is_written && !self.is_removed {
+            self.directory.remove(&self.session, self.role);
         }
     }
-}
-
-fn lock_path(directory: &Directory, session: &str, role: Role) -> PathBuf {
-    directory.path(session, &format!("{}.lock", role.name()))
-}
-
-fn lock(directory: &Directory, session: &str, role: Role) -> Result<Flock<File>> {
-    let path = lock_path(directory, session, role);
-    let what = || format!("the lock of a session {}", path.display());
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .context(what)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        Errno::EWOULDBLOCK => Error::Environment(format!(
-            "session {session} is being served by another umem, which lives: there is nothing to take \
-             over"
-        )),
-        errno => Error::System { what: what(), source: errno.into() },
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
     use serde::Deserialize;
 
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -383,7 +254,7 @@ mod tests {
         let (keeper, record) = take("ab", Role::Source).unwrap();
         assert_eq!(record, 2);
         assert!(fails(&name(ID), Role::Source).contains("which lives"));
-        fs::write(keeper.file("guest"), "").unwrap();
+        fs::write(keeper.file("freed.0"), "").unwrap();
         keeper.remove();
         drop(keeper);
         assert_eq!(files(&directory), 0);
