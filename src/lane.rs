@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -418,23 +418,41 @@ pub(crate) enum Listener {
 }
 
 impl Listener {
+    /// Listens there. A name is looked up, which may take as long as the resolver likes: that is for a
+    /// thread that has nothing else to do.
     pub(crate) fn bind(uri: &Uri) -> Result<Listener> {
-        let failed = |source: io::Error| Error::Listen {
-            uri: uri.to_string(),
-            hint: match source.kind() {
-                io::ErrorKind::AddrInUse => "; stop what listens there or choose another one",
-                io::ErrorKind::PermissionDenied => "; choose a place this user may listen on",
-                io::ErrorKind::AddrNotAvailable => "; the address is not one of this machine's",
-                io::ErrorKind::NotFound => "; its directory does not exist",
-                _ => "",
-            },
-            source,
-        };
-        let listener = match uri {
-            Uri::Tcp { host, port } => {
-                let host = if host.is_empty() { "0.0.0.0" } else { host };
-                Listener::Tcp(TcpListener::bind((host, *port)).map_err(failed)?)
+        let Uri::Tcp { host, port } = uri else { return Listener::bind_found(uri, &[]) };
+        let found = (own_host(host), *port).to_socket_addrs();
+        let found: Vec<SocketAddr> = found.map_err(|error| not_bound(uri, error))?.collect();
+        Listener::bind_found(uri, &found)
+    }
+
+    /// The same for a thread that is waited for: it gives up when `wait` does.
+    pub(crate) fn bind_waiting(uri: &Uri, wait: Wait<'_>) -> Result<Listener> {
+        let Uri::Tcp { host, port } = uri else { return Listener::bind_found(uri, &[]) };
+        let found = lookup::addresses(own_host(host), *port, wait)?;
+        Listener::bind_found(uri, &found.map_err(|error| not_bound(uri, error))?)
+    }
+
+    /// Looks the address up for [`bind_found`](Listener::bind_found), and tells it, perhaps at once.
+    pub(crate) fn look_up(
+        uri: &Uri,
+        tell: impl FnOnce(io::Result<Vec<SocketAddr>>) + Send + 'static,
+    ) -> Result<()> {
+        match uri {
+            Uri::Tcp { host, port } => lookup::begin(own_host(host), *port, tell),
+            _ => {
+                tell(Ok(Vec::new()));
+                Ok(())
             }
+        }
+    }
+
+    /// Listens there, where `found` are the addresses that its name stands for.
+    pub(crate) fn bind_found(uri: &Uri, found: &[SocketAddr]) -> Result<Listener> {
+        let failed = |source| not_bound(uri, source);
+        let listener = match uri {
+            Uri::Tcp { .. } => Listener::Tcp(TcpListener::bind(found).map_err(failed)?),
             Uri::Unix { path } => {
                 Listener::Unix(bind_private(path).map_err(failed)?, Some(path.clone()))
             }
@@ -525,6 +543,25 @@ pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&socket, Backlog::MAXCONN)?;
     Ok(socket.into())
+}
+
+/// Every address of this machine, where none is named.
+fn own_host(host: &str) -> &str {
+    if host.is_empty() { "0.0.0.0" } else { host }
+}
+
+pub(crate) fn not_bound(uri: &Uri, source: io::Error) -> Error {
+    Error::Listen {
+        uri: uri.to_string(),
+        hint: match source.kind() {
+            io::ErrorKind::AddrInUse => "; stop what listens there or choose another one",
+            io::ErrorKind::PermissionDenied => "; choose a place this user may listen on",
+            io::ErrorKind::AddrNotAvailable => "; the address is not one of this machine's",
+            io::ErrorKind::NotFound => "; its directory does not exist",
+            _ => "",
+        },
+        source,
+    }
 }
 
 impl AsFd for Listener {

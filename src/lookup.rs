@@ -23,20 +23,13 @@ pub(crate) fn addresses(
     port: u16,
     wait: Wait<'_>,
 ) -> Result<io::Result<Vec<SocketAddr>>> {
-    if let Ok(address) = host.parse::<IpAddr>() {
-        return Ok(Ok(vec![(address, port).into()]));
-    }
     let (sender, receiver) = channel();
     // Its end shows that there is an answer, and also that there will be none.
     let (end, open) = io::pipe().context(|| "pipe")?;
-    let name = host.to_owned();
-    std::thread::Builder::new()
-        .name(THREAD.into())
-        .spawn(move || {
-            let _ = sender.send((name.as_str(), port).to_socket_addrs().map(Iterator::collect));
-            drop(open);
-        })
-        .context(|| format!("starting thread {THREAD}"))?;
+    begin(host, port, move |found| {
+        let _ = sender.send(found);
+        drop(open);
+    })?;
     loop {
         match receiver.try_recv() {
             Ok(found) => return Ok(found),
@@ -48,6 +41,28 @@ pub(crate) fn addresses(
             }
         }
     }
+}
+
+/// The same for who goes on with something else: `tell` gets them, in another thread unless `host` is an
+/// address itself. It is not called where the resolver's code panics.
+///
+/// # Errors
+/// No such thread could be started.
+pub(crate) fn begin(
+    host: &str,
+    port: u16,
+    tell: impl FnOnce(io::Result<Vec<SocketAddr>>) + Send + 'static,
+) -> Result<()> {
+    if let Ok(address) = host.parse::<IpAddr>() {
+        tell(Ok(vec![(address, port).into()]));
+        return Ok(());
+    }
+    let name = host.to_owned();
+    std::thread::Builder::new()
+        .name(THREAD.into())
+        .spawn(move || tell((name.as_str(), port).to_socket_addrs().map(Iterator::collect)))
+        .context(|| format!("starting thread {THREAD}"))?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,12 +9,16 @@
 
 mod support;
 
+use std::net::{TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use support::{Authority, Namespace, Network, Qmp, Scratch, Seeded, Umem, wait_for};
+use support::{
+    Authority, LaneToDestination, Namespace, Network, Qmp, Scratch, Seeded, Umem, wait_for,
+};
+use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, SessionId};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
@@ -222,14 +226,73 @@ fn a_name_that_is_looked_up_can_be_interrupted() {
     let ram = format!("ram0={}", ram.display());
     let arguments = ["migrate", "-p", "--ram", &ram, "tcp:there.example:4444"];
     let mut migrate = Umem::start_under(&wrapper, arguments);
-    let threads = format!("/proc/{}/task", migrate.pid());
-    wait_for("a thread that looks it up", || {
-        let names = std::fs::read_dir(&threads).ok()?.flatten();
-        let mut names = names.flat_map(|task| std::fs::read_to_string(task.path().join("comm")));
-        names.any(|name| name.trim() == "umem-lookup").then_some(())
-    });
+    wait_for("a thread that looks it up", || looks_up(&migrate).then_some(()));
     migrate.signal(Signal::SIGINT);
     assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+}
+
+/// As little as it keeps who has pages to serve from doing so: the name of a resume by hand is looked up
+/// beside that.
+#[test]
+fn a_name_of_a_resume_by_hand_holds_nobody_up() {
+    const PAGES: u64 = 256;
+    let scratch = Scratch::new();
+    let path = |name: &str| scratch.path(name).display().to_string();
+    // It hears questions, and answers none.
+    let _resolver = UdpSocket::bind("127.0.0.153:53").unwrap();
+    let configuration = path("resolv.conf");
+    std::fs::write(&configuration, "nameserver 127.0.0.153\noptions timeout:30 attempts:5\n")
+        .unwrap();
+    let prepare = format!("mount --bind {configuration} /etc/resolv.conf && exec \"$0\" \"$@\"");
+    let ram = format!("ram0={}", scratch.ram("destination").display());
+    let (control, qmp) = (path("control"), path("guest.qmp"));
+    let own = ["incoming", "--json", "--ram", &ram, "--control", &control, "tcp:127.0.0.1:0", "--"];
+    let guest = [
+        UMEM,
+        "guest",
+        "--incoming",
+        "--threads",
+        "0",
+        "--ram",
+        &ram,
+        "--size",
+        "1",
+        "--qmp",
+        &qmp,
+    ];
+    let wrapper = ["unshare", "--mount", "sh", "-c", &prepare];
+    let mut incoming = Umem::start_under(&wrapper, own.into_iter().chain(guest));
+    let listening = incoming.event("listening");
+    let address = listening["uri"].as_str().unwrap().strip_prefix("tcp:").unwrap();
+    let hello = Hello {
+        versions: PROTOCOL,
+        capabilities: Capabilities::RECOVERY,
+        session: SessionId([7; 16]),
+        role: LaneRole::Demand,
+        index: 0,
+        bulk_lanes: 0,
+        epoch: 0,
+        proof: [0; 32],
+    };
+    let mut lane = LaneToDestination::open(TcpStream::connect(address).unwrap(), &hello).unwrap();
+    lane.switch_over(PAGES * 4096);
+    incoming.event("running");
+    let order = |words: &[&str]| {
+        let words = ["control", &control].into_iter().chain(words.iter().copied());
+        Umem::start(words).succeeds();
+    };
+    order(&["resume", "tcp:there.example:4444"]);
+    wait_for("a thread that looks it up", || looks_up(&incoming).then_some(()));
+    order(&["pause"]);
+    incoming.event("paused");
+    assert!(looks_up(&incoming), "it had nothing to wait for");
+}
+
+/// Whether a thread of it is looking up a name.
+fn looks_up(umem: &Umem) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", umem.pid())).unwrap().flatten();
+    let mut names = threads.flat_map(|task| std::fs::read_to_string(task.path().join("comm")));
+    names.any(|name| name.trim() == "umem-lookup")
 }
 
 /// What `ss -K` does: the kernel takes a connection away from its owner and resets the peer's. Any

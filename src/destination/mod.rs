@@ -22,7 +22,9 @@ mod touch;
 mod window;
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -137,6 +139,8 @@ pub(crate) enum Note {
     /// By hand: take lanes here.
     Listen(Listener),
     /// By hand: take lanes on these connections.
+    /// The address of resume number `order` by hand has been looked up.
+    Found { order: u64, uri: Uri, found: io::Result<Vec<SocketAddr>> },
     Reconnect(Vec<OwnedFd>),
 }
 
@@ -224,7 +228,9 @@ fn receive(
     let output = Output::new(options.json);
     let entrance = match socket {
         Some(socket) => Entrance::Connection(socket),
-        None => Entrance::Listener(Listener::bind(&options.uri)?),
+        None => Entrance::Listener(Listener::bind_waiting(&options.uri, &|fds, limit| {
+            wait(inbox, fds, limit)
+        })?),
     };
     let uri = entrance.uri(&options.uri);
     let open = guard.check_open(&entrance.way_in(), &uri)?;
@@ -277,8 +283,21 @@ fn receive(
     };
     let open = Open { lanes, guard: guard.clone(), receiver, adopted, keeping };
     let migration = Migration::start(&plan, output, inbox, open, host, &mut prepared.side)?;
-    let report = migration.drive(&mut prepared.side)?;
-    Ok((prepared, report))
+    let (report, farewell) = migration.drive(&mut prepared.side)?;
+    Ok(Received { prepared, report, farewell })
+}
+
+/// Waits before there is a guest to look after.
+fn wait(
+    inbox: &Inbox<Note>,
+    fds: &[(BorrowedFd<'_>, PollFlags)],
+    limit: Option<Duration>,
+) -> Result<bool> {
+    match inbox.wait_for(fds, limit)? {
+        Wake::Signal => Err(Error::Interrupted("no guest had arrived".into())),
+        Wake::Timeout => Ok(false),
+        Wake::Ready(_) | Wake::Message(_) => Ok(true),
+    }
 }
 
 fn peer(fault: Fault) -> Error {

@@ -19,6 +19,8 @@
 //!
 //! [`GuestMemory::roll_back`]: super::guest::GuestMemory::roll_back
 
+use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -32,7 +34,7 @@ use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
 use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
-use crate::lane::{CAUSE_PATIENCE, Listener, Severable, lane_name};
+use crate::lane::{self, CAUSE_PATIENCE, Listener, Severable, lane_name};
 use crate::observe::watch::CUT;
 use crate::secure::{Guard, Interest, WayIn};
 use crate::suspicion::Suspicion;
@@ -59,6 +61,9 @@ pub(super) struct Link {
     arrived: Option<Lanes>,
     /// By hand: no lanes are taken.
     is_paused: bool,
+    /// How often something has been said by hand: an address that was looked up for an earlier order is of
+    /// no use.
+    orders: u64,
     was_interrupted: bool,
     suspicion: Suspicion,
     pub(super) recoveries: u32,
@@ -94,6 +99,7 @@ impl Link {
             state: State::Up,
             arrived: None,
             is_paused: false,
+            orders: 0,
             was_interrupted: false,
             suspicion: Suspicion::default(),
             recoveries: 0,
@@ -118,6 +124,7 @@ impl Link {
             state: State::Down { since: Instant::now(), is_quiet: true, until: None },
             arrived: None,
             is_paused: false,
+            orders: 0,
             was_interrupted: false,
             suspicion: Suspicion::default(),
             recoveries: 0,
@@ -137,6 +144,12 @@ impl Link {
     /// For who may have to end the lanes.
     pub(super) fn severable(&self) -> Severable {
         self.sockets.clone()
+    }
+
+    /// Something has been said by hand.
+    fn next_order(&mut self) -> u64 {
+        self.orders += 1;
+        self.orders
     }
 
     /// Connections that were given are of no use any more.
@@ -358,30 +371,58 @@ impl Migration<'_> {
         self.link.forget_given();
         if self.link.is_down() {
             self.output.event("paused", json!({ "reason": "by hand" }), "paused until a resume");
+        self.link.next_order();
             return Ok(());
         }
         self.break_lanes("paused by hand")
     }
 
-    /// By hand: the source may come back, to another address if one is named.
+    /// By hand: the source may come back, to another address if one is named. Its name is looked up
+    /// meanwhile by somebody else: there are pages to be served.
     pub(super) fn resume(&mut self, uri: Option<Uri>) -> Result<()> {
-        if let Some(uri) = uri
-            && let Err(error) = self.listen_elsewhere(&uri)
-        {
-            // What listened before still does, and a pause goes on.
-            self.output.remark(&format!("not resumed: {error}"));
+        let order = self.link.next_order();
+        let Some(uri) = uri else {
+            self.link.is_paused = false;
+            return Ok(());
+        };
+        if uri.is_one_connection() {
+            self.not_resumed(&Error::Usage(format!("{uri} is no address to listen at")));
             return Ok(());
         }
-        self.link.is_paused = false;
+        let (post, named) = (self.inbox.post(), uri.clone());
+        let tell = move |found| post.send(Note::Found { order, uri: named, found });
+        if let Err(error) = Listener::look_up(&uri, tell) {
+            self.not_resumed(&error);
+        }
         Ok(())
     }
 
-    /// Has the source come in somewhere else, where whoever may not come in here may not either.
-    fn listen_elsewhere(&mut self, uri: &Uri) -> Result<()> {
-        if uri.is_one_connection() {
-            return Err(Error::Usage(format!("{uri} is no address to listen at")));
+    /// The name of a resume by hand has been looked up.
+    pub(super) fn found(
+        &mut self,
+        order: u64,
+        uri: &Uri,
+        found: io::Result<Vec<SocketAddr>>,
+    ) -> Result<()> {
+        if order != self.link.orders {
+            // Something else has been said by hand since then.
+            return Ok(());
         }
-        let listener = Listener::bind(uri)?;
+        let found = found.map_err(|error| lane::not_bound(uri, error));
+        if let Err(error) = found.and_then(|found| self.listen_elsewhere(uri, &found)) {
+            self.not_resumed(&error);
+        }
+        Ok(())
+    }
+
+    /// What listened before still does, and a pause goes on.
+    fn not_resumed(&self, error: &Error) {
+        self.output.remark(&format!("not resumed: {error}"));
+    }
+
+    /// Has the source come in somewhere else, where whoever may not come in here may not either.
+    fn listen_elsewhere(&mut self, uri: &Uri, found: &[SocketAddr]) -> Result<()> {
+        let listener = Listener::bind_found(uri, found)?;
         let uri = listener.uri(uri);
         if let Some(open) = self.link.guard.check_open(&WayIn::Listener(&listener), &uri)? {
             self.output.remark(&open);
@@ -401,6 +442,7 @@ impl Migration<'_> {
         let door = Door::of_session(listener, guard.clone(), hello, certificate, &self.output);
         self.link.door = Some(door);
         self.link.is_paused = false;
+        self.link.next_order();
     }
 
     /// By hand: the source comes back over these connections, of which lanes are made that replace the
@@ -414,6 +456,7 @@ impl Migration<'_> {
         let door = Door::of_connections(sockets, guard.clone(), hello, certificate, &self.output);
         self.link.door = Some(door);
         self.link.is_paused = false;
+        self.link.next_order();
         if self.link.is_down() {
             return Ok(());
         }
