@@ -7,233 +7,12 @@
 
 mod support;
 
-use std::path::PathBuf;
-
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
-use support::{Cutter, Ends, Qmp, Scratch, Umem};
+use serde_json::json;
+use support::killed::{How, Move, REQUEST_BYTES, Side, text};
+use support::{Ends, Qmp};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
-
-/// A guest that moves from one umem to another through a relay.
-struct Move {
-    scratch: Scratch,
-    guest: Umem,
-    incoming: Umem,
-    migrate: Umem,
-    cutter: Cutter,
-    how: How,
-    /// The session's number, once there is something to take over.
-    session: String,
-    /// Of the guest's socket and file here and there.
-    names: [&'static str; 2],
-}
-
-#[derive(Clone, Copy, Default)]
-struct How {
-    mib: u64,
-    /// Of both guests.
-    threads: u32,
-    kind: Option<&'static str>,
-    /// For `umem incoming`.
-    incoming: &'static [&'static str],
-    /// For the guest there.
-    arriving: &'static [&'static str],
-    migrate: &'static [&'static str],
-}
-
-/// Whom to kill.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
-    Source,
-    Destination,
-    Both,
-}
-
-impl Move {
-    /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
-    /// lets the others go.
-    fn switched(how: How) -> Move {
-        Move::start(how).until_switched()
-    }
-
-    fn until_switched(self) -> Move {
-        let mut moving = self;
-        moving.session = text(&moving.migrate.event("resumable"), "session");
-        moving.migrate.event("running");
-        moving.incoming.event("running");
-        moving
-    }
-
-    /// Up to the start of `umem migrate`.
-    fn start(how: How) -> Move {
-        let scratch = Scratch::new();
-        let [mib, threads] = [how.mib.to_string(), how.threads.to_string()];
-        let qmp = scratch.path("source.qmp").display().to_string();
-        let ram = format!("ram0={}", scratch.ram("source").display());
-        let mut arguments = vec!["guest", "--qmp", &qmp, "--ram", &ram];
-        arguments.extend(["--size", &mib, "--threads", &threads, "--seed", "7"]);
-        let mut guest = Umem::start(arguments);
-        guest.event("ready");
-        Move::from("source", guest, "destination", scratch, how)
-    }
-
-    /// The same with a guest that is there, known by these names on both sides.
-    fn from(
-        source: &'static str,
-        guest: Umem,
-        destination: &'static str,
-        scratch: Scratch,
-        how: How,
-    ) -> Move {
-        let [mib, threads] = [how.mib.to_string(), how.threads.to_string()];
-        let path = |name: &str| scratch.path(name).display().to_string();
-        let [source_qmp, destination_qmp] =
-            [source, destination].map(|name| path(&format!("{name}.qmp")));
-        let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
-        let kind = how.kind.unwrap_or("shared");
-        let ram = format!("ram0={}", scratch.ram(destination).display());
-        let (handoff, sessions) = (path("handoff"), path("sessions"));
-        let is_anonymous = kind == "anonymous";
-        let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
-        arguments.extend(["--session-dir", &sessions]);
-        match is_anonymous {
-            true => arguments.extend(["--handoff", &handoff]),
-            false => arguments.extend(["--kind", kind, "--ram", &ram]),
-        }
-        arguments.extend(how.incoming);
-        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
-        arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
-        arguments.extend(common);
-        match is_anonymous {
-            true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
-            false => arguments.extend(["--ram", &ram]),
-        }
-        arguments.extend(how.arriving);
-        let mut incoming = Umem::start(arguments);
-        let uri = text(&incoming.event("listening"), "uri");
-        let cutter = Cutter::to(&uri);
-        let mut arguments = vec!["migrate", "-p", "--json", "--session-dir", &sessions];
-        // So that processes begin and end more quickly than the guest moves.
-        arguments.extend(["--max-postcopy-bandwidth", "24M"]);
-        arguments.extend(["--qmp", &source_qmp, cutter.uri()]);
-        arguments.extend(how.migrate);
-        let migrate = Umem::start(arguments);
-        let (session, names) = (String::new(), [source, destination]);
-        Move { scratch, guest, incoming, migrate, cutter, how, session, names }
-    }
-
-    fn sessions(&self) -> PathBuf {
-        self.scratch.path("sessions")
-    }
-
-    /// Takes over from one side.
-    fn resume(&self, command: &str) -> Umem {
-        let sessions = self.sessions().display().to_string();
-        Umem::start([command, "--json", "--session-dir", &sessions, "--resume", &self.session])
-    }
-
-    fn kill(&mut self, side: Side) {
-        if side != Side::Source {
-            self.incoming.kill();
-        }
-        if side != Side::Destination {
-            self.migrate.kill();
-        }
-        if side != Side::Source {
-            self.incoming = self.resume("incoming");
-        }
-        if side != Side::Destination {
-            self.migrate = self.resume("migrate");
-        }
-    }
-
-    /// Kills as often as said, each time after a number of bytes below `most`. Every third time that is
-    /// so few that nobody has taken over yet.
-    fn kill_often(&mut self, count: usize, most: u64, sides: &[Side]) {
-        let seed = seed(self.how.mib ^ u64::from(self.how.threads) << 8 ^ sides.len() as u64);
-        self.cutter.let_pages_go();
-        let moments = seeded(seed, most).zip(seeded(!seed, sides.len() as u64)).take(count);
-        for (at, (bytes, which)) in moments.enumerate() {
-            let bytes = if at % 3 == 2 { bytes % 700 } else { bytes };
-            self.pass(bytes);
-            let side = sides[usize::try_from(which).unwrap()];
-            println!("kill {at}: {side:?} after {bytes} bytes");
-            self.kill(side);
-        }
-    }
-
-    /// Waits until so many bytes more have passed.
-    fn pass(&mut self, bytes: u64) {
-        let until = self.cutter.passed() + bytes;
-        support::wait_for(format!("{bytes} more bytes"), || {
-            let both = [&mut self.incoming, &mut self.migrate];
-            for umem in both {
-                assert!(umem.is_running(), "it has ended: {}", umem.stderr());
-            }
-            (self.cutter.passed() >= until).then_some(())
-        });
-    }
-
-    /// Waits for the end on both sides, and has the guest check its memory. Returns both reports.
-    fn complete(self) -> (Value, Value) {
-        let (scratch, guest, [_, there], reports) = self.arrive();
-        Qmp::connect(&scratch.path(&format!("{there}.qmp"))).quit();
-        guest.succeeds();
-        reports
-    }
-
-    /// The same, and leaves the guest where it is: its `umem incoming`, which ends when it does.
-    fn arrive(mut self) -> (Scratch, Umem, [&'static str; 2], (Value, Value)) {
-        self.cutter.let_pages_go();
-        let source = self.migrate.event("completed");
-        let destination = self.incoming.event("completed");
-        self.check(&destination);
-        self.migrate.succeeds();
-        Qmp::connect(&self.scratch.path(&format!("{}.qmp", self.names[0]))).quit();
-        self.guest.succeeds();
-        let left: Vec<_> = std::fs::read_dir(self.scratch.path("sessions")).unwrap().collect();
-        assert!(left.is_empty(), "{left:?}");
-        (self.scratch, self.incoming, self.names, (source, destination))
-    }
-
-    /// Every word is what it was at the source or what has been written since, each page has been
-    /// counted once, and the guest has left its userfaultfd.
-    fn check(&self, report: &Value) {
-        let mut qmp = Qmp::connect(&self.scratch.path(&format!("{}.qmp", self.names[1])));
-        let verdict = qmp.execute("umem-verify", json!({}));
-        let mib = self.how.mib;
-        assert_eq!(verdict["verified_pages"], mib * 256, "{verdict}");
-        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
-        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
-        assert_eq!(verdict["registered"], false, "{verdict}");
-        let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
-        let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
-        assert_eq!(bytes, mib << 20, "every page has come once: {report}");
-    }
-}
-
-fn text(event: &Value, field: &str) -> String {
-    event[field].as_str().unwrap_or_else(|| panic!("no {field} in {event}")).to_owned()
-}
-
-/// Numbers below `limit` that depend on the seed alone (splitmix64).
-fn seeded(mut seed: u64, limit: u64) -> impl Iterator<Item = u64> {
-    std::iter::repeat_with(move || {
-        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % limit
-    })
-}
-
-/// Seeds of one test: `UMEM_SEED` picks one.
-fn seed(otherwise: u64) -> u64 {
-    let seed = std::env::var("UMEM_SEED").ok().map(|seed| seed.parse().expect("a number"));
-    let seed = seed.unwrap_or(otherwise);
-    println!("UMEM_SEED={seed}");
-    seed
-}
 
 #[test]
 fn a_source_that_is_killed_is_taken_over_from() {
@@ -399,26 +178,6 @@ fn a_switchover_is_survived() {
     }
 }
 
-impl Move {
-    /// Up to the moment when the destination has loaded the guest, and the source has not heard of it:
-    /// nothing is committed. Of the destination's answers none comes after the one page that loading asks
-    /// for.
-    fn loaded() -> Move {
-        let mut moving = Move::start(How { mib: 16, threads: 1, ..How::default() });
-        let answers = umem_wire::HELLO_BYTES + (umem_wire::HEADER_BYTES + 1) + REQUEST_BYTES;
-        moving.cutter.limit_answers(Some(answers as u64));
-        moving.session = text(&moving.incoming.event("resumable"), "session");
-        assert_eq!(text(&moving.migrate.event("stopped"), "session"), moving.session);
-        moving
-    }
-
-    /// What the source's guest says of itself.
-    fn status(&self) -> String {
-        let mut qmp = Qmp::connect(&self.scratch.path("source.qmp"));
-        text(&qmp.execute("query-status", json!({})), "status")
-    }
-}
-
 /// The source might have given its guest up at that moment, so the one that has been loaded stays, and does
 /// not run, until somebody who knows better ends it.
 #[test]
@@ -450,6 +209,8 @@ fn a_source_that_is_killed_before_the_switchover_has_its_guest_back() {
     // The relay's lanes begin anew.
     moving.cutter.cut(Ends::Both, false);
     moving.cutter.limit_answers(None);
+    let error = moving.resume_with("migrate", &["--abandon"]).fails_as_misused();
+    assert!(error.contains("no switchover had left"), "{error}");
     moving.migrate = moving.resume("migrate");
     moving.migrate.event("undone");
     assert_eq!(moving.status(), "running");
@@ -466,9 +227,6 @@ fn a_source_that_is_killed_before_the_switchover_has_its_guest_back() {
     assert!(guest.wait().success());
     assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
 }
-
-/// A request for one page.
-const REQUEST_BYTES: usize = umem_wire::HEADER_BYTES + 8;
 
 /// Who lives is not taken over from, and a file that is not the guest's is not sent.
 #[test]

@@ -11,6 +11,7 @@ use crate::idle::IdleCores;
 use crate::memory::kind::Kind;
 use crate::observe::Address;
 use crate::secure::Security;
+use crate::session::ResumeOptions;
 use crate::uri::Uri;
 use crate::{destination, observe, single};
 
@@ -74,7 +75,8 @@ pub(super) struct Incoming {
     insecure: bool,
     /// go on with the session of this number (its beginning is enough) whose umem was killed, with the
     /// guest that waits: no COMMAND; the URI, --tls-creds, --secret-file and --insecure may be given
-    /// anew. The guest is no child of this umem's then, which ends when all of its memory has come
+    /// anew. The guest is no child of this umem's then, which ends when all of its memory has come. If it had,
+    /// this tells the source, which may not know
     #[argh(option)]
     resume: Option<String>,
     /// where to leave what --resume needs, a directory of this user's (default: umem in
@@ -157,6 +159,8 @@ impl Incoming {
             ));
         }
         destination::run(&destination::Options {
+            security: self.security(),
+            observe: self.observe(),
             uri,
             ram: self.ram,
             kind: self.kind,
@@ -165,23 +169,11 @@ impl Incoming {
             qmp: self.qmp,
             lanes_max,
             checksum: self.checksum,
-            security: Security {
-                tls_creds: self.tls_creds,
-                tls_hostname: None,
-                secret_file: self.secret_file,
-                insecure: self.insecure,
-            },
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             preload: self.preload,
             session_dir: self.session_dir,
             json: self.json,
-            observe: observe::Options {
-                report: self.report,
-                metrics: self.metrics,
-                control: self.control,
-                quiet: self.quiet,
-            },
             command,
         })
     }
@@ -206,15 +198,11 @@ impl Incoming {
                 "--resume listens: {uri} is no address to listen at"
             )));
         }
-        let security = Security {
-            tls_creds: self.tls_creds,
-            tls_hostname: None,
-            secret_file: self.secret_file,
-            insecure: self.insecure,
-        };
+        let security = self.security();
         let is_named =
             security.tls_creds.is_some() || security.secret_file.is_some() || security.insecure;
-        destination::resume(&destination::ResumeOptions {
+        destination::resume(&ResumeOptions {
+            observe: self.observe(),
             session: self.resume.unwrap_or_default(),
             session_dir: self.session_dir,
             uri,
@@ -222,12 +210,24 @@ impl Incoming {
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             json: self.json,
-            observe: observe::Options {
-                report: self.report,
-                metrics: self.metrics,
-                control: self.control,
-                quiet: self.quiet,
-            },
         })
+    }
+
+    fn security(&self) -> Security {
+        Security {
+            tls_creds: self.tls_creds.clone(),
+            tls_hostname: None,
+            secret_file: self.secret_file.clone(),
+            insecure: self.insecure,
+        }
+    }
+
+    fn observe(&self) -> observe::Options {
+        observe::Options {
+            report: self.report.clone(),
+            metrics: self.metrics,
+            control: self.control.clone(),
+            quiet: self.quiet,
+        }
     }
 }

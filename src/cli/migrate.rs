@@ -10,6 +10,7 @@ use crate::host::command::RamPath;
 use crate::idle::IdleCores;
 use crate::observe::Address;
 use crate::secure::Security;
+use crate::session::ResumeOptions;
 use crate::uri::Uri;
 use crate::{doctor, observe, source};
 
@@ -25,6 +26,7 @@ use crate::{doctor, observe, source};
             break are opened again until it has all of its memory. With -n, Ctrl-C sends the rest.",
     example = "{command_name} -p --tls-creds /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     example = "Go on after this process was killed, once the switchover had left:\n  {command_name} --resume SESSION",
+    example = "End what is left here of a guest that is complete at a destination which is gone:\n  {command_name} --resume SESSION --abandon",
     error_code(1, "The guest did not move, or not whole; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
@@ -68,6 +70,11 @@ pub(super) struct Migrate {
     /// switchover had left, the guest goes on here instead
     #[argh(option)]
     resume: Option<String>,
+    /// with --resume: end the session without its destination, once it is known that the guest there is
+    /// complete or has ended, and nobody there will say so any more; its RAM file stays, and the guest never
+    /// runs here again
+    #[argh(switch)]
+    abandon: bool,
     /// where to leave what --resume needs, a directory of this user's (default: umem in
     /// $XDG_RUNTIME_DIR, or /run/umem for root)
     #[argh(option)]
@@ -117,7 +124,12 @@ impl Migrate {
         if self.resume.is_some() {
             return self.go_on();
         }
-        let Some(uri) = self.uri else {
+        if self.abandon {
+            return Err(Error::Usage(
+                "--abandon ends a session that is there: name it with --resume SESSION".into(),
+            ));
+        }
+        let Some(uri) = self.uri.clone() else {
             return Err(Error::Usage(
                 "no URI: say where `umem incoming` listens, such as tcp:HOST:4444, or which session to \
                  --resume"
@@ -148,6 +160,8 @@ impl Migrate {
             ));
         }
         source::run(&source::Options {
+            security: self.security(),
+            observe: self.observe(),
             uri,
             postcopy: self.postcopy,
             background: !self.no_background,
@@ -156,24 +170,12 @@ impl Migrate {
             lanes,
             release_ram: self.release_ram,
             checksum: self.checksum,
-            security: Security {
-                tls_creds: self.tls_creds,
-                tls_hostname: self.tls_hostname,
-                secret_file: self.secret_file,
-                insecure: false,
-            },
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             order: self.order,
             max_postcopy_bandwidth,
             session_dir: self.session_dir,
             json: self.json,
-            observe: observe::Options {
-                report: self.report,
-                metrics: self.metrics,
-                control: self.control,
-                quiet: self.quiet,
-            },
         })?;
         Ok(0)
     }
@@ -199,29 +201,40 @@ impl Migrate {
                 "--resume opens connections itself: {uri} is no address to connect to"
             )));
         }
-        let security = Security {
-            tls_creds: self.tls_creds,
-            tls_hostname: self.tls_hostname,
-            secret_file: self.secret_file,
-            insecure: false,
-        };
+        let security = self.security();
         let is_named = security.tls_creds.is_some() || security.secret_file.is_some();
         source::resume(&source::ResumeOptions {
-            session: self.resume.unwrap_or_default(),
-            session_dir: self.session_dir,
-            uri: self.uri,
-            security: is_named.then_some(security),
-            cores: self.cores.0,
-            idle_cores: self.idle_cores,
-            order: self.order,
-            json: self.json,
-            observe: observe::Options {
-                report: self.report,
-                metrics: self.metrics,
-                control: self.control,
-                quiet: self.quiet,
+            resume: ResumeOptions {
+                observe: self.observe(),
+                session: self.resume.unwrap_or_default(),
+                session_dir: self.session_dir,
+                uri: self.uri,
+                security: is_named.then_some(security),
+                cores: self.cores.0,
+                idle_cores: self.idle_cores,
+                json: self.json,
             },
+            order: self.order,
+            abandon: self.abandon,
         })?;
         Ok(0)
+    }
+
+    fn security(&self) -> Security {
+        Security {
+            tls_creds: self.tls_creds.clone(),
+            tls_hostname: self.tls_hostname.clone(),
+            secret_file: self.secret_file.clone(),
+            insecure: false,
+        }
+    }
+
+    fn observe(&self) -> observe::Options {
+        observe::Options {
+            report: self.report.clone(),
+            metrics: self.metrics,
+            control: self.control.clone(),
+            quiet: self.quiet,
+        }
     }
 }

@@ -92,7 +92,8 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
         });
         Ok(())
     });
-    let report = migration.drive(&mut prepared.side)?;
+    // Nothing is kept of a session here that a source could come back to.
+    let (report, _) = migration.drive(&mut prepared.side)?;
     report.check_digests().map(|()| report)
 }
 

@@ -10,6 +10,7 @@ pub(crate) mod acks;
 pub(crate) mod bulk;
 pub(crate) mod demand;
 pub(crate) mod embedded;
+mod farewell;
 pub(crate) mod faults;
 pub(crate) mod guest;
 mod latency;
@@ -63,6 +64,7 @@ use accept::{Entrance, Lanes, Terms};
 use acks::Acks;
 use bulk::BulkLane;
 use demand::{Command, DemandLane, Reach};
+use farewell::Farewell;
 use faults::{FaultThread, Servers};
 use guest::GuestMemory;
 use latency::Latencies;
@@ -112,7 +114,8 @@ pub struct Options {
     pub command: Vec<String>,
 }
 
-pub use takeover::{Options as ResumeOptions, run as resume};
+pub use crate::session::ResumeOptions;
+pub use takeover::run as resume;
 
 /// What reaches the control thread.
 pub(crate) enum Note {
@@ -136,11 +139,11 @@ pub(crate) enum Note {
     Pause,
     /// By hand: take lanes again, at another address if one is named.
     Resume(Option<Uri>),
+    /// The address of resume number `order` by hand has been looked up.
+    Found { order: u64, uri: Uri, found: io::Result<Vec<SocketAddr>> },
     /// By hand: take lanes here.
     Listen(Listener),
     /// By hand: take lanes on these connections.
-    /// The address of resume number `order` by hand has been looked up.
-    Found { order: u64, uri: Uri, found: io::Result<Vec<SocketAddr>> },
     Reconnect(Vec<OwnedFd>),
 }
 
@@ -201,30 +204,48 @@ pub fn run(options: &Options) -> Result<i32> {
         Some(command) => command.explain(error),
         None => error,
     });
-    observer.ended(received.as_ref().map(|(_, report)| report));
-    let (mut prepared, report) = received?;
+    observer.ended(received.as_ref().map(|received| &received.report));
+    let Received { mut prepared, report, farewell } = received?;
     output.completed(&report);
     let damaged = report.check_digests().err();
     if let Some(error) = &damaged {
         let fields = json!({ "error": error.to_string() });
         output.event("damaged", fields, &error.to_string());
     }
-    // What lanes have sent leaves first.
-    drop(guard);
-    drop(command);
-    let status = prepared.side.outlive(&inbox)?;
+    let status = match farewell {
+        Some(farewell) if prepared.side.is_outlived() => {
+            farewell.stay(&mut prepared.side, &inbox, &output)
+        }
+        _ => {
+            // What lanes have sent leaves first.
+            drop(guard);
+            drop(command);
+            prepared.side.outlive(&inbox)
+        }
+    }?;
+    // Of a guest that goes on without us there is none.
+    let status = status.map_or(0, |status| status.code().unwrap_or(1));
     // The guest has run with what it has all the while; whoever started this is to know in any case.
     damaged.map_or(Ok(status), Err)
 }
 
-/// Receives it, and gives back what it runs in, and the report.
+/// A guest that is complete.
+struct Received {
+    /// What it runs in.
+    prepared: Prepared,
+    report: Completed,
+    /// For a source that has not heard of it.
+    farewell: Option<Farewell>,
+}
+
+/// Receives it.
 fn receive(
     options: &Options,
     socket: Option<OwnedFd>,
     guard: &Arc<Guard>,
     inbox: &Inbox<Note>,
     observer: &Observer,
-) -> Result<(Prepared, Completed)> {
+) -> Result<Received> {
     let output = Output::new(options.json);
     let entrance = match socket {
         Some(socket) => Entrance::Connection(socket),
@@ -595,7 +616,7 @@ impl<'a> Migration<'a> {
 
     /// Runs the phases to their end. After an error before the switchover the source is told, so
     /// that its guest goes on there.
-    fn drive(mut self, side: &mut GuestSide) -> Result<Completed> {
+    fn drive(mut self, side: &mut GuestSide) -> Result<(Completed, Option<Farewell>)> {
         let driven =
             self.until_completed(side).map_err(|error| worker::first_cause(self.inbox, error));
         self.progress.phase("ending");
@@ -604,9 +625,9 @@ impl<'a> Migration<'a> {
             self.keep_what_can_go_on(side);
             return Err(self.explain(error));
         }
-        side.release()?;
-        self.forget_session();
-        Ok(self.report(&latencies))
+        side.release(self.inbox, &self.output)?;
+        let farewell = self.part();
+        Ok((self.report(&latencies), farewell))
     }
 
     fn until_completed(&mut self, side: &mut GuestSide) -> Result<()> {
@@ -668,6 +689,7 @@ impl<'a> Migration<'a> {
             Note::Settled => self.settled(),
             Note::Pause => self.pause(),
             Note::Resume(uri) => self.resume(uri),
+            Note::Found { order, uri, found } => self.found(order, &uri, found),
             Note::Listen(listener) => {
                 self.listen(listener);
                 Ok(())
@@ -773,6 +795,7 @@ impl<'a> Migration<'a> {
             return Ok(());
         }
         self.guest.unregister_all()?;
+        self.keep_complete();
         self.step(Input::AllCached)?;
         let _ = self.commands.send(Command::Send(self.completion()));
         self.demand.wake();

@@ -111,7 +111,7 @@ impl Expected<'_> {
         };
         let host = host(options, qmp, &monitor, inbox)?;
         let Memory { handed, knows_umem, keeps_sessions } = memory;
-        let process = GuestProcess { monitor, handoff, knows_umem, keeps_sessions };
+        let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);
         Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed })
     }
 }
@@ -147,7 +147,7 @@ fn take_over_stranger(
         let Some(memory) = memory else { continue };
         let host = host(options, None, &monitor, inbox)?;
         let Memory { handed, knows_umem, keeps_sessions } = memory;
-        let process = GuestProcess { monitor, handoff, knows_umem, keeps_sessions };
+        let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);
         return Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed });
     }
 }

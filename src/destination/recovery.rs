@@ -157,6 +157,11 @@ impl Link {
         self.door.take_if(|door| door.is_of_connections());
     }
 
+    /// Everything is here: where a source comes in that has not heard of it, if it can come.
+    pub(super) fn leave(&mut self) -> Option<Door> {
+        self.door.take_if(|door| !door.is_of_connections())
+    }
+
     fn is_down(&self) -> bool {
         matches!(self.state, State::Down { .. })
     }
@@ -347,7 +352,7 @@ impl Migration<'_> {
     }
 
     /// What the source hears first on new lanes.
-    fn standing(&self) -> Standing {
+    pub(super) fn standing(&self) -> Standing {
         let switched = !matches!(self.phase, Phase::Loaded { .. });
         let running = self.times.running.zip(self.times.switched).filter(|_| switched);
         let us = |since: Duration| u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
@@ -366,12 +371,12 @@ impl Migration<'_> {
             );
             return Ok(());
         }
+        self.link.next_order();
         self.link.is_paused = true;
         self.link.arrived = None;
         self.link.forget_given();
         if self.link.is_down() {
             self.output.event("paused", json!({ "reason": "by hand" }), "paused until a resume");
-        self.link.next_order();
             return Ok(());
         }
         self.break_lanes("paused by hand")
@@ -437,12 +442,12 @@ impl Migration<'_> {
 
     /// By hand: the source may come back here.
     pub(super) fn listen(&mut self, listener: Listener) {
+        self.link.next_order();
         let Link { guard, hello, certificate, .. } = &self.link;
         let certificate = certificate.clone();
         let door = Door::of_session(listener, guard.clone(), hello, certificate, &self.output);
         self.link.door = Some(door);
         self.link.is_paused = false;
-        self.link.next_order();
     }
 
     /// By hand: the source comes back over these connections, of which lanes are made that replace the
@@ -451,12 +456,12 @@ impl Migration<'_> {
         if !self.link.recovers || !self.phase.outlives_its_lanes() {
             return Ok(());
         }
+        self.link.next_order();
         let Link { guard, hello, certificate, .. } = &self.link;
         let certificate = certificate.clone();
         let door = Door::of_connections(sockets, guard.clone(), hello, certificate, &self.output);
         self.link.door = Some(door);
         self.link.is_paused = false;
-        self.link.next_order();
         if self.link.is_down() {
             return Ok(());
         }

@@ -5,14 +5,21 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde_json::json;
 
 use super::Note;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::fault::handoff::{HandoffSocket, Message};
-use crate::host::command::Monitor;
+use crate::host::command::{Monitor, Standstill, standstill};
 use crate::inbox::{Inbox, Wake};
+use crate::report::Output;
+
+/// How long the guest's process may take to let go of its userfaultfds before that is remarked on. It takes
+/// milliseconds, unless it does not run, or maps a large guest by huge pages meanwhile.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Who runs the guest.
 pub(crate) enum GuestSide {
@@ -31,6 +38,8 @@ pub(crate) struct GuestProcess {
     pub(crate) knows_umem: bool,
     /// And can keep what somebody needs who takes over from us.
     pub(crate) keeps_sessions: bool,
+    /// Nobody waits for it any more.
+    is_left_alone: bool,
 }
 
 impl GuestSide {
@@ -130,39 +139,104 @@ impl GuestSide {
     }
 
     /// The guest is complete: its process closes its userfaultfds and runs on alone.
-    pub(crate) fn release(&mut self) -> Result<()> {
+    ///
+    /// A process that does not run, as it is stopped or in a debugger, does not answer. Nothing is registered
+    /// with its userfaultfds any more, and it has been told what to do, so that it does that by itself as soon
+    /// as it goes on, whether we are there or not: what is waited for is only to know it done, and a signal
+    /// ends the waiting.
+    pub(crate) fn release(&mut self, inbox: &Inbox<Note>, output: &Output) -> Result<()> {
         let Some(process) = self.process_mut() else { return Ok(()) };
         process.monitor.release();
         if !process.knows_umem {
             return Ok(());
         }
         process.handoff.release()?;
+        let mut until = Some(Instant::now() + RELEASE_PATIENCE);
         loop {
-            match process.handoff.read()? {
-                // The process ended meanwhile, as a guest may.
-                None => return Ok(()),
-                Some(messages) if messages.iter().any(|m| matches!(m, Message::Released)) => {
+            let fds = [process.handoff.stream().as_fd(), process.monitor.exited()];
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            match inbox.wait(&fds, left)? {
+                Wake::Ready(0) => match process.handoff.read()? {
+                    Some(messages) if !messages.iter().any(Message::is_released) => {}
+                    // The process may have ended meanwhile, as a guest may.
+                    _ => return Ok(()),
+                },
+                Wake::Ready(_) => return Ok(()),
+                Wake::Timeout => {
+                    until = None;
+                    process.remark_on_silence(output);
+                }
+                Wake::Signal => {
+                    process.is_left_alone = true;
                     return Ok(());
                 }
-                Some(_) => {}
+                Wake::Message(_) => {}
             }
         }
     }
 
-    /// The guest runs alone now. Waits until its monitor ends, whose exit status is ours, so that
-    /// its terminal stays its own; a signal ends the waiting, not the guest.
-    pub(crate) fn outlive(&mut self, inbox: &Inbox<Note>) -> Result<i32> {
-        let Some(process) = self.process_mut() else { return Ok(0) };
-        while process.monitor.is_child() {
-            match inbox.wait(&[process.monitor.exited()], None)? {
+    /// The guest runs alone now. Waits until its monitor ends, if that is a child, so that its terminal stays
+    /// its own; a signal ends the waiting, not the guest. Its exit status, where there is one.
+    pub(crate) fn outlive(&mut self, inbox: &Inbox<Note>) -> Result<Option<ExitStatus>> {
+        while self.is_outlived() {
+            match inbox.wait(&[self.exited()], None)? {
                 Wake::Signal => break,
-                Wake::Ready(_) => {
-                    let status = process.monitor.wait()?;
-                    return Ok(status.and_then(|status| status.code()).unwrap_or(1));
-                }
+                Wake::Ready(_) => return self.wait(),
                 Wake::Message(_) | Wake::Timeout => {}
             }
         }
-        Ok(0)
+        Ok(None)
+    }
+
+    /// Whether umem stays for as long as the guest's process runs.
+    pub(crate) fn is_outlived(&self) -> bool {
+        self.process().is_some_and(|process| process.monitor.is_child() && !process.is_left_alone)
+    }
+
+    /// Waits for the end of the process, which must be a child; its exit status.
+    pub(crate) fn wait(&mut self) -> Result<Option<ExitStatus>> {
+        self.process_mut().map_or(Ok(None), |process| process.monitor.wait())
+    }
+}
+
+impl GuestProcess {
+    pub(crate) fn new(
+        monitor: Monitor,
+        handoff: HandoffSocket,
+        knows_umem: bool,
+        keeps_sessions: bool,
+    ) -> GuestProcess {
+        GuestProcess { monitor, handoff, knows_umem, keeps_sessions, is_left_alone: false }
+    }
+
+    /// It has been told to let go, and has not said that it has.
+    fn remark_on_silence(&self, output: &Output) {
+        let (pid, is_stopped, why) = self.silence();
+        let fields = json!({ "guest_pid": pid, "stopped": is_stopped });
+        let text = format!(
+            "every page is here; waiting for the guest's process {pid} to let go of its userfaultfd, but \
+             {why}; an interrupt ends the waiting and harms nothing, as the process knows what to do"
+        );
+        output.event("releasing", fields, &text);
+    }
+    /// It does not hand over to a umem that takes over.
+    pub(crate) fn does_not_hand_over(&self) -> Error {
+        let (pid, _, why) = self.silence();
+        Error::Preload(format!(
+            "the guest's process {pid} does not hand its memory over again: {why}; it waits for another \
+             --resume"
+        ))
+    }
+
+    /// Whose memory it is, whether that process is stopped, and why it does not answer in words.
+    fn silence(&self) -> (u32, bool, String) {
+        let pid = self.monitor.owner().unwrap_or(self.monitor.pid());
+        match standstill(pid) {
+            Some(Standstill::Stopped) => {
+                (pid, true, format!("it is stopped, and `kill -CONT {pid}` lets it go on"))
+            }
+            Some(Standstill::Traced) => (pid, true, "a debugger holds it".into()),
+            None => (pid, false, "it does not answer".into()),
+        }
     }
 }

@@ -24,12 +24,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::PollFlags;
 use serde_json::json;
 use umem_wire::destination::{Mode, Phase};
-use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, RegionTable};
+use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, RegionTable, Standing};
 
 use super::accept::{Door, Lanes};
+use super::farewell::{Farewell, Word};
 use super::guest::GuestMemory;
 use super::prepare::{Adopted, Prepared};
 use super::recovery::Link;
@@ -42,19 +42,17 @@ use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::HostThread;
 use crate::host::{DestinationHost, RunsItself};
-use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Listener};
 use crate::memory::words::State;
+use crate::observe::Observer;
 use crate::observe::watch::Role;
-use crate::observe::{self, Observer};
 use crate::report::Output;
-use crate::secure::{Guard, Security, WayIn};
+use crate::secure::{Guard, Interest, WayIn};
 use crate::session::{
     self, DestinationRecord, DestinationState, Directory, GuestRecord, Keeper, RegionRecord,
-    SecurityRecord, VERSION, absolute, since_boot, when,
+    ResumeOptions, SecurityRecord, TotalsRecord, VERSION, absolute, since_boot, when,
 };
-use crate::source::takeover::{check_version, no_directory};
 use crate::uri::Uri;
 
 /// How long the guest's side may take to hand over again. It does nothing else.
@@ -64,32 +62,11 @@ const HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(10);
 const ADDRESS_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How long a source is waited for that has to hear of a guest's end.
+/// How long a source is waited for that has to hear of a guest's end, or that it is complete.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long that source may take to close its lanes.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
-
-/// What `umem incoming --resume` is asked to do.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// The session's number, or how it begins.
-    pub session: String,
-    /// Where session files are; none for the usual place.
-    pub session_dir: Option<PathBuf>,
-    /// Where to listen, if not where it was.
-    pub uri: Option<Uri>,
-    /// How lanes are secured, where that is not to be as it was.
-    pub security: Option<Security>,
-    /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
-    pub cores: Vec<usize>,
-    /// What idle cores do while faults come.
-    pub idle_cores: IdleCores,
-    /// JSON events on stdout.
-    pub json: bool,
-    /// What others may see.
-    pub observe: observe::Options,
-}
+/// What an interrupt means that comes early.
+const WAITS: &str = "the guest waits for another --resume";
 
 /// Goes on with a session whose process is gone, until the guest has all of its memory. It is no child of
 /// ours: nobody waits for its end, and the value is 0.
@@ -97,15 +74,11 @@ pub struct Options {
 /// # Errors
 /// No such session, or one that is served by a process which lives; a guest that has ended meanwhile; all
 /// that ends a migration after its switchover.
-pub fn run(options: &Options) -> Result<i32> {
+pub fn run(options: &ResumeOptions) -> Result<i32> {
     let output = Output::new(options.json);
-    let directory = Directory::find(options.session_dir.as_deref())?.ok_or_else(no_directory)?;
-    let (keeper, record) =
-        Keeper::<DestinationRecord>::take_over(&directory, &options.session, Role::Destination)?;
-    check_version(record.version)?;
+    let (keeper, record) = options.take_over::<DestinationRecord>()?;
     let inbox = Inbox::new()?;
-    let security = options.security.clone().unwrap_or_else(|| record.security.security());
-    let guard = Arc::new(Guard::load(&security)?);
+    let guard = Arc::new(Guard::load(&options.security(&record))?);
     let taken = Taken { keeper, record, guard, output };
     let result = taken.run(options, &inbox).map_err(|error| taken.guard.explain(error));
     // What lanes have sent leaves first.
@@ -137,9 +110,13 @@ struct Guest {
 }
 
 impl Taken {
-    fn run(&self, options: &Options, inbox: &Inbox<Note>) -> Result<()> {
+    fn run(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+        let is_complete = self.record.state == DestinationState::Complete;
         match self.find(inbox)? {
             Found::Waiting(guest) => self.go_on(options, inbox, *guest),
+            Found::Complete | Found::Ended if is_complete => {
+                self.tell_of_completion(options, inbox)
+            }
             Found::Complete => {
                 self.output.event(
                     "undone",
@@ -174,12 +151,8 @@ impl Taken {
             Ok(monitor) if is_alive() => monitor,
             _ => return Ok(Found::Ended),
         };
-        let mut process = Box::new(GuestProcess {
-            monitor,
-            handoff: HandoffSocket::new(stream),
-            knows_umem: true,
-            keeps_sessions: true,
-        });
+        let handoff = HandoffSocket::new(stream);
+        let mut process = Box::new(GuestProcess::new(monitor, handoff, true, true));
         let Some((handed, entrusted)) = receive(&mut process, inbox)? else {
             return Ok(Found::Ended);
         };
@@ -188,7 +161,7 @@ impl Taken {
     }
 
     /// Serves the guest.
-    fn go_on(&self, options: &Options, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
+    fn go_on(&self, options: &ResumeOptions, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
         let Guest { side, handed, entrusted } = guest;
         let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
         let host =
@@ -236,7 +209,7 @@ impl Taken {
             // If it comes to nothing now, this guest is ended, as the source's goes on.
             prepared.side.doom()?;
         }
-        let driven = migration.drive(&mut prepared.side);
+        let driven = migration.drive(&mut prepared.side).map(|(report, _)| report);
         let driven = driven.map_err(|error| self.guard.explain(error));
         observer.ended(driven.as_ref());
         self.output.completed(&driven?);
@@ -246,7 +219,9 @@ impl Taken {
     /// The monitor, which may still have to be told to run.
     fn host(&self, entrusted: Option<UnixStream>) -> Box<dyn DestinationHost> {
         let guest = &self.record.guest;
-        if !guest.has_monitor || self.record.state == DestinationState::Running {
+        let runs =
+            matches!(self.record.state, DestinationState::Running | DestinationState::Complete);
+        if !guest.has_monitor || runs {
             return Box::new(RunsItself);
         }
         Box::new(WaitingMonitor { path: guest.qmp.clone(), entrusted, runs: guest.runs })
@@ -284,7 +259,7 @@ impl Taken {
     }
 
     /// Where the source comes in: where it did, or at the address that is named now.
-    fn door(&self, options: &Options, hello: &Hello, inbox: &Inbox<Note>) -> Result<Door> {
+    fn door(&self, options: &ResumeOptions, hello: &Hello, inbox: &Inbox<Note>) -> Result<Door> {
         let recorded = self.record.uri.as_deref().map(str::parse::<Uri>).transpose();
         let uri = match (&options.uri, recorded.map_err(Error::Environment)?) {
             (Some(uri), _) => uri.clone(),
@@ -318,8 +293,12 @@ impl Taken {
     fn listen(&self, uri: &Uri, inbox: &Inbox<Note>) -> Result<Listener> {
         let deadline = Instant::now() + ADDRESS_PATIENCE;
         let mut has_told = false;
+        let look = |fds: &[Interest<'_>], limit| match inbox.wait_for(fds, limit)? {
+            Wake::Signal => Err(Error::Interrupted(WAITS.into())),
+            woken => Ok(!matches!(woken, Wake::Timeout)),
+        };
         loop {
-            match Listener::bind(uri) {
+            match Listener::bind_waiting(uri, &look) {
                 Err(Error::Listen { source, .. })
                     if source.kind() == ErrorKind::AddrInUse && Instant::now() < deadline =>
                 {
@@ -330,22 +309,41 @@ impl Taken {
                 other => return other,
             }
             if let Wake::Signal = inbox.wait(&[], Some(ADDRESS_INTERVAL))? {
-                return Err(Error::Interrupted("the guest waits for another --resume".into()));
+                return Err(Error::Interrupted(WAITS.into()));
             }
         }
     }
 
-    /// The guest has ended while nobody served it. The source would serve it for ever.
-    fn tell_of_the_end(&self, options: &Options, inbox: &Inbox<Note>) -> Result<()> {
-        let lost = Error::Host(
-            "the guest's process ended while no umem served it, before all of its memory had come"
-                .into(),
+    /// The guest has everything, and the source has not said goodbye. It would look for this side for ever.
+    fn tell_of_completion(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+        let record = &self.record;
+        let (switched, running) = (record.switched_at.map(when), record.running_at.map(when));
+        let ran_after =
+            switched.zip(running).map_or(Duration::ZERO, |(s, r)| r.saturating_duration_since(s));
+        let standing = Standing {
+            switched: true,
+            running: Some(u64::try_from(ran_after.as_micros()).unwrap_or(u64::MAX)),
+            totals: record.totals.into(),
+        };
+        let word = Word::Complete { standing, landing: self.landing()? };
+        self.output.remark("the guest has all of its memory; waiting for the source to tell it so");
+        let told = self.farewell(options, inbox, word)?;
+        self.output.event(
+            "undone",
+            json!({ "session": self.keeper.session(), "source_knows": told }),
+            "the guest has all of its memory: there is nothing left to do here",
         );
-        let told = self.hello().and_then(|hello| {
-            let mut door = self.door(options, &hello, inbox)?;
-            tell(&mut door, inbox, &lost)
-        });
-        match told {
+        if !told {
+            self.output.remark(&source_does_not_know(&self.keeper));
+        }
+        Ok(())
+    }
+
+    /// The guest has ended while nobody served it. The source would serve it for ever.
+    fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+        const WHAT: &str =
+            "the guest's process ended while no umem served it, before all of its memory had come";
+        match self.farewell(options, inbox, Word::Failed(Error::Host(WHAT.into()))) {
             Ok(true) => {}
             Ok(false) => self.output.remark(
                 "the source did not come to hear that the guest has ended: end its umem, too",
@@ -358,7 +356,14 @@ impl Taken {
             let _ = std::fs::remove_file(path);
         }
         self.keeper.remove();
-        Err(lost)
+        Err(Error::Host(WHAT.into()))
+    }
+
+    /// Waits for the source, and tells it on its new lanes; false if it does not come.
+    fn farewell(&self, options: &ResumeOptions, inbox: &Inbox<Note>, word: Word) -> Result<bool> {
+        let door = self.door(options, &self.hello()?, inbox)?;
+        let mut farewell = Farewell::new(door, word, self.keeper.clone());
+        farewell.wait(inbox, Some(Instant::now() + FAREWELL_PATIENCE))
     }
 }
 
@@ -392,30 +397,6 @@ impl DestinationHost for WaitingMonitor {
     }
 }
 
-/// Waits for the source, and tells it on its new lanes why nothing goes on; false if it does not come.
-fn tell(door: &mut Door, inbox: &Inbox<Note>, error: &Error) -> Result<bool> {
-    let deadline = Instant::now() + FAREWELL_PATIENCE;
-    let lanes: Lanes = loop {
-        if let Some(lanes) = door.whole() {
-            break lanes;
-        }
-        let next = door.next_deadline().map_or(deadline, |at| at.min(deadline));
-        let left = next.saturating_duration_since(Instant::now());
-        match inbox.wait_for(&door.fds(), Some(left))? {
-            Wake::Signal => return Ok(false),
-            Wake::Ready(index) => door.answer(index)?,
-            Wake::Message(_) | Wake::Timeout if Instant::now() >= deadline => return Ok(false),
-            Wake::Message(_) | Wake::Timeout => {}
-        }
-        door.forget_late(Instant::now());
-    };
-    lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
-    // It closes its end when it has read that.
-    let fds = [(lanes.demand.as_fd(), PollFlags::POLLIN)];
-    let _ = inbox.wait_for(&fds, Some(CLOSE_PATIENCE))?;
-    Ok(true)
-}
-
 /// A unix socket's file outlives a process that was killed.
 fn remove_stale(uri: &Uri) {
     let Uri::Unix { path } = uri else { return };
@@ -438,10 +419,10 @@ fn receive(
         let extra = [process.handoff.stream().as_fd(), process.monitor.exited()];
         match inbox.wait(&extra, Some(left))? {
             Wake::Signal => {
-                return Err(Error::Interrupted("the guest waits for another --resume".into()));
+                return Err(Error::Interrupted(WAITS.into()));
             }
             Wake::Timeout => {
-                return Err(Error::Preload("the guest's side does not hand over again".into()));
+                return Err(process.does_not_hand_over());
             }
             Wake::Ready(0) => {}
             Wake::Ready(_) => return Ok(None),
@@ -456,6 +437,20 @@ fn receive(
             }
         }
     }
+}
+
+/// What is to be done about a source that has not said goodbye.
+fn source_does_not_know(keeper: &Keeper<DestinationRecord>) -> String {
+    format!(
+        "the source has not heard that its guest is complete: if its umem comes back it is told by {}, or \
+         end it there with `umem migrate --resume {} --abandon`",
+        resume_command(keeper),
+        keeper.session()
+    )
+}
+
+fn resume_command(keeper: &Keeper<DestinationRecord>) -> String {
+    format!("umem incoming --resume {}{}", keeper.session(), keeper.directory_option())
 }
 
 /// The file of the socket at which the guest's side is reached.
@@ -546,6 +541,7 @@ pub(super) fn keep(
         stopped_us: 0,
         switched_at: None,
         running_at: None,
+        totals: TotalsRecord::default(),
     };
     match Keeper::new(&directory, lanes.hello.session, Role::Destination, record) {
         Ok(keeper) => Ok(Some(Keeping { keeper, qmp })),
@@ -587,7 +583,9 @@ impl Migration<'_> {
         self.phase = match record.state {
             DestinationState::Loaded => Phase::Loaded { mode },
             DestinationState::Switched => Phase::Switched { mode, stopped_us },
-            DestinationState::Running => Phase::Running { mode, stopped_us },
+            DestinationState::Running | DestinationState::Complete => {
+                Phase::Running { mode, stopped_us }
+            }
         };
         let (switched, running) = (record.switched_at.map(when), record.running_at.map(when));
         let stopped_for = Duration::from_micros(stopped_us);
@@ -658,6 +656,14 @@ impl Migration<'_> {
         })
     }
 
+    /// It has all of its memory. What cannot be written now would be found again.
+    pub(super) fn keep_complete(&self) {
+        let totals = self.guest.counters.totals().into();
+        let _ = self.keep_state(|record| {
+            (record.state, record.totals) = (DestinationState::Complete, totals);
+        });
+    }
+
     /// The source finds this side somewhere else from now on.
     pub(super) fn keep_address(&self, uri: &str) -> Result<()> {
         self.keep_state(|record| record.uri = Some(uri.to_owned()))
@@ -671,13 +677,26 @@ impl Migration<'_> {
 
     /// The command that goes on, if one can.
     pub(super) fn how_to_resume(&self) -> Option<String> {
-        let keeper = self.keeper.as_ref()?;
-        Some(format!("umem incoming --resume {}{}", keeper.session(), keeper.directory_option()))
+        self.keeper.as_ref().map(resume_command)
     }
 
     /// Nobody has to take over any more.
     pub(super) fn forget_session(&self) {
         self.keeper.iter().for_each(Keeper::remove);
+    }
+
+    /// The end of the session, unless the source has not heard of it: then there is somebody for it to
+    /// find, as long as this process stays, and a record for who resumes after that.
+    pub(super) fn part(&mut self) -> Option<Farewell> {
+        if !matches!(self.phase, Phase::Completed(None)) {
+            self.forget_session();
+            return None;
+        }
+        let keeper = self.keeper.clone()?;
+        self.output.remark(&source_does_not_know(&keeper));
+        let (standing, landing) = (self.standing(), self.landing.clone());
+        let door = self.link.leave()?;
+        Some(Farewell::new(door, Word::Complete { standing, landing }, keeper))
     }
 
     /// After a failure: the session stays if its guest does.

@@ -68,6 +68,12 @@ pub(crate) enum Message {
     Session(Entrusted),
 }
 
+impl Message {
+    pub(crate) fn is_released(&self) -> bool {
+        matches!(self, Message::Released)
+    }
+}
+
 /// What the guest side keeps for whoever takes over.
 pub(crate) struct Entrusted {
     /// The state of the guest's pages.

@@ -326,12 +326,35 @@ impl Monitor {
 /// When a process began, in the kernel's ticks since boot (proc(5), field 22): with its pid that is the
 /// process and no other. None if there is no such process, or it has ended and only waits to be noticed.
 pub(crate) fn began(pid: u32) -> Option<u64> {
+    let (state, rest) = stat(pid)?;
+    let is_alive = !matches!(state, 'Z' | 'X' | 'x');
+    rest.split_whitespace().nth(18).filter(|_| is_alive)?.parse().ok()
+}
+
+/// Why a process does not run, though it would.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standstill {
+    /// By a signal: SIGCONT lets it go on.
+    Stopped,
+    /// By whoever traces it.
+    Traced,
+}
+
+/// Whether somebody has stopped the process, as far as its main thread shows.
+pub(crate) fn standstill(pid: u32) -> Option<Standstill> {
+    match stat(pid)?.0 {
+        'T' => Some(Standstill::Stopped),
+        't' => Some(Standstill::Traced),
+        _ => None,
+    }
+}
+
+/// Of a process: its state (proc(5), field 3), and the fields after that.
+fn stat(pid: u32) -> Option<(char, String)> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may hold anything.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?;
-    let is_alive = !matches!(state, "Z" | "X" | "x");
-    fields.nth(18).filter(|_| is_alive)?.parse().ok()
+    // The name before it, in parentheses, may hold anything.
+    let mut rest = stat.rsplit_once(')')?.1.trim_start().chars();
+    Some((rest.next()?, rest.collect()))
 }
 
 impl Drop for Monitor {

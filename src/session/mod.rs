@@ -21,6 +21,7 @@
 mod clock;
 mod directory;
 mod record;
+mod resume;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -37,11 +38,12 @@ use crate::error::{Context, Error, Result};
 use crate::observe::watch::Role;
 
 pub(crate) use clock::{since_boot, when};
-pub(crate) use record::{
 pub(crate) use directory::Directory;
+pub(crate) use record::{
     DestinationRecord, DestinationState, GuestRecord, RamRecord, RegionRecord, SecurityRecord,
-    SourceRecord, SourceState, Undo, VERSION, absolute,
+    SourceRecord, SourceState, TotalsRecord, Undo, VERSION, absolute,
 };
+pub use resume::Options as ResumeOptions;
 
 /// A session's number as it is written.
 pub(crate) fn name(session: SessionId) -> String {

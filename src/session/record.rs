@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use umem_wire::Totals;
 
 use crate::error::{Context, Result};
 use crate::secure::Security;
@@ -98,6 +99,10 @@ pub(crate) struct SourceRecord {
     pub(crate) background: bool,
     pub(crate) max_postcopy_bandwidth: Option<u64>,
     pub(crate) security: SecurityRecord,
+    /// The destination has said that the guest runs there.
+    pub(crate) running: bool,
+    /// Bytes of the guest's that it had when it said so last.
+    pub(crate) heard_bytes: u64,
     /// When the guest was stopped, and when the switchover left, nanoseconds since boot.
     pub(crate) stopped_at: u64,
     pub(crate) switched_at: u64,
@@ -115,6 +120,33 @@ pub(crate) enum DestinationState {
     Switched,
     /// It runs.
     Running,
+    /// It has all of its memory. Its side may have to hear of it, and the source has to.
+    Complete,
+}
+
+/// What has come in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TotalsRecord {
+    data_bytes: u64,
+    zero_bytes: u64,
+    hole_bytes: u64,
+    pages_demand: u64,
+    pages_background: u64,
+}
+
+impl From<Totals> for TotalsRecord {
+    fn from(totals: Totals) -> TotalsRecord {
+        let Totals { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background } = totals;
+        TotalsRecord { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background }
+    }
+}
+
+impl From<TotalsRecord> for Totals {
+    fn from(record: TotalsRecord) -> Totals {
+        let TotalsRecord { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background } =
+            record;
+        Totals { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background }
+    }
 }
 
 /// Who runs the guest.
@@ -168,4 +200,6 @@ pub(crate) struct DestinationRecord {
     /// When the switchover came and when the guest ran, nanoseconds since boot.
     pub(crate) switched_at: Option<u64>,
     pub(crate) running_at: Option<u64>,
+    /// Once it is complete.
+    pub(crate) totals: TotalsRecord,
 }

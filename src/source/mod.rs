@@ -672,6 +672,8 @@ impl Migration {
     fn running(&mut self, since: Instant) -> Result<()> {
         self.times.running = Some(since);
         self.awake = None;
+        self.link.heard_running = true;
+        self.keep_heard();
         self.progress.watch().running(self.downtime());
         let downtime_ms = self.downtime().as_secs_f64() * 1e3;
         self.output.event(

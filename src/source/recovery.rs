@@ -11,6 +11,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -26,8 +27,8 @@ use umem_wire::{Event, Frame, LaneRole, Receiver, Standing, Target};
 
 use super::demand::{Command, DemandLane};
 use super::embedded;
-use super::{Migration, Note, Reach, peer};
 use super::liveness::{Due, Liveness};
+use super::{Migration, Note, Reach, peer};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, Severable, lane_name};
@@ -43,6 +44,10 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 
 /// … up to this.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// How long nobody may listen where the destination was before somebody is told what that means: one that is
+/// started again is there sooner.
+const SILENCE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is needed to open lanes again, and how often that was.
 pub(super) struct Link {
@@ -60,15 +65,19 @@ pub(super) struct Link {
     pub(super) keeper: Option<Keeper<SourceRecord>>,
     sockets: Severable,
     is_up: bool,
+    pub(super) liveness: Liveness,
     /// A bulk lane is lost, and until then a destination that gives up may say so on the demand lane.
     doubt: Option<(Error, Instant)>,
     /// By hand: no lanes are opened.
     is_paused: bool,
     was_interrupted: bool,
-    pub(super) liveness: Liveness,
     suspicion: Suspicion,
     /// Bytes that the destination had when it said so last.
-    accounted: u64,
+    pub(super) accounted: u64,
+    /// It has said that the guest runs there.
+    pub(super) heard_running: bool,
+    /// Since when nobody answers, and whether that has been remarked on.
+    unanswered: Option<(Instant, bool)>,
     pub(super) recoveries: u32,
     pub(super) disconnected: Duration,
 }
@@ -87,16 +96,18 @@ impl Link {
             keeper: None,
             sockets: Severable::new(lanes),
             is_up: true,
+            liveness: Liveness::off(),
             doubt: None,
             is_paused: false,
             was_interrupted: false,
             suspicion: Suspicion::default(),
             accounted: 0,
+            heard_running: false,
+            unanswered: None,
             recoveries: 0,
             disconnected: Duration::ZERO,
         }
     }
-            liveness: Liveness::off(),
 
     /// Of a session whose process is gone: there are no lanes.
     pub(super) fn taken_over(
@@ -104,10 +115,17 @@ impl Link {
         pass: Arc<Pass>,
         uri: Option<Uri>,
         keeper: Keeper<SourceRecord>,
-        epoch: u32,
+        record: &SourceRecord,
     ) -> Link {
-        let link = Link::new(session, pass, uri, &[]);
-        Link { recovers: true, epoch, keeper: Some(keeper), is_up: false, ..link }
+        Link {
+            recovers: true,
+            epoch: record.epoch,
+            keeper: Some(keeper),
+            is_up: false,
+            accounted: record.heard_bytes,
+            heard_running: record.running,
+            ..Link::new(session, pass, uri, &[])
+        }
     }
 
     /// The number of the next attempt to open lanes: more than any before it, of any process. So it is
@@ -212,8 +230,16 @@ impl Migration {
         Ok(())
     }
 
-    /// Acts on a bulk lane's loss of which the demand lane has said nothing.
+    /// Acts on a bulk lane's loss of which the demand lane has said nothing, and on a destination that says
+    /// nothing at all.
     pub(super) fn look_after_link(&mut self) -> Result<()> {
+        match self.link.liveness.due(Instant::now()) {
+            Due::Nothing => {}
+            Due::Ask(number) => self.send(&Frame::Ping(number)),
+            // It knows that everything has come.
+            Due::Lost if matches!(self.phase, Phase::Completed(_)) => {}
+            Due::Lost => return self.recover("the destination does not answer"),
+        }
         match self.link.doubt.take_if(|(_, until)| *until <= Instant::now()) {
             Some((error, _)) => self.recover(&error.to_string()),
             None => Ok(()),
@@ -233,13 +259,6 @@ impl Migration {
     }
 
     /// By hand: goes on over these connections.
-        match self.link.liveness.due(Instant::now()) {
-            Due::Nothing => {}
-            Due::Ask(number) => self.send(&Frame::Ping(number)),
-            // It knows that everything has come.
-            Due::Lost if matches!(self.phase, Phase::Completed(_)) => {}
-            Due::Lost => return self.recover("the destination does not answer"),
-        }
     pub(super) fn reconnect(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
         if !self.link.recovers || self.phase.may_run() {
             return Ok(());
@@ -281,6 +300,7 @@ impl Migration {
     fn take_down(&mut self) -> Result<()> {
         self.step(Input::Broken)?;
         self.link.is_up = false;
+        self.link.liveness.begin(false, Instant::now());
         self.link.doubt = None;
         self.link.was_interrupted = false;
         self.link.sockets.sever();
@@ -300,7 +320,6 @@ impl Migration {
     /// What a note means when its lane is gone.
     fn left_over(&mut self, note: Note) -> Result<()> {
         match note {
-        self.link.liveness.begin(false, Instant::now());
             Note::Received(event) => self.received(event),
             Note::Failed(Error::Lost { .. }) | Note::BulkEnded => Ok(()),
             Note::Failed(error) => Err(error),
@@ -364,6 +383,7 @@ impl Migration {
                 let (notes, was_interrupted) = waiting.into_parts();
                 match attempt {
                     Ok(opened) => {
+                        self.link.unanswered = None;
                         self.phase_of(&opened)?;
                         notes.into_iter().try_for_each(|note| self.left_over(note))?;
                         // A pause that came meanwhile takes effect at once.
@@ -373,6 +393,7 @@ impl Migration {
                     }
                     Err(Failed::Migration(error)) => return Err(error),
                     Err(Failed::Attempt(error)) => {
+                        self.remark_on_silence(&error);
                         // What was given is used up; an order that has come may be another way.
                         match was_given && !notes.iter().any(Note::is_order) {
                             true => self.announce(&error.to_string()),
@@ -391,6 +412,44 @@ impl Migration {
             self.pause_between(pause)?;
             pause = (2 * pause).min(PAUSE_MAX);
         }
+    }
+
+    /// After an attempt that came to nothing: where nobody listens for a while the destination's process has
+    /// ended, and only a person can find out how.
+    fn remark_on_silence(&mut self, error: &Error) {
+        let nobody = [ErrorKind::ConnectionRefused, ErrorKind::NotFound];
+        match error {
+            Error::Connect { source, .. } if nobody.contains(&source.kind()) => {}
+            _ => return self.link.unanswered = None,
+        }
+        let (since, is_told) = self.link.unanswered.unwrap_or((Instant::now(), false));
+        let is_due = !is_told && since.elapsed() >= SILENCE_PATIENCE;
+        self.link.unanswered = Some((since, is_told || is_due));
+        let (true, Some(keeper), Some(uri)) = (is_due, &self.link.keeper, &self.link.uri) else {
+            return;
+        };
+        let (session, running) = (keeper.session(), self.link.heard_running);
+        let (heard, total) = (self.link.accounted >> 20, self.memory.total_bytes() >> 20);
+        let known = match (running, heard) {
+            (false, _) => "whether the guest runs there is not known here".to_owned(),
+            (true, 0) => {
+                "the guest runs there, and how much of its memory it has is not known here".into()
+            }
+            (true, _) => {
+                format!("the guest runs there, and had {heard} of {total} MiB when last heard of")
+            }
+        };
+        let text = format!(
+            "nobody listens at {uri}: the umem there has ended, and {known}; `umem incoming --resume {session}` \
+             there goes on with the guest, or says here that it is complete, or that it has ended; if that \
+             is known to be so, interrupt this twice and end it with `umem migrate --resume {session}{} \
+             --abandon`",
+            keeper.directory_option()
+        );
+        let fields = json!({
+            "uri": uri.to_string(), "session": session, "running": running, "heard_bytes": self.link.accounted,
+        });
+        self.output.event("unanswered", fields, &text);
     }
 
     /// Waits before the next attempt; for a resume if there is no way to make one.
@@ -494,6 +553,7 @@ impl Migration {
         self.step(Input::Received(&Event::Resume(opened.standing)))?;
         self.memory.accounted(&opened.standing.totals);
         self.link.accounted = self.memory.counters.done_bytes();
+        self.keep_heard();
         if let (Phase::Committed, Phase::Serving, Some(us)) =
             (before, &self.phase, opened.standing.running)
         {
@@ -514,6 +574,7 @@ impl Migration {
         self.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
         self.start_demand(lane, receiver)?;
         self.link.is_up = true;
+        self.link.watch_over();
         let disconnected_ms = since.elapsed().as_secs_f64() * 1e3;
         self.progress.phase("sending");
         self.progress.watch().reconnected(self.phase.name());
@@ -574,7 +635,6 @@ impl Migration {
                  not start it here again{how}"
             )));
         }
-        self.link.watch_over();
         self.output.remark(&format!("{what}; interrupt again to give up"));
         Ok(())
     }

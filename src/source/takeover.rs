@@ -14,7 +14,6 @@
 //! has come.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -35,85 +34,53 @@ use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::HostThread;
 use crate::host::{BeforeStop, FileOnly, SourceHost};
-use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Session};
 use crate::memory::region::RamFile;
 use crate::memory::words::Words;
+use crate::observe::Observer;
 use crate::observe::watch::Role;
-use crate::observe::{self, Observer};
 use crate::report::Output;
 use crate::secure::{Pass, Security};
 use crate::session::{
-    self, Directory, Keeper, RamRecord, SecurityRecord, SourceRecord, SourceState, VERSION,
-    absolute, since_boot, when,
+    self, Directory, Keeper, RamRecord, ResumeOptions, SecurityRecord, SourceRecord, SourceState,
+    VERSION, absolute, since_boot, when,
 };
 use crate::uri::Uri;
 
 /// What `umem migrate --resume` is asked to do.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The session's number, or how it begins.
-    pub session: String,
-    /// Where session files are; none for the usual place.
-    pub session_dir: Option<PathBuf>,
-    /// The destination, where it is not to be found where it was.
-    pub uri: Option<Uri>,
-    /// How lanes are secured, where that is not to be as it was.
-    pub security: Option<Security>,
-    /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
-    pub cores: Vec<usize>,
-    /// What idle cores do while faults come.
-    pub idle_cores: IdleCores,
+    /// As at the destination.
+    pub resume: ResumeOptions,
     /// What the background sends next.
     pub order: Order,
-    /// JSON events on stdout.
-    pub json: bool,
-    /// What others may see.
-    pub observe: observe::Options,
+    /// End the session instead, for somebody who knows that nobody needs its pages any more.
+    pub abandon: bool,
 }
 
-/// Goes on with a session whose process is gone.
+/// Goes on with a session whose process is gone, or ends it.
 ///
 /// # Errors
 /// No such session, or one that is served by a process which lives; RAM files that are not the same any
-/// more; all that ends a migration after its switchover.
+/// more; all that ends a migration after its switchover. To end it: a destination that answers.
 pub fn run(options: &Options) -> Result<()> {
-    let output = Output::new(options.json);
-    let directory = Directory::find(options.session_dir.as_deref())?.ok_or_else(no_directory)?;
-    let (keeper, record) =
-        Keeper::<SourceRecord>::take_over(&directory, &options.session, Role::Source)?;
-    check_version(record.version)?;
-    let uri = match &options.uri {
+    let output = Output::new(options.resume.json);
+    let (keeper, record) = options.resume.take_over::<SourceRecord>()?;
+    let uri = match &options.resume.uri {
         Some(uri) => uri.clone(),
         None => record.uri.parse().map_err(Error::Environment)?,
     };
-    let security = options.security.clone().unwrap_or_else(|| record.security.security());
+    let security = options.resume.security(&record);
     let taken = Taken { keeper, record, uri, security, output };
-    match taken.record.state {
-        SourceState::Stopped => taken.undo(),
-        SourceState::Committed => taken.go_on(options),
+    match (taken.record.state, options.abandon) {
+        (SourceState::Stopped, false) => taken.undo(),
+        (SourceState::Stopped, true) => Err(Error::Usage(
+            "no switchover had left, so that the guest can go on here: leave out --abandon".into(),
+        )),
+        (SourceState::Committed, false) => taken.go_on(options),
+        (SourceState::Committed, true) => taken.abandon(),
     }
-}
-
-/// There is nowhere to look.
-pub(crate) fn no_directory() -> Error {
-    Error::Usage(
-        "there is no usual place for session files, as $XDG_RUNTIME_DIR is not set: name their directory \
-         with --session-dir"
-            .into(),
-    )
-}
-
-/// A record of another umem is not guessed at.
-pub(crate) fn check_version(version: u32) -> Result<()> {
-    if version == VERSION {
-        return Ok(());
-    }
-    Err(Error::Environment(format!(
-        "the session file has version {version}, and this umem knows {VERSION}: resume with the umem \
-         that began the session"
-    )))
 }
 
 /// A session that is this process's now.
@@ -157,19 +124,11 @@ impl Taken {
 
     /// Opens all lanes, as it would to go on, and says that it does not.
     fn tell_cancelled(&self) -> Result<()> {
-        if self.uri.is_one_connection() {
-            return Err(Error::Unsupported("it was one connection".into()));
-        }
-        let session = self.session()?;
-        let pass = Pass::load(&self.security, &self.uri)?;
-        let epoch = self.record.epoch + 1;
-        self.keeper.edit(|record| record.epoch = epoch)?;
         let inbox = Inbox::new()?;
-        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
-        let open = |index| lane::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
-        let lanes = (0..=session.bulk_lanes).map(open).collect::<Result<Vec<Lane>>>()?;
+        let lanes = self.open_lanes(&inbox)?;
         let why = Error::Interrupted("the source's umem was killed before the switchover".into());
         lane::tell(&lanes[0].socket(), lanes[0].is_checked(), &why);
+        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
         // What it says meanwhile is read, as a connection that is closed over it would be reset.
         let deadline = Instant::now() + HELLO_TIMEOUT;
         let mut buffer = [0; 4096];
@@ -186,6 +145,54 @@ impl Taken {
         }
     }
 
+    /// All lanes of an attempt that is later than any before it, the demand lane first.
+    fn open_lanes(&self, inbox: &Inbox<super::Note>) -> Result<Vec<Lane>> {
+        if self.uri.is_one_connection() {
+            return Err(Error::Unsupported("it was one connection".into()));
+        }
+        let session = self.session()?;
+        let pass = Pass::load(&self.security, &self.uri)?;
+        let epoch = self.record.epoch + 1;
+        self.keeper.edit(|record| record.epoch = epoch)?;
+        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
+        let open = |index| lane::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
+        (0..=session.bulk_lanes).map(open).collect()
+    }
+
+    /// Ends the session, whatever the destination may still need: nobody is there to be asked. The guest never
+    /// runs here again, and its memory is left as it is.
+    fn abandon(self) -> Result<()> {
+        let (uri, session) = (&self.uri, self.keeper.session());
+        match self.open_lanes(&Inbox::new()?) {
+            Ok(_) => {
+                return Err(Error::Environment(format!(
+                    "nothing is abandoned: the destination at {uri} serves this session, and --resume \
+                     {session} without --abandon goes on with it"
+                )));
+            }
+            // Perhaps it is paused. It may also be the destination of another guest by now.
+            Err(Error::Peer { text, .. }) => {
+                return Err(Error::Environment(format!(
+                    "nothing is abandoned: a umem at {uri} answers ({text}); if that is not this guest's \
+                     destination, name an address of that one's host where nobody answers"
+                )));
+            }
+            Err(error @ Error::Interrupted(_)) => return Err(error),
+            Err(_) => {}
+        }
+        let ram: Vec<String> =
+            self.record.ram.iter().map(|ram| ram.path.display().to_string()).collect();
+        self.keeper.remove();
+        let text = format!(
+            "session {session} is abandoned: the guest's memory is not served any more, and it must not \
+             run here again; quit its monitor, and remove {} when the guest at its destination is known \
+             to be well",
+            ram.join(" and ")
+        );
+        self.output.event("abandoned", json!({ "session": session, "ram": ram }), &text);
+        Ok(())
+    }
+
     /// Serves the guest's memory.
     fn go_on(self, options: &Options) -> Result<()> {
         let session = self.session()?;
@@ -195,7 +202,8 @@ impl Taken {
         let pass = Arc::new(Pass::load(&security, &uri)?);
         let bandwidth = Arc::new(Bandwidth::new(record.max_postcopy_bandwidth));
         let limit = record.postcopy.then(|| bandwidth.clone());
-        let observer = Observer::start(&options.observe, Role::Source, limit, &output)?;
+        let Options { resume, order, .. } = options;
+        let observer = Observer::start(&resume.observe, Role::Source, limit, &output)?;
         let files = record.ram.iter().map(|ram| open_again(ram, releases));
         let files = files.collect::<Result<Vec<_>>>()?;
         let memory = SourceMemory::new(files, releases).limited(bandwidth);
@@ -210,16 +218,16 @@ impl Taken {
             background: record.background,
             has_monitor: record.qmp.is_some(),
             stays_local: pass.has_tls() || lane::stays_local(&uri, &look)?,
-            cores: &options.cores,
-            idle_cores: options.idle_cores,
-            order: options.order,
+            cores: &resume.cores,
+            idle_cores: resume.idle_cores,
+            order: *order,
             watch: &observer.watch,
-            quiet: options.observe.quiet,
+            quiet: resume.observe.quiet,
         };
         // Nothing is asked of a monitor any more.
         let host = HostThread::<dyn SourceHost>::start(Box::new(FileOnly), inbox.post())?;
         let way = (!uri.is_one_connection()).then_some(uri);
-        let link = Link::taken_over(session, pass.clone(), way, keeper, record.epoch);
+        let link = Link::taken_over(session, pass.clone(), way, keeper, &record);
         let memory = Arc::new(memory);
         let mut migration = Migration::new(&plan, output.clone(), inbox, link, memory, host);
         migration.phase = umem_wire::source::Phase::Committed;
@@ -308,6 +316,8 @@ pub(super) fn keep(
         background: options.background,
         max_postcopy_bandwidth: options.max_postcopy_bandwidth,
         security: SecurityRecord::of(&options.security)?,
+        running: false,
+        heard_bytes: 0,
         stopped_at: 0,
         switched_at: 0,
         allocated_bytes: 0,
@@ -344,6 +354,15 @@ impl Migration {
                 ram.unit_shift = region.unit().shift();
             }
         })
+    }
+
+    /// What the destination has said, for who may have to tell somebody: whether the guest runs there, and what
+    /// it has of its memory. Nothing depends on it, so that it may fail.
+    pub(super) fn keep_heard(&self) {
+        let heard = (self.link.heard_running, self.link.accounted);
+        if let Some(keeper) = &self.link.keeper {
+            let _ = keeper.edit(|record| (record.running, record.heard_bytes) = heard);
+        }
     }
 
     pub(super) fn say_how_to_resume(&self) {

@@ -13,6 +13,7 @@
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //! - [`Cutter`]: a relay that breaks connections, or changes bits, at known bytes or when told to
 //! - [`Move`]: a guest on its way through a [`Cutter`]
+//! - [`killed::Move`]: the same, by umems that are killed and go on as others
 //! - [`Network`]: two hosts with a router between them, in network namespaces of the test's own
 //! - [`Seeded`]: numbers that depend on a seed alone
 //! - [`Fifo`]: lets another program go on
@@ -31,6 +32,7 @@ pub(crate) mod embedded;
 mod fifo;
 mod guests;
 mod hugepages;
+pub(crate) mod killed;
 mod moving;
 mod network;
 mod process;

@@ -1,0 +1,206 @@
+//! What a source is told that comes when its guest does not need it any more.
+//!
+//! The guest has all of its memory, or has ended, and the source has not heard of it: its process was killed,
+//! or the network was gone for too long. One that is resumed then would look for this side for ever, as it
+//! must not give up pages that a guest may need. So somebody has to be here when it comes: the umem that
+//! has received the guest, as long as it stays for its guest's sake; after that who resumes the
+//! session, whose record stays until the source has been told.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, recv, send};
+use umem_wire::{Frame, PageRange, RegionTable, Seal, Standing, resume, transmit};
+
+use super::Note;
+use super::accept::{Door, Lanes};
+use super::side::GuestSide;
+use crate::error::{Error, Result};
+use crate::inbox::{Inbox, Wake};
+use crate::lane::{self, Lane};
+use crate::report::Output;
+use crate::session::{DestinationRecord, Keeper};
+
+/// How long a source may take to read what it is told, and then to close its lanes.
+const READ_PATIENCE: Duration = Duration::from_secs(30);
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A session of which only the source does not know that it is over.
+pub(super) struct Farewell {
+    door: Door,
+    word: Word,
+    /// Whose record goes as soon as the source knows.
+    keeper: Keeper<DestinationRecord>,
+}
+
+/// What it is told.
+pub(super) enum Word {
+    /// Every page has come: where this side stands, and the pages there are.
+    Complete { standing: Standing, landing: RegionTable },
+    /// Nothing will go on.
+    Failed(Error),
+}
+
+impl Farewell {
+    pub(super) fn new(mut door: Door, word: Word, keeper: Keeper<DestinationRecord>) -> Farewell {
+        door.set_refusal(None);
+        Farewell { door, word, keeper }
+    }
+
+    /// Waits for the source to come, until then or for ever. False if it does not, or somebody interrupts.
+    pub(super) fn wait(&mut self, inbox: &Inbox<Note>, until: Option<Instant>) -> Result<bool> {
+        loop {
+            let next = self.door.next_deadline().into_iter().chain(until).min();
+            let left = next.map(|at| at.saturating_duration_since(Instant::now()));
+            match inbox.wait_for(&self.door.fds(), left)? {
+                Wake::Signal => return Ok(false),
+                Wake::Ready(index) => self.door.answer(index)?,
+                Wake::Message(_) | Wake::Timeout => {}
+            }
+            if self.look(inbox)? {
+                return Ok(true);
+            }
+            if until.is_some_and(|until| until <= Instant::now()) {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Stays as long as the guest's process runs, which is a child, and tells the source if it comes
+    /// meanwhile. None if a signal has ended that.
+    pub(super) fn stay(
+        mut self,
+        side: &mut GuestSide,
+        inbox: &Inbox<Note>,
+        output: &Output,
+    ) -> Result<Option<ExitStatus>> {
+        loop {
+            let mut fds = vec![(side.exited(), PollFlags::POLLIN)];
+            fds.extend(self.door.fds());
+            let left =
+                self.door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            match inbox.wait_for(&fds, left)? {
+                Wake::Signal => return Ok(None),
+                Wake::Ready(0) => return side.wait(),
+                Wake::Ready(index) => self.door.answer(index - 1)?,
+                Wake::Message(_) | Wake::Timeout => {}
+            }
+            if self.look(inbox)? {
+                output.remark("the source has come, and knows now that its guest is complete");
+                drop(self);
+                return side.outlive(inbox);
+            }
+        }
+    }
+
+    /// Tells the source, if it has opened all of its lanes; true if it knows now.
+    fn look(&mut self, inbox: &Inbox<Note>) -> Result<bool> {
+        self.door.forget_late(Instant::now());
+        let Some(lanes) = self.door.whole() else { return Ok(false) };
+        let is_told = match &self.word {
+            Word::Complete { standing, landing } => {
+                tell_all(&lanes.demand, standing, landing, inbox)?
+            }
+            Word::Failed(error) => {
+                lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
+                true
+            }
+        };
+        if is_told {
+            wait_for_end(&lanes, inbox)?;
+            self.keeper.remove();
+        }
+        Ok(is_told)
+    }
+}
+
+/// Says on a new demand lane where this side stands, that it has every page, and that this is all. False if
+/// the source has gone meanwhile, or does not read.
+fn tell_all(
+    lane: &Lane,
+    standing: &Standing,
+    landing: &RegionTable,
+    inbox: &Inbox<Note>,
+) -> Result<bool> {
+    let until = Instant::now() + READ_PATIENCE;
+    let mut seal = Seal::new(lane.is_checked());
+    let have = resume::have_ranges(landing).map(|range| Frame::Have { range, words: all(range) });
+    let first = std::iter::once(Frame::Resume(*standing));
+    for frame in first.chain(have).chain([Frame::Complete(standing.totals)]) {
+        let mut bytes = Vec::new();
+        transmit::encode(&frame, &mut bytes);
+        seal.frames(&mut bytes);
+        if !send_all(lane, &bytes, until, inbox)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// A bit for each page, as a have frame has them.
+fn all(range: PageRange) -> Vec<u64> {
+    let mut words =
+        vec![u64::MAX; usize::try_from(range.pages.div_ceil(64)).expect("they fit a frame")];
+    if let Some(last) = words.last_mut().filter(|_| !range.pages.is_multiple_of(64)) {
+        *last >>= 64 - range.pages % 64;
+    }
+    words
+}
+
+fn send_all(lane: &Lane, bytes: &[u8], until: Instant, inbox: &Inbox<Note>) -> Result<bool> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match send(lane.as_fd().as_raw_fd(), rest, flags) {
+            Ok(count) => rest = &rest[count..],
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                let left = until.saturating_duration_since(Instant::now());
+                match inbox.wait_for(&[(lane.as_fd(), PollFlags::POLLOUT)], Some(left))? {
+                    Wake::Ready(_) | Wake::Message(_) => {}
+                    Wake::Timeout | Wake::Signal => return Ok(false),
+                }
+            }
+            Err(_) => return Ok(false),
+        }
+    }
+    Ok(true)
+}
+
+/// Reads what the source still says until it closes the demand lane, as a connection that is closed over
+/// what was not read is reset, and what we have said could be lost with it.
+fn wait_for_end(lanes: &Lanes, inbox: &Inbox<Note>) -> Result<()> {
+    let until = Instant::now() + CLOSE_PATIENCE;
+    let (socket, mut buffer) = (lanes.demand.as_fd(), [0; 4096]);
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match inbox.wait_for(&[(socket, PollFlags::POLLIN)], Some(left))? {
+            Wake::Ready(_) | Wake::Message(_) => {}
+            Wake::Timeout | Wake::Signal => return Ok(()),
+        }
+        match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(1..) | Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Ok(0) | Err(_) => return Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use umem_wire::RegionId;
+
+    #[test]
+    fn every_page_of_a_range_has_its_bit_and_nothing_else_has() {
+        for pages in [1, 63, 64, 65, 128, 200] {
+            let words = all(PageRange { region: RegionId(0), first: 0, pages });
+            let ones: u32 = words.iter().map(|word| word.count_ones()).sum();
+            assert_eq!((words.len() as u64, u64::from(ones)), (pages.div_ceil(64), pages));
+            let last = words.last().unwrap().trailing_ones();
+            assert_eq!(u64::from(last), (pages - 1) % 64 + 1);
+        }
+    }
+}

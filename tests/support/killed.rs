@@ -1,0 +1,260 @@
+//! A guest that moves from one umem to another, which are killed on the way, and go on as others.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::{Cutter, Qmp, Scratch, Umem, seed, seeded};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// A handshake of TLS, or a nonce, and a hello.
+const GREETING_BYTES_MAX: u64 = 4 << 10;
+
+/// A guest that moves from one umem to another through a relay.
+pub(crate) struct Move {
+    pub(crate) scratch: Scratch,
+    pub(crate) guest: Umem,
+    pub(crate) incoming: Umem,
+    pub(crate) migrate: Umem,
+    pub(crate) cutter: Cutter,
+    pub(crate) how: How,
+    /// The session's number, once there is something to take over.
+    pub(crate) session: String,
+    /// Of the guest's socket and file here and there.
+    pub(crate) names: [&'static str; 2],
+}
+
+#[derive(Clone, Copy, Default)]
+pub(crate) struct How {
+    pub(crate) mib: u64,
+    /// Of both guests.
+    pub(crate) threads: u32,
+    pub(crate) kind: Option<&'static str>,
+    /// For `umem incoming`.
+    pub(crate) incoming: &'static [&'static str],
+    /// For the guest there.
+    pub(crate) arriving: &'static [&'static str],
+    pub(crate) migrate: &'static [&'static str],
+    /// For both umem processes: a directory of certificates, or a secret.
+    pub(crate) security: Option<[&'static str; 2]>,
+}
+
+/// Whom to kill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Destination,
+    Both,
+}
+
+impl Move {
+    /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
+    /// lets the others go.
+    pub(crate) fn switched(how: How) -> Move {
+        Move::start(how).until_switched()
+    }
+
+    pub(crate) fn until_switched(self) -> Move {
+        let mut moving = self;
+        moving.session = text(&moving.migrate.event("resumable"), "session");
+        moving.migrate.event("running");
+        moving.incoming.event("running");
+        moving
+    }
+
+    /// Up to the start of `umem migrate`.
+    pub(crate) fn start(how: How) -> Move {
+        let scratch = Scratch::new();
+        let [mib, threads] = [how.mib.to_string(), how.threads.to_string()];
+        let qmp = scratch.path("source.qmp").display().to_string();
+        let ram = format!("ram0={}", scratch.ram("source").display());
+        let mut arguments = vec!["guest", "--qmp", &qmp, "--ram", &ram];
+        arguments.extend(["--size", &mib, "--threads", &threads, "--seed", "7"]);
+        let mut guest = Umem::start(arguments);
+        guest.event("ready");
+        Move::from("source", guest, "destination", scratch, how)
+    }
+
+    /// The same with a guest that is there, known by these names on both sides.
+    pub(crate) fn from(
+        source: &'static str,
+        guest: Umem,
+        destination: &'static str,
+        scratch: Scratch,
+        how: How,
+    ) -> Move {
+        let [mib, threads] = [how.mib.to_string(), how.threads.to_string()];
+        let path = |name: &str| scratch.path(name).display().to_string();
+        let [source_qmp, destination_qmp] =
+            [source, destination].map(|name| path(&format!("{name}.qmp")));
+        let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
+        let kind = how.kind.unwrap_or("shared");
+        let ram = format!("ram0={}", scratch.ram(destination).display());
+        let (handoff, sessions) = (path("handoff"), path("sessions"));
+        let is_anonymous = kind == "anonymous";
+        let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
+        arguments.extend(["--session-dir", &sessions]);
+        match is_anonymous {
+            true => arguments.extend(["--handoff", &handoff]),
+            false => arguments.extend(["--kind", kind, "--ram", &ram]),
+        }
+        arguments.extend(how.incoming);
+        arguments.extend(how.security.iter().flatten());
+        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
+        arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
+        arguments.extend(common);
+        match is_anonymous {
+            true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
+            false => arguments.extend(["--ram", &ram]),
+        }
+        arguments.extend(how.arriving);
+        let mut incoming = Umem::start(arguments);
+        let uri = text(&incoming.event("listening"), "uri");
+        let cutter = Cutter::to(&uri);
+        if how.security.is_some() {
+            cutter.lengthen_greetings(GREETING_BYTES_MAX);
+        }
+        let mut arguments = vec!["migrate", "-p", "--json", "--session-dir", &sessions];
+        // So that processes begin and end more quickly than the guest moves.
+        arguments.extend(["--max-postcopy-bandwidth", "24M"]);
+        arguments.extend(["--qmp", &source_qmp, cutter.uri()]);
+        arguments.extend(how.migrate);
+        arguments.extend(how.security.iter().flatten());
+        let migrate = Umem::start(arguments);
+        let (session, names) = (String::new(), [source, destination]);
+        Move { scratch, guest, incoming, migrate, cutter, how, session, names }
+    }
+
+    pub(crate) fn sessions(&self) -> PathBuf {
+        self.scratch.path("sessions")
+    }
+
+    /// Takes over from one side.
+    pub(crate) fn resume(&self, command: &str) -> Umem {
+        self.resume_with(command, &[])
+    }
+
+    /// The same with more arguments.
+    pub(crate) fn resume_with(&self, command: &str, more: &[&str]) -> Umem {
+        let sessions = self.sessions().display().to_string();
+        let own = [command, "--json", "--session-dir", &sessions, "--resume", &self.session];
+        Umem::start(own.iter().chain(more))
+    }
+
+    /// What is in the directory of session files, in order.
+    pub(crate) fn session_files(&self) -> Vec<String> {
+        // Nobody may have made it yet.
+        let entries = std::fs::read_dir(self.sessions()).into_iter().flatten().flatten();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    pub(crate) fn kill(&mut self, side: Side) {
+        if side != Side::Source {
+            self.incoming.kill();
+        }
+        if side != Side::Destination {
+            self.migrate.kill();
+        }
+        if side != Side::Source {
+            self.incoming = self.resume("incoming");
+        }
+        if side != Side::Destination {
+            self.migrate = self.resume("migrate");
+        }
+    }
+
+    /// Kills as often as said, each time after a number of bytes below `most`. Every third time that is
+    /// so few that nobody has taken over yet.
+    pub(crate) fn kill_often(&mut self, count: usize, most: u64, sides: &[Side]) {
+        let seed = seed(self.how.mib ^ u64::from(self.how.threads) << 8 ^ sides.len() as u64);
+        self.cutter.let_pages_go();
+        let moments = seeded(seed, most).zip(seeded(!seed, sides.len() as u64)).take(count);
+        for (at, (bytes, which)) in moments.enumerate() {
+            let bytes = if at % 3 == 2 { bytes % 700 } else { bytes };
+            self.pass(bytes);
+            let side = sides[usize::try_from(which).unwrap()];
+            println!("kill {at}: {side:?} after {bytes} bytes");
+            self.kill(side);
+        }
+    }
+
+    /// Waits until so many bytes more have passed.
+    pub(crate) fn pass(&mut self, bytes: u64) {
+        let until = self.cutter.passed() + bytes;
+        super::wait_for(format!("{bytes} more bytes"), || {
+            let both = [&mut self.incoming, &mut self.migrate];
+            for umem in both {
+                assert!(umem.is_running(), "it has ended: {}", umem.stderr());
+            }
+            (self.cutter.passed() >= until).then_some(())
+        });
+    }
+
+    /// Waits for the end on both sides, and has the guest check its memory. Returns both reports.
+    pub(crate) fn complete(self) -> (Value, Value) {
+        let (scratch, guest, [_, there], reports) = self.arrive();
+        Qmp::connect(&scratch.path(&format!("{there}.qmp"))).quit();
+        guest.succeeds();
+        reports
+    }
+
+    /// The same, and leaves the guest where it is: its `umem incoming`, which ends when it does.
+    pub(crate) fn arrive(mut self) -> (Scratch, Umem, [&'static str; 2], (Value, Value)) {
+        self.cutter.let_pages_go();
+        let source = self.migrate.event("completed");
+        let destination = self.incoming.event("completed");
+        self.check(&destination);
+        self.migrate.succeeds();
+        Qmp::connect(&self.scratch.path(&format!("{}.qmp", self.names[0]))).quit();
+        self.guest.succeeds();
+        let left: Vec<_> = std::fs::read_dir(self.scratch.path("sessions")).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+        (self.scratch, self.incoming, self.names, (source, destination))
+    }
+
+    /// Every word is what it was at the source or what has been written since, each page has been
+    /// counted once, and the guest has left its userfaultfd.
+    pub(crate) fn check(&self, report: &Value) {
+        let mut qmp = Qmp::connect(&self.scratch.path(&format!("{}.qmp", self.names[1])));
+        let verdict = qmp.execute("umem-verify", json!({}));
+        let mib = self.how.mib;
+        assert_eq!(verdict["verified_pages"], mib * 256, "{verdict}");
+        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
+        assert_eq!(verdict["registered"], false, "{verdict}");
+        let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
+        let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
+        assert_eq!(bytes, mib << 20, "every page has come once: {report}");
+    }
+}
+
+impl Move {
+    /// Up to the moment when the destination has loaded the guest, and the source has not heard of it:
+    /// nothing is committed. Of the destination's answers none comes after the one page that loading asks
+    /// for.
+    pub(crate) fn loaded() -> Move {
+        let mut moving = Move::start(How { mib: 16, threads: 1, ..How::default() });
+        let answers = umem_wire::HELLO_BYTES + (umem_wire::HEADER_BYTES + 1) + REQUEST_BYTES;
+        moving.cutter.limit_answers(Some(answers as u64));
+        moving.session = text(&moving.incoming.event("resumable"), "session");
+        assert_eq!(text(&moving.migrate.event("stopped"), "session"), moving.session);
+        moving
+    }
+
+    /// What the source's guest says of itself.
+    pub(crate) fn status(&self) -> String {
+        let mut qmp = Qmp::connect(&self.scratch.path("source.qmp"));
+        text(&qmp.execute("query-status", json!({})), "status")
+    }
+}
+
+/// A request for one page.
+pub(crate) const REQUEST_BYTES: usize = umem_wire::HEADER_BYTES + 8;
+
+pub(crate) fn text(event: &Value, field: &str) -> String {
+    event[field].as_str().unwrap_or_else(|| panic!("no {field} in {event}")).to_owned()
+}

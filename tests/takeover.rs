@@ -1,0 +1,284 @@
+//! What is left over when umems are killed: sources that nobody has told, guests that do not answer, files
+//! that nobody needs. And the same lanes, secured.
+
+mod support;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use support::killed::{How, Move, Side, text};
+use support::{Authority, Ends, Qmp, Scratch, Umem, wait_for, write_private};
+use umem_wire::{HEADER_BYTES, HELLO_BYTES};
+
+const SMALL: How = How {
+    mib: 16,
+    threads: 1,
+    kind: None,
+    incoming: &[],
+    arriving: &[],
+    migrate: &[],
+    security: None,
+};
+
+/// Nobody listens there, and nobody ever will: port 1 is the kernel's to give to nobody.
+const NOBODY: &str = "tcp:127.0.0.1:1";
+
+impl Move {
+    /// The process whose memory arrives.
+    fn arriving(&self) -> Pid {
+        let guests = self.scratch.processes("--incoming");
+        let guests: Vec<_> = guests.iter().filter(|(pid, _)| *pid != self.incoming.pid()).collect();
+        let [(pid, _)] = guests[..] else { panic!("{guests:?}") };
+        Pid::from_raw(i32::try_from(*pid).unwrap())
+    }
+
+    /// Up to a destination that has everything, and a source that has died before it heard of it.
+    fn unheard() -> Move {
+        let mut moving = Move::switched(How { mib: 8, threads: 0, ..SMALL });
+        moving.cutter.limit_answers(Some(0));
+        moving.cutter.let_pages_go();
+        // As long as what the guest's start and one word that everything has come are together, and longer
+        // than one request and that.
+        let running = HELLO_BYTES + (HEADER_BYTES + 1) + 2 * HEADER_BYTES;
+        moving.cutter.wait_for_answers((running + HEADER_BYTES + 40) as u64);
+        moving.migrate.kill();
+        moving.cutter.cut(Ends::Both, false);
+        moving.cutter.limit_answers(None);
+        moving.incoming.event("recovering");
+        // Nobody wants to wait until it has waited long enough.
+        moving.incoming.signal(Signal::SIGINT);
+        let report = moving.incoming.event("completed");
+        moving.check(&report);
+        let files = moving.session_files();
+        for side in ["source", "destination"] {
+            assert!(files.contains(&format!("{}.{side}", moving.session)), "{files:?}");
+        }
+        moving
+    }
+
+    /// Both sides are gone, and nothing of the session is left.
+    fn ends(self) {
+        let Move { scratch, guest, incoming, migrate, .. } = self;
+        Qmp::connect(&scratch.path("source.qmp")).quit();
+        guest.succeeds();
+        migrate.succeeds();
+        Qmp::connect(&scratch.path("destination.qmp")).quit();
+        incoming.succeeds();
+        let left: Vec<_> = std::fs::read_dir(scratch.path("sessions")).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+        scratch.wait_until_gone("destination.qmp");
+    }
+}
+
+fn says(umem: &Umem, text: &str) {
+    wait_for(format!("{text:?} on stderr"), || umem.stderr().contains(text).then_some(()));
+}
+
+/// Whether a process has one of its own userfaultfds open.
+fn has_userfaultfd(pid: Pid) -> bool {
+    let numbers = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let mut links = numbers.filter_map(|number| std::fs::read_link(number.path()).ok());
+    links.any(|link| link.to_string_lossy().contains("[userfaultfd]"))
+}
+
+/// Every page is here, but the guest's process does not run: the source does not wait for it, and who waits
+/// is told what for.
+#[test]
+fn a_guest_that_is_stopped_is_waited_for_in_words() {
+    for kind in [None, Some("anonymous")] {
+        let mut moving = Move::switched(How { kind, ..SMALL });
+        let guest = moving.arriving();
+        kill(guest, Signal::SIGSTOP).unwrap();
+        moving.cutter.let_pages_go();
+        moving.migrate.event("completed");
+        let waiting = moving.incoming.event("releasing");
+        assert_eq!(waiting["guest_pid"], guest.as_raw(), "{waiting}");
+        assert_eq!(waiting["stopped"], true, "{waiting}");
+        assert!(has_userfaultfd(guest));
+        kill(guest, Signal::SIGCONT).unwrap();
+        let report = moving.incoming.event("completed");
+        moving.check(&report);
+        assert!(!has_userfaultfd(guest));
+        moving.ends();
+    }
+}
+
+/// Whoever does not want to wait for it may leave.
+#[test]
+fn a_guest_that_is_stopped_can_be_left_to_itself() {
+    let mut moving = Move::switched(SMALL);
+    let guest = moving.arriving();
+    kill(guest, Signal::SIGSTOP).unwrap();
+    moving.cutter.let_pages_go();
+    moving.migrate.event("completed");
+    moving.incoming.event("releasing");
+    moving.incoming.signal(Signal::SIGINT);
+    let report = moving.incoming.event("completed");
+    assert!(moving.incoming.wait().success(), "{}", moving.incoming.stderr());
+    assert!(has_userfaultfd(guest));
+    kill(guest, Signal::SIGCONT).unwrap();
+    moving.check(&report);
+    wait_for("the guest to let go", || (!has_userfaultfd(guest)).then_some(()));
+    moving.ends();
+}
+
+/// Its destination stays for its guest's sake anyway.
+#[test]
+fn a_source_that_comes_late_is_told_that_all_is_done() {
+    let mut moving = Move::unheard();
+    moving.migrate = moving.resume("migrate");
+    moving.migrate.event("completed");
+    says(&moving.incoming, "the source has come, and knows now");
+    moving.ends();
+}
+
+/// Its destination has gone, too, and has left what is needed to tell it.
+#[test]
+fn a_source_that_comes_later_still_is_told_by_who_resumes() {
+    let mut moving = Move::unheard();
+    moving.incoming.signal(Signal::SIGINT);
+    assert!(moving.incoming.wait().success(), "{}", moving.incoming.stderr());
+    moving.incoming = moving.resume("incoming");
+    moving.incoming.event("listening");
+    moving.migrate = moving.resume("migrate");
+    moving.migrate.event("completed");
+    assert_eq!(moving.incoming.event("undone")["source_knows"], true);
+    moving.ends();
+}
+
+/// Nobody listens where the destination was: what is known here is said, and what can be done.
+#[test]
+fn a_source_whose_destination_is_gone_can_be_ended() {
+    let mut moving = Move::switched(SMALL);
+    moving.kill_only(Side::Both);
+    moving.migrate = moving.resume_with("migrate", &[NOBODY]);
+    let unanswered = moving.migrate.event("unanswered");
+    assert_eq!(unanswered["session"], *moving.session, "{unanswered}");
+    assert_eq!(unanswered["running"], true, "{unanswered}");
+    moving.migrate.kill();
+    // Its URI is the last that was named.
+    let mut abandoning = moving.resume_with("migrate", &["--abandon"]);
+    let ram = moving.scratch.ram("source");
+    assert_eq!(abandoning.event("abandoned")["ram"], json!([ram]));
+    abandoning.succeeds();
+    assert!(ram.exists(), "memory is nobody's to remove");
+    assert_eq!(moving.status(), "paused", "and the guest never runs here again");
+    let of_source = |name: &&String| name.contains(".source");
+    assert_eq!(moving.session_files().iter().filter(of_source).count(), 0);
+    let error = moving.resume("migrate").fails_as_misused();
+    assert!(error.contains("no session"), "{error}");
+}
+
+/// Who needs the source's pages is not left without them by mistake.
+#[test]
+fn a_session_that_is_served_is_not_abandoned() {
+    let mut moving = Move::switched(SMALL);
+    moving.kill_only(Side::Source);
+    let error = moving.resume_with("migrate", &["--abandon"]).fails();
+    assert!(error.contains("nothing is abandoned: the destination at"), "{error}");
+    // As little while somebody else listens there.
+    let port = moving.cutter.uri().to_owned();
+    assert!(error.contains(&port), "{error}");
+    moving.migrate = moving.resume("migrate");
+    moving.complete();
+}
+
+/// Killed before anything was to be resumed: what lies there then goes with the next umem that begins.
+#[test]
+fn what_a_killed_destination_leaves_early_is_tidied_up() {
+    let mut moving = Move::start(SMALL);
+    // Its answer to the source's regions does not come, so that nothing goes on.
+    moving.cutter.limit_answers(Some(HELLO_BYTES as u64));
+    let own = |moving: &Move| -> Vec<String> {
+        let files = moving.session_files().into_iter();
+        files.filter(|name| !name.contains(".source")).collect()
+    };
+    let files = wait_for("what it keeps for a case that has not come", || {
+        let files = own(&moving);
+        files.iter().any(|name| name.ends_with(".guest")).then_some(files)
+    });
+    moving.incoming.kill();
+    moving.scratch.wait_until_gone("destination.qmp");
+    moving.migrate.kill();
+    assert_eq!(own(&moving), files, "nobody has removed them");
+    moving.session = "0123".into();
+    let error = moving.resume("migrate").fails_as_misused();
+    assert!(error.contains("no session 0123"), "{error}");
+    assert_eq!(moving.session_files(), Vec::<String>::new(), "were {files:?}");
+    assert_eq!(moving.status(), "running");
+}
+
+impl Move {
+    /// Kills, and starts nobody.
+    fn kill_only(&mut self, side: Side) {
+        if side != Side::Source {
+            self.incoming.kill();
+        }
+        if side != Side::Destination {
+            self.migrate.kill();
+        }
+    }
+
+    /// The same certificates or the same secret are asked for as at first, of either side.
+    fn goes_to_its_own_alone(mut self, wrong: &[&str; 2], reasons: [&str; 2]) {
+        self.kill_often(1, 1 << 20, &[Side::Source]);
+        self.kill_often(1, 1 << 20, &[Side::Destination]);
+        for (side, why) in [Side::Source, Side::Destination].into_iter().zip(reasons) {
+            self.kill_only(side);
+            let command = if side == Side::Source { "migrate" } else { "incoming" };
+            let mut stranger = self.resume_with(command, wrong);
+            // It is the source that hears in either case.
+            let source = if side == Side::Source { &mut stranger } else { &mut self.migrate };
+            let refused = loop {
+                let reason = text(&source.event("retrying"), "reason");
+                if reason.contains(why) {
+                    break reason;
+                }
+            };
+            println!("{refused}");
+            stranger.kill();
+            match side {
+                Side::Source => self.migrate = self.resume("migrate"),
+                _ => self.incoming = self.resume("incoming"),
+            }
+        }
+        self.complete();
+    }
+}
+
+#[test]
+fn lanes_with_certificates_are_taken_over_by_who_began_them() {
+    let scratch = Scratch::new();
+    let credentials = |authority: &Authority, name: &str| -> &'static str {
+        let directory = authority.credentials(&scratch, name, "127.0.0.1");
+        directory.display().to_string().leak()
+    };
+    let (ours, others) = (Authority::new("ours"), Authority::new("others"));
+    let own = credentials(&ours, "own");
+    let moving = Move::switched(How { mib: 32, security: Some(["--tls-creds", own]), ..SMALL });
+    let wrong = ["--tls-creds", credentials(&others, "others")];
+    moving.goes_to_its_own_alone(&wrong, ["certificate", "certificate"]);
+    // The same authority has signed this one, and it is not who began.
+    let mut moving = Move::switched(How { security: Some(["--tls-creds", own]), ..SMALL });
+    moving.kill_only(Side::Source);
+    let mut stranger = moving.resume_with("migrate", &["--tls-creds", credentials(&ours, "same")]);
+    let reason = text(&stranger.event("retrying"), "reason");
+    assert!(reason.contains("began with another certificate"), "{reason}");
+    stranger.kill();
+    moving.migrate = moving.resume("migrate");
+    moving.complete();
+}
+
+#[test]
+fn lanes_with_a_secret_are_taken_over_by_who_knows_it() {
+    let scratch = Scratch::new();
+    let secret = |name: &str, secret: &str| -> &'static str {
+        write_private(&scratch.path(name), secret);
+        scratch.path(name).display().to_string().leak()
+    };
+    let own = secret("own", "a secret of ours, and long enough");
+    let other = secret("other", "another secret, and long enough");
+    let moving = Move::switched(How { mib: 32, security: Some(["--secret-file", own]), ..SMALL });
+    let reasons = ["it does not know the secret", "the secret"];
+    moving.goes_to_its_own_alone(&["--secret-file", other], reasons);
+}
