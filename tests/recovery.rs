@@ -115,8 +115,7 @@ fn memory_that_the_source_frees_survives_cuts() {
 /// there answers for it, until something is sent. The source has nothing to send, and asks.
 #[test]
 fn a_destination_that_has_lost_its_ends_is_noticed() {
-    let mut moving =
-        Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
+    let mut moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
     moving.cutter.cut(Ends::Destination, false);
     moving.migrate.event("resumed");
     moving.incoming.event("resumed");
@@ -128,8 +127,7 @@ fn a_destination_that_has_lost_its_ends_is_noticed() {
 /// What it asks arrives nowhere, and nothing says so.
 #[test]
 fn a_destination_that_does_not_answer_is_noticed() {
-    let mut moving =
-        Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
+    let mut moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
     moving.cutter.limit_demand(Some(0));
     let lost = moving.migrate.event("recovering");
     assert_eq!(lost["reason"], "the destination does not answer");

@@ -9,17 +9,20 @@ pub(crate) mod bulk;
 pub(crate) mod demand;
 mod digest;
 pub(crate) mod embedded;
+mod ending;
 mod liveness;
 pub(crate) mod memory;
+mod phases;
 mod recovery;
 mod release;
 pub(crate) mod seal;
+mod starting;
 pub(crate) mod takeover;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,9 +30,8 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use serde_json::json;
 use umem_ring::{Outcome, Waker};
-use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
 use umem_wire::source::{Input, Phase};
-use umem_wire::{Event, Fault, Frame, PageSize, Receiver, Totals, transmit};
+use umem_wire::{Event, Fault, Frame, Totals, transmit};
 
 use crate::bandwidth::Bandwidth;
 use crate::cores::Cores;
@@ -39,7 +41,7 @@ use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
-use crate::idle::{self, Awake, IdleCores};
+use crate::idle::{Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
 use crate::memory::kind::Kind;
@@ -47,19 +49,16 @@ use crate::memory::region::RamFile;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
 use crate::progress::Progress;
-use crate::report::{Completed, CpuTime, Output};
+use crate::report::{Completed, Output};
 use crate::secure::{Pass, Security};
-use crate::session::Keeper;
 use crate::single::Single;
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
-use bulk::BulkLane;
 use demand::Command;
 use digest::Digesting;
 use memory::SourceMemory;
 use recovery::Link;
-use release::Releaser;
 
 /// What `umem migrate` is asked to do.
 #[derive(Clone, Debug)]
@@ -395,75 +394,6 @@ struct Migration {
 }
 
 impl Migration {
-    fn start(
-        plan: &Plan<'_>,
-        output: Output,
-        inbox: Inbox<Note>,
-        (mut lanes, link): (Vec<Lane>, Link),
-        memory: Arc<SourceMemory>,
-        host: HostThread<dyn SourceHost>,
-    ) -> Result<Migration> {
-        let table = memory.table()?;
-        let mut migration = Migration::new(plan, output, inbox, link, memory, host);
-        migration.idle = lanes.split_off(1);
-        let lane = lanes.pop().expect("the demand lane is there");
-        migration.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
-        let receiver = Receiver::for_source(&table).checked(lane.is_checked());
-        migration.start_demand(lane, receiver)?;
-        if let Err(error) = migration.step(Input::SentRegions) {
-            migration.end(Some(&error));
-            return Err(error);
-        }
-        migration.send(&Frame::Regions(table));
-        Ok(migration)
-    }
-
-    /// Without lanes.
-    fn new(
-        plan: &Plan<'_>,
-        output: Output,
-        inbox: Inbox<Note>,
-        link: Link,
-        memory: Arc<SourceMemory>,
-        host: HostThread<dyn SourceHost>,
-    ) -> Migration {
-        if link.recovers() {
-            let post = inbox.post();
-            plan.watch.link(move |order| post.send(order.into()));
-        }
-        let (counters, total_bytes) = (&memory.counters, memory.total_bytes());
-        Migration {
-            postcopy: plan.postcopy,
-            background: plan.background,
-            lane_count: link.session.bulk_lanes,
-            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
-            output,
-            host,
-            has_monitor: plan.has_monitor,
-            phase: Phase::new(),
-            link,
-            follows: plan.cores.is_empty(),
-            idle_cores: plan.idle_cores,
-            awake: None,
-            adapts: plan.order == Order::Adaptive,
-            cores: Cores::choose(plan.cores, crate::cores::Role::Source),
-            zero_copy: !plan.stays_local,
-            reach: None,
-            demand_thread: None,
-            idle: Vec::new(),
-            bulk_wakers: Vec::new(),
-            bulk_threads: Vec::new(),
-            bulk_ended: 0,
-            release_thread: None,
-            allocated_bytes: 0,
-            congestion: "none".into(),
-            digesting: Digesting::new(memory.is_checked),
-            times: Times::default(),
-            memory,
-            inbox,
-        }
-    }
-
     /// Runs the phases to their end; a failure before the switchover resumes the guest.
     fn drive(mut self) -> Result<Completed> {
         let begun = if self.link.is_up() { Ok(()) } else { self.take_over() };
@@ -512,182 +442,6 @@ impl Migration {
         }
     }
 
-    fn received(&mut self, event: Event) -> Result<()> {
-        if let Event::Error(fault) = event {
-            return Err(peer(fault));
-        }
-        self.step(Input::Received(&event))?;
-        match event {
-            Event::Ready(landing) => {
-                self.land(landing)?;
-                self.times.stopped = Some(Instant::now());
-                if self.postcopy {
-                    self.awake = idle::stay_awake(self.idle_cores);
-                }
-                self.host.stop();
-            }
-            Event::Loaded => self.switch_over()?,
-            Event::Running { .. } => self.running(Instant::now())?,
-            Event::Pong(number) => self.link.liveness.answered(number, Instant::now()),
-            Event::Digests(digests) if self.memory.is_checked => self.digesting.heard(digests),
-            Event::Digests(_) => {
-                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
-            }
-            Event::Complete(_) => {
-                self.times.completed = Some(Instant::now());
-                return self.completed();
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// The destination has everything: says goodbye, after it is known what everything comes to where that
-    /// is compared.
-    fn completed(&mut self) -> Result<()> {
-        if self.digesting.is_done() {
-            self.send(&Frame::Complete(self.memory.counters.totals()));
-            return Ok(());
-        }
-        self.end_release();
-        self.progress.phase("comparing");
-        digest::begin(self.memory.clone(), self.inbox.post())
-    }
-
-    /// It is known now. That it cannot be changes nothing for the guest, which has moved.
-    fn digested(&mut self, outcome: Result<digest::Outcome>) -> Result<()> {
-        let outcome = outcome.unwrap_or_else(|error| {
-            self.output.remark(&format!("the memory of both sides is not compared: {error}"));
-            None
-        });
-        self.digesting.known(outcome);
-        if let Some(digests) = self.digesting.ours() {
-            self.send(&Frame::Digests(digests.clone()));
-        }
-        self.completed()
-    }
-
-    /// Nothing is freed on the way any more.
-    fn end_release(&mut self) {
-        self.memory.is_ending.store(true, Release);
-        self.memory.releaser.get().into_iter().for_each(Waker::wake);
-        if let Some(thread) = self.release_thread.take() {
-            let _ = thread.join();
-        }
-    }
-
-    fn answered(&mut self, answer: Answer) -> Result<()> {
-        match answer {
-            Answer::Stopped(result) => {
-                if let Some(asked) = result? {
-                    self.times.stopped = Some(asked);
-                }
-                self.stopped()
-            }
-            Answer::Saved(result) => {
-                let state = result?;
-                self.send_state(&state)
-            }
-            Answer::Resumed(_) | Answer::Prepared(_) | Answer::Loaded(_) | Answer::Running(_) => {
-                Ok(())
-            }
-        }
-    }
-
-    /// The guest stands still: its pages may leave.
-    fn stopped(&mut self) -> Result<()> {
-        let (postcopy, background) = (self.postcopy, self.background);
-        self.step(Input::GuestStopped { postcopy, background })?;
-        self.memory.stopped.store(true, Release);
-        let session = self.link.keeper.as_ref().map(Keeper::session);
-        self.output.event("stopped", json!({ "postcopy": postcopy, "session": session }), "");
-        self.send(&Frame::Stopped { postcopy, background });
-        if postcopy {
-            self.progress.phase("switching");
-            self.host.save_state();
-            return Ok(());
-        }
-        self.progress.phase("sending");
-        self.start_bulk()
-    }
-
-    fn send_state(&mut self, state: &[u8]) -> Result<()> {
-        let mut bytes = Vec::with_capacity(state.len() + state.len() / 1000 + 64);
-        for chunk in state.chunks(STATE_CHUNK_BYTES_MAX) {
-            self.step(Input::SentState { bytes: chunk.len() as u64 })?;
-            bytes.extend_from_slice(&transmit::device_state_header(chunk.len()));
-            bytes.extend_from_slice(chunk);
-        }
-        self.step(Input::SentLoad)?;
-        transmit::encode(&Frame::Load { state_bytes: state.len() as u64 }, &mut bytes);
-        self.send_bytes(bytes);
-        Ok(())
-    }
-
-    /// The commit point: from here on the guest never runs at this side again.
-    fn switch_over(&mut self) -> Result<()> {
-        self.progress.watch().commit("the guest goes on here")?;
-        if self.memory.releases {
-            self.allocated_bytes = self.memory.allocated_bytes()?;
-        }
-        self.times.switched = Some(Instant::now());
-        self.keep_commit()?;
-        self.step(Input::SentSwitchover)?;
-        self.send_switchover();
-        self.link.watch_over();
-        self.say_how_to_resume();
-        self.start_release()
-    }
-
-    fn send_switchover(&self) {
-        let stopped = self.times.stopped.map_or(Duration::ZERO, |at| at.elapsed());
-        let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
-        self.send(&Frame::Switchover { stopped_us });
-    }
-
-    /// The guest has gone: what the destination has of it, and has had already, is freed from now on.
-    fn start_release(&mut self) -> Result<()> {
-        if !self.memory.releases {
-            return Ok(());
-        }
-        let releaser = Releaser { memory: self.memory.clone() };
-        let start = move |started| releaser.run(started);
-        let (waker, thread) = worker::start("umem-release", &self.inbox, start)?;
-        // What was acknowledged before this found nobody to wake.
-        self.memory.releaser.get_or_init(|| waker).wake();
-        self.release_thread = Some(thread);
-        Ok(())
-    }
-
-    /// At the end the destination has every page.
-    fn release_rest(&self) -> Result<u64> {
-        if !self.memory.releases {
-            return Ok(0);
-        }
-        self.memory.regions.iter().try_for_each(|region| region.ram.free())?;
-        Ok(self.allocated_bytes.saturating_sub(self.memory.allocated_bytes()?))
-    }
-
-    /// The guest runs at the destination since then.
-    fn running(&mut self, since: Instant) -> Result<()> {
-        self.times.running = Some(since);
-        self.awake = None;
-        self.link.heard_running = true;
-        self.keep_heard();
-        self.progress.watch().running(self.downtime());
-        let downtime_ms = self.downtime().as_secs_f64() * 1e3;
-        self.output.event(
-            "running",
-            json!({ "downtime_ms": downtime_ms }),
-            &format!("the guest runs at the destination; it stood still for {downtime_ms:.1} ms"),
-        );
-        self.progress.phase("sending");
-        if self.postcopy && self.background && self.link.is_up() {
-            self.start_bulk()?;
-        }
-        Ok(())
-    }
-
     fn downtime(&self) -> Duration {
         match (self.times.stopped, self.times.running) {
             (Some(stopped), Some(running)) => running - stopped,
@@ -695,114 +449,11 @@ impl Migration {
         }
     }
 
-    fn start_bulk(&mut self) -> Result<()> {
-        self.times.first_page.get_or_insert_with(Instant::now);
-        if self.lane_count == 0 {
-            self.command(Command::Background);
-            return Ok(());
-        }
-        let lanes = self.idle.len();
-        for (index, lane) in std::mem::take(&mut self.idle).into_iter().enumerate() {
-            let bulk = BulkLane {
-                lane,
-                memory: self.memory.clone(),
-                index,
-                lanes,
-                core: self.cores.bulk(index),
-                zero_copy: self.zero_copy,
-                post: self.inbox.post(),
-            };
-            let name = format!("umem-bulk-{}", index + 1);
-            let (waker, thread) =
-                worker::start(&name, &self.inbox, move |started| bulk.run(started))?;
-            self.bulk_wakers.push(waker);
-            self.bulk_threads.push(thread);
-        }
-        Ok(())
-    }
-
-    fn bulk_has_ended(&mut self) -> Result<()> {
-        self.bulk_ended += 1;
-        if self.bulk_ended < usize::from(self.lane_count) {
-            return Ok(());
-        }
-        let precopying = matches!(self.phase, Phase::Precopying);
-        self.step(Input::PagesAllSent)?;
-        if precopying {
-            self.progress.phase("switching");
-            self.awake = idle::stay_awake(self.idle_cores);
-            self.host.save_state();
-        }
-        Ok(())
-    }
-
-    /// Ctrl-C: gives up while the guest is still ours; afterwards the destination needs us. Without
-    /// background pages it means that the benchmark is over: the rest is sent.
-    fn interrupted(&mut self) -> Result<()> {
-        if self.phase.may_run() {
-            return Err(Error::Interrupted("the guest goes on here".into()));
-        }
-        if !self.background && matches!(self.phase, Phase::Serving) {
-            self.background = true;
-            self.output.remark("sending the pages that nobody has asked for, then ending");
-            return self.start_bulk();
-        }
-        let left = self.memory.total_bytes().saturating_sub(self.bytes_done());
-        self.output.remark(&format!(
-            "the guest runs at the destination and needs {} MiB more from here; going on until it \
-             has them",
-            left >> 20
-        ));
-        Ok(())
-    }
-
     fn bytes_done(&self) -> u64 {
         let counters = &self.memory.counters;
         counters.data_bytes.load(Relaxed)
             + counters.zero_bytes.load(Relaxed)
             + counters.hole_bytes.load(Relaxed)
-    }
-
-    /// After a failure: resumes the guest where that is still right, and says how things stand.
-    fn give_up(self, error: Error) -> Error {
-        if !self.phase.may_run() {
-            if matches!(error, Error::Peer { .. }) {
-                // The destination has ended it: nothing could go on.
-                self.forget_session();
-            }
-            return match error {
-                Error::Lost { side, lane, what } => Error::Lost {
-                    side,
-                    lane,
-                    what: format!(
-                        "{what}; the guest may be running at the destination: do not start it here \
-                         again, and keep its RAM file"
-                    ),
-                },
-                other => other,
-            };
-        }
-        if self.times.stopped.is_none() {
-            self.forget_session();
-            return error;
-        }
-        self.host.resume();
-        loop {
-            match self.inbox.wait(&[], None) {
-                Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => {
-                    self.forget_session();
-                    return error;
-                }
-                Ok(Wake::Message(Note::Host(Answer::Resumed(Err(resume))))) => {
-                    return Error::Host(format!(
-                        "{error}; and the guest could not be resumed here: {resume}; resume it by \
-                         hand with the monitor command `cont`"
-                    ));
-                }
-                Ok(_) => {}
-                Err(inbox) => return inbox,
-            }
-        }
     }
 
     fn step(&mut self, input: Input<'_>) -> Result<()> {
@@ -835,68 +486,5 @@ impl Migration {
         // The thread has ended where this fails, and its own note says why.
         let _ = reach.commands.send(command);
         reach.waker.wake();
-    }
-
-    /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
-    /// the demand thread is the one that failed.
-    fn end(&mut self, error: Option<&Error>) {
-        if let Some(error) = error {
-            self.send(&Frame::Error(error.to_fault()));
-        }
-        self.command(Command::End);
-        self.bulk_wakers.iter().for_each(Waker::wake);
-        for thread in self.bulk_threads.drain(..) {
-            let _ = thread.join();
-        }
-        self.end_release();
-        // None while there are no lanes.
-        let demand = self.demand_thread.take().map(JoinHandle::join);
-        if let (Some(Ok(None) | Err(_)), Some(reach), Some(error)) = (demand, &self.reach, error) {
-            lane::tell(&reach.socket, self.memory.is_checked, error);
-        }
-    }
-
-    fn report(&self, totals: Totals) -> Completed {
-        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
-            _ => 0.0,
-        };
-        let times = &self.times;
-        let ours = self.memory.counters.totals();
-        let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
-        let unit = self.memory.regions.iter().map(|region| region.unit()).min();
-        if self.has_monitor && self.output.is_for_person() {
-            self.output
-                .remark("the guest here is stopped and must not be resumed; quit its monitor");
-        }
-        Completed {
-            event: "completed".into(),
-            role: "source".into(),
-            kind: "shared".into(),
-            page_size: unit.map_or(0, PageSize::bytes),
-            lanes: self.lane_count,
-            total_bytes: self.memory.total_bytes(),
-            data_bytes: totals.data_bytes,
-            zero_bytes: totals.zero_bytes,
-            hole_bytes: totals.hole_bytes,
-            pages_demand: ours.pages_demand,
-            pages_background: ours.pages_background,
-            downtime_ms: self.downtime().as_secs_f64() * 1e3,
-            drain_s: seconds(times.running, times.completed),
-            total_s: seconds(times.stopped, times.completed),
-            gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
-            fault_latency_us: None,
-            fault_stages_us: None,
-            cpu_s: CpuTime::of_this_process(),
-            zero_copy: self.memory.counters.zero_copy(),
-            release_bytes: 0,
-            spare_bytes_max: 0,
-            congestion: self.congestion.clone(),
-            recoveries: self.link.recoveries,
-            disconnected_s: self.link.disconnected.as_secs_f64(),
-            checksum: self.memory.is_checked,
-            checksum_errors: self.memory.counters.checksum_errors.load(Relaxed),
-            digests: self.digesting.compared(&self.memory),
-        }
     }
 }

@@ -14,21 +14,19 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
 use serde_json::json;
-use umem_ring::Waker;
 use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, Frame, LaneRole, Receiver, Standing, Target};
 
-use super::demand::{Command, DemandLane};
+use super::demand::Command;
 use super::embedded;
 use super::liveness::{Due, Liveness};
-use super::{Migration, Note, Reach, peer};
+use super::{Migration, Note, peer};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, CAUSE_PATIENCE, HELLO_TIMEOUT, Lane, Session, Severable, lane_name};
@@ -37,7 +35,6 @@ use crate::secure::Pass;
 use crate::session::{Keeper, SourceRecord};
 use crate::suspicion::Suspicion;
 use crate::uri::Uri;
-use crate::worker;
 
 /// The pause before the second attempt; each further one is twice as long …
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -592,30 +589,8 @@ impl Migration {
         Ok(())
     }
 
-    /// Starts the thread that serves a demand lane.
-    pub(super) fn start_demand(&mut self, lane: Lane, receiver: Receiver) -> Result<()> {
-        let (commands, queue) = channel();
-        let socket = lane.socket();
-        let demand = DemandLane {
-            lane,
-            receiver,
-            memory: self.memory.clone(),
-            core: self.cores.demand(),
-            follows: self.follows,
-            idle_cores: self.idle_cores,
-            adapts: self.adapts,
-            commands: queue,
-            post: self.inbox.post(),
-        };
-        let (waker, thread): (Waker, _) =
-            worker::start("umem-demand", &self.inbox, move |started| demand.run(started))?;
-        self.reach = Some(Reach { commands, waker, socket });
-        self.demand_thread = Some(thread);
-        Ok(())
-    }
-
     /// Ctrl-C while there are no lanes: the first says what the second means.
-    fn interrupted_without_lanes(&mut self) -> Result<()> {
+    pub(super) fn interrupted_without_lanes(&mut self) -> Result<()> {
         // A program that embeds this has another way to end it, which no cancel is.
         if self.inbox.is_embedded() {
             return Ok(());

@@ -1,0 +1,167 @@
+//! How a migration ends at the source: memory is compared and freed, threads end, the guest goes on after a
+//! failure, and what happened is told.
+
+use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use umem_ring::Waker;
+use umem_wire::{Frame, PageSize, Totals};
+
+use super::demand::Command;
+use super::{Migration, Note, digest};
+use crate::error::{Error, Result};
+use crate::host::thread::Answer;
+use crate::inbox::Wake;
+use crate::lane;
+use crate::report::{Completed, CpuTime};
+
+impl Migration {
+    /// The destination has everything: says goodbye, after it is known what everything comes to where that
+    /// is compared.
+    pub(super) fn completed(&mut self) -> Result<()> {
+        if self.digesting.is_done() {
+            self.send(&Frame::Complete(self.memory.counters.totals()));
+            return Ok(());
+        }
+        self.end_release();
+        self.progress.phase("comparing");
+        digest::begin(self.memory.clone(), self.inbox.post())
+    }
+
+    /// It is known now. That it cannot be changes nothing for the guest, which has moved.
+    pub(super) fn digested(&mut self, outcome: Result<digest::Outcome>) -> Result<()> {
+        let outcome = outcome.unwrap_or_else(|error| {
+            self.output.remark(&format!("the memory of both sides is not compared: {error}"));
+            None
+        });
+        self.digesting.known(outcome);
+        if let Some(digests) = self.digesting.ours() {
+            self.send(&Frame::Digests(digests.clone()));
+        }
+        self.completed()
+    }
+
+    /// Nothing is freed on the way any more.
+    fn end_release(&mut self) {
+        self.memory.is_ending.store(true, Release);
+        self.memory.releaser.get().into_iter().for_each(Waker::wake);
+        if let Some(thread) = self.release_thread.take() {
+            let _ = thread.join();
+        }
+    }
+
+    /// At the end the destination has every page.
+    pub(super) fn release_rest(&self) -> Result<u64> {
+        if !self.memory.releases {
+            return Ok(0);
+        }
+        self.memory.regions.iter().try_for_each(|region| region.ram.free())?;
+        Ok(self.allocated_bytes.saturating_sub(self.memory.allocated_bytes()?))
+    }
+
+    /// After a failure: resumes the guest where that is still right, and says how things stand.
+    pub(super) fn give_up(self, error: Error) -> Error {
+        if !self.phase.may_run() {
+            if matches!(error, Error::Peer { .. }) {
+                // The destination has ended it: nothing could go on.
+                self.forget_session();
+            }
+            return match error {
+                Error::Lost { side, lane, what } => Error::Lost {
+                    side,
+                    lane,
+                    what: format!(
+                        "{what}; the guest may be running at the destination: do not start it here \
+                         again, and keep its RAM file"
+                    ),
+                },
+                other => other,
+            };
+        }
+        if self.times.stopped.is_none() {
+            self.forget_session();
+            return error;
+        }
+        self.host.resume();
+        loop {
+            match self.inbox.wait(&[], None) {
+                Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => {
+                    self.forget_session();
+                    return error;
+                }
+                Ok(Wake::Message(Note::Host(Answer::Resumed(Err(resume))))) => {
+                    return Error::Host(format!(
+                        "{error}; and the guest could not be resumed here: {resume}; resume it by \
+                         hand with the monitor command `cont`"
+                    ));
+                }
+                Ok(_) => {}
+                Err(inbox) => return inbox,
+            }
+        }
+    }
+
+    /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
+    /// the demand thread is the one that failed.
+    pub(super) fn end(&mut self, error: Option<&Error>) {
+        if let Some(error) = error {
+            self.send(&Frame::Error(error.to_fault()));
+        }
+        self.command(Command::End);
+        self.bulk_wakers.iter().for_each(Waker::wake);
+        for thread in self.bulk_threads.drain(..) {
+            let _ = thread.join();
+        }
+        self.end_release();
+        // None while there are no lanes.
+        let demand = self.demand_thread.take().map(JoinHandle::join);
+        if let (Some(Ok(None) | Err(_)), Some(reach), Some(error)) = (demand, &self.reach, error) {
+            lane::tell(&reach.socket, self.memory.is_checked, error);
+        }
+    }
+
+    pub(super) fn report(&self, totals: Totals) -> Completed {
+        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
+            _ => 0.0,
+        };
+        let times = &self.times;
+        let ours = self.memory.counters.totals();
+        let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
+        let unit = self.memory.regions.iter().map(|region| region.unit()).min();
+        if self.has_monitor && self.output.is_for_person() {
+            self.output
+                .remark("the guest here is stopped and must not be resumed; quit its monitor");
+        }
+        Completed {
+            event: "completed".into(),
+            role: "source".into(),
+            kind: "shared".into(),
+            page_size: unit.map_or(0, PageSize::bytes),
+            lanes: self.lane_count,
+            total_bytes: self.memory.total_bytes(),
+            data_bytes: totals.data_bytes,
+            zero_bytes: totals.zero_bytes,
+            hole_bytes: totals.hole_bytes,
+            pages_demand: ours.pages_demand,
+            pages_background: ours.pages_background,
+            downtime_ms: self.downtime().as_secs_f64() * 1e3,
+            drain_s: seconds(times.running, times.completed),
+            total_s: seconds(times.stopped, times.completed),
+            gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
+            fault_latency_us: None,
+            fault_stages_us: None,
+            cpu_s: CpuTime::of_this_process(),
+            zero_copy: self.memory.counters.zero_copy(),
+            release_bytes: 0,
+            spare_bytes_max: 0,
+            congestion: self.congestion.clone(),
+            recoveries: self.link.recoveries,
+            disconnected_s: self.link.disconnected.as_secs_f64(),
+            checksum: self.memory.is_checked,
+            checksum_errors: self.memory.counters.checksum_errors.load(Relaxed),
+            digests: self.digesting.compared(&self.memory),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! What the source does as the destination, the monitor and its own lanes say how far they are: from the
+//! guest's stop to the last page.
+
+use std::sync::atomic::Ordering::Release;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
+use umem_wire::source::{Input, Phase};
+use umem_wire::{Event, Frame, transmit};
+
+use super::{Migration, peer};
+use crate::error::{Error, Result};
+use crate::host::thread::Answer;
+use crate::idle;
+use crate::session::Keeper;
+
+impl Migration {
+    pub(super) fn received(&mut self, event: Event) -> Result<()> {
+        if let Event::Error(fault) = event {
+            return Err(peer(fault));
+        }
+        self.step(Input::Received(&event))?;
+        match event {
+            Event::Ready(landing) => {
+                self.land(landing)?;
+                self.times.stopped = Some(Instant::now());
+                if self.postcopy {
+                    self.awake = idle::stay_awake(self.idle_cores);
+                }
+                self.host.stop();
+            }
+            Event::Loaded => self.switch_over()?,
+            Event::Running { .. } => self.running(Instant::now())?,
+            Event::Pong(number) => self.link.liveness.answered(number, Instant::now()),
+            Event::Digests(digests) if self.memory.is_checked => self.digesting.heard(digests),
+            Event::Digests(_) => {
+                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
+            }
+            Event::Complete(_) => {
+                self.times.completed = Some(Instant::now());
+                return self.completed();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn answered(&mut self, answer: Answer) -> Result<()> {
+        match answer {
+            Answer::Stopped(result) => {
+                if let Some(asked) = result? {
+                    self.times.stopped = Some(asked);
+                }
+                self.stopped()
+            }
+            Answer::Saved(result) => {
+                let state = result?;
+                self.send_state(&state)
+            }
+            Answer::Resumed(_) | Answer::Prepared(_) | Answer::Loaded(_) | Answer::Running(_) => {
+                Ok(())
+            }
+        }
+    }
+
+    /// The guest stands still: its pages may leave.
+    pub(super) fn stopped(&mut self) -> Result<()> {
+        let (postcopy, background) = (self.postcopy, self.background);
+        self.step(Input::GuestStopped { postcopy, background })?;
+        self.memory.stopped.store(true, Release);
+        let session = self.link.keeper.as_ref().map(Keeper::session);
+        self.output.event("stopped", json!({ "postcopy": postcopy, "session": session }), "");
+        self.send(&Frame::Stopped { postcopy, background });
+        if postcopy {
+            self.progress.phase("switching");
+            self.host.save_state();
+            return Ok(());
+        }
+        self.progress.phase("sending");
+        self.start_bulk()
+    }
+
+    fn send_state(&mut self, state: &[u8]) -> Result<()> {
+        let mut bytes = Vec::with_capacity(state.len() + state.len() / 1000 + 64);
+        for chunk in state.chunks(STATE_CHUNK_BYTES_MAX) {
+            self.step(Input::SentState { bytes: chunk.len() as u64 })?;
+            bytes.extend_from_slice(&transmit::device_state_header(chunk.len()));
+            bytes.extend_from_slice(chunk);
+        }
+        self.step(Input::SentLoad)?;
+        transmit::encode(&Frame::Load { state_bytes: state.len() as u64 }, &mut bytes);
+        self.send_bytes(bytes);
+        Ok(())
+    }
+
+    /// The commit point: from here on the guest never runs at this side again.
+    fn switch_over(&mut self) -> Result<()> {
+        self.progress.watch().commit("the guest goes on here")?;
+        if self.memory.releases {
+            self.allocated_bytes = self.memory.allocated_bytes()?;
+        }
+        self.times.switched = Some(Instant::now());
+        self.keep_commit()?;
+        self.step(Input::SentSwitchover)?;
+        self.send_switchover();
+        self.link.watch_over();
+        self.say_how_to_resume();
+        self.start_release()
+    }
+
+    pub(super) fn send_switchover(&self) {
+        let stopped = self.times.stopped.map_or(Duration::ZERO, |at| at.elapsed());
+        let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
+        self.send(&Frame::Switchover { stopped_us });
+    }
+
+    /// The guest runs at the destination since then.
+    pub(super) fn running(&mut self, since: Instant) -> Result<()> {
+        self.times.running = Some(since);
+        self.awake = None;
+        self.link.heard_running = true;
+        self.keep_heard();
+        self.progress.watch().running(self.downtime());
+        let downtime_ms = self.downtime().as_secs_f64() * 1e3;
+        self.output.event(
+            "running",
+            json!({ "downtime_ms": downtime_ms }),
+            &format!("the guest runs at the destination; it stood still for {downtime_ms:.1} ms"),
+        );
+        self.progress.phase("sending");
+        if self.postcopy && self.background && self.link.is_up() {
+            self.start_bulk()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn bulk_has_ended(&mut self) -> Result<()> {
+        self.bulk_ended += 1;
+        if self.bulk_ended < usize::from(self.lane_count) {
+            return Ok(());
+        }
+        let precopying = matches!(self.phase, Phase::Precopying);
+        self.step(Input::PagesAllSent)?;
+        if precopying {
+            self.progress.phase("switching");
+            self.awake = idle::stay_awake(self.idle_cores);
+            self.host.save_state();
+        }
+        Ok(())
+    }
+
+    /// Ctrl-C: gives up while the guest is still ours; afterwards the destination needs us. Without
+    /// background pages it means that the benchmark is over: the rest is sent.
+    pub(super) fn interrupted(&mut self) -> Result<()> {
+        if self.phase.may_run() {
+            return Err(Error::Interrupted("the guest goes on here".into()));
+        }
+        if !self.background && matches!(self.phase, Phase::Serving) {
+            self.background = true;
+            self.output.remark("sending the pages that nobody has asked for, then ending");
+            return self.start_bulk();
+        }
+        let left = self.memory.total_bytes().saturating_sub(self.bytes_done());
+        self.output.remark(&format!(
+            "the guest runs at the destination and needs {} MiB more from here; going on until it \
+             has them",
+            left >> 20
+        ));
+        Ok(())
+    }
+}

@@ -1,0 +1,159 @@
+//! How a migration begins at the source: its threads.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Instant;
+
+use umem_ring::Waker;
+use umem_wire::source::{Input, Phase};
+use umem_wire::{Frame, Receiver};
+
+use super::bulk::BulkLane;
+use super::demand::{Command, DemandLane};
+use super::digest::Digesting;
+use super::memory::SourceMemory;
+use super::recovery::Link;
+use super::release::Releaser;
+use super::{Migration, Note, Order, Plan, Reach, Times};
+use crate::cores::Cores;
+use crate::error::Result;
+use crate::host::SourceHost;
+use crate::host::thread::HostThread;
+use crate::inbox::Inbox;
+use crate::lane::Lane;
+use crate::progress::Progress;
+use crate::report::Output;
+use crate::worker;
+
+impl Migration {
+    pub(super) fn start(
+        plan: &Plan<'_>,
+        output: Output,
+        inbox: Inbox<Note>,
+        (mut lanes, link): (Vec<Lane>, Link),
+        memory: Arc<SourceMemory>,
+        host: HostThread<dyn SourceHost>,
+    ) -> Result<Migration> {
+        let table = memory.table()?;
+        let mut migration = Migration::new(plan, output, inbox, link, memory, host);
+        migration.idle = lanes.split_off(1);
+        let lane = lanes.pop().expect("the demand lane is there");
+        migration.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
+        let receiver = Receiver::for_source(&table).checked(lane.is_checked());
+        migration.start_demand(lane, receiver)?;
+        if let Err(error) = migration.step(Input::SentRegions) {
+            migration.end(Some(&error));
+            return Err(error);
+        }
+        migration.send(&Frame::Regions(table));
+        Ok(migration)
+    }
+
+    /// Without lanes.
+    pub(super) fn new(
+        plan: &Plan<'_>,
+        output: Output,
+        inbox: Inbox<Note>,
+        link: Link,
+        memory: Arc<SourceMemory>,
+        host: HostThread<dyn SourceHost>,
+    ) -> Migration {
+        if link.recovers() {
+            let post = inbox.post();
+            plan.watch.link(move |order| post.send(order.into()));
+        }
+        let (counters, total_bytes) = (&memory.counters, memory.total_bytes());
+        Migration {
+            postcopy: plan.postcopy,
+            background: plan.background,
+            lane_count: link.session.bulk_lanes,
+            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
+            output,
+            host,
+            has_monitor: plan.has_monitor,
+            phase: Phase::new(),
+            link,
+            follows: plan.cores.is_empty(),
+            idle_cores: plan.idle_cores,
+            awake: None,
+            adapts: plan.order == Order::Adaptive,
+            cores: Cores::choose(plan.cores, crate::cores::Role::Source),
+            zero_copy: !plan.stays_local,
+            reach: None,
+            demand_thread: None,
+            idle: Vec::new(),
+            bulk_wakers: Vec::new(),
+            bulk_threads: Vec::new(),
+            bulk_ended: 0,
+            release_thread: None,
+            allocated_bytes: 0,
+            congestion: "none".into(),
+            digesting: Digesting::new(memory.is_checked),
+            times: Times::default(),
+            memory,
+            inbox,
+        }
+    }
+
+    pub(super) fn start_bulk(&mut self) -> Result<()> {
+        self.times.first_page.get_or_insert_with(Instant::now);
+        if self.lane_count == 0 {
+            self.command(Command::Background);
+            return Ok(());
+        }
+        let lanes = self.idle.len();
+        for (index, lane) in std::mem::take(&mut self.idle).into_iter().enumerate() {
+            let bulk = BulkLane {
+                lane,
+                memory: self.memory.clone(),
+                index,
+                lanes,
+                core: self.cores.bulk(index),
+                zero_copy: self.zero_copy,
+                post: self.inbox.post(),
+            };
+            let name = format!("umem-bulk-{}", index + 1);
+            let (waker, thread) =
+                worker::start(&name, &self.inbox, move |started| bulk.run(started))?;
+            self.bulk_wakers.push(waker);
+            self.bulk_threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Starts the thread that serves a demand lane.
+    pub(super) fn start_demand(&mut self, lane: Lane, receiver: Receiver) -> Result<()> {
+        let (commands, queue) = channel();
+        let socket = lane.socket();
+        let demand = DemandLane {
+            lane,
+            receiver,
+            memory: self.memory.clone(),
+            core: self.cores.demand(),
+            follows: self.follows,
+            idle_cores: self.idle_cores,
+            adapts: self.adapts,
+            commands: queue,
+            post: self.inbox.post(),
+        };
+        let (waker, thread): (Waker, _) =
+            worker::start("umem-demand", &self.inbox, move |started| demand.run(started))?;
+        self.reach = Some(Reach { commands, waker, socket });
+        self.demand_thread = Some(thread);
+        Ok(())
+    }
+
+    /// The guest has gone: what the destination has of it, and has had already, is freed from now on.
+    pub(super) fn start_release(&mut self) -> Result<()> {
+        if !self.memory.releases {
+            return Ok(());
+        }
+        let releaser = Releaser { memory: self.memory.clone() };
+        let start = move |started| releaser.run(started);
+        let (waker, thread) = worker::start("umem-release", &self.inbox, start)?;
+        // What was acknowledged before this found nobody to wake.
+        self.memory.releaser.get_or_init(|| waker).wake();
+        self.release_thread = Some(thread);
+        Ok(())
+    }
+}
