@@ -10,11 +10,13 @@ pub(crate) mod demand;
 mod digest;
 pub(crate) mod embedded;
 mod ending;
+mod link;
 mod liveness;
 pub(crate) mod memory;
 mod phases;
 mod recovery;
 mod release;
+mod reopening;
 pub(crate) mod seal;
 mod starting;
 pub(crate) mod takeover;
@@ -57,8 +59,8 @@ use crate::worker::{self, Failure};
 
 use demand::Command;
 use digest::Digesting;
+use link::Link;
 use memory::SourceMemory;
-use recovery::Link;
 
 /// What `umem migrate` is asked to do.
 #[derive(Clone, Debug)]

@@ -24,8 +24,8 @@ use nix::sys::socket::{MsgFlags, recv};
 use serde_json::json;
 use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
 
+use super::link::Link;
 use super::memory::SourceMemory;
-use super::recovery::Link;
 use super::{Migration, Order, Plan, Times, wait};
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
