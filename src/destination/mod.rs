@@ -10,26 +10,27 @@ pub(crate) mod acks;
 pub(crate) mod bulk;
 pub(crate) mod demand;
 pub(crate) mod embedded;
+mod ending;
 mod farewell;
 pub(crate) mod faults;
 pub(crate) mod guest;
 mod latency;
+mod phases;
 mod prepare;
 pub(crate) mod reader;
 mod recovery;
 mod side;
+mod starting;
 pub(crate) mod takeover;
 mod touch;
 mod window;
 
-use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,20 +41,18 @@ use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, transmit};
 
 use crate::cores::Cores;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::host::command::RamPath;
-use crate::host::qemu::Qemu;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
-use crate::idle::{self, Awake, IdleCores};
+use crate::idle::{Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
-use crate::memory::sums::RegionDigest;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
 use crate::progress::Progress;
-use crate::report::{Completed, CpuTime, Output};
+use crate::report::{Completed, Output};
 use crate::secure::{Guard, Security};
 use crate::session::{DestinationRecord, Keeper};
 use crate::single::{self, Single};
@@ -61,21 +60,16 @@ use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
 use accept::{Entrance, Lanes, Terms};
-use acks::Acks;
-use bulk::BulkLane;
-use demand::{Command, DemandLane, Reach};
+use demand::Command;
 use farewell::Farewell;
-use faults::{FaultThread, Servers};
+use faults::Servers;
 use guest::GuestMemory;
 use latency::Latencies;
 use prepare::{Adopted, Expected, Prepared};
 use recovery::Link;
 use side::GuestSide;
 use takeover::Keeping;
-use touch::{TouchThread, Toucher};
-
-/// Threads that serve the faults of a guest in shards, each with its own ring.
-const FAULT_THREADS_MAX: usize = 16;
+use touch::Toucher;
 
 /// What `umem incoming` is asked to do.
 #[derive(Clone, Debug)]
@@ -418,202 +412,6 @@ struct Migration<'a> {
 }
 
 impl<'a> Migration<'a> {
-    fn start(
-        plan: &Plan<'_>,
-        output: Output,
-        inbox: &'a Inbox<Note>,
-        open: Open,
-        host: HostThread<dyn DestinationHost>,
-        side: &mut GuestSide,
-    ) -> Result<Migration<'a>> {
-        let Open { mut lanes, guard, receiver, adopted, keeping } = open;
-        let Adopted { regions, sources, landing } = adopted;
-        let mut guest = GuestMemory::new(regions, sources);
-        let keeper = keeping.map(|keeping| keeping.begin(&mut guest, side)).transpose();
-        let is_checked = lanes.demand.is_checked();
-        let keeper =
-            keeper.inspect_err(|error| lane::tell(&lanes.demand.socket(), is_checked, error))?;
-        let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
-        let demand_socket = lanes.demand.socket();
-        let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
-        let lane = Some((lanes.demand, receiver));
-        let serving =
-            Serving { link, lane, acks, lane_count: lanes.bulk.len(), landing: landing.clone() };
-        let (mut migration, reach) =
-            Migration::begin(plan, output, inbox, Arc::new(guest), serving, host)?;
-        migration.keeper = keeper;
-        migration.congestion = congestion;
-        migration.demand_socket = Some(demand_socket);
-        let started = migration
-            .start_faults(&reach)
-            .and_then(|()| migration.start_toucher(plan.touch, side))
-            .and_then(|()| migration.start_bulk(lanes.bulk, acks))
-            .and_then(|()| migration.get_ready(landing));
-        match started {
-            Ok(()) => Ok(migration),
-            Err(error) => {
-                migration.end(Some(&error));
-                Err(error)
-            }
-        }
-    }
-
-    /// Starts the demand thread, and nothing else yet.
-    fn begin(
-        plan: &Plan<'_>,
-        output: Output,
-        inbox: &'a Inbox<Note>,
-        guest: Arc<GuestMemory>,
-        serving: Serving,
-        host: HostThread<dyn DestinationHost>,
-    ) -> Result<(Migration<'a>, Reach)> {
-        let Serving { link, lane, acks, lane_count, landing } = serving;
-        let is_checked = link.is_checked();
-        let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
-        let (commands, queue) = channel();
-        if link.recovers() {
-            let post = inbox.post();
-            plan.watch.link(move |order| post.send(order.into()));
-        }
-        let demand = DemandLane {
-            lane,
-            guest: guest.clone(),
-            serves_faults: !guest.is_sharded(),
-            core: cores.demand(),
-            follows: plan.cores.is_empty(),
-            idle_cores: plan.idle_cores,
-            has_background: lane_count == 0,
-            recovers: link.recovers(),
-            acks: Acks::new(acks),
-            commands: queue,
-            post: inbox.post(),
-        };
-        let (reach, demand_thread) =
-            worker::start("umem-demand", inbox, move |started| demand.run(started))?;
-        let (counters, total_bytes) = (&guest.counters, landing.total_bytes());
-        let migration = Migration {
-            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
-            output,
-            guest: guest.clone(),
-            host,
-            phase: Phase::new(),
-            link,
-            keeper: None,
-            cores,
-            servers: Servers::new(Vec::new()),
-            mode: Mode { postcopy: true, background: true },
-            state: Vec::new(),
-            runs: true,
-            state_loaded: false,
-            all_cached: false,
-            all_released: !guest.has_private(),
-            commands,
-            demand: reach.waker.clone(),
-            demand_socket: None,
-            lane_count: u16::try_from(lane_count).expect("at most 64"),
-            bulk_wakers: Vec::new(),
-            demand_thread: Some(demand_thread),
-            bulk_threads: Vec::new(),
-            fault_wakers: Vec::new(),
-            fault_threads: Vec::new(),
-            toucher: None,
-            touch_thread: None,
-            congestion: "none".into(),
-            idle_cores: plan.idle_cores,
-            awake: None,
-            times: Times::default(),
-            landing,
-            is_checked,
-            digests_are_known: true,
-            source_digests: None,
-            inbox,
-        };
-        Ok((migration, reach))
-    }
-
-    fn get_ready(&mut self, landing: RegionTable) -> Result<()> {
-        self.host.prepare();
-        let ready = Frame::Ready(landing.units());
-        self.step(Input::Received(&Event::Regions(landing)))?;
-        self.step(Input::GuestReady)?;
-        self.send(&ready);
-        Ok(())
-    }
-
-    /// Starts those who serve the faults of a guest in shards; notes who serves which.
-    fn start_faults(&mut self, demand: &Reach) -> Result<()> {
-        let sources = self.guest.sources.len();
-        if !self.guest.is_sharded() {
-            self.servers = Servers::new(vec![demand.mailbox.clone(); sources]);
-            return Ok(());
-        }
-        let threads = sources.min(self.cores.count()).min(FAULT_THREADS_MAX);
-        let mut mailboxes = Vec::new();
-        for index in 0..threads {
-            let thread = FaultThread {
-                guest: self.guest.clone(),
-                sources: (index..sources).step_by(threads).collect(),
-                core: self.cores.any(index),
-                demand: demand.mailbox.clone(),
-            };
-            let name = format!("umem-faults-{}", index + 1);
-            let (reach, handle) =
-                worker::start(&name, self.inbox, move |started| thread.run(started))?;
-            mailboxes.push(reach.mailbox);
-            self.fault_wakers.push(reach.waker);
-            self.fault_threads.push(handle);
-        }
-        let of_source = |source: usize| mailboxes[source % threads].clone();
-        self.servers = Servers::new((0..sources).map(of_source).collect());
-        let _ = self.commands.send(Command::Servers(self.servers.clone()));
-        demand.waker.wake();
-        Ok(())
-    }
-
-    fn start_toucher(&mut self, eager: bool, side: &GuestSide) -> Result<()> {
-        if !self.guest.has_private() {
-            return Ok(());
-        }
-        let process = side.process().expect("our own memory is shared or anonymous");
-        let socket = process.handoff.stream().try_clone();
-        let thread = TouchThread {
-            guest: self.guest.clone(),
-            socket: socket.context(|| "the hand-over socket")?.into(),
-            eager,
-            core: self.cores.bulk(0),
-            post: self.inbox.post(),
-        };
-        let (work, ours) = touch::ways();
-        let (waker, handle) =
-            worker::start("umem-touch", self.inbox, move |started| thread.run(work, started))?;
-        let (queue, toucher) = ours.reach(waker, eager);
-        self.guest.set_toucher(queue);
-        self.toucher = Some(toucher);
-        self.touch_thread = Some(handle);
-        Ok(())
-    }
-
-    fn start_bulk(&mut self, lanes: Vec<Lane>, acks: bool) -> Result<()> {
-        for (index, lane) in lanes.into_iter().enumerate() {
-            let bulk = BulkLane {
-                lane,
-                regions: self.landing.clone(),
-                acks: Acks::new(acks),
-                guest: self.guest.clone(),
-                core: self.cores.bulk(index),
-                servers: self.servers.clone(),
-                ahead: None,
-                post: self.inbox.post(),
-            };
-            let name = format!("umem-bulk-{}", index + 1);
-            let (waker, thread) =
-                worker::start(&name, self.inbox, move |started| bulk.run(started))?;
-            self.bulk_wakers.push(waker);
-            self.bulk_threads.push(thread);
-        }
-        Ok(())
-    }
-
     /// Runs the phases to their end. After an error before the switchover the source is told, so
     /// that its guest goes on there.
     fn drive(mut self, side: &mut GuestSide) -> Result<(Completed, Option<Farewell>)> {
@@ -662,203 +460,6 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    fn note(&mut self, note: Note, side: &mut GuestSide) -> Result<()> {
-        match note {
-            Note::Received(event) => self.received(event, side),
-            Note::AllCached => {
-                self.all_cached = true;
-                self.times.cached = Some(Instant::now());
-                if let Some(toucher) = &self.toucher {
-                    self.progress.phase("touching");
-                    toucher.touch_the_rest();
-                }
-                self.loaded_if_done(side)?;
-                self.complete_if_done()
-            }
-            Note::AllReleased => {
-                self.all_released = true;
-                self.complete_if_done()
-            }
-            Note::BulkEnded => Ok(()),
-            Note::Failed(error @ Error::Lost { .. }) => self.lane_lost(error),
-            Note::Failed(error) => Err(error),
-            Note::Quiet => {
-                self.quiet();
-                Ok(())
-            }
-            Note::Settled => self.settled(),
-            Note::Pause => self.pause(),
-            Note::Resume(uri) => self.resume(uri),
-            Note::Found { order, uri, found } => self.found(order, &uri, found),
-            Note::Listen(listener) => {
-                self.listen(listener);
-                Ok(())
-            }
-            Note::Reconnect(sockets) => self.reconnect(sockets),
-            Note::Host(Answer::Loaded(result)) => {
-                result?;
-                self.state_loaded = true;
-                self.loaded_if_done(side)
-            }
-            Note::Host(Answer::Prepared(result)) => result,
-            Note::Host(Answer::Running(result)) => {
-                result?;
-                self.running()
-            }
-            Note::Host(_) => Ok(()),
-        }
-    }
-
-    fn received(&mut self, event: Event, side: &mut GuestSide) -> Result<()> {
-        if let Event::Error(fault) = event {
-            return Err(peer(fault));
-        }
-        self.step(Input::Received(&event))?;
-        match event {
-            Event::Stopped { postcopy, background } => {
-                self.mode = Mode { postcopy, background };
-                self.times.stopped = Some(Instant::now());
-                self.times.first_page = self.times.stopped;
-                self.progress.phase(if postcopy { "switching" } else { "filling" });
-                if postcopy {
-                    self.awake = idle::stay_awake(self.idle_cores);
-                }
-                self.output.event("stopped", json!({ "postcopy": postcopy }), "");
-            }
-            Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
-            Event::Load { .. } => {
-                self.runs = Qemu::runs_with(&self.state);
-                self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));
-                self.host.load_state(std::mem::take(&mut self.state));
-            }
-            Event::Switchover { stopped_us } => {
-                side.keep()?;
-                let now = Instant::now();
-                self.times.switched = Some(now);
-                self.times.downtime = Duration::from_micros(stopped_us);
-                self.times.stopped = now.checked_sub(self.times.downtime).or(Some(now));
-                self.keep_switched(stopped_us)?;
-                self.host.run();
-            }
-            Event::Digests(digests) if self.is_checked => self.source_digests = Some(digests),
-            Event::Digests(_) => {
-                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn running(&mut self) -> Result<()> {
-        let now = Instant::now();
-        self.awake = None;
-        let since_switchover = self.times.switched.map_or(Duration::ZERO, |at| now - at);
-        self.times.running = Some(now);
-        self.times.downtime += since_switchover;
-        self.keep_running()?;
-        self.step(Input::GuestRunning)?;
-        let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
-        self.send(&Frame::Running { us_since_switchover });
-        self.progress.watch().running(self.times.downtime);
-        let downtime_ms = millis(self.times.downtime);
-        self.output.event(
-            "running",
-            json!({ "downtime_ms": downtime_ms }),
-            &format!("the guest runs here; it stood still for {downtime_ms:.1} ms"),
-        );
-        self.progress.phase("filling");
-        self.complete_if_done()
-    }
-
-    /// Tells the source that the guest could run here. Without postcopy it could only once every
-    /// page is cached: the source has sent them all, but that is not their arrival.
-    fn loaded_if_done(&mut self, side: &mut GuestSide) -> Result<()> {
-        let enough = self.mode.postcopy || self.all_cached;
-        if !self.state_loaded || !enough {
-            return Ok(());
-        }
-        self.state_loaded = false;
-        // Once the source has heard this it may give the guest up.
-        self.progress.watch().commit("the guest stays at the source")?;
-        self.keep_loaded(side)?;
-        self.step(Input::StateLoaded)?;
-        self.send(&Frame::Loaded);
-        self.say_how_to_resume();
-        Ok(())
-    }
-
-    /// The end: every page is cached and the guest runs. It leaves its userfaultfds at once; the
-    /// source hears of it and says goodbye.
-    fn complete_if_done(&mut self) -> Result<()> {
-        let is_done = self.all_cached && self.all_released;
-        if !is_done || !matches!(self.phase, Phase::Running { .. }) {
-            return Ok(());
-        }
-        self.guest.unregister_all()?;
-        self.keep_complete();
-        self.step(Input::AllCached)?;
-        let _ = self.commands.send(Command::Send(self.completion()));
-        self.demand.wake();
-        Ok(())
-    }
-
-    /// What is said once everything is here.
-    fn completion(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        if self.is_checked && self.digests_are_known {
-            transmit::encode(&Frame::Digests(self.guest.digests.get()), &mut bytes);
-        }
-        transmit::encode(&Frame::Complete(self.guest.counters.totals()), &mut bytes);
-        bytes
-    }
-
-    fn interrupted(&mut self) -> Result<()> {
-        if let Some(result) = self.interrupted_without_lanes() {
-            return result;
-        }
-        if !self.phase.outlives_its_lanes() {
-            return Err(Error::Interrupted("the guest stays at the source".into()));
-        }
-        if !self.phase.may_run() {
-            self.output.remark(
-                "the source may be giving the guest up at this moment; going on, as nobody would have \
-                 it then",
-            );
-            return Ok(());
-        }
-        self.output.remark(&format!(
-            "the guest runs here and still needs {} pages from the source; stopping now would stop \
-             it, so this goes on until they have come",
-            self.guest.pages_missing()
-        ));
-        Ok(())
-    }
-
-    fn guest_exited(&self, side: &mut GuestSide) -> Error {
-        let how = side.status().map_or_else(String::new, |status| format!(" ({status})"));
-        if self.phase.may_run() {
-            Error::Host(format!("the guest's process ended{how} before all of its memory had come"))
-        } else {
-            Error::Host(format!("it exited{how} before the guest arrived"))
-        }
-    }
-
-    /// Adds what an error means for the guest.
-    fn explain(&self, error: Error) -> Error {
-        match error {
-            Error::Lost { side, lane, what } if self.phase.may_run() => Error::Lost {
-                side,
-                lane,
-                what: format!(
-                    "{what}; the guest runs here and waits for {} pages that only the source has: \
-                     do not start it there again",
-                    self.guest.pages_missing()
-                ),
-            },
-            other => other,
-        }
-    }
-
     fn step(&mut self, input: Input<'_>) -> Result<()> {
         let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_have_run: false });
         match phase.step(input) {
@@ -880,96 +481,6 @@ impl<'a> Migration<'a> {
         // The thread has ended where this fails, and its own note says why.
         let _ = self.commands.send(Command::Send(bytes));
         self.demand.wake();
-    }
-
-    /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
-    /// the demand thread is the one that failed.
-    fn end(&mut self, error: Option<&Error>) -> Latencies {
-        if let Some(error) = error {
-            self.send(&Frame::Error(error.to_fault()));
-        }
-        let _ = self.commands.send(Command::End);
-        self.demand.wake();
-        self.bulk_wakers.iter().for_each(Waker::wake);
-        for thread in self.bulk_threads.drain(..) {
-            let _ = thread.join();
-        }
-        if let Some(toucher) = &self.toucher {
-            toucher.end();
-        }
-        if let Some(thread) = self.touch_thread.take() {
-            let _ = thread.join();
-        }
-        let demand = self.demand_thread.take().expect("ended once");
-        let latencies = demand.join().ok().flatten();
-        if let (None, Some(socket), Some(error)) = (&latencies, &self.demand_socket, error) {
-            lane::tell(socket, self.is_checked, error);
-        }
-        let mut latencies = latencies.unwrap_or_else(Latencies::new);
-        // After the demand thread, which tells them of pages.
-        self.fault_wakers.iter().for_each(Waker::wake);
-        for thread in self.fault_threads.drain(..) {
-            if let Ok(Some(shard)) = thread.join() {
-                latencies.add(&shard);
-            }
-        }
-        latencies
-    }
-
-    fn report(&self, latencies: &Latencies) -> Completed {
-        let totals = self.guest.counters.totals();
-        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
-            _ => 0.0,
-        };
-        let moving_s = seconds(self.times.first_page, self.times.cached);
-        let page_shift =
-            self.guest.regions.iter().map(|region| region.unit_shift).min().unwrap_or(12);
-        let kinds: BTreeSet<&str> =
-            self.guest.regions.iter().map(|region| region.kind.name()).collect();
-        let (release_bytes, spare_bytes_max) = self.guest.release_totals();
-        let mut report = Completed {
-            event: "completed".into(),
-            role: "destination".into(),
-            kind: kinds.into_iter().collect::<Vec<_>>().join(","),
-            page_size: 1 << page_shift,
-            lanes: self.lane_count,
-            total_bytes: self.guest.total_bytes(),
-            data_bytes: totals.data_bytes,
-            zero_bytes: totals.zero_bytes,
-            hole_bytes: totals.hole_bytes,
-            pages_demand: totals.pages_demand,
-            pages_background: totals.pages_background,
-            downtime_ms: millis(self.times.downtime),
-            drain_s: seconds(self.times.running, self.times.cached),
-            total_s: seconds(self.times.stopped, self.times.cached),
-            gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
-            fault_latency_us: None,
-            fault_stages_us: None,
-            cpu_s: CpuTime::of_this_process(),
-            zero_copy: self.guest.how_pages_landed().into(),
-            release_bytes,
-            spare_bytes_max,
-            congestion: self.congestion.clone(),
-            recoveries: self.link.recoveries,
-            disconnected_s: self.link.disconnected.as_secs_f64(),
-            checksum: self.is_checked,
-            checksum_errors: self.guest.counters.checksum_errors.load(Relaxed),
-            digests: self.digests(),
-        };
-        latencies.tell(&mut report);
-        report
-    }
-}
-
-impl Migration<'_> {
-    /// For the report.
-    fn digests(&self) -> Vec<RegionDigest> {
-        if !self.is_checked || !self.digests_are_known {
-            return Vec::new();
-        }
-        let names = self.guest.regions.iter().map(|region| region.name.as_str());
-        RegionDigest::all(names, &self.guest.digests.get(), self.source_digests.as_deref())
     }
 }
 

@@ -1,0 +1,190 @@
+//! What the destination does as the source, the monitor and its own lanes say how far they are: from the
+//! guest's stop to the last page.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use umem_wire::destination::{Input, Mode, Phase};
+use umem_wire::{Event, Frame, transmit};
+
+use super::demand::Command;
+use super::side::GuestSide;
+use super::{Migration, Note, millis, peer};
+use crate::error::{Error, Result};
+use crate::host::qemu::Qemu;
+use crate::host::thread::Answer;
+use crate::idle;
+
+impl Migration<'_> {
+    pub(super) fn note(&mut self, note: Note, side: &mut GuestSide) -> Result<()> {
+        match note {
+            Note::Received(event) => self.received(event, side),
+            Note::AllCached => {
+                self.all_cached = true;
+                self.times.cached = Some(Instant::now());
+                if let Some(toucher) = &self.toucher {
+                    self.progress.phase("touching");
+                    toucher.touch_the_rest();
+                }
+                self.loaded_if_done(side)?;
+                self.complete_if_done()
+            }
+            Note::AllReleased => {
+                self.all_released = true;
+                self.complete_if_done()
+            }
+            Note::BulkEnded => Ok(()),
+            Note::Failed(error @ Error::Lost { .. }) => self.lane_lost(error),
+            Note::Failed(error) => Err(error),
+            Note::Quiet => {
+                self.quiet();
+                Ok(())
+            }
+            Note::Settled => self.settled(),
+            Note::Pause => self.pause(),
+            Note::Resume(uri) => self.resume(uri),
+            Note::Found { order, uri, found } => self.found(order, &uri, found),
+            Note::Listen(listener) => {
+                self.listen(listener);
+                Ok(())
+            }
+            Note::Reconnect(sockets) => self.reconnect(sockets),
+            Note::Host(Answer::Loaded(result)) => {
+                result?;
+                self.state_loaded = true;
+                self.loaded_if_done(side)
+            }
+            Note::Host(Answer::Prepared(result)) => result,
+            Note::Host(Answer::Running(result)) => {
+                result?;
+                self.running()
+            }
+            Note::Host(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn received(&mut self, event: Event, side: &mut GuestSide) -> Result<()> {
+        if let Event::Error(fault) = event {
+            return Err(peer(fault));
+        }
+        self.step(Input::Received(&event))?;
+        match event {
+            Event::Stopped { postcopy, background } => {
+                self.mode = Mode { postcopy, background };
+                self.times.stopped = Some(Instant::now());
+                self.times.first_page = self.times.stopped;
+                self.progress.phase(if postcopy { "switching" } else { "filling" });
+                if postcopy {
+                    self.awake = idle::stay_awake(self.idle_cores);
+                }
+                self.output.event("stopped", json!({ "postcopy": postcopy }), "");
+            }
+            Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
+            Event::Load { .. } => {
+                self.runs = Qemu::runs_with(&self.state);
+                self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));
+                self.host.load_state(std::mem::take(&mut self.state));
+            }
+            Event::Switchover { stopped_us } => {
+                side.keep()?;
+                let now = Instant::now();
+                self.times.switched = Some(now);
+                self.times.downtime = Duration::from_micros(stopped_us);
+                self.times.stopped = now.checked_sub(self.times.downtime).or(Some(now));
+                self.keep_switched(stopped_us)?;
+                self.host.run();
+            }
+            Event::Digests(digests) if self.is_checked => self.source_digests = Some(digests),
+            Event::Digests(_) => {
+                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn running(&mut self) -> Result<()> {
+        let now = Instant::now();
+        self.awake = None;
+        let since_switchover = self.times.switched.map_or(Duration::ZERO, |at| now - at);
+        self.times.running = Some(now);
+        self.times.downtime += since_switchover;
+        self.keep_running()?;
+        self.step(Input::GuestRunning)?;
+        let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
+        self.send(&Frame::Running { us_since_switchover });
+        self.progress.watch().running(self.times.downtime);
+        let downtime_ms = millis(self.times.downtime);
+        self.output.event(
+            "running",
+            json!({ "downtime_ms": downtime_ms }),
+            &format!("the guest runs here; it stood still for {downtime_ms:.1} ms"),
+        );
+        self.progress.phase("filling");
+        self.complete_if_done()
+    }
+
+    /// Tells the source that the guest could run here. Without postcopy it could only once every
+    /// page is cached: the source has sent them all, but that is not their arrival.
+    fn loaded_if_done(&mut self, side: &mut GuestSide) -> Result<()> {
+        let enough = self.mode.postcopy || self.all_cached;
+        if !self.state_loaded || !enough {
+            return Ok(());
+        }
+        self.state_loaded = false;
+        // Once the source has heard this it may give the guest up.
+        self.progress.watch().commit("the guest stays at the source")?;
+        self.keep_loaded(side)?;
+        self.step(Input::StateLoaded)?;
+        self.send(&Frame::Loaded);
+        self.say_how_to_resume();
+        Ok(())
+    }
+
+    /// The end: every page is cached and the guest runs. It leaves its userfaultfds at once; the
+    /// source hears of it and says goodbye.
+    fn complete_if_done(&mut self) -> Result<()> {
+        let is_done = self.all_cached && self.all_released;
+        if !is_done || !matches!(self.phase, Phase::Running { .. }) {
+            return Ok(());
+        }
+        self.guest.unregister_all()?;
+        self.keep_complete();
+        self.step(Input::AllCached)?;
+        let _ = self.commands.send(Command::Send(self.completion()));
+        self.demand.wake();
+        Ok(())
+    }
+
+    /// What is said once everything is here.
+    pub(super) fn completion(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if self.is_checked && self.digests_are_known {
+            transmit::encode(&Frame::Digests(self.guest.digests.get()), &mut bytes);
+        }
+        transmit::encode(&Frame::Complete(self.guest.counters.totals()), &mut bytes);
+        bytes
+    }
+
+    pub(super) fn interrupted(&mut self) -> Result<()> {
+        if let Some(result) = self.interrupted_without_lanes() {
+            return result;
+        }
+        if !self.phase.outlives_its_lanes() {
+            return Err(Error::Interrupted("the guest stays at the source".into()));
+        }
+        if !self.phase.may_run() {
+            self.output.remark(
+                "the source may be giving the guest up at this moment; going on, as nobody would have \
+                 it then",
+            );
+            return Ok(());
+        }
+        self.output.remark(&format!(
+            "the guest runs here and still needs {} pages from the source; stopping now would stop \
+             it, so this goes on until they have come",
+            self.guest.pages_missing()
+        ));
+        Ok(())
+    }
+}

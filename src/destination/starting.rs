@@ -1,0 +1,228 @@
+//! How a migration begins at the destination: its threads.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use umem_wire::destination::{Input, Mode, Phase};
+use umem_wire::{Event, Frame, RegionTable};
+
+use super::acks::Acks;
+use super::bulk::BulkLane;
+use super::demand::{Command, DemandLane, Reach};
+use super::faults::{FaultThread, Servers};
+use super::guest::GuestMemory;
+use super::prepare::Adopted;
+use super::recovery::Link;
+use super::side::GuestSide;
+use super::touch::{self, TouchThread};
+use super::{Migration, Note, Open, Plan, Serving, Times};
+use crate::cores::Cores;
+use crate::error::{Context, Result};
+use crate::host::DestinationHost;
+use crate::host::thread::HostThread;
+use crate::inbox::Inbox;
+use crate::lane::{self, Lane};
+use crate::progress::Progress;
+use crate::report::Output;
+use crate::worker;
+
+/// Threads that serve the faults of a guest in shards, each with its own ring.
+const FAULT_THREADS_MAX: usize = 16;
+
+impl<'a> Migration<'a> {
+    pub(super) fn start(
+        plan: &Plan<'_>,
+        output: Output,
+        inbox: &'a Inbox<Note>,
+        open: Open,
+        host: HostThread<dyn DestinationHost>,
+        side: &mut GuestSide,
+    ) -> Result<Migration<'a>> {
+        let Open { mut lanes, guard, receiver, adopted, keeping } = open;
+        let Adopted { regions, sources, landing } = adopted;
+        let mut guest = GuestMemory::new(regions, sources);
+        let keeper = keeping.map(|keeping| keeping.begin(&mut guest, side)).transpose();
+        let is_checked = lanes.demand.is_checked();
+        let keeper =
+            keeper.inspect_err(|error| lane::tell(&lanes.demand.socket(), is_checked, error))?;
+        let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
+        let demand_socket = lanes.demand.socket();
+        let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
+        let lane = Some((lanes.demand, receiver));
+        let serving =
+            Serving { link, lane, acks, lane_count: lanes.bulk.len(), landing: landing.clone() };
+        let (mut migration, reach) =
+            Migration::begin(plan, output, inbox, Arc::new(guest), serving, host)?;
+        migration.keeper = keeper;
+        migration.congestion = congestion;
+        migration.demand_socket = Some(demand_socket);
+        let started = migration
+            .start_faults(&reach)
+            .and_then(|()| migration.start_toucher(plan.touch, side))
+            .and_then(|()| migration.start_bulk(lanes.bulk, acks))
+            .and_then(|()| migration.get_ready(landing));
+        match started {
+            Ok(()) => Ok(migration),
+            Err(error) => {
+                migration.end(Some(&error));
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts the demand thread, and nothing else yet.
+    pub(super) fn begin(
+        plan: &Plan<'_>,
+        output: Output,
+        inbox: &'a Inbox<Note>,
+        guest: Arc<GuestMemory>,
+        serving: Serving,
+        host: HostThread<dyn DestinationHost>,
+    ) -> Result<(Migration<'a>, Reach)> {
+        let Serving { link, lane, acks, lane_count, landing } = serving;
+        let is_checked = link.is_checked();
+        let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
+        let (commands, queue) = channel();
+        if link.recovers() {
+            let post = inbox.post();
+            plan.watch.link(move |order| post.send(order.into()));
+        }
+        let demand = DemandLane {
+            lane,
+            guest: guest.clone(),
+            serves_faults: !guest.is_sharded(),
+            core: cores.demand(),
+            follows: plan.cores.is_empty(),
+            idle_cores: plan.idle_cores,
+            has_background: lane_count == 0,
+            recovers: link.recovers(),
+            acks: Acks::new(acks),
+            commands: queue,
+            post: inbox.post(),
+        };
+        let (reach, demand_thread) =
+            worker::start("umem-demand", inbox, move |started| demand.run(started))?;
+        let (counters, total_bytes) = (&guest.counters, landing.total_bytes());
+        let migration = Migration {
+            progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
+            output,
+            guest: guest.clone(),
+            host,
+            phase: Phase::new(),
+            link,
+            keeper: None,
+            cores,
+            servers: Servers::new(Vec::new()),
+            mode: Mode { postcopy: true, background: true },
+            state: Vec::new(),
+            runs: true,
+            state_loaded: false,
+            all_cached: false,
+            all_released: !guest.has_private(),
+            commands,
+            demand: reach.waker.clone(),
+            demand_socket: None,
+            lane_count: u16::try_from(lane_count).expect("at most 64"),
+            bulk_wakers: Vec::new(),
+            demand_thread: Some(demand_thread),
+            bulk_threads: Vec::new(),
+            fault_wakers: Vec::new(),
+            fault_threads: Vec::new(),
+            toucher: None,
+            touch_thread: None,
+            congestion: "none".into(),
+            idle_cores: plan.idle_cores,
+            awake: None,
+            times: Times::default(),
+            landing,
+            is_checked,
+            digests_are_known: true,
+            source_digests: None,
+            inbox,
+        };
+        Ok((migration, reach))
+    }
+
+    fn get_ready(&mut self, landing: RegionTable) -> Result<()> {
+        self.host.prepare();
+        let ready = Frame::Ready(landing.units());
+        self.step(Input::Received(&Event::Regions(landing)))?;
+        self.step(Input::GuestReady)?;
+        self.send(&ready);
+        Ok(())
+    }
+
+    /// Starts those who serve the faults of a guest in shards; notes who serves which.
+    pub(super) fn start_faults(&mut self, demand: &Reach) -> Result<()> {
+        let sources = self.guest.sources.len();
+        if !self.guest.is_sharded() {
+            self.servers = Servers::new(vec![demand.mailbox.clone(); sources]);
+            return Ok(());
+        }
+        let threads = sources.min(self.cores.count()).min(FAULT_THREADS_MAX);
+        let mut mailboxes = Vec::new();
+        for index in 0..threads {
+            let thread = FaultThread {
+                guest: self.guest.clone(),
+                sources: (index..sources).step_by(threads).collect(),
+                core: self.cores.any(index),
+                demand: demand.mailbox.clone(),
+            };
+            let name = format!("umem-faults-{}", index + 1);
+            let (reach, handle) =
+                worker::start(&name, self.inbox, move |started| thread.run(started))?;
+            mailboxes.push(reach.mailbox);
+            self.fault_wakers.push(reach.waker);
+            self.fault_threads.push(handle);
+        }
+        let of_source = |source: usize| mailboxes[source % threads].clone();
+        self.servers = Servers::new((0..sources).map(of_source).collect());
+        let _ = self.commands.send(Command::Servers(self.servers.clone()));
+        demand.waker.wake();
+        Ok(())
+    }
+
+    pub(super) fn start_toucher(&mut self, eager: bool, side: &GuestSide) -> Result<()> {
+        if !self.guest.has_private() {
+            return Ok(());
+        }
+        let process = side.process().expect("our own memory is shared or anonymous");
+        let socket = process.handoff.stream().try_clone();
+        let thread = TouchThread {
+            guest: self.guest.clone(),
+            socket: socket.context(|| "the hand-over socket")?.into(),
+            eager,
+            core: self.cores.bulk(0),
+            post: self.inbox.post(),
+        };
+        let (work, ours) = touch::ways();
+        let (waker, handle) =
+            worker::start("umem-touch", self.inbox, move |started| thread.run(work, started))?;
+        let (queue, toucher) = ours.reach(waker, eager);
+        self.guest.set_toucher(queue);
+        self.toucher = Some(toucher);
+        self.touch_thread = Some(handle);
+        Ok(())
+    }
+
+    pub(super) fn start_bulk(&mut self, lanes: Vec<Lane>, acks: bool) -> Result<()> {
+        for (index, lane) in lanes.into_iter().enumerate() {
+            let bulk = BulkLane {
+                lane,
+                regions: self.landing.clone(),
+                acks: Acks::new(acks),
+                guest: self.guest.clone(),
+                core: self.cores.bulk(index),
+                servers: self.servers.clone(),
+                ahead: None,
+                post: self.inbox.post(),
+            };
+            let name = format!("umem-bulk-{}", index + 1);
+            let (waker, thread) =
+                worker::start(&name, self.inbox, move |started| bulk.run(started))?;
+            self.bulk_wakers.push(waker);
+            self.bulk_threads.push(thread);
+        }
+        Ok(())
+    }
+}
