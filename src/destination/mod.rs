@@ -14,6 +14,7 @@ mod ending;
 mod farewell;
 pub(crate) mod faults;
 pub(crate) mod guest;
+mod keeping;
 mod latency;
 mod phases;
 mod prepare;
@@ -64,11 +65,11 @@ use demand::Command;
 use farewell::Farewell;
 use faults::Servers;
 use guest::GuestMemory;
+use keeping::Keeping;
 use latency::Latencies;
 use prepare::{Adopted, Expected, Prepared};
 use recovery::Link;
 use side::GuestSide;
-use takeover::Keeping;
 use touch::Toucher;
 
 /// What `umem incoming` is asked to do.
@@ -284,7 +285,7 @@ fn receive(
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
     let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;
-    let keeping = takeover::keep(options, &uri, &lanes, &prepared, &adopted, &output).inspect_err(
+    let keeping = keeping::keep(options, &uri, &lanes, &prepared, &adopted, &output).inspect_err(
         |error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error),
     )?;
     let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
