@@ -16,6 +16,7 @@ pub(crate) mod faults;
 pub(crate) mod guest;
 mod keeping;
 mod latency;
+mod link;
 mod phases;
 mod prepare;
 pub(crate) mod reader;
@@ -67,8 +68,8 @@ use faults::Servers;
 use guest::GuestMemory;
 use keeping::Keeping;
 use latency::Latencies;
+use link::Link;
 use prepare::{Adopted, Expected, Prepared};
-use recovery::Link;
 use side::GuestSide;
 use touch::Toucher;
 

@@ -22,169 +22,26 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use umem_wire::destination::{Input, Phase};
-use umem_wire::{Capabilities, Frame, Hello, LaneRole, Standing, transmit};
+use umem_wire::{Frame, LaneRole, Standing, transmit};
 
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
+use super::link::{Link, State};
 use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
-use crate::lane::{self, CAUSE_PATIENCE, Listener, Severable, lane_name};
+use crate::lane::{self, CAUSE_PATIENCE, Listener, lane_name};
 use crate::observe::watch::CUT;
-use crate::secure::{Guard, Interest, WayIn};
-use crate::suspicion::Suspicion;
+use crate::secure::WayIn;
 use crate::uri::Uri;
 
 /// How long a destination that has everything waits for a source that has not heard of it. The guest
 /// does not need either of them any more.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(30);
-
-/// The lanes of the session, or their absence.
-pub(super) struct Link {
-    recovers: bool,
-    /// The demand lane's, of the last attempt that has come to something.
-    hello: Hello,
-    /// What those who come have to show.
-    guard: Arc<Guard>,
-    /// Who began the session, where TLS is asked for.
-    certificate: Option<Vec<u8>>,
-    /// None where there were connections, which cannot be opened again, and no others have been given.
-    door: Option<Door>,
-    sockets: Severable,
-    state: State,
-    /// New lanes, which wait until nothing is left of the old ones.
-    arrived: Option<Lanes>,
-    /// By hand: no lanes are taken.
-    is_paused: bool,
-    /// How often something has been said by hand: an address that was looked up for an earlier order is of
-    /// no use.
-    orders: u64,
-    was_interrupted: bool,
-    suspicion: Suspicion,
-    pub(super) recoveries: u32,
-    pub(super) disconnected: Duration,
-}
-
-enum State {
-    Up,
-    /// A bulk lane is lost. A source that gives up says why on the demand lane, which is not ordered
-    /// against it.
-    Doubtful {
-        error: Error,
-        until: Instant,
-    },
-    Down {
-        since: Instant,
-        /// Nothing of the old lanes is left.
-        is_quiet: bool,
-        /// Every page is here: the source is waited for until then.
-        until: Option<Instant>,
-    },
-}
-
-impl Link {
-    pub(super) fn new(lanes: &mut Lanes, guard: Arc<Guard>) -> Link {
-        Link {
-            recovers: lanes.recovers(),
-            hello: lanes.hello.clone(),
-            guard,
-            certificate: lanes.certificate.clone(),
-            door: lanes.door.take(),
-            sockets: lanes.severable(),
-            state: State::Up,
-            arrived: None,
-            is_paused: false,
-            orders: 0,
-            was_interrupted: false,
-            suspicion: Suspicion::default(),
-            recoveries: 0,
-            disconnected: Duration::ZERO,
-        }
-    }
-
-    /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
-    pub(super) fn taken_over(
-        hello: Hello,
-        guard: Arc<Guard>,
-        certificate: Option<Vec<u8>>,
-        door: Door,
-    ) -> Link {
-        Link {
-            recovers: true,
-            hello,
-            guard,
-            certificate,
-            door: Some(door),
-            sockets: Severable::default(),
-            state: State::Down { since: Instant::now(), is_quiet: true, until: None },
-            arrived: None,
-            is_paused: false,
-            orders: 0,
-            was_interrupted: false,
-            suspicion: Suspicion::default(),
-            recoveries: 0,
-            disconnected: Duration::ZERO,
-        }
-    }
-
-    pub(super) fn recovers(&self) -> bool {
-        self.recovers
-    }
-
-    /// The source asked for checksums, which a destination always has.
-    pub(super) fn is_checked(&self) -> bool {
-        self.hello.capabilities.contains(Capabilities::CHECKSUM)
-    }
-
-    /// For who may have to end the lanes.
-    pub(super) fn severable(&self) -> Severable {
-        self.sockets.clone()
-    }
-
-    /// Something has been said by hand.
-    fn next_order(&mut self) -> u64 {
-        self.orders += 1;
-        self.orders
-    }
-
-    /// Connections that were given are of no use any more.
-    fn forget_given(&mut self) {
-        self.door.take_if(|door| door.is_of_connections());
-    }
-
-    /// Everything is here: where a source comes in that has not heard of it, if it can come.
-    pub(super) fn leave(&mut self) -> Option<Door> {
-        self.door.take_if(|door| !door.is_of_connections())
-    }
-
-    fn is_down(&self) -> bool {
-        matches!(self.state, State::Down { .. })
-    }
-
-    /// Where new lanes come in: what is ready is for [`answer`](Link::answer).
-    pub(super) fn fds(&self) -> Vec<Interest<'_>> {
-        self.door.as_ref().map_or_else(Vec::new, Door::fds)
-    }
-
-    pub(super) fn answer(&mut self, index: usize) -> Result<()> {
-        self.door.as_mut().map_or(Ok(()), |door| door.answer(index))
-    }
-
-    /// When [`Migration::look_after_link`] has something to do at the latest.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        let own = match &self.state {
-            State::Up => None,
-            State::Doubtful { until, .. } => Some(*until),
-            State::Down { until, .. } => *until,
-        };
-        own.into_iter().chain(self.door.as_ref().and_then(Door::next_deadline)).min()
-    }
-}
 
 impl Migration<'_> {
     /// A lane is lost.

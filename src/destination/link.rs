@@ -1,0 +1,154 @@
+//! The destination's lanes, or their absence, and the door through which others come.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use umem_wire::{Capabilities, Hello};
+
+use super::accept::{Door, Lanes};
+use crate::error::{Error, Result};
+use crate::lane::Severable;
+use crate::secure::{Guard, Interest};
+use crate::suspicion::Suspicion;
+
+/// The lanes of the session, or their absence.
+pub(super) struct Link {
+    pub(super) recovers: bool,
+    /// The demand lane's, of the last attempt that has come to something.
+    pub(super) hello: Hello,
+    /// What those who come have to show.
+    pub(super) guard: Arc<Guard>,
+    /// Who began the session, where TLS is asked for.
+    pub(super) certificate: Option<Vec<u8>>,
+    /// None where there were connections, which cannot be opened again, and no others have been given.
+    pub(super) door: Option<Door>,
+    pub(super) sockets: Severable,
+    pub(super) state: State,
+    /// New lanes, which wait until nothing is left of the old ones.
+    pub(super) arrived: Option<Lanes>,
+    /// By hand: no lanes are taken.
+    pub(super) is_paused: bool,
+    /// How often something has been said by hand: an address that was looked up for an earlier order is of
+    /// no use.
+    pub(super) orders: u64,
+    pub(super) was_interrupted: bool,
+    pub(super) suspicion: Suspicion,
+    pub(super) recoveries: u32,
+    pub(super) disconnected: Duration,
+}
+
+pub(super) enum State {
+    Up,
+    /// A bulk lane is lost. A source that gives up says why on the demand lane, which is not ordered
+    /// against it.
+    Doubtful {
+        error: Error,
+        until: Instant,
+    },
+    Down {
+        since: Instant,
+        /// Nothing of the old lanes is left.
+        is_quiet: bool,
+        /// Every page is here: the source is waited for until then.
+        until: Option<Instant>,
+    },
+}
+
+impl Link {
+    pub(super) fn new(lanes: &mut Lanes, guard: Arc<Guard>) -> Link {
+        Link {
+            recovers: lanes.recovers(),
+            hello: lanes.hello.clone(),
+            guard,
+            certificate: lanes.certificate.clone(),
+            door: lanes.door.take(),
+            sockets: lanes.severable(),
+            state: State::Up,
+            arrived: None,
+            is_paused: false,
+            orders: 0,
+            was_interrupted: false,
+            suspicion: Suspicion::default(),
+            recoveries: 0,
+            disconnected: Duration::ZERO,
+        }
+    }
+
+    /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
+    pub(super) fn taken_over(
+        hello: Hello,
+        guard: Arc<Guard>,
+        certificate: Option<Vec<u8>>,
+        door: Door,
+    ) -> Link {
+        Link {
+            recovers: true,
+            hello,
+            guard,
+            certificate,
+            door: Some(door),
+            sockets: Severable::default(),
+            state: State::Down { since: Instant::now(), is_quiet: true, until: None },
+            arrived: None,
+            is_paused: false,
+            orders: 0,
+            was_interrupted: false,
+            suspicion: Suspicion::default(),
+            recoveries: 0,
+            disconnected: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn recovers(&self) -> bool {
+        self.recovers
+    }
+
+    /// The source asked for checksums, which a destination always has.
+    pub(super) fn is_checked(&self) -> bool {
+        self.hello.capabilities.contains(Capabilities::CHECKSUM)
+    }
+
+    /// For who may have to end the lanes.
+    pub(super) fn severable(&self) -> Severable {
+        self.sockets.clone()
+    }
+
+    /// Something has been said by hand.
+    pub(super) fn next_order(&mut self) -> u64 {
+        self.orders += 1;
+        self.orders
+    }
+
+    /// Connections that were given are of no use any more.
+    pub(super) fn forget_given(&mut self) {
+        self.door.take_if(|door| door.is_of_connections());
+    }
+
+    /// Everything is here: where a source comes in that has not heard of it, if it can come.
+    pub(super) fn leave(&mut self) -> Option<Door> {
+        self.door.take_if(|door| !door.is_of_connections())
+    }
+
+    pub(super) fn is_down(&self) -> bool {
+        matches!(self.state, State::Down { .. })
+    }
+
+    /// Where new lanes come in: what is ready is for [`answer`](Link::answer).
+    pub(super) fn fds(&self) -> Vec<Interest<'_>> {
+        self.door.as_ref().map_or_else(Vec::new, Door::fds)
+    }
+
+    pub(super) fn answer(&mut self, index: usize) -> Result<()> {
+        self.door.as_mut().map_or(Ok(()), |door| door.answer(index))
+    }
+
+    /// When [`Migration::look_after_link`] has something to do at the latest.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let own = match &self.state {
+            State::Up => None,
+            State::Doubtful { until, .. } => Some(*until),
+            State::Down { until, .. } => *until,
+        };
+        own.into_iter().chain(self.door.as_ref().and_then(Door::next_deadline)).min()
+    }
+}
