@@ -24,33 +24,36 @@ pub(crate) struct Suspicion {
 
 impl Suspicion {
     /// Lanes are lost, as `why` says, when so much of the guest had come to the destination. If wrong checksums
-    /// were the cause that is told; true when it is enough of them.
+    /// were the cause that is told; and when it is enough of them, why there is a pause.
     pub(crate) fn lost(
         &mut self,
         why: &str,
         progress: u64,
         counters: &Counters,
         output: &Output,
-    ) -> bool {
+    ) -> Option<String> {
         let errors = counters.checksum_errors.load(Relaxed);
         if errors == self.errors {
-            return false;
+            return None;
         }
         let fields = json!({ "reason": why, "checksum_errors": errors });
         output.event("checksum_error", fields, "");
         let is_in_vain = progress == self.progress && self.errors > 0;
         self.in_a_row = if is_in_vain { self.in_a_row + 1 } else { 1 };
         (self.errors, self.progress) = (errors, progress);
-        let is_enough = self.in_a_row >= IN_A_ROW_MAX;
-        if is_enough {
-            output.remark(&format!(
-                "{IN_A_ROW_MAX} connections in a row were lost to wrong checksums before a page came that \
-                 was right: pausing. Look for what changes bytes between the two hosts, then resume here \
-                 (umem control), by another way if there is one"
-            ));
-            self.in_a_row = 0;
+        if self.in_a_row < IN_A_ROW_MAX {
+            return None;
         }
-        is_enough
+        self.in_a_row = 0;
+        let lost = format!(
+            "{IN_A_ROW_MAX} connections in a row were lost to wrong checksums before a page came that was \
+             right"
+        );
+        output.remark(&format!(
+            "{lost}: pausing. Look for what changes bytes between the two hosts, then resume here (umem \
+             control), by another way if there is one"
+        ));
+        Some(format!("{lost}, the last because {why}"))
     }
 }
 
@@ -65,7 +68,9 @@ mod tests {
         let mut suspicion = Suspicion::default();
         let mut lost = |wrong, progress| {
             Counters::add(&counters.checksum_errors, wrong);
-            suspicion.lost("why", progress, &counters, &output)
+            let told = suspicion.lost("why", progress, &counters, &output);
+            assert!(told.iter().all(|told| told.contains("8 connections in a row")));
+            told.is_some()
         };
         for _ in 0..3 {
             for _ in 1..IN_A_ROW_MAX {

@@ -105,6 +105,26 @@ pub unsafe extern "C" fn umem_source_recover(
     })
 }
 
+/// With true both sides check every frame and every page for bits that change on their way, in spite of
+/// TCP's own sum; not so if nothing is said. What is wrong reaches no guest: its connections count as lost,
+/// which before the switchover ends the migration, and afterwards, where both sides recover, has it sent
+/// again. After eight such losses without a page between them UMEM_EVENT_PAUSED comes. At the end both sides
+/// compare what they have; where that differs UMEM_EVENT_FAILED comes with UMEM_ERR_DAMAGED. The destination
+/// follows without being told.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_checksum(
+    source: *const umem_source,
+    checksum: bool,
+) -> umem_status {
+    // SAFETY: as above.
+    guard(|| unsafe {
+        given(source, "source")?.side.set_up(|setup| {
+            setup.checksum(checksum);
+            Ok(())
+        })
+    })
+}
+
 /// Begins. Everything else is told by events; connecting, too, happens on umem's threads.
 ///
 /// UMEM_ERR_USAGE: no region, or no way to the destination. UMEM_ERR_SYSTEM: the kernel gave no thread

@@ -38,6 +38,9 @@ pub enum umem_status {
     UMEM_ERR_CANCELLED = 11,
     /// umem has a bug.
     UMEM_ERR_INTERNAL = 12,
+    /// With checksums: the guest has moved, and its memory is not what the source has. Stop it, and start it
+    /// again from something older.
+    UMEM_ERR_DAMAGED = 13,
 }
 
 /// What an event is.
@@ -130,6 +133,8 @@ pub struct umem_stats {
     pub pages_demand: u64,
     /// Pages that came unasked.
     pub pages_background: u64,
+    /// With checksums: what came to this side otherwise than it was sent, and was sent again.
+    pub checksum_errors: u64,
 }
 
 impl umem_event {
@@ -160,7 +165,7 @@ impl From<&Error> for umem_status {
             Error::Ram { .. } | Error::Unsupported(_) => umem_status::UMEM_ERR_UNSUPPORTED,
             Error::Host(_) | Error::Preload(_) => umem_status::UMEM_ERR_HOST,
             Error::OutOfMemory(_) => umem_status::UMEM_ERR_NO_MEMORY,
-            Error::Damaged { .. } => umem_status::UMEM_ERR_PROTOCOL,
+            Error::Damaged { .. } => umem_status::UMEM_ERR_DAMAGED,
             // Nothing behind this interface measures, or sends commands to another umem.
             Error::Internal(_) | Error::Bench(_) | Error::Control(_) => {
                 umem_status::UMEM_ERR_INTERNAL
@@ -189,6 +194,7 @@ impl From<Stats> for umem_stats {
             hole_bytes,
             pages_demand,
             pages_background,
+            checksum_errors,
         } = stats;
         umem_stats {
             total_bytes,
@@ -198,6 +204,7 @@ impl From<Stats> for umem_stats {
             hole_bytes,
             pages_demand,
             pages_background,
+            checksum_errors,
         }
     }
 }

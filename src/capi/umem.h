@@ -71,6 +71,9 @@ typedef enum umem_status {
     UMEM_ERR_CANCELLED = 11,
     // umem has a bug.
     UMEM_ERR_INTERNAL = 12,
+    // With checksums: the guest has moved, and its memory is not what the source has. Stop it, and start it
+    // again from something older.
+    UMEM_ERR_DAMAGED = 13,
 } umem_status;
 
 // What an event is.
@@ -161,6 +164,8 @@ typedef struct umem_stats {
     uint64_t pages_demand;
     // Pages that came unasked.
     uint64_t pages_background;
+    // With checksums: what came to this side otherwise than it was sent, and was sent again.
+    uint64_t checksum_errors;
 } umem_stats;
 
 #ifdef __cplusplus
@@ -211,6 +216,15 @@ enum umem_status umem_source_postcopy(const struct umem_source *source,
 // says the same; with false that ends it. If nothing is said it goes on where it dials, and not
 // where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
 enum umem_status umem_source_recover(const struct umem_source *source, bool recovers);
+
+// With true both sides check every frame and every page for bits that change on their way, in spite of
+// TCP's own sum; not so if nothing is said. What is wrong reaches no guest: its connections count as lost,
+// which before the switchover ends the migration, and afterwards, where both sides recover, has it sent
+// again. After eight such losses without a page between them UMEM_EVENT_PAUSED comes. At the end both sides
+// compare what they have; where that differs UMEM_EVENT_FAILED comes with UMEM_ERR_DAMAGED. The destination
+// follows without being told.
+enum umem_status umem_source_checksum(const struct umem_source *source,
+                                      bool checksum);
 
 // Begins. Everything else is told by events; connecting, too, happens on umem's threads.
 //

@@ -133,7 +133,9 @@ impl Migration<'_> {
         let pages_missing = self.guest.pages_missing();
         let counters = &self.guest.counters;
         let done = counters.pages_done.load(SeqCst);
-        self.link.is_paused |= self.link.suspicion.lost(why, done, counters, &self.output);
+        let in_vain = self.link.suspicion.lost(why, done, counters, &self.output);
+        self.link.is_paused |= in_vain.is_some();
+        let why = in_vain.as_deref().unwrap_or(why);
         let fields = json!({ "reason": why, "pages_missing": pages_missing });
         self.announce(why, fields);
         Ok(())

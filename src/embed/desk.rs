@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -323,6 +324,7 @@ impl Papers {
             hole_bytes: totals.hole_bytes,
             pages_demand: totals.pages_demand,
             pages_background: totals.pages_background,
+            checksum_errors: counters.checksum_errors.load(Relaxed),
         }
     }
 }

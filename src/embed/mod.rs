@@ -222,4 +222,7 @@ pub struct Stats {
     pub pages_demand: u64,
     /// Pages that came unasked.
     pub pages_background: u64,
+    /// With [checksums](SourceSetup::checksum): what came to this side otherwise than it was sent, and was
+    /// sent again.
+    pub checksum_errors: u64,
 }

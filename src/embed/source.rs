@@ -20,6 +20,7 @@ pub struct SourceSetup {
     way: Option<Way>,
     postcopy: bool,
     recovers: Option<bool>,
+    checksum: bool,
     cores: Vec<usize>,
 }
 
@@ -32,6 +33,7 @@ impl SourceSetup {
             way: None,
             postcopy: true,
             recovers: None,
+            checksum: false,
             cores: Vec::new(),
         }
     }
@@ -84,6 +86,17 @@ impl SourceSetup {
         self.recovers = Some(recovers);
     }
 
+    /// Whether both sides check every frame and every page for bits that change on their way, in spite of
+    /// TCP's own sum; not so if nothing is said. What is wrong reaches no guest: its connections count as
+    /// lost, which before the switchover ends the migration, and afterwards, where both sides
+    /// [recover](SourceSetup::recover), has it sent again. After eight such losses without a page between them
+    /// the migration is [`Paused`](Event::Paused). At the end both sides compare what they have; where that
+    /// differs each has [`Failed`](Event::Failed) with [`Error::Damaged`]. The destination follows without
+    /// being told.
+    pub fn checksum(&mut self, checksum: bool) {
+        self.checksum = checksum;
+    }
+
     /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses if
     /// nothing is said.
     pub fn cores(&mut self, cores: &[usize]) {
@@ -96,7 +109,7 @@ impl SourceSetup {
     /// [`Error::Usage`] where there is nothing to move or no way to the destination; a thread or an
     /// eventfd that the kernel does not give.
     pub fn start(self) -> Result<Source> {
-        let SourceSetup { files, way, postcopy, recovers, cores } = self;
+        let SourceSetup { files, way, postcopy, recovers, checksum, cores } = self;
         if files.is_empty() {
             return Err(Error::Usage("nothing to move: add the guest's regions first".into()));
         }
@@ -104,7 +117,7 @@ impl SourceSetup {
             Error::Usage("no way to the destination: give an address or connections first".into())
         })?;
         let recovers = recovers.unwrap_or(matches!(way, Way::Dial { .. }));
-        let departure = Departure { way, files, postcopy, recovers, cores };
+        let departure = Departure { way, files, postcopy, recovers, checksum, cores };
         let migrate = move |desk: &Arc<Desk>| send(departure, desk);
         let handle = Handle::start(Arc::new(Desk::new()?), migrate, |_, _| ())?;
         Ok(Source { handle })

@@ -35,23 +35,25 @@ pub(crate) struct Departure {
     pub(crate) postcopy: bool,
     /// Go on over other connections when these are lost after the switchover.
     pub(crate) recovers: bool,
+    /// Both sides check what comes.
+    pub(crate) checksum: bool,
     /// As in [`Options`](super::Options).
     pub(crate) cores: Vec<usize>,
 }
 
 /// Moves one guest away. Nothing of it runs any more when this returns.
 pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> {
-    let Departure { way, files, postcopy, recovers, cores } = departure;
+    let Departure { way, files, postcopy, recovers, checksum, cores } = departure;
     let inbox = Inbox::embedded(desk.canceller())?;
     let post = inbox.post();
     desk.answers(move |answer| post.send(Note::Host(answer)));
-    let memory = Arc::new(SourceMemory::new(files, false));
+    let memory = Arc::new(SourceMemory::new(files, false).checked(checksum));
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     // Who is there is the program's own matter: it can give connections that it has secured.
     let pass = Arc::new(Pass::default());
     let (session, lanes, uri, stays_local) = match way {
         Way::Dial { uri, lanes } => {
-            let session = Session::new(lanes, false, recovers)?;
+            let session = Session::new(lanes, false, recovers)?.checked(checksum);
             let open = |index| lane::dial(&uri, &session.hello(index, 0), &pass, &wait);
             let lanes = (0..=lanes).map(open).collect::<Result<Vec<_>>>()?;
             let stays_local = lane::stays_local(&uri, &wait)?;
@@ -60,7 +62,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         Way::Connections(sockets) => {
             let stays_local = sockets.iter().all(lane::is_local);
             let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
-            let session = Session::new(count, false, recovers)?;
+            let session = Session::new(count, false, recovers)?.checked(checksum);
             let lanes = open_over(sockets, &session, 0, &pass, &wait)?;
             (session, lanes, None, stays_local)
         }
@@ -97,7 +99,8 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         });
         Ok(())
     });
-    migration.drive()
+    let report = migration.drive()?;
+    report.check_digests().map(|()| report)
 }
 
 /// Opens all lanes on connections that are there already; a single one is for all.

@@ -90,8 +90,9 @@ impl Migration {
         }
         let counters = &self.memory.counters;
         let Link { suspicion, accounted, .. } = &mut self.link;
-        self.link.is_paused |= suspicion.lost(why, *accounted, counters, &self.output);
-        self.go_on_from(why, since)
+        let in_vain = suspicion.lost(why, *accounted, counters, &self.output);
+        self.link.is_paused |= in_vain.is_some();
+        self.go_on_from(in_vain.as_deref().unwrap_or(why), since)
     }
 
     /// Goes on where a process was killed.

@@ -218,6 +218,7 @@ struct migration {
     bool loses;          /* the source, when the guest is to run */
     bool pauses;         /* when the guest is to run, and then goes on elsewhere */
     bool dials;
+    bool checks; /* sums of everything */
     unsigned seen_by_source, seen_by_destination;
     umem_status failed_source, failed_destination;
     umem_guest guest_of_source, guest_of_destination;
@@ -282,6 +283,17 @@ static void *load(void *argument) {
     return NULL;
 }
 
+/* What the report says of checksums. The wire is as it should be: both sides have come to the same. */
+static void check_sums(struct migration *migration, const char *report, const umem_stats *stats) {
+    static const char DIGEST[] = "\"digest\":\"", PEER[] = "\"peer\":\"";
+    CHECK(strstr(report, migration->checks ? "\"checksum\":true" : "\"checksum\":false"));
+    CHECK(stats->checksum_errors == 0 && strstr(report, "\"checksum_errors\":0"));
+    const char *digest = strstr(report, DIGEST), *peer = strstr(report, PEER);
+    CHECK(!digest == !migration->checks && !peer == !migration->checks);
+    if (migration->checks)
+        CHECK(memcmp(digest + strlen(DIGEST), peer + strlen(PEER), 16) == 0);
+}
+
 static void source_event(struct migration *migration, const umem_event *event) {
     migration->seen_by_source |= SEEN(event->kind);
     umem_stats stats;
@@ -304,6 +316,7 @@ static void source_event(struct migration *migration, const umem_event *event) {
         CHECK(strstr(event->text, "\"role\":\"source\""));
         OK(umem_source_stats(migration->source, &stats));
         CHECK(stats.total_bytes == BYTES && stats.missing_bytes == 0);
+        check_sums(migration, event->text, &stats);
         break;
     case UMEM_EVENT_FAILED:
         migration->failed_source = event->status;
@@ -356,6 +369,7 @@ static void destination_event(struct migration *migration, const umem_event *eve
         CHECK(stats.total_bytes == BYTES && stats.missing_bytes == 0);
         CHECK(stats.data_bytes + stats.zero_bytes + stats.hole_bytes == BYTES);
         CHECK(stats.pages_demand + stats.pages_background == PAGES);
+        check_sums(migration, event->text, &stats);
         break;
     case UMEM_EVENT_FAILED:
         migration->failed_destination = event->status;
@@ -514,6 +528,22 @@ static void moved_elsewhere(const char *socket) {
     migration->pauses = migration->dials = true;
     listen_and_start(migration, uri);
     succeed(migration);
+    close(file);
+}
+
+/* The source asks for checksums, over one connection and over several, and the destination follows. */
+static void checked(const char *socket) {
+    (void)socket;
+    int file = source_memory();
+    for (int lanes = 1; lanes <= LANES; lanes += LANES - 1) {
+        struct migration *migration = new_migration(file, lanes == 1 ? memory_file() : -1);
+        migration->checks = true;
+        OK(umem_source_checksum(migration->source, true));
+        connect_both(migration, lanes);
+        start_both(migration);
+        succeed(migration);
+    }
+    check_source(file);
     close(file);
 }
 
@@ -692,6 +722,7 @@ static void misused(const char *socket) {
     wrong(umem_source_start(source), UMEM_ERR_USAGE, "regions");
     wrong(umem_source_start(source), UMEM_ERR_USAGE, "started already");
     wrong(umem_source_recover(source, true), UMEM_ERR_USAGE, "started already");
+    wrong(umem_source_checksum(source, true), UMEM_ERR_USAGE, "started already");
     wrong(umem_source_pause(source), UMEM_ERR_USAGE, "call start first");
     umem_source_destroy(source);
 
@@ -773,7 +804,7 @@ int main(int count, char **arguments) {
         {"shared", shared},       {"anonymous", anonymous}, {"userfaultfd", with_userfaultfd},
         {"precopy", precopy},     {"cancel", cancelled},    {"refuse", refused},
         {"lost", lost},           {"misuse", misused},    {"reconnect", reconnected},
-        {"elsewhere", moved_elsewhere},
+        {"elsewhere", moved_elsewhere}, {"checked", checked},
     };
     for (size_t index = 0; count == 3 && index < sizeof scenarios / sizeof *scenarios; index++) {
         if (strcmp(scenarios[index].name, arguments[1]) == 0) {
