@@ -16,7 +16,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::{
-    Authority, LaneToDestination, Namespace, Network, Qmp, Scratch, Seeded, Umem, wait_for,
+    Authority, LaneToDestination, Namespace, Network, Qmp, Random, Scratch, Umem, seed, wait_for,
 };
 use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, SessionId};
 
@@ -154,9 +154,9 @@ fn a_link_that_is_down_is_waited_for() {
 }
 
 fn goes_dark(secured: Secured, darken: fn(&Network), lighten: fn(&Network)) {
-    let mut seeded = Seeded::new(64);
+    let mut random = Random::new(seed(64));
     let mut moving = Move::switched(64, secured, &LIMIT);
-    moving.wait_for_bytes(seeded.below(48 << 20));
+    moving.wait_for_bytes(random.below(48 << 20));
     darken(&moving.network);
     moving.both("recovering");
     lighten(&moving.network);
@@ -304,7 +304,7 @@ fn connections_that_the_kernel_destroys_are_made_again() {
     };
     let (moves, mib) = (number("UMEM_MOVES", 1), number("UMEM_MIB", 256));
     let kills = number("UMEM_KILLS", 10);
-    let mut seeded = Seeded::new(mib ^ kills << 32);
+    let mut random = Random::new(seed(mib ^ kills << 32));
     // Two seconds, if nothing came in between.
     let limit = format!("{}M", mib.div_ceil(2));
     for round in 1..=moves {
@@ -312,12 +312,12 @@ fn connections_that_the_kernel_destroys_are_made_again() {
         let mut killed = 0;
         for _ in 0..kills {
             // Half of the move on average.
-            moving.wait_for_bytes(seeded.below((mib << 20) / kills));
-            let host = match seeded.below(2) {
+            moving.wait_for_bytes(random.below((mib << 20) / kills));
+            let host = match random.below(2) {
                 0 => moving.network.source(),
                 _ => moving.network.destination(),
             };
-            killed += u64::from(destroy_one(host, &mut seeded));
+            killed += u64::from(destroy_one(host, &mut random));
         }
         let [source, destination] = moving.complete();
         println!(
@@ -331,7 +331,7 @@ fn connections_that_the_kernel_destroys_are_made_again() {
 }
 
 /// Has the kernel of this host destroy one of its connections; false when there is none.
-fn destroy_one(host: &Namespace, seeded: &mut Seeded) -> bool {
+fn destroy_one(host: &Namespace, random: &mut Random) -> bool {
     let listed = host.run(&["ss", "-Htn", "state", "established"]);
     // Queues of bytes, then our address, then the other side's.
     let column = |line: &str, index| line.split_ascii_whitespace().nth(index).map(str::to_owned);
@@ -340,7 +340,7 @@ fn destroy_one(host: &Namespace, seeded: &mut Seeded) -> bool {
     if lanes.is_empty() {
         return false;
     }
-    let (ours, theirs) = &lanes[seeded.below(lanes.len() as u64) as usize];
+    let (ours, theirs) = &lanes[random.below(lanes.len() as u64) as usize];
     let listed = host.run(&["ss", "-HtnK", "src", ours, "dst", theirs]);
     !listed.trim().is_empty()
 }

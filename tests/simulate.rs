@@ -1,7 +1,7 @@
-//! Both real sides in one process, over a wire that breaks, delays and cuts in half, with a guest that
-//! checks every word that it reads.
+//! Both real sides in one process, over a wire that breaks, delays, cuts in half and, where there are
+//! checksums, changes, repeats, loses and mixes up bytes, with a guest that checks every word that it reads.
 //!
-//! `wire/tests/simulate.rs` runs the protocol alone, with memory and time of its own, a million steps a
+//! `wire/tests/simulate` runs the protocol alone, with memory and time of its own, a million steps a
 //! second. Here everything is real but the network: threads, userfaultfd, io_uring, sockets, memory. A
 //! seed decides on the guest's regions and what they hold, what the guest does, how the two sides find each
 //! other, and what happens on the way: where pieces end, which lane is held back while others pass, when
@@ -18,11 +18,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use support::Random;
 use support::embedded::{
-    Backing, Deed, Deeds, End, Ends, Guest, Habits, Left, Model, Move, Pausing, Random, Region,
-    Route, Side,
+    Backing, Deed, Deeds, End, Ends, Guest, Habits, Left, Model, Move, Moved, Pausing, Region,
+    Route, Side, Spoil,
 };
-use umem::embed::Guest as Owner;
+use umem::Error;
+use umem::embed::{Failure, Guest as Owner};
 
 /// Where nothing else is said: until then a new seed begins.
 const TIME: Duration = Duration::from_secs(15);
@@ -43,6 +45,7 @@ struct Plan {
     bulk_lanes: u16,
     postcopy: bool,
     recovers: bool,
+    checksum: bool,
     state_bytes: u64,
     habits: Habits,
     deeds: [Deeds; 4],
@@ -74,16 +77,23 @@ impl Plan {
             discards: random.pick(&[0, 0, 3]),
         };
         let recovers = random.percent(90);
-        let deeds = [(); 4].map(|()| deeds(&mut random));
+        let mut deeds = [(); 4].map(|()| deeds(&mut random));
         let side = |random: &mut Random| random.pick(&[Side::Source, Side::Destination]);
         let how = |random: &mut Random| random.pick(&[Pausing::Resume, Pausing::Elsewhere]);
         let pauses = [(); 2].map(|()| (side(&mut random), how(&mut random)));
+        // Without checksums what TCP brings is taken for what was sent: nothing is spoilt then.
+        let mut path = Random::of(seed, 3);
+        let checksum = path.percent(60);
+        if checksum {
+            deeds.iter_mut().for_each(|deeds| spoil(&mut path, deeds));
+        }
         Plan {
             regions,
             route,
             bulk_lanes,
             postcopy: random.percent(88),
             recovers,
+            checksum,
             state_bytes: random.pick(&[0, 100, 70_000]),
             habits,
             deeds,
@@ -107,8 +117,57 @@ fn deeds(random: &mut Random) -> Deeds {
     (0..count).map(|_| (random.magnitude(bits), deed(random))).collect()
 }
 
+/// Has bytes spoilt between these deeds, on any way: in the hellos that follow a break, too.
+fn spoil(random: &mut Random, deeds: &mut Deeds) {
+    let (count, bits) = random.pick(&[(0, 0), (1, 8), (1, 14), (2, 20), (4, 14), (24, 10)]);
+    // Where no connection is good for a page both sides give up, until somebody has them go on.
+    if random.percent(2) {
+        deeds.push((random.magnitude(12), Deed::Ruin(64)));
+        deeds.push((0, Deed::Cut(Ends::Both)));
+    }
+    for _ in 0..count {
+        let length = usize::try_from(random.magnitude(13)).expect("64-bit");
+        let what = match random.below(8) {
+            0 => Spoil::Repeat(length),
+            1 => Spoil::Drop(length),
+            2 => Spoil::Swap(length),
+            _ => Spoil::Flip(random.below(8) as u8),
+        };
+        // A lane by itself has few bytes more to come, or most of them.
+        let whose = random.percent(40).then(|| random.below(16) as usize);
+        let after = random.magnitude(if whose.is_some() { 7 } else { 12 }) - 1;
+        let since = random.magnitude(bits) - 1;
+        let place = usize::try_from(random.below(deeds.len() as u64 + 1)).expect("64-bit");
+        deeds.insert(place, (since, Deed::Spoil(whose, after, what)));
+    }
+}
+
+/// What all seeds have come to.
+#[derive(Debug, Default)]
+struct Tally {
+    outcomes: BTreeMap<&'static str, u64>,
+    /// With checksums: times that bytes were spoilt, wrong sums that were noticed, connections that nobody but
+    /// the wire could end, and rests that a side took.
+    spoilt: u64,
+    noticed: u64,
+    stuck: u64,
+    rests: u64,
+}
+
+impl Tally {
+    fn add(&mut self, other: Tally) {
+        for (outcome, count) in other.outcomes {
+            *self.outcomes.entry(outcome).or_insert(0) += count;
+        }
+        self.spoilt += other.spoilt;
+        self.noticed += other.noticed;
+        self.stuck += other.stuck;
+        self.rests += other.rests;
+    }
+}
+
 /// Runs a seed: what became of it, in a word, or what was wrong.
-fn run(seed: u64) -> Result<&'static str, String> {
+fn run(seed: u64) -> Result<Tally, String> {
     let mut plan = Plan::of(seed);
     // Before the switchover a break is the end, of a migration that was hardly one.
     for (index, one_in) in [(0, 10), (1, 4)] {
@@ -130,13 +189,14 @@ fn run(seed: u64) -> Result<&'static str, String> {
     let arriving = make(None);
     leaving.fill(&mut random);
     let directory = tempfile::tempdir().expect("a directory");
-    let recovers = plan.recovers;
-    let moved = Move {
+    let Plan { recovers, checksum, .. } = plan;
+    let mut moved = Move {
         seed,
         route: plan.route,
         bulk_lanes: plan.bulk_lanes,
         postcopy: plan.postcopy,
         recovers,
+        checksum,
         state_bytes: plan.state_bytes,
         habits: plan.habits,
         deeds: plan.deeds,
@@ -150,9 +210,10 @@ fn run(seed: u64) -> Result<&'static str, String> {
             guest.write(region, page);
         }
     });
-    if let Some(running) = moved.running {
+    if let Some(running) = moved.running.take() {
         running.join();
     }
+    let tally = tally(&moved, checksum)?;
     let outcome =
         judge(moved.source, moved.destination, moved.has_run, recovers, arriving.bytes())?;
     if outcome == "completed" {
@@ -165,9 +226,38 @@ fn run(seed: u64) -> Result<&'static str, String> {
     }
     let bad = whose.take_bad();
     match bad.is_empty() {
-        true => Ok(outcome),
+        true => Ok(Tally { outcomes: [(outcome, 1)].into(), ..tally }),
         false => Err(format!("{} bad pages, {}: {outcome}", bad.len(), bad[0])),
     }
+}
+
+/// What of bytes that were spoilt was told at the end.
+fn tally(moved: &Moved, checksum: bool) -> Result<Tally, String> {
+    let mut noticed = 0;
+    for end in [&moved.source, &moved.destination] {
+        let report = match end {
+            End::Completed(report) => report,
+            End::Failed(Failure { error: error @ Error::Damaged { .. }, .. }) => {
+                return Err(error.to_string());
+            }
+            End::Failed(_) | End::Dropped => continue,
+        };
+        noticed += report.checksum_errors;
+        // The last word of the other side may have been lost, but what it said is the same.
+        let mut digests = report.digests.iter();
+        let are_equal = digests.all(|one| one.peer.as_ref().is_none_or(|peer| *peer == one.digest));
+        if report.checksum != checksum || report.digests.is_empty() == checksum || !are_equal {
+            return Err(format!("of checksums is told: {report:?}"));
+        }
+    }
+    let spoilt = moved.spoilt;
+    Ok(Tally {
+        outcomes: BTreeMap::new(),
+        spoilt: spoilt.count,
+        noticed,
+        stuck: spoilt.stuck,
+        rests: moved.rests.into(),
+    })
 }
 
 /// Whether both sides may have ended like this.
@@ -223,25 +313,27 @@ fn whatever_happens_on_the_way_every_word_is_right_and_nothing_is_left() {
     // What the first seed makes once for the whole process is not left over.
     run(1).unwrap_or_else(|error| panic!("UMEM_SEED=1: {error}"));
     let before = Left::now();
-    let mut outcomes = BTreeMap::new();
+    let mut tally = Tally::default();
     let mut next = seeds.start;
     while next < seeds.end && !(is_timed && began.elapsed() > TIME) {
         let end = seeds.end.min(next + ROUND);
-        for (outcome, count) in round(next, end) {
-            *outcomes.entry(outcome).or_insert(0) += count;
-        }
+        tally.add(round(next, end));
         if let Err(left) = Left::returned_to(&before) {
             panic!("of the seeds {next} to {end} is left: {left:?}, before {before:?}");
         }
         next = end;
     }
-    println!("{} seeds in {:.1?}: {outcomes:?}", next - seeds.start, began.elapsed());
+    println!("{} seeds in {:.1?}: {tally:?}", next - seeds.start, began.elapsed());
+    // Otherwise nothing has been tried here.
+    let rounds = (next - seeds.start) / ROUND;
+    assert!(rounds < 1 || (tally.spoilt > 0 && tally.noticed > 0), "{tally:?}");
+    assert!(rounds < 8 || tally.rests > 0, "{tally:?}");
 }
 
 /// Runs these seeds, several at a time.
-fn round(first: u64, end: u64) -> BTreeMap<&'static str, u64> {
+fn round(first: u64, end: u64) -> Tally {
     let next = AtomicU64::new(first);
-    let outcomes = Mutex::new(BTreeMap::new());
+    let tally = Mutex::new(Tally::default());
     std::thread::scope(|scope| {
         let work = || {
             loop {
@@ -250,19 +342,19 @@ fn round(first: u64, end: u64) -> BTreeMap<&'static str, u64> {
                     return;
                 }
                 let result = std::panic::catch_unwind(|| run(seed));
-                let outcome = match result {
-                    Ok(Ok(outcome)) => outcome,
+                let one = match result {
+                    Ok(Ok(one)) => one,
                     Ok(Err(error)) => fail(seed, &error),
                     Err(_) => fail(seed, "it panicked, as said above"),
                 };
-                *outcomes.lock().unwrap().entry(outcome).or_insert(0) += 1;
+                tally.lock().unwrap().add(one);
             }
         };
         for _ in 0..AT_A_TIME {
             scope.spawn(work);
         }
     });
-    outcomes.into_inner().unwrap()
+    tally.into_inner().unwrap()
 }
 
 /// Threads of a seed that went wrong may wait for pages for ever, so that nothing can be joined.

@@ -9,9 +9,10 @@ mod support;
 
 use std::sync::Arc;
 
+use support::Random;
 use support::embedded::{
-    Backing, Deed, Deeds, End, Ends, Guest, Habits, Left, Model, Move, Pausing, Random, Region,
-    Route, Running, Side, mappings,
+    Backing, Deed, Deeds, End, Ends, Guest, Habits, Left, Model, Move, Pausing, Region, Route,
+    Running, Side, mappings,
 };
 use umem::embed::Guest as Owner;
 
@@ -80,6 +81,7 @@ fn a_guest_moves_again_and_again_and_nothing_is_left() {
             bulk_lanes: 1 + random.below(2) as u16,
             postcopy: random.percent(90),
             recovers: true,
+            checksum: random.percent(30),
             state_bytes: random.below(10_000),
             habits,
             deeds: deeds(&mut random),

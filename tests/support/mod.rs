@@ -15,7 +15,7 @@
 //! - [`Move`]: a guest on its way through a [`Cutter`]
 //! - [`killed::Move`]: the same, by umems that are killed and go on as others
 //! - [`Network`]: two hosts with a router between them, in network namespaces of the test's own
-//! - [`Seeded`]: numbers that depend on a seed alone
+//! - [`seed`], [`seeded`] and [`Random`]: a test's seed, and numbers that depend on it alone
 //! - [`Fifo`]: lets another program go on
 //! - [`embedded`]: both sides in the test's own process, and the wire between them
 //!
@@ -38,8 +38,8 @@ mod network;
 mod process;
 mod qemu;
 mod qmp;
+mod random;
 mod scratch;
-mod seeded;
 mod serial;
 mod source;
 mod tap;
@@ -58,13 +58,13 @@ pub(crate) use {
     fifo::Fifo,
     guests::Guests,
     hugepages::{HugeFile, HugePages},
-    moving::{How, Move, seed, seeded},
+    moving::{How, Move},
     network::{Namespace, Network},
     process::Process,
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},
     qmp::Qmp,
+    random::{Random, seed, seeded},
     scratch::Scratch,
-    seeded::Seeded,
     serial::{Beat, Serial},
     source::LaneToDestination,
     tap::Tap,

@@ -155,21 +155,3 @@ impl Move {
         assert_eq!(bytes, self.mib << 20, "every page has come once: {report}");
     }
 }
-
-/// Numbers below `limit` that depend on the seed alone (splitmix64).
-pub(crate) fn seeded(mut seed: u64, limit: u64) -> impl Iterator<Item = u64> {
-    std::iter::repeat_with(move || {
-        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % limit
-    })
-}
-
-/// Seeds of one test: `UMEM_SEED` picks one.
-pub(crate) fn seed(otherwise: u64) -> u64 {
-    let seed = std::env::var("UMEM_SEED").ok().map(|seed| seed.parse().expect("a number"));
-    let seed = seed.unwrap_or(otherwise);
-    println!("UMEM_SEED={seed}");
-    seed
-}

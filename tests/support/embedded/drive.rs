@@ -11,9 +11,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use umem::embed::{Destination, DestinationSetup, Event, Failure, Source, SourceSetup};
 use umem::embed::{Guest as Owner, Stats};
 
+use super::super::random::Random;
 use super::model::{Guest, Habits, Running};
-use super::random::Random;
-use super::relay::{Deeds, Place, Relay};
+use super::relay::{Deeds, Place, Relay, Spoilt};
 
 /// When a migration is stuck: long after it should have ended, on any machine.
 const DEADLINE: Duration = Duration::from_secs(100);
@@ -50,6 +50,8 @@ pub(crate) struct Move<'a> {
     pub(crate) bulk_lanes: u16,
     pub(crate) postcopy: bool,
     pub(crate) recovers: bool,
+    /// Both sides check what comes. Without that nothing may be spoilt on the way.
+    pub(crate) checksum: bool,
     pub(crate) state_bytes: u64,
     pub(crate) habits: Habits,
     /// From the beginning, from the device state's loading, from the switchover, and from when both sides
@@ -80,6 +82,9 @@ pub(crate) struct Moved {
     pub(crate) running: Option<Running>,
     /// Times that a side was told that there were connections again.
     pub(crate) resumed: u32,
+    /// Times that a side had enough of wrong checksums, and waited for somebody to say that it go on.
+    pub(crate) rests: u32,
+    pub(crate) spoilt: Spoilt,
 }
 
 /// Whether a side has connections, as far as it has said.
@@ -109,7 +114,11 @@ struct Drive<'a> {
     places: u32,
     has_run: bool,
     resumed: u32,
+    rests: u32,
 }
+
+/// What a pause is called that nobody has asked for.
+const IN_VAIN: &str = "connections in a row were lost to wrong checksums";
 
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
@@ -132,6 +141,7 @@ impl Move<'_> {
         arriving.arrive(&mut destination);
         source.postcopy(self.postcopy);
         source.recover(self.recovers);
+        source.checksum(self.checksum);
         destination.recover(self.recovers);
         let (relay, destination) = match self.route {
             Route::Given => {
@@ -181,12 +191,14 @@ impl Move<'_> {
             places: 0,
             has_run: false,
             resumed: 0,
+            rests: 0,
             plan: self,
         };
         drive.until_ended(before_stop);
-        let Drive { ends, has_run, running, resumed, .. } = drive;
+        let spoilt = drive.relay.spoilt();
+        let Drive { ends, has_run, running, resumed, rests, .. } = drive;
         let [source, destination] = ends.map(|end| end.unwrap_or(End::Dropped));
-        Moved { source, destination, has_run, running, resumed }
+        Moved { source, destination, has_run, running, resumed, rests, spoilt }
     }
 }
 
@@ -301,7 +313,14 @@ impl Drive<'_> {
         assert!(self.ends[side].is_none(), "{event:?} after the last event");
         match event {
             Event::Recovering { .. } => self.links[side] = Link::Recovering,
-            Event::Paused { .. } => self.links[side] = Link::Paused,
+            Event::Paused { reason } => {
+                self.links[side] = Link::Paused;
+                if reason.contains(IN_VAIN) {
+                    assert!(self.plan.checksum, "{reason}");
+                    self.rests += 1;
+                    self.pausing[side].get_or_insert(Pausing::Resume);
+                }
+            }
             Event::Resumed { .. } => {
                 self.links[side] = Link::Up;
                 self.resumed += 1;

@@ -4,14 +4,14 @@
 mod drive;
 mod left;
 mod model;
-mod random;
 mod relay;
+mod spoil;
 
 #[allow(unused_imports, reason = "each test file uses its own part of this")]
 pub(crate) use {
     drive::{End, Move, Moved, Pausing, Route, Side},
     left::{Left, mappings},
     model::{Backing, Guest, Habits, Model, PAGE, Region, Running},
-    random::Random,
-    relay::{Deed, Deeds, Ends, Place, Relay},
+    relay::{Deed, Deeds, Ends, Place, Relay, Spoilt},
+    spoil::Spoil,
 };

@@ -13,7 +13,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use umem::embed::{DestinationSetup, Memory, SourceSetup};
 
-use super::random::{Random, mix};
+use super::super::random::{Random, mix};
 
 pub(crate) const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;

@@ -1,10 +1,12 @@
 //! The wire between two embedded sides: one thread that passes bytes on in pieces, holds one direction
-//! of a lane back while others pass, and breaks connections, all as a seed says.
+//! of a lane back while others pass, breaks connections, and [spoils](super::spoil) what passes, all as a
+//! seed says.
 //!
 //! What it does is decided by numbers of bytes, not by time, so that a seed makes the same choices each
 //! time; how the threads of both sides run beside it is the machine's affair. The one thing that time
-//! decides is when nothing moves any more: then what is held goes on, and half of a connection that was
-//! cut closes.
+//! decides is when nothing moves any more: then what is held goes on, half of a connection that was
+//! cut closes, and so does, after a while, a connection that has lost bytes: where nothing has followed
+//! them nobody can know, and each side waits for the other.
 
 use std::collections::VecDeque;
 use std::net::{TcpListener, TcpStream};
@@ -19,11 +21,16 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use umem_wire::{HEADER_BYTES, HELLO_BYTES};
 
-use super::random::Random;
+use super::super::random::Random;
+use super::spoil::{Spoil, Spoiler};
 
 /// Nothing has moved for this long.
 const STILL_MS: u8 = 3;
+
+/// So often in a row, when bytes were lost: long after whoever can notice has.
+const STILL_TURNS: u32 = 100;
 
 /// The most that a direction holds before it reads on.
 const CAPACITY: usize = 64 << 10;
@@ -45,6 +52,21 @@ pub(crate) enum Deed {
     CutOne(usize, Ends),
     /// Whoever drives the two sides is told: with this number.
     Tell(u8),
+    /// Bytes are spoilt, on a way of a connection: which, modulo those there are, or the next on which
+    /// something comes. After so many bytes there.
+    Spoil(Option<usize>, u64, Spoil),
+    /// Of so many connections that are still to come a bit changes that the source says first behind its
+    /// hello.
+    Ruin(u32),
+}
+
+/// What a path has done to bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Spoilt {
+    /// Times that it spoilt some.
+    pub(crate) count: u64,
+    /// Connections that it closed at last, as both sides waited for lost bytes.
+    pub(crate) stuck: u64,
 }
 
 /// Deeds, each after so many bytes, of all lanes and both directions, since the one before it.
@@ -125,6 +147,7 @@ struct Orders {
     /// New connections, the source's end and the destination's.
     given: Vec<[OwnedFd; 2]>,
     told: Vec<u8>,
+    spoilt: Spoilt,
     /// Where it leads to from now on.
     to: Option<Place>,
     has_ended: bool,
@@ -156,8 +179,11 @@ impl Relay {
             pipes: Vec::new(),
             connections: 0,
             deeds: VecDeque::new(),
+            spoils: VecDeque::new(),
+            ruins: 0,
             since: 0,
             passed: 0,
+            turns_still: 0,
         };
         let thread = std::thread::Builder::new().name("relay".into()).spawn(move || thread.run());
         Relay { place, shared, thread: Some(thread.unwrap()) }
@@ -193,6 +219,10 @@ impl Relay {
         let _ = self.shared.told.read();
         std::mem::take(&mut self.shared.orders.lock().unwrap().told)
     }
+
+    pub(crate) fn spoilt(&self) -> Spoilt {
+        self.shared.orders.lock().unwrap().spoilt
+    }
 }
 
 impl Drop for Relay {
@@ -218,6 +248,7 @@ struct Pipe {
     to: Arc<OwnedFd>,
     random: Random,
     bytes: Vec<u8>,
+    spoiler: Spoiler,
     /// Until so many bytes have passed elsewhere.
     held: Option<u64>,
     has_ended: bool,
@@ -233,9 +264,15 @@ struct Thread {
     /// That there have been.
     connections: u64,
     deeds: VecDeque<(u64, Deed)>,
+    /// For the next on whose way something comes.
+    spoils: VecDeque<(u64, Spoil)>,
+    /// Connections that are to be spoilt as they come.
+    ruins: u32,
     /// Bytes since the last deed, and in all.
     since: u64,
     passed: u64,
+    /// Turns in which nothing has moved.
+    turns_still: u32,
 }
 
 impl Thread {
@@ -253,7 +290,8 @@ impl Thread {
             if ready[1] && self.accept() {
                 is_still = false;
             }
-            if is_still && !ready[0] {
+            self.turns_still = if is_still && !ready[0] { self.turns_still + 1 } else { 0 };
+            if self.turns_still > 0 {
                 self.settle();
             }
             self.act();
@@ -296,7 +334,8 @@ impl Thread {
             fds.push(PollFd::new(pipe.from.as_fd(), want(reads, PollFlags::POLLIN)));
             fds.push(PollFd::new(pipe.to.as_fd(), want(writes, PollFlags::POLLOUT)));
         }
-        let is_due = self.pipes.iter().any(|pipe| pipe.held.is_some() || pipe.is_ghost);
+        let is_due = |pipe: &Pipe| pipe.held.is_some() || pipe.is_ghost || pipe.spoiler.has_lost;
+        let is_due = self.pipes.iter().any(is_due);
         let timeout = if is_due { PollTimeout::from(STILL_MS) } else { PollTimeout::NONE };
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -323,6 +362,13 @@ impl Thread {
             [(true, &source, &destination), (false, &destination, &source)]
         {
             let tag = 100 + 2 * connection + u64::from(from_source);
+            let mut spoiler = Spoiler::default();
+            if from_source && self.ruins > 0 {
+                self.ruins -= 1;
+                let mut random = Random::of(self.seed, tag << 32);
+                let after = HELLO_BYTES as u64 + random.below(HEADER_BYTES as u64);
+                spoiler.then(after, Spoil::Flip(random.below(8) as u8));
+            }
             self.pipes.push(Pipe {
                 connection,
                 from_source,
@@ -330,6 +376,7 @@ impl Thread {
                 to: to.clone(),
                 random: Random::of(self.seed, tag),
                 bytes: Vec::new(),
+                spoiler,
                 held: None,
                 has_ended: false,
                 is_ghost: false,
@@ -354,7 +401,15 @@ impl Thread {
             }
             Ok(_) if pipe.is_ghost => {}
             Ok(count) => {
-                pipe.bytes.extend_from_slice(&piece[..count]);
+                if let Some((after, what)) = self.spoils.pop_front() {
+                    pipe.spoiler.then(after, what);
+                }
+                let before = pipe.spoiler.done;
+                pipe.spoiler.pass(&piece[..count], &mut pipe.bytes);
+                if pipe.spoiler.done > before {
+                    let mut orders = self.shared.orders.lock().unwrap();
+                    orders.spoilt.count += pipe.spoiler.done - before;
+                }
                 if pipe.held.is_none() && pipe.random.percent(4) {
                     pipe.held = Some(passed + pipe.random.magnitude(17));
                 }
@@ -420,6 +475,16 @@ impl Thread {
                     self.shared.orders.lock().unwrap().told.push(what);
                     let _ = self.shared.told.write(1);
                 }
+                Deed::Ruin(connections) => self.ruins += connections,
+                Deed::Spoil(None, after, what) => self.spoils.push_back((after, what)),
+                Deed::Spoil(Some(which), after, what) => {
+                    let mut there: Vec<&mut Pipe> =
+                        self.pipes.iter_mut().filter(|p| !p.has_ended && !p.is_ghost).collect();
+                    if !there.is_empty() {
+                        let index = which % there.len();
+                        there[index].spoiler.then(after, what);
+                    }
+                }
             }
         }
     }
@@ -454,6 +519,14 @@ impl Thread {
                 close(&pipe.from);
                 pipe.has_ended = true;
             }
+        }
+        if self.turns_still < STILL_TURNS {
+            return;
+        }
+        let lost = self.pipes.iter().filter(|pipe| pipe.spoiler.has_lost && !pipe.has_ended);
+        for connection in lost.map(|pipe| pipe.connection).collect::<Vec<_>>() {
+            self.shared.orders.lock().unwrap().spoilt.stuck += 1;
+            self.cut(Some(connection), Ends::Both);
         }
     }
 }

@@ -1,5 +1,19 @@
 //! Numbers that depend on a seed alone.
 
+/// The seed of a test, which is printed; `UMEM_SEED` gives another one.
+pub(crate) fn seed(otherwise: u64) -> u64 {
+    let seed = std::env::var("UMEM_SEED").ok().map(|seed| seed.parse().expect("a number"));
+    let seed = seed.unwrap_or(otherwise);
+    println!("UMEM_SEED={seed}");
+    seed
+}
+
+/// Numbers below `limit`.
+pub(crate) fn seeded(seed: u64, limit: u64) -> impl Iterator<Item = u64> {
+    let mut random = Random::new(seed);
+    std::iter::repeat_with(move || random.below(limit))
+}
+
 /// splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 #[derive(Clone, Debug)]
 pub(crate) struct Random(u64);
