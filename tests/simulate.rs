@@ -25,6 +25,7 @@ use support::embedded::{
 };
 use umem::Error;
 use umem::embed::{Failure, Guest as Owner};
+use umem_wire::HEADER_BYTES;
 
 /// Where nothing else is said: until then a new seed begins.
 const TIME: Duration = Duration::from_secs(15);
@@ -126,11 +127,15 @@ fn spoil(random: &mut Random, deeds: &mut Deeds) {
         deeds.push((0, Deed::Cut(Ends::Both)));
     }
     for _ in 0..count {
-        let length = usize::try_from(random.magnitude(13)).expect("64-bit");
+        // Whole headers, or anything.
+        let length = match random.percent(50) {
+            true => HEADER_BYTES << random.below(4),
+            false => usize::try_from(random.magnitude(13)).expect("64-bit"),
+        };
         let what = match random.below(8) {
-            0 => Spoil::Repeat(length),
-            1 => Spoil::Drop(length),
-            2 => Spoil::Swap(length),
+            0 | 1 => Spoil::Repeat(length),
+            2 => Spoil::Drop(length),
+            3 => Spoil::Swap(length),
             _ => Spoil::Flip(random.below(8) as u8),
         };
         // A lane by itself has few bytes more to come, or most of them.

@@ -5,7 +5,10 @@
 
 use std::collections::VecDeque;
 
-/// What becomes of bytes.
+use umem_wire::HEADER_BYTES;
+
+/// What becomes of bytes. A stretch that could be whole headers begins where one could, so that whole frames
+/// come again, or not, or in another order: most of what is sent is headers and pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Spoil {
     /// This bit of a byte, 0 to 7, is another one.
@@ -23,6 +26,7 @@ pub(crate) enum Spoil {
 pub(crate) struct Spoiler {
     /// Each after so many bytes since the one before it.
     due: VecDeque<(u64, Spoil)>,
+    passed: u64,
     /// What there has been.
     pub(crate) done: u64,
     /// Bytes are lost, and nothing that came afterwards has shown it, as far as is known here.
@@ -36,13 +40,14 @@ impl Spoiler {
 
     /// What `piece` becomes, at the end of `bytes`.
     pub(crate) fn pass(&mut self, mut piece: &[u8], bytes: &mut Vec<u8>) {
-        while let Some((after, what)) = self.due.front_mut()
-            && let Some((before, rest)) = split(piece, *after)
-        {
+        while let Some((after, what)) = self.due.front_mut() {
+            *after += what.up_to_header(self.passed + *after);
+            let Some((before, rest)) = split(piece, *after) else { break };
             bytes.extend_from_slice(before);
             *after = 0;
             let (taken, is_done) = what.apply(rest, bytes);
             self.has_lost |= matches!(what, Spoil::Drop(_));
+            self.passed += (before.len() + taken) as u64;
             piece = &rest[taken..];
             if is_done {
                 self.due.pop_front();
@@ -52,6 +57,7 @@ impl Spoiler {
         if let Some((after, _)) = self.due.front_mut() {
             *after -= piece.len() as u64;
         }
+        self.passed += piece.len() as u64;
         bytes.extend_from_slice(piece);
     }
 }
@@ -63,6 +69,19 @@ fn split(piece: &[u8], after: u64) -> Option<(&[u8], &[u8])> {
 }
 
 impl Spoil {
+    /// How many bytes there are from here to where it may begin.
+    fn up_to_header(self, at: u64) -> u64 {
+        let header = HEADER_BYTES as u64;
+        match self {
+            Spoil::Repeat(count) | Spoil::Drop(count) | Spoil::Swap(count)
+                if count % HEADER_BYTES == 0 =>
+            {
+                at.next_multiple_of(header) - at
+            }
+            _ => 0,
+        }
+    }
+
     /// Puts what becomes of the first bytes of `piece`, which has some, behind `bytes`. How many it took, and
     /// whether that was all.
     fn apply(&mut self, piece: &[u8], bytes: &mut Vec<u8>) -> (usize, bool) {
