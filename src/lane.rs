@@ -10,7 +10,7 @@ use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -18,7 +18,7 @@ use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::PollFlags;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
-    getsockname, getsockopt, setsockopt, socket, sockopt,
+    getsockname, getsockopt, recv, setsockopt, socket, sockopt,
 };
 use umem_wire::{
     Capabilities, FaultCode, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, Seal, SessionId,
@@ -27,7 +27,7 @@ use umem_wire::{
 
 use crate::error::{Context, Error, Result};
 use crate::lookup;
-use crate::secure::{Answer, Fate, Pass, introduce};
+use crate::secure::{Answer, Channel, Fate, Pass, introduce};
 use crate::single;
 use crate::uri::Uri;
 
@@ -86,6 +86,8 @@ pub(crate) struct Lane {
     fate: Option<Arc<Fate>>,
     /// … and the connection, which is the pump's.
     connection: Option<Weak<OwnedFd>>,
+    /// With TLS that the lane's own thread does: what is between, until that thread takes it.
+    channel: Option<Arc<Mutex<Option<Box<Channel>>>>>,
 }
 
 impl Lane {
@@ -108,15 +110,56 @@ impl Lane {
         self.capabilities.contains(Capabilities::CHECKSUM)
     }
 
+    /// The same lane, behind a handshake of TLS.
+    pub(crate) fn secured(self, channel: Channel) -> Lane {
+        Lane { channel: Some(Arc::new(Mutex::new(Some(Box::new(channel))))), ..self }
+    }
+
+    /// With TLS: what is between the socket and who serves the lane, for good.
+    pub(crate) fn take_channel(&self) -> Option<Box<Channel>> {
+        self.channel()?.take()
+    }
+
+    fn channel(&self) -> Option<MutexGuard<'_, Option<Box<Channel>>>> {
+        let channel = self.channel.as_ref()?;
+        Some(channel.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What is said before a thread serves the lane, as it is sent.
+    pub(crate) fn sealed(&self, bytes: &[u8]) -> io::Result<Vec<u8>> {
+        match self.channel().as_deref_mut() {
+            Some(Some(channel)) => channel.sealed(bytes),
+            _ => Ok(bytes.to_vec()),
+        }
+    }
+
+    /// Says something before a thread serves the lane. It waits for room.
+    pub(crate) fn say(&self, bytes: &[u8]) -> Result<()> {
+        let what = || self.name.clone();
+        let bytes = self.sealed(bytes).context(what)?;
+        self.blocking()?.write_all(&bytes).context(what)
+    }
+
+    /// Hears what there is, before a thread serves the lane, without waiting: no bytes at the end.
+    fn hear(&self, into: &mut [u8]) -> io::Result<usize> {
+        match self.channel().as_deref_mut() {
+            Some(Some(channel)) => channel.hear(&self.socket, into),
+            _ => Ok(recv(self.socket.as_raw_fd(), into, MsgFlags::MSG_DONTWAIT)?),
+        }
+    }
+
     /// The same lane, behind a pump of TLS: `socket` leads there.
     pub(crate) fn behind(self, socket: OwnedFd, fate: Arc<Fate>) -> Lane {
         let connection = Some(Arc::downgrade(&self.socket));
-        Lane { socket: Arc::new(socket), fate: Some(fate), connection, ..self }
+        Lane { socket: Arc::new(socket), fate: Some(fate), connection, channel: None, ..self }
     }
 
-    /// With TLS: why its connection broke, if it did.
-    pub(crate) fn cause(&self) -> Option<&str> {
-        self.fate.as_ref().and_then(|fate| fate.cause())
+    /// With TLS: why its connection broke, if it did, until a thread serves the lane.
+    pub(crate) fn cause(&self) -> Option<String> {
+        match self.channel().as_deref() {
+            Some(Some(channel)) => channel.cause(),
+            _ => self.fate.as_ref().and_then(|fate| fate.cause()).map(str::to_owned),
+        }
     }
 
     /// The same lane, now that it is known what it is for.
@@ -166,8 +209,8 @@ impl Lane {
         };
         let capabilities = Capabilities::NONE;
         let socket = Arc::new(socket);
-        let (fate, connection) = (None, None);
-        Ok(Lane { socket, name, congestion, queue_bytes, capabilities, fate, connection })
+        let (fate, connection, channel) = (None, None, None);
+        Ok(Lane { socket, name, congestion, queue_bytes, capabilities, fate, connection, channel })
     }
 }
 
@@ -393,14 +436,16 @@ impl HelloBytes {
     }
 
     /// Reads what there is, without waiting; all of it once it is whole.
-    pub(crate) fn read(&mut self, socket: &impl AsFd) -> io::Result<Option<[u8; HELLO_BYTES]>> {
+    pub(crate) fn read(&mut self, lane: &Lane) -> io::Result<Option<[u8; HELLO_BYTES]>> {
         let rest = &mut self.bytes[self.filled..];
-        match nix::sys::socket::recv(socket.as_fd().as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
+        match lane.hear(rest) {
             Ok(0) => return Err(closed()),
             Ok(count) => self.filled += count,
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            Err(Errno::ECONNRESET | Errno::EPIPE) => return Err(closed()),
-            Err(errno) => return Err(errno.into()),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {}
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => return Err(closed()),
+                _ => return Err(error),
+            },
         }
         Ok((self.filled == HELLO_BYTES).then_some(self.bytes))
     }
@@ -606,14 +651,12 @@ pub(crate) fn welcome(
         welcome.proof = answer.welcome_proof(hello, &welcome);
     }
     lane.capabilities = welcome.capabilities;
-    lane.blocking()?.write_all(&welcome.encode()).context(|| lane.name.clone())
+    lane.say(&welcome.encode())
 }
 
 /// Answers a hello that does not fit. Who has gone already needs no answer.
 pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) {
-    if let Ok(mut socket) = lane.blocking() {
-        let _ = socket.write_all(&Welcome::refuse(code, text));
-    }
+    let _ = lane.say(&Welcome::refuse(code, text));
 }
 
 /// A session as its source opens it: what the hellos of its lanes have in common.

@@ -373,7 +373,10 @@ impl Door {
     /// A lane that has said what it is for.
     fn greet(&mut self, opened: Opened) {
         let Opened { lane, hello, answer, certificate } = opened;
-        let mut lane = lane.assign(hello.role, hello.index);
+        let mut lane = match self.guard.seat(lane, hello.role, hello.index) {
+            Ok(lane) => lane,
+            Err(error) => return self.ignored(&error.to_string()),
+        };
         let may_come = match &mut self.known {
             None if hello.epoch > 0 => Err("there is no migration here to go on with"),
             None => Ok(()),
@@ -518,7 +521,7 @@ fn accept_single(
         }
     };
     let Opened { lane: demand, hello, answer, certificate } = opened;
-    let mut demand = demand.assign(LaneRole::Demand, 0);
+    let mut demand = guard.seat(demand, LaneRole::Demand, 0)?;
     if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 || hello.epoch > 0 {
         let text = "one connection here: the source must use fd: or exec: too";
         lane::refuse(&demand, FaultCode::Refused, text);

@@ -1,15 +1,17 @@
 //! A bulk lane at the destination: pages that nobody asked for, on a ring and a core of their own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use umem_ring::{Config, Fd, Op, Ring, TOKEN_WAKE, Wait, Waker};
 use umem_wire::{Event, RegionTable, Seal};
 
 use super::Note;
 use super::acks::Acks;
+use super::ahead::Ahead;
 use super::faults::{self, Servers};
 use super::guest::{GuestMemory, PageId};
-use super::reader::{Ahead, Arrived, LaneReader, TOKEN_FREE};
+use super::reader::{Arrived, LaneReader, TOKEN_FREE};
 use super::window::Window;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
@@ -17,6 +19,9 @@ use crate::lane::{self, Lane};
 use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
+
+/// How long the other end of a lane of TLS that has ended may take to close it.
+const LINGER: Duration = Duration::from_secs(10);
 
 const TOKEN_POSTED: u64 = TOKEN_FREE;
 const TOKEN_ACKED: u64 = TOKEN_FREE + 1;
@@ -40,9 +45,13 @@ impl BulkLane {
     /// that could write to a page, and who waits for a page that has come has been told. Runs on the
     /// calling thread.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
-        let post = self.post.clone();
-        self.pass(started)?;
+        let (post, socket) = (self.post.clone(), self.lane.socket());
+        let ahead = self.pass(started)?;
         post.send(Note::BulkEnded);
+        if let Some(Ahead { mut channel, .. }) = ahead {
+            channel.part(&socket);
+            channel.linger(&socket, LINGER);
+        }
         Ok(())
     }
 
@@ -68,7 +77,12 @@ impl BulkLane {
         loop {
             while let Some(completion) = ring.next() {
                 let received = match completion.token {
-                    TOKEN_WAKE => return Ok(None),
+                    TOKEN_WAKE => {
+                        if !acking {
+                            reader.part(&self.lane.socket());
+                        }
+                        return Ok(None);
+                    }
                     TOKEN_POSTED => faults::posted(completion.outcome),
                     // A source that has gone is noticed where its pages are received.
                     TOKEN_ACKED => {
@@ -84,6 +98,9 @@ impl BulkLane {
                 };
                 match received {
                     Err(error @ Error::Lost { .. }) => {
+                        if !acking {
+                            reader.part(&self.lane.socket());
+                        }
                         lane::sever(&self.lane.socket());
                         lost.get_or_insert(error);
                     }
@@ -108,6 +125,7 @@ impl BulkLane {
                 let mut bytes = Vec::new();
                 self.acks.encode(&mut bytes);
                 seal.frames(&mut bytes);
+                let bytes = reader.sealed(bytes)?;
                 let op = Op::send(Fd::from(self.lane.socket()), bytes).wait_all();
                 ring.submit(op, TOKEN_ACKED).map_err(|rejected| Error::Ring(rejected.error))?;
                 acking = true;

@@ -11,6 +11,10 @@
 //! process has a mapping of anonymous memory. The demand lane is read ahead too whatever the pages are, if
 //! they are not too large: an answer and its header take one receive.
 //!
+//! A bulk lane of TLS is read ahead whatever the pages are: records are decrypted in the buffer that they were
+//! received into, while it is in the cache, and their contents go the same way on. Of a huge page what is
+//! there is written as it comes.
+//!
 //! On a lane that is checked a run is whole, and its pages add up, before any of them goes further: what is
 //! read ahead or staged is not written before that, and what was received in place is not cached, so that it
 //! goes back with all else that was landing (`GuestMemory::roll_back`).
@@ -18,7 +22,7 @@
 //! A run that cannot be placed at once, as the guest is changing its mappings, is held and tried again,
 //! and nothing further is taken from the lane meanwhile: the thread goes on with what else it does.
 
-use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use umem_ring::{Bytes, Chain, Completion, Fd, Memory, Op, Outcome, Ring};
@@ -27,6 +31,7 @@ use umem_wire::{
     Target,
 };
 
+use super::ahead::{AHEAD_BULK_BYTES, AHEAD_DEMAND_BYTES, AHEAD_SHIFT_MAX, Ahead};
 use super::faults::RETRY_INTERVAL;
 use super::guest::{GuestMemory, PageId};
 use crate::error::{Error, Result};
@@ -69,53 +74,6 @@ pub(crate) struct LaneReader {
     is_unreadable: bool,
 }
 
-/// What one receive has brought.
-pub(crate) struct Ahead {
-    /// None while a receive is in flight.
-    buffer: Option<Bytes>,
-    /// What of it has not been taken yet.
-    left: Range<usize>,
-    /// Bytes of the current run at its start that are in place, if the rest had to wait.
-    placed: usize,
-}
-
-impl Ahead {
-    /// None if the guest's pages are too large to wait whole in a buffer of `bytes`.
-    fn new(guest: &GuestMemory, bytes: usize) -> Option<Ahead> {
-        let is_small = guest.regions.iter().all(|region| region.unit_shift <= AHEAD_SHIFT_MAX);
-        is_small.then(|| Ahead { buffer: Some(Bytes::with_capacity(bytes)), left: 0..0, placed: 0 })
-    }
-
-    /// The buffer for the next receive: what is left goes to its start, part of a page at most, or of a
-    /// header.
-    fn free(&mut self) -> Bytes {
-        let mut buffer = self.buffer.take().expect("one receive at a time");
-        buffer.as_mut_slice().copy_within(self.left.clone(), 0);
-        self.left = 0..self.left.len();
-        let capacity = buffer.capacity();
-        buffer.slice(self.left.end..capacity)
-    }
-
-    /// A receive has put `count` bytes there.
-    fn filled(&mut self, buffer: Bytes, count: usize) {
-        let capacity = buffer.capacity();
-        self.buffer = Some(buffer.slice(0..capacity));
-        self.left.end += count;
-    }
-}
-
-/// Pages up to this size, 64 KiB, are read ahead.
-const AHEAD_SHIFT_MAX: u8 = 16;
-
-/// What one receive takes of the demand lane: 16 answers of 4 KiB pages, or one of the largest.
-const AHEAD_DEMAND_BYTES: usize = 68 << 10;
-
-/// What one receive takes of a bulk lane: enough for the cost of a system call not to show, and little
-/// enough to stay in the cache of a core until it has been written.
-const AHEAD_BULK_BYTES: usize = 256 << 10;
-
-const _: () = assert!(AHEAD_DEMAND_BYTES > (1 << AHEAD_SHIFT_MAX) + HEADER_BYTES);
-
 /// Why a lane stands still.
 enum Held {
     /// Pages that were read ahead wait to be copied in.
@@ -146,8 +104,11 @@ impl LaneReader {
         let mut receiver = receiver.checked(lane.is_checked());
         receiver.set_regions(regions);
         let is_small = guest.regions.iter().all(|region| !region.has_huge_pages());
-        let ahead =
-            before.or_else(|| if is_small { Ahead::new(&guest, AHEAD_BULK_BYTES) } else { None });
+        let ahead = match lane.take_channel() {
+            Some(channel) => Some(Ahead::secured(&guest, *channel)),
+            None if is_small => before.or_else(|| Ahead::new(&guest, AHEAD_BULK_BYTES)),
+            None => before,
+        };
         LaneReader { is_bulk: true, ahead, ..LaneReader::new(lane, receiver, guest) }
     }
 
@@ -207,7 +168,27 @@ impl LaneReader {
 
     /// What has been read beyond the lane's end.
     pub(crate) fn into_ahead(self) -> Option<Ahead> {
-        self.ahead.filter(|ahead| ahead.buffer.is_some())
+        self.ahead.filter(|ahead| ahead.channel.is_at_rest())
+    }
+
+    /// What is sent the other way, as it leaves.
+    pub(crate) fn sealed(&mut self, bytes: Vec<u8>) -> Result<Memory> {
+        let channel = self.ahead.as_mut().map(|ahead| &mut ahead.channel);
+        match channel.filter(|channel| channel.has_tls()) {
+            None => Ok(Memory::from(bytes)),
+            Some(channel) => match channel.sealed(&bytes) {
+                Ok(sealed) => Ok(Memory::from(sealed)),
+                Err(error) => Err(self.lost(error.to_string())),
+            },
+        }
+    }
+
+    /// With TLS, when nothing is on its way to the source: tells it what is wrong with what it sent, if it is,
+    /// or else that nothing more comes.
+    pub(crate) fn part(&mut self, socket: &OwnedFd) {
+        if let Some(ahead) = &mut self.ahead {
+            ahead.channel.part(socket);
+        }
     }
 
     /// Takes what has been read already, and starts the first receive.
@@ -223,7 +204,10 @@ impl LaneReader {
     /// Starts the next receive. Called once at the start; [`LaneReader::complete`] calls it then.
     pub(crate) fn arm(&mut self, ring: &mut Ring) -> Result<()> {
         if let Some(ahead) = &mut self.ahead {
-            ring.submit(Op::recv(self.socket.clone(), ahead.free()), TOKEN_AHEAD)
+            if ahead.channel.has_ended() {
+                return Err(self.ended());
+            }
+            ring.submit(Op::recv(self.socket.clone(), ahead.channel.free()), TOKEN_AHEAD)
                 .map_err(|rejected| Error::Ring(rejected.error))?;
             self.in_flight += 1;
             return Ok(());
@@ -283,10 +267,13 @@ impl LaneReader {
                 self.control(ring, outcome, bytes, &mut wake, &mut arrived)
             }
             (TOKEN_AHEAD, Some(Memory::Bytes(buffer))) => {
-                let (Outcome::Done(count @ 1..), Some(ahead)) = (outcome, &mut self.ahead) else {
+                let (Outcome::Done(count), Some(ahead)) = (outcome, &mut self.ahead) else {
                     return Err(self.failed(outcome));
                 };
-                ahead.filled(buffer, count as usize);
+                if count == 0 && !ahead.channel.has_tls() {
+                    return Err(self.failed(outcome));
+                }
+                ahead.channel.filled(buffer, count as usize);
                 self.take_ahead(ring, &mut wake, &mut arrived)
             }
             (TOKEN_RUN, memory) => {
@@ -344,8 +331,10 @@ impl LaneReader {
         wake: &mut impl FnMut(PageId),
         arrived: &mut impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
-        while let Some(Ahead { buffer: Some(buffer), left, placed }) = &mut self.ahead {
-            let bytes = &buffer.as_slice()[left.clone()];
+        while let Some(Ahead { channel, placed }) = &mut self.ahead
+            && channel.is_at_rest()
+        {
+            let bytes = channel.plain();
             match self.receiver.next_target() {
                 // The source may close a lane that has ended.
                 Target::Control { .. } if self.receiver.is_ended() => return Ok(()),
@@ -353,7 +342,7 @@ impl LaneReader {
                 Target::Control { exact } => {
                     let taken = exact.min(bytes.len());
                     let result = self.receiver.control(&bytes[..taken]);
-                    left.start += taken;
+                    channel.take(taken);
                     self.events(wake, arrived)?;
                     result.map_err(|error| self.unreadable(&error))?;
                 }
@@ -365,7 +354,19 @@ impl LaneReader {
                         self.held = Some(Held::Room);
                         return self.arm_retry(ring);
                     }
-                    let there = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
+                    let there = usize::try_from(run.bytes).expect("64-bit Linux");
+                    if !region.is_copied() && region.unit_shift > AHEAD_SHIFT_MAX {
+                        let there = bytes.len().min(there - *placed);
+                        if there == 0 {
+                            break;
+                        }
+                        let byte_offset = run.byte_offset + *placed as u64;
+                        write(&self.guest, &bytes[..there], &RunTarget { byte_offset, ..run })?;
+                        channel.take(there);
+                        *placed += there;
+                        self.poured(&run, wake, arrived)?;
+                        continue;
+                    }
                     if self.receiver.is_checked() && !self.is_verified {
                         let Some(whole) = bytes.get(..there) else { break };
                         sums::of_slice(whole, &mut self.sums);
@@ -394,12 +395,29 @@ impl LaneReader {
                     } else {
                         write(&self.guest, &bytes[..whole], &run)?;
                     }
-                    left.start += whole;
+                    channel.take(whole);
                     self.landed(whole, wake, arrived)?;
                 }
             }
         }
         self.arm(ring)
+    }
+
+    /// More of a run is in its huge page; perhaps all of it.
+    fn poured(
+        &mut self,
+        run: &RunTarget,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        let Some(ahead) = self.ahead.as_mut().filter(|ahead| ahead.placed as u64 == run.bytes)
+        else {
+            return Ok(());
+        };
+        let bytes = std::mem::take(&mut ahead.placed);
+        let span = self.guest.region(run.region).file().span(run.byte_offset, run.bytes);
+        self.verify(|sums| sums::of_span(&span, sums))?;
+        self.landed(bytes, wake, arrived)
     }
 
     /// On a checked lane: adds up the pages of a run that has come whole, and fails if they are not as they
@@ -583,6 +601,13 @@ impl LaneReader {
         }
     }
 
+    /// TLS has nothing more for us.
+    fn ended(&self) -> Error {
+        let cause = self.ahead.as_ref().and_then(|ahead| ahead.channel.cause());
+        let cause = cause.map(|cause| format!(" (TLS: {cause})")).unwrap_or_default();
+        self.lost(format!("the source closed it{cause}"))
+    }
+
     fn lost(&self, what: String) -> Error {
         Error::Lost { side: "source", lane: self.name.clone(), what }
     }
@@ -592,7 +617,7 @@ impl LaneReader {
 fn write(guest: &GuestMemory, bytes: &[u8], run: &RunTarget) -> Result<()> {
     let ram = guest.region(run.region).file();
     ram.write_at(bytes, run.byte_offset).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::ENOMEM) => out_of_memory(),
+        Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(),
         _ => Error::System { what: format!("writing RAM {}", ram.name), source: error },
     })
 }
@@ -606,5 +631,5 @@ fn out_of_memory() -> Error {
 }
 
 /// The longest run of small pages.
-const STAGING_BYTES: usize = 2 << 20;
+pub(super) const STAGING_BYTES: usize = 2 << 20;
 const _: () = assert!(STAGING_BYTES as u64 == umem_wire::limits::RUN_BYTES_MAX);

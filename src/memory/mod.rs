@@ -7,6 +7,7 @@
 //! - [`fragments`]: discarded parts of landing units that are larger than the guest's pages
 //! - [`acks`]: what the destination has of the source's pages, so that they may be freed
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
+//! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
 //! - [`words`]: state that outlives this process, where a session can be taken over
 //! - [`zero`]: is this page all zeroes
@@ -14,6 +15,7 @@
 pub(crate) mod acks;
 pub(crate) mod blocks;
 pub(crate) mod claims;
+pub(crate) mod copy;
 pub(crate) mod fragments;
 pub(crate) mod kind;
 pub(crate) mod pages;

@@ -4,6 +4,7 @@
 //! only a pointer and a length, which go to the kernel ([`umem_ring::Span`]) or to raw reads.
 
 use std::fs::{File, OpenOptions};
+use std::io::IoSlice;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -12,6 +13,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::sys::uio::{RemoteIoVec, process_vm_writev};
+use nix::unistd::Pid;
 use umem_ring::{Fd, Span};
 
 use crate::error::{Context, Error, Result};
@@ -226,9 +229,27 @@ impl RamFile {
         self.file.read_exact_at(bytes, offset).context(|| format!("reading RAM {}", self.name))
     }
 
-    /// Writes to the file, which makes its pages without zeroing them first.
+    /// Writes to the file, which makes its small pages without zeroing them first. Where there is no memory
+    /// for a page this is an error.
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
-        self.file.write_all_at(bytes, offset)
+        if self.on_hugetlb {
+            self.copy_in(bytes, offset)
+        } else {
+            self.file.write_all_at(bytes, offset)
+        }
+    }
+
+    /// hugetlbfs has no write. A copy of our own into the mapping would end this process where there is no
+    /// page left; the kernel's says so.
+    fn copy_in(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+        let base = self.span(offset, bytes.len() as u64).as_ptr() as usize;
+        let mut done = 0;
+        while done < bytes.len() {
+            let from = [IoSlice::new(&bytes[done..])];
+            let to = [RemoteIoVec { base: base + done, len: bytes.len() - done }];
+            done += process_vm_writev(Pid::this(), &from, &to)?;
+        }
+        Ok(())
     }
 
     /// Allocates the page at `offset`, all zeroes.

@@ -9,6 +9,8 @@ use umem_ring::{Memory, Span};
 use umem_wire::checksum::{self, SUMMED_BYTES};
 use umem_wire::{PageRange, RegionId};
 
+use super::copy::copy_out_of_span;
+
 /// log2 of what one sum is of.
 const SUMMED_SHIFT: u8 = 12;
 const _: () = assert!(1 << SUMMED_SHIFT == SUMMED_BYTES);
@@ -24,12 +26,7 @@ pub(crate) fn of_span(span: &Span, sums: &mut Vec<u32>) {
     sums.clear();
     let mut page = [0; SUMMED_BYTES];
     sums.extend((0..span.len()).step_by(SUMMED_BYTES).map(|offset| {
-        // SAFETY: the page lies inside the span (spans of pages are whole pages), which its owner keeps
-        // mapped; `page` is our own. Bytes that change meanwhile are copied as whatever they are.
-        unsafe {
-            let from = span.as_ptr().add(offset);
-            std::ptr::copy_nonoverlapping(from, page.as_mut_ptr(), SUMMED_BYTES);
-        }
+        copy_out_of_span(span, offset, &mut page);
         checksum::page_sum(&page)
     }));
 }

@@ -48,6 +48,7 @@ pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
         .with_single_cert(own.chain, own.key)
         .map_err(|error| unusable(&own.path, &explain::pair(&error)))?;
     config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.enable_secret_extraction = true;
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
 }
@@ -71,6 +72,7 @@ pub(super) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
         .with_client_auth_cert(own.chain, own.key)
         .map_err(|error| unusable(&own.path, &explain::pair(&error)))?;
     config.resumption = Resumption::disabled();
+    config.enable_secret_extraction = true;
     Ok(Arc::new(config))
 }
 

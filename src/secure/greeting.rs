@@ -22,7 +22,7 @@ pub(crate) fn introduce(
     limit: Option<Duration>,
     wait: Wait<'_>,
 ) -> Result<Lane> {
-    let mut lane = pass.wrap(lane, limit, wait)?.assign(hello.role, hello.index);
+    let mut lane = pass.wrap(lane, hello.role, limit, wait)?.assign(hello.role, hello.index);
     let deadline = limit.map(|limit| Instant::now() + limit);
     lane.capabilities = Greeting { lane: &lane, deadline, wait }.run(hello, pass.challenge()?)?;
     Ok(lane)
@@ -82,6 +82,7 @@ impl Greeting<'_> {
     }
 
     fn say(&self, bytes: &[u8; HELLO_BYTES]) -> Result<()> {
+        let bytes = self.lane.sealed(bytes).map_err(|error| self.lost(&error))?;
         let mut sent = 0;
         while sent < bytes.len() {
             self.wait(PollFlags::POLLOUT)?;
@@ -98,10 +99,9 @@ impl Greeting<'_> {
     fn hear(&self) -> Result<[u8; HELLO_BYTES]> {
         let mut answer = HelloBytes::new();
         loop {
-            self.wait(PollFlags::POLLIN)?;
             match answer.read(self.lane) {
                 Ok(Some(bytes)) => return Ok(bytes),
-                Ok(None) => {}
+                Ok(None) => self.wait(PollFlags::POLLIN)?,
                 Err(error) => return Err(self.lost(&error)),
             }
         }
@@ -124,7 +124,7 @@ impl Greeting<'_> {
 
     fn lost(&self, error: &io::Error) -> Error {
         if let Some(cause) = self.lane.cause() {
-            return Error::Insecure { side: "destination", what: cause.into() };
+            return Error::Insecure { side: "destination", what: cause };
         }
         Error::Lost {
             side: "destination",

@@ -1,21 +1,26 @@
 //! Who may be at the other end of a lane, and who may read what goes over it.
 //!
 //! Two means, and neither is tied to the other. *TLS 1.3* with certificates on both sides
-//! ([`credentials`]) keeps everything secret and whole. Lanes are io_uring on plain sockets, so TLS is a
-//! layer of its own: a thread ([`pump`]) stands between the connection and a socket pair, whose other
-//! end is the lane. A *secret* that both sides have ([`secret`]) says who may open a lane, and nothing
+//! ([`credentials`]) keeps everything secret and whole. rustls shakes hands ([`session`]), then records are
+//! made and taken apart here ([`records`]): on a bulk lane by the lane's own thread, in the buffer that its
+//! ring receives into or sends from ([`channel`]). Before a demand lane a thread of its own does it
+//! ([`pump`]), between the connection and a socket pair, whose other end is the lane. A *secret* that both sides have ([`secret`]) says who may open a lane, and nothing
 //! more: what follows can be read, and changed by whoever sits on the path.
 //!
 //! A destination has a [`Guard`], a source a [`Pass`]. Each lane is opened anew by them, whether it is
 //! the first or one that takes a lost lane's place: nothing is resumed.
 
+mod channel;
 mod credentials;
 mod explain;
 mod greeting;
 mod opening;
 mod pump;
+mod records;
 mod secret;
 mod session;
+#[cfg(test)]
+mod testing;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
@@ -26,14 +31,17 @@ use nix::poll::PollFlags;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
 use serde_json::json;
+use umem_wire::LaneRole;
 
 use crate::error::{Error, Result};
 use crate::lane::{Lane, Listener, Wait, is_local};
 use crate::uri::Uri;
 
+pub(crate) use channel::Channel;
 pub(crate) use greeting::introduce;
 pub(crate) use opening::{Opened, Opening, Progress};
 pub(crate) use pump::Fate;
+pub(crate) use records::Outgoing;
 pub(crate) use secret::Answer;
 
 use pump::Pumps;
@@ -92,6 +100,11 @@ impl Guard {
              both sides), or --secret-file FILE (a secret that both sides have), or --insecure where \
              you trust every host of the network"
         )))
+    }
+
+    /// A lane that has come, now that it is known what it is for.
+    pub(crate) fn seat(&self, lane: Lane, role: LaneRole, index: u16) -> Result<Lane> {
+        Ok(self.pumps.seat(lane, Fate::unnamed(), role)?.assign(role, index))
     }
 
     /// What stands at the lost lane's end, as [`Pumps::explain`] tells it.
@@ -172,7 +185,13 @@ impl Pass {
     }
 
     /// Puts TLS around a connection on which nothing has been said, if that is asked for.
-    fn wrap(&self, lane: Lane, limit: Option<Duration>, wait: Wait<'_>) -> Result<Lane> {
+    fn wrap(
+        &self,
+        lane: Lane,
+        role: LaneRole,
+        limit: Option<Duration>,
+        wait: Wait<'_>,
+    ) -> Result<Lane> {
         let Some(tls) = &self.tls else { return Ok(lane) };
         let failed = |what| Error::Insecure { side: "destination", what };
         let session = Session::client(tls.config.clone(), tls.name.clone())
@@ -186,8 +205,9 @@ impl Pass {
                 return Err(failed(what.into()));
             }
         }
+        let channel = handshake.finish().map_err(|error| failed(explain::failure(&error)))?;
         let fate = Fate::named(lane.name.clone());
-        self.pumps.start(lane, handshake, fate)
+        self.pumps.seat(lane.secured(channel), fate, role)
     }
 
     /// As [`Guard::explain`].

@@ -2,11 +2,8 @@
 //! any, and nothing is looked at before them. No step waits; the door that has many of these waits for
 //! all of them.
 
-use std::io::Write;
-
 use umem_wire::{FaultCode, HELLO_BYTES, Hello, HelloError};
 
-use super::pump::Fate;
 use super::secret::Answer;
 use super::session::{Handshake, Session};
 use super::{Guard, Interest, explain, readable};
@@ -77,7 +74,7 @@ impl Opening {
                 Stage::Tls(handshake) => match handshake.advance() {
                     Ok(false) => return Ok(Progress::Waits(self)),
                     Ok(true) => {
-                        self = self.past_tls(guard)?;
+                        self = self.past_tls()?;
                         continue;
                     }
                     Err(_) if handshake.is_plain() => {
@@ -98,16 +95,17 @@ impl Opening {
         }
     }
 
-    /// Both sides have shown their certificates: what follows goes through a pump.
-    fn past_tls(self, guard: &Guard) -> Result<Opening, String> {
+    /// Both sides have shown their certificates.
+    fn past_tls(self) -> Result<Opening, String> {
         let Opening { lane, stage, .. } = self;
         let Stage::Tls(handshake) = stage else { unreachable!("TLS comes first") };
         let certificate = handshake.peer_certificate();
         if certificate.is_none() {
             return Err("TLS: it shows no certificate".into());
         }
-        let lane = guard.pumps.start(lane, *handshake, Fate::unnamed());
-        let lane = lane.map_err(|error| error.to_string())?;
+        let channel = handshake.finish();
+        let channel = channel.map_err(|error| format!("TLS: {}", explain::failure(&error)))?;
+        let lane = lane.secured(channel);
         Ok(Opening { lane, stage: Stage::First(HelloBytes::new()), certificate })
     }
 
@@ -131,9 +129,8 @@ impl Opening {
             }
             (Ok(umem_wire::Opening::Ask(nonce)), Some(secret)) => {
                 let answer = secret.answer(nonce).map_err(|error| error.to_string())?;
-                let mut socket = self.lane.blocking().map_err(|error| error.to_string())?;
                 // Into a queue that has room: it has been sent nothing yet but TLS.
-                socket.write_all(&answer.encode()).map_err(|error| error.to_string())?;
+                self.lane.say(&answer.encode()).map_err(|error| error.to_string())?;
                 let stage = Stage::Proof(HelloBytes::new(), Box::new(answer));
                 Ok(Progress::Waits(Opening { stage, ..self }))
             }

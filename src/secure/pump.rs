@@ -1,5 +1,5 @@
-//! The thread between a TLS connection and a lane: one a lane, which encrypts what the lane sends and
-//! decrypts what comes for it.
+//! The thread between a TLS connection and the demand lane, which encrypts what the lane sends and decrypts
+//! what comes for it. (Bulk lanes do that in their own threads.)
 //!
 //! ```text
 //! lane's ring <-- socket pair --> pump: plaintext | records <-- TCP --> the other side's pump
@@ -27,8 +27,8 @@ use nix::sys::socket::{
 use umem_wire::LaneRole;
 use umem_wire::limits::LANES_MAX;
 
-use super::explain;
-use super::session::{Handshake, Session};
+use super::channel::Channel;
+use super::records::Outgoing;
 use crate::error::{Context, Error, Result};
 use crate::lane::Lane;
 use crate::priority;
@@ -91,19 +91,28 @@ struct Running {
 }
 
 impl Pumps {
-    /// Puts a pump before a connection whose handshake is over, and gives back the lane behind it.
-    pub(super) fn start(&self, lane: Lane, handshake: Handshake, fate: Arc<Fate>) -> Result<Lane> {
-        let (mut session, plain) = handshake.finish();
+    /// Puts a pump before a lane of TLS, if it is to be a demand lane.
+    pub(super) fn seat(&self, lane: Lane, fate: Arc<Fate>, role: LaneRole) -> Result<Lane> {
+        if role != LaneRole::Demand {
+            return Ok(lane);
+        }
+        match lane.take_channel() {
+            Some(channel) => self.start(lane, *channel, fate),
+            None => Ok(lane),
+        }
+    }
+
+    /// Puts a pump before a connection, and gives back the lane behind it.
+    fn start(&self, lane: Lane, mut channel: Channel, fate: Arc<Fate>) -> Result<Lane> {
         let (ours, theirs) = pair(lane.queue_bytes).context(|| "socketpair")?;
-        session.widen();
+        channel.widen(CHUNK_BYTES);
         let mut pump = Pump {
             connection: lane.socket(),
             lane: theirs,
             chunk: vec![0; CHUNK_BYTES],
-            heard_all: session.peer_has_closed(),
-            plain,
-            session,
-            given: 0,
+            heard_all: channel.has_ended(),
+            channel,
+            outgoing: Outgoing::with_room(CHUNK_BYTES),
             lane_ended: None,
             said_all: false,
             told_end: false,
@@ -183,12 +192,12 @@ fn pair(queue_bytes: u32) -> nix::Result<(OwnedFd, OwnedFd)> {
 struct Pump {
     connection: Arc<OwnedFd>,
     lane: OwnedFd,
-    session: Session,
+    /// What has come for the lane, and how both ways are secured.
+    channel: Channel,
+    /// Records of what the lane has sent.
+    outgoing: Outgoing,
     /// What the lane has sent, before it is encrypted.
     chunk: Vec<u8>,
-    /// What has come for the lane; it has taken `given` bytes.
-    plain: Vec<u8>,
-    given: usize,
     /// The lane sends nothing any more, since when something last moved.
     lane_ended: Option<Instant>,
     /// Nothing more leaves.
@@ -209,7 +218,7 @@ impl Pump {
             let sent = self.take_from_lane() | self.send();
             let received = self.receive() | self.give_to_lane();
             let is_done = self.is_cut || (self.said_all && self.heard_all);
-            if is_done && self.plain.is_empty() {
+            if is_done && self.channel.plain().is_empty() {
                 return;
             }
             if sent || received {
@@ -235,30 +244,41 @@ impl Pump {
 
     /// Encrypts what the lane has sent, or its end, if everything before it has left.
     fn take_from_lane(&mut self) -> bool {
-        if self.lane_ended.is_some() || self.is_cut || self.session.has_outgoing() {
+        if self.lane_ended.is_some() || self.is_cut || self.has_outgoing() {
             return false;
         }
+        let (channel, out) = (&mut self.channel, &mut self.outgoing);
         let made = match recv(self.lane.as_raw_fd(), &mut self.chunk, MsgFlags::MSG_DONTWAIT) {
-            Ok(count) if count > 0 => self.session.encrypt(&self.chunk[..count]),
+            Ok(count) if count > 0 => {
+                channel.append(out, &self.chunk[..count]).and_then(|()| channel.flush(out))
+            }
             Err(Errno::EAGAIN | Errno::EINTR) => return false,
             // It has closed, with or without having read everything.
             Ok(_) | Err(_) => {
                 self.lane_ended = Some(Instant::now());
-                self.session.close()
+                channel.close(out)
             }
         };
-        if let Err(error) = made {
-            self.cut(explain::failure(&error));
+        if let Err(cause) = made {
+            self.cut(cause);
         }
         true
+    }
+
+    fn has_outgoing(&self) -> bool {
+        !self.outgoing.pending().is_empty()
     }
 
     /// Sends records; after the last of them the connection's end.
     fn send(&mut self) -> bool {
         let mut moved = false;
-        while self.session.has_outgoing() && !self.said_all {
-            match self.session.send(&self.connection) {
-                Ok(_) => moved = true,
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        while self.has_outgoing() && !self.said_all {
+            match send(self.connection.as_raw_fd(), self.outgoing.pending(), flags) {
+                Ok(count) => {
+                    self.outgoing.sent(count);
+                    moved = true;
+                }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return moved,
                 Err(errno) => {
@@ -280,23 +300,17 @@ impl Pump {
 
     /// Decrypts what has come, if the lane has taken everything before it.
     fn receive(&mut self) -> bool {
-        if self.heard_all || self.is_cut || !self.plain.is_empty() {
+        if self.heard_all || self.is_cut || !self.channel.plain().is_empty() {
             return false;
         }
-        match self.session.receive(&self.connection) {
-            Ok(0) => {
-                self.heard_all = true;
-                if !self.session.peer_has_closed() {
-                    self.cut("the connection was cut without notice".into());
-                }
-            }
+        match self.channel.receive(&self.connection) {
             Ok(_) => {
-                if let Err(error) = self.session.read(&mut self.plain) {
+                self.heard_all = self.channel.has_ended();
+                if let Some(cause) = self.channel.cause() {
                     // The other side is told why; it may have gone.
-                    let _ = self.session.send(&self.connection);
-                    self.cut(explain::failure(&error));
-                } else if self.session.peer_has_closed() {
-                    self.heard_all = true;
+                    self.channel.protest(&mut self.outgoing);
+                    self.send();
+                    self.cut(cause);
                 }
             }
             Err(Errno::EAGAIN | Errno::EINTR) => return false,
@@ -308,21 +322,24 @@ impl Pump {
     /// Hands over what has been decrypted; after the last of it the lane's end.
     fn give_to_lane(&mut self) -> bool {
         let mut moved = false;
-        while self.given < self.plain.len() {
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            match send(self.lane.as_raw_fd(), &self.plain[self.given..], flags) {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        loop {
+            let plain = self.channel.plain();
+            if plain.is_empty() {
+                break;
+            }
+            let left = plain.len();
+            match send(self.lane.as_raw_fd(), plain, flags) {
                 Ok(count) => {
-                    self.given += count;
+                    self.channel.take(count);
                     moved = true;
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return moved,
                 // It has closed; nobody wants the rest.
-                Err(_) => self.given = self.plain.len(),
+                Err(_) => self.channel.take(left),
             }
         }
-        self.plain.clear();
-        self.given = 0;
         if self.heard_all && !self.told_end {
             let _ = shutdown(self.lane.as_raw_fd(), Shutdown::Write);
             self.told_end = true;
@@ -340,9 +357,9 @@ impl Pump {
     /// Waits until something can move. False: nothing has, for too long.
     fn wait(&mut self) -> bool {
         let is_whole = !self.is_cut;
-        let takes = is_whole && self.lane_ended.is_none() && !self.session.has_outgoing();
-        let gives = !self.plain.is_empty();
-        let sends = is_whole && self.session.has_outgoing() && !self.said_all;
+        let takes = is_whole && self.lane_ended.is_none() && !self.has_outgoing();
+        let gives = !self.channel.plain().is_empty();
+        let sends = is_whole && self.has_outgoing() && !self.said_all;
         let receives = is_whole && !gives && !self.heard_all;
         let flags = |input, output| {
             let mut flags = PollFlags::empty();

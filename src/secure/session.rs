@@ -1,9 +1,9 @@
-//! A TLS session over buffers of ours: rustls says what the records mean, and no byte is copied that need
-//! not be.
+//! rustls's side of a handshake: rustls says what the records mean, the socket is read and written here.
 //!
 //! Two rules keep rustls's unbuffered interface simple. What has come is taken apart at once, up to a
 //! record that is not whole, so that sending never meets a record that has to be read first. And what is
-//! to be sent is made only when everything before it has left.
+//! to be sent is made only when everything before it has left. When both sides have shown their certificates
+//! the keys go to [`Records`], and rustls is asked for the next ones alone.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -14,36 +14,23 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
 use rustls::server::UnbufferedServerConnection;
-use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
+use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{ClientConfig, CommonState, Error, ServerConfig};
 
+use super::channel::Channel;
+use super::records::{Keys, RECORD_BYTES_MAX, Records};
 use super::{Interest, explain, readable, writable};
-
-/// Bytes of a record on the wire, at most (RFC 8446, 5.2).
-const RECORD_BYTES_MAX: usize = 5 + PLAIN_BYTES_MAX + 256;
-
-/// Bytes of pages in a record, at most.
-const PLAIN_BYTES_MAX: usize = 16 << 10;
-
-/// What a record has beside them, and more: header, type, tag (22 bytes), or a change of keys (27).
-const RECORD_BYTES_BESIDE: usize = 64;
-
-/// Changes of keys that may leave with pages.
-const RECORDS_BESIDE: usize = 4;
 
 /// Bytes of a handshake's messages that are kept until they are whole: rustls takes no message of more.
 const HANDSHAKE_BYTES_MAX: usize = 64 << 10;
-
-/// Bytes that are received at once when pages flow, and so the most plaintext that waits for its lane:
-/// what fits a processor's second cache beside the plaintext.
-const STREAM_BYTES: usize = (128 << 10) + RECORD_BYTES_MAX;
 
 enum Connection {
     Client(UnbufferedClientConnection),
     Server(UnbufferedServerConnection),
 }
 
-/// One side of a TLS connection, with the records that have come and those that are to leave.
+/// One side of a TLS connection, up to the end of its handshake, with the records that have come and those
+/// that are to leave.
 pub(super) struct Session {
     connection: Box<Connection>,
     incoming: Incoming,
@@ -51,20 +38,13 @@ pub(super) struct Session {
     peer_has_closed: bool,
 }
 
-/// What rustls is given to do beside reading.
-enum Job<'a> {
-    Read,
-    Encrypt(&'a [u8]),
-    Close,
-}
-
 /// What rustls said.
 enum State {
     /// There is more to do.
     Moved,
-    /// Nothing more before something comes; pages may not be sent yet.
+    /// Nothing more before something comes; the handshake is not over.
     Blocked,
-    /// The same, and they may. A job has been done.
+    /// The same, and it is.
     Open,
     PeerClosed,
 }
@@ -99,11 +79,6 @@ impl Session {
         }
     }
 
-    /// Makes room for a stream of pages.
-    pub(super) fn widen(&mut self) {
-        self.incoming.grow(STREAM_BYTES);
-    }
-
     /// Receives records, without waiting: their number of bytes, 0 at the end.
     pub(super) fn receive(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
         let room = self.incoming.room();
@@ -113,11 +88,11 @@ impl Session {
         Ok(count)
     }
 
-    /// Takes apart what has come; pages are appended to `plain`. False: the handshake is not over.
+    /// Takes apart what has come; what comes right behind it is appended to `plain`. False: the handshake is not over.
     /// After an error the alert that tells the other side is there to be sent.
     pub(super) fn read(&mut self, plain: &mut Vec<u8>) -> Result<bool, Error> {
         loop {
-            match self.process(plain, &Job::Read) {
+            match self.process(plain) {
                 Ok(State::Moved) => {}
                 Ok(State::PeerClosed) => self.peer_has_closed = true,
                 Ok(State::Open) => return Ok(true),
@@ -125,7 +100,7 @@ impl Session {
                 Err(error) => {
                     // What it still has to say, which comes before any more reading.
                     while self.common().wants_write() {
-                        let _ = self.process(plain, &Job::Read);
+                        let _ = self.process(plain);
                     }
                     return Err(error);
                 }
@@ -133,45 +108,16 @@ impl Session {
         }
     }
 
-    /// The other side has said that nothing more comes.
-    pub(super) fn peer_has_closed(&self) -> bool {
-        self.peer_has_closed
-    }
-
-    /// Encrypts pages that are to leave. Everything before them has left.
-    pub(super) fn encrypt(&mut self, plain: &[u8]) -> Result<(), Error> {
-        self.write(&Job::Encrypt(plain))
-    }
-
-    /// Says that nothing more comes.
-    pub(super) fn close(&mut self) -> Result<(), Error> {
-        self.write(&Job::Close)
-    }
-
-    fn write(&mut self, job: &Job<'_>) -> Result<(), Error> {
-        let mut plain = Vec::new();
-        loop {
-            match self.process(&mut plain, job)? {
-                State::Open => break,
-                State::Blocked => return Err(Error::HandshakeNotComplete),
-                State::Moved => {}
-                State::PeerClosed => self.peer_has_closed = true,
-            }
-        }
-        assert!(plain.is_empty(), "what has come is taken apart before anything is sent");
-        Ok(())
-    }
-
-    fn process(&mut self, plain: &mut Vec<u8>, job: &Job<'_>) -> Result<State, Error> {
+    fn process(&mut self, plain: &mut Vec<u8>) -> Result<State, Error> {
         let Session { connection, incoming, outgoing, .. } = self;
         let (discard, state) = match &mut **connection {
             Connection::Client(connection) => {
                 let status = connection.process_tls_records(incoming.filled());
-                handle(status, plain, outgoing, job)
+                handle(status, plain, outgoing)
             }
             Connection::Server(connection) => {
                 let status = connection.process_tls_records(incoming.filled());
-                handle(status, plain, outgoing, job)
+                handle(status, plain, outgoing)
             }
         };
         incoming.discard(discard);
@@ -192,13 +138,11 @@ impl Session {
     }
 }
 
-/// Does what rustls asks for, and the job when its time has come. The number is of bytes that have been
-/// read for good.
+/// Does what rustls asks for. The number is of bytes that have been read for good.
 fn handle<D>(
     status: UnbufferedStatus<'_, '_, D>,
     plain: &mut Vec<u8>,
     outgoing: &mut Outgoing,
-    job: &Job<'_>,
 ) -> (usize, Result<State, Error>) {
     let UnbufferedStatus { mut discard, state } = status;
     let state = state.and_then(|state| match state {
@@ -227,28 +171,7 @@ fn handle<D>(
         ConnectionState::PeerClosed => Ok(State::PeerClosed),
         // Both have closed; there is nothing left to do.
         ConnectionState::Closed => Ok(State::Open),
-        ConnectionState::WriteTraffic(mut traffic) => {
-            let mut result = Ok(State::Open);
-            let mut written = |encrypted| match encrypted {
-                Ok(count) => Ok(count),
-                Err(EncryptError::InsufficientSize(size)) => Err(size.required_size),
-                Err(EncryptError::EncryptExhausted) => {
-                    result = Err(Error::EncryptError);
-                    Ok(0)
-                }
-            };
-            match job {
-                Job::Read => {}
-                Job::Encrypt(bytes) => {
-                    // Enough at once: each attempt may add a change of keys to what is to leave.
-                    let records = bytes.len().div_ceil(PLAIN_BYTES_MAX) + RECORDS_BESIDE;
-                    outgoing.reserve(bytes.len() + records * RECORD_BYTES_BESIDE);
-                    outgoing.append(|room| written(traffic.encrypt(bytes, room)));
-                }
-                Job::Close => outgoing.append(|room| written(traffic.queue_close_notify(room))),
-            }
-            result
-        }
+        ConnectionState::WriteTraffic(_) => Ok(State::Open),
         // There is no early data without resumption, and what is not known is nothing we asked for.
         _ => Err(Error::General("TLS in a state that was not asked for".into())),
     });
@@ -411,8 +334,20 @@ impl Handshake {
         Some(self.session.common().peer_certificates()?.first()?.to_vec())
     }
 
-    /// The session, and what has come on it already.
-    pub(super) fn finish(self) -> (Session, Vec<u8>) {
-        (self.session, self.plain)
+    /// What goes on from here, with what has come already.
+    pub(super) fn finish(self) -> Result<Channel, Error> {
+        let Session { connection, mut incoming, peer_has_closed, .. } = self.session;
+        let (secrets, keys) = match *connection {
+            Connection::Client(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                (secrets, Keys::Client(keys))
+            }
+            Connection::Server(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                (secrets, Keys::Server(keys))
+            }
+        };
+        let records = Records::new(keys, secrets)?;
+        Ok(Channel::secured(records, &self.plain, incoming.filled(), peer_has_closed))
     }
 }

@@ -2,17 +2,18 @@
 //!
 //! Runs leave in batches, one vectored send each: headers from a small buffer, pages from the
 //! mapping. While a batch is in the kernel the next one is gathered. Sends are zero-copy where the
-//! kernel really does not copy; the first notification tells.
+//! kernel really does not copy; the first notification tells. With TLS a batch is the records that are made of
+//! it, and leaves as one send of them.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use umem_ring::{
-    Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker,
-};
+use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
 use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 
 use super::Note;
+use super::batch::Storage;
 use super::memory::{SourceMemory, Walk};
 use super::seal::Sealer;
 use crate::error::{Error, Result};
@@ -21,6 +22,7 @@ use crate::lane::Lane;
 use crate::memory::claims::Run;
 use crate::priority;
 use crate::report::Counters;
+use crate::secure::Channel;
 use crate::worker::Started;
 
 const TOKEN_SENT: u64 = 0;
@@ -34,15 +36,9 @@ const RECEIVE_BYTES: usize = 4 << 10;
 /// A batch is sent when it holds this many bytes of pages: enough for the cost of a send not to show,
 /// and little enough that who waits for a page of the next batch waits 0.2 ms at 10 Gbit/s; or
 /// [`BATCH_RUNS`] runs.
-const BATCH_BYTES: u64 = 256 << 10;
+pub(super) const BATCH_BYTES: u64 = 256 << 10;
 /// Each run is two pieces at most, and a vectored send takes 1024.
-const BATCH_RUNS: usize = 256;
-
-/// The headers that usually stand before a piece of pages.
-const HEADERS_BYTES: usize = 16 * HEADER_BYTES;
-
-/// A batch of zeroes and holes has no more than this of headers.
-const HEADERS_BYTES_MAX: usize = BATCH_RUNS * HEADER_BYTES;
+pub(super) const BATCH_RUNS: usize = 256;
 
 /// What a bulk thread needs.
 pub(crate) struct BulkLane {
@@ -59,6 +55,8 @@ pub(crate) struct BulkLane {
 struct BulkThread {
     name: String,
     socket: Fd,
+    /// What comes from the destination, and how both ways are secured.
+    channel: Channel,
     sealer: Sealer,
     memory: Arc<SourceMemory>,
     walk: Walk,
@@ -82,40 +80,6 @@ struct BulkThread {
     closed: bool,
 }
 
-/// What batches are made of, used again and again: the kernel gives each batch back.
-#[derive(Default)]
-struct Storage {
-    /// Empty; one for each batch that can be in the kernel at once.
-    pieces: Vec<Vec<Memory>>,
-    /// Empty; one for each piece of headers.
-    headers: Vec<Vec<u8>>,
-}
-
-impl Storage {
-    fn pieces(&mut self) -> Vec<Memory> {
-        self.pieces.pop().unwrap_or_else(|| Vec::with_capacity(2 * BATCH_RUNS))
-    }
-
-    fn headers(&mut self) -> Vec<u8> {
-        self.headers.pop().unwrap_or_else(|| Vec::with_capacity(HEADERS_BYTES))
-    }
-
-    fn take_back(&mut self, memory: Memory) {
-        let Memory::Pieces(mut pieces) = memory else { return };
-        for piece in pieces.drain(..) {
-            if let Memory::Bytes(bytes) = piece {
-                let mut headers = bytes.into_vec();
-                // A copy of a large page is not what the next header needs.
-                if headers.capacity() <= HEADERS_BYTES_MAX {
-                    headers.clear();
-                    self.headers.push(headers);
-                }
-            }
-        }
-        self.pieces.push(pieces);
-    }
-}
-
 impl BulkLane {
     /// Sends every page that is left, then the lane's end, unless it is woken to stop. Runs on the
     /// calling thread. Where the destination acknowledges pages it reads them until the destination has
@@ -132,12 +96,22 @@ impl BulkLane {
         started.with(ring.waker()?);
         let is_checked = self.lane.is_checked();
         let sealer = Sealer::new(is_checked);
+        let socket = self.lane.socket();
+        let channel = match self.lane.take_channel() {
+            None => Channel::clear(RECEIVE_BYTES),
+            Some(mut channel) => {
+                channel.widen(RECEIVE_BYTES);
+                *channel
+            }
+        };
         let mut thread = BulkThread {
             name: self.lane.name.clone(),
-            socket: Fd::from(self.lane.socket()),
+            socket: Fd::from(socket.clone()),
             walk: Walk::new(&self.memory, self.index, self.lanes),
             memory: self.memory,
-            zero_copy: self.zero_copy,
+            // A record has no place in the guest's memory.
+            zero_copy: self.zero_copy && !channel.has_tls(),
+            channel,
             runs: Vec::with_capacity(1024),
             exhausted: false,
             pausing: false,
@@ -153,7 +127,7 @@ impl BulkLane {
         };
         let mut receiver = Receiver::for_source_bulk().checked(is_checked);
         receiver.set_regions(thread.memory.landing());
-        thread.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
+        thread.take_received(&mut ring, &mut receiver)?;
         let mut has_told = false;
         loop {
             thread.advance(&mut ring)?;
@@ -169,10 +143,15 @@ impl BulkLane {
             ring.enter(Wait::One)?;
             while let Some(completion) = ring.next() {
                 match completion.token {
-                    TOKEN_WAKE => return Ok(()),
+                    TOKEN_WAKE => {
+                        thread.part(&socket);
+                        return Ok(());
+                    }
                     TOKEN_SENT => thread.sent(completion)?,
                     TOKEN_LOOK => thread.pausing = false,
-                    _ => thread.received(&mut ring, &mut receiver, completion)?,
+                    _ => thread
+                        .received(&mut ring, &mut receiver, completion)
+                        .inspect_err(|_| thread.part(&socket))?,
                 }
             }
         }
@@ -189,10 +168,8 @@ impl BulkThread {
         if self.sending.is_none() && !self.lane_end_sent && (has_some || self.exhausted) {
             if !has_some {
                 self.lane_end_sent = true;
-                let mut frame = Vec::with_capacity(HEADER_BYTES);
-                transmit::encode(&Frame::LaneEnd, &mut frame);
-                self.sealer.frames(&mut frame);
-                self.submit(ring, Op::send(self.socket.clone(), frame).wait_all())?;
+                let op = self.lane_end()?;
+                self.submit(ring, op)?;
             } else {
                 let op = self.batch()?;
                 self.submit(ring, op)?;
@@ -245,28 +222,20 @@ impl BulkThread {
     fn batch(&mut self) -> Result<Op> {
         let mut sending = std::mem::take(&mut self.spare);
         sending.clear();
-        let mut pieces = self.storage.pieces();
         let mut bytes = 0;
-        let mut headers = self.storage.headers();
+        let mut batch = self.storage.batch(self.channel.has_tls());
         self.sealed_before = self.sealer.place();
         for run in &self.runs {
             if sending.len() == BATCH_RUNS || bytes >= BATCH_BYTES {
                 break;
             }
             let (header, pages) = self.memory.pieces(run, &mut self.sealer)?;
-            headers.extend_from_slice(&header);
-            if let Some(pages) = pages {
-                pieces.push(Memory::from(headers));
-                pieces.push(pages);
-                headers = self.storage.headers();
+            if pages.is_some() {
                 bytes += self.memory.bytes(run.range);
             }
+            let added = batch.add(&mut self.storage, &mut self.channel, &header, pages);
+            added.map_err(|what| self.lost(what))?;
             sending.push(*run);
-        }
-        if headers.is_empty() {
-            self.storage.headers.push(headers);
-        } else {
-            pieces.push(Memory::from(headers));
         }
         self.memory.bandwidth.sent(bytes);
         self.runs.drain(..sending.len());
@@ -274,13 +243,30 @@ impl BulkThread {
         let zero_copy =
             self.zero_copy && bytes > 0 && !self.memory.zero_copy_is_copied.load(Relaxed);
         self.sending_zero_copy = zero_copy;
-        Ok(Op::SendVectored { fd: self.socket.clone(), pieces, zero_copy, more: false })
+        let op = batch.into_op(&mut self.storage, &mut self.channel, &self.socket, zero_copy);
+        op.map_err(|what| self.lost(what))
+    }
+
+    /// What the destination waits for at last. With TLS nothing is said behind it.
+    fn lane_end(&mut self) -> Result<Op> {
+        let mut frame = Vec::with_capacity(HEADER_BYTES);
+        transmit::encode(&Frame::LaneEnd, &mut frame);
+        self.sealer.frames(&mut frame);
+        if !self.channel.has_tls() {
+            return Ok(Op::send(self.socket.clone(), frame).wait_all());
+        }
+        let mut last = self.storage.batch(true);
+        let ended = last.end(&mut self.channel, &frame);
+        ended.map_err(|what| self.lost(what))?;
+        let op = last.into_op(&mut self.storage, &mut self.channel, &self.socket, false);
+        op.map_err(|what| self.lost(what))
     }
 
     fn sent(&mut self, mut completion: Completion) -> Result<()> {
         let memory = completion.memory.take();
         let freed_bytes = memory.as_ref().map_or(0, |memory| memory.len() as u64);
-        memory.into_iter().for_each(|memory| self.storage.take_back(memory));
+        let has_tls = self.channel.has_tls();
+        memory.into_iter().for_each(|memory| self.storage.take_back(memory, has_tls));
         match completion.outcome {
             Outcome::Done(_) => {
                 let runs = self.sending.take().unwrap_or_default();
@@ -318,22 +304,12 @@ impl BulkThread {
                 self.runs.splice(..0, self.sending.take().unwrap_or_default());
             }
             other => {
-                return Err(Error::Lost {
-                    side: "destination",
-                    lane: self.name.clone(),
-                    what: format!("sending: {}", super::outcome_text(other)),
-                });
+                return Err(self.lost(format!("sending: {}", super::outcome_text(other))));
             }
         }
         if completion.last {
             self.in_flight -= 1;
         }
-        Ok(())
-    }
-
-    fn receive(&self, ring: &mut Ring, buffer: Bytes) -> Result<()> {
-        ring.submit(Op::recv(self.socket.clone(), buffer), TOKEN_RECEIVED)
-            .map_err(|rejected| Error::Ring(rejected.error))?;
         Ok(())
     }
 
@@ -344,22 +320,24 @@ impl BulkThread {
         receiver: &mut Receiver,
         completion: Completion,
     ) -> Result<()> {
-        let lost =
-            |what: String| Error::Lost { side: "destination", lane: self.name.clone(), what };
         let (Outcome::Done(count), Some(Memory::Bytes(bytes))) =
             (completion.outcome, completion.memory)
         else {
-            return Err(lost(super::outcome_text(completion.outcome)));
+            return Err(self.lost(super::outcome_text(completion.outcome)));
         };
+        self.channel.filled(bytes, count as usize);
         if count == 0 {
-            if !self.lane_end_sent {
-                return Err(lost("the destination closed it".into()));
-            }
-            // It has read the lane's end; that the send of it has completed may show later.
-            self.closed = true;
-            return Ok(());
+            return self.ended();
         }
-        let result = receiver.control(&bytes.as_slice()[..count as usize]);
+        self.take_received(ring, receiver)
+    }
+
+    /// Takes what has come, then receives more.
+    fn take_received(&mut self, ring: &mut Ring, receiver: &mut Receiver) -> Result<()> {
+        let bytes = self.channel.plain();
+        let taken = bytes.len();
+        let result = receiver.control(bytes);
+        self.channel.take(taken);
         while let Some(event) = receiver.poll_event() {
             match event {
                 Event::Error(fault) => return Err(super::peer(fault)),
@@ -368,6 +346,35 @@ impl BulkThread {
             }
         }
         result.map_err(|error| self.memory.received(&self.name, &error))?;
-        self.receive(ring, bytes)
+        if self.channel.has_ended() {
+            return self.ended();
+        }
+        ring.submit(Op::recv(self.socket.clone(), self.channel.free()), TOKEN_RECEIVED)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
+        Ok(())
+    }
+
+    /// Nothing more comes.
+    fn ended(&mut self) -> Result<()> {
+        if !self.lane_end_sent || self.channel.is_broken() {
+            let cause = self.channel.cause();
+            let cause = cause.map(|cause| format!(" (TLS: {cause})")).unwrap_or_default();
+            return Err(self.lost(format!("the destination closed it{cause}")));
+        }
+        // It has read the lane's end; that the send of it has completed may show later.
+        self.closed = true;
+        Ok(())
+    }
+
+    /// With TLS, unless something is on its way that this would come in the middle of: says why, or that
+    /// nothing more comes.
+    fn part(&mut self, socket: &OwnedFd) {
+        if self.sending.is_none() && !self.lane_end_sent {
+            self.channel.part(socket);
+        }
+    }
+
+    fn lost(&self, what: String) -> Error {
+        Error::Lost { side: "destination", lane: self.name.clone(), what }
     }
 }

@@ -5,6 +5,7 @@
 //! the destination has them all. Until the switchover leaves, any failure resumes the guest; from
 //! then on it never runs here again, and lost lanes are opened anew ([`recovery`]).
 
+mod batch;
 pub(crate) mod bulk;
 pub(crate) mod demand;
 mod digest;

@@ -6,77 +6,10 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::getsockopt;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::crypto::{CipherSuiteCommon, CryptoProvider, ring as provider};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite, Tls13CipherSuite};
+use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
 
+use super::super::testing::{bytes, shaken};
 use super::*;
-
-/// AES-128-GCM whose keys may encrypt this many records.
-fn suite(records: u64) -> SupportedCipherSuite {
-    let SupportedCipherSuite::Tls13(suite) = provider::cipher_suite::TLS13_AES_128_GCM_SHA256;
-    SupportedCipherSuite::Tls13(Box::leak(Box::new(Tls13CipherSuite {
-        common: CipherSuiteCommon {
-            suite: suite.common.suite,
-            hash_provider: suite.common.hash_provider,
-            confidentiality_limit: records,
-        },
-        hkdf_provider: suite.hkdf_provider,
-        aead_alg: suite.aead_alg,
-        quic: None,
-    })))
-}
-
-struct Certificates {
-    roots: Arc<RootCertStore>,
-    own: CertificateDer<'static>,
-    key: PrivateKeyDer<'static>,
-}
-
-impl Certificates {
-    fn new() -> Certificates {
-        let mut params = CertificateParams::new([]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate().unwrap();
-        let authority = CertifiedIssuer::self_signed(params, key).unwrap();
-        let mut roots = RootCertStore::empty();
-        roots.add(authority.der().clone()).unwrap();
-        let params = CertificateParams::new(["there".to_owned()]).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let own = params.signed_by(&key, &authority).unwrap().der().clone();
-        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        Certificates { roots: Arc::new(roots), own, key }
-    }
-
-    /// Both sides of a connection, not shaken yet.
-    fn sessions(&self, records: u64) -> (Session, Session) {
-        let provider = Arc::new(CryptoProvider {
-            cipher_suites: vec![suite(records)],
-            ..provider::default_provider()
-        });
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider.clone());
-        let server = ServerConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_client_cert_verifier(verifier.build().unwrap())
-            .with_single_cert(vec![self.own.clone()], self.key.clone_key())
-            .unwrap();
-        let client = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(self.roots.clone())
-            .with_client_auth_cert(vec![self.own.clone()], self.key.clone_key())
-            .unwrap();
-        let name = ServerName::try_from("there").unwrap();
-        (
-            Session::client(Arc::new(client), name).unwrap(),
-            Session::server(Arc::new(server)).unwrap(),
-        )
-    }
-}
 
 /// Two lanes with TLS between them, over sockets that hold little.
 fn lanes(pumps: &Pumps, records: u64) -> (Lane, Lane) {
@@ -90,24 +23,13 @@ fn lanes(pumps: &Pumps, records: u64) -> (Lane, Lane) {
 
 /// The same over connections that are there.
 fn secured(pumps: &Pumps, records: u64, left: Lane, right: Lane) -> (Lane, Lane) {
-    let (client, server) = Certificates::new().sessions(records);
-    let mut client = Handshake::new(left.socket(), client);
-    let mut server = Handshake::new(right.socket(), server);
-    while !(client.advance().unwrap() & server.advance().unwrap()) {}
-    let start = |lane: Lane, handshake| {
+    let ends = (left.socket(), right.socket());
+    let (client, server) = shaken(TLS13_AES_128_GCM_SHA256, records, ends);
+    let start = |lane: Lane, channel| {
         let fate = Fate::named(lane.name.clone());
-        pumps.start(lane, handshake, fate).unwrap()
+        pumps.seat(lane.secured(channel), fate, LaneRole::Demand).unwrap()
     };
     (start(left, client), start(right, server))
-}
-
-fn bytes(seed: u64, count: usize) -> Vec<u8> {
-    let mut state = seed;
-    let next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (state >> 56) as u8
-    };
-    std::iter::repeat_with(next).take(count).collect()
 }
 
 /// In pieces of many sizes; then this direction ends.
