@@ -23,11 +23,10 @@ const PAGES: u64 = MIB << 8;
 
 type Tls = StreamOwned<ClientConnection, TcpStream>;
 
-/// A destination that has switched over to a guest without memory, and both lanes to it.
+/// A destination that has switched over to a guest without memory, and the bulk lane to it.
 struct Arrival {
     scratch: Scratch,
     incoming: Umem,
-    _demand: LaneToDestination<Tls>,
     bulk: Tls,
 }
 
@@ -60,7 +59,9 @@ impl Arrival {
         LaneToDestination::open(&mut bulk, &hello(LaneRole::Bulk, 1)).unwrap();
         demand.switch_over(MIB << 20);
         incoming.event("running");
-        Arrival { scratch, incoming, _demand: demand, bulk }
+        // A lane of TLS is closed by both ends.
+        std::thread::spawn(|| demand.until_closed());
+        Arrival { scratch, incoming, bulk }
     }
 
     /// The records of what is said, which have not left.
@@ -114,7 +115,9 @@ fn dial(creds: &Path, uri: &str) -> Tls {
     let stream = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     stream.set_nodelay(true).unwrap();
-    StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), stream)
+    let mut session = ClientConnection::new(Arc::new(config), name).unwrap();
+    session.set_buffer_limit(None);
+    StreamOwned::new(session, stream)
 }
 
 fn range(first: u64, pages: u64) -> PageRange {

@@ -64,6 +64,11 @@ fn secured_lanes_survive_cuts() {
         let path: &'static str = path.display().to_string().leak();
         let security = Some([option, path]);
         cut_often(How { mib: 64, threads: 1, security, ..How::default() }, 10, 6 << 20);
+        // Acknowledgements are secured too.
+        let migrate = &["--release-ram", "--lanes", "2"];
+        let how = How { mib: 64, threads: 1, security, migrate, huge: true, ..How::default() };
+        let (source, _) = cut_often(how, 10, 6 << 20);
+        assert!(source["release_bytes"].as_u64() > Some(0), "{source}");
     }
 }
 

@@ -115,6 +115,8 @@ fn a_guest_moves_behind_tls_and_every_word_is_right() {
         &["--size", "64", "--kind", "private", "--postcopy-flags", "1"],
         &["--size", "64", "--kind", "anonymous", "--discard"],
         &["--size", "64", "--precopy"],
+        &["--size", "64", "--lanes", "2", "--checksum"],
+        &["--size", "64", "--kind", "anonymous", "--checksum"],
     ] {
         let report = demo(&[options, &["--tls-creds", text(&creds)]].concat());
         assert_eq!(report["bad_pages"], 0, "{report}");

@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::json;
-use support::{HugeFile, Qmp, Scratch, Umem};
+use support::{Authority, HugeFile, Qmp, Scratch, Umem};
 
 const MIB: &str = "24";
 const PAGES: u64 = 24 * 256;
@@ -12,7 +12,15 @@ const PAGES: u64 = 24 * 256;
 /// Moves a guest whose RAM is of 2 MiB pages into one of 4 KiB pages of this kind, which discards
 /// pages while it is filled, and has it check all of them.
 fn arrives(kind: &str, incoming: &[&str]) {
+    arrives_with(kind, incoming, false);
+}
+
+fn arrives_with(kind: &str, incoming: &[&str], tls: bool) {
     let scratch = Scratch::new();
+    let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
+    let creds = ["--tls-creds".to_owned(), creds.display().to_string()];
+    let creds = creds.each_ref().map(String::as_str);
+    let security = if tls { &creds[..] } else { &[] };
     let huge = HugeFile::with_room(12);
     let path = |name: &str| scratch.path(name).display().to_string();
     let source_ram = format!("ram0={}", huge.path().display());
@@ -33,13 +41,14 @@ fn arrives(kind: &str, incoming: &[&str]) {
     let kinds = ["--kind", kind];
     let guest = ["--discard", "--qmp", &path("destination.qmp"), "--ram", ram];
     let handoff = if kind == "anonymous" { &memory[..] } else { &[] };
-    let parts: [&[&str]; 9] =
-        [&["incoming"], &options, &kinds, &memory, incoming, &command, &kinds, handoff, &guest];
+    let umem: [&[&str]; 6] = [&["incoming"], &options, &kinds, &memory, incoming, security];
+    let guest: [&[&str]; 4] = [&command, &kinds, handoff, &guest];
+    let parts = [umem.concat(), guest.concat()];
     let mut incoming = Umem::start([&parts.concat()[..], &shape].concat());
     let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
 
     let words = ["migrate", "-p", "--json", "--qmp", &path("source.qmp"), &uri];
-    let mut migrate = Umem::start(words);
+    let mut migrate = Umem::start(words.iter().chain(security));
     let report = incoming.event("completed");
     migrate.event("completed");
     assert_eq!(report["page_size"], 2 << 20, "what lands as one: {report}");
@@ -69,4 +78,12 @@ fn into_anonymous_memory() {
 fn into_private_memory() {
     arrives("private", &[]);
     arrives("private", &["--postcopy-flags", "1"]);
+}
+
+/// A page of 2 MiB comes in many records, and lands in pieces or whole.
+#[test]
+fn behind_tls() {
+    for kind in ["shared", "anonymous", "private"] {
+        arrives_with(kind, &[], true);
+    }
 }

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::signal::Signal;
-use support::{HugeFile, Scratch, Umem, wait_for};
+use support::{Authority, HugeFile, Scratch, Umem, wait_for};
 use umem_wire::{
     Event, Frame, HEADER_BYTES, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize,
     Receiver, Region, RegionId, RegionTable, SessionId, Target, Welcome, transmit,
@@ -99,8 +99,19 @@ fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
 /// The source's file has pages of 4 KiB, most of them with holes beside them: what moves is 2 MiB.
 #[test]
 fn small_pages_land_in_huge_ones() {
-    for mode in [&["-p"][..], &[], &["-p", "--lanes", "2"]] {
+    let tls = ["--tls-creds"];
+    for (mode, security) in [
+        (&["-p"][..], &[][..]),
+        (&[], &[]),
+        (&["-p", "--lanes", "2"], &[]),
+        (&["-p", "--lanes", "2"], &tls),
+        (&["--checksum"], &tls),
+    ] {
         let scratch = Scratch::new();
+        let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
+        let creds = creds.display().to_string();
+        let security: Vec<&str> =
+            security.iter().flat_map(|option: &&str| [*option, creds.as_str()]).collect();
         let source = scratch.ram("source");
         write_snapshot(&source, 8);
         // The last 2 MiB but a page of written zeroes become a hole.
@@ -113,14 +124,17 @@ fn small_pages_land_in_huge_ones() {
         let mut huge = HugeFile::with_room(4);
         let ram = format!("ram0={}", huge.path().display());
         let qmp = scratch.path("guest.qmp").display().to_string();
-        let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
-        arguments.extend([env!("CARGO_BIN_EXE_umem"), "guest", "--incoming", "--threads", "0"]);
+        let mut arguments = vec!["incoming", "--json", "--ram", &ram];
+        arguments.extend(&security);
+        arguments.extend(["tcp:127.0.0.1:0", "--", env!("CARGO_BIN_EXE_umem"), "guest"]);
+        arguments.extend(["--incoming", "--threads", "0"]);
         arguments.extend(["--ram", &ram, "--size", "8", "--qmp", &qmp]);
         let mut incoming = Umem::start(arguments);
         let uri = uri(&mut incoming);
         let ram = format!("ram0={}", source.display());
         let mut arguments = vec!["migrate", "--json", "--ram", &ram, &uri];
         arguments.extend(mode);
+        arguments.extend(&security);
         let mut migrate = Umem::start(arguments);
         let report = migrate.event("completed");
         assert_eq!(report["page_size"], 2 << 20);

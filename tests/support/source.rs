@@ -43,6 +43,11 @@ impl<S: Read + Write> LaneToDestination<S> {
         self.hear(&mut receiver, "running");
     }
 
+    /// Reads until the destination has closed it.
+    pub(crate) fn until_closed(mut self) {
+        while self.stream.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
+    }
+
     fn send(&mut self, frame: &Frame) {
         let mut bytes = Vec::new();
         transmit::encode(frame, &mut bytes);
