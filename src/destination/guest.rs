@@ -23,7 +23,7 @@
 //! and the kernel removes it, or known to be discarded.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -216,6 +216,8 @@ pub(crate) struct GuestMemory {
     touch: OnceLock<TouchQueue>,
     /// The lanes are lost: whoever waits to receive something there gives up.
     lanes_are_down: AtomicBool,
+    /// Bulk lanes bring records of TLS, which no page is received from in place.
+    comes_in_records: AtomicBool,
     /// Where another process may have to go on: what has come, for its report ([`Told`]).
     told: Option<Words>,
     pages_total: u64,
@@ -254,6 +256,7 @@ impl GuestMemory {
             release_bytes: AtomicU64::new(0),
             touch: OnceLock::new(),
             lanes_are_down: AtomicBool::new(false),
+            comes_in_records: AtomicBool::new(false),
             told: None,
             pages_total,
         }
@@ -747,6 +750,11 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// A bulk lane is one of TLS.
+    pub(super) fn bring_in_records(&self) {
+        self.comes_in_records.store(true, Relaxed);
+    }
+
     /// For the report: how background pages came into place, in words.
     pub(crate) fn how_pages_landed(&self) -> &'static str {
         if self.regions.iter().any(GuestRegion::is_copied) {
@@ -754,6 +762,7 @@ impl GuestMemory {
         }
         let huge = self.regions.iter().filter(|region| region.file().has_huge_pages).count();
         match huge {
+            _ if self.comes_in_records.load(Relaxed) => "none: written from a buffer",
             0 => "none: written from a buffer",
             all if all == self.regions.len() => "all: received into guest memory",
             _ => "huge pages: received into guest memory; small pages: written from a buffer",

@@ -105,7 +105,10 @@ impl LaneReader {
         receiver.set_regions(regions);
         let is_small = guest.regions.iter().all(|region| !region.has_huge_pages());
         let ahead = match lane.take_channel() {
-            Some(channel) => Some(Ahead::secured(&guest, *channel)),
+            Some(channel) => {
+                guest.bring_in_records();
+                Some(Ahead::secured(&guest, *channel))
+            }
             None if is_small => before.or_else(|| Ahead::new(&guest, AHEAD_BULK_BYTES)),
             None => before,
         };
