@@ -4,7 +4,8 @@
 use umem_ring::{Fd, Memory, Op};
 use umem_wire::HEADER_BYTES;
 
-use super::bulk::{BATCH_BYTES, BATCH_RUNS};
+use super::bulk::BATCH_RUNS;
+use super::pace::BATCH_BYTES_MIN;
 use crate::memory::copy::copy_out;
 use crate::secure::{Channel, Outgoing};
 
@@ -32,7 +33,7 @@ impl Storage {
             let pieces = self.pieces.pop().unwrap_or_else(|| Vec::with_capacity(2 * BATCH_RUNS));
             return Batch::Clear { pieces, headers: self.headers() };
         }
-        let room = BATCH_BYTES as usize + HEADERS_BYTES_MAX;
+        let room = BATCH_BYTES_MIN as usize + HEADERS_BYTES_MAX;
         Batch::Secured(self.records.take().unwrap_or_else(|| Outgoing::with_room(room)))
     }
 

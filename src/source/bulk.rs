@@ -15,6 +15,7 @@ use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 use super::Note;
 use super::batch::Storage;
 use super::memory::{SourceMemory, Walk};
+use super::pace::Pace;
 use super::seal::Sealer;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
@@ -33,10 +34,7 @@ const TOKEN_LOOK: u64 = 2;
 /// Acknowledgements, 32 bytes each, that are read at once.
 const RECEIVE_BYTES: usize = 4 << 10;
 
-/// A batch is sent when it holds this many bytes of pages: enough for the cost of a send not to show,
-/// and little enough that who waits for a page of the next batch waits 0.2 ms at 10 Gbit/s; or
-/// [`BATCH_RUNS`] runs.
-pub(super) const BATCH_BYTES: u64 = 256 << 10;
+/// The most runs of a batch, which is sent when it holds these, or as many bytes of pages as [`Pace`] says.
 /// Each run is two pieces at most, and a vectored send takes 1024.
 pub(super) const BATCH_RUNS: usize = 256;
 
@@ -58,6 +56,7 @@ struct BulkThread {
     /// What comes from the destination, and how both ways are secured.
     channel: Channel,
     sealer: Sealer,
+    pace: Pace,
     memory: Arc<SourceMemory>,
     walk: Walk,
     zero_copy: bool,
@@ -104,9 +103,12 @@ impl BulkLane {
                 *channel
             }
         };
+        let is_tcp = self.lane.congestion.is_some() && !channel.has_tls();
         let mut thread = BulkThread {
             name: self.lane.name.clone(),
             socket: Fd::from(socket.clone()),
+            // A batch of records is as large as the buffer that they are made in.
+            pace: Pace::new(is_tcp.then(|| socket.clone())),
             walk: Walk::new(&self.memory, self.index, self.lanes),
             memory: self.memory,
             // A record has no place in the guest's memory.
@@ -200,18 +202,19 @@ impl BulkThread {
             self.pausing = true;
             return Ok(());
         }
-        while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered() < BATCH_BYTES {
-            self.exhausted = !self.walk.next_runs(&self.memory, BATCH_BYTES, &mut self.runs)?;
+        let most = self.pace.batch_bytes();
+        while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered(most) < most {
+            self.exhausted = !self.walk.next_runs(&self.memory, most, &mut self.runs)?;
         }
         Ok(())
     }
 
     /// Bytes of data in the gathered runs; capped, as only the comparison with a batch matters.
-    fn gathered(&self) -> u64 {
+    fn gathered(&self, most: u64) -> u64 {
         let mut bytes = 0;
         for run in &self.runs {
             bytes += self.memory.data_bytes(run);
-            if bytes >= BATCH_BYTES {
+            if bytes >= most {
                 break;
             }
         }
@@ -226,7 +229,7 @@ impl BulkThread {
         let mut batch = self.storage.batch(self.channel.has_tls());
         self.sealed_before = self.sealer.place();
         for run in &self.runs {
-            if sending.len() == BATCH_RUNS || bytes >= BATCH_BYTES {
+            if sending.len() == BATCH_RUNS || bytes >= self.pace.batch_bytes() {
                 break;
             }
             let (header, pages) = self.memory.pieces(run, &mut self.sealer)?;
@@ -275,6 +278,7 @@ impl BulkThread {
                 Counters::add(&self.memory.counters.pages_background, pages);
                 let counters = &self.memory.counters;
                 let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
+                self.pace.sent(bytes);
                 let counter = if completion.last {
                     &counters.copied_bytes
                 } else {
