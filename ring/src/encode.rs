@@ -30,7 +30,7 @@ impl Op {
                 on_fd!(fd, |t| opcode::Send::new(t, start, len).flags(flags).build())
             }
             Op::SendZc { fd, memory, more, wait_all, fixed } => {
-                let flags = send_flags(*more, *wait_all || linked);
+                let flags = send_flags(*more, *wait_all || linked) | record_end(*more);
                 let (start, len) = place(memory);
                 on_fd!(fd, |t| opcode::SendZc::new(t, start, len)
                     .flags(flags)
@@ -42,6 +42,7 @@ impl Op {
                 let header = aside.vectored(pieces);
                 let flags = send_flags(*more, true) as u32;
                 if *zero_copy {
+                    let flags = flags | record_end(*more) as u32;
                     on_fd!(fd, |t| opcode::SendMsgZc::new(t, header)
                         .flags(flags)
                         .ioprio(SEND_ZC_REPORT_USAGE)
@@ -231,6 +232,12 @@ fn send_flags(more: bool, wait_all: bool) -> i32 {
     let more = if more { libc::MSG_MORE } else { 0 };
     let wait_all = if wait_all { libc::MSG_WAITALL } else { 0 };
     libc::MSG_NOSIGNAL | more | wait_all
+}
+
+/// Ends a zero-copy send's last packet with it. Sends that share a packet are released together, all of them
+/// (io_uring/notif.c, since Linux 6.10): in a stream that never pauses that would be none of them, ever.
+fn record_end(more: bool) -> i32 {
+    if more { 0 } else { libc::MSG_EOR }
 }
 
 /// -1 is the file's own position, or none, to the kernel.

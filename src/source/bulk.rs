@@ -38,6 +38,12 @@ const RECEIVE_BYTES: usize = 4 << 10;
 /// Each run is two pieces at most, and a vectored send takes 1024.
 pub(super) const BATCH_RUNS: usize = 256;
 
+/// Operations of a lane's ring. Zero-copy sends stay until their bytes have been acknowledged, each of a batch.
+const OPS_MAX: u32 = 1024;
+
+/// Sends that may wait for that: 250 MiB at least are on their way then. The rest are for everything else.
+const IN_FLIGHT_MAX: usize = OPS_MAX as usize - 64;
+
 /// What a bulk thread needs.
 pub(crate) struct BulkLane {
     pub(crate) lane: Lane,
@@ -89,6 +95,7 @@ impl BulkLane {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
             core: self.core,
+            ops_max: OPS_MAX,
             ..Config::default()
         })?;
         priority::go_early();
@@ -167,7 +174,9 @@ impl BulkThread {
             self.gather(ring)?;
         }
         let has_some = !self.runs.is_empty();
-        if self.sending.is_none() && !self.lane_end_sent && (has_some || self.exhausted) {
+        let has_room = self.in_flight < IN_FLIGHT_MAX;
+        if self.sending.is_none() && has_room && !self.lane_end_sent && (has_some || self.exhausted)
+        {
             if !has_some {
                 self.lane_end_sent = true;
                 let op = self.lane_end()?;

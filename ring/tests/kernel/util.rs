@@ -97,6 +97,22 @@ pub(crate) fn tcp_pair() -> (Fd, TcpStream) {
     (Fd::from(OwnedFd::from(ours)), theirs)
 }
 
+/// From now on a connection's end takes little that nobody has read.
+pub(crate) fn small_window(end: &TcpStream) {
+    let bytes: libc::c_int = 32 << 10;
+    // SAFETY: the option reads four bytes from a local variable that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            end.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUF,
+            (&raw const bytes).cast(),
+            size_of_val(&bytes) as libc::socklen_t,
+        )
+    };
+    assert_eq!(result, 0);
+}
+
 pub(crate) fn memfd(len: u64) -> File {
     // SAFETY: the name is a literal with its final zero.
     let fd = unsafe { libc::memfd_create(c"umem-ring".as_ptr(), libc::MFD_CLOEXEC) };

@@ -70,6 +70,27 @@ fn a_vectored_one_gives_its_pieces_back_with_the_notification() {
     }
 }
 
+/// A stream never pauses: were sends that share a packet released together, none would ever be.
+#[test]
+fn one_is_released_while_the_next_has_not_left() {
+    const BYTES: usize = 256 << 10;
+    let mut ring = ring();
+    let (fd, mut peer) = tcp_pair();
+    small_window(&peer);
+    let send = |byte| Op::send_vectored(fd.clone(), vec![vec![byte; BYTES].into()]).zero_copy();
+    for token in [1, 2] {
+        ring.submit(send(token as u8), token).expect("room");
+        let queued = one(&mut ring);
+        assert_eq!((queued.token, queued.outcome), (token, Outcome::Done(BYTES as u32)));
+    }
+    peer.read_exact(&mut vec![0; BYTES]).expect("read");
+    let released = one(&mut ring);
+    assert!(matches!(released.outcome, Outcome::Released { .. }), "{released:?}");
+    assert_eq!((released.token, ring.in_flight()), (1, 1));
+    peer.read_exact(&mut vec![0; BYTES]).expect("read");
+    assert_eq!(one(&mut ring).token, 2);
+}
+
 #[test]
 fn a_registered_buffer_is_sent() {
     let mut ring = ring();
