@@ -142,7 +142,7 @@ impl Link {
         self.door.as_mut().map_or(Ok(()), |door| door.answer(index))
     }
 
-    /// When [`Migration::look_after_link`] has something to do at the latest.
+    /// When `Migration::look_after_link` has something to do at the latest.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let own = match &self.state {
             State::Up => None,

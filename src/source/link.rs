@@ -139,7 +139,7 @@ impl Link {
         given.or_else(|| self.uri.clone().map(Way::Dial))
     }
 
-    /// When [`Migration::look_after_link`] has something to do.
+    /// When `Migration::look_after_link` has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let doubt = self.doubt.as_ref().map(|&(_, until)| until);
         doubt.into_iter().chain(self.liveness.deadline()).min()
