@@ -74,6 +74,9 @@ impl Window {
     fn offer(&mut self, bytes: u64) {
         let Some(socket) = &self.socket else { return };
         let wanted = usize::try_from(bytes).unwrap_or(usize::MAX).min(WINDOW_BYTES_MAX);
+        // The kernel doubles what it is given, for its own bookkeeping (socket(7)).
+        let there_is = getsockopt(socket, sockopt::RcvBuf).unwrap_or(0) / 2;
+        let wanted = wanted.max(there_is);
         // Never less than before: what is on its way already would be dropped where it has no room, and
         // sent again only after 200 ms.
         if wanted <= self.offered + self.offered / 4 {
@@ -82,7 +85,6 @@ impl Window {
         self.offered = wanted;
         let forced = setsockopt(socket, sockopt::RcvBufForce, &wanted);
         let asked = forced.or_else(|_| setsockopt(socket, sockopt::RcvBuf, &wanted));
-        // The kernel doubles what it is given, for its own bookkeeping (socket(7)).
         let is_enough = asked.is_ok()
             && getsockopt(socket, sockopt::RcvBuf).is_ok_and(|bytes| bytes >= 2 * wanted);
         if !is_enough {
@@ -219,6 +221,11 @@ mod tests {
             most_offered = most_offered.max(window.offered);
         }
         writer.join().unwrap();
+        // Who serves the lane next does not take back what it has.
+        let buffer = || getsockopt(&lane.socket(), sockopt::RcvBuf).unwrap();
+        let had = buffer();
+        Window::new(&lane);
+        assert!(buffer() >= had, "{} of {had} bytes", buffer());
         let mut waiting: libc::c_int = 0;
         // SAFETY: the request writes an int to a local variable.
         let result =
