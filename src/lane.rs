@@ -253,7 +253,13 @@ fn choose_congestion(socket: &impl AsFd) {
     let _ = setsockopt(socket, sockopt::TcpCongestion, &CONGESTION_CONTROL.into());
 }
 
-fn setsockopt_raw(socket: BorrowedFd<'_>, level: i32, name: i32, value: u32) -> nix::Result<()> {
+/// Sets an option of four bytes.
+pub(crate) fn setsockopt_raw(
+    socket: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: u32,
+) -> nix::Result<()> {
     // SAFETY: the option reads four bytes from a local variable that outlives the call.
     let result = unsafe {
         libc::setsockopt(

@@ -82,9 +82,13 @@ impl Window {
         if wanted <= self.offered + self.offered / 4 {
             return;
         }
+        // Without the privilege the kernel may give less than is asked for, and than there is.
+        let may_ask = self.offered > 0 || there_is as u64 <= WINDOW_BYTES_MIN;
         self.offered = wanted;
-        let forced = setsockopt(socket, sockopt::RcvBufForce, &wanted);
-        let asked = forced.or_else(|_| setsockopt(socket, sockopt::RcvBuf, &wanted));
+        let asked = match setsockopt(socket, sockopt::RcvBufForce, &wanted) {
+            Err(_) if may_ask => setsockopt(socket, sockopt::RcvBuf, &wanted),
+            forced => forced,
+        };
         let is_enough = asked.is_ok()
             && getsockopt(socket, sockopt::RcvBuf).is_ok_and(|bytes| bytes >= 2 * wanted);
         if !is_enough {

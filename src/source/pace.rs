@@ -4,9 +4,11 @@
 //! but a lane that has nothing queued while its thread does something else stands still. Both are a matter of
 //! time, not of bytes: [`PACE`] at the rate at which the lane goes.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use crate::lane::setsockopt_raw;
 
 /// What a batch is to take, and twice that the kernel's queue behind it. With 256 KiB at any rate a lane into huge
 /// pages stayed at 37 Gbit/s; with 1 MiB it had 47.
@@ -72,22 +74,13 @@ fn batch_bytes(bytes: u64, elapsed: Duration) -> u64 {
 /// Lets the kernel queue so many unsent bytes. False: it does not know that, or the connection has gone.
 fn queue(socket: &OwnedFd, bytes: u64) -> bool {
     let bytes = u32::try_from(bytes).expect("twice the most that a batch has");
-    // SAFETY: the option reads four bytes from a local variable that outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_NOTSENT_LOWAT,
-            (&raw const bytes).cast(),
-            size_of_val(&bytes) as libc::socklen_t,
-        )
-    };
-    result == 0
+    setsockopt_raw(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes).is_ok()
 }
 
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
 
     use super::*;
 
