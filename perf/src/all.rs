@@ -108,7 +108,7 @@ fn measured(job: &Job, umem: Option<&Path>) -> Result<Value> {
     let arguments = Arguments::from_args(&["umem-perf"], &words);
     let arguments = arguments.map_err(|exit| exit.output.trim().to_owned())?;
     let measures = arguments.what.measures().ok_or("every job measures")?;
-    Ok(measures.measure()?.named(job.name).object(&job.command()))
+    Ok(measures.measured()?.named(job.name).object(&job.command()))
 }
 
 /// The jobs that were asked for.

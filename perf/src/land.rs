@@ -79,19 +79,22 @@ impl Measure for Options {
         let route =
             Route { umem: &umem, namespaces: None, tls_creds: options.tls_creds.as_deref() };
         for round in 1..=options.rounds {
-            progress(&format!("round {round} of {}: floor", options.rounds));
-            floor.round()?;
             cipher.iter_mut().try_for_each(|cipher| cipher.round(options.size << 20))?;
-            for (subject, landings) in &mut subjects {
-                progress(&format!(
-                    "round {round} of {}: umem, {}, {} lane(s), {} % zeroes, {} reader(s)",
-                    options.rounds,
-                    name(subject),
-                    subject.lanes,
-                    subject.zero_percent,
-                    subject.readers
-                ));
-                landings.push(subject.land(&route)?);
+            for pages in floor.kinds.clone() {
+                // Beside umem's turns, as a virtual machine's speed drifts within a round too.
+                progress(&format!("round {round} of {}: floor, {}", options.rounds, pages.name()));
+                floor.round_of(pages)?;
+                for (subject, landings) in in_turn(&mut subjects, round, pages) {
+                    progress(&format!(
+                        "round {round} of {}: umem, {}, {} lane(s), {} % zeroes, {} reader(s)",
+                        options.rounds,
+                        name(subject),
+                        subject.lanes,
+                        subject.zero_percent,
+                        subject.readers
+                    ));
+                    landings.push(subject.land(&route)?);
+                }
             }
         }
         Ok(report(options, machine, &floor, cipher.as_ref(), &subjects))
@@ -101,6 +104,21 @@ impl Measure for Options {
         let svg = self.svg.as_deref();
         Output { json: self.json, report: self.report.as_deref(), svg }
     }
+}
+
+/// The subjects with memory of this kind, the other way round in every second round, so that none always comes
+/// right after the same.
+fn in_turn(
+    subjects: &mut [(Subject, Vec<Landing>)],
+    round: usize,
+    pages: Pages,
+) -> Vec<&mut (Subject, Vec<Landing>)> {
+    let mut turns: Vec<_> =
+        subjects.iter_mut().filter(|(subject, _)| subject.pages == pages).collect();
+    if round.is_multiple_of(2) {
+        turns.reverse();
+    }
+    turns
 }
 
 /// Every combination that was asked for.
@@ -202,7 +220,7 @@ fn report(
         let best = floor.best(subject.pages, subject.zero_percent);
         let floor_gbps = best.as_ref().map_or(f64::NAN, |best| best.gbps.median);
         let moving_s = moving_s(landings);
-        let ratio = best.as_ref().map_or(f64::NAN, |best| best.seconds.median / moving_s.median);
+        let ratio = best.as_ref().map_or(f64::NAN, |best| best.seconds.over(&moving_s).median);
         let share = cipher.as_ref().map(|cipher| gbps.median / cipher.lane_gbps());
         let mut row = vec![
             name(subject),
@@ -244,7 +262,7 @@ fn report(
             "ratio_to_floor": ratio,
             "ratio_to_cipher": share,
             "checksum": subject.checksum,
-            "ratio_to_unchecked": unchecked(subjects, subject).map(|s| s.median / moving_s.median),
+            "ratio_to_unchecked": unchecked(subjects, subject).map(|s| s.over(&moving_s).median),
         }));
     }
     let mut method = format!(
@@ -254,7 +272,8 @@ fn report(
          has been written and given back. Gbit/s is umem's own figure, page contents (zero pages have \
          none) from the first page to the last; afterwards the guest has checked every word. The \
          floor is the best of `floor`'s ways into memory of this kind with the same zero pages, \
-         measured in the same rounds; the ratio is its time over umem's. With a core for each end, a \
+         measured just before umem's turns in each round; the ratio is its time over umem's, the median \
+         of the rounds'. With a core for each end, a \
          guest that reads takes part of what the floor has for \
          itself. CPU is that of both umem processes. Medians.",
         if options.tls_creds.is_some() { " with TLS" } else { "" },

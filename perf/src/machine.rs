@@ -20,6 +20,45 @@ pub(crate) struct Machine {
     shmem_huge: String,
     /// Load average of the last minute when the measurement began.
     pub(crate) load: f64,
+    /// Of the processor time that was wanted from then until the measurement ended, what the host of a virtual
+    /// machine gave to others, percent. None before the end, and where the kernel does not tell.
+    #[serde(default)]
+    stolen_percent: Option<f64>,
+    #[serde(skip)]
+    began: Option<Ticks>,
+}
+
+/// Ticks of all cores since the machine started (proc_stat(5)).
+#[derive(Clone, Copy, Debug)]
+struct Ticks {
+    /// Neither idle nor waiting for a disk.
+    wanted: u64,
+    /// Given to others by the host.
+    stolen: u64,
+}
+
+impl Ticks {
+    fn now() -> Option<Ticks> {
+        Ticks::of(&read_to_string("/proc/stat").ok()?)
+    }
+
+    fn of(stat: &str) -> Option<Ticks> {
+        let line = stat.lines().next()?.strip_prefix("cpu ")?;
+        let fields: Vec<u64> =
+            line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        // user nice system idle iowait irq softirq steal; what follows is part of user and nice.
+        let [user, nice, system, _idle, _iowait, irq, softirq, stolen, ..] = *fields.as_slice()
+        else {
+            return None;
+        };
+        Some(Ticks { wanted: user + nice + system + irq + softirq + stolen, stolen })
+    }
+
+    fn stolen_percent_since(self, began: Ticks) -> Option<f64> {
+        let wanted = self.wanted.saturating_sub(began.wanted);
+        let stolen = self.stolen.saturating_sub(began.stolen);
+        (wanted > 0).then(|| stolen as f64 * 100.0 / wanted as f64)
+    }
 }
 
 impl Machine {
@@ -37,7 +76,25 @@ impl Machine {
             congestion: word("/proc/sys/net/ipv4/tcp_congestion_control", 0),
             shmem_huge: selected("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
             load,
+            stolen_percent: None,
+            began: Ticks::now(),
         }
+    }
+
+    /// The measurement has ended.
+    pub(crate) fn ended(&mut self) {
+        let now = self.began.zip(Ticks::now());
+        self.stolen_percent = now.and_then(|(began, now)| now.stolen_percent_since(began));
+    }
+
+    /// What else went on: the load when it began, and what the host took.
+    pub(crate) fn else_line(&self) -> String {
+        let stolen = self.stolen_percent.map_or_else(String::new, |percent| {
+            format!(
+                "; {percent:.1} % of the processor time that was wanted went to others on its host"
+            )
+        });
+        format!("The load average was {:.2} when it began{stolen}.", self.load)
     }
 
     /// The machine, but for what else it does.
@@ -110,4 +167,20 @@ fn selected(path: &str) -> String {
     let text = read_to_string(path).unwrap_or_default();
     let inside = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
     inside.map_or_else(|| "unknown".into(), |(inside, _)| inside.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_took_is_a_share_of_what_was_wanted() {
+        let began = Ticks::of("cpu  100 0 50 900 10 0 0 5 3 0\ncpu0 1").unwrap();
+        let ended = Ticks::of("cpu  130 10 80 5000 90 5 5 25 9 0\n").unwrap();
+        // 30 user, 10 nice, 30 system, 5 and 5 of interrupts, and 20 stolen.
+        assert_eq!(ended.stolen_percent_since(began), Some(20.0));
+        assert_eq!(began.stolen_percent_since(began), None);
+        assert!(Ticks::of("cpu  1 2 3").is_none());
+        assert!(Ticks::now().is_some());
+    }
 }

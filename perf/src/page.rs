@@ -128,8 +128,7 @@ fn page(saved: &[Saved], drawing: Option<&str>, command: Option<&str>) -> String
 
 fn section(page: &mut String, result: &Measured) {
     let _ = writeln!(page, "\n## {}\n\n    {}\n\n{}", result.what, result.command, result.method);
-    let load = result.machine.load;
-    let _ = writeln!(page, "The load average was {load:.2} when it began.");
+    let _ = writeln!(page, "{}", result.machine.else_line());
     for table in &result.tables {
         page.push('\n');
         row(page, &table.head);

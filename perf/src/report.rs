@@ -40,9 +40,16 @@ pub(crate) trait Measure {
     fn measure(&self) -> Result<Report>;
     fn output(&self) -> Output<'_>;
 
+    /// Measures, and asks the machine what went on meanwhile.
+    fn measured(&self) -> Result<Report> {
+        let mut report = self.measure()?;
+        report.machine.ended();
+        Ok(report)
+    }
+
     /// Measures, and puts the result where it is to go. `command` is what was asked for.
     fn run(&self, command: &str) -> Result<()> {
-        let report = self.measure()?;
+        let report = self.measured()?;
         let output = self.output();
         report.print(output.json, command);
         if let Some(path) = output.svg {
@@ -66,7 +73,7 @@ impl Report {
     }
 
     fn page(&self) -> String {
-        let machine = format!("{}, load {:.2}", self.machine.line(), self.machine.load);
+        let machine = format!("{}. {}", self.machine.line(), self.machine.else_line());
         let mut page = Page::new(&format!("umem-perf {}", self.what), &machine);
         page.text(&self.method);
         for (index, plot) in self.plots.iter().enumerate() {
@@ -102,7 +109,8 @@ impl Report {
             println!("{}", self.object(command));
             return;
         }
-        println!("machine  {}, load {:.2}", self.machine.line(), self.machine.load);
+        let machine = format!("{}. {}", self.machine.line(), self.machine.else_line());
+        println!("machine  {}", wrapped(&machine, 9));
         println!("method   {}", wrapped(&self.method, 9));
         for table in &self.tables {
             println!("\n{}", table.text());

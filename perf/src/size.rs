@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 
 use argh::FromArgs;
+use serde::Serialize;
 use serde_json::json;
 
 use crate::error::{Result, failure, usage};
+use crate::floor::{Floor, Way, turn};
 use crate::machine::{Machine, memory_available_mib};
 use crate::memory::{List, PAGE_BYTES, Pages};
 use crate::migration::{Landing, Route, SPARE_MIB, Subject};
 use crate::process::find_umem;
 use crate::report::{Measure, Output, Report, Table, cell, progress};
-use crate::statistics::Spread;
+use crate::statistics::{Spread, finite};
 
 /// What moving a guest takes as the guest grows: time, processor time, memory of umem's own.
 #[derive(FromArgs)]
@@ -48,6 +50,50 @@ pub(crate) struct Options {
 /// A guest's pages by which time and processor time are compared.
 const GIB_MIB: f64 = 1024.0;
 
+/// A guest of one size.
+struct Grown {
+    subject: Subject,
+    landings: Vec<Landing>,
+    /// The floor's seconds and processor seconds for each GiB, of as many rounds; none where the memory does not
+    /// suffice for both of its ends.
+    floor: Vec<(f64, f64)>,
+}
+
+/// One figure for each GiB as the guest grows.
+#[derive(Serialize)]
+struct ForGib {
+    umem: Spread,
+    /// Over the smallest guest's.
+    over_smallest: f64,
+    floor: Option<Spread>,
+    floor_over_smallest: Option<f64>,
+    /// umem's over the floor's, round by round.
+    over_floor: Option<Spread>,
+}
+
+/// The same figure of all sizes.
+fn for_gib(
+    grown: &[Grown],
+    umem: fn(&Landing) -> f64,
+    floor: fn(&Grown) -> Vec<f64>,
+) -> Vec<ForGib> {
+    let mut smallest = None;
+    let each = |grown: &Grown| {
+        let gib = grown.subject.size_mib as f64 / GIB_MIB;
+        let umem = Spread::of(grown.landings.iter().map(|one| umem(one) / gib).collect());
+        let floor = Spread::of(floor(grown));
+        let least = *smallest.get_or_insert((umem.median, floor.median));
+        ForGib {
+            over_smallest: umem.median / least.0,
+            floor_over_smallest: finite(floor.median / least.1),
+            over_floor: (!floor.rounds.is_empty()).then(|| umem.over(&floor)),
+            floor: (!floor.rounds.is_empty()).then_some(floor),
+            umem,
+        }
+    };
+    grown.iter().map(each).collect()
+}
+
 impl Measure for Options {
     fn measure(&self) -> Result<Report> {
         let options = self;
@@ -72,7 +118,9 @@ impl Measure for Options {
                  spare: choose smaller --sizes"
             ));
         }
-        let mut subjects: Vec<(Subject, Vec<Landing>)> = fit
+        progress("the floor's best way");
+        let way = Floor::best_way(options.into, fit[0] << 20)?;
+        let mut subjects: Vec<Grown> = fit
             .into_iter()
             .map(|size_mib| Subject {
                 pages: options.into,
@@ -83,16 +131,24 @@ impl Measure for Options {
                 release_ram: options.release_ram,
                 checksum: false,
             })
-            .map(|subject| (subject, Vec::new()))
+            .map(|subject| Grown { subject, landings: Vec::new(), floor: Vec::new() })
             .collect();
         let route = Route { umem: &umem, namespaces: None, tls_creds: None };
         for round in 1..=options.rounds {
-            for (subject, landings) in &mut subjects {
-                progress(&format!("round {round} of {}: {} MiB", options.rounds, subject.size_mib));
+            for Grown { subject, landings, floor } in &mut subjects {
+                let size_mib = subject.size_mib;
+                if 2 * size_mib + SPARE_MIB <= available {
+                    progress(&format!(
+                        "round {round} of {}: floor, {size_mib} MiB",
+                        options.rounds
+                    ));
+                    floor.push(turn(way, size_mib << 20)?);
+                }
+                progress(&format!("round {round} of {}: umem, {size_mib} MiB", options.rounds));
                 landings.push(subject.land(&route)?);
             }
         }
-        Ok(report(options, machine, &subjects, &left_out))
+        Ok(report(options, machine, way, &subjects, &left_out))
     }
 
     fn output(&self) -> Output<'_> {
@@ -104,61 +160,61 @@ impl Measure for Options {
 fn report(
     options: &Options,
     machine: Machine,
-    subjects: &[(Subject, Vec<Landing>)],
+    way: Way,
+    grown: &[Grown],
     left_out: &[usize],
 ) -> Report {
     let mut table = Table::new(&[
         "MiB",
-        "total s",
         "s/GiB",
         "× smallest",
-        "CPU s",
+        "floor s/GiB",
+        "× smallest",
+        "× floor",
         "CPU s/GiB",
         "× smallest",
+        "floor CPU s/GiB",
+        "× smallest",
+        "× floor",
         "source's own MiB",
         "destination's own MiB",
         "page state MiB",
     ]);
-    let spread = |landings: &[Landing], get: fn(&Landing) -> f64| {
-        Spread::of(landings.iter().map(get).collect())
-    };
+    let time = for_gib(
+        grown,
+        |landing| landing.total_s,
+        |grown| {
+            let gib = grown.subject.size_mib as f64 / GIB_MIB;
+            grown.floor.iter().map(|(seconds, _)| seconds / gib).collect()
+        },
+    );
+    let cpu = for_gib(
+        grown,
+        |landing| landing.cpu_s,
+        |grown| grown.floor.iter().map(|(_, cpu_s_per_gib)| *cpu_s_per_gib).collect(),
+    );
     let (mut figures, mut highlights) = (Vec::new(), Vec::new());
-    let mut smallest: Option<(f64, f64)> = None;
-    for (subject, landings) in subjects {
-        let gib = subject.size_mib as f64 / GIB_MIB;
-        let (total_s, cpu_s) = (spread(landings, |l| l.total_s), spread(landings, |l| l.cpu_s));
-        let (time, cpu) = (total_s.median / gib, cpu_s.median / gib);
-        let (least_time, least_cpu) = *smallest.get_or_insert((time, cpu));
-        let source_own_mib = spread(landings, |l| l.source_own_mib);
-        let destination_own_mib = spread(landings, |l| l.destination_own_mib);
+    for ((Grown { subject, landings, .. }, time), cpu) in grown.iter().zip(time).zip(cpu) {
+        let most = |get: fn(&Landing) -> f64| Spread::of(landings.iter().map(get).collect()).max;
+        let (source_own_mib, destination_own_mib) =
+            (most(|landing| landing.source_own_mib), most(|landing| landing.destination_own_mib));
         let page_state_mib = page_state_mib(subject.size_mib);
-        table.row(vec![
-            subject.size_mib.to_string(),
-            cell(total_s.median, 2),
-            cell(time, 2),
-            cell(time / least_time, 2),
-            cell(cpu_s.median, 2),
-            cell(cpu, 2),
-            cell(cpu / least_cpu, 2),
-            cell(source_own_mib.max, 1),
-            cell(destination_own_mib.max, 1),
-            cell(page_state_mib, 1),
-        ]);
+        let mut row = vec![subject.size_mib.to_string()];
+        row.extend([&time, &cpu].into_iter().flat_map(ForGib::cells));
+        row.extend([source_own_mib, destination_own_mib, page_state_mib].map(|mib| cell(mib, 1)));
+        table.row(row);
         highlights.push(format!(
-            "{} MiB: {} times the time of the smallest for each GiB, {} times the processor time; {} and {} \
-             MiB of memory of umem's own",
+            "{} MiB: {}, and {} in processor time; {} and {} MiB of memory of umem's own",
             subject.size_mib,
-            cell(time / least_time, 2),
-            cell(cpu / least_cpu, 2),
-            cell(source_own_mib.max, 1),
-            cell(destination_own_mib.max, 1)
+            time.sentence("the time"),
+            cpu.sentence("that"),
+            cell(source_own_mib, 1),
+            cell(destination_own_mib, 1)
         ));
         figures.push(json!({
             "size_mib": subject.size_mib,
-            "total_s": total_s,
-            "cpu_s": cpu_s,
-            "time_per_gib_over_smallest": time / least_time,
-            "cpu_per_gib_over_smallest": cpu / least_cpu,
+            "time_per_gib": time,
+            "cpu_per_gib": cpu,
             "source_own_mib": source_own_mib,
             "destination_own_mib": destination_own_mib,
             "page_state_mib": page_state_mib,
@@ -168,13 +224,16 @@ fn report(
         "`umem migrate -p` → loopback TCP, {} bulk lane(s) → `umem incoming` with an idle `umem guest` \
          ({}) without zero pages or holes. Every size takes its turn in each of {} rounds, after as \
          much memory has been written and given back, and the guest checks every word afterwards. \
-         Total is from the source's stop to the last page; CPU is that of both umem processes. Own \
+         Time is from the source's stop to the last page; CPU is that of both umem processes. Just before \
+         it the floor has its turn, with as much memory: {} (the best of `floor`'s ways with the \
+         smallest guest). × floor is umem's over the floor's, the median of the rounds'. Own \
          memory is the most anonymous memory that a process was seen to have (RssAnon, looked at \
          every 5 ms; the guest's pages that it maps are not its own), the largest of the rounds; \
          page state is what 3 bits a page are. All other figures are medians.",
         options.lanes,
         options.into.name(),
-        options.rounds
+        options.rounds,
+        way.name()
     );
     if options.release_ram {
         method += " The source frees its memory as it arrives (--release-ram); where the guest's memory \
@@ -194,10 +253,33 @@ fn report(
             "pages": options.into,
             "rounds": options.rounds,
             "lanes": options.lanes,
+            "floor": way,
             "release_ram": options.release_ram,
             "figures": figures,
             "left_out_mib": left_out,
         }),
+    }
+}
+
+impl ForGib {
+    fn cells(&self) -> Vec<String> {
+        let median = |spread: Option<&Spread>| cell(spread.map_or(f64::NAN, |s| s.median), 2);
+        vec![
+            cell(self.umem.median, 2),
+            cell(self.over_smallest, 2),
+            median(self.floor.as_ref()),
+            cell(self.floor_over_smallest.unwrap_or(f64::NAN), 2),
+            median(self.over_floor.as_ref()),
+        ]
+    }
+
+    /// A GiB of this guest in `what` of one of the smallest, and of the floor's.
+    fn sentence(&self, what: &str) -> String {
+        let floor = self.floor_over_smallest.map_or_else(String::new, |floor| {
+            let over = self.over_floor.as_ref().map_or(f64::NAN, |over| over.median);
+            format!(" (the floor {}; umem's is {} × the floor's)", cell(floor, 2), cell(over, 2))
+        });
+        format!("{} × {what} of the smallest for each GiB{floor}", cell(self.over_smallest, 2))
     }
 }
 

@@ -36,6 +36,13 @@ impl Spread {
             rounds,
         }
     }
+
+    /// This figure over another of the same rounds, round by round: what slows down a whole round is not in it.
+    pub(crate) fn over(&self, other: &Spread) -> Spread {
+        Spread::of(
+            self.rounds.iter().zip(&other.rounds).map(|(this, other)| this / other).collect(),
+        )
+    }
 }
 
 /// Latencies, in microseconds.
@@ -115,6 +122,13 @@ mod tests {
     fn a_spread_keeps_its_ends() {
         let spread = Spread::of(vec![2.0, 9.0, 4.0]);
         assert!((spread.min, spread.median, spread.max) == (2.0, 4.0, 9.0));
+    }
+
+    #[test]
+    fn ratios_are_those_of_the_rounds() {
+        // The second round was slow for both; the ratio of the medians would be 1.
+        let (this, other) = (Spread::of(vec![1.0, 8.0, 2.0]), Spread::of(vec![2.0, 16.0, 1.0]));
+        assert!((this.over(&other).median - 0.5).abs() < 1e-9);
     }
 
     #[test]

@@ -98,6 +98,8 @@ impl Answers {
 pub(crate) struct Touched {
     /// Of each access that waited.
     pub(crate) waited_ns: Vec<u64>,
+    /// What of that its thread was ready to run and had no core; empty where nobody counted it.
+    queued_ns: Vec<u64>,
     /// Accesses to pages that had come already.
     pub(crate) already_there: u64,
     /// umem's own account of the same faults, from reading one to waking the guest.
@@ -206,6 +208,7 @@ fn raw(pages: Pages, bytes: usize, count: usize, one_core: bool) -> Result<Touch
     let waited_ns = floor::round_trips(pages, bytes, count, one_core)?;
     Ok(Touched {
         waited_ns,
+        queued_ns: Vec::new(),
         already_there: 0,
         umem_latency_us: None,
         umem_stages_us: None,
@@ -284,15 +287,29 @@ impl Touching {
         if touched["wrong"] != 0 {
             return failure(format!("the guest read {} wrong pages", touched["wrong"]));
         }
-        let waited = touched["waited_ns"].as_array().ok_or("the toucher told no latencies")?;
+        let told = |name: &str| -> Result<Vec<u64>> {
+            let values = touched[name].as_array().ok_or("the toucher told no latencies")?;
+            Ok(values.iter().filter_map(Value::as_u64).collect())
+        };
         Ok(Touched {
-            waited_ns: waited.iter().filter_map(Value::as_u64).collect(),
+            waited_ns: told("waited_ns")?,
+            queued_ns: told("queued_ns")?,
             already_there: touched["already_there"].as_u64().unwrap_or(0),
             umem_latency_us: Some(completed["fault_latency_us"].clone()),
             umem_stages_us: Some(completed["fault_stages_us"].clone()),
             gbps: self.background.then(|| completed["gbps"].as_f64()).flatten(),
         })
     }
+}
+
+/// What a subject's accesses waited for a core, and what is left of them without that.
+fn queued(turns: &[Touched]) -> [Distribution; 2] {
+    let queued = turns.iter().flat_map(|turn| turn.queued_ns.iter().copied()).collect();
+    let left = turns.iter().flat_map(|turn| {
+        let pairs = turn.waited_ns.iter().zip(&turn.queued_ns);
+        pairs.map(|(waited, queued)| waited - queued)
+    });
+    [Distribution::of(queued), Distribution::of(left.collect())]
 }
 
 /// All turns of a subject together.
@@ -326,6 +343,11 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
         "arrived → continued p50 µs",
         "p99",
         "before and after p50 µs",
+        "for a core p50 µs",
+        "p99",
+        "without it p50 µs",
+        "× idle",
+        "stream Gbit/s",
     ]);
     let (mut figures, mut curves, mut highlights) = (Vec::new(), Vec::new(), Vec::new());
     for subject in subjects {
@@ -340,6 +362,15 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
         let idle = of(Answers::UmemIdle);
         let over = |other: Option<&Distribution>, get: fn(&Distribution) -> f64, is: bool| {
             other.filter(|_| is).map_or(f64::NAN, |other| get(&all) / get(other))
+        };
+        let [for_a_core, without] = queued(&subject.turns);
+        let idle_without = subjects
+            .iter()
+            .find(|other| other.pages == subject.pages && other.answers == Answers::UmemIdle)
+            .map(|other| queued(&other.turns)[1].p50_us);
+        let ratio_without = match subject.answers {
+            Answers::UmemLoaded => without.p50_us / idle_without.unwrap_or(f64::NAN),
+            _ => f64::NAN,
         };
         let (p50, p99) = (|d: &Distribution| d.p50_us, |d: &Distribution| d.p99_us);
         let is_umem = subject.answers.is_umem();
@@ -365,8 +396,17 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
         if is_umem {
             let (over, ratio) =
                 if is_loaded { ("the idle one", ratios[2]) } else { ("the floor", ratios[0]) };
+            let without = if is_loaded {
+                format!(
+                    "; without waiting for a core p50 {} µs, {} × the idle one",
+                    cell(without.p50_us, 0),
+                    cell(ratio_without, 2)
+                )
+            } else {
+                String::new()
+            };
             highlights.push(format!(
-                "{}, {}: p50 {} µs, {} × {over}; p99 {} µs",
+                "{}, {}: p50 {} µs, {} × {over}; p99 {} µs{without}",
                 subject.pages.name(),
                 subject.answers.name(),
                 cell(all.p50_us, 0),
@@ -394,6 +434,10 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
                 row.extend([of("p50"), of("p99")]);
             }
             row.push(cell(all.p50_us - inside.median, 1));
+            row.extend(
+                [for_a_core.p50_us, for_a_core.p99_us, without.p50_us].map(|us| cell(us, 1)),
+            );
+            row.extend([cell(ratio_without, 2), cell(Spread::of(gbps.clone()).median, 1)]);
             by_stage.row(row);
         }
         figures.push(json!({
@@ -409,6 +453,8 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
             "ratio_to_floor": { "p50": ratios[0], "p99": ratios[1] },
             "floor": floor.as_ref().map(|floor| json!({ "p50_us": floor.p50_us, "p99_us": floor.p99_us })),
             "ratio_to_idle": { "p50": ratios[2], "p99": ratios[3] },
+            "waiting_for_a_core": is_umem.then_some(&for_a_core),
+            "without_waiting_for_a_core": is_umem.then_some(&without),
         }));
         let name = format!("{}, {}", subject.pages.name(), subject.answers.name());
         curves.push(Curve { name, points: all.curve() });
@@ -427,7 +473,10 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
          guest's way back onto its core. The second table has umem's part by stage, medians of the \
          turns: from reading a fault until its request has been handed to the kernel, until the page \
          has come, until it is visible and its waiter woken; and what of the guest's p50 lies before \
-         and after them.",
+         and after them. For a core is how long the guest's thread, its page there, was ready to run and \
+         had none (/proc/thread-self/schedstat, access by access), and without it what remains of each \
+         access: on a machine where guest, source and destination have a core each that is all of it. \
+         Stream is what the background moved meanwhile.",
         options.count, options.size, options.lanes, options.rounds
     );
     let plot = Plot::curves("First access to a page", "µs, logarithmic", curves);

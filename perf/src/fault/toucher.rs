@@ -7,6 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::IoSlice;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -67,6 +68,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let pages = bytes / PAGE_BYTES;
     let first = touch(&mapping, 0);
     let mut waited_ns = Vec::with_capacity(pages);
+    let mut queue = RunQueue::open();
+    let mut queued_ns = Vec::with_capacity(if queue.is_some() { pages } else { 0 });
     let (mut already_there, mut wrong) = (0_u64, u64::from(first != 0));
     let mut slept = sleeps()?;
     let think = Duration::from_micros(options.think_us);
@@ -78,6 +81,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let now = sleeps()?;
         if now > slept {
             waited_ns.push(nanoseconds);
+            if let Some(queue) = &mut queue {
+                queued_ns.push(queue.since_last()?.min(nanoseconds));
+            }
         } else {
             already_there += 1;
         }
@@ -92,6 +98,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         json!({
             "event": "touched",
             "waited_ns": waited_ns,
+            "queued_ns": queued_ns,
             "already_there": already_there,
             "wrong": wrong,
         })
@@ -106,6 +113,33 @@ pub(super) fn touch(mapping: &Mapping, page: usize) -> u64 {
     let (start, _) = mapping.at(page * PAGE_BYTES);
     // SAFETY: inside the mapping, aligned; volatile, as somebody else brings the page.
     unsafe { start.cast::<u64>().read_volatile() }
+}
+
+/// How long this thread was ready to run and had no core.
+struct RunQueue {
+    schedstat: File,
+    total_ns: u64,
+}
+
+impl RunQueue {
+    /// None where the kernel does not count it (CONFIG_SCHED_INFO).
+    fn open() -> Option<RunQueue> {
+        let schedstat = File::open("/proc/thread-self/schedstat").ok()?;
+        let mut queue = RunQueue { schedstat, total_ns: 0 };
+        queue.since_last().ok()?;
+        Some(queue)
+    }
+
+    /// Nanoseconds since this was asked last.
+    fn since_last(&mut self) -> Result<u64> {
+        let mut text = [0; 64];
+        let count = self.schedstat.read_at(&mut text, 0).context(|| "this thread's schedstat")?;
+        // Time on a core, time waiting for one, times that it got one.
+        let mut words = std::str::from_utf8(&text[..count])?.split_whitespace();
+        let total_ns = words.nth(1).ok_or("schedstat has no second word")?.parse()?;
+        let before = std::mem::replace(&mut self.total_ns, total_ns);
+        Ok(total_ns - before)
+    }
 }
 
 /// Times that this thread has slept.
@@ -142,6 +176,23 @@ mod tests {
     use std::io::{Read, Write};
 
     use super::*;
+
+    /// Two threads that want the same core all the time wait for it in turns.
+    #[test]
+    fn waiting_for_a_core_is_counted() {
+        let Some(mut queue) = RunQueue::open() else {
+            return eprintln!("this kernel does not count how long a thread waits for a core");
+        };
+        let [core, _] = crate::machine::two_cores().unwrap();
+        crate::machine::pin(core).unwrap();
+        let waited = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // It inherits the core.
+            scope.spawn(|| while !waited.load(std::sync::atomic::Ordering::Relaxed) {});
+            while queue.since_last().unwrap() == 0 {}
+            waited.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
 
     #[test]
     fn only_a_thread_that_waits_has_slept() {

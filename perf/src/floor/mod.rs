@@ -93,6 +93,12 @@ pub(crate) struct Figure {
     cpu_s_per_gib: Spread,
 }
 
+impl Way {
+    pub(crate) fn name(self) -> String {
+        format!("{}, sent by {}", self.receive.name(self.pages), self.send.name())
+    }
+}
+
 /// The ways into memory of one page kind; [`Receive::Discard`] is into none.
 pub(crate) fn ways(pages: Pages, zero_percent: u32) -> Vec<Way> {
     let receives: &[Receive] = match pages {
@@ -218,17 +224,18 @@ impl Floor {
 
     /// Gives every way its turn.
     pub(crate) fn round(&mut self) -> Result<()> {
+        self.kinds.clone().into_iter().try_for_each(|pages| self.round_of(pages))
+    }
+
+    /// Gives every way into memory of this kind its turn.
+    pub(crate) fn round_of(&mut self, pages: Pages) -> Result<()> {
         let sources = &self.sources;
-        for (way, runs) in &mut self.runs {
+        for (way, runs) in self.runs.iter_mut().filter(|(way, _)| way.pages == pages) {
             let source = sources.iter().find(|source| {
                 source.pages == way.pages.source() && source.zero_percent == way.zero_percent
             });
             let source = source.ok_or("every way has its source")?;
-            if way.receive != Receive::Discard {
-                // Leaves the memory warm for the run that counts.
-                once(*way, source)?;
-            }
-            runs.push(once(*way, source)?);
+            runs.push(twice(*way, source)?);
         }
         Ok(())
     }
@@ -248,6 +255,13 @@ impl Floor {
         self.runs.iter().map(figure).collect()
     }
 
+    /// The way into memory of this kind that is best in one turn with a guest of `bytes`.
+    pub(crate) fn best_way(pages: Pages, bytes: usize) -> Result<Way> {
+        let mut floor = Floor::new(bytes, &[pages], &[0])?;
+        floor.round()?;
+        Ok(floor.best(pages, 0).ok_or("every kind has a way")?.way)
+    }
+
     /// The best way into memory of this kind, with this share of zero pages.
     pub(crate) fn best(&self, pages: Pages, zero_percent: u32) -> Option<Figure> {
         let figures = self.figures().into_iter();
@@ -260,6 +274,22 @@ impl Floor {
             })
             .max_by(|a, b| a.gbps.median.total_cmp(&b.gbps.median))
     }
+}
+
+/// Gives one way one turn with a guest of its own of `bytes`, none of them zeroes: seconds, and processor
+/// seconds for each GiB.
+pub(crate) fn turn(way: Way, bytes: usize) -> Result<(f64, f64)> {
+    let run = twice(way, &Source::new(way.pages.source(), bytes, 0)?)?;
+    Ok((run.seconds, run.cpu_s_per_gib))
+}
+
+/// One way's turn.
+fn twice(way: Way, source: &Source) -> Result<Run> {
+    if way.receive != Receive::Discard {
+        // Leaves the memory warm for the run that counts.
+        once(way, source)?;
+    }
+    once(way, source)
 }
 
 /// Moves the file once, and checks what arrived.
