@@ -4,6 +4,7 @@
 //! The guest (tests/guest) checks every word of its memory again and again, on both sides. Run by
 //! `tests/run`, which provides two versions of QEMU, a kernel and the guest.
 
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::fs;
