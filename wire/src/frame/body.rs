@@ -1,0 +1,194 @@
+//! Bodies: which length a header may announce, and what the bytes mean.
+
+use super::header::standing_of;
+use super::{Frame, Header, Kind};
+use crate::bytes::u64_at;
+use crate::error::FrameError;
+use crate::fault::{Fault, FaultCode, parse_text};
+use crate::limits::*;
+use crate::region::{DESCRIPTOR_BYTES, PageRange, PageSize, RegionId, RegionTable};
+use crate::resume::{self, HAVE_WORD_PAGES, Standing};
+
+/// Bytes of one page in a request's body.
+pub(crate) const REQUEST_ENTRY_BYTES: usize = 8;
+
+/// Bytes of one region in a ready frame's body.
+pub(crate) const UNIT_BYTES: usize = 1;
+
+/// Bits of a request's entry that hold the page.
+const REQUEST_PAGE_BITS: u32 = 48;
+
+/// Bytes of one region in a digests frame's body.
+pub(crate) const DIGEST_BYTES: usize = 8;
+
+/// Bytes of a complete frame's body.
+const TOTALS_BYTES: usize = 40;
+
+const _: () = assert!(TOTALS_BYTES == size_of::<Totals>());
+
+/// A body that is to come: what it is, and its length, which is within the kind's limit.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Body {
+    pub(crate) content: Content,
+    pub(crate) bytes: usize,
+}
+
+/// What a body holds.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Content {
+    Request,
+    Regions,
+    Units,
+    DeviceState,
+    Totals,
+    /// Switched, and running since so many µs after it.
+    Standing(bool, Option<u64>),
+    Have(PageRange),
+    Digests,
+    Fault(FaultCode),
+}
+
+impl Body {
+    /// The whole frame, given its body, and room for the pages of a request: an empty vector.
+    pub(crate) fn frame(
+        self,
+        bytes: &[u8],
+        room: &mut Vec<(RegionId, u64)>,
+    ) -> Result<Frame, FrameError> {
+        assert_eq!(bytes.len(), self.bytes, "the body is whole");
+        Ok(match self.content {
+            Content::Request => {
+                let mut pages = std::mem::take(room);
+                pages.extend(decode_request(bytes));
+                Frame::Request(pages)
+            }
+            Content::Regions => {
+                Frame::Regions(RegionTable::decode(bytes).map_err(FrameError::Regions)?)
+            }
+            Content::Units => Frame::Ready(decode_units(bytes)?),
+            Content::DeviceState => Frame::DeviceState { bytes: self.bytes as u32 },
+            Content::Totals => Frame::Complete(Totals::decode(bytes)),
+            Content::Standing(switched, running) => {
+                Frame::Resume(Standing { switched, running, totals: Totals::decode(bytes) })
+            }
+            Content::Have(range) => Frame::Have { range, words: resume::decode(range, bytes)? },
+            Content::Digests => {
+                let digests = bytes.as_chunks::<DIGEST_BYTES>().0.iter();
+                Frame::Digests(digests.map(|&digest| u64::from_le_bytes(digest)).collect())
+            }
+            Content::Fault(code) => {
+                let text = parse_text(bytes).ok_or(FrameError::FaultText)?.to_owned();
+                Frame::Error(Fault { code, text })
+            }
+        })
+    }
+}
+
+impl Header {
+    pub(super) fn body(self) -> Result<Body, FrameError> {
+        let Header { kind, body_bytes, .. } = self;
+        let bytes = body_bytes as usize;
+        let (content, unit, bytes_min, bytes_max) = match kind {
+            Kind::Request => {
+                let unit = REQUEST_ENTRY_BYTES;
+                (Content::Request, unit, unit, REQUEST_ENTRIES_MAX * unit)
+            }
+            Kind::Regions => {
+                let unit = DESCRIPTOR_BYTES;
+                (Content::Regions, unit, unit, REGIONS_MAX * unit)
+            }
+            Kind::Ready => (Content::Units, UNIT_BYTES, UNIT_BYTES, REGIONS_MAX * UNIT_BYTES),
+            Kind::DeviceState => (Content::DeviceState, 1, 1, STATE_CHUNK_BYTES_MAX),
+            Kind::Complete => (Content::Totals, 1, TOTALS_BYTES, TOTALS_BYTES),
+            Kind::Resume => {
+                let (switched, running) = standing_of(self.flags)?;
+                let standing = (switched, running.then_some(self.first));
+                (Content::Standing(standing.0, standing.1), 1, TOTALS_BYTES, TOTALS_BYTES)
+            }
+            Kind::Have => {
+                let range = PageRange {
+                    region: RegionId(self.region),
+                    first: self.first,
+                    pages: self.pages,
+                };
+                let is_aligned = self.first.is_multiple_of(HAVE_WORD_PAGES);
+                if !is_aligned || !(1..=HAVE_PAGES_MAX).contains(&self.pages) {
+                    return Err(FrameError::HaveRange(range));
+                }
+                let bytes = resume::body_bytes(self.pages) as usize;
+                (Content::Have(range), 1, bytes, bytes)
+            }
+            Kind::Digests => {
+                (Content::Digests, DIGEST_BYTES, DIGEST_BYTES, REGIONS_MAX * DIGEST_BYTES)
+            }
+            Kind::Error => {
+                let code = u16::try_from(self.first).ok().and_then(FaultCode::from_number);
+                let code = code.ok_or(FrameError::FaultCode(self.first))?;
+                (Content::Fault(code), 1, 0, ERROR_TEXT_BYTES_MAX)
+            }
+            _ => unreachable!("a kind without a body"),
+        };
+        if !(bytes_min..=bytes_max).contains(&bytes) || !bytes.is_multiple_of(unit) {
+            return Err(FrameError::BodyLength { kind, body_bytes });
+        }
+        Ok(Body { content, bytes })
+    }
+}
+
+/// What one end has sent or received in all.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
+pub struct Totals {
+    /// Bytes of pages in data runs.
+    pub data_bytes: u64,
+    /// Bytes of pages in zero runs.
+    pub zero_bytes: u64,
+    /// Bytes of pages in hole runs.
+    pub hole_bytes: u64,
+    /// Pages that somebody waited for.
+    pub pages_demand: u64,
+    /// Pages that nobody waited for.
+    pub pages_background: u64,
+}
+
+impl Totals {
+    pub(crate) fn encode(&self) -> [u8; TOTALS_BYTES] {
+        let Totals { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background } = *self;
+        let mut out = [0; TOTALS_BYTES];
+        let fields = [data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background];
+        for (out, field) in out.as_chunks_mut::<8>().0.iter_mut().zip(fields) {
+            *out = field.to_le_bytes();
+        }
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> Totals {
+        Totals {
+            data_bytes: u64_at(bytes, 0),
+            zero_bytes: u64_at(bytes, 8),
+            hole_bytes: u64_at(bytes, 16),
+            pages_demand: u64_at(bytes, 24),
+            pages_background: u64_at(bytes, 32),
+        }
+    }
+}
+
+/// One page of a request's body. No table has a page index past 48 bits, see [`TOTAL_BYTES_MAX`].
+pub(crate) fn request_entry(region: RegionId, page: u64) -> [u8; REQUEST_ENTRY_BYTES] {
+    assert!(page >> REQUEST_PAGE_BITS == 0, "a page past every region");
+    ((u64::from(region.0) << REQUEST_PAGE_BITS) | page).to_le_bytes()
+}
+
+fn decode_request(body: &[u8]) -> impl Iterator<Item = (RegionId, u64)> {
+    let entries = body.as_chunks::<REQUEST_ENTRY_BYTES>().0.iter();
+    let entries = entries.map(|&entry| u64::from_le_bytes(entry));
+    let page_mask = (1 << REQUEST_PAGE_BITS) - 1;
+    entries.map(move |e| (RegionId((e >> REQUEST_PAGE_BITS) as u16), e & page_mask))
+}
+
+/// The landing units in a ready frame's body.
+fn decode_units(body: &[u8]) -> Result<Vec<PageSize>, FrameError> {
+    let unit = |(index, &shift): (usize, &u8)| {
+        PageSize::from_shift(shift).ok_or(FrameError::Unit { index, shift })
+    };
+    body.iter().enumerate().map(unit).collect()
+}

@@ -1,0 +1,115 @@
+//! The kinds of frames: tags and names.
+
+use std::fmt;
+
+/// A frame's tag. Zero is never one.
+#[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum Kind {
+    /// Pages, which follow.
+    Data = 1,
+    /// Pages that hold zeroes only.
+    Zero = 2,
+    /// Pages that the source's file does not have.
+    Hole = 3,
+    /// Pages that somebody at the destination waits for.
+    Request = 4,
+    /// Pages that the destination has made its own.
+    Ack = 5,
+    /// The source's table of regions.
+    Regions = 16,
+    /// The destination's guest waits to be moved into.
+    Ready = 17,
+    /// The source's guest has stopped.
+    Stopped = 18,
+    /// A piece of device state.
+    DeviceState = 19,
+    /// The device state is complete.
+    Load = 20,
+    /// The destination's guest has taken the device state.
+    Loaded = 21,
+    /// The guest belongs to the destination.
+    Switchover = 22,
+    /// The destination's guest runs.
+    Running = 23,
+    /// Nothing more comes on this bulk lane.
+    LaneEnd = 24,
+    /// Every page is cached; also the source's goodbye.
+    Complete = 25,
+    /// Where the destination stands, on a demand lane that replaces a lost one.
+    Resume = 26,
+    /// Which pages the destination has, behind a resume frame.
+    Have = 27,
+    /// What all that has landed comes to, region by region.
+    Digests = 28,
+    /// Please answer.
+    Ping = 32,
+    /// The answer.
+    Pong = 33,
+    /// The sender gives up.
+    Error = 255,
+}
+
+impl Kind {
+    /// Every kind, in order of its tag.
+    pub const ALL: [Kind; 21] = [
+        Kind::Data,
+        Kind::Zero,
+        Kind::Hole,
+        Kind::Request,
+        Kind::Ack,
+        Kind::Regions,
+        Kind::Ready,
+        Kind::Stopped,
+        Kind::DeviceState,
+        Kind::Load,
+        Kind::Loaded,
+        Kind::Switchover,
+        Kind::Running,
+        Kind::LaneEnd,
+        Kind::Complete,
+        Kind::Resume,
+        Kind::Have,
+        Kind::Digests,
+        Kind::Ping,
+        Kind::Pong,
+        Kind::Error,
+    ];
+
+    pub(super) fn from_tag(tag: u8) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|&kind| kind as u8 == tag)
+    }
+
+    /// The kind's name, for messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Data => "data",
+            Kind::Zero => "zero",
+            Kind::Hole => "hole",
+            Kind::Request => "request",
+            Kind::Ack => "ack",
+            Kind::Regions => "regions",
+            Kind::Ready => "ready",
+            Kind::Stopped => "stopped",
+            Kind::DeviceState => "device state",
+            Kind::Load => "load",
+            Kind::Loaded => "loaded",
+            Kind::Switchover => "switchover",
+            Kind::Running => "running",
+            Kind::LaneEnd => "lane end",
+            Kind::Complete => "complete",
+            Kind::Resume => "resume",
+            Kind::Have => "have",
+            Kind::Digests => "digests",
+            Kind::Ping => "ping",
+            Kind::Pong => "pong",
+            Kind::Error => "error",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
