@@ -1,0 +1,55 @@
+//! Migrations that stand still where a test wants them to.
+
+use umem_wire::{HEADER_BYTES, HELLO_BYTES};
+
+use crate::destination::Destination;
+use crate::migrate;
+use crate::support::{Machine, Qemu, Scratch, Tap, Umem, wait_for};
+
+/// Frames of the destination that precede its guest's running: a welcome, ready, loaded.
+const UNTIL_CONNECTED: usize = HELLO_BYTES;
+/// A ready frame has a byte for each region, and the guests here that are halted have one.
+const UNTIL_READY: usize = HELLO_BYTES + HEADER_BYTES + 1;
+
+/// A migration that stands still at a known place, because the destination's next step is held back.
+pub(super) struct Halted {
+    pub(super) tap: Tap,
+    pub(super) umem: Umem,
+    pub(super) destination: Destination,
+    /// The session's number, once the source's guest has stopped.
+    pub(super) session: String,
+}
+
+impl Halted {
+    /// All lanes are open and the source's guest runs.
+    pub(super) fn when_connected(
+        machine: &Machine,
+        scratch: &Scratch,
+        source: &mut Qemu,
+    ) -> Halted {
+        let mut halted = Halted::after(UNTIL_CONNECTED, machine, scratch, source);
+        halted.umem.event("connected");
+        halted.destination.umem.event("connected");
+        assert_eq!(source.qmp.status(), "running");
+        halted
+    }
+
+    /// The source's guest has stopped, and its device state is saved.
+    pub(super) fn when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) -> Halted {
+        let mut halted = Halted::after(UNTIL_READY, machine, scratch, source);
+        let stopped = halted.umem.event("stopped");
+        halted.session = stopped["session"].as_str().expect("text").to_owned();
+        halted.destination.umem.event("stopped");
+        wait_for("the device state to be saved", || {
+            (source.qmp.status() == "postmigrate").then_some(())
+        });
+        halted
+    }
+
+    fn after(answers: usize, machine: &Machine, scratch: &Scratch, source: &Qemu) -> Halted {
+        let destination = Destination::start(machine, scratch);
+        let tap = Tap::to(&destination.uri, Some(answers));
+        let umem = migrate(source, tap.uri(), &["-p"]);
+        Halted { tap, umem, destination, session: String::new() }
+    }
+}
