@@ -3,7 +3,7 @@
 use umem_wire::checksum::digest;
 use umem_wire::*;
 
-use crate::lane::{LaneEnd, LanePipes, Pipe, send, sums};
+use crate::lane::{LaneEnd, LanePipes, Pipe, events, send, sums};
 use crate::support::Random;
 use crate::world::{Content, Failure, Page};
 
@@ -227,9 +227,7 @@ impl Destination {
                 verified.and_then(|()| receiver.landed(count))
             }
         };
-        receiver.assert_invariants();
-        let events: Vec<Event> = std::iter::from_fn(|| receiver.poll_event()).collect();
-        for event in events {
+        for event in events(receiver) {
             self.handle(lane, &event, answers, random);
         }
         if let Err(error) = result {

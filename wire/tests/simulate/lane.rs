@@ -196,6 +196,12 @@ impl LaneEnd {
     }
 }
 
+/// What has happened, after each step.
+pub(super) fn events(receiver: &mut Receiver) -> Vec<Event> {
+    receiver.assert_invariants();
+    std::iter::from_fn(|| receiver.poll_event()).collect()
+}
+
 pub(super) fn send(pipe: &mut Pipe, frame: &Frame) {
     let mut bytes = Vec::new();
     transmit::encode(frame, &mut bytes);

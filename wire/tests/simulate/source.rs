@@ -3,7 +3,7 @@
 use umem_wire::checksum::digest;
 use umem_wire::*;
 
-use crate::lane::{LaneEnd, LanePipes, Pipe, send, sums};
+use crate::lane::{LaneEnd, LanePipes, Pipe, events, send, sums};
 use crate::support::Random;
 use crate::world::{Content, Failure};
 
@@ -324,9 +324,7 @@ impl Source {
         };
         let bytes = pipe.read_control(1000, random);
         let result = receiver.control(&bytes);
-        receiver.assert_invariants();
-        let events: Vec<Event> = std::iter::from_fn(|| receiver.poll_event()).collect();
-        for event in events {
+        for event in events(receiver) {
             self.handle(lane, &event, pipes, random);
         }
         if let Err(error) = result {
