@@ -4,12 +4,8 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
+use super::arrival::{self, Arrival};
 use super::{Cutter, Qmp, Scratch, Umem, seed, seeded};
-
-const UMEM: &str = env!("CARGO_BIN_EXE_umem");
-
-/// A handshake of TLS, or a nonce, and a hello.
-const GREETING_BYTES_MAX: u64 = 4 << 10;
 
 /// A guest that moves from one umem to another through a relay.
 pub(crate) struct Move {
@@ -89,32 +85,18 @@ impl Move {
         let [source_qmp, destination_qmp] =
             [source, destination].map(|name| path(&format!("{name}.qmp")));
         let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
-        let kind = how.kind.unwrap_or("shared");
-        let ram = format!("ram0={}", scratch.ram(destination).display());
-        let (handoff, sessions) = (path("handoff"), path("sessions"));
-        let is_anonymous = kind == "anonymous";
-        let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
-        arguments.extend(["--session-dir", &sessions]);
-        match is_anonymous {
-            true => arguments.extend(["--handoff", &handoff]),
-            false => arguments.extend(["--kind", kind, "--ram", &ram]),
-        }
-        arguments.extend(how.incoming);
-        arguments.extend(how.security.iter().flatten());
-        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
-        arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
-        arguments.extend(common);
-        match is_anonymous {
-            true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
-            false => arguments.extend(["--ram", &ram]),
-        }
-        arguments.extend(how.arriving);
-        let mut incoming = Umem::start(arguments);
-        let uri = text(&incoming.event("listening"), "uri");
-        let cutter = Cutter::to(&uri);
-        if how.security.is_some() {
-            cutter.lengthen_greetings(GREETING_BYTES_MAX);
-        }
+        let sessions = path("sessions");
+        let arrival = Arrival {
+            qmp: &destination_qmp,
+            ram: &format!("ram0={}", scratch.ram(destination).display()),
+            handoff: &path("handoff"),
+            kind: how.kind,
+            common: &common,
+            incoming: &[&["--session-dir", &sessions], how.incoming].concat(),
+            arriving: how.arriving,
+            security: how.security,
+        };
+        let (incoming, cutter) = arrival.start();
         let mut arguments = vec!["migrate", "-p", "--json", "--session-dir", &sessions];
         // So that processes begin and end more quickly than the guest moves.
         arguments.extend(["--max-postcopy-bandwidth", "24M"]);
@@ -216,19 +198,10 @@ impl Move {
         (self.scratch, self.incoming, self.names, (source, destination))
     }
 
-    /// Every word is what it was at the source or what has been written since, each page has been
-    /// counted once, and the guest has left its userfaultfd.
+    /// What must be true of the guest when everything has come.
     pub(crate) fn check(&self, report: &Value) {
-        let mut qmp = Qmp::connect(&self.scratch.path(&format!("{}.qmp", self.names[1])));
-        let verdict = qmp.execute("umem-verify", json!({}));
-        let mib = self.how.mib;
-        assert_eq!(verdict["verified_pages"], mib * 256, "{verdict}");
-        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
-        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
-        assert_eq!(verdict["registered"], false, "{verdict}");
-        let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
-        let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
-        assert_eq!(bytes, mib << 20, "every page has come once: {report}");
+        let qmp = self.scratch.path(&format!("{}.qmp", self.names[1]));
+        arrival::check(&qmp, self.how.mib, report);
     }
 }
 

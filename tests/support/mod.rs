@@ -24,6 +24,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+mod arrival;
 mod certificates;
 mod chromium;
 mod cutter;

@@ -2,14 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::arrival::{self, Arrival};
 use super::{Cutter, DEADLINE, HugeFile, Qmp, Scratch, Umem};
-
-const UMEM: &str = env!("CARGO_BIN_EXE_umem");
-
-/// A handshake of TLS, or a nonce, and a hello.
-const GREETING_BYTES_MAX: u64 = 4 << 10;
 
 /// How often a wait looks whether both sides still run.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -63,34 +59,21 @@ impl Move {
         let mut guest = Umem::start(arguments);
         guest.event("ready");
 
-        let kind = how.kind.unwrap_or("shared");
-        let handoff = path("handoff");
-        let is_anonymous = kind == "anonymous";
         let ram = match &huge {
             Some(huge) => format!("ram0={}", huge.path().display()),
             None => format!("ram0={}", scratch.ram("destination").display()),
         };
-        let mut arguments = vec!["incoming", "--json", "--qmp", &destination_qmp];
-        match is_anonymous {
-            true => arguments.extend(["--handoff", &handoff]),
-            false => arguments.extend(["--kind", kind, "--ram", &ram]),
-        }
-        arguments.extend(how.incoming);
-        arguments.extend(how.security.iter().flatten());
-        arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming"]);
-        arguments.extend(["--qmp", &destination_qmp, "--kind", kind]);
-        arguments.extend(common);
-        match is_anonymous {
-            true => arguments.extend(["--ram", "ram0", "--handoff", &handoff]),
-            false => arguments.extend(["--ram", &ram]),
-        }
-        arguments.extend(how.arriving);
-        let mut incoming = Umem::start(arguments);
-        let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
-        let cutter = Cutter::to(&uri);
-        if how.security.is_some() {
-            cutter.lengthen_greetings(GREETING_BYTES_MAX);
-        }
+        let arrival = Arrival {
+            qmp: &destination_qmp,
+            ram: &ram,
+            handoff: &path("handoff"),
+            kind: how.kind,
+            common: &common,
+            incoming: how.incoming,
+            arriving: how.arriving,
+            security: how.security,
+        };
+        let (incoming, cutter) = arrival.start();
         prepare(&cutter);
         let mut arguments = vec!["migrate", "-p", "--json", "--qmp", &source_qmp, cutter.uri()];
         arguments.extend(how.migrate);
@@ -130,28 +113,14 @@ impl Move {
     pub(crate) fn complete(mut self) -> (Value, Value) {
         let source = self.migrate.event("completed");
         let destination = self.incoming.event("completed");
-        self.check(&destination);
-        self.migrate.succeeds();
         let [source_qmp, destination_qmp] =
             ["source.qmp", "destination.qmp"].map(|name| self.scratch.path(name));
+        arrival::check(&destination_qmp, self.mib, &destination);
+        self.migrate.succeeds();
         Qmp::connect(&source_qmp).quit();
         self.guest.succeeds();
         Qmp::connect(&destination_qmp).quit();
         self.incoming.succeeds();
         (source, destination)
-    }
-
-    /// Every word is what it was at the source or what has been written since, each page has been
-    /// counted once, and the guest has left its userfaultfd.
-    fn check(&self, report: &Value) {
-        let mut qmp = Qmp::connect(&self.scratch.path("destination.qmp"));
-        let verdict = qmp.execute("umem-verify", json!({}));
-        assert_eq!(verdict["verified_pages"], self.mib * 256, "{verdict}");
-        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
-        assert_eq!(verdict["guest_writes_lost"], 0, "{verdict}");
-        assert_eq!(verdict["registered"], false, "{verdict}");
-        let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
-        let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
-        assert_eq!(bytes, self.mib << 20, "every page has come once: {report}");
     }
 }
