@@ -116,17 +116,22 @@ fn memory_that_the_source_frees_survives_cuts() {
     assert!(source["release_bytes"].as_u64() > Some(0), "{source}");
 }
 
-/// Something in between keeps the source's ends of connections that the destination has lost, and the kernel
-/// there answers for it, until something is sent. The source has nothing to send, and asks.
-#[test]
-fn a_destination_that_has_lost_its_ends_is_noticed() {
-    let mut moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
-    moving.cutter.cut(Ends::Destination, false);
+/// The session is resumed, and what nobody asks for comes at last: until an interrupt the source kept it.
+fn goes_on(mut moving: Move) -> (Value, Value) {
     moving.migrate.event("resumed");
     moving.incoming.event("resumed");
     moving.cutter.let_pages_go();
     moving.migrate.signal(Signal::SIGINT);
-    moving.complete();
+    moving.complete()
+}
+
+/// Something in between keeps the source's ends of connections that the destination has lost, and the kernel
+/// there answers for it, until something is sent. The source has nothing to send, and asks.
+#[test]
+fn a_destination_that_has_lost_its_ends_is_noticed() {
+    let moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
+    moving.cutter.cut(Ends::Destination, false);
+    goes_on(moving);
 }
 
 /// What it asks arrives nowhere, and nothing says so.
@@ -137,29 +142,20 @@ fn a_destination_that_does_not_answer_is_noticed() {
     let lost = moving.migrate.event("recovering");
     assert_eq!(lost["reason"], "the destination does not answer");
     moving.cutter.limit_demand(None);
-    moving.migrate.event("resumed");
-    moving.incoming.event("resumed");
-    moving.cutter.let_pages_go();
-    moving.migrate.signal(Signal::SIGINT);
-    moving.complete();
+    goes_on(moving);
 }
 
 /// Only what is waited for is sent, and what was asked for before the cut is asked for again.
 #[test]
 fn demands_are_asked_for_again() {
-    let mut moving =
-        Move::switched(How { mib: 32, threads: 2, migrate: &["-n"], ..How::default() });
+    let moving = Move::switched(How { mib: 32, threads: 2, migrate: &["-n"], ..How::default() });
     // Requests leave, and no answer comes.
     moving.cutter.limit_demand(Some(0));
     let cutter = &moving.cutter;
     cutter.wait_for_answers(UNTIL_RUNNING + HEADER_BYTES as u64);
     cutter.cut(Ends::Both, false);
     cutter.limit_demand(None);
-    moving.migrate.event("resumed");
-    moving.incoming.event("resumed");
-    cutter.let_pages_go();
-    moving.migrate.signal(Signal::SIGINT);
-    let (_, destination) = moving.complete();
+    let (_, destination) = goes_on(moving);
     assert!(destination["pages_demand"].as_u64() > Some(0), "{destination}");
 }
 
