@@ -188,7 +188,11 @@ mod tests {
         let waited = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
             // It inherits the core.
-            scope.spawn(|| while !waited.load(std::sync::atomic::Ordering::Relaxed) {});
+            scope.spawn(|| {
+                while !waited.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::hint::spin_loop()
+                }
+            });
             while queue.since_last().unwrap() == 0 {}
             waited.store(true, std::sync::atomic::Ordering::Relaxed);
         });
