@@ -1,0 +1,179 @@
+//! One region of the guest: its file, where the guest's process has it, and what of it has come.
+
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::memory::blocks::Blocks;
+use crate::memory::claims::RunKind;
+use crate::memory::fragments::Fragments;
+use crate::memory::kind::Kind;
+use crate::memory::pages::{PageState, PageStates};
+use crate::memory::region::RamFile;
+
+/// A piece of a region that the guest's process maps in one, with one userfaultfd.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    /// Where it begins in the region, bytes.
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+    /// Where the guest's process maps it.
+    pub(crate) address: u64,
+    /// Its userfaultfd: an index of [`GuestMemory::sources`](super::GuestMemory::sources).
+    pub(crate) source: usize,
+}
+
+/// One region: its file, where the guest has it, and what of it has come.
+pub(crate) struct GuestRegion {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) bytes: u64,
+    /// log2 of what lands as one: the larger of both sides' page sizes. All page numbers count these.
+    pub(crate) unit_shift: u8,
+    /// log2 of the size of the guest's pages here.
+    pub(super) page_shift: u8,
+    pub(super) file: Option<RamFile>,
+    /// In the order of their offsets; together they are the region.
+    pub(super) parts: Vec<Part>,
+    pub(crate) pages: PageStates,
+    pub(super) fragments: Fragments,
+    pub(super) blocks: Blocks,
+}
+
+/// What a region is made from.
+pub(crate) struct RegionSetup {
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    pub(crate) bytes: u64,
+    pub(crate) unit_shift: u8,
+    pub(crate) page_shift: u8,
+    /// None for anonymous memory.
+    pub(crate) file: Option<RamFile>,
+    /// Sorted, without gaps, each of whole units.
+    pub(crate) parts: Vec<Part>,
+}
+
+impl GuestRegion {
+    pub(crate) fn new(setup: RegionSetup) -> GuestRegion {
+        let RegionSetup { name, kind, bytes, unit_shift, page_shift, file, parts } = setup;
+        let units = bytes >> unit_shift;
+        GuestRegion {
+            name,
+            kind,
+            bytes,
+            unit_shift,
+            page_shift,
+            file,
+            parts,
+            pages: PageStates::new(units),
+            fragments: Fragments::new(1 << (unit_shift - page_shift)),
+            blocks: Blocks::new(units, unit_shift),
+        }
+    }
+
+    pub(crate) fn byte_offset(&self, page: u64) -> u64 {
+        page << self.unit_shift
+    }
+
+    /// The file that pages land in.
+    ///
+    /// # Panics
+    /// For anonymous memory, which has none.
+    pub(crate) fn file(&self) -> &RamFile {
+        self.file.as_ref().expect("anonymous memory lands in buffers")
+    }
+
+    /// Pages of this region come into place by way of a buffer, whatever lane brings them.
+    pub(crate) fn is_copied(&self) -> bool {
+        self.kind == Kind::Anonymous
+    }
+
+    /// Its memory comes in huge pages, which can be received into.
+    pub(crate) fn has_huge_pages(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.has_huge_pages)
+    }
+
+    pub(super) fn page_bytes(&self) -> u64 {
+        1 << self.page_shift
+    }
+
+    pub(super) fn unit_is_page(&self) -> bool {
+        self.unit_shift == self.page_shift
+    }
+
+    /// The part that a byte of the region is in.
+    pub(crate) fn part_at(&self, offset: u64) -> &Part {
+        let after = self.parts.partition_point(|part| part.offset <= offset);
+        &self.parts[after - 1]
+    }
+
+    /// The guest's addresses of a range of the region, piece by piece.
+    pub(crate) fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (&Part, u64, u64)> {
+        let mut offset = range.start;
+        std::iter::from_fn(move || {
+            (offset < range.end).then(|| {
+                let part = self.part_at(offset);
+                let len = range.end.min(part.offset + part.bytes) - offset;
+                let address = part.address + (offset - part.offset);
+                offset += len;
+                (part, address, len)
+            })
+        })
+    }
+
+    /// What the file has of pages that have come, from `page` on, and how many are alike: one that it has
+    /// not is of zeroes, or the guest's own already, which zeroes do not change.
+    pub(super) fn kind_at(&self, page: u64, end: u64) -> Result<(RunKind, u64)> {
+        let data = self.file().next_data(self.byte_offset(page))?;
+        let next = data.map_or(end, |offset| (offset >> self.unit_shift).min(end));
+        Ok(if next > page { (RunKind::Hole, next - page) } else { (RunKind::Data, 1) })
+    }
+
+    /// Nothing of the unit has been discarded.
+    pub(super) fn is_plain(&self, unit: u64) -> bool {
+        self.pages.get(unit) == PageState::Landing
+            && (self.unit_is_page() || !self.fragments.any_in(unit, 1))
+    }
+
+    /// Bytes of the region have been discarded by the guest.
+    pub(super) fn discard(&self, bytes: Range<u64>) {
+        let unit_bytes = 1u64 << self.unit_shift;
+        let whole = bytes.start.next_multiple_of(unit_bytes)..bytes.end / unit_bytes * unit_bytes;
+        if whole.start < whole.end {
+            self.pages.discard(
+                whole.start >> self.unit_shift,
+                (whole.end - whole.start) >> self.unit_shift,
+            );
+        }
+        if self.unit_is_page() {
+            return;
+        }
+        let head = bytes.start..bytes.end.min(whole.start);
+        let tail = bytes.start.max(whole.end).max(head.end)..bytes.end;
+        for rest in [head, tail] {
+            if rest.start < rest.end {
+                let unit = rest.start >> self.unit_shift;
+                let first = (rest.start - self.byte_offset(unit)) >> self.page_shift;
+                self.fragments.add(unit, first, (rest.end - rest.start) >> self.page_shift);
+                // What has come already is the kernel's to discard.
+                if self.pages.get(unit) == PageState::Cached {
+                    self.fragments.take(unit);
+                }
+            }
+        }
+    }
+
+    /// Gives back what has landed in the file for discarded parts of units.
+    pub(super) fn discard_fragments(&self, first: u64, units: u64) -> Result<()> {
+        if self.unit_is_page() || !self.fragments.any_in(first, units) {
+            return Ok(());
+        }
+        for unit in first..first + units {
+            let Some(discarded) = self.fragments.take(unit) else { continue };
+            for (page, count) in discarded.runs(true) {
+                let offset = self.byte_offset(unit) + (page << self.page_shift);
+                self.file().discard(offset, count << self.page_shift)?;
+            }
+        }
+        Ok(())
+    }
+}
