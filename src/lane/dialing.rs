@@ -1,0 +1,137 @@
+//! Connections of the side that dials, and lanes on connections that are there already.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::PollFlags;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname,
+    getsockopt, socket, sockopt,
+};
+use umem_wire::Hello;
+
+use super::tuning::choose_congestion;
+use super::{HELLO_TIMEOUT, Lane, Wait, lane_name};
+use crate::error::{Context, Error, Result};
+use crate::lookup;
+use crate::secure::{Pass, introduce};
+use crate::uri::Uri;
+
+/// How often a unix socket is tried whose queue of connections is full.
+const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Connects to a destination and opens a lane there.
+pub(crate) fn dial(uri: &Uri, hello: &Hello, pass: &Pass, wait: Wait<'_>) -> Result<Lane> {
+    let name = lane_name(hello.role, hello.index);
+    let lane = Lane::new(connect_to(uri, wait)?, name)?;
+    introduce(lane, hello, pass, Some(HELLO_TIMEOUT), wait)
+}
+
+/// A connection to whoever listens there, and nothing said yet.
+pub(crate) fn connect_to(uri: &Uri, wait: Wait<'_>) -> Result<OwnedFd> {
+    match uri {
+        Uri::Tcp { host, port } => connect_tcp(uri, host, *port, wait),
+        Uri::Unix { path } => connect_unix(uri, path, wait),
+        Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("one connection is not dialled"),
+    }
+}
+
+/// Opens the one lane of a connection that is there already. Who is at its other end may have to be
+/// started first, so that the answer is waited for without a limit.
+pub(crate) fn open_shared(
+    socket: OwnedFd,
+    hello: &Hello,
+    pass: &Pass,
+    wait: Wait<'_>,
+) -> Result<Lane> {
+    introduce(Lane::shared(socket)?, hello, pass, None, wait)
+}
+
+/// Opens one of several lanes on a connection that is there already, as [`open_shared`] does.
+pub(crate) fn open(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
+    let lane = Lane::new(socket, lane_name(hello.role, hello.index))?;
+    introduce(lane, hello, &Pass::default(), None, wait)
+}
+
+/// Tries each address that the name has; a dead one costs [`HELLO_TIMEOUT`].
+fn connect_tcp(uri: &Uri, host: &str, port: u16, wait: Wait<'_>) -> Result<OwnedFd> {
+    let failed = |source| Error::Connect { uri: uri.to_string(), source };
+    let mut error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in lookup::addresses(host, port, wait)?.map_err(failed)? {
+        let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        match connect(family, &SockaddrStorage::from(address), wait)? {
+            Ok(socket) => return Ok(socket),
+            Err(errno) => error = errno.into(),
+        }
+    }
+    Err(failed(error))
+}
+
+fn connect_unix(uri: &Uri, path: &Path, wait: Wait<'_>) -> Result<OwnedFd> {
+    let failed = |errno: Errno| Error::Connect { uri: uri.to_string(), source: errno.into() };
+    let address = UnixAddr::new(path).map_err(failed)?;
+    let deadline = Instant::now() + HELLO_TIMEOUT;
+    loop {
+        match connect(AddressFamily::Unix, &address, wait)? {
+            Ok(socket) => return Ok(socket),
+            // Its queue of connections is full, which nothing but another try can tell.
+            Err(Errno::EAGAIN) if Instant::now() < deadline => {
+                wait(&[], Some(CONNECT_INTERVAL))?;
+            }
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+}
+
+/// One attempt, given up after [`HELLO_TIMEOUT`] or when waiting is over.
+fn connect(
+    family: AddressFamily,
+    address: &dyn SockaddrLike,
+    wait: Wait<'_>,
+) -> Result<nix::Result<OwnedFd>> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(family, SockType::Stream, flags, None).context(|| "socket")?;
+    if family != AddressFamily::Unix {
+        choose_congestion(&socket);
+    }
+    match nix::sys::socket::connect(socket.as_raw_fd(), address) {
+        Ok(()) => {}
+        Err(Errno::EINPROGRESS) => {
+            if !wait(&[(socket.as_fd(), PollFlags::POLLOUT)], Some(HELLO_TIMEOUT))? {
+                return Ok(Err(Errno::ETIMEDOUT));
+            }
+            match getsockopt(&socket, sockopt::SocketError).context(|| "SO_ERROR")? {
+                0 => {}
+                errno => return Ok(Err(Errno::from_raw(errno))),
+            }
+        }
+        Err(errno) => return Ok(Err(errno)),
+    }
+    // A ring waits on sockets that block.
+    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty())).context(|| "fcntl")?;
+    Ok(Ok(socket))
+}
+
+/// True when the lane stays on this machine, where zero-copy sends are copied anyway.
+pub(crate) fn stays_local(uri: &Uri, wait: Wait<'_>) -> Result<bool> {
+    Ok(match uri {
+        // What is behind one connection is not known; no bulk lane is.
+        Uri::Unix { .. } | Uri::Fd { .. } | Uri::Exec { .. } => true,
+        Uri::Tcp { host, port } => lookup::addresses(host, *port, wait)?
+            .is_ok_and(|addresses| addresses.iter().all(|address| address.ip().is_loopback())),
+    })
+}
+
+/// True when a connection does not leave this machine, as for [`stays_local`].
+pub(crate) fn is_local(socket: &OwnedFd) -> bool {
+    let Ok(address) = getsockname::<SockaddrStorage>(socket.as_raw_fd()) else { return false };
+    match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+        (Some(address), _) => address.ip().is_loopback(),
+        (None, Some(address)) => address.ip().is_loopback(),
+        (None, None) => true,
+    }
+}

@@ -1,0 +1,123 @@
+//! What a lane opens with: its hello, and the destination's welcome.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use umem_wire::{
+    Capabilities, FaultCode, HELLO_BYTES, Hello, LaneRole, PROTOCOL, SessionId, Welcome,
+};
+
+use super::Lane;
+use crate::error::{Context, Error, Result};
+use crate::secure::Answer;
+
+/// A hello or a welcome that is coming in, in as many pieces as it likes.
+pub(crate) struct HelloBytes {
+    bytes: [u8; HELLO_BYTES],
+    filled: usize,
+}
+
+impl HelloBytes {
+    pub(crate) fn new() -> HelloBytes {
+        HelloBytes { bytes: [0; HELLO_BYTES], filled: 0 }
+    }
+
+    /// Reads what there is, without waiting; all of it once it is whole.
+    pub(crate) fn read(&mut self, lane: &Lane) -> io::Result<Option<[u8; HELLO_BYTES]>> {
+        let rest = &mut self.bytes[self.filled..];
+        match lane.hear(rest) {
+            Ok(0) => return Err(closed()),
+            Ok(count) => self.filled += count,
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {}
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => return Err(closed()),
+                _ => return Err(error),
+            },
+        }
+        Ok((self.filled == HELLO_BYTES).then_some(self.bytes))
+    }
+}
+
+fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the other side closed it")
+}
+
+/// What this side, a destination, can do; going on over new lanes only where it can be reached again,
+/// or told by somebody how.
+pub(crate) fn capabilities(recovers: bool) -> Capabilities {
+    let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
+    Capabilities::ACKS.union(Capabilities::CHECKSUM).union(recovery)
+}
+
+/// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
+pub(crate) fn welcome(
+    lane: &mut Lane,
+    hello: &Hello,
+    ours: Capabilities,
+    answer: Option<&Answer>,
+) -> Result<()> {
+    let mut welcome = match Welcome::answer(hello, PROTOCOL, ours, [0; 32]) {
+        Ok(welcome) => welcome,
+        Err(error) => {
+            refuse(lane, FaultCode::Protocol, &error.to_string());
+            return Err(Error::protocol(&lane.name, error));
+        }
+    };
+    if let Some(answer) = answer {
+        welcome.proof = answer.welcome_proof(hello, &welcome);
+    }
+    lane.capabilities = welcome.capabilities;
+    lane.say(&welcome.encode())
+}
+
+/// Answers a hello that does not fit. Who has gone already needs no answer.
+pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) {
+    let _ = lane.say(&Welcome::refuse(code, text));
+}
+
+/// A session as its source opens it: what the hellos of its lanes have in common.
+#[derive(Clone, Copy)]
+pub(crate) struct Session {
+    pub(crate) id: SessionId,
+    pub(crate) bulk_lanes: u16,
+    pub(crate) capabilities: Capabilities,
+}
+
+impl Session {
+    /// A new one. `acks` says whether acknowledgements are wanted, `recovers` whether this side can
+    /// open lanes again.
+    pub(crate) fn new(bulk_lanes: u16, acks: bool, recovers: bool) -> Result<Session> {
+        let acks = if acks { Capabilities::ACKS } else { Capabilities::NONE };
+        let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
+        Ok(Session { id: new_session()?, bulk_lanes, capabilities: acks.union(recovery) })
+    }
+
+    /// The same, with checksums or without.
+    pub(crate) fn checked(self, checked: bool) -> Session {
+        let sums = if checked { Capabilities::CHECKSUM } else { Capabilities::NONE };
+        Session { capabilities: self.capabilities.union(sums), ..self }
+    }
+
+    /// The hello of lane `index`, 0 for the demand lane, in an attempt to open them all.
+    pub(crate) fn hello(&self, index: u16, epoch: u32) -> Hello {
+        Hello {
+            versions: PROTOCOL,
+            capabilities: self.capabilities,
+            session: self.id,
+            role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
+            index,
+            bulk_lanes: self.bulk_lanes,
+            epoch,
+            proof: [0; 32],
+        }
+    }
+}
+
+/// A session id that nobody can guess.
+pub(crate) fn new_session() -> Result<SessionId> {
+    let mut id = [0; 16];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut id))
+        .context(|| "reading /dev/urandom")?;
+    Ok(SessionId(id))
+}

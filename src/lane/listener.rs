@@ -1,0 +1,189 @@
+//! Where a destination waits for lanes.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, socket,
+};
+
+use super::Wait;
+use super::tuning::choose_congestion;
+use crate::error::{Context, Error, Result};
+use crate::lookup;
+use crate::uri::Uri;
+
+/// Where a destination waits for lanes.
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    /// With the path that is ours to remove.
+    Unix(UnixListener, Option<PathBuf>),
+}
+
+impl Listener {
+    /// Listens there. A name is looked up, which may take as long as the resolver likes: that is for a
+    /// thread that has nothing else to do.
+    pub(crate) fn bind(uri: &Uri) -> Result<Listener> {
+        let Uri::Tcp { host, port } = uri else { return Listener::bind_found(uri, &[]) };
+        let found = (own_host(host), *port).to_socket_addrs();
+        let found: Vec<SocketAddr> = found.map_err(|error| not_bound(uri, error))?.collect();
+        Listener::bind_found(uri, &found)
+    }
+
+    /// The same for a thread that is waited for: it gives up when `wait` does.
+    pub(crate) fn bind_waiting(uri: &Uri, wait: Wait<'_>) -> Result<Listener> {
+        let Uri::Tcp { host, port } = uri else { return Listener::bind_found(uri, &[]) };
+        let found = lookup::addresses(own_host(host), *port, wait)?;
+        Listener::bind_found(uri, &found.map_err(|error| not_bound(uri, error))?)
+    }
+
+    /// Looks the address up for [`bind_found`](Listener::bind_found), and tells it, perhaps at once.
+    pub(crate) fn look_up(
+        uri: &Uri,
+        tell: impl FnOnce(io::Result<Vec<SocketAddr>>) + Send + 'static,
+    ) -> Result<()> {
+        match uri {
+            Uri::Tcp { host, port } => lookup::begin(own_host(host), *port, tell),
+            _ => {
+                tell(Ok(Vec::new()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Listens there, where `found` are the addresses that its name stands for.
+    pub(crate) fn bind_found(uri: &Uri, found: &[SocketAddr]) -> Result<Listener> {
+        let failed = |source| not_bound(uri, source);
+        let listener = match uri {
+            Uri::Tcp { .. } => Listener::Tcp(TcpListener::bind(found).map_err(failed)?),
+            Uri::Unix { path } => {
+                Listener::Unix(bind_private(path).map_err(failed)?, Some(path.clone()))
+            }
+            Uri::Fd { number } => Listener::inherited(*number)?,
+            Uri::Exec { .. } => unreachable!("nobody listens there"),
+        };
+        // Who waits may have gone when it is accepted.
+        match &listener {
+            Listener::Tcp(listener) => {
+                // What it accepts has the same.
+                choose_congestion(listener);
+                listener.set_nonblocking(true)
+            }
+            Listener::Unix(listener, _) => listener.set_nonblocking(true),
+        }
+        .map_err(failed)?;
+        Ok(listener)
+    }
+
+    /// One that is bound already, as systemd hands it over; nothing that this process starts gets it.
+    fn inherited(number: i32) -> Result<Listener> {
+        let what = || format!("fd:{number}");
+        // SAFETY: it listens, so that it was open when this process started, and nothing else in it
+        // owns it.
+        let socket = unsafe { OwnedFd::from_raw_fd(number) };
+        fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context(what)?;
+        let address = getsockname::<SockaddrStorage>(number).context(what)?;
+        match address.family() {
+            Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Listener::Tcp(socket.into())),
+            Some(AddressFamily::Unix) => Ok(Listener::Unix(socket.into(), None)),
+            _ => Err(Error::Usage(format!(
+                "fd:{number} listens neither for TCP nor at a unix socket"
+            ))),
+        }
+    }
+
+    /// The address with the port that the kernel chose, or that somebody else has bound.
+    pub(crate) fn uri(&self, asked: &Uri) -> Uri {
+        match (self, asked) {
+            (Listener::Tcp(listener), Uri::Fd { .. }) => {
+                listener.local_addr().map_or(asked.clone(), |address| Uri::Tcp {
+                    host: address.ip().to_string(),
+                    port: address.port(),
+                })
+            }
+            (Listener::Unix(listener, _), Uri::Fd { .. }) => {
+                let address = listener.local_addr().ok();
+                let path = address.as_ref().and_then(|address| address.as_pathname());
+                path.map_or(asked.clone(), |path| Uri::Unix { path: path.into() })
+            }
+            (Listener::Tcp(listener), Uri::Tcp { host, port }) => {
+                let port = listener.local_addr().map_or(*port, |address| address.port());
+                Uri::Tcp { host: host.clone(), port }
+            }
+            _ => asked.clone(),
+        }
+    }
+
+    /// The next connection that waits, if it still does.
+    pub(crate) fn accept(&self) -> Result<Option<OwnedFd>> {
+        let accepted = match self {
+            Listener::Tcp(listener) => listener.accept().map(|(socket, _)| socket.into()),
+            Listener::Unix(listener, _) => listener.accept().map(|(socket, _)| socket.into()),
+        };
+        match accepted {
+            Ok(socket) => Ok(Some(socket)),
+            Err(error) => match error.kind() {
+                // Who dialled has gone again.
+                io::ErrorKind::WouldBlock
+                | io::ErrorKind::ConnectionAborted
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::Interrupted => Ok(None),
+                _ => Err(error).context(|| "accepting a lane"),
+            },
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Tcp(listener) => listener.as_fd(),
+            Listener::Unix(listener, _) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Listener::Unix(_, Some(path)) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Makes a listening unix socket that is the owner's alone.
+///
+/// The file that bind makes has the socket's own mode, so that no mask of the whole process has to
+/// change for it, whose other threads may make files meanwhile.
+pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    use nix::sys::socket::{Backlog, bind, listen};
+    use nix::sys::stat::{Mode, fchmod};
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
+}
+
+/// Every address of this machine, where none is named.
+fn own_host(host: &str) -> &str {
+    if host.is_empty() { "0.0.0.0" } else { host }
+}
+
+pub(crate) fn not_bound(uri: &Uri, source: io::Error) -> Error {
+    Error::Listen {
+        uri: uri.to_string(),
+        hint: match source.kind() {
+            io::ErrorKind::AddrInUse => "; stop what listens there or choose another one",
+            io::ErrorKind::PermissionDenied => "; choose a place this user may listen on",
+            io::ErrorKind::AddrNotAvailable => "; the address is not one of this machine's",
+            io::ErrorKind::NotFound => "; its directory does not exist",
+            _ => "",
+        },
+        source,
+    }
+}
