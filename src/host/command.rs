@@ -4,10 +4,13 @@
 //! an open memory file, so that nothing has to be installed and nothing is left behind. A QEMU gets
 //! three more options: it waits for an incoming migration and has a monitor on an inherited socket.
 
-use std::ffi::{OsStr, OsString};
+mod options;
+mod process;
+
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -16,10 +19,13 @@ use std::process::{Child, Command, ExitStatus};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::qemu::HOW_TO_START;
 use crate::error::{Context, Error, Result};
 use crate::inbox::unblock_signals;
 use crate::memory::kind::Kind;
+
+use options::qemu_arguments;
+pub(crate) use options::{is_qemu, ram_of_qemu};
+pub(crate) use process::{ProcessHandle, Standstill, began, standstill};
 
 /// The preload object, compiled by the build script.
 static PRELOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libumem_preload.so"));
@@ -192,64 +198,6 @@ fn ram_list(ram: &[RamPath]) -> OsString {
     list
 }
 
-/// What a QEMU needs beyond what its user wrote.
-fn qemu_arguments(given: &[String], qmp_fd: i32) -> Vec<OsString> {
-    let mut added: Vec<OsString> = vec![
-        "-chardev".into(),
-        format!("socket,id=umem-qmp,fd={qmp_fd}").into(),
-        "-mon".into(),
-        "chardev=umem-qmp,mode=control".into(),
-    ];
-    if !given.iter().any(|argument| argument == "-incoming" || argument == "--incoming") {
-        added.extend(["-incoming".into(), "defer".into()]);
-    }
-    added
-}
-
-/// True for `qemu-system-x86_64`, `/usr/bin/qemu-kvm` and their like.
-pub(crate) fn is_qemu(program: &str) -> bool {
-    Path::new(program)
-        .file_name()
-        .and_then(OsStr::to_str)
-        .is_some_and(|name| name.starts_with("qemu") || name == "kvm")
-}
-
-/// A handle on a process, which stays on that process when its pid is used again.
-pub(crate) struct ProcessHandle(OwnedFd, u32);
-
-impl ProcessHandle {
-    /// Of a process that is known to be there: a child, or one that a child of ours waits for.
-    pub(crate) fn open(pid: u32) -> Result<ProcessHandle> {
-        // SAFETY: pidfd_open(2) takes a pid and flags; no memory is involved.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
-        let fd = i32::try_from(fd).expect("descriptors are small");
-        if fd < 0 {
-            return Err(Error::last_os(format!("pidfd_open of process {pid}")));
-        }
-        // SAFETY: the kernel has just made it for us.
-        Ok(ProcessHandle(unsafe { OwnedFd::from_raw_fd(fd) }, pid))
-    }
-
-    /// Becomes readable when the process ends.
-    pub(crate) fn exited(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-
-    /// Ends the process; one that has ended already stays so.
-    pub(crate) fn kill(&self) {
-        self.signal(libc::SIGKILL);
-    }
-
-    /// Sends a signal; a process that has ended already does not mind.
-    pub(crate) fn signal(&self, number: i32) {
-        let info = std::ptr::null::<libc::siginfo_t>();
-        // SAFETY: pidfd_send_signal(2) with no siginfo; the descriptor is ours.
-        let _ = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), number, info, 0)
-        };
-    }
-}
-
 impl Monitor {
     /// A process that has connected to us. It is released until it hands over its memory.
     pub(crate) fn follow(pid: u32) -> Result<Monitor> {
@@ -278,7 +226,7 @@ impl Monitor {
 
     /// The process whose memory it is, where that is another one.
     pub(crate) fn owner(&self) -> Option<u32> {
-        self.owner.as_ref().map(|owner| owner.1)
+        self.owner.as_ref().map(ProcessHandle::pid)
     }
 
     /// A process has handed over its memory, this one or one that it has started: without us its faults
@@ -323,40 +271,6 @@ impl Monitor {
     }
 }
 
-/// When a process began, in the kernel's ticks since boot (proc(5), field 22): with its pid that is the
-/// process and no other. None if there is no such process, or it has ended and only waits to be noticed.
-pub(crate) fn began(pid: u32) -> Option<u64> {
-    let (state, rest) = stat(pid)?;
-    let is_alive = !matches!(state, 'Z' | 'X' | 'x');
-    rest.split_whitespace().nth(18).filter(|_| is_alive)?.parse().ok()
-}
-
-/// Why a process does not run, though it would.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Standstill {
-    /// By a signal: SIGCONT lets it go on.
-    Stopped,
-    /// By whoever traces it.
-    Traced,
-}
-
-/// Whether somebody has stopped the process, as far as its main thread shows.
-pub(crate) fn standstill(pid: u32) -> Option<Standstill> {
-    match stat(pid)?.0 {
-        'T' => Some(Standstill::Stopped),
-        't' => Some(Standstill::Traced),
-        _ => None,
-    }
-}
-
-/// Of a process: its state (proc(5), field 3), and the fields after that.
-fn stat(pid: u32) -> Option<(char, String)> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before it, in parentheses, may hold anything.
-    let mut rest = stat.rsplit_once(')')?.1.trim_start().chars();
-    Some((rest.next()?, rest.collect()))
-}
-
 impl Drop for Monitor {
     fn drop(&mut self) {
         if self.released {
@@ -385,202 +299,5 @@ fn make_private(path: &Path) {
 fn remove(files: &[PathBuf]) {
     for path in files {
         let _ = std::fs::remove_file(path);
-    }
-}
-
-/// Reads the RAM files out of a QEMU command line, and refuses what cannot work before QEMU starts.
-pub(crate) fn ram_of_qemu(arguments: &[String], kind: Kind) -> Result<Vec<RamPath>> {
-    let mut ram = Vec::new();
-    let mut options = arguments.iter().map(String::as_str);
-    while let Some(option) = options.next() {
-        match option.strip_prefix('-').map(|rest| rest.strip_prefix('-').unwrap_or(rest)) {
-            Some("object") => ram.extend(ram_of_object(options.next().unwrap_or_default(), kind)?),
-            Some("daemonize") => {
-                return Err(Error::Unsupported(
-                    "-daemonize hides QEMU from umem: leave it out; umem starts QEMU itself".into(),
-                ));
-            }
-            Some("mem-prealloc") => return Err(prealloc("-mem-prealloc")),
-            Some("incoming") => check_incoming(options.next().unwrap_or_default())?,
-            Some("overcommit") => check_overcommit(options.next().unwrap_or_default())?,
-            Some("device" | "netdev") => check_device(options.next().unwrap_or_default())?,
-            _ => {}
-        }
-    }
-    Ok(ram)
-}
-
-fn check_incoming(option: &str) -> Result<()> {
-    if option == "defer" {
-        return Ok(());
-    }
-    Err(Error::Unsupported(
-        "QEMU's own -incoming would wait for another source: leave it out, umem adds `-incoming \
-         defer`"
-            .into(),
-    ))
-}
-
-fn check_overcommit(option: &str) -> Result<()> {
-    if !flag(option, "mem-lock") {
-        return Ok(());
-    }
-    Err(Error::Unsupported(
-        "mem-lock=on makes QEMU fetch every page before it starts: take it out of the destination's \
-         -overcommit option"
-            .into(),
-    ))
-}
-
-fn check_device(option: &str) -> Result<()> {
-    let kind = option.split(',').next().unwrap_or_default();
-    if kind.starts_with("vhost-user") || kind.starts_with("vfio") {
-        return Err(Error::Unsupported(format!(
-            "{kind} reaches the guest's RAM past userfaultfd, so that pages cannot be fetched on \
-             demand: take it out of the destination's command line"
-        )));
-    }
-    Ok(())
-}
-
-fn ram_of_object(option: &str, wanted: Kind) -> Result<Option<RamPath>> {
-    let properties = object_properties(option);
-    let get = |key: &str| {
-        properties.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
-    };
-    let kind = get("qom-type").unwrap_or_default();
-    let Some(backend) = kind.strip_prefix("memory-backend-") else {
-        return Ok(None);
-    };
-    let name = get("id").unwrap_or_default().to_owned();
-    let is_on = |key| get(key).is_some_and(|value| matches!(value, "on" | "yes" | "true" | "y"));
-    if backend != "file" {
-        return Err(Error::Unsupported(format!(
-            "RAM backend {name} is a {kind}, which umem cannot fill from outside: {HOW_TO_START}"
-        )));
-    }
-    if wanted == Kind::Private && is_on("share") {
-        return Err(Error::Unsupported(format!(
-            "RAM backend {name} has share=on, and --kind private is for memory that becomes the \
-             guest's own: give it share=off, or leave out --kind"
-        )));
-    }
-    if wanted == Kind::Shared && !is_on("share") {
-        return Err(Error::Unsupported(format!(
-            "RAM backend {name} has share=off, so that its file is not the guest's memory: add \
-             share=on to its -object option"
-        )));
-    }
-    if is_on("prealloc") {
-        return Err(prealloc(&format!("prealloc=on of RAM backend {name}")));
-    }
-    match get("mem-path") {
-        Some(path) if Path::new(path).is_dir() => Err(Error::Unsupported(format!(
-            "RAM backend {name} has a directory as its mem-path: name a file in it, such as \
-             {path}/{name}"
-        ))),
-        Some(path) => Ok(Some(RamPath { name, path: path.into() })),
-        None => {
-            Err(Error::Unsupported(format!("RAM backend {name} has no mem-path: {HOW_TO_START}")))
-        }
-    }
-}
-
-fn prealloc(what: &str) -> Error {
-    Error::Unsupported(format!(
-        "{what} makes QEMU touch every page before any has come: leave it out on the destination \
-         (the source may have it)"
-    ))
-}
-
-/// The properties of an `-object` option, in QEMU's key=value form or as JSON.
-fn object_properties(option: &str) -> Vec<(String, String)> {
-    if let Ok(serde_json::Value::Object(object)) = serde_json::from_str(option) {
-        return object
-            .into_iter()
-            .map(|(key, value)| match value {
-                serde_json::Value::String(text) => (key, text),
-                other => (key, other.to_string()),
-            })
-            .collect();
-    }
-    // A comma inside a value is written twice (QEMU's own rule for keyval options).
-    let protected = option.replace(",,", "\0");
-    protected
-        .split(',')
-        .enumerate()
-        .map(|(index, item)| {
-            let (key, value) = match item.split_once('=') {
-                Some((key, value)) => (key, value),
-                None if index == 0 => ("qom-type", item),
-                None => (item, "on"),
-            };
-            (key.to_owned(), value.replace('\0', ","))
-        })
-        .collect()
-}
-
-fn flag(option: &str, key: &str) -> bool {
-    object_properties(option)
-        .iter()
-        .any(|(name, value)| name == key && matches!(value.as_str(), "on" | "yes" | "true"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn words(line: &str) -> Vec<String> {
-        line.split(' ').map(str::to_owned).collect()
-    }
-
-    #[test]
-    fn finds_the_ram_in_both_forms() {
-        let line = words(
-            "-m 2G -object memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/a,,b \
-             --object {\"qom-type\":\"memory-backend-file\",\"id\":\"ram1\",\"share\":true,\
-             \"mem-path\":\"/dev/shm/c\",\"size\":4096} -object rng-random,id=r",
-        );
-        let ram = ram_of_qemu(&line, Kind::Shared).unwrap();
-        let expected = ["ram0=/dev/shm/a,b", "ram1=/dev/shm/c"].map(|t| t.parse().unwrap());
-        assert_eq!(ram, expected);
-    }
-
-    #[test]
-    fn refuses_what_cannot_work_and_says_why() {
-        let file = "-object memory-backend-file,id=ram0,size=1G,mem-path=/dev/shm/x";
-        for (line, hint) in [
-            (file.to_owned(), "share=off"),
-            (format!("{file},share=on,prealloc=on"), "prealloc=on of RAM backend ram0"),
-            (format!("{file},share=on -mem-prealloc"), "-mem-prealloc"),
-            (format!("{file},share=on -overcommit mem-lock=on"), "mem-lock"),
-            (format!("{file},share=on -device vfio-pci,host=1"), "vfio-pci"),
-            (format!("{file},share=on -netdev vhost-user,id=n"), "vhost-user"),
-            (format!("{file},share=on -daemonize"), "-daemonize"),
-            (format!("{file},share=on -incoming tcp::1"), "-incoming defer"),
-            (
-                "-object memory-backend-memfd,id=ram0,size=1G,share=on".into(),
-                "memory-backend-memfd",
-            ),
-            ("-object memory-backend-file,id=r,share=on,mem-path=/dev/shm".into(), "a directory"),
-        ] {
-            let error = ram_of_qemu(&words(&line), Kind::Shared).unwrap_err().to_string();
-            assert!(error.contains(hint), "{line}: {error}");
-        }
-    }
-
-    #[test]
-    fn qemu_is_known_by_its_name() {
-        assert!(
-            is_qemu("qemu-system-x86_64") && is_qemu("/usr/libexec/qemu-kvm") && is_qemu("kvm")
-        );
-        assert!(!is_qemu("/opt/qemu/bin/firecracker") && !is_qemu("umem"));
-    }
-
-    #[test]
-    fn incoming_is_added_unless_it_is_there() {
-        let added = qemu_arguments(&words("-m 1G"), 9);
-        assert!(added.iter().any(|a| a == "defer"));
-        assert!(!qemu_arguments(&words("-incoming defer"), 9).iter().any(|a| a == "-incoming"));
     }
 }

@@ -1,0 +1,80 @@
+//! Processes: a handle that stays on its process, and what proc(5) says of one.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use crate::error::{Error, Result};
+
+/// A handle on a process, which stays on that process when its pid is used again.
+pub(crate) struct ProcessHandle(OwnedFd, u32);
+
+impl ProcessHandle {
+    /// Of a process that is known to be there: a child, or one that a child of ours waits for.
+    pub(crate) fn open(pid: u32) -> Result<ProcessHandle> {
+        // SAFETY: pidfd_open(2) takes a pid and flags; no memory is involved.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
+        let fd = i32::try_from(fd).expect("descriptors are small");
+        if fd < 0 {
+            return Err(Error::last_os(format!("pidfd_open of process {pid}")));
+        }
+        // SAFETY: the kernel has just made it for us.
+        Ok(ProcessHandle(unsafe { OwnedFd::from_raw_fd(fd) }, pid))
+    }
+
+    /// The pid it was opened with.
+    pub(super) fn pid(&self) -> u32 {
+        self.1
+    }
+
+    /// Becomes readable when the process ends.
+    pub(crate) fn exited(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    /// Ends the process; one that has ended already stays so.
+    pub(crate) fn kill(&self) {
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Sends a signal; a process that has ended already does not mind.
+    pub(crate) fn signal(&self, number: i32) {
+        let info = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: pidfd_send_signal(2) with no siginfo; the descriptor is ours.
+        let _ = unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), number, info, 0)
+        };
+    }
+}
+
+/// When a process began, in the kernel's ticks since boot (proc(5), field 22): with its pid that is the
+/// process and no other. None if there is no such process, or it has ended and only waits to be noticed.
+pub(crate) fn began(pid: u32) -> Option<u64> {
+    let (state, rest) = stat(pid)?;
+    let is_alive = !matches!(state, 'Z' | 'X' | 'x');
+    rest.split_whitespace().nth(18).filter(|_| is_alive)?.parse().ok()
+}
+
+/// Why a process does not run, though it would.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standstill {
+    /// By a signal: SIGCONT lets it go on.
+    Stopped,
+    /// By whoever traces it.
+    Traced,
+}
+
+/// Whether somebody has stopped the process, as far as its main thread shows.
+pub(crate) fn standstill(pid: u32) -> Option<Standstill> {
+    match stat(pid)?.0 {
+        'T' => Some(Standstill::Stopped),
+        't' => Some(Standstill::Traced),
+        _ => None,
+    }
+}
+
+/// Of a process: its state (proc(5), field 3), and the fields after that.
+fn stat(pid: u32) -> Option<(char, String)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before it, in parentheses, may hold anything.
+    let mut rest = stat.rsplit_once(')')?.1.trim_start().chars();
+    Some((rest.next()?, rest.collect()))
+}
