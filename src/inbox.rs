@@ -227,6 +227,21 @@ impl<T> Inbox<T> {
             }
         }
     }
+
+    /// Waits until one of `extra` is ready: false when none is in time. A signal ends it, and `meanwhile` says
+    /// what has become of the guest then. For as long as nobody posts: a message is taken and lost.
+    pub(crate) fn wait_ready(
+        &self,
+        extra: &[(BorrowedFd<'_>, PollFlags)],
+        timeout: Option<Duration>,
+        meanwhile: &str,
+    ) -> Result<bool> {
+        match self.wait_for(extra, timeout)? {
+            Wake::Signal => Err(Error::Interrupted(meanwhile.into())),
+            Wake::Timeout => Ok(false),
+            Wake::Ready(_) | Wake::Message(_) => Ok(true),
+        }
+    }
 }
 
 /// Rounded up to whole milliseconds, so that a wait does not turn into a busy loop at its end.

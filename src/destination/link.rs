@@ -56,21 +56,12 @@ pub(super) enum State {
 
 impl Link {
     pub(super) fn new(lanes: &mut Lanes, guard: Arc<Guard>) -> Link {
+        let (hello, certificate) = (lanes.hello.clone(), lanes.certificate.clone());
         Link {
             recovers: lanes.recovers(),
-            hello: lanes.hello.clone(),
-            guard,
-            certificate: lanes.certificate.clone(),
-            door: lanes.door.take(),
             sockets: lanes.severable(),
             state: State::Up,
-            arrived: None,
-            is_paused: false,
-            orders: 0,
-            was_interrupted: false,
-            suspicion: Suspicion::default(),
-            recoveries: 0,
-            disconnected: Duration::ZERO,
+            ..Link::down(hello, guard, certificate, lanes.door.take())
         }
     }
 
@@ -81,12 +72,22 @@ impl Link {
         certificate: Option<Vec<u8>>,
         door: Door,
     ) -> Link {
+        Link::down(hello, guard, certificate, Some(door))
+    }
+
+    /// One that recovers and has no lanes.
+    fn down(
+        hello: Hello,
+        guard: Arc<Guard>,
+        certificate: Option<Vec<u8>>,
+        door: Option<Door>,
+    ) -> Link {
         Link {
             recovers: true,
             hello,
             guard,
             certificate,
-            door: Some(door),
+            door,
             sockets: Severable::default(),
             state: State::Down { since: Instant::now(), is_quiet: true, until: None },
             arrived: None,

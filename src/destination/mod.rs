@@ -311,11 +311,7 @@ fn wait(
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
-    match inbox.wait_for(fds, limit)? {
-        Wake::Signal => Err(Error::Interrupted("no guest had arrived".into())),
-        Wake::Timeout => Ok(false),
-        Wake::Ready(_) | Wake::Message(_) => Ok(true),
-    }
+    inbox.wait_ready(fds, limit, "no guest had arrived")
 }
 
 fn peer(fault: Fault) -> Error {

@@ -293,10 +293,7 @@ impl Taken {
     fn listen(&self, uri: &Uri, inbox: &Inbox<Note>) -> Result<Listener> {
         let deadline = Instant::now() + ADDRESS_PATIENCE;
         let mut has_told = false;
-        let look = |fds: &[Interest<'_>], limit| match inbox.wait_for(fds, limit)? {
-            Wake::Signal => Err(Error::Interrupted(WAITS.into())),
-            woken => Ok(!matches!(woken, Wake::Timeout)),
-        };
+        let look = |fds: &[Interest<'_>], limit| inbox.wait_ready(fds, limit, WAITS);
         loop {
             match Listener::bind_waiting(uri, &look) {
                 Err(Error::Listen { source, .. })

@@ -9,13 +9,13 @@
 //! It takes CAP_NET_ADMIN, or room below `net.core.rmem_max`. Where neither is there, and on a path that needs
 //! more than that, the kernel's own choice stays.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
-use crate::lane::Lane;
+use crate::lane::{Lane, setsockopt_raw};
 
 /// The least that is offered, bytes: what a lane takes at 40 Gbit/s in 100 µs.
 const WINDOW_BYTES_MIN: u64 = 512 << 10;
@@ -101,17 +101,7 @@ impl Window {
 /// Takes back what was asked of a receive buffer: the kernel makes it larger again when it likes to
 /// (SO_BUF_LOCK, since Linux 5.14; before that nobody can).
 fn let_the_kernel_choose(socket: &OwnedFd) {
-    let none: libc::c_int = 0;
-    // SAFETY: the option reads four bytes from a local variable that outlives the call.
-    let _ = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_BUF_LOCK,
-            (&raw const none).cast(),
-            size_of_val(&none) as libc::socklen_t,
-        )
-    };
+    let _ = setsockopt_raw(socket.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0);
 }
 
 /// What a path of this length needs at the rate of so many bytes in this time: twice its length, so that a

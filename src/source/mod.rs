@@ -306,12 +306,8 @@ fn wait(
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
-    match inbox.wait_for(fds, limit)? {
-        Wake::Signal => Err(Error::Interrupted("the guest goes on here".into())),
-        Wake::Timeout => Ok(false),
-        // Nobody posts before there are workers.
-        Wake::Ready(_) | Wake::Message(_) => Ok(true),
-    }
+    // Nobody posts before there are workers.
+    inbox.wait_ready(fds, limit, "the guest goes on here")
 }
 
 /// Why a send or receive did not do what it had to.
