@@ -51,6 +51,15 @@ pub(crate) struct RamFile {
     mapping: Arc<Mapping>,
 }
 
+/// More than this is written to a file of small pages, and less copied in: a page that is waited for, of 4 KiB,
+/// and not what a bulk lane has read ahead.
+const FEW_BYTES: usize = 16 << 10;
+
+/// What a sandbox answers to a system call that it does not know.
+fn is_forbidden(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS))
+}
+
 /// Whether a file is shared memory: on tmpfs, as a memfd is, or hugetlbfs.
 fn is_memory(file: &File) -> nix::Result<bool> {
     let kind = nix::sys::statfs::fstatfs(file)?.filesystem_type();
@@ -109,11 +118,14 @@ impl RamFile {
     /// Takes over the RAM file that a guest handed to us, for landing pages in it.
     pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
         let ram = RamFile::map(name, file, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-        // Only advice: a tmpfs mounted with huge=never or a kernel without it lands 4 KiB pages.
-        // SAFETY: the range is our own mapping; the advice changes no content.
-        let _ = unsafe {
-            madvise(ram.mapping.start.cast(), ram.mapping.len, MmapAdvise::MADV_HUGEPAGE)
-        };
+        if ram.has_huge_pages {
+            // Only advice: a kernel without huge pages lands small ones. Where a file gets huge pages by advice
+            // alone it stays with small ones, as most of its pages are written to it and not through the mapping.
+            // SAFETY: the range is our own mapping; the advice changes no content.
+            let _ = unsafe {
+                madvise(ram.mapping.start.cast(), ram.mapping.len, MmapAdvise::MADV_HUGEPAGE)
+            };
+        }
         Ok(ram)
     }
 
@@ -229,18 +241,28 @@ impl RamFile {
         self.file.read_exact_at(bytes, offset).context(|| format!("reading RAM {}", self.name))
     }
 
-    /// Writes to the file, which makes its small pages without zeroing them first. Where there is no memory
-    /// for a page this is an error.
+    /// Puts bytes into the file. Where there is no memory for a page this is an error.
+    ///
+    /// Written to the file, small pages are made without being zeroed first. Of a huge page all but what is
+    /// written would be zeroed by the same call, slower than a page fault has the whole of it zeroed; and a write
+    /// takes the file's lock, which a bulk thread holds for as long as it writes: a page that is waited for does
+    /// not wait for that.
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         if self.on_hugetlb {
-            self.copy_in(bytes, offset)
-        } else {
-            self.file.write_all_at(bytes, offset)
+            return self.copy_in(bytes, offset);
         }
+        if self.has_huge_pages || bytes.len() <= FEW_BYTES {
+            match self.copy_in(bytes, offset) {
+                // Not in this container.
+                Err(error) if is_forbidden(&error) => {}
+                other => return other,
+            }
+        }
+        self.file.write_all_at(bytes, offset)
     }
 
-    /// hugetlbfs has no write. A copy of our own into the mapping would end this process where there is no
-    /// page left; the kernel's says so.
+    /// Through the mapping; hugetlbfs has no other way. A copy of our own would end this process where there is
+    /// no page left; the kernel's says so.
     fn copy_in(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         let base = self.span(offset, bytes.len() as u64).as_ptr() as usize;
         let mut done = 0;
@@ -302,5 +324,30 @@ impl RamFile {
         let stat = nix::sys::statvfs::fstatvfs(&self.file)
             .context(|| format!("RAM {}: statvfs", self.name))?;
         Ok((stat.blocks() > 0).then(|| stat.blocks_available() * stat.fragment_size()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    /// From now on the file can be written through mappings alone, which shows what goes that way.
+    #[test]
+    fn few_bytes_do_not_take_the_file_s_lock() {
+        let file = memfd_create(c"ram", MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC);
+        let file = File::from(file.unwrap());
+        file.set_len(1 << 20).unwrap();
+        let ram = RamFile::from_handoff("ram0", file.try_clone().unwrap()).unwrap();
+        let (page, many) = (vec![0xa5; 4096], vec![0x5a; FEW_BYTES + 1]);
+        ram.write_at(&many, 8192).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE)).unwrap();
+        ram.write_at(&page, 4096).unwrap();
+        assert!(is_forbidden(&ram.write_at(&many, 8192).unwrap_err()));
+        let expected = [vec![0; 4096], page, many, vec![0; 4096]].concat();
+        let there = ram.read(0, 65536).unwrap();
+        assert!(there[..expected.len()] == expected[..]);
     }
 }
