@@ -25,8 +25,8 @@ pub(crate) struct Options {
     /// the guests' RAM, MiB; `qemu` has twice as much, `size` up to eight times (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
-    /// measure only these, with commas between them: floor, land, zeroes, fault, qemu, link10, patterns,
-    /// size, bench
+    /// measure only these, with commas between them: floor, land, zeroes, fault, qemu, qemu-idle, link10,
+    /// patterns, size, bench
     #[argh(option)]
     only: Option<List<String>>,
     /// the page; a drawing of the same name that ends in .svg lies beside it (default RESULTS.md)
@@ -137,6 +137,7 @@ fn jobs(options: &Options) -> Vec<Job> {
     let sizes = sizes.join(",");
     [
         ("qemu", format!("qemu --size {double} --fill {size} --rounds {rounds}")),
+        ("qemu-idle", format!("qemu --idle --size {double} --fill {size} --rounds {rounds}")),
         ("fault", format!("fault --into memfd,anonymous --size {size} --rounds {rounds}")),
         ("land", format!("land --readers 0 --lanes 1,2 --size {size} --rounds {rounds}")),
         (
@@ -180,6 +181,6 @@ mod tests {
         };
         assert_eq!(names(&["--only", "size,land"]).unwrap(), ["land", "size"]);
         assert!(names(&["--only", "land,lnad"]).unwrap_err().to_string().contains("lnad"));
-        assert_eq!(names(&[]).unwrap().len(), 9);
+        assert_eq!(names(&[]).unwrap().len(), 10);
     }
 }

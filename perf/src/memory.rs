@@ -5,12 +5,14 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use serde::Serialize;
 
 use crate::error::{Context, Result, failure};
+use crate::interrupt;
 
 /// Bytes of a base page.
 pub(crate) const PAGE_BYTES: usize = 4096;
@@ -132,12 +134,41 @@ impl Pages {
         if self.is_from_pool() { HUGE_PAGE_BYTES } else { PAGE_BYTES }
     }
 
-    /// Writes as much memory of this kind and gives it back: a virtual machine's memory that has not
-    /// been used for seconds costs several times more at first touch, as its host backs it again.
+    /// Has as much memory of this kind at hand: see [`warm`].
     pub(crate) fn warm(self, bytes: usize) -> Result<()> {
-        let (_file, mapping) = self.map(bytes).context(|| "warming memory")?;
-        mapping.touch_for_writing()
+        warm(|| {
+            let (_file, mapping) = self.map(bytes).context(|| "warming memory")?;
+            mapping.touch_for_writing()
+        })
     }
+}
+
+/// Writes memory and gives it back, by what does both, until that gets no faster: a virtual machine's memory that
+/// has not been used for seconds costs several times more at first touch, as its host backs it again, and what is
+/// given back is not always what is taken next.
+pub(crate) fn warm(mut once: impl FnMut() -> Result<()>) -> Result<()> {
+    until_no_faster(|| {
+        interrupt::check()?;
+        let began = Instant::now();
+        once()?;
+        Ok(began.elapsed())
+    })
+}
+
+/// Does what tells how long it took, at least twice, until that is no less than before.
+fn until_no_faster(mut once: impl FnMut() -> Result<Duration>) -> Result<()> {
+    const TIMES_MAX: u32 = 6;
+    /// More than this of the best time before is no less.
+    const LESS: f64 = 0.8;
+    let mut best_s = f64::INFINITY;
+    for _ in 0..TIMES_MAX {
+        let seconds = once()?.as_secs_f64();
+        if seconds > LESS * best_s {
+            break;
+        }
+        best_s = seconds;
+    }
+    Ok(())
 }
 
 impl std::str::FromStr for Pages {
@@ -426,6 +457,20 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Cold memory is written again, and what does not get warm is not written for ever.
+    #[test]
+    fn memory_is_written_until_it_is_warm() {
+        let left = |seconds: &[u64]| {
+            let mut passes = seconds.iter();
+            let once = || Ok(Duration::from_secs(*passes.next().ok_or("once too often")?));
+            until_no_faster(once).unwrap();
+            passes.len()
+        };
+        assert_eq!(left(&[10, 10, 10]), 1);
+        assert_eq!(left(&[100, 10, 9, 9]), 1);
+        assert_eq!(left(&[640, 320, 160, 80, 40, 20, 10]), 1);
+    }
 
     #[test]
     fn lists_and_words() {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::interrupt;
+use crate::memory::warm;
 
 /// Where guests' RAM files lie.
 const SHARED_MEMORY: &str = "/dev/shm";
@@ -50,18 +51,19 @@ impl Drop for SharedFile {
     }
 }
 
-/// Writes a file of `bytes` in /dev/shm and removes it. A virtual machine's memory that has not been
-/// used for seconds costs several times more at first touch, as its host backs it again.
+/// Has as much memory for files in /dev/shm at hand: see [`warm`].
 pub(crate) fn warm_shared_memory(bytes: u64) -> Result<()> {
-    let name = SharedFile::named("warm");
-    let mut options = OpenOptions::new();
-    let file = options.write(true).create_new(true).open(name.path());
-    let file = file.context(|| name.path().display())?;
-    warm(&file, bytes).context(|| format!("warming memory in {SHARED_MEMORY}"))
+    warm(|| {
+        let name = SharedFile::named("warm");
+        let mut options = OpenOptions::new();
+        let file = options.write(true).create_new(true).open(name.path());
+        let file = file.context(|| name.path().display())?;
+        fill(&file, bytes).context(|| format!("warming memory in {SHARED_MEMORY}"))
+    })
 }
 
-/// Writes `bytes` to a memory file, so that the machine has as much at hand when it is gone.
-fn warm(mut file: &File, bytes: u64) -> Result<()> {
+/// Writes `bytes` to a memory file.
+fn fill(mut file: &File, bytes: u64) -> Result<()> {
     let chunk = vec![0x5a; 1 << 20];
     let mut left = bytes;
     while left > 0 {

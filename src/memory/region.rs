@@ -207,6 +207,13 @@ impl RamFile {
         }
     }
 
+    /// Maps a page that holds data, and with a huge page all that is mapped along with it.
+    pub(crate) fn map_in(&self, offset: u64) {
+        let span = self.span(offset, 1);
+        // SAFETY: the byte lies inside our mapping; volatile, as it is the guest's and nobody wants its value.
+        let _ = unsafe { span.as_ptr().read_volatile() };
+    }
+
     /// Which 4 KiB pages of a range are in memory: a byte for each, its lowest bit set if so, in place of
     /// what `resident` held.
     pub(crate) fn resident(&self, offset: u64, len: u64, resident: &mut Vec<u8>) -> Result<()> {

@@ -548,6 +548,13 @@ impl Holes {
     /// Turns to a part of the file, or of another one.
     fn look_at(&mut self, ram: &RamFile, start: u64, len: u64) -> Result<()> {
         (self.start, self.until) = (start, 0);
+        // Of a huge page that is mapped the kernel knows at once that all of it is there; of one that is not it
+        // looks up each 4 KiB, which took 7 % of a lane's thread at 40 Gbit/s. Data is going to be read anyway.
+        if ram.has_huge_pages
+            && let Some(data) = ram.next_data(start)?.filter(|&data| data < start + len)
+        {
+            ram.map_in(data);
+        }
         ram.resident(start, len, &mut self.resident)
     }
 

@@ -190,7 +190,7 @@ mod tests {
             // It inherits the core.
             scope.spawn(|| {
                 while !waited.load(std::sync::atomic::Ordering::Relaxed) {
-                    std::hint::spin_loop()
+                    std::hint::spin_loop();
                 }
             });
             while queue.since_last().unwrap() == 0 {}

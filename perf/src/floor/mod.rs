@@ -235,7 +235,7 @@ impl Floor {
                 source.pages == way.pages.source() && source.zero_percent == way.zero_percent
             });
             let source = source.ok_or("every way has its source")?;
-            runs.push(twice(*way, source)?);
+            runs.push(warmed(*way, source)?);
         }
         Ok(())
     }
@@ -279,15 +279,14 @@ impl Floor {
 /// Gives one way one turn with a guest of its own of `bytes`, none of them zeroes: seconds, and processor
 /// seconds for each GiB.
 pub(crate) fn turn(way: Way, bytes: usize) -> Result<(f64, f64)> {
-    let run = twice(way, &Source::new(way.pages.source(), bytes, 0)?)?;
+    let run = warmed(way, &Source::new(way.pages.source(), bytes, 0)?)?;
     Ok((run.seconds, run.cpu_s_per_gib))
 }
 
-/// One way's turn.
-fn twice(way: Way, source: &Source) -> Result<Run> {
+/// One way's turn, with memory as warm as umem finds it.
+fn warmed(way: Way, source: &Source) -> Result<Run> {
     if way.receive != Receive::Discard {
-        // Leaves the memory warm for the run that counts.
-        once(way, source)?;
+        way.pages.warm(source.data_bytes)?;
     }
     once(way, source)
 }
@@ -395,8 +394,7 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
          private memory is registered with a userfaultfd; private memory becomes the guest's own by \
          UFFDIO_CONTINUE, MADV_POPULATE_WRITE and the release of the file's copy. Where there are \
          zero pages the sender looks at every page and sends the others alone. Every way takes its \
-         turn in each of {} rounds, twice where memory is filled: the first run warms it, the second \
-         counts. Gbit/s is the median of the rounds, from the start of both threads to the last byte \
+         turn in each of {} rounds, where memory is filled after as much has been written and given back. Gbit/s is the median of the rounds, from the start of both threads to the last byte \
          received (private: owned); what arrived is checked after the clock has stopped. Busy is a \
          thread's processor time over the run's; CPU is that of both threads.",
         options.size, options.rounds

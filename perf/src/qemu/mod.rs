@@ -229,15 +229,15 @@ fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
     table
 }
 
-/// Each peer's medians over umem's with RAM of the same kind, or where the peer has its default: above 1
-/// umem is better.
+/// Each peer's figures over umem's of the same round, with RAM of the same kind or with the peer's default; the
+/// median of the rounds'. Above 1 umem is better.
 fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Subject, Vec<f64>)> {
     let of = |ram: Ram| moves.iter().find(move |(subject, _)| *subject == Subject::Umem(ram));
     let pairs = UMEM_RAM.into_iter().filter_map(|ram| Some((ram, of(ram)?)));
     let against = |(ram, (umem, ours)): (Ram, &(Subject, Vec<Move>))| {
         let ratios = |theirs: &[Move]| {
             let ratio =
-                |measure: &Quantity| measure.spread(theirs).median / measure.spread(ours).median;
+                |measure: &Quantity| measure.spread(theirs).over(&measure.spread(ours)).median;
             QUANTITIES.iter().map(ratio).collect::<Vec<_>>()
         };
         let peers = moves.iter().filter(|(subject, _)| subject.is_peer_of(ram));
@@ -275,8 +275,8 @@ fn method(options: &Options, version: &str) -> String {
         "A Linux guest of {size} MiB with two vCPUs under TCG in QEMU {version} fills {fill} MiB and \
          {load}; it is moved from one QEMU to another on this machine over loopback TCP. The \
          subjects take turns in each of {rounds} rounds, each with new processes. Just before each \
-         move, whoever moves, a file of {warm} MiB is written in /dev/shm and removed, so that the \
-         machine has as much memory at hand as both ends can take. postcopy-preempt and plain postcopy are QEMU's own, \
+         move, whoever moves, a file of {warm} MiB is written in /dev/shm (huge file: in such a tmpfs) and \
+         removed, so that the machine has as much memory at hand as both ends can take. postcopy-preempt and plain postcopy are QEMU's own, \
          without a bandwidth limit, switched over at once, on the system's congestion control; `file` \
          is the memory-backend-file with share=on that umem needs, in /dev/shm, `huge file` the same in a \
          tmpfs with huge pages, and `private` is QEMU's default RAM. \
@@ -291,7 +291,7 @@ fn method(options: &Options, version: &str) -> String {
          second at the source, that it did not get done in those beats. CPU: user and system time of both QEMUs and both \
          umem processes from start to end, in steps of 10 ms. What the guest itself computes cannot \
          be separated from it; `without vCPUs` leaves out QEMU's vCPU threads, and with them what \
-         page faults cost there. Ratios are a peer's median over umem's.",
+         page faults cost there. Ratios are a peer's figure over umem's of the same round, the median of the rounds'.",
         size = options.size,
         warm = 2 * options.size,
         fill = options.fill,

@@ -166,7 +166,7 @@ fn by_qemu(
     source.qmp.execute("migrate-set-parameters", &unlimited)?;
     let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", free_port()?) });
     destination.qmp.execute("migrate-incoming", &uri)?;
-    warm_up(setup)?;
+    warm_up(setup, ram)?;
 
     let watch = Watch::begin(vec![source.pid(), destination.pid()]);
     source.qmp.execute("migrate", &uri)?;
@@ -189,7 +189,7 @@ fn by_umem(setup: &Setup, scratch: &Scratch, ram: Ram, [here, there]: [&Path; 2]
     let console = scratch.file("destination.console");
     let (mut incoming, uri, guest_pid, mut destination) =
         start_incoming(setup, scratch, (ram, there), &console)?;
-    warm_up(setup)?;
+    warm_up(setup, ram)?;
 
     let mut watch = Watch::begin(vec![source.pid(), guest_pid, incoming.pid()]);
     let mut arguments: Vec<OsString> = ["migrate", "-p", "--json", "--qmp"].map(Into::into).into();
@@ -210,10 +210,15 @@ fn by_umem(setup: &Setup, scratch: &Scratch, ram: Ram, [here, there]: [&Path; 2]
     ended.into_move(&mut source.qmp, &mut destination, report)
 }
 
-/// Makes as much memory ready as any mover takes: QEMU fills the destination's RAM whole, and reading
-/// the holes of the source's shared RAM fills those too.
-fn warm_up(setup: &Setup) -> Result<()> {
-    warm_shared_memory((2 * setup.size_mib) << 20)
+/// Makes as much memory ready as any mover takes, of the guest's kind: QEMU fills the destination's RAM whole, and
+/// reading the holes of the source's shared RAM fills those too. Huge pages are made of other memory than what
+/// small ones have left.
+fn warm_up(setup: &Setup, ram: Ram) -> Result<()> {
+    let bytes = (2 * setup.size_mib) << 20;
+    match ram {
+        Ram::File | Ram::Private => warm_shared_memory(bytes),
+        Ram::HugeFile => Pages::HugeTmpfs.warm(usize::try_from(bytes)?),
+    }
 }
 
 /// Starts `umem incoming` with a QEMU: it, where it listens, QEMU's pid and a monitor of our own.
