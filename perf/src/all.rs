@@ -6,7 +6,7 @@ use argh::FromArgs;
 use serde_json::{Value, json};
 
 use crate::error::{Context, Result, failure, usage};
-use crate::memory::List;
+use crate::memory::{List, Pool};
 use crate::report::{progress, write};
 use crate::{Arguments, interrupt, page};
 
@@ -29,6 +29,11 @@ pub(crate) struct Options {
     /// patterns, size, bench
     #[argh(option)]
     only: Option<List<String>>,
+    /// on a virtual machine: take all free memory but this much, MiB, into the kernel's pool of huge pages
+    /// meanwhile, so that what is measured uses the same memory again and finds it warm (takes root; not for
+    /// `size`; default: none; 9 times --size is enough)
+    #[argh(option)]
+    leave: Option<usize>,
     /// the page; a drawing of the same name that ends in .svg lies beside it (default RESULTS.md)
     #[argh(option, default = "PathBuf::from(\"RESULTS.md\")")]
     out: PathBuf,
@@ -63,6 +68,8 @@ pub(crate) fn run(options: &Options, command: &str) -> Result<()> {
     let (mut files, mut failed) = (Vec::new(), 0);
     for (index, job) in jobs.iter().enumerate() {
         progress(&format!("{} of {}: umem-perf {}", index + 1, jobs.len(), job.arguments));
+        let leave = options.leave.filter(|_| job.name != "size");
+        let _held = leave.map(Pool::hold_all_but).transpose()?;
         let result = measured(job, options.umem.as_deref());
         // What Ctrl-C has cut off is no result.
         interrupt::check()?;

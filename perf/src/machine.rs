@@ -145,6 +145,11 @@ pub(crate) fn memory_available_mib() -> usize {
     memory_mib("MemAvailable")
 }
 
+/// What nobody uses, not even as a cache.
+pub(crate) fn memory_free_mib() -> usize {
+    memory_mib("MemFree")
+}
+
 fn memory_mib(name: &str) -> usize {
     let text = field("/proc/meminfo", name).unwrap_or_default();
     text.split(' ').next().and_then(|kib| kib.parse::<usize>().ok()).unwrap_or(0) / 1024

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::error::{Context, Result, failure};
 use crate::interrupt;
+use crate::machine::memory_free_mib;
 
 /// Bytes of a base page.
 pub(crate) const PAGE_BYTES: usize = 4096;
@@ -445,6 +446,19 @@ impl Pool {
                  smaller --size, or free memory"
             )),
         }
+    }
+}
+
+impl Pool {
+    /// Takes what memory is free into the pool, but for `leave_mib`: nobody writes to it there, so that what is
+    /// left is used again and again, and stays warm.
+    pub(crate) fn hold_all_but(leave_mib: usize) -> Result<Pool> {
+        let before: usize = std::fs::read_to_string(POOL)?.trim().parse()?;
+        let more = memory_free_mib().saturating_sub(leave_mib) / (HUGE_PAGE_BYTES >> 20);
+        // The kernel takes as many as it can get.
+        std::fs::write(POOL, (before + more).to_string())
+            .context(|| format!("enlarging {POOL} (it takes root)"))?;
+        Ok(Pool { before })
     }
 }
 
