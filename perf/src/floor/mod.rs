@@ -394,7 +394,8 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
          private memory is registered with a userfaultfd; private memory becomes the guest's own by \
          UFFDIO_CONTINUE, MADV_POPULATE_WRITE and the release of the file's copy. Where there are \
          zero pages the sender looks at every page and sends the others alone. Every way takes its \
-         turn in each of {} rounds, where memory is filled after as much has been written and given back. Gbit/s is the median of the rounds, from the start of both threads to the last byte \
+         turn in each of {} rounds, where memory is filled after as much has been written and given back. \
+         Gbit/s is the median of the rounds, from the start of both threads to the last byte \
          received (private: owned); what arrived is checked after the clock has stopped. Busy is a \
          thread's processor time over the run's; CPU is that of both threads.",
         options.size, options.rounds
