@@ -78,10 +78,12 @@ impl Setup {
     ) -> Vec<OsString> {
         let size = self.size_mib;
         let backend = match ram {
-            Ram::File | Ram::HugeFile => format!(
-                "memory-backend-file,id=ram0,size={size}M,share=on,mem-path={}",
-                ram_path.display()
-            ),
+            Ram::File | Ram::HugeFile => {
+                // QEMU maps a file of tmpfs at any address otherwise, where no huge page can be.
+                let align = if ram == Ram::HugeFile { ",align=2M" } else { "" };
+                let path = ram_path.display();
+                format!("memory-backend-file,id=ram0,size={size}M,share=on,mem-path={path}{align}")
+            }
             Ram::Private => format!("memory-backend-ram,id=ram0,size={size}M"),
         };
         let mode = if self.idle { "idle" } else { "random" };
