@@ -102,9 +102,11 @@ impl Way {
 /// The ways into memory of one page kind; [`Receive::Discard`] is into none.
 pub(crate) fn ways(pages: Pages, zero_percent: u32) -> Vec<Way> {
     let receives: &[Receive] = match pages {
-        Pages::Memfd => &[Receive::Discard, Receive::Map, Receive::Write, Receive::Splice],
-        Pages::HugeTmpfs => &[Receive::Discard, Receive::Map, Receive::Write],
-        Pages::Hugetlb => &[Receive::Map],
+        Pages::Memfd => {
+            &[Receive::Discard, Receive::Map, Receive::MapAhead, Receive::Write, Receive::Splice]
+        }
+        Pages::HugeTmpfs => &[Receive::Discard, Receive::Map, Receive::MapAhead, Receive::Write],
+        Pages::Hugetlb => &[Receive::Map, Receive::MapAhead],
         Pages::Anonymous => &[Receive::Copy, Receive::CopySmall],
         Pages::AnonymousHuge => &[Receive::Copy],
         Pages::Private => &[Receive::Own, Receive::OwnBeside],

@@ -30,6 +30,10 @@ const CALL_BYTES: usize = 1 << 20;
 const OWN_BYTES: usize = 1 << 20;
 const OWN_PIECES_MAX: usize = 8;
 
+/// Pages are made in pieces of this many bytes, and at most this many bytes ahead of the receiver.
+const MADE_BYTES: usize = 2 << 20;
+const AHEAD_BYTES: usize = 32 << 20;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Receive {
@@ -37,6 +41,8 @@ pub(crate) enum Receive {
     Discard,
     /// Straight into a mapping of the fresh file.
     Map,
+    /// As `Map`, with a thread beside the receiver that has the mapping's pages made ahead of it.
+    MapAhead,
     /// Into a buffer in the cache, then pwrite(2) to the fresh file.
     Write,
     /// splice(2) socket → pipe → fresh file.
@@ -82,6 +88,7 @@ impl Receive {
         match self {
             Receive::Discard => format!("a hot buffer, thrown away (from {file})"),
             Receive::Map => format!("a fresh mapping: {file}"),
+            Receive::MapAhead => format!("a mapping populated ahead: {file}"),
             Receive::Write => format!("a hot buffer, then pwrite: {file}"),
             Receive::Splice => format!("splice through a pipe: {file}"),
             Receive::Copy => format!("a buffer, then UFFDIO_COPY: {file}"),
@@ -108,7 +115,8 @@ impl Receive {
                 through_buffer(socket, bytes, |data, offset| file.write_all_at(data, offset))
                     .map(none)
             }
-            Receive::Map => into_mapping(&socket, &target.mapping, bytes).map(none),
+            Receive::Map => into_mapping(&socket, &target.mapping, bytes, |_| Ok(())).map(none),
+            Receive::MapAhead => into_mapping_ahead(&socket, &target.mapping, bytes),
             Receive::Splice => through_pipe(&socket, target.file()?, bytes).map(none),
             Receive::Copy => {
                 let buffer_bytes =
@@ -226,10 +234,17 @@ fn through_buffer(
     Ok(())
 }
 
-fn into_mapping(socket: &TcpStream, mapping: &Mapping, bytes: usize) -> Result<()> {
+/// `before` is told how many bytes have come, before each call.
+fn into_mapping(
+    socket: &TcpStream,
+    mapping: &Mapping,
+    bytes: usize,
+    mut before: impl FnMut(usize) -> Result<()>,
+) -> Result<()> {
     let mut received = 0;
     while received < bytes {
         interrupt::check()?;
+        before(received)?;
         let (start, left) = mapping.at(received);
         let length = CALL_BYTES.min(left);
         // SAFETY: the bytes lie inside the mapping, which outlives the call; nobody else uses it.
@@ -243,6 +258,32 @@ fn into_mapping(socket: &TcpStream, mapping: &Mapping, bytes: usize) -> Result<(
         }
     }
     Ok(())
+}
+
+/// The receiver waits for no page: where it is faster than who makes them, it makes them itself.
+fn into_mapping_ahead(socket: &TcpStream, mapping: &Mapping, bytes: usize) -> Result<f64> {
+    std::thread::scope(|scope| {
+        let (sender, pieces): (_, Receiver<usize>) = sync_channel(AHEAD_BYTES / MADE_BYTES);
+        let helper = scope.spawn(move || {
+            // Not to the receiver's core alone, which it inherits.
+            crate::machine::pin_to(&crate::machine::two_cores()?)?;
+            pieces.into_iter().try_for_each(|offset| {
+                let length = MADE_BYTES.min(bytes - offset);
+                mapping.advise(offset, length, MmapAdvise::MADV_POPULATE_WRITE)
+            })?;
+            super::thread_cpu_s()
+        });
+        let mut asked = 0;
+        let received = into_mapping(socket, mapping, bytes, |received| {
+            while asked < bytes.min(received + AHEAD_BYTES) && sender.try_send(asked).is_ok() {
+                asked += MADE_BYTES;
+            }
+            Ok(())
+        });
+        drop(sender);
+        let helped = super::joined(helper.join());
+        received.and(helped)
+    })
 }
 
 fn through_pipe(socket: &TcpStream, target: &File, bytes: usize) -> Result<()> {
