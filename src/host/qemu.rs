@@ -5,14 +5,15 @@
 //! every RAM backend must be a `memory-backend-file` with `share=on`: a memfd would be sent whole
 //! inside the device state, and private memory cannot be read from outside of QEMU.
 
+mod backends;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::qmp::{Qmp, socket_pair};
@@ -20,6 +21,8 @@ use super::{BeforeStop, DestinationHost, SourceHost};
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
 use crate::session::Undo;
+
+pub(crate) use backends::Backend;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -39,13 +42,6 @@ const STATE_BANDWIDTH: u64 = 1 << 40;
 /// running when it was stopped, as one that its user had paused arrives paused.
 const GUEST_RUNS: u8 = 1;
 const GUEST_IS_PAUSED: u8 = 0;
-
-/// A RAM backend of a guest that can be moved.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Backend {
-    pub(crate) name: String,
-    pub(crate) path: PathBuf,
-}
 
 /// A QEMU with an open QMP connection.
 pub(crate) struct Qemu {
@@ -92,64 +88,6 @@ impl Qemu {
         let backends = self.backends(kind)?;
         self.check_devices()?;
         Ok(backends)
-    }
-
-    fn backends(&mut self, wanted: Kind) -> Result<Vec<Backend>> {
-        let mut backends = Vec::new();
-        for (name, kind) in self.qmp.children("/objects")? {
-            if let Some(kind) = kind.strip_prefix("memory-backend-") {
-                backends.push(self.backend(name, kind, wanted)?);
-            }
-        }
-        let main = self.qmp.property("/machine", "memory-backend")?;
-        // QEMU gives the backend's path in its object tree.
-        let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
-        let main = main.strip_prefix("/objects/").unwrap_or(main);
-        if !backends.iter().any(|backend| backend.name == main) {
-            return Err(Error::Unsupported(format!(
-                "the guest's RAM is QEMU's private memory, which nobody else can read: \
-                 {HOW_TO_START}"
-            )));
-        }
-        Ok(backends)
-    }
-
-    fn backend(&mut self, name: String, kind: &str, wanted: Kind) -> Result<Backend> {
-        let path = format!("/objects/{name}");
-        let mut get = |property: &str| -> Result<Value> {
-            Ok(self.qmp.property(&path, property)?.unwrap_or_default())
-        };
-        match kind {
-            "file" => {}
-            "memfd" => {
-                return Err(Error::Unsupported(format!(
-                    "RAM backend {name} is a memory-backend-memfd, which QEMU would send whole \
-                     while the guest stands still: {HOW_TO_START}"
-                )));
-            }
-            _ => {
-                return Err(Error::Unsupported(format!(
-                    "RAM backend {name} is a memory-backend-{kind}, which has no file: \
-                     {HOW_TO_START}"
-                )));
-            }
-        }
-        // Of private memory the preload object has seen that it is mapped so.
-        if wanted == Kind::Shared && get("share")? != json!(true) {
-            return Err(Error::Unsupported(format!(
-                "RAM backend {name} has share=off: its file does not hold what the guest writes; \
-                 add share=on to its -object option"
-            )));
-        }
-        let file = get("mem-path")?;
-        let file = file.as_str().unwrap_or_default();
-        if std::fs::metadata(file).is_ok_and(|metadata| metadata.is_dir()) {
-            return Err(Error::Unsupported(format!(
-                "RAM backend {name} has a directory as its mem-path, in which its file has no \
-                 name: let mem-path name a file, such as {file}/{name}"
-            )));
-        }
-        Ok(Backend { name, path: PathBuf::from(file) })
     }
 
     fn check_devices(&mut self) -> Result<()> {
@@ -395,6 +333,7 @@ mod tests {
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
     use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    use serde_json::Value;
 
     /// More than the buffers of a socket hold.
     const STATE: usize = 4 << 20;
