@@ -14,10 +14,12 @@ use super::{Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket};
 use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
-use crate::host::qemu::{HOW_TO_START, Qemu};
+use crate::host::qemu::{self, HOW_TO_START, Qemu};
 use crate::host::qmp::Qmp;
 use crate::host::{DestinationHost, command::is_qemu};
 use crate::inbox::{Inbox, Wake};
+use crate::memory::kind::Kind;
+use crate::report::Output;
 
 pub(crate) use adopting::Adopted;
 use handing::{HANDOFF_TIMEOUT, Memory, accept_memory, receive_memory, take_over};
@@ -168,7 +170,13 @@ fn host(
         (None, None) => return Ok(None),
     };
     let mut qemu = Qemu::new(qmp);
-    qemu.check(options.kind)?;
+    let found = qemu.check(options.kind)?;
+    // What becomes QEMU's own memory is copied there in small pages.
+    if options.kind == Kind::Shared
+        && let Some(advice) = qemu::advice(&found, "source")
+    {
+        Output::new(options.json).remark(&advice);
+    }
     Ok(Some(Box::new(qemu)))
 }
 

@@ -35,7 +35,7 @@ pub(super) fn huge_pages() -> Check {
     let check = |found: String| {
         Check::ok(
             "huge pages",
-            "RAM files in /dev/shm: pages land two to five times as fast",
+            "RAM files in /dev/shm, QEMU's with align=2M: pages land two to five times as fast",
             found,
         )
     };

@@ -22,7 +22,7 @@ use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
 use crate::session::Undo;
 
-pub(crate) use backends::Backend;
+pub(crate) use backends::{Backend, advice};
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\

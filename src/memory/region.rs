@@ -13,6 +13,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, fstatfs, statfs};
 use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 use umem_ring::{Fd, Span};
@@ -62,8 +63,17 @@ fn is_forbidden(error: &std::io::Error) -> bool {
 
 /// Whether a file is shared memory: on tmpfs, as a memfd is, or hugetlbfs.
 fn is_memory(file: &File) -> nix::Result<bool> {
-    let kind = nix::sys::statfs::fstatfs(file)?.filesystem_type();
-    Ok(kind == nix::sys::statfs::TMPFS_MAGIC || kind == nix::sys::statfs::HUGETLBFS_MAGIC)
+    let kind = fstatfs(file)?.filesystem_type();
+    Ok(kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC)
+}
+
+/// Whether the file at `path` lies in a tmpfs that makes huge pages of it: one mounted with huge=always, or with
+/// huge=within_size where the file is large enough. This is for advice, so what cannot be looked at does not.
+pub(crate) fn is_in_huge_tmpfs(path: &Path) -> bool {
+    let is_huge = |metadata: std::fs::Metadata| metadata.blksize() >= super::BLOCK_BYTES;
+    // Other file systems may have blocks as large, of which no huge page is made.
+    let is_tmpfs = |stat: Statfs| stat.filesystem_type() == TMPFS_MAGIC;
+    std::fs::metadata(path).is_ok_and(is_huge) && statfs(path).is_ok_and(is_tmpfs)
 }
 
 impl RamFile {
@@ -132,8 +142,7 @@ impl RamFile {
     fn map(name: &str, file: File, protection: ProtFlags) -> Result<RamFile> {
         let what = || format!("RAM {name}");
         let metadata = file.metadata().context(what)?;
-        let statfs = nix::sys::statfs::fstatfs(&file).context(what)?;
-        let on_hugetlb = statfs.filesystem_type() == nix::sys::statfs::HUGETLBFS_MAGIC;
+        let on_hugetlb = fstatfs(&file).context(what)?.filesystem_type() == HUGETLBFS_MAGIC;
         let page_bytes = if on_hugetlb { metadata.blksize() } else { 4096 };
         let bytes = metadata.len();
         if bytes == 0 || !bytes.is_multiple_of(page_bytes) {

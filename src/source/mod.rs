@@ -41,7 +41,7 @@ use crate::bandwidth::Bandwidth;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
-use crate::host::qemu::Qemu;
+use crate::host::qemu::{self, Qemu};
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
@@ -218,7 +218,7 @@ fn migrate(
     observer: &Observer,
 ) -> Result<Completed> {
     let output = Output::new(options.json);
-    let (mut host, ram) = guest(options)?;
+    let (mut host, ram) = guest(options, &output)?;
     let files = ram
         .iter()
         .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
@@ -258,7 +258,7 @@ fn migrate(
 }
 
 /// The guest's monitor, checked, and its RAM files.
-fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
+fn guest(options: &Options, output: &Output) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
     let Some(path) = &options.qmp else {
         if options.ram.is_empty() {
             return Err(Error::Usage(
@@ -271,6 +271,9 @@ fn guest(options: &Options) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
     };
     let mut qemu = Qemu::new(Qmp::connect(path)?);
     let found = qemu.check(Kind::Shared)?;
+    if let Some(advice) = qemu::advice(&found, "destination") {
+        output.remark(&advice);
+    }
     let ram = if options.ram.is_empty() {
         found.into_iter().map(|b| RamPath { name: b.name, path: b.path }).collect()
     } else {

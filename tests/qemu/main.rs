@@ -8,6 +8,7 @@ mod arrivals;
 mod destination;
 mod failures;
 mod halted;
+mod huge_pages;
 mod moving;
 mod refusals;
 #[path = "../support/mod.rs"]
