@@ -19,6 +19,7 @@ mod keeping;
 mod latency;
 mod link;
 mod phases;
+mod piped;
 mod prepare;
 pub(crate) mod reader;
 mod recovery;

@@ -9,7 +9,8 @@
 //! *read ahead*: a receive takes whatever is there, headers and pages, into a buffer that stays in the
 //! processor's cache. From there pages are written to the file, or copied in, as nobody but the guest's
 //! process has a mapping of anonymous memory. The demand lane is read ahead too whatever the pages are, if
-//! they are not too large: an answer and its header take one receive.
+//! they are not too large: an answer and its header take one receive. What is left of a long run, beyond what
+//! has been read ahead, goes through a pipe into the file (`piped.rs`), which spares the way through the buffer.
 //!
 //! A bulk lane of TLS is read ahead whatever the pages are: records are decrypted in the buffer that they were
 //! received into, while it is in the cache, and their contents go the same way on. Of a huge page what is
@@ -34,6 +35,7 @@ use umem_wire::{
 use super::ahead::{AHEAD_BULK_BYTES, AHEAD_DEMAND_BYTES, AHEAD_SHIFT_MAX, Ahead};
 use super::faults::RETRY_INTERVAL;
 use super::guest::{GuestMemory, PageId};
+use super::piped::{Piped, Stage, Stuck};
 use crate::error::{Error, Result};
 use crate::lane::Lane;
 use crate::memory::claims::RunKind;
@@ -45,12 +47,13 @@ pub(crate) const TOKEN_CONTROL: u64 = 0;
 pub(crate) const TOKEN_RUN: u64 = 1;
 pub(crate) const TOKEN_RETRY: u64 = 2;
 pub(crate) const TOKEN_AHEAD: u64 = 3;
+pub(crate) const TOKEN_READABLE: u64 = 4;
 pub(crate) const TOKEN_FREE: u64 = 16;
 
 /// One lane's receiving end.
 pub(crate) struct LaneReader {
     name: String,
-    socket: Fd,
+    socket: Arc<OwnedFd>,
     receiver: Receiver,
     guest: Arc<GuestMemory>,
     /// For the header in flight; given back with each completion.
@@ -61,6 +64,8 @@ pub(crate) struct LaneReader {
     is_bulk: bool,
     /// What has been read ahead, where that is done.
     ahead: Option<Ahead>,
+    /// The way of long runs, where there is one.
+    piped: Option<Piped>,
     held: Option<Held>,
     retry_armed: bool,
     /// Operations that have not completed.
@@ -112,7 +117,11 @@ impl LaneReader {
             None if is_small => before.or_else(|| Ahead::new(&guest, AHEAD_BULK_BYTES)),
             None => before,
         };
-        LaneReader { is_bulk: true, ahead, ..LaneReader::new(lane, receiver, guest) }
+        let is_copied = guest.regions.iter().any(|region| region.is_copied());
+        let goes_unseen = is_small && !is_copied && !receiver.is_checked();
+        let is_clear = ahead.as_ref().is_some_and(|ahead| !ahead.channel.has_tls());
+        let piped = (goes_unseen && is_clear).then(Piped::new).flatten();
+        LaneReader { is_bulk: true, ahead, piped, ..LaneReader::new(lane, receiver, guest) }
     }
 
     /// The demand lane, with a receiver that has read its beginning already.
@@ -125,13 +134,14 @@ impl LaneReader {
         let header = Some(Bytes::with_capacity(HEADER_BYTES));
         LaneReader {
             name: lane.name.clone(),
-            socket: Fd::from(lane.socket()),
+            socket: lane.socket(),
             receiver,
             guest,
             header,
             staging: None,
             is_bulk: false,
             ahead: None,
+            piped: None,
             held: None,
             retry_armed: false,
             in_flight: 0,
@@ -206,19 +216,13 @@ impl LaneReader {
 
     /// Starts the next receive. Called once at the start; [`LaneReader::complete`] calls it then.
     pub(crate) fn arm(&mut self, ring: &mut Ring) -> Result<()> {
-        if let Some(ahead) = &mut self.ahead {
-            if ahead.channel.has_ended() {
-                return Err(self.ended());
-            }
-            ring.submit(Op::recv(self.socket.clone(), ahead.channel.free()), TOKEN_AHEAD)
-                .map_err(|rejected| Error::Ring(rejected.error))?;
-            self.in_flight += 1;
-            return Ok(());
+        if self.ahead.is_some() {
+            return self.arm_ahead(ring);
         }
         match self.receiver.next_target() {
             Target::Control { exact } => {
                 let memory = self.buffer(exact);
-                ring.submit(Op::recv(self.socket.clone(), memory).wait_all(), TOKEN_CONTROL)
+                ring.submit(Op::recv(self.socket(), memory).wait_all(), TOKEN_CONTROL)
                     .map_err(|rejected| Error::Ring(rejected.error))?;
                 self.in_flight += 1;
             }
@@ -241,13 +245,40 @@ impl LaneReader {
                 };
                 let header = self.buffer(HEADER_BYTES);
                 let chain = Chain::new()
-                    .then(Op::recv(self.socket.clone(), pages).wait_all(), TOKEN_RUN)
-                    .then(Op::recv(self.socket.clone(), header).wait_all(), TOKEN_CONTROL);
+                    .then(Op::recv(self.socket(), pages).wait_all(), TOKEN_RUN)
+                    .then(Op::recv(self.socket(), header).wait_all(), TOKEN_CONTROL);
                 ring.submit_chain(chain).map_err(|rejected| Error::Ring(rejected.error))?;
                 self.in_flight += 2;
             }
         }
         Ok(())
+    }
+
+    /// The same of a lane that is read ahead: as much as there is room for, or, where a run goes through the
+    /// pipe, what is behind it.
+    fn arm_ahead(&mut self, ring: &mut Ring) -> Result<()> {
+        let target = self.receiver.next_target();
+        let socket = self.socket();
+        let Some(ahead) = &mut self.ahead else { return Ok(()) };
+        if ahead.channel.has_ended() {
+            return Err(self.ended());
+        }
+        let stage = self.piped.as_ref().map_or(Stage::Off, Piped::stage);
+        let (op, token) = match (stage, target) {
+            (Stage::Run, _) => (Op::poll(socket, libc::POLLIN as u32), TOKEN_READABLE),
+            // Nothing is left in the buffer when a run has gone by it.
+            (Stage::Header, Target::Control { exact }) => {
+                (Op::recv(socket, ahead.channel.free().slice(0..exact)), TOKEN_AHEAD)
+            }
+            _ => (Op::recv(socket, ahead.channel.free()), TOKEN_AHEAD),
+        };
+        ring.submit(op, token).map_err(|rejected| Error::Ring(rejected.error))?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn socket(&self) -> Fd {
+        Fd::from(self.socket.clone())
     }
 
     /// Takes a completion with one of the reader's tokens. `wake` gets each page that a vCPU waits
@@ -277,6 +308,13 @@ impl LaneReader {
                     return Err(self.failed(outcome));
                 }
                 ahead.channel.filled(buffer, count as usize);
+                self.take_ahead(ring, &mut wake, &mut arrived)
+            }
+            (TOKEN_READABLE, _) => {
+                let Outcome::Done(_) = outcome else {
+                    return Err(self.failed(outcome));
+                };
+                self.carry(&mut wake, &mut arrived)?;
                 self.take_ahead(ring, &mut wake, &mut arrived)
             }
             (TOKEN_RUN, memory) => {
@@ -348,6 +386,11 @@ impl LaneReader {
                     channel.take(taken);
                     self.events(wake, arrived)?;
                     result.map_err(|error| self.unreadable(&error))?;
+                    if let (Target::Control { .. }, Some(piped)) =
+                        (self.receiver.next_target(), &mut self.piped)
+                    {
+                        piped.rest();
+                    }
                 }
                 Target::Run(run) => {
                     let region = self.guest.region(run.region);
@@ -368,6 +411,18 @@ impl LaneReader {
                         channel.take(there);
                         *placed += there;
                         self.poured(&run, wake, arrived)?;
+                        continue;
+                    }
+                    if let Some(piped) = &mut self.piped
+                        && piped.takes(run.bytes, bytes.len())
+                    {
+                        let whole = there.min(bytes.len());
+                        if whole == 0 {
+                            break;
+                        }
+                        write(&self.guest, &bytes[..whole], &run)?;
+                        channel.take(whole);
+                        self.landed(whole, wake, arrived)?;
                         continue;
                     }
                     if self.receiver.is_checked() && !self.is_verified {
@@ -404,6 +459,33 @@ impl LaneReader {
             }
         }
         self.arm(ring)
+    }
+
+    /// Moves what has come of the current run through the pipe.
+    fn carry(
+        &mut self,
+        wake: &mut impl FnMut(PageId),
+        arrived: &mut impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        let (Target::Run(run), Some(piped)) = (self.receiver.next_target(), &mut self.piped) else {
+            unreachable!("only a run goes through the pipe");
+        };
+        let ram = self.guest.region(run.region).file();
+        match piped.carry(&self.socket, ram.descriptor(), run.byte_offset, run.bytes) {
+            Ok(0) => Err(self.failed(Outcome::Done(0))),
+            Ok(bytes) => {
+                if bytes as u64 == run.bytes {
+                    piped.run_ended();
+                }
+                self.landed(bytes, wake, arrived)
+            }
+            Err(Stuck::Unable) => {
+                self.piped = None;
+                Ok(())
+            }
+            Err(Stuck::Socket(errno)) => Err(self.lost(errno.desc().into())),
+            Err(Stuck::File(errno)) => Err(not_written(&ram.name, errno.into())),
+        }
     }
 
     /// More of a run is in its huge page; perhaps all of it.
@@ -619,10 +701,14 @@ impl LaneReader {
 /// Writes bytes of a run to its file.
 fn write(guest: &GuestMemory, bytes: &[u8], run: &RunTarget) -> Result<()> {
     let ram = guest.region(run.region).file();
-    ram.write_at(bytes, run.byte_offset).map_err(|error| match error.raw_os_error() {
+    ram.write_at(bytes, run.byte_offset).map_err(|error| not_written(&ram.name, error))
+}
+
+fn not_written(ram: &str, error: std::io::Error) -> Error {
+    match error.raw_os_error() {
         Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(),
-        _ => Error::System { what: format!("writing RAM {}", ram.name), source: error },
-    })
+        _ => Error::System { what: format!("writing RAM {ram}"), source: error },
+    }
 }
 
 fn out_of_memory() -> Error {

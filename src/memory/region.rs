@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::IoSlice;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
@@ -325,6 +325,11 @@ impl RamFile {
     pub(crate) fn shared_file(&self) -> Result<Fd> {
         let file = self.file.try_clone().context(|| format!("RAM {}", self.name))?;
         Ok(Fd::from(OwnedFd::from(file)))
+    }
+
+    /// The file, for a call of one's own.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Bytes that the file holds in memory or on disk (holes not counted).
