@@ -19,10 +19,11 @@ impl Op {
     /// The queue entry, without user_data and links. `linked`: it has a successor.
     pub(crate) fn encode(&mut self, aside: &mut Aside, linked: bool) -> squeue::Entry {
         match self {
-            Op::Recv { fd, memory, wait_all } => {
+            Op::Recv { fd, memory, wait_all, poll_first } => {
                 let flags = if *wait_all { libc::MSG_WAITALL } else { 0 };
+                let ioprio = if *poll_first { RECV_POLL_FIRST } else { 0 };
                 let (start, len) = place(memory);
-                on_fd!(fd, |t| opcode::Recv::new(t, start, len).flags(flags).build())
+                on_fd!(fd, |t| opcode::Recv::new(t, start, len).flags(flags).ioprio(ioprio).build())
             }
             Op::Send { fd, memory, more, wait_all } => {
                 let flags = send_flags(*more, *wait_all || linked);
@@ -184,6 +185,9 @@ pub(crate) fn message_value(payload: u64, flags: u32) -> u64 {
 /// `IORING_SEND_ZC_REPORT_USAGE` (linux/io_uring.h, since 6.2): the notification tells whether the
 /// kernel copied.
 pub(crate) const SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
+
+/// `IORING_RECVSEND_POLL_FIRST` (linux/io_uring.h, since 5.19): waits until the socket is ready, then tries.
+const RECV_POLL_FIRST: u16 = 1 << 0;
 
 /// The opcodes used here, and the kernel version each came with (man io_uring_enter).
 pub(crate) const OPCODES: [(u8, &str, &str); 17] = [

@@ -49,6 +49,9 @@ pub enum Op {
         memory: Memory,
         /// Fill all of the memory (`MSG_WAITALL`); less is then [`Outcome::Short`](crate::Outcome::Short).
         wait_all: bool,
+        /// Wait until there is something before the first attempt (`IORING_RECVSEND_POLL_FIRST`, Linux
+        /// 5.19).
+        poll_first: bool,
     },
     /// `send(2)`.
     Send {
@@ -179,7 +182,7 @@ pub enum Op {
 impl Op {
     /// [`Op::Recv`] of what there is.
     pub fn recv(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
-        Op::Recv { fd: fd.into(), memory: memory.into(), wait_all: false }
+        Op::Recv { fd: fd.into(), memory: memory.into(), wait_all: false, poll_first: false }
     }
 
     /// [`Op::Send`] of as much as fits.
@@ -269,6 +272,17 @@ impl Op {
             }
             Op::SendVectored { .. } => (),
             other => debug_assert!(false, "{} has no wait_all", other.name()),
+        }
+        self
+    }
+
+    /// Spares an attempt that would find nothing: for a receive on a socket that is likely to be idle. What
+    /// is there already is taken all the same, a little later than without.
+    #[must_use]
+    pub fn poll_first(mut self) -> Op {
+        match &mut self {
+            Op::Recv { poll_first, .. } => *poll_first = true,
+            other => debug_assert!(false, "{} has no poll_first", other.name()),
         }
         self
     }

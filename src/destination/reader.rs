@@ -270,7 +270,13 @@ impl LaneReader {
             (Stage::Header, Target::Control { exact }) => {
                 (Op::recv(socket, ahead.channel.free().slice(0..exact)), TOKEN_AHEAD)
             }
-            _ => (Op::recv(socket, ahead.channel.free()), TOKEN_AHEAD),
+            _ => {
+                // On the demand lane nothing is likely to come before the next request; on a bulk lane, or behind the
+                // beginning of an answer, there is more already.
+                let is_idle = !self.is_bulk && ahead.channel.plain().is_empty();
+                let receive = Op::recv(socket, ahead.channel.free());
+                (if is_idle { receive.poll_first() } else { receive }, TOKEN_AHEAD)
+            }
         };
         ring.submit(op, token).map_err(|rejected| Error::Ring(rejected.error))?;
         self.in_flight += 1;

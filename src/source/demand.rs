@@ -202,8 +202,9 @@ impl DemandThread {
         }
     }
 
+    /// The next request is seldom there already: who asked waits for the answer.
     fn receive(&self, ring: &mut Ring, buffer: Bytes) -> Result<()> {
-        ring.submit(Op::recv(self.socket.clone(), buffer), TOKEN_RECEIVED)
+        ring.submit(Op::recv(self.socket.clone(), buffer).poll_first(), TOKEN_RECEIVED)
             .map_err(|rejected| Error::Ring(rejected.error))?;
         Ok(())
     }

@@ -86,6 +86,48 @@ fn a_receive_that_need_not_wait_takes_what_there_is() {
 }
 
 #[test]
+fn a_receive_that_waits_first_does_not_wait_for_more_than_there_is() {
+    let mut ring = ring();
+    let (fd, mut peer) = pair();
+    let receive = || Op::recv(fd.clone(), Bytes::with_capacity(8)).poll_first();
+    ring.submit(receive(), 0).expect("room");
+    assert!(poke(&mut ring).is_empty(), "it waits for the peer");
+    peer.write_all(b"abc").expect("write");
+    assert_eq!(one(&mut ring).outcome, Outcome::Done(3));
+    peer.write_all(b"de").expect("write");
+    ring.submit(receive(), 0).expect("room");
+    assert_eq!(one(&mut ring).outcome, Outcome::Done(2));
+    ring.submit(receive().wait_all(), 0).expect("room");
+    peer.write_all(b"1234").expect("write");
+    assert!(poke(&mut ring).is_empty(), "it waits for all of its bytes");
+    peer.write_all(b"5678").expect("write");
+    assert_eq!(bytes(one(&mut ring)), b"12345678");
+    peer.write_all(b"f").expect("write");
+    drop(peer);
+    ring.submit(receive(), 0).expect("room");
+    assert_eq!(one(&mut ring).outcome, Outcome::Done(1));
+    ring.submit(receive(), 0).expect("room");
+    assert_eq!(one(&mut ring).outcome, Outcome::Done(0), "the end of the stream");
+}
+
+/// Its first attempt comes when the kernel has gone through the whole queue.
+#[test]
+fn a_receive_that_waits_first_makes_no_attempt_when_it_is_submitted() {
+    let mut ring = ring();
+    let (fd, mut peer) = pair();
+    for (waits, expected) in [(false, [1, 2]), (true, [2, 1])] {
+        peer.write_all(b"abc").expect("write");
+        let receive = Op::recv(fd.clone(), Bytes::with_capacity(8));
+        let receive = if waits { receive.poll_first() } else { receive };
+        ring.submit(receive, 1).expect("room");
+        ring.submit(Op::nop(), 2).expect("room");
+        let completions = collect(&mut ring, 2);
+        let tokens: Vec<_> = completions.iter().map(|completion| completion.token).collect();
+        assert_eq!(tokens, expected, "waits first: {waits}");
+    }
+}
+
+#[test]
 fn a_part_of_a_buffer_is_used_where_asked() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
