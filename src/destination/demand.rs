@@ -213,6 +213,7 @@ impl DemandThread {
             self.take_commands(&mut ring)?;
             self.let_go(&mut ring)?;
             self.send(&mut ring)?;
+            self.listen_again(&mut ring)?;
             self.follow(&mut ring)?;
             if self.ending && self.spare.is_some() {
                 return Ok(());
@@ -427,9 +428,15 @@ impl DemandThread {
         self.link.iter_mut().for_each(|link| link.seal.frames(&mut buffer));
         ring.submit(Op::send(socket, buffer).wait_all(), TOKEN_SENT)
             .map_err(|rejected| Error::Ring(rejected.error))?;
+        self.listen_again(ring)?;
         ring.enter(Wait::No)?;
         self.faults.as_mut().into_iter().for_each(Faults::asked);
         Ok(())
+    }
+
+    /// Behind what is sent, if there is anything.
+    fn listen_again(&mut self, ring: &mut Ring) -> Result<()> {
+        self.faults.iter_mut().try_for_each(|faults| faults.listen_again(ring))
     }
 
     /// What there is to say.

@@ -59,6 +59,8 @@ pub(crate) struct Faults {
     ask: Vec<(RegionId, u64)>,
     /// Those whose request is being sent.
     asking: Vec<(RegionId, u64)>,
+    /// Of `sources`: those whose events have been taken, to be listened to again, each with its buffer.
+    idle: Vec<(usize, Memory)>,
     waiting: Waiting,
     again: Vec<Again>,
     /// The thread whose fault was read last; 0 if it is not known, or has been looked at.
@@ -78,6 +80,7 @@ impl Faults {
         retry_token: u64,
     ) -> Faults {
         let counts = guest.counters.faults.join();
+        let idle = Vec::with_capacity(sources.len());
         Faults {
             guest,
             sources,
@@ -86,6 +89,7 @@ impl Faults {
             retry_armed: false,
             ask: Vec::with_capacity(1024),
             asking: Vec::with_capacity(1024),
+            idle,
             waiting: Waiting::new(),
             again: Vec::new(),
             last_thread: 0,
@@ -121,7 +125,16 @@ impl Faults {
         Ok(())
     }
 
-    /// Takes a completion with one of the tokens given at the start.
+    /// Listens again where events have been taken. Called behind each turn of completions, when what they ask for
+    /// is in the queue: somebody waits for that, and the kernel takes one after the other.
+    pub(crate) fn listen_again(&mut self, ring: &mut Ring) -> Result<()> {
+        while let Some((index, buffer)) = self.idle.pop() {
+            self.listen(ring, index, buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a completion with one of the tokens given at the start. [`Faults::listen_again`] follows.
     pub(crate) fn complete(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
         if completion.token == self.retry_token {
             self.retry_armed = false;
@@ -145,7 +158,7 @@ impl Faults {
             // The guest's process has ended; the control thread hears of it from the process.
             _ => return Ok(()),
         };
-        self.listen(ring, index, buffer)?;
+        self.idle.push((index, buffer));
         self.retry(ring)
     }
 
@@ -344,6 +357,7 @@ impl FaultThread {
                 post(&mut ring, &self.demand, value, MESSAGE_ASK, TOKEN_POSTED)?;
             }
             faults.asked();
+            faults.listen_again(&mut ring)?;
         }
     }
 }

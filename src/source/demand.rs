@@ -103,7 +103,8 @@ struct DemandThread {
     has_answered: bool,
     /// Claimed, to be sent.
     answers: Vec<PageRange>,
-    /// The buffer for requests, while there are answers enough.
+    /// The buffer for requests, while none are received: until what was asked for is being sent, or for longer
+    /// while there are answers enough.
     held: Option<Bytes>,
     /// Room for what is asked about an answer's page.
     holes: Holes,
@@ -177,10 +178,12 @@ impl DemandThread {
                     TOKEN_SENT => self.sent(completion)?,
                     TOKEN_GO_ON => self.going_on = false,
                     TOKEN_CALM => self.vigil.calm(&mut ring)?,
-                    _ => self.received(&mut ring, completion)?,
+                    _ => self.received(completion)?,
                 }
             }
+            // In this order: the kernel takes them in turn, and somebody waits for the answers.
             self.send(&mut ring)?;
+            self.receive_more(&mut ring)?;
             self.follow(&mut ring, socket)?;
             if self.ending && !self.sending {
                 return Ok(());
@@ -209,7 +212,8 @@ impl DemandThread {
         Ok(())
     }
 
-    fn received(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
+    /// [`DemandThread::receive_more`] follows, behind the answers.
+    fn received(&mut self, completion: Completion) -> Result<()> {
         let lost =
             |what: String| Error::Lost { side: "destination", lane: self.name.clone(), what };
         let (Outcome::Done(count), Some(Memory::Bytes(buffer))) =
@@ -234,7 +238,7 @@ impl DemandThread {
         }
         result.map_err(|error| self.memory.received(&self.name, &error))?;
         self.held = Some(buffer);
-        self.receive_more(ring)
+        Ok(())
     }
 
     /// Reads on, unless whoever asks does not read the answers.
@@ -270,7 +274,6 @@ impl DemandThread {
 
     /// Sends what there is, answers first, all in one; if nobody waits, the next of the background.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
-        self.receive_more(ring)?;
         if self.sending {
             return Ok(());
         }
