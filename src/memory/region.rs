@@ -24,6 +24,8 @@ use crate::error::{Context, Error, Result};
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    /// This one, that has it mapped: kept, as asking is a system call.
+    process: Pid,
 }
 
 // SAFETY: the mapping is plain memory for the kernel and for raw reads; no thread owns it.
@@ -157,7 +159,7 @@ impl RamFile {
             .context(|| format!("mapping RAM {name}, {bytes} bytes"))?
             .cast::<u8>();
         let page_shift = u8::try_from(page_bytes.trailing_zeros()).expect("at most 64");
-        let mapping = Arc::new(Mapping { start, len });
+        let mapping = Arc::new(Mapping { start, len, process: Pid::this() });
         // A tmpfs gives the size of its huge pages here when it makes them.
         let has_huge_pages = metadata.blksize() >= super::BLOCK_BYTES;
         Ok(RamFile {
@@ -278,14 +280,15 @@ impl RamFile {
     }
 
     /// Through the mapping; hugetlbfs has no other way. A copy of our own would end this process where there is
-    /// no page left; the kernel's says so.
+    /// no page left; the kernel's says so. A fork has another process's number here, but nothing that lands: of a
+    /// process only the thread that forks goes on, and a ring is not its child's.
     fn copy_in(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         let base = self.span(offset, bytes.len() as u64).as_ptr() as usize;
         let mut done = 0;
         while done < bytes.len() {
             let from = [IoSlice::new(&bytes[done..])];
             let to = [RemoteIoVec { base: base + done, len: bytes.len() - done }];
-            done += process_vm_writev(Pid::this(), &from, &to)?;
+            done += process_vm_writev(self.mapping.process, &from, &to)?;
         }
         Ok(())
     }
