@@ -29,7 +29,7 @@ use super::faults::{self, Faults, MESSAGE_ASK, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::latency::Latencies;
 use super::reader::{
-    Arrived, LaneReader, TOKEN_AHEAD, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN,
+    Arrived, Given, LaneReader, TOKEN_AHEAD, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN,
 };
 use crate::error::{Error, Result};
 use crate::follow::{self, Follower};
@@ -260,9 +260,14 @@ impl DemandThread {
             |page| wanted.push(page),
             |arrived| self.arrived(&guest, arrived),
         );
-        self.link = Some(link);
-        self.count_arrived(wanted.len() as u64);
         // What has come is shown, whatever happened then.
+        let given = link.reader.take_given();
+        let count = given.len() + wanted.len();
+        for Given { page, arrived } in given {
+            self.faults.iter_mut().for_each(|faults| faults.given(page, arrived));
+        }
+        self.link = Some(link);
+        self.count_arrived(count as u64);
         wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;
         self.wanted = wanted;
         received.or_else(|error| self.lost(error))

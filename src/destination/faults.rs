@@ -241,9 +241,16 @@ impl Faults {
 
     /// A page that somebody waits for is there.
     pub(crate) fn cached(&mut self, ring: &mut Ring, page: PageId) -> Result<()> {
-        self.waiting.arrived(page);
+        self.waiting.arrived(page, Instant::now());
         self.guest.region(page.region).pages.unwant(page.page);
         self.show(ring, Again::Came(page))
+    }
+
+    /// The same of one that whoever waited for it sees already, which had come at a time.
+    pub(crate) fn given(&mut self, page: PageId, arrived: Instant) {
+        self.waiting.arrived(page, arrived);
+        self.guest.region(page.region).pages.unwant(page.page);
+        self.goes_on(page);
     }
 
     fn show(&mut self, ring: &mut Ring, what: Again) -> Result<()> {
@@ -255,11 +262,16 @@ impl Faults {
             self.again.push(what);
             return self.arm_retry(ring);
         }
-        if let Some(latency) = page.and_then(|page| self.waiting.continued(page)) {
+        page.into_iter().for_each(|page| self.goes_on(page));
+        Ok(())
+    }
+
+    /// Whoever waited for a page does no more.
+    fn goes_on(&mut self, page: PageId) {
+        if let Some(latency) = self.waiting.continued(page) {
             self.counts.served(latency);
             self.counts.waiting(self.waiting.len());
         }
-        Ok(())
     }
 
     fn retry(&mut self, ring: &mut Ring) -> Result<()> {

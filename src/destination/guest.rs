@@ -3,26 +3,28 @@
 //! The order of steps for any run of pages, whoever receives it: [`begin`](GuestMemory::begin) before
 //! its first byte, [`place`](GuestMemory::place) for bytes that wait in a buffer,
 //! [`finish`](GuestMemory::finish) after its last, and [`mark`](GuestMemory::mark) for each page that
-//! a vCPU waits for.
+//! a vCPU waits for. A page that a vCPU waits for may be [given](GuestMemory::give) instead, which is all of that
+//! but for what [`finish_given`](GuestMemory::finish_given) counts.
 //!
 //! What the kinds of memory differ in:
 //!
 //! | | shared | private | anonymous |
 //! |---|---|---|---|
 //! | a page lands | in the file | in the file | in a buffer |
-//! | the guest sees it by | UFFDIO_CONTINUE when a vCPU waits, else when its block leaves | UFFDIO_CONTINUE | UFFDIO_COPY |
+//! | the guest sees it by | UFFDIO_COPY or UFFDIO_CONTINUE when a vCPU waits, else when its block leaves | UFFDIO_CONTINUE | UFFDIO_COPY |
 //! | a page of zeroes | stays a hole | UFFDIO_ZEROPAGE | nothing, until a vCPU waits |
 //! | its block leaves the userfaultfd with its last page | cached | released ([`touch`](super::touch)) | cached |
 //!
 //! **Discards.** The guest side may discard pages at any time (balloon, MADV_DONTNEED). The kernel
 //! reports that, waits until the report has been read, and then removes the pages. What is visible in
-//! a shared file only by [`mark`](GuestMemory::mark), which the reader of the reports calls, cannot
-//! meet a discard half-way. Where another thread makes pages visible (private, anonymous) it does so
+//! a shared file only by [`mark`](GuestMemory::mark) or [`give`](GuestMemory::give), which the reader of the
+//! reports calls, cannot meet a discard half-way. Where another thread makes pages visible (private, anonymous) it does so
 //! behind the *gate* of its userfaultfd: the reports are read with the gate closed, and are carried
 //! out in the page states before it opens, so that a page is either visible before its report is read,
 //! and the kernel removes it, or known to be discarded.
 
 mod gate;
+mod giving;
 mod placing;
 mod region;
 mod takeover;
@@ -180,7 +182,7 @@ impl GuestMemory {
         &self,
         range: PageRange,
         kind: RunKind,
-        mut wake: impl FnMut(PageId),
+        wake: impl FnMut(PageId),
     ) -> Result<bool> {
         let region = self.region(range.region);
         if region.file.is_some() {
@@ -188,6 +190,21 @@ impl GuestMemory {
         } else if kind != RunKind::Data {
             region.pages.finish(range.first, range.pages, |_| Ok::<(), Error>(()))?;
         }
+        self.finished(range, kind, wake)
+    }
+
+    /// The same for what has been [given](GuestMemory::give): it is Cached, and nobody waits for it any more.
+    pub(crate) fn finish_given(&self, range: PageRange) -> Result<bool> {
+        self.finished(range, RunKind::Data, |_| {})
+    }
+
+    fn finished(
+        &self,
+        range: PageRange,
+        kind: RunKind,
+        mut wake: impl FnMut(PageId),
+    ) -> Result<bool> {
+        let region = self.region(range.region);
         self.count(region, range, kind);
         region.pages.each_wanted(range.first, range.pages, |page| {
             self.counters.map.was_demanded(range.region.0, page, region.unit_shift, kind);

@@ -108,11 +108,11 @@ impl Waiting {
     }
 
     /// It has come.
-    pub(crate) fn arrived(&mut self, page: PageId) {
+    pub(crate) fn arrived(&mut self, page: PageId, at: Instant) {
         if let Some(stamps) = self.pages.get_mut(&page)
             && stamps.asked.is_some()
         {
-            stamps.arrived.get_or_insert_with(Instant::now);
+            stamps.arrived.get_or_insert(at);
         }
     }
 
@@ -151,7 +151,7 @@ mod tests {
         // A second vCPU that waits for the same page.
         waiting.read(page(1), Instant::now());
         waiting.asked(&[(RegionId(0), 1), (RegionId(0), 7)]);
-        waiting.arrived(page(1));
+        waiting.arrived(page(1), Instant::now());
         let whole = waiting.continued(page(1)).unwrap();
         assert!(whole >= Duration::from_millis(5), "{whole:?}");
         assert_eq!((waiting.len(), waiting.continued(page(1))), (0, None));
@@ -174,7 +174,7 @@ mod tests {
     fn a_page_that_nobody_asked_for_has_no_stages() {
         let mut waiting = Waiting::new();
         waiting.read(page(1), Instant::now());
-        waiting.arrived(page(1));
+        waiting.arrived(page(1), Instant::now());
         assert!(waiting.continued(page(1)).is_some());
         let latencies = waiting.into_latencies();
         assert_eq!(latencies.whole_us.len(), 1);

@@ -8,9 +8,10 @@
 //! one of them, and has it zeroed first (`umem-perf floor` compares the ways). A lane of small pages is
 //! *read ahead*: a receive takes whatever is there, headers and pages, into a buffer that stays in the
 //! processor's cache. From there pages are written to the file, or copied in, as nobody but the guest's
-//! process has a mapping of anonymous memory. The demand lane is read ahead too whatever the pages are, if
-//! they are not too large: an answer and its header take one receive. What is left of a long run, beyond what
-//! has been read ahead, goes through a pipe into the file (`piped.rs`), which spares the way through the buffer.
+//! process has a mapping of anonymous memory; a page that a vCPU waits for is given to the guest from there.
+//! The demand lane is read ahead too whatever the pages are, if they are not too large: an answer and its header
+//! take one receive. What is left of a long run, beyond what has been read ahead, goes through a pipe into the
+//! file (`piped.rs`), which spares the way through the buffer.
 //!
 //! A bulk lane of TLS is read ahead whatever the pages are: records are decrypted in the buffer that they were
 //! received into, while it is in the cache, and their contents go the same way on. Of a huge page what is
@@ -25,6 +26,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use umem_ring::{Bytes, Chain, Completion, Fd, Memory, Op, Outcome, Ring};
 use umem_wire::{
@@ -77,6 +79,17 @@ pub(crate) struct LaneReader {
     is_verified: bool,
     /// Nothing more is taken from the lane.
     is_unreadable: bool,
+    /// Whoever reads this lane reads the guest's events too.
+    may_give: bool,
+    /// The current run is a page that has been given.
+    is_given: bool,
+    given: Vec<Given>,
+}
+
+/// A page that was [given](GuestMemory::give), and when it had come.
+pub(crate) struct Given {
+    pub(crate) page: PageId,
+    pub(crate) arrived: Instant,
 }
 
 /// Why a lane stands still.
@@ -127,7 +140,8 @@ impl LaneReader {
     /// The demand lane, with a receiver that has read its beginning already.
     pub(crate) fn demand(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
         let ahead = Ahead::new(&guest, AHEAD_DEMAND_BYTES);
-        LaneReader { ahead, ..LaneReader::new(lane, receiver, guest) }
+        let may_give = !guest.is_sharded();
+        LaneReader { ahead, may_give, ..LaneReader::new(lane, receiver, guest) }
     }
 
     fn new(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
@@ -149,6 +163,9 @@ impl LaneReader {
             sums: Vec::new(),
             is_verified: false,
             is_unreadable: false,
+            may_give: false,
+            is_given: false,
+            given: Vec::new(),
         }
     }
 
@@ -182,6 +199,11 @@ impl LaneReader {
     /// What has been read beyond the lane's end.
     pub(crate) fn into_ahead(self) -> Option<Ahead> {
         self.ahead.filter(|ahead| ahead.channel.is_at_rest())
+    }
+
+    /// Pages that whoever waited for them sees already, since the last call. `wake` has not got them.
+    pub(crate) fn take_given(&mut self) -> impl ExactSizeIterator<Item = Given> {
+        self.given.drain(..)
     }
 
     /// What is sent the other way, as it leaves.
@@ -457,7 +479,18 @@ impl LaneReader {
                         }
                         *placed = 0;
                     } else {
-                        write(&self.guest, &bytes[..whole], &run)?;
+                        let page = run.byte_offset >> region.unit_shift;
+                        let page = PageId { region: run.region, page };
+                        let is_one = self.may_give && run.bytes == 1 << region.unit_shift;
+                        let given = match is_one {
+                            true => self.guest.give(page, &bytes[..whole])?,
+                            false => None,
+                        };
+                        match given {
+                            Some(arrived) => self.given.push(Given { page, arrived }),
+                            None => write(&self.guest, &bytes[..whole], &run)?,
+                        }
+                        self.is_given = given.is_some();
                     }
                     channel.take(whole);
                     self.landed(whole, wake, arrived)?;
@@ -665,7 +698,11 @@ impl LaneReader {
                 let first = sums::first_summed(range, shift);
                 self.guest.digests.add(range.region, first, &self.sums);
             }
-            let last = self.guest.finish(range, kind, &mut *wake)?;
+            let last = if kind == RunKind::Data && std::mem::take(&mut self.is_given) {
+                self.guest.finish_given(range)?
+            } else {
+                self.guest.finish(range, kind, &mut *wake)?
+            };
             arrived(Arrived::Run { range, last })?;
         }
         Ok(())

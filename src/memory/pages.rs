@@ -223,6 +223,11 @@ impl PageStates {
         self.wanted[index(page / BITS_PER_WORD)].fetch_and(!bit, SeqCst) & bit != 0
     }
 
+    /// A vCPU waits for `page`.
+    pub(crate) fn is_wanted(&self, page: u64) -> bool {
+        self.wanted[index(page / BITS_PER_WORD)].load(SeqCst) >> (page % BITS_PER_WORD) & 1 == 1
+    }
+
     /// Calls `f` with each wanted page in `first..first + pages`.
     pub(crate) fn each_wanted(&self, first: u64, pages: u64, mut f: impl FnMut(u64)) {
         assert!(first + pages <= self.pages);

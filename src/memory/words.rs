@@ -7,7 +7,7 @@
 //! the guest whose pages it speaks of. Its layout follows from the regions alone ([`Extent`]):
 //!
 //! ```text
-//! counters  8 words          what has come, in bytes
+//! counters  8 words          what has come, and the page that is being given
 //! events    4 KiB a source   what the kernel reports on each userfaultfd is read into here
 //! per region:
 //!   states  2 bits a page    as in pages.rs
@@ -20,6 +20,8 @@
 //! |---|---|
 //! | while a page lands | Landing: what came in part goes back, *then* the page is Missing ([`PageStates::roll_back`]) |
 //! | after the page was copied in (UFFDIO_COPY), before Cached | Landing, so Missing: it comes again, and EEXIST keeps what the guest has written |
+//! | after a page of a file was given (UFFDIO_COPY), before Cached | the page is named in the counters, and the file has it: Cached |
+//! | before it was given, or as the kernel refused | the page is named, and the file does not have it: Landing, as above |
 //! | after Cached, before whoever waits was woken | all waiters are woken: they fault again, and are shown the page |
 //! | after a block's last page, before it left the userfaultfd | every complete block leaves again, which does nothing the second time |
 //! | after a fault was read, before it was asked for | all waiters are woken, and fault again |

@@ -92,6 +92,13 @@ impl GuestRegion {
         self.file.as_ref().is_some_and(|file| file.has_huge_pages)
     }
 
+    /// Its pages are small, and UFFDIO_COPY makes one in the file and shows it, both at once.
+    pub(super) fn can_be_given(&self) -> bool {
+        let is_small = self.page_shift == 12 && self.unit_is_page();
+        let file = self.file.as_ref().filter(|file| !file.on_hugetlb && !file.has_huge_pages);
+        self.kind == Kind::Shared && is_small && file.is_some()
+    }
+
     pub(super) fn page_bytes(&self) -> u64 {
         1 << self.page_shift
     }

@@ -19,9 +19,11 @@ pub(super) enum Told {
     ZeroBytes = 0,
     HoleBytes = 1,
     PagesDemand = 2,
+    /// Not counted: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
+    Giving = 3,
 }
 
-const _: () = assert!((Told::PagesDemand as usize) < COUNTERS);
+const _: () = assert!((Told::Giving as usize) < COUNTERS);
 
 impl GuestMemory {
     /// What a memory file for the states has to hold of each region.
@@ -53,6 +55,7 @@ impl GuestMemory {
     /// Goes on where a process was killed, as the [table](crate::memory::words) says; `share` has been
     /// called, and nobody else is at work yet. Who waits is not woken yet.
     pub(crate) fn take_over(&self) -> Result<()> {
+        self.keep_given()?;
         self.roll_back()?;
         for source in &self.sources {
             let Some(events) = &source.events else { continue };

@@ -1,0 +1,271 @@
+//! Shared memory: a page that somebody waits for goes into its file, before the guest and on its way in one
+//! step.
+
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Instant;
+
+use super::takeover::Told;
+use super::{GuestMemory, GuestRegion, PageId};
+use crate::error::{Error, Result};
+use crate::fault::uffd::Placed;
+use crate::memory::pages::PageState;
+
+impl GuestMemory {
+    /// Shared memory of small pages: puts a page that has come, and that a vCPU waits for, into its file and
+    /// before the guest, wakes whoever waits and marks it cached; UFFDIO_COPY does that at once. Only for the
+    /// thread that reads the guest's events, so that the page cannot be discarded meanwhile.
+    ///
+    /// Returns when that began. None where nothing has been done: it is to be written and
+    /// [marked](GuestMemory::mark) then, as when nobody waits. That is so of pages that the file has already
+    /// (EEXIST), while the guest changes its mappings (EAGAIN), and whatever else is in the way; the other way
+    /// finds it too, and says what it is.
+    pub(crate) fn give(&self, id: PageId, bytes: &[u8]) -> Result<Option<Instant>> {
+        let region = self.region(id.region);
+        let is_plain = || region.is_plain(id.page) && region.pages.is_wanted(id.page);
+        if !region.can_be_given() || bytes.len() as u64 != region.page_bytes() || !is_plain() {
+            return Ok(None);
+        }
+        let began = Instant::now();
+        let offset = region.byte_offset(id.page);
+        if !self.announce(region, id) {
+            return Ok(None);
+        }
+        let part = region.part_at(offset);
+        let address = part.address + (offset - part.offset);
+        let placed = self.sources[part.source].uffd.copy(address, bytes);
+        let is_given = matches!(placed, Ok(Placed { stop: None, .. }));
+        if is_given {
+            let discard =
+                |page| region.file().discard(region.byte_offset(page), region.page_bytes());
+            region.pages.finish(id.page, 1, discard)?;
+        }
+        if let Some(told) = &self.told {
+            told[Told::Giving as usize].store(0, SeqCst);
+        }
+        Ok(is_given.then_some(began))
+    }
+
+    /// Where another process may have to go on, it has to know of a page that is being given: the guest may have
+    /// changed it before it is cached. False if the file has the page already, so that its being there would say
+    /// nothing. (One that is allocated and was never filled does not count as there, here or for who takes over.)
+    /// mincore takes no lock of the file's, as lseek would, which waits for a bulk thread's write.
+    fn announce(&self, region: &GuestRegion, id: PageId) -> bool {
+        let Some(told) = &self.told else { return true };
+        let resident = region.file().is_resident(region.byte_offset(id.page), region.page_bytes());
+        if !matches!(resident, Ok(false)) {
+            return false;
+        }
+        told[Told::Giving as usize].store(id.pack() + 1, SeqCst);
+        true
+    }
+
+    /// A page that was being given, and is in the file, has come: the file did not have it before, and the
+    /// kernel puts it there whole. The guest may have changed it since.
+    pub(super) fn keep_given(&self) -> Result<()> {
+        let Some(giving) = self.told.as_ref().map(|told| &told[Told::Giving as usize]) else {
+            return Ok(());
+        };
+        let Some(id) = giving.load(SeqCst).checked_sub(1).map(PageId::unpack) else {
+            return Ok(());
+        };
+        if let Some(region) = self.regions.get(usize::from(id.region.0))
+            && id.page < region.bytes >> region.unit_shift
+            && region.can_be_given()
+            && region.pages.get(id.page) == PageState::Landing
+        {
+            let offset = region.byte_offset(id.page);
+            if region.file().next_data(offset)? == Some(offset) {
+                region.pages.finish(id.page, 1, |_| Ok::<(), Error>(()))?;
+            }
+        }
+        giving.store(0, SeqCst);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use umem_wire::{PageRange, RegionId};
+
+    use super::*;
+    use crate::destination::guest::{FaultSource, Part, RegionSetup};
+    use crate::fault::uffd::{Stop, Uffd};
+    use crate::memory::claims::RunKind;
+    use crate::memory::kind::Kind;
+    use crate::memory::region::RamFile;
+    use crate::memory::words::State;
+
+    const PAGES: u64 = 8;
+    const BYTES: [u8; 4096] = [0xa5; 4096];
+
+    fn id(page: u64) -> PageId {
+        PageId { region: RegionId(0), page }
+    }
+
+    /// A guest of this process: its memory, its mapping, and its userfaultfd.
+    struct Guest {
+        memory: GuestMemory,
+        mapping: RamFile,
+        uffd: Uffd,
+    }
+
+    impl Guest {
+        fn new() -> Guest {
+            let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+            file.set_len(PAGES << 12).unwrap();
+            let mapping = RamFile::from_handoff("guest", file.try_clone().unwrap()).unwrap();
+            let uffd = Uffd::for_this_process().unwrap();
+            let address = mapping.span(0, PAGES << 12).as_ptr().expose_provenance() as u64;
+            uffd.register_shared(address, PAGES << 12).unwrap();
+            let region = GuestRegion::new(RegionSetup {
+                name: "ram".into(),
+                kind: Kind::Shared,
+                bytes: PAGES << 12,
+                unit_shift: 12,
+                page_shift: 12,
+                file: Some(RamFile::from_handoff("ram", file).unwrap()),
+                parts: vec![Part { offset: 0, bytes: PAGES << 12, address, source: 0 }],
+            });
+            let memory = GuestMemory::new(vec![region], vec![FaultSource::new(uffd.clone())]);
+            Guest { memory, mapping, uffd }
+        }
+
+        fn region(&self) -> &GuestRegion {
+            self.memory.region(RegionId(0))
+        }
+
+        /// Its page is on its way, and somebody waits for it or not.
+        fn awaits(&self, page: u64, is_wanted: bool) {
+            let range = PageRange { region: RegionId(0), first: page, pages: 1 };
+            self.memory.begin(range, "a lane").unwrap();
+            assert!(!is_wanted || self.region().pages.want(page));
+        }
+
+        fn state(&self, page: u64) -> PageState {
+            self.region().pages.get(page)
+        }
+
+        fn address(&self, page: u64) -> u64 {
+            self.region().parts[0].address + (page << 12)
+        }
+
+        /// Without a fault, which nobody would answer.
+        fn sees(&self, page: u64) -> bool {
+            let shown = self.uffd.map(self.address(page), 4096).unwrap();
+            shown.stop == Some(Stop::Already)
+        }
+
+        fn contents(&self, page: u64) -> Vec<u8> {
+            self.mapping.read(page << 12, 4096).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_page_that_somebody_waits_for_is_given() {
+        let guest = Guest::new();
+        guest.awaits(1, true);
+        assert!(guest.memory.give(id(1), &BYTES).unwrap().is_some());
+        assert_eq!(guest.state(1), PageState::Cached);
+        assert_eq!(guest.contents(1), BYTES);
+        assert!(guest.sees(1));
+        let range = PageRange { region: RegionId(0), first: 1, pages: 1 };
+        assert!(!guest.memory.finish_given(range).unwrap());
+        assert_eq!(guest.memory.pages_missing(), PAGES - 1);
+        assert!(guest.memory.begin(range, "a lane").is_err(), "it came a second time");
+    }
+
+    #[test]
+    fn what_cannot_be_given_goes_the_other_way() {
+        let guest = Guest::new();
+        let refused = |page: u64| guest.memory.give(id(page), &BYTES).unwrap().is_none();
+        guest.awaits(0, false);
+        assert!(refused(0), "nobody waits");
+        assert_eq!((guest.state(0), guest.contents(0)), (PageState::Landing, vec![0; 4096]));
+
+        guest.awaits(1, true);
+        guest.region().pages.discard(1, 1);
+        assert!(refused(1), "the guest has discarded it");
+        assert_eq!((guest.state(1), guest.contents(1)), (PageState::Discarded, vec![0; 4096]));
+
+        guest.awaits(2, true);
+        guest.region().file().allocate_page(2 << 12).unwrap();
+        assert!(refused(2), "the file has it already");
+        assert_eq!((guest.state(2), guest.contents(2)), (PageState::Landing, vec![0; 4096]));
+        guest.region().file().write_at(&BYTES, 2 << 12).unwrap();
+        let range = PageRange { region: RegionId(0), first: 2, pages: 1 };
+        let mut woken = Vec::new();
+        guest.memory.finish(range, RunKind::Data, |page| woken.push(page)).unwrap();
+        assert_eq!(woken, [id(2)]);
+        assert!(guest.memory.mark(id(2)).unwrap());
+        assert!(guest.sees(2));
+        assert_eq!(guest.contents(2), BYTES);
+
+        guest.awaits(3, true);
+        guest.uffd.unregister(guest.address(3), 4096).unwrap();
+        assert!(refused(3), "the userfaultfd does not have it any more");
+        assert_eq!((guest.state(3), guest.contents(3)), (PageState::Landing, vec![0; 4096]));
+    }
+
+    /// A guest whose umem was killed as it gave `page`, and is taken over.
+    fn killed(page: u64, give: impl FnOnce(&Guest)) -> Guest {
+        let mut guest = Guest::new();
+        let state = State::new(guest.memory.extents(), 1).unwrap();
+        guest.memory.share(&state);
+        guest.awaits(page, true);
+        assert!(guest.memory.announce(guest.region(), id(page)));
+        give(&guest);
+        guest.memory.take_over().unwrap();
+        assert_eq!(state.counters()[Told::Giving as usize].load(SeqCst), 0);
+        guest
+    }
+
+    #[test]
+    fn a_page_that_was_given_by_a_process_that_was_killed_has_come() {
+        let changed = [vec![0x5a], BYTES[1..].to_vec()].concat();
+        let guest = killed(5, |guest| {
+            let copied = guest.uffd.copy(guest.address(5), &BYTES).unwrap();
+            assert_eq!(copied.stop, None);
+            // The guest goes on, and changes it.
+            guest.mapping.write_at(&[0x5a], 5 << 12).unwrap();
+            // Of what else was landing nobody can say how much has come.
+            guest.awaits(6, true);
+            guest.region().file().write_at(&BYTES, 6 << 12).unwrap();
+        });
+        assert_eq!((guest.state(5), guest.contents(5)), (PageState::Cached, changed));
+        assert_eq!((guest.state(6), guest.contents(6)), (PageState::Missing, vec![0; 4096]));
+        assert_eq!(guest.memory.pages_missing(), PAGES - 1);
+    }
+
+    #[test]
+    fn a_page_that_a_killed_process_was_about_to_give_is_missing() {
+        let guest = killed(5, |_| {});
+        assert_eq!((guest.state(5), guest.contents(5)), (PageState::Missing, vec![0; 4096]));
+        // Allocated and never filled: the kernel refuses it.
+        let guest = killed(5, |guest| {
+            guest.region().file().allocate_page(5 << 12).unwrap();
+            let refused = guest.uffd.copy(guest.address(5), &BYTES).unwrap();
+            assert_eq!(refused.stop, Some(Stop::Already));
+        });
+        assert_eq!((guest.state(5), guest.contents(5)), (PageState::Missing, vec![0; 4096]));
+    }
+
+    #[test]
+    fn a_page_that_is_to_be_given_is_named_for_so_long() {
+        let mut guest = Guest::new();
+        let state = State::new(guest.memory.extents(), 1).unwrap();
+        guest.memory.share(&state);
+        let named = || state.counters()[Told::Giving as usize].load(SeqCst);
+        guest.awaits(4, true);
+        guest.region().file().write_at(&[0; 4096], 4 << 12).unwrap();
+        assert!(!guest.memory.announce(guest.region(), id(4)), "its being there says nothing");
+        assert_eq!(named(), 0);
+        guest.awaits(7, true);
+        assert!(guest.memory.announce(guest.region(), id(7)));
+        assert_eq!(named(), id(7).pack() + 1);
+        assert!(guest.memory.give(id(7), &BYTES).unwrap().is_some());
+        assert_eq!(named(), 0);
+    }
+}
