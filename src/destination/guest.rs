@@ -17,10 +17,10 @@
 //!
 //! **Discards.** The guest side may discard pages at any time (balloon, MADV_DONTNEED). The kernel
 //! reports that, waits until the report has been read, and then removes the pages. What is visible in
-//! a shared file only by [`mark`](GuestMemory::mark) or [`give`](GuestMemory::give), which the reader of the
-//! reports calls, cannot meet a discard half-way. Where another thread makes pages visible (private, anonymous) it does so
-//! behind the *gate* of its userfaultfd: the reports are read with the gate closed, and are carried
-//! out in the page states before it opens, so that a page is either visible before its report is read,
+//! a shared file only by [`mark`](GuestMemory::mark) or [`give`](GuestMemory::give), which the reader of
+//! the reports calls, cannot meet a discard half-way. Where another thread makes pages visible (private,
+//! anonymous) it does so behind the *gate* of its userfaultfd: the reports are read with the gate closed, and
+//! are carried out in the page states before it opens, so that a page is either visible before its report is read,
 //! and the kernel removes it, or known to be discarded.
 
 mod gate;

@@ -279,7 +279,7 @@ fn method(options: &Options, version: &str) -> String {
          removed, so that the machine has as much memory at hand as both ends can take. postcopy-preempt and plain postcopy are QEMU's own, \
          without a bandwidth limit, switched over at once, on the system's congestion control; `file` \
          is the memory-backend-file with share=on that umem needs, in /dev/shm, `huge file` the same in a \
-         tmpfs with huge pages, and `private` is QEMU's default RAM. \
+         tmpfs with huge pages, aligned to them (align=2M), and `private` is QEMU's default RAM. \
          umem is `umem migrate -p` and `umem incoming` with their defaults. Total: from giving the \
          command (for umem: starting the process) until both sides say they have completed. Stop→end: \
          from the source's STOP event until then. Downtime: from the source's STOP to the \
