@@ -481,8 +481,9 @@ impl LaneReader {
                     } else {
                         let page = run.byte_offset >> region.unit_shift;
                         let page = PageId { region: run.region, page };
-                        let is_one = self.may_give && run.bytes == 1 << region.unit_shift;
-                        let given = match is_one {
+                        // All of the run, not what is left of one: the others of its pages are not given.
+                        let is_one = self.current.is_some_and(|run| run.pages == 1);
+                        let given = match self.may_give && is_one {
                             true => self.guest.give(page, &bytes[..whole])?,
                             false => None,
                         };
