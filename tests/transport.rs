@@ -4,13 +4,15 @@
 mod support;
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSliceMut, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::signal::Signal;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
 use support::{Authority, HugeFile, Scratch, Umem, wait_for};
 use umem_wire::{
     Event, Frame, HEADER_BYTES, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize,
@@ -382,6 +384,65 @@ fn answers_that_come_in_pieces_land_whole() {
         let expected = [page(first), page(first + 1), vec![0; 4096]].concat();
         assert!(landed[at..at + 3 * 4096] == expected, "pages from {first} on");
     }
+}
+
+/// Of a run on the demand lane the last page comes by itself, and somebody waits for it. The page before it is
+/// there as well then, for whoever touches it next.
+#[test]
+fn a_run_whose_last_page_is_waited_for_is_there_whole() {
+    let scratch = Scratch::new();
+    let mut incoming = incoming_to_loading_guest(&scratch, 8);
+    let mut peer = Peer::dial(&uri(&mut incoming), 1);
+    peer.until_stopped(8, true);
+    peer.load();
+    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    peer.send(1, &Frame::Hole(range(0, 8)), &[]);
+    assert_eq!(peer.event(), Some(Event::Loaded));
+    peer.switch_over();
+    let ram = scratch.ram("destination");
+    let (guest, address) = guest_of(incoming.pid(), &ram);
+    // It waits for a page, where /proc/PID/mem takes a userfault for an error.
+    let read = |page: u64| {
+        let (sender, bytes) = std::sync::mpsc::channel();
+        let remote = RemoteIoVec { base: address + (page << 12) as usize, len: 4096 };
+        std::thread::spawn(move || {
+            let mut bytes = vec![0; 4096];
+            let result = process_vm_readv(guest, &mut [IoSliceMut::new(&mut bytes)], &[remote]);
+            let _ = sender.send(result.map(|_| bytes));
+        });
+        bytes
+    };
+    let there = |bytes: std::sync::mpsc::Receiver<nix::Result<Vec<u8>>>, what: &str| {
+        wait_for(what, || bytes.try_recv().ok()).unwrap()
+    };
+    let last = read(9);
+    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 9)])));
+    let [first_page, last_page] = [vec![0x5a; 4096], vec![0xa5; 4096]];
+    peer.lanes[0].write_all(&transmit::data_header(range(8, 2))).unwrap();
+    peer.lanes[0].write_all(&first_page).unwrap();
+    wait_for("the first page of the run to land", || {
+        let mut byte = [0];
+        File::open(&ram).unwrap().read_exact_at(&mut byte, 8 * PAGE).unwrap();
+        (byte == [0x5a]).then_some(())
+    });
+    peer.lanes[0].write_all(&last_page).unwrap();
+    assert!(there(last, "the page that was waited for") == last_page);
+    assert!(there(read(8), "the page before it") == first_page);
+    peer.send(1, &Frame::Hole(range(10, 2038)), &[]);
+    peer.complete(1);
+    incoming.event("completed");
+}
+
+/// The process that umem has started, and where it maps its RAM.
+fn guest_of(umem: u32, ram: &Path) -> (Pid, usize) {
+    let threads = std::fs::read_dir(format!("/proc/{umem}/task")).unwrap();
+    let children = threads.map(|thread| thread.unwrap().path().join("children"));
+    let children: String = children.map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    let guest = children.split_whitespace().next().expect("it has started a guest");
+    let maps = std::fs::read_to_string(format!("/proc/{guest}/maps")).unwrap();
+    let mapping = maps.lines().find(|line| line.ends_with(ram.to_str().unwrap()));
+    let (start, _) = mapping.expect("the guest maps its RAM").split_once('-').unwrap();
+    (Pid::from_raw(guest.parse().unwrap()), usize::from_str_radix(start, 16).unwrap())
 }
 
 /// The last page of a lane is waited for, so that a vCPU is still to be woken when the source has

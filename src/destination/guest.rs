@@ -195,6 +195,7 @@ impl GuestMemory {
 
     /// The same for what has been [given](GuestMemory::give): it is Cached, and nobody waits for it any more.
     pub(crate) fn finish_given(&self, range: PageRange) -> Result<bool> {
+        assert!(range.pages == 1, "of {range:?} one page was given");
         self.finished(range, RunKind::Data, |_| {})
     }
 
