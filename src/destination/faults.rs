@@ -9,9 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use umem_ring::{
-    Bytes, Completion, Config, Mailbox, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait,
-};
+use umem_ring::{Completion, Config, Mailbox, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait};
 use umem_wire::RegionId;
 
 use super::demand::Reach;
@@ -59,15 +57,15 @@ pub(crate) struct Faults {
     ask: Vec<(RegionId, u64)>,
     /// Those whose request is being sent.
     asking: Vec<(RegionId, u64)>,
-    /// Of `sources`: those whose events have been taken, to be listened to again, each with its buffer.
-    idle: Vec<(usize, Memory)>,
+    /// Of `sources`: those whose events have been taken, to be listened to again.
+    idle: Vec<usize>,
     waiting: Waiting,
     again: Vec<Again>,
     /// The thread whose fault was read last; 0 if it is not known, or has been looked at.
     last_thread: u32,
     /// The same for who looks on.
     counts: Arc<FaultCounts>,
-    /// For what is read with the gate closed.
+    /// What is read.
     buffer: Vec<u8>,
 }
 
@@ -100,27 +98,13 @@ impl Faults {
 
     /// Starts to listen.
     pub(crate) fn arm(&self, ring: &mut Ring) -> Result<()> {
-        (0..self.sources.len()).try_for_each(|index| {
-            let events = self.guest.sources[self.sources[index]].events.as_ref();
-            let buffer: Memory = match events {
-                Some(events) => events.span().into(),
-                None => Bytes::with_capacity(EVENTS_MAX * MESSAGE_BYTES).into(),
-            };
-            self.listen(ring, index, buffer)
-        })
+        (0..self.sources.len()).try_for_each(|index| self.listen(ring, index))
     }
 
-    /// Reads the events as they come; behind a gate only waits for them, as the read that takes them
-    /// has to happen with the gate closed.
-    fn listen(&self, ring: &mut Ring, index: usize, buffer: Memory) -> Result<()> {
-        let source = self.sources[index];
-        let descriptor = self.guest.sources[source].uffd.descriptor();
-        let op = if self.guest.is_gated(source) {
-            Op::poll(descriptor, libc::POLLIN as u32)
-        } else {
-            Op::read(descriptor, buffer)
-        };
-        ring.submit(op, self.token + index as u64)
+    /// Waits for events. A ring could read them too, but not with the gate closed, as it has to be.
+    fn listen(&self, ring: &mut Ring, index: usize) -> Result<()> {
+        let descriptor = self.guest.sources[self.sources[index]].uffd.descriptor();
+        ring.submit(Op::poll(descriptor, libc::POLLIN as u32), self.token + index as u64)
             .map_err(|rejected| Error::Ring(rejected.error))?;
         Ok(())
     }
@@ -128,8 +112,8 @@ impl Faults {
     /// Listens again where events have been taken. Called behind each turn of completions, when what they ask for
     /// is in the queue: somebody waits for that, and the kernel takes one after the other.
     pub(crate) fn listen_again(&mut self, ring: &mut Ring) -> Result<()> {
-        while let Some((index, buffer)) = self.idle.pop() {
-            self.listen(ring, index, buffer)?;
+        while let Some(index) = self.idle.pop() {
+            self.listen(ring, index)?;
         }
         Ok(())
     }
@@ -141,24 +125,12 @@ impl Faults {
             return self.retry(ring);
         }
         let index = usize::try_from(completion.token - self.token).expect("our own token");
-        let buffer = match (completion.outcome, completion.memory) {
-            (Outcome::Done(count), Some(Memory::Bytes(buffer))) => {
-                self.events(ring, &buffer.as_slice()[..count as usize])?;
-                buffer.into()
-            }
-            (Outcome::Done(count), Some(buffer @ Memory::Span(_))) => {
-                self.shared_events(ring, self.sources[index], count as usize)?;
-                buffer
-            }
-            (Outcome::Failed(errno), Some(buffer)) if errno.raw() == libc::EAGAIN => buffer,
-            (Outcome::Done(_), None) => {
-                self.read(ring, self.sources[index])?;
-                Bytes::with_capacity(0).into()
-            }
+        let Outcome::Done(_) = completion.outcome else {
             // The guest's process has ended; the control thread hears of it from the process.
-            _ => return Ok(()),
+            return Ok(());
         };
-        self.idle.push((index, buffer));
+        self.read(ring, self.sources[index])?;
+        self.idle.push(index);
         self.retry(ring)
     }
 

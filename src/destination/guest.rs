@@ -16,13 +16,14 @@
 //! | its block leaves the userfaultfd with its last page | cached | released ([`touch`](super::touch)) | cached |
 //!
 //! **Discards.** The guest side may discard pages at any time (balloon, MADV_DONTNEED). The kernel
-//! reports that, waits until the report has been read, and then removes the pages. What is visible in
-//! a shared file only by [`mark`](GuestMemory::mark) or [`give`](GuestMemory::give), which the reader of
-//! the reports calls, cannot meet a discard half-way. Where another thread makes pages visible (private,
-//! anonymous) it does so behind the *gate* of its userfaultfd: the reports are read with the gate closed, and
-//! are carried out in the page states before it opens, so that a page is either visible before its report is read,
-//! and the kernel removes it, or known to be discarded.
+//! reports that, waits until the report has been read, and then removes the pages. So the reports are read with
+//! the *gate* of their userfaultfd closed, and are carried out in the page states before it opens; who makes pages
+//! visible, or cached, holds it open. A page is then either so before its report is read, and the kernel removes
+//! it, or known to be discarded. The thread that reads the reports needs no gate for what it makes visible itself
+//! ([`mark`](GuestMemory::mark), [`give`](GuestMemory::give)).
 
+#[cfg(test)]
+mod fixture;
 mod gate;
 mod giving;
 mod placing;
@@ -142,14 +143,6 @@ impl GuestMemory {
         self.regions.iter().any(is_sharded)
     }
 
-    /// True when the events of a userfaultfd must be read with its gate closed.
-    pub(crate) fn is_gated(&self, source: usize) -> bool {
-        self.regions
-            .iter()
-            .filter(|region| region.kind != Kind::Shared)
-            .any(|region| region.parts.iter().any(|part| part.source == source))
-    }
-
     /// The region and the offset in it of an address of the guest's process.
     fn locate(&self, address: u64) -> Option<(usize, u64)> {
         self.regions.iter().enumerate().find_map(|(index, region)| {
@@ -229,10 +222,15 @@ impl GuestMemory {
     fn finish_in_file(&self, region: &GuestRegion, range: PageRange) -> Result<()> {
         let unit_bytes = 1 << region.unit_shift;
         let discard = |page| region.file().discard(region.byte_offset(page), unit_bytes);
-        // The second time for those that were discarded between the first one and the new state.
-        region.discard_fragments(range.first, range.pages)?;
-        region.pages.finish(range.first, range.pages, discard)?;
-        region.discard_fragments(range.first, range.pages)
+        let start = region.byte_offset(range.first);
+        for (part, address, len) in region.pieces(start..start + region.byte_offset(range.pages)) {
+            let first = (part.offset + (address - part.address)) >> region.unit_shift;
+            let pages = len >> region.unit_shift;
+            let _gate = self.sources[part.source].open_gate();
+            region.discard_fragments(first, pages)?;
+            region.pages.finish(first, pages, discard)?;
+        }
+        Ok(())
     }
 
     /// Every page of the range is the guest's own: a block that is complete leaves its userfaultfd.

@@ -1,5 +1,5 @@
-//! A userfaultfd of the guest's process, and its *gate*: who makes pages visible holds it open, who reads
-//! events closes it ([why](super)).
+//! A userfaultfd of the guest's process, and its *gate*: who makes pages visible, or cached, holds it
+//! open, who reads events closes it ([why](super)).
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -19,7 +19,7 @@ impl FaultSource {
         FaultSource { uffd, events: None, gate: RwLock::new(()) }
     }
 
-    /// For who makes pages visible.
+    /// For who makes pages visible, or cached.
     pub(super) fn open_gate(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -27,5 +27,43 @@ impl FaultSource {
     /// For who reads what the kernel reports.
     pub(crate) fn close_gate(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use umem_wire::{PageRange, RegionId};
+
+    use super::super::fixture::Guest;
+    use crate::memory::claims::RunKind;
+    use crate::memory::pages::PageState;
+
+    /// A discard of shared memory has been read, and the kernel has removed the page, which lands only now: a
+    /// bulk thread that finishes it waits until it is known what the guest expects there.
+    #[test]
+    fn a_page_that_lands_behind_a_discard_reads_as_zeroes() {
+        let guest = Guest::new();
+        guest.awaits(1, false);
+        let gate = guest.memory.sources[0].close_gate();
+        guest.region().file().write_at(&[0xa5; 4096], 1 << 12).unwrap();
+        std::thread::scope(|scope| {
+            let (sender, thread) = std::sync::mpsc::channel();
+            let memory = &guest.memory;
+            let bulk = scope.spawn(move || {
+                sender.send(nix::unistd::gettid()).unwrap();
+                let range = PageRange { region: RegionId(0), first: 1, pages: 1 };
+                memory.finish(range, RunKind::Data, |_| {}).unwrap();
+            });
+            let stat = format!("/proc/self/task/{}/stat", thread.recv().unwrap());
+            let waits = || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S "));
+            while !bulk.is_finished() && !waits() {
+                std::thread::yield_now();
+            }
+            let address = guest.address(1);
+            guest.memory.discard(address, address + 4096).unwrap();
+            drop(gate);
+        });
+        assert_eq!(guest.state(1), PageState::Cached);
+        assert!(guest.contents(1) == [0; 4096], "what the source had");
     }
 }

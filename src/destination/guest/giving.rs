@@ -85,83 +85,15 @@ impl GuestMemory {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
-    use nix::sys::memfd::{MFdFlags, memfd_create};
     use umem_wire::{PageRange, RegionId};
 
+    use super::super::fixture::{Guest, PAGES, id};
     use super::*;
-    use crate::destination::guest::{FaultSource, Part, RegionSetup};
-    use crate::fault::uffd::{Stop, Uffd};
+    use crate::fault::uffd::Stop;
     use crate::memory::claims::RunKind;
-    use crate::memory::kind::Kind;
-    use crate::memory::region::RamFile;
     use crate::memory::words::State;
 
-    const PAGES: u64 = 8;
     const BYTES: [u8; 4096] = [0xa5; 4096];
-
-    fn id(page: u64) -> PageId {
-        PageId { region: RegionId(0), page }
-    }
-
-    /// A guest of this process: its memory, its mapping, and its userfaultfd.
-    struct Guest {
-        memory: GuestMemory,
-        mapping: RamFile,
-        uffd: Uffd,
-    }
-
-    impl Guest {
-        fn new() -> Guest {
-            let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
-            file.set_len(PAGES << 12).unwrap();
-            let mapping = RamFile::from_handoff("guest", file.try_clone().unwrap()).unwrap();
-            let uffd = Uffd::for_this_process().unwrap();
-            let address = mapping.span(0, PAGES << 12).as_ptr().expose_provenance() as u64;
-            uffd.register_shared(address, PAGES << 12).unwrap();
-            let region = GuestRegion::new(RegionSetup {
-                name: "ram".into(),
-                kind: Kind::Shared,
-                bytes: PAGES << 12,
-                unit_shift: 12,
-                page_shift: 12,
-                file: Some(RamFile::from_handoff("ram", file).unwrap()),
-                parts: vec![Part { offset: 0, bytes: PAGES << 12, address, source: 0 }],
-            });
-            let memory = GuestMemory::new(vec![region], vec![FaultSource::new(uffd.clone())]);
-            Guest { memory, mapping, uffd }
-        }
-
-        fn region(&self) -> &GuestRegion {
-            self.memory.region(RegionId(0))
-        }
-
-        /// Its page is on its way, and somebody waits for it or not.
-        fn awaits(&self, page: u64, is_wanted: bool) {
-            let range = PageRange { region: RegionId(0), first: page, pages: 1 };
-            self.memory.begin(range, "a lane").unwrap();
-            assert!(!is_wanted || self.region().pages.want(page));
-        }
-
-        fn state(&self, page: u64) -> PageState {
-            self.region().pages.get(page)
-        }
-
-        fn address(&self, page: u64) -> u64 {
-            self.region().parts[0].address + (page << 12)
-        }
-
-        /// Without a fault, which nobody would answer.
-        fn sees(&self, page: u64) -> bool {
-            let shown = self.uffd.map(self.address(page), 4096).unwrap();
-            shown.stop == Some(Stop::Already)
-        }
-
-        fn contents(&self, page: u64) -> Vec<u8> {
-            self.mapping.read(page << 12, 4096).unwrap()
-        }
-    }
 
     #[test]
     fn a_page_that_somebody_waits_for_is_given() {
