@@ -19,7 +19,7 @@ use crate::{Arguments, interrupt, page};
             them take root; `qemu` takes the kernel and QEMU of the tests, `link10` iperf3."
 )]
 pub(crate) struct Options {
-    /// how often each subject has its turn (default 2)
+    /// how often each subject has its turn (default 2); those that take seconds have it six times as often
     #[argh(option, default = "2")]
     rounds: usize,
     /// the guests' RAM, MiB; `qemu` has twice as much, `size` up to eight times (default 1024)
@@ -139,18 +139,18 @@ fn chosen(options: &Options) -> Result<Vec<Job>> {
 /// Everything, in the order of the page.
 fn jobs(options: &Options) -> Vec<Job> {
     let Options { size, rounds, .. } = options;
-    let (double, half) = (2 * size, size / 2);
+    let (double, half, many) = (2 * size, size / 2, 6 * rounds);
     let sizes: Vec<String> = [1, 2, 4, 8].iter().map(|times| (times * size).to_string()).collect();
     let sizes = sizes.join(",");
     [
         ("qemu", format!("qemu --size {double} --fill {size} --rounds {rounds}")),
         ("qemu-idle", format!("qemu --idle --size {double} --fill {size} --rounds {rounds}")),
-        ("fault", format!("fault --into memfd,anonymous --size {size} --rounds {rounds}")),
-        ("land", format!("land --readers 0 --lanes 1,2 --size {size} --rounds {rounds}")),
+        ("fault", format!("fault --into memfd,anonymous --size {half} --rounds {many}")),
+        ("land", format!("land --readers 0 --lanes 1,2 --size {size} --rounds {many}")),
         (
             "zeroes",
             format!(
-                "land --into memfd,huge-tmpfs --zero 50,90 --readers 0 --size {size} --rounds {rounds}"
+                "land --into memfd,huge-tmpfs --zero 50,90 --readers 0 --size {size} --rounds {many}"
             ),
         ),
         ("link10", format!("link10 --size {size} --rounds {rounds}")),

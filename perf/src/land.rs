@@ -63,6 +63,9 @@ pub(crate) struct Options {
     json: bool,
 }
 
+/// Rounds of all of the floor's ways, by which the one is chosen that umem is compared with.
+const CHOOSING_ROUNDS: usize = 3;
+
 impl Measure for Options {
     fn measure(&self) -> Result<Report> {
         let options = self;
@@ -74,26 +77,31 @@ impl Measure for Options {
         let machine = Machine::describe();
         let kinds = chosen(options.into.as_ref());
         let mut floor = Floor::new(options.size << 20, &kinds, &options.zero.0)?;
+        floor.choose(CHOOSING_ROUNDS)?;
         let mut subjects = subjects(options, &floor.kinds);
         let mut cipher = options.tls_creds.as_ref().map(|_| Cipher::default());
         let route =
             Route { umem: &umem, namespaces: None, tls_creds: options.tls_creds.as_deref() };
         for round in 1..=options.rounds {
             cipher.iter_mut().try_for_each(|cipher| cipher.round(options.size << 20))?;
-            for pages in floor.kinds.clone() {
+            let turns = floor.kinds.clone().into_iter();
+            let turns =
+                turns.flat_map(|pages| options.zero.0.iter().map(move |&zero| (pages, zero)));
+            for (pages, zero) in turns {
+                let say = |what: String| {
+                    progress(&format!("round {round} of {}: {what}", options.rounds));
+                };
                 // Beside umem's turns, as a virtual machine's speed drifts within a round too.
-                progress(&format!("round {round} of {}: floor, {}", options.rounds, pages.name()));
-                floor.round_of(pages)?;
-                for (subject, landings) in in_turn(&mut subjects, round, pages) {
-                    progress(&format!(
-                        "round {round} of {}: umem, {}, {} lane(s), {} % zeroes, {} reader(s)",
-                        options.rounds,
+                say(format!("floor, {}, {zero} % zeroes", pages.name()));
+                floor.turns(pages, zero)?;
+                for (subject, landings) in in_turn(&mut subjects, round, pages, zero) {
+                    say(format!(
+                        "umem, {}, {} lane(s), {zero} % zeroes, {} reader(s)",
                         name(subject),
                         subject.lanes,
-                        subject.zero_percent,
                         subject.readers
                     ));
-                    landings.push(subject.land(&route)?);
+                    landings.push(subject.land_from(floor.source(pages, zero)?, &route)?);
                 }
             }
         }
@@ -106,15 +114,17 @@ impl Measure for Options {
     }
 }
 
-/// The subjects with memory of this kind, the other way round in every second round, so that none always comes
+/// The subjects with memory of this kind and these zero pages, the other way round in every second round, so that none always comes
 /// right after the same.
 fn in_turn(
     subjects: &mut [(Subject, Vec<Landing>)],
     round: usize,
     pages: Pages,
+    zero_percent: u32,
 ) -> Vec<&mut (Subject, Vec<Landing>)> {
-    let mut turns: Vec<_> =
-        subjects.iter_mut().filter(|(subject, _)| subject.pages == pages).collect();
+    let is_meant =
+        |subject: &Subject| subject.pages == pages && subject.zero_percent == zero_percent;
+    let mut turns: Vec<_> = subjects.iter_mut().filter(|(subject, _)| is_meant(subject)).collect();
     if round.is_multiple_of(2) {
         turns.reverse();
     }
@@ -158,6 +168,13 @@ fn name(subject: &Subject) -> String {
 fn unchecked(subjects: &[(Subject, Vec<Landing>)], subject: &Subject) -> Option<Spread> {
     let plain = Subject { checksum: false, ..*subject };
     let (_, landings) = subjects.iter().find(|(other, _)| subject.checksum && *other == plain)?;
+    Some(moving_s(landings))
+}
+
+/// For a subject with several lanes: the time of the same with one.
+fn one_lane(subjects: &[(Subject, Vec<Landing>)], subject: &Subject) -> Option<Spread> {
+    let one = Subject { lanes: 1, ..*subject };
+    let (_, landings) = subjects.iter().find(|(other, _)| subject.lanes > 1 && *other == one)?;
     Some(moving_s(landings))
 }
 
@@ -210,6 +227,8 @@ fn report(
         "CPU s",
     ];
     head.extend(cipher.iter().map(|_| "of AES-GCM"));
+    let compares_lanes = subjects.iter().any(|(subject, _)| one_lane(subjects, subject).is_some());
+    head.extend(compares_lanes.then_some("of one lane"));
     let mut table = Table::new(&head);
     let (mut figures, mut highlights) = (Vec::new(), Vec::new());
     for (subject, landings) in subjects {
@@ -238,6 +257,10 @@ fn report(
             format!("{:.2}", cpu_s.median),
         ];
         row.extend(share.map(|share| cell(share, 2)));
+        let over_one = one_lane(subjects, subject).map(|one| one.over(&moving_s).median);
+        row.extend(
+            compares_lanes.then(|| over_one.map_or_else(|| "–".into(), |over| cell(over, 2))),
+        );
         table.row(row);
         highlights.push(format!(
             "{}, {} lane(s), {} % zeroes: {:.1} Gbit/s, {} of the floor",
@@ -261,6 +284,7 @@ fn report(
             "floor": best,
             "ratio_to_floor": ratio,
             "ratio_to_cipher": share,
+            "ratio_to_one_lane": over_one,
             "checksum": subject.checksum,
             "ratio_to_unchecked": unchecked(subjects, subject).map(|s| s.over(&moving_s).median),
         }));
@@ -271,9 +295,10 @@ fn report(
          Every subject takes its turn in each of {} rounds, after as much memory of the guest's kind \
          has been written and given back. Gbit/s is umem's own figure, page contents (zero pages have \
          none) from the first page to the last; afterwards the guest has checked every word. The \
-         floor is the best of `floor`'s ways into memory of this kind with the same zero pages, \
-         measured just before umem's turns in each round; the ratio is its time over umem's, the median \
-         of the rounds'. With a core for each end, a \
+         floor is one of `floor`'s ways into memory of this kind with the same zero pages, the best in \
+         {CHOOSING_ROUNDS} rounds of them all before, measured anew just before umem's turns in each \
+         round, from the same file; the ratio is its time over umem's, the median of the rounds', and so is \
+         that of one lane's time over several lanes'. With a core for each end, a \
          guest that reads takes part of what the floor has for \
          itself. CPU is that of both umem processes. Medians.",
         if options.tls_creds.is_some() { " with TLS" } else { "" },

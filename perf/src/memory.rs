@@ -323,7 +323,9 @@ impl Mapping {
         let is_data = |page: &usize| !is_zero(*page, zero_percent);
         let mut data: Vec<usize> = (0..self.bytes / PAGE_BYTES).filter(is_data).collect();
         if zero_percent > 0 {
-            data.truncate(data.len() - data.len() % (HUGE_PAGE_BYTES / PAGE_BYTES));
+            // They may be a guest's data from before.
+            let whole = data.len() - data.len() % (HUGE_PAGE_BYTES / PAGE_BYTES);
+            data.drain(whole..).for_each(|page| self.set_page(page * PAGE_BYTES, 0));
         }
         if data.is_empty() {
             return failure("no data is left beside the zero pages: choose a larger --size");
@@ -341,13 +343,17 @@ impl Mapping {
     }
 
     fn fill_page(&self, offset: usize, number: usize) {
+        self.set_page(offset, 0xa5);
+        let (start, _) = self.at(offset);
+        // SAFETY: the page is ours alone while it is filled, and aligned.
+        unsafe { start.cast::<u64>().write(number as u64) }
+    }
+
+    fn set_page(&self, offset: usize, byte: u8) {
         let (start, left) = self.at(offset);
         assert!(PAGE_BYTES <= left);
-        // SAFETY: the page is ours alone while it is filled, and aligned.
-        unsafe {
-            start.write_bytes(0xa5, PAGE_BYTES);
-            start.cast::<u64>().write(number as u64);
-        }
+        // SAFETY: as above.
+        unsafe { start.write_bytes(byte, PAGE_BYTES) }
     }
 
     /// Whether a page holds nothing but zeroes.
@@ -519,6 +525,14 @@ mod tests {
         // SAFETY: inside the mapping, aligned.
         let number = unsafe { mapping.at(first).0.cast::<u64>().read() };
         assert_eq!(number, (runs[0].1 / PAGE_BYTES) as u64);
+        // The same again where a guest of that many zero pages had more data.
+        let last = runs.last().map(|(start, bytes)| start + bytes).unwrap();
+        let data = (last..16 << 20).step_by(PAGE_BYTES);
+        let rest: Vec<usize> = data.filter(|offset| !is_zero(offset / PAGE_BYTES, 50)).collect();
+        assert!(!rest.is_empty());
+        rest.iter().for_each(|&offset| mapping.fill_page(offset, 7));
+        assert_eq!(mapping.fill_data(50).unwrap(), runs);
+        assert!(rest.iter().all(|&offset| mapping.is_zero_page(offset)));
         assert!(mapping.fill_data(100).is_err());
     }
 }

@@ -150,12 +150,16 @@ pub(crate) struct Landing {
 impl Subject {
     /// Moves the guest once, and has it check every word. Whatever was started ends here.
     pub(crate) fn land(self, route: &Route<'_>) -> Result<Landing> {
+        self.land_from(&self.pages.source().file(self.size_mib << 20)?, route)
+    }
+
+    /// The same of a guest whose memory is this file, which it fills.
+    pub(crate) fn land_from(self, from: &File, route: &Route<'_>) -> Result<Landing> {
         let bytes = self.size_mib << 20;
         let scratch = Scratch::new()?;
-        let from = self.pages.source().file(bytes)?;
         let (here, there) = (scratch.file("source.qmp"), scratch.file("destination.qmp"));
         let mut arguments = self.guest(&here);
-        arguments.extend(["--ram".into(), ram(&from).into()]);
+        arguments.extend(["--ram".into(), ram(from).into()]);
         let log = scratch.file("guest.log");
         let mut guest = Process::start("the guest", route.umem, &arguments, log)?;
         guest.event("ready", self.patience())?;

@@ -159,6 +159,7 @@ pub(crate) struct Floor {
     runs: Vec<(Way, Vec<Run>)>,
     /// The kinds of memory that can be measured here.
     pub(crate) kinds: Vec<Pages>,
+    zeroes: Vec<u32>,
     /// What could not be measured here, and why.
     pub(crate) left_out: Vec<String>,
     /// Given back at the end.
@@ -184,6 +185,18 @@ impl Source {
         let data_bytes = runs.iter().map(|(_, bytes)| bytes).sum();
         Ok(Source { pages, zero_percent, file, mapping, runs, data_bytes })
     }
+
+    /// Fills it as it was made.
+    fn refill(&self) -> Result<()> {
+        self.mapping.fill_data(self.zero_percent).map(drop)
+    }
+}
+
+/// What memory of this kind is filled from.
+fn source_of(sources: &[Source], pages: Pages, zero_percent: u32) -> Result<&Source> {
+    let is_meant =
+        |source: &&Source| source.pages == pages.source() && source.zero_percent == zero_percent;
+    sources.iter().find(is_meant).ok_or_else(|| "every way has its source".into())
 }
 
 impl Floor {
@@ -221,25 +234,50 @@ impl Floor {
             .iter()
             .flat_map(|&pages| zeroes.iter().flat_map(move |&percent| ways(pages, percent)));
         let runs = ways.map(|way| (way, Vec::new())).collect();
-        Ok(Floor { runs, sources, kinds, left_out, _pool: pool })
+        Ok(Floor { runs, sources, kinds, zeroes: zeroes.to_vec(), left_out, _pool: pool })
     }
 
     /// Gives every way its turn.
     pub(crate) fn round(&mut self) -> Result<()> {
-        self.kinds.clone().into_iter().try_for_each(|pages| self.round_of(pages))
+        let (kinds, zeroes) = (self.kinds.clone(), self.zeroes.clone());
+        kinds.into_iter().try_for_each(|pages| {
+            zeroes.iter().try_for_each(|&zero_percent| self.turns(pages, zero_percent))
+        })
     }
 
-    /// Gives every way into memory of this kind its turn.
-    pub(crate) fn round_of(&mut self, pages: Pages) -> Result<()> {
-        let sources = &self.sources;
-        for (way, runs) in self.runs.iter_mut().filter(|(way, _)| way.pages == pages) {
-            let source = sources.iter().find(|source| {
-                source.pages == way.pages.source() && source.zero_percent == way.zero_percent
-            });
-            let source = source.ok_or("every way has its source")?;
+    /// Gives every way into memory of this kind, with this share of zero pages, its turn.
+    pub(crate) fn turns(&mut self, pages: Pages, zero_percent: u32) -> Result<()> {
+        let is_meant = |way: &Way| way.pages == pages && way.zero_percent == zero_percent;
+        for (way, runs) in self.runs.iter_mut().filter(|(way, _)| is_meant(way)) {
+            let source = source_of(&self.sources, pages, zero_percent)?;
+            source.refill()?;
             runs.push(warmed(*way, source)?);
         }
         Ok(())
+    }
+
+    /// Keeps the best way into memory of each kind with each share of zero pages, by `rounds` turns, which do not
+    /// count: the best of several figures is one that was lucky.
+    pub(crate) fn choose(&mut self, rounds: usize) -> Result<()> {
+        for round in 1..=rounds {
+            progress(&format!("choosing the floor's ways, round {round} of {rounds}"));
+            self.round()?;
+        }
+        let best: Vec<Way> = self
+            .runs
+            .iter()
+            .filter_map(|(way, _)| self.best(way.pages, way.zero_percent))
+            .map(|figure| figure.way)
+            .collect();
+        self.runs.retain(|(way, _)| best.contains(way));
+        self.runs.iter_mut().for_each(|(_, runs)| runs.clear());
+        Ok(())
+    }
+
+    /// The file that memory of this kind is filled from, so that another sender's pages can be the same memory.
+    /// Whatever is written to it, the next turn fills it again.
+    pub(crate) fn source(&self, pages: Pages, zero_percent: u32) -> Result<&File> {
+        source_of(&self.sources, pages, zero_percent).map(|source| &source.file)
     }
 
     pub(crate) fn figures(&self) -> Vec<Figure> {
