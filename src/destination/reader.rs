@@ -24,25 +24,25 @@
 //! A run that cannot be placed at once, as the guest is changing its mappings, is held and tried again,
 //! and nothing further is taken from the lane meanwhile: the thread goes on with what else it does.
 
+mod failing;
+mod read_ahead;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use umem_ring::{Bytes, Chain, Completion, Fd, Memory, Op, Outcome, Ring};
-use umem_wire::{
-    Event, HEADER_BYTES, LaneRole, PageRange, ReceiveError, Receiver, RegionTable, RunTarget,
-    Target,
-};
+use umem_wire::{Event, HEADER_BYTES, LaneRole, PageRange, Receiver, RegionTable, Target};
 
-use super::ahead::{AHEAD_BULK_BYTES, AHEAD_DEMAND_BYTES, AHEAD_SHIFT_MAX, Ahead};
+use super::ahead::{AHEAD_BULK_BYTES, AHEAD_DEMAND_BYTES, Ahead};
 use super::faults::RETRY_INTERVAL;
 use super::guest::{GuestMemory, PageId};
-use super::piped::{Piped, Stage, Stuck};
+use super::piped::Piped;
 use crate::error::{Error, Result};
 use crate::lane::Lane;
 use crate::memory::claims::RunKind;
 use crate::memory::sums;
-use crate::report::Counters;
+use failing::write;
 
 /// Completion tokens of the reader; the threads' own tokens start above.
 pub(crate) const TOKEN_CONTROL: u64 = 0;
@@ -276,35 +276,6 @@ impl LaneReader {
         Ok(())
     }
 
-    /// The same of a lane that is read ahead: as much as there is room for, or, where a run goes through the
-    /// pipe, what is behind it.
-    fn arm_ahead(&mut self, ring: &mut Ring) -> Result<()> {
-        let target = self.receiver.next_target();
-        let socket = self.socket();
-        let Some(ahead) = &mut self.ahead else { return Ok(()) };
-        if ahead.channel.has_ended() {
-            return Err(self.ended());
-        }
-        let stage = self.piped.as_ref().map_or(Stage::Off, Piped::stage);
-        let (op, token) = match (stage, target) {
-            (Stage::Run, _) => (Op::poll(socket, libc::POLLIN as u32), TOKEN_READABLE),
-            // Nothing is left in the buffer when a run has gone by it.
-            (Stage::Header, Target::Control { exact }) => {
-                (Op::recv(socket, ahead.channel.free().slice(0..exact)), TOKEN_AHEAD)
-            }
-            _ => {
-                // On the demand lane nothing is likely to come before the next request; on a bulk lane, or behind the
-                // beginning of an answer, there is more already.
-                let is_idle = !self.is_bulk && ahead.channel.plain().is_empty();
-                let receive = Op::recv(socket, ahead.channel.free());
-                (if is_idle { receive.poll_first() } else { receive }, TOKEN_AHEAD)
-            }
-        };
-        ring.submit(op, token).map_err(|rejected| Error::Ring(rejected.error))?;
-        self.in_flight += 1;
-        Ok(())
-    }
-
     fn socket(&self) -> Fd {
         Fd::from(self.socket.clone())
     }
@@ -393,158 +364,6 @@ impl LaneReader {
         if self.receiver.is_ended() { Ok(()) } else { self.arm(ring) }
     }
 
-    /// Takes what has been read ahead, then receives more.
-    fn take_ahead(
-        &mut self,
-        ring: &mut Ring,
-        wake: &mut impl FnMut(PageId),
-        arrived: &mut impl FnMut(Arrived) -> Result<()>,
-    ) -> Result<()> {
-        while let Some(Ahead { channel, placed }) = &mut self.ahead
-            && channel.is_at_rest()
-        {
-            let bytes = channel.plain();
-            match self.receiver.next_target() {
-                // The source may close a lane that has ended.
-                Target::Control { .. } if self.receiver.is_ended() => return Ok(()),
-                Target::Control { .. } if bytes.is_empty() => break,
-                Target::Control { exact } => {
-                    let taken = exact.min(bytes.len());
-                    let result = self.receiver.control(&bytes[..taken]);
-                    channel.take(taken);
-                    self.events(wake, arrived)?;
-                    result.map_err(|error| self.unreadable(&error))?;
-                    if let (Target::Control { .. }, Some(piped)) =
-                        (self.receiver.next_target(), &mut self.piped)
-                    {
-                        piped.rest();
-                    }
-                }
-                Target::Run(run) => {
-                    let region = self.guest.region(run.region);
-                    // A run of several pages is background on whatever lane.
-                    let nobody_waits = self.is_bulk || run.bytes > 1 << region.unit_shift;
-                    if nobody_waits && !self.guest.has_room() {
-                        self.held = Some(Held::Room);
-                        return self.arm_retry(ring);
-                    }
-                    let there = usize::try_from(run.bytes).expect("64-bit Linux");
-                    if !region.is_copied() && region.unit_shift > AHEAD_SHIFT_MAX {
-                        let there = bytes.len().min(there - *placed);
-                        if there == 0 {
-                            break;
-                        }
-                        let byte_offset = run.byte_offset + *placed as u64;
-                        write(&self.guest, &bytes[..there], &RunTarget { byte_offset, ..run })?;
-                        channel.take(there);
-                        *placed += there;
-                        self.poured(&run, wake, arrived)?;
-                        continue;
-                    }
-                    if let Some(piped) = &mut self.piped
-                        && piped.takes(run.bytes, bytes.len())
-                    {
-                        let whole = there.min(bytes.len());
-                        if whole == 0 {
-                            break;
-                        }
-                        write(&self.guest, &bytes[..whole], &run)?;
-                        channel.take(whole);
-                        self.landed(whole, wake, arrived)?;
-                        continue;
-                    }
-                    if self.receiver.is_checked() && !self.is_verified {
-                        let Some(whole) = bytes.get(..there) else { break };
-                        sums::of_slice(whole, &mut self.sums);
-                        let verified = self.receiver.verify(&self.sums);
-                        verified.map_err(|error| self.unreadable(&error))?;
-                        self.is_verified = true;
-                        continue;
-                    }
-                    let pages = there.min(bytes.len()) >> region.unit_shift;
-                    if pages == 0 {
-                        break;
-                    }
-                    let whole = pages << region.unit_shift;
-                    if region.is_copied() {
-                        let range = PageRange {
-                            region: run.region,
-                            first: run.byte_offset >> region.unit_shift,
-                            pages: pages as u64,
-                        };
-                        *placed = self.guest.place(range, &bytes[..whole], *placed)?;
-                        if *placed < whole {
-                            self.held = Some(Held::Ahead);
-                            return self.arm_retry(ring);
-                        }
-                        *placed = 0;
-                    } else {
-                        let page = run.byte_offset >> region.unit_shift;
-                        let page = PageId { region: run.region, page };
-                        // All of the run, not what is left of one: the others of its pages are not given.
-                        let is_one = self.current.is_some_and(|run| run.pages == 1);
-                        let given = match self.may_give && is_one {
-                            true => self.guest.give(page, &bytes[..whole])?,
-                            false => None,
-                        };
-                        match given {
-                            Some(arrived) => self.given.push(Given { page, arrived }),
-                            None => write(&self.guest, &bytes[..whole], &run)?,
-                        }
-                        self.is_given = given.is_some();
-                    }
-                    channel.take(whole);
-                    self.landed(whole, wake, arrived)?;
-                }
-            }
-        }
-        self.arm(ring)
-    }
-
-    /// Moves what has come of the current run through the pipe.
-    fn carry(
-        &mut self,
-        wake: &mut impl FnMut(PageId),
-        arrived: &mut impl FnMut(Arrived) -> Result<()>,
-    ) -> Result<()> {
-        let (Target::Run(run), Some(piped)) = (self.receiver.next_target(), &mut self.piped) else {
-            unreachable!("only a run goes through the pipe");
-        };
-        let ram = self.guest.region(run.region).file();
-        match piped.carry(&self.socket, ram.descriptor(), run.byte_offset, run.bytes) {
-            Ok(0) => Err(self.failed(Outcome::Done(0))),
-            Ok(bytes) => {
-                if bytes as u64 == run.bytes {
-                    piped.run_ended();
-                }
-                self.landed(bytes, wake, arrived)
-            }
-            Err(Stuck::Unable) => {
-                self.piped = None;
-                Ok(())
-            }
-            Err(Stuck::Socket(errno)) => Err(self.lost(errno.desc().into())),
-            Err(Stuck::File(errno)) => Err(not_written(&ram.name, errno.into())),
-        }
-    }
-
-    /// More of a run is in its huge page; perhaps all of it.
-    fn poured(
-        &mut self,
-        run: &RunTarget,
-        wake: &mut impl FnMut(PageId),
-        arrived: &mut impl FnMut(Arrived) -> Result<()>,
-    ) -> Result<()> {
-        let Some(ahead) = self.ahead.as_mut().filter(|ahead| ahead.placed as u64 == run.bytes)
-        else {
-            return Ok(());
-        };
-        let bytes = std::mem::take(&mut ahead.placed);
-        let span = self.guest.region(run.region).file().span(run.byte_offset, run.bytes);
-        self.verify(|sums| sums::of_span(&span, sums))?;
-        self.landed(bytes, wake, arrived)
-    }
-
     /// On a checked lane: adds up the pages of a run that has come whole, and fails if they are not as they
     /// were sent.
     fn verify(&mut self, sum: impl FnOnce(&mut Vec<u32>)) -> Result<()> {
@@ -556,25 +375,6 @@ impl LaneReader {
         verified.map_err(|error| self.unreadable(&error))?;
         self.is_verified = true;
         Ok(())
-    }
-
-    /// What has come cannot be read, or is not what was sent. The latter is counted, once a lane.
-    fn unreadable(&mut self, error: &ReceiveError) -> Error {
-        let is_first = !std::mem::replace(&mut self.is_unreadable, true);
-        if is_first && error.is_corruption() {
-            Counters::add(&self.guest.counters.checksum_errors, 1);
-        }
-        match error {
-            ReceiveError::RunSum { range } => {
-                let (first, last) = (range.first, range.first + range.pages - 1);
-                let name = &self.guest.region(range.region).name;
-                self.lost(format!(
-                    "the checksum of RAM {name}, pages {first} to {last}, is wrong; bytes change on \
-                     their way"
-                ))
-            }
-            error => Error::received("source", &self.name, error),
-        }
     }
 
     /// Puts a staged run where it belongs, or holds it.
@@ -718,49 +518,6 @@ impl LaneReader {
             _ => Bytes::with_capacity(len),
         }
     }
-
-    /// Why a receive did not bring what it had to.
-    fn failed(&self, outcome: Outcome) -> Error {
-        match outcome {
-            Outcome::Short { .. } | Outcome::Done(_) => self.lost("the source closed it".into()),
-            // The kernel could not put the bytes into the page: its file system is full.
-            Outcome::Failed(errno) if errno.raw() == libc::EFAULT => out_of_memory(),
-            Outcome::Failed(errno) => self.lost(errno.to_string()),
-            other => self.lost(format!("{other:?}")),
-        }
-    }
-
-    /// TLS has nothing more for us.
-    fn ended(&self) -> Error {
-        let cause = self.ahead.as_ref().and_then(|ahead| ahead.channel.cause());
-        let cause = cause.map(|cause| format!(" (TLS: {cause})")).unwrap_or_default();
-        self.lost(format!("the source closed it{cause}"))
-    }
-
-    fn lost(&self, what: String) -> Error {
-        Error::Lost { side: "source", lane: self.name.clone(), what }
-    }
-}
-
-/// Writes bytes of a run to its file.
-fn write(guest: &GuestMemory, bytes: &[u8], run: &RunTarget) -> Result<()> {
-    let ram = guest.region(run.region).file();
-    ram.write_at(bytes, run.byte_offset).map_err(|error| not_written(&ram.name, error))
-}
-
-fn not_written(ram: &str, error: std::io::Error) -> Error {
-    match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(),
-        _ => Error::System { what: format!("writing RAM {ram}"), source: error },
-    }
-}
-
-fn out_of_memory() -> Error {
-    Error::OutOfMemory(
-        "no memory left for the guest's pages: the file system of its RAM file is full (or its \
-         memory limit is reached); the guest waits"
-            .into(),
-    )
 }
 
 /// The longest run of small pages.

@@ -1,0 +1,73 @@
+//! What goes wrong with a lane, and where its pages land, in words.
+
+use umem_ring::Outcome;
+use umem_wire::{ReceiveError, RunTarget};
+
+use super::LaneReader;
+use crate::destination::guest::GuestMemory;
+use crate::error::{Error, Result};
+use crate::report::Counters;
+
+impl LaneReader {
+    /// What has come cannot be read, or is not what was sent. The latter is counted, once a lane.
+    pub(super) fn unreadable(&mut self, error: &ReceiveError) -> Error {
+        let is_first = !std::mem::replace(&mut self.is_unreadable, true);
+        if is_first && error.is_corruption() {
+            Counters::add(&self.guest.counters.checksum_errors, 1);
+        }
+        match error {
+            ReceiveError::RunSum { range } => {
+                let (first, last) = (range.first, range.first + range.pages - 1);
+                let name = &self.guest.region(range.region).name;
+                self.lost(format!(
+                    "the checksum of RAM {name}, pages {first} to {last}, is wrong; bytes change on \
+                     their way"
+                ))
+            }
+            error => Error::received("source", &self.name, error),
+        }
+    }
+
+    /// Why a receive did not bring what it had to.
+    pub(super) fn failed(&self, outcome: Outcome) -> Error {
+        match outcome {
+            Outcome::Short { .. } | Outcome::Done(_) => self.lost("the source closed it".into()),
+            // The kernel could not put the bytes into the page: its file system is full.
+            Outcome::Failed(errno) if errno.raw() == libc::EFAULT => out_of_memory(),
+            Outcome::Failed(errno) => self.lost(errno.to_string()),
+            other => self.lost(format!("{other:?}")),
+        }
+    }
+
+    /// TLS has nothing more for us.
+    pub(super) fn ended(&self) -> Error {
+        let cause = self.ahead.as_ref().and_then(|ahead| ahead.channel.cause());
+        let cause = cause.map(|cause| format!(" (TLS: {cause})")).unwrap_or_default();
+        self.lost(format!("the source closed it{cause}"))
+    }
+
+    pub(super) fn lost(&self, what: String) -> Error {
+        Error::Lost { side: "source", lane: self.name.clone(), what }
+    }
+}
+
+/// Writes bytes of a run to its file.
+pub(super) fn write(guest: &GuestMemory, bytes: &[u8], run: &RunTarget) -> Result<()> {
+    let ram = guest.region(run.region).file();
+    ram.write_at(bytes, run.byte_offset).map_err(|error| not_written(&ram.name, error))
+}
+
+pub(super) fn not_written(ram: &str, error: std::io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(),
+        _ => Error::System { what: format!("writing RAM {ram}"), source: error },
+    }
+}
+
+pub(super) fn out_of_memory() -> Error {
+    Error::OutOfMemory(
+        "no memory left for the guest's pages: the file system of its RAM file is full (or its \
+         memory limit is reached); the guest waits"
+            .into(),
+    )
+}
