@@ -114,8 +114,8 @@ impl Measure for Options {
     }
 }
 
-/// The subjects with memory of this kind and these zero pages, the other way round in every second round, so that none always comes
-/// right after the same.
+/// The subjects with memory of this kind and these zero pages, the other way round in every second round, so that
+/// none always comes right after the same.
 fn in_turn(
     subjects: &mut [(Subject, Vec<Landing>)],
     round: usize,
