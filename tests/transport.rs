@@ -45,6 +45,16 @@ fn incoming_to_loading_guest(scratch: &Scratch, mib: u64) -> Umem {
     Umem::start(arguments)
 }
 
+/// Such a guest of 8 MiB, and its source with so many bulk lanes: the guest is loaded, and waits for page 0.
+fn loading(scratch: &Scratch, bulk_lanes: u16) -> (Umem, Peer) {
+    let mut incoming = incoming_to_loading_guest(scratch, 8);
+    let mut peer = Peer::dial(&uri(&mut incoming), bulk_lanes);
+    peer.until_stopped(8, true);
+    peer.load();
+    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    (incoming, peer)
+}
+
 /// Where it listens.
 fn uri(incoming: &mut Umem) -> String {
     incoming.event("listening")["uri"].as_str().unwrap().to_owned()
@@ -391,11 +401,7 @@ fn answers_that_come_in_pieces_land_whole() {
 #[test]
 fn a_run_whose_last_page_is_waited_for_is_there_whole() {
     let scratch = Scratch::new();
-    let mut incoming = incoming_to_loading_guest(&scratch, 8);
-    let mut peer = Peer::dial(&uri(&mut incoming), 1);
-    peer.until_stopped(8, true);
-    peer.load();
-    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    let (mut incoming, mut peer) = loading(&scratch, 1);
     peer.send(1, &Frame::Hole(range(0, 8)), &[]);
     assert_eq!(peer.event(), Some(Event::Loaded));
     peer.switch_over();
@@ -450,11 +456,7 @@ fn guest_of(umem: u32, ram: &Path) -> (Pid, usize) {
 #[test]
 fn a_lane_may_close_as_soon_as_it_has_ended() {
     let scratch = Scratch::new();
-    let mut incoming = incoming_to_loading_guest(&scratch, 8);
-    let mut peer = Peer::dial(&uri(&mut incoming), 2);
-    peer.until_stopped(8, true);
-    peer.load();
-    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    let (mut incoming, mut peer) = loading(&scratch, 2);
     let mut last = transmit::data_header(range(0, 1)).to_vec();
     last.extend([0; 4096]);
     transmit::encode(&Frame::LaneEnd, &mut last);
@@ -472,11 +474,7 @@ fn a_lane_may_close_as_soon_as_it_has_ended() {
 #[test]
 fn a_guest_that_is_loaded_is_not_given_up_by_an_interrupt() {
     let scratch = Scratch::new();
-    let mut incoming = incoming_to_loading_guest(&scratch, 8);
-    let mut peer = Peer::dial(&uri(&mut incoming), 1);
-    peer.until_stopped(8, true);
-    peer.load();
-    assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
+    let (mut incoming, mut peer) = loading(&scratch, 1);
     peer.send(1, &Frame::Hole(range(0, 1)), &[]);
     assert_eq!(peer.event(), Some(Event::Loaded));
     incoming.signal(Signal::SIGINT);
