@@ -2,8 +2,9 @@
 //!
 //! Runs leave in batches, one vectored send each: headers from a small buffer, pages from the
 //! mapping. While a batch is in the kernel the next one is gathered. Sends are zero-copy where the
-//! kernel really does not copy; the first notification tells. With TLS a batch is the records that are made of
-//! it, and leaves as one send of them.
+//! kernel really does not copy; the first notification tells. On a lane over TCP that stays on this machine a
+//! batch leaves through a pipe (`outlet.rs`). With TLS a batch is the records that are made of it, and leaves as one
+//! send of them.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 use super::Note;
 use super::batch::Storage;
 use super::memory::{SourceMemory, Walk};
+use super::outlet::{Left, Outlet, Stuck};
 use super::pace::Pace;
 use super::seal::Sealer;
 use crate::error::{Error, Result};
@@ -30,6 +32,8 @@ const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
 /// The background may go on, as far as its limit is concerned.
 const TOKEN_LOOK: u64 = 2;
+/// The socket takes more of the batch in the outlet.
+const TOKEN_WRITABLE: u64 = 3;
 
 /// Acknowledgements, 32 bytes each, that are read at once.
 const RECEIVE_BYTES: usize = 4 << 10;
@@ -58,7 +62,7 @@ pub(crate) struct BulkLane {
 
 struct BulkThread {
     name: String,
-    socket: Fd,
+    socket: Arc<OwnedFd>,
     /// What comes from the destination, and how both ways are secured.
     channel: Channel,
     sealer: Sealer,
@@ -81,6 +85,8 @@ struct BulkThread {
     storage: Storage,
     lane_end_sent: bool,
     in_flight: usize,
+    /// Where batches leave without a copy, on this machine.
+    outlet: Option<Outlet>,
     /// The destination has closed the lane, after its end.
     closed: bool,
 }
@@ -113,13 +119,14 @@ impl BulkLane {
         let is_tcp = self.lane.congestion.is_some() && !channel.has_tls();
         let mut thread = BulkThread {
             name: self.lane.name.clone(),
-            socket: Fd::from(socket.clone()),
+            socket: socket.clone(),
             // A batch of records is as large as the buffer that they are made in.
             pace: Pace::new(is_tcp.then(|| socket.clone())),
             walk: Walk::new(&self.memory, self.index, self.lanes),
             memory: self.memory,
             // A record has no place in the guest's memory.
             zero_copy: self.zero_copy && !channel.has_tls(),
+            outlet: (is_tcp && !self.zero_copy).then(Outlet::new).flatten(),
             channel,
             runs: Vec::with_capacity(1024),
             exhausted: false,
@@ -149,7 +156,9 @@ impl BulkLane {
                 }
             }
             priority::let_others();
-            ring.enter(Wait::One)?;
+            // What left through the outlet has no completion.
+            let goes_on = thread.outlet.is_some() && thread.is_ready();
+            ring.enter(if goes_on { Wait::No } else { Wait::One })?;
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => {
@@ -158,6 +167,7 @@ impl BulkLane {
                     }
                     TOKEN_SENT => thread.sent(completion)?,
                     TOKEN_LOOK => thread.pausing = false,
+                    TOKEN_WRITABLE => thread.let_out(&mut ring)?,
                     _ => thread
                         .received(&mut ring, &mut receiver, completion)
                         .inspect_err(|_| thread.part(&socket))?,
@@ -182,8 +192,14 @@ impl BulkThread {
                 let op = self.lane_end()?;
                 self.submit(ring, op)?;
             } else {
-                let op = self.batch()?;
-                self.submit(ring, op)?;
+                match (self.batch()?, &mut self.outlet) {
+                    (Op::SendVectored { pieces, .. }, Some(outlet)) => {
+                        outlet.begin(pieces);
+                        self.in_flight += 1;
+                        self.let_out(ring)?;
+                    }
+                    (op, _) => self.submit(ring, op)?,
+                }
             }
             ring.enter(Wait::No)?;
             self.gather(ring)?;
@@ -196,6 +212,40 @@ impl BulkThread {
         self.in_flight += 1;
         // A lane's end carries no run.
         self.sending.get_or_insert_default();
+        Ok(())
+    }
+
+    /// There is something to send, and no send in the kernel.
+    fn is_ready(&self) -> bool {
+        let has_last = self.exhausted && !self.lane_end_sent;
+        self.sending.is_none() && (!self.runs.is_empty() || has_last)
+    }
+
+    /// Goes on with the batch in the outlet.
+    fn let_out(&mut self, ring: &mut Ring) -> Result<()> {
+        let Some(outlet) = &mut self.outlet else { return Ok(()) };
+        match outlet.advance(&self.socket) {
+            Ok(Left::All) => {
+                let pieces = Memory::Pieces(outlet.end());
+                self.storage.take_back(pieces, false);
+                self.left(true);
+                self.in_flight -= 1;
+            }
+            Ok(Left::Some) => {
+                let writable = Op::poll(self.socket.clone(), libc::POLLOUT as u32);
+                ring.submit(writable, TOKEN_WRITABLE)
+                    .map_err(|rejected| Error::Ring(rejected.error))?;
+            }
+            Err(Stuck::Unable) => {
+                let pieces = self.outlet.take().map(Outlet::into_rest).unwrap_or_default();
+                let fd = Fd::from(self.socket.clone());
+                self.in_flight -= 1;
+                self.submit(ring, Op::SendVectored { fd, pieces, zero_copy: false, more: false })?;
+            }
+            Err(Stuck::Failed(errno)) => {
+                return Err(self.lost(format!("sending: {}", errno.desc())));
+            }
+        }
         Ok(())
     }
 
@@ -255,7 +305,8 @@ impl BulkThread {
         let zero_copy =
             self.zero_copy && bytes > 0 && !self.memory.zero_copy_is_copied.load(Relaxed);
         self.sending_zero_copy = zero_copy;
-        let op = batch.into_op(&mut self.storage, &mut self.channel, &self.socket, zero_copy);
+        let socket = Fd::from(self.socket.clone());
+        let op = batch.into_op(&mut self.storage, &mut self.channel, &socket, zero_copy);
         op.map_err(|what| self.lost(what))
     }
 
@@ -270,7 +321,8 @@ impl BulkThread {
         let mut last = self.storage.batch(true);
         let ended = last.end(&mut self.channel, &frame);
         ended.map_err(|what| self.lost(what))?;
-        let op = last.into_op(&mut self.storage, &mut self.channel, &self.socket, false);
+        let socket = Fd::from(self.socket.clone());
+        let op = last.into_op(&mut self.storage, &mut self.channel, &socket, false);
         op.map_err(|what| self.lost(what))
     }
 
@@ -280,23 +332,8 @@ impl BulkThread {
         let has_tls = self.channel.has_tls();
         memory.into_iter().for_each(|memory| self.storage.take_back(memory, has_tls));
         match completion.outcome {
-            Outcome::Done(_) => {
-                let runs = self.sending.take().unwrap_or_default();
-                runs.iter().for_each(|run| self.memory.count(run, false));
-                let pages = runs.iter().map(|run| run.range.pages).sum();
-                Counters::add(&self.memory.counters.pages_background, pages);
-                let counters = &self.memory.counters;
-                let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
-                self.pace.sent(bytes);
-                let counter = if completion.last {
-                    &counters.copied_bytes
-                } else {
-                    // Corrected by the notification if the kernel copied after all.
-                    &counters.zero_copied_bytes
-                };
-                Counters::add(counter, bytes);
-                self.spare = runs;
-            }
+            // Of a zero-copy send the notification follows, and corrects this if the kernel copied after all.
+            Outcome::Done(_) => self.left(!completion.last),
             Outcome::Released { copied } => {
                 if copied {
                     self.memory.zero_copy_is_copied.store(true, Relaxed);
@@ -324,6 +361,21 @@ impl BulkThread {
             self.in_flight -= 1;
         }
         Ok(())
+    }
+
+    /// The batch has been handed to the kernel.
+    fn left(&mut self, without_copy: bool) {
+        let runs = self.sending.take().unwrap_or_default();
+        runs.iter().for_each(|run| self.memory.count(run, false));
+        let pages = runs.iter().map(|run| run.range.pages).sum();
+        let counters = &self.memory.counters;
+        Counters::add(&counters.pages_background, pages);
+        let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
+        self.pace.sent(bytes);
+        let counter =
+            if without_copy { &counters.zero_copied_bytes } else { &counters.copied_bytes };
+        Counters::add(counter, bytes);
+        self.spare = runs;
     }
 
     /// A destination says on a bulk lane which pages it has, or why it gives up.

@@ -14,6 +14,7 @@ mod ending;
 mod link;
 mod liveness;
 pub(crate) mod memory;
+mod outlet;
 mod pace;
 mod phases;
 mod recovery;
