@@ -223,3 +223,13 @@ fn plain_source(version: QemuVersion, scratch: &Scratch, options: &str) -> Qemu 
     }
     Qemu::start(&words, &test, umem, Serial::follow(&scratch.path("no-serial")))
 }
+
+#[test]
+fn half_a_line_of_a_qemu_is_not_umems() {
+    let expected = "umem: RAM ram0: it is gone";
+    for half in ["", "qemu-system-x86_64:", "qemu-system-x86_64: "] {
+        assert_eq!(Umem::without_half_a_line(&format!("{half}{expected}")), expected);
+    }
+    let whole = "qemu-system-x86_64: terminating on signal 15";
+    assert_eq!(Umem::without_half_a_line(whole), whole);
+}

@@ -199,18 +199,26 @@ impl Umem {
         self.fails_with(2)
     }
 
+    /// A line of umem's without what a QEMU has written before it: QEMU writes its name, then a space, then what it
+    /// has to say, and may be ended in between.
+    pub(crate) fn without_half_a_line(line: &str) -> &str {
+        let rest = line.strip_prefix("qemu-system-x86_64:").map(str::trim_start);
+        rest.filter(|rest| rest.starts_with("umem: ")).unwrap_or(line)
+    }
+
     fn fails_with(mut self, code: i32) -> String {
         let status = self.wait();
         let stderr = self.stderr();
         assert_eq!(status.code(), Some(code), "{status}; stderr:\n{stderr}");
         // Whether there is advice depends on how this machine has mounted /dev/shm.
         let is_advice = |text: &&str| text.contains("could have huge pages");
-        let own = stderr.lines().filter_map(|line| line.strip_prefix("umem: "));
+        let lines = || stderr.lines().map(Umem::without_half_a_line);
+        let own = lines().filter_map(|line| line.strip_prefix("umem: "));
         let own: Vec<&str> = own.filter(|text| !is_advice(text)).collect();
         let [text] = own[..] else { panic!("not one line of umem's on stderr:\n{stderr}") };
         // Lines that are nobody's would be the rest of ours; a QEMU's begin with its name.
         let foreign = |line: &&str| !line.starts_with("umem: ") && !line.starts_with("qemu");
-        let stray: Vec<&str> = stderr.lines().filter(foreign).collect();
+        let stray: Vec<&str> = lines().filter(foreign).collect();
         assert!(stray.is_empty(), "lines without an author on stderr:\n{stderr}");
         if let Some(failed) = self.events.try_iter().find(|event| event["event"] == "failed") {
             assert_eq!(failed["error"], text);
