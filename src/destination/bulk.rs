@@ -16,7 +16,7 @@ use super::window::Window;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::{self, Lane};
-use crate::priority;
+use crate::priority::{self, Courtesy};
 use crate::report::Counters;
 use crate::worker::Started;
 
@@ -74,6 +74,7 @@ impl BulkLane {
         let mut lost = None;
         let mut acking = false;
         let mut seal = Seal::new(self.lane.is_checked());
+        let mut courtesy = Courtesy::default();
         loop {
             while let Some(completion) = ring.next() {
                 let received = match completion.token {
@@ -133,7 +134,7 @@ impl BulkLane {
             if ended && ring.in_flight() == 0 {
                 return Ok(reader.into_ahead());
             }
-            priority::let_others();
+            courtesy.let_others(self.guest.counters.faults.sum_us());
             ring.enter(Wait::One)?;
         }
     }

@@ -73,6 +73,12 @@ impl AllFaults {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         counts.iter().map(|counts| counts.waiting.load(Relaxed)).sum()
     }
+
+    /// How long all that have been served waited together, µs: another number with each of them.
+    pub(crate) fn sum_us(&self) -> u64 {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.iter().fold(0, |sum, counts| sum.wrapping_add(counts.sum_us.load(Relaxed)))
+    }
 }
 
 /// What [`AllFaults::look`] saw.

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
 use crate::memory::claims::Run;
-use crate::priority;
+use crate::priority::{self, Courtesy};
 use crate::report::Counters;
 use crate::secure::Channel;
 use crate::worker::Started;
@@ -145,6 +145,7 @@ impl BulkLane {
         receiver.set_regions(thread.memory.landing());
         thread.take_received(&mut ring, &mut receiver)?;
         let mut has_told = false;
+        let mut courtesy = Courtesy::default();
         loop {
             thread.advance(&mut ring)?;
             if thread.lane_end_sent && thread.in_flight == 0 {
@@ -155,7 +156,7 @@ impl BulkLane {
                     return Ok(());
                 }
             }
-            priority::let_others();
+            courtesy.let_others(thread.memory.counters.pages_demand.load(Relaxed));
             // What left through the outlet has no completion.
             let goes_on = thread.outlet.is_some() && thread.is_ready();
             ring.enter(if goes_on { Wait::No } else { Wait::One })?;
