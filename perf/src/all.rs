@@ -19,7 +19,8 @@ use crate::{Arguments, interrupt, page};
             them take root; `qemu` takes the kernel and QEMU of the tests, `link10` iperf3."
 )]
 pub(crate) struct Options {
-    /// how often each subject has its turn (default 2); those that take seconds have it six times as often
+    /// how often each subject has its turn (default 2); those that take seconds have it six times as often,
+    /// `qemu` and `size` once more
     #[argh(option, default = "2")]
     rounds: usize,
     /// the guests' RAM, MiB; `qemu` has twice as much, `size` up to eight times (default 1024)
@@ -139,12 +140,14 @@ fn chosen(options: &Options) -> Result<Vec<Job>> {
 /// Everything, in the order of the page.
 fn jobs(options: &Options) -> Vec<Job> {
     let Options { size, rounds, .. } = options;
-    let (double, half, many) = (2 * size, size / 2, 6 * rounds);
+    let (double, half) = (2 * size, size / 2);
+    // Of two rounds the median is no round's figure.
+    let (more, many) = (rounds + 1, 6 * rounds);
     let sizes: Vec<String> = [1, 2, 4, 8].iter().map(|times| (times * size).to_string()).collect();
     let sizes = sizes.join(",");
     [
-        ("qemu", format!("qemu --size {double} --fill {size} --rounds {rounds}")),
-        ("qemu-idle", format!("qemu --idle --size {double} --fill {size} --rounds {rounds}")),
+        ("qemu", format!("qemu --size {double} --fill {size} --rounds {more}")),
+        ("qemu-idle", format!("qemu --idle --size {double} --fill {size} --rounds {more}")),
         ("fault", format!("fault --into memfd,anonymous --size {half} --rounds {many}")),
         ("land", format!("land --readers 0 --lanes 1,2 --size {size} --rounds {many}")),
         (
@@ -156,7 +159,7 @@ fn jobs(options: &Options) -> Vec<Job> {
         ("link10", format!("link10 --size {size} --rounds {rounds}")),
         ("bench", format!("bench --size {size} --rounds {rounds}")),
         ("patterns", format!("patterns --size {half} --rounds {rounds}")),
-        ("size", format!("size --sizes {sizes} --rounds {rounds}")),
+        ("size", format!("size --sizes {sizes} --rounds {more}")),
         ("floor", format!("floor --size {size} --rounds {rounds}")),
     ]
     .map(|(name, arguments)| Job { name, arguments })

@@ -133,7 +133,7 @@ impl Desk {
         let (open, event) = match question {
             // The program knows what comes, and may do what it likes.
             Question::Prepare => return,
-            Question::Stop => {
+            Question::Stop { .. } => {
                 papers.stop_asked = true;
                 (Open::Stop, Event::Stop)
             }
@@ -356,7 +356,7 @@ mod tests {
     fn the_descriptor_is_readable_while_there_are_events() {
         let (desk, _answers) = desk();
         assert!(!is_readable(&desk));
-        desk.ask(Question::Stop);
+        desk.ask(Question::Stop { saves: true });
         desk.ask(Question::Save);
         for _ in 0..2 {
             assert!(is_readable(&desk));
@@ -416,12 +416,13 @@ mod tests {
 
     #[test]
     fn a_failure_says_whose_the_guest_is() {
-        use Question::{Load, Resume, Run, Save, Stop};
+        use Question::{Load, Resume, Run, Save};
+        let stop = || Question::Stop { saves: true };
         for (questions, guest) in [
             (vec![], Guest::AtSource),
-            (vec![Stop, Resume], Guest::AtSource),
-            (vec![Stop, Save, Resume], Guest::AtSource),
-            (vec![Stop, Save], Guest::AtDestination),
+            (vec![stop(), Resume], Guest::AtSource),
+            (vec![stop(), Save, Resume], Guest::AtSource),
+            (vec![stop(), Save], Guest::AtDestination),
             (vec![Load(Vec::new())], Guest::AtSource),
             (vec![Load(Vec::new()), Run], Guest::AtDestination),
         ] {

@@ -29,8 +29,9 @@ pub(crate) trait SourceHost: Send {
     /// written down then, should this process be killed.
     fn before_stop(&mut self, _note: BeforeStop) {}
     /// Stops every vCPU, after whatever can be done while they still run. From here on the guest's memory
-    /// does not change. Says when it was asked to stand still, where that is later than this call.
-    fn stop(&mut self) -> Result<Option<Instant>>;
+    /// does not change. With `saves` the device state is asked for at once afterwards, and may be saved on the
+    /// way. Says since when the guest stands still, where that is later than this call.
+    fn stop(&mut self, saves: bool) -> Result<Option<Instant>>;
     /// The device state of the stopped guest.
     fn save_state(&mut self) -> Result<Vec<u8>>;
     /// Undoes stop and save: the guest goes on here as if nothing had happened.
@@ -58,7 +59,7 @@ pub(crate) trait DestinationHost: Send {
 pub(crate) struct FileOnly;
 
 impl SourceHost for FileOnly {
-    fn stop(&mut self) -> Result<Option<Instant>> {
+    fn stop(&mut self, _saves: bool) -> Result<Option<Instant>> {
         Ok(None)
     }
 

@@ -6,14 +6,18 @@
 //! inside the device state, and private memory cannot be read from outside of QEMU.
 
 mod backends;
+#[cfg(test)]
+mod tests;
 
+use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::qmp::{Qmp, socket_pair};
@@ -34,6 +38,11 @@ const STATE_SOCKET: &str = "umem-state";
 /// How often a migration's status is asked for while it ends.
 const STATUS_INTERVAL: Duration = Duration::from_millis(1);
 
+/// How long a guest may go on while its device state is being saved: QEMU has a look at the rate every 100 ms
+/// only (`BUFFER_DELAY` in its migration/options.h), and what is sent until then is loaded while the guest stands
+/// still.
+const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(50);
+
 /// QEMU's default of 128 MiB/s would hold back a guest with video memory; the device state goes
 /// through a local socket, so nothing is won by a limit. Bytes a second.
 const STATE_BANDWIDTH: u64 = 1 << 40;
@@ -51,6 +60,8 @@ pub(crate) struct Qemu {
     before_stop: Option<BeforeStop>,
     /// Our end of the socket for the device state, whose other end QEMU has.
     state_socket: Option<UnixStream>,
+    /// The device state, where it was saved in the act of stopping.
+    state: Option<Vec<u8>>,
 }
 
 /// What we change in the source's QEMU, as it was.
@@ -61,7 +72,14 @@ struct Settings {
 
 impl Qemu {
     pub(crate) fn new(qmp: Qmp) -> Qemu {
-        Qemu { qmp, was_running: true, saved: None, before_stop: None, state_socket: None }
+        Qemu {
+            qmp,
+            was_running: true,
+            saved: None,
+            before_stop: None,
+            state_socket: None,
+            state: None,
+        }
     }
 
     /// One that a process before this has stopped: [`SourceHost::resume`] undoes that.
@@ -125,6 +143,9 @@ impl Qemu {
     /// Has QEMU write its device state to the other end of a socket, and returns it: no more than a byte
     /// over what is allowed.
     ///
+    /// A guest that runs is stopped by that, sooner or later: QEMU goes on for as long as the guest changes what
+    /// belongs to the state, such as video memory. After a while it is told to.
+    ///
     /// It is read by a thread of its own, from before the command on: QEMU's migration holds the lock of its
     /// main loop while it writes, so that QEMU can answer the command only after all has been read.
     fn migrate_into(&mut self, ours: UnixStream) -> Result<Vec<u8>> {
@@ -134,20 +155,47 @@ impl Qemu {
             count.context(|| "reading QEMU's device state")?;
             Ok(state)
         };
+        let (has_ended, ended) = channel::<Infallible>();
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
+                let _has_ended = has_ended;
                 let state = read(&ours);
                 // What is left of too much makes QEMU's migration fail, and not wait.
                 let _ = ours.shutdown(Shutdown::Both);
                 state
             });
             let uri = json!({ "uri": format!("fd:{STATE_SOCKET}") });
-            if let Err(error) = self.qmp.execute("migrate", uri) {
+            let asked = self.qmp.execute("migrate", uri).and_then(|_| {
+                match ended.recv_timeout(STOPS_ITSELF_WITHIN) {
+                    Err(RecvTimeoutError::Timeout) => self.qmp.execute("stop", json!({})),
+                    _ => Ok(Value::Null),
+                }
+            });
+            if let Err(error) = asked {
                 let _ = ours.shutdown(Shutdown::Both);
                 return Err(error);
             }
             reader.join().expect("reading does not panic")
         })
+    }
+
+    /// Has QEMU save its device state, and stop its guest if that runs.
+    fn save(&mut self) -> Result<Vec<u8>> {
+        if self.state_socket.is_none() {
+            self.give_state_socket()?;
+        }
+        let ours = self.state_socket.take().expect("just given");
+        let mut state = vec![if self.was_running { GUEST_RUNS } else { GUEST_IS_PAUSED }];
+        state.extend(self.migrate_into(ours)?);
+        if state.len() as u64 > STATE_BYTES_MAX {
+            return Err(Error::Unsupported(format!(
+                "QEMU's device state is larger than {} MiB: RAM outside of shared files is part of \
+                 it; {HOW_TO_START}",
+                STATE_BYTES_MAX >> 20
+            )));
+        }
+        self.wait_migrated()?;
+        Ok(state)
     }
 
     /// Gives QEMU one end of a new socket for its device state.
@@ -219,7 +267,10 @@ impl SourceHost for Qemu {
         self.before_stop = Some(note);
     }
 
-    fn stop(&mut self) -> Result<Option<Instant>> {
+    /// With `saves`, QEMU's migration stops the guest: what of it takes time is done by then. It first looks
+    /// for what the guest writes, for which TCG goes through every vCPU's address cache (2 ms each, and more than
+    /// the rest of the saving), and sends what is not the guest's own memory.
+    fn stop(&mut self, saves: bool) -> Result<Option<Instant>> {
         self.was_running = self.status()? == "running";
         let settings = self.settings()?;
         if let Some(note) = &self.before_stop {
@@ -232,29 +283,25 @@ impl SourceHost for Qemu {
         self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": STATE_BANDWIDTH }))?;
         self.give_state_socket()?;
         let asked = Instant::now();
-        self.qmp.execute("stop", json!({}))?;
-        Ok(Some(asked))
+        if !saves || !self.was_running {
+            self.qmp.execute("stop", json!({}))?;
+            return Ok(Some(asked));
+        }
+        self.qmp.stopped_at();
+        let state = self.save()?;
+        self.state = Some(state);
+        // Its last answer came after the event.
+        let stopped = self.qmp.stopped_at().and_then(|at| at.elapsed().ok());
+        let stopped = stopped.and_then(|ago| Instant::now().checked_sub(ago));
+        Ok(Some(stopped.map_or(asked, |at| at.max(asked))))
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>> {
-        if self.state_socket.is_none() {
-            self.give_state_socket()?;
-        }
-        let ours = self.state_socket.take().expect("just given");
-        let mut state = vec![if self.was_running { GUEST_RUNS } else { GUEST_IS_PAUSED }];
-        state.extend(self.migrate_into(ours)?);
-        if state.len() as u64 > STATE_BYTES_MAX {
-            return Err(Error::Unsupported(format!(
-                "QEMU's device state is larger than {} MiB: RAM outside of shared files is part of \
-                 it; {HOW_TO_START}",
-                STATE_BYTES_MAX >> 20
-            )));
-        }
-        self.wait_migrated()?;
-        Ok(state)
+        self.state.take().map_or_else(|| self.save(), Ok)
     }
 
     fn resume(&mut self) -> Result<()> {
+        self.state = None;
         self.cancel_migration()?;
         if self.state_socket.take().is_some() {
             // It was not used. One that QEMU has closed already it does not know any more.
@@ -269,8 +316,11 @@ impl SourceHost for Qemu {
 }
 
 impl DestinationHost for Qemu {
-    /// QEMU waits at the socket for its device state, which need not wait for QEMU then.
+    /// QEMU waits at the socket for its device state, which need not wait for QEMU then. It would let a guest
+    /// run that ran at the source as soon as that is loaded, and before the source has given it up; a `stop`
+    /// while it waits has it leave that to a `cont` (`qmp_stop` in its monitor/qmp-cmds.c).
     fn prepare(&mut self) -> Result<()> {
+        self.qmp.execute("stop", json!({}))?;
         self.set_ignore_shared(true)?;
         self.give_state_socket()?;
         let uri = json!({ "uri": format!("fd:{STATE_SOCKET}") });
@@ -324,115 +374,5 @@ fn unsupported_device(kind: &str) -> Option<&'static str> {
         )
     } else {
         None
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-
-    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-    use serde_json::Value;
-
-    /// More than the buffers of a socket hold.
-    const STATE: usize = 4 << 20;
-
-    /// As a QEMU whose migration has the main loop's lock before the command has been answered.
-    #[test]
-    fn a_device_state_is_read_before_the_command_is_answered() {
-        let (monitor, ours) = UnixStream::pair().unwrap();
-        let qemu = std::thread::spawn(move || answer_late(&monitor));
-        let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-        let state = qmp.save_state().unwrap();
-        assert_eq!(state.len(), 1 + STATE);
-        assert!(state[1..].iter().all(|&byte| byte == 0x5a));
-        drop(qmp);
-        qemu.join().unwrap();
-    }
-
-    /// The guest stands still only for what cannot be done before, and has everything as it was afterwards.
-    #[test]
-    fn what_needs_answers_is_asked_before_the_guest_stops() {
-        let (monitor, ours) = UnixStream::pair().unwrap();
-        let qemu = std::thread::spawn(move || answer_late(&monitor));
-        let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-        assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
-        SourceHost::resume(&mut qmp).unwrap();
-        SourceHost::stop(&mut qmp).unwrap();
-        qmp.save_state().unwrap();
-        drop(qmp);
-        let asked = qemu.join().unwrap();
-        let stops: Vec<_> = (0..asked.len()).filter(|&at| asked[at] == "stop").collect();
-        let &[first, second] = &stops[..] else { panic!("{asked:?}") };
-        assert!(asked[..first].contains(&"getfd".to_owned()), "{asked:?}");
-        let undone = &asked[first + 1..second];
-        for command in ["closefd", "migrate-set-capabilities", "cont"] {
-            assert!(undone.contains(&command.to_owned()), "{command}: {undone:?}");
-        }
-        assert_eq!(asked[second + 1..], ["migrate", "query-migrate"]);
-    }
-
-    /// Returns what it was asked.
-    fn answer_late(monitor: &UnixStream) -> Vec<String> {
-        let mut asked = Vec::new();
-        let mut out = monitor;
-        out.write_all(b"{\"QMP\":{}}\n").unwrap();
-        let mut line = Vec::new();
-        let mut socket = None;
-        while let Some(descriptor) = next_line(monitor, &mut line) {
-            socket = descriptor.or(socket);
-            let command: Value = serde_json::from_slice(&line).unwrap();
-            let command = command["execute"].as_str().unwrap();
-            asked.push(command.to_owned());
-            let value = match command {
-                "query-migrate-capabilities" => json!([]),
-                "query-status" => json!({ "status": "running" }),
-                "query-migrate" => json!({ "status": "completed" }),
-                "migrate" => {
-                    let mut state = UnixStream::from(socket.take().unwrap());
-                    state.write_all(&[0x5a; STATE]).unwrap();
-                    json!({})
-                }
-                _ => json!({}),
-            };
-            writeln!(out, "{}", json!({ "return": value })).unwrap();
-        }
-        asked
-    }
-
-    /// The next line and the descriptor that came with it, if one did; None at the end.
-    fn next_line(monitor: &UnixStream, line: &mut Vec<u8>) -> Option<Option<OwnedFd>> {
-        line.clear();
-        let mut descriptor = None;
-        while !line.ends_with(b"\n") {
-            let mut byte = [0];
-            let mut pieces = [std::io::IoSliceMut::new(&mut byte)];
-            let mut space = nix::cmsg_space!(i32);
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let fd = monitor.as_raw_fd();
-            let message = recvmsg::<()>(fd, &mut pieces, Some(&mut space), flags).unwrap();
-            for control in message.cmsgs().unwrap() {
-                if let ControlMessageOwned::ScmRights(rights) = control {
-                    // SAFETY: the kernel has just made it, for us.
-                    descriptor = rights.first().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) });
-                }
-            }
-            if message.bytes == 0 {
-                return None;
-            }
-            line.push(byte[0]);
-        }
-        Some(descriptor)
-    }
-
-    #[test]
-    fn devices_that_bypass_userfaultfd_are_known_by_type() {
-        for kind in ["vhost-user-fs-pci", "vhost-user-blk-pci", "vfio-pci", "vfio-pci-nohotplug"] {
-            assert!(unsupported_device(kind).is_some(), "{kind}");
-        }
-        for kind in ["virtio-net-pci", "virtio-balloon-pci", "e1000"] {
-            assert!(unsupported_device(kind).is_none(), "{kind}");
-        }
     }
 }

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
@@ -21,6 +21,8 @@ const LINE_BYTES_MAX: u64 = 1 << 20;
 pub(crate) struct Qmp {
     reader: BufReader<UnixStream>,
     line: String,
+    /// Of the last STOP event: since when its guest stands still.
+    stopped_at: Option<SystemTime>,
 }
 
 impl Qmp {
@@ -37,10 +39,14 @@ impl Qmp {
         Qmp::open(stream, &path.display().to_string())
     }
 
+    fn on(stream: UnixStream) -> Qmp {
+        Qmp { reader: BufReader::new(stream), line: String::new(), stopped_at: None }
+    }
+
     /// Waits for the greeting on a connected socket and enters command mode.
     pub(crate) fn open(stream: UnixStream, name: &str) -> Result<Qmp> {
         stream.set_read_timeout(Some(GREETING_TIMEOUT)).context(|| "the QMP socket")?;
-        let mut qmp = Qmp { reader: BufReader::new(stream), line: String::new() };
+        let mut qmp = Qmp::on(stream);
         let greeting = qmp.read();
         if !greeting.as_ref().is_ok_and(|object| object.get("QMP").is_some()) {
             return Err(Error::Host(format!(
@@ -56,7 +62,7 @@ impl Qmp {
     /// A socket on which another process was in command mode, and was killed. What it had asked may be
     /// answered, in part, before our first answer comes.
     pub(crate) fn go_on(stream: UnixStream) -> Result<Qmp> {
-        let mut qmp = Qmp { reader: BufReader::new(stream), line: String::new() };
+        let mut qmp = Qmp::on(stream);
         // No id of the process before this, which had none.
         let id = format!("umem-{}", std::process::id());
         let text = format!("{}\n", json!({ "execute": "query-status", "id": id }));
@@ -127,6 +133,12 @@ impl Qmp {
             .collect())
     }
 
+    /// When the guest stopped, as the last event of that said which has come before an answer since this was
+    /// asked before.
+    pub(crate) fn stopped_at(&mut self) -> Option<SystemTime> {
+        self.stopped_at.take()
+    }
+
     fn answer(&mut self) -> Result<std::result::Result<Value, String>> {
         loop {
             let mut object = self.read()?;
@@ -136,7 +148,10 @@ impl Qmp {
             if let Some(error) = object.get("error") {
                 return Ok(Err(error["desc"].as_str().unwrap_or("no reason given").to_owned()));
             }
-            // Anything else is an event; nothing here waits for one.
+            // Anything else is an event.
+            if object["event"] == "STOP" {
+                self.stopped_at = happened(&object["timestamp"]);
+            }
         }
     }
 
@@ -153,6 +168,13 @@ impl Qmp {
         serde_json::from_str(&self.line)
             .map_err(|error| Error::Host(format!("its QMP answer is not JSON: {error}")))
     }
+}
+
+/// The time that an event carries.
+fn happened(timestamp: &Value) -> Option<SystemTime> {
+    let part = |name: &str| timestamp[name].as_u64();
+    let since_epoch = Duration::from_secs(part("seconds")?);
+    SystemTime::UNIX_EPOCH.checked_add(since_epoch + Duration::from_micros(part("microseconds")?))
 }
 
 fn gone(error: io::Error) -> Error {

@@ -22,7 +22,10 @@ pub(crate) enum Answer {
 
 /// What the monitor is asked to do.
 pub(crate) enum Question {
-    Stop,
+    /// Whether its device state is asked for at once afterwards.
+    Stop {
+        saves: bool,
+    },
     Save,
     Resume,
     Prepare,
@@ -69,7 +72,7 @@ impl HostThread<dyn SourceHost> {
         post: Post<T>,
     ) -> Result<Self> {
         let answer = move |question| match question {
-            Question::Stop => Answer::Stopped(host.stop()),
+            Question::Stop { saves } => Answer::Stopped(host.stop(saves)),
             Question::Save => Answer::Saved(host.save_state()),
             Question::Resume => Answer::Resumed(host.resume()),
             Question::Prepare | Question::Load(_) | Question::Run => {
@@ -79,8 +82,8 @@ impl HostThread<dyn SourceHost> {
         HostThread::with(answer, post)
     }
 
-    pub(crate) fn stop(&self) {
-        (self.ask)(Question::Stop);
+    pub(crate) fn stop(&self, saves: bool) {
+        (self.ask)(Question::Stop { saves });
     }
 
     pub(crate) fn save_state(&self) {
@@ -101,7 +104,7 @@ impl HostThread<dyn DestinationHost> {
             Question::Prepare => Answer::Prepared(host.prepare()),
             Question::Load(state) => Answer::Loaded(host.load_state(state)),
             Question::Run => Answer::Running(host.run()),
-            Question::Stop | Question::Save | Question::Resume => {
+            Question::Stop { .. } | Question::Save | Question::Resume => {
                 unreachable!("a destination is not asked that")
             }
         };

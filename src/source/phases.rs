@@ -28,7 +28,7 @@ impl Migration {
                 if self.postcopy {
                     self.awake = idle::stay_awake(self.idle_cores);
                 }
-                self.host.stop();
+                self.host.stop(self.postcopy);
             }
             Event::Loaded => self.switch_over()?,
             Event::Running { .. } => self.running(Instant::now())?,

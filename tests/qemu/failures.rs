@@ -11,7 +11,7 @@ use umem_wire::HELLO_BYTES;
 use crate::destination::Destination;
 use crate::halted::Halted;
 use crate::moving::Moved;
-use crate::support::{Machine, Qemu, QemuVersion, Ram, Scratch, Side, Umem};
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem};
 use crate::{NOBODY, boot, incoming, migrate, says};
 
 #[test]
@@ -39,6 +39,7 @@ fn survives_failures(version: QemuVersion) {
         the_destination_says_nothing,
         the_source_is_interrupted_when_connected,
         the_source_is_interrupted_when_stopped,
+        the_source_is_interrupted_when_loaded,
         the_destination_is_interrupted_when_connected,
         the_destination_is_interrupted_when_stopped,
         the_destination_is_killed_when_connected,
@@ -135,6 +136,16 @@ fn the_source_is_interrupted_when_connected(
 
 fn the_source_is_interrupted_when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
     let mut halted = Halted::when_stopped(machine, scratch, source);
+    halted.umem.signal(Signal::SIGINT);
+    says(&halted.umem.fails(), "interrupted; the guest goes on here");
+    says(&halted.destination.umem.fails(), "the source gave up: interrupted");
+}
+
+/// The guest ran when its device state was saved, so that a QEMU would have it run as soon as it has loaded that.
+fn the_source_is_interrupted_when_loaded(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
+    let mut halted = Halted::when_loaded(machine, scratch, source);
+    let destination = Qmp::connect(&halted.destination.qmp).status();
+    assert_eq!((destination.as_str(), source.qmp.status().as_str()), ("paused", "postmigrate"));
     halted.umem.signal(Signal::SIGINT);
     says(&halted.umem.fails(), "interrupted; the guest goes on here");
     says(&halted.destination.umem.fails(), "the source gave up: interrupted");

@@ -1,10 +1,11 @@
 //! Migrations that stand still where a test wants them to.
 
-use umem_wire::{HEADER_BYTES, HELLO_BYTES};
+use serde_json::json;
+use umem_wire::{HEADER_BYTES, HELLO_BYTES, Kind};
 
 use crate::destination::Destination;
 use crate::migrate;
-use crate::support::{Machine, Qemu, Scratch, Tap, Umem, wait_for};
+use crate::support::{Machine, Qemu, Qmp, Scratch, Tap, Umem, wait_for};
 
 /// Frames of the destination that precede its guest's running: a welcome, ready, loaded.
 const UNTIL_CONNECTED: usize = HELLO_BYTES;
@@ -46,9 +47,32 @@ impl Halted {
         halted
     }
 
+    /// The destination's QEMU has loaded the device state, and may have asked for pages, but the source has
+    /// not heard that it has.
+    pub(super) fn when_loaded(machine: &Machine, scratch: &Scratch, source: &Qemu) -> Halted {
+        let tap = |uri: &str| Tap::holding(uri, UNTIL_READY, Kind::Loaded);
+        let mut halted = Halted::with(tap, machine, scratch, source);
+        halted.destination.umem.event("stopped");
+        let mut guest = Qmp::connect(&halted.destination.qmp);
+        wait_for("the device state to be loaded", || {
+            let loading = guest.execute("query-migrate", json!({}));
+            (loading["status"] == "completed").then_some(())
+        });
+        halted
+    }
+
     fn after(answers: usize, machine: &Machine, scratch: &Scratch, source: &Qemu) -> Halted {
+        Halted::with(|uri| Tap::to(uri, Some(answers)), machine, scratch, source)
+    }
+
+    fn with(
+        tap: impl FnOnce(&str) -> Tap,
+        machine: &Machine,
+        scratch: &Scratch,
+        source: &Qemu,
+    ) -> Halted {
         let destination = Destination::start(machine, scratch);
-        let tap = Tap::to(&destination.uri, Some(answers));
+        let tap = tap(&destination.uri);
         let umem = migrate(source, tap.uri(), &["-p"]);
         Halted { tap, umem, destination, session: String::new() }
     }

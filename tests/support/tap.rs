@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 
+use umem_wire::{HEADER_BYTES, Kind};
+
 /// Passes on what the two sides say over TCP, counts the pages' way and can hold back the answers of
 /// the demand lane, which are the destination's steps: migration then stands still at a known place.
 pub(crate) struct Tap {
@@ -20,6 +22,10 @@ struct Shared {
 struct State {
     /// Bytes that may still go to the source on the demand lane; no limit if none.
     answers_left: Option<usize>,
+    /// After those, frames may go until one of this kind comes.
+    held: Option<Kind>,
+    /// Of a frame that may go.
+    frame_left: usize,
     /// Bytes that have gone to the destination, by lane; the demand lane is the first.
     sent: Vec<u64>,
     sockets: Vec<TcpStream>,
@@ -30,10 +36,19 @@ impl Tap {
     /// Relays to `uri`, a `tcp:HOST:PORT`. `answers` limits the bytes that go to the source on the
     /// demand lane.
     pub(crate) fn to(uri: &str, answers: Option<usize>) -> Tap {
+        Tap::with(uri, State { answers_left: answers, ..State::default() })
+    }
+
+    /// Relays to `uri`, and holds back the demand lane's first frame of that kind that comes after `answers`
+    /// bytes, and what follows it.
+    pub(crate) fn holding(uri: &str, answers: usize, kind: Kind) -> Tap {
+        Tap::with(uri, State { answers_left: Some(answers), held: Some(kind), ..State::default() })
+    }
+
+    fn with(uri: &str, state: State) -> Tap {
         let destination = uri.strip_prefix("tcp:").expect("a tcp: URI").to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("it is bound").port();
-        let state = State { answers_left: answers, ..State::default() };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let accepting = shared.clone();
         // Ends with the test's process: it holds nothing but its port.
@@ -86,25 +101,30 @@ impl Shared {
         let (to_source, from_destination) = (clone(&source), clone(&destination));
         let shared = self.clone();
         std::thread::spawn(move || {
-            pass(source, destination, |count| {
-                shared.state.lock().unwrap().sent[lane] += count as u64;
-                count
+            pass(source, destination, |bytes| {
+                shared.state.lock().unwrap().sent[lane] += bytes.len() as u64;
+                bytes.len()
             });
         });
         std::thread::spawn(move || {
-            pass(from_destination, to_source, |count| {
-                if lane == 0 { self.take_answers(count) } else { count }
+            pass(from_destination, to_source, |bytes| {
+                if lane == 0 { self.take_answers(bytes) } else { bytes.len() }
             });
         });
     }
 
-    /// Waits until at least one of `count` bytes may pass, and says how many may.
-    fn take_answers(&self, count: usize) -> usize {
+    /// Waits until at least one of these bytes may pass, and says how many may.
+    fn take_answers(&self, bytes: &[u8]) -> usize {
+        let count = bytes.len();
         let mut state = self.state.lock().unwrap();
         while !state.is_cut {
             match &mut state.answers_left {
                 None => return count,
-                Some(0) => {}
+                Some(0) => {
+                    if let allowed @ 1.. = state.take_frames(bytes) {
+                        return allowed;
+                    }
+                }
                 Some(left) => {
                     let allowed = count.min(*left);
                     *left -= allowed;
@@ -117,13 +137,30 @@ impl Shared {
     }
 }
 
+impl State {
+    /// How many of these bytes are of frames that may go.
+    fn take_frames(&mut self, bytes: &[u8]) -> usize {
+        let Some(held) = self.held else { return 0 };
+        if self.frame_left == 0 {
+            if bytes[0] == held as u8 {
+                return 0;
+            }
+            let body = bytes[4..8].try_into().expect("a header comes whole over loopback");
+            self.frame_left = HEADER_BYTES + u32::from_le_bytes(body) as usize;
+        }
+        let allowed = bytes.len().min(self.frame_left);
+        self.frame_left -= allowed;
+        allowed
+    }
+}
+
 /// Copies until either side closes; `allow` says how many of the bytes at hand may go now.
-fn pass(mut from: TcpStream, mut to: TcpStream, mut allow: impl FnMut(usize) -> usize) {
+fn pass(mut from: TcpStream, mut to: TcpStream, mut allow: impl FnMut(&[u8]) -> usize) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(count @ 1..) = from.read(&mut buffer) {
         let mut rest = &buffer[..count];
         while !rest.is_empty() {
-            let (now, later) = rest.split_at(allow(rest.len()));
+            let (now, later) = rest.split_at(allow(rest));
             if to.write_all(now).is_err() {
                 return;
             }

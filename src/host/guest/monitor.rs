@@ -171,6 +171,8 @@ impl Client {
             }
             "migrate" => {
                 let mut socket = self.socket(arguments)?;
+                // As QEMU's, which stops the guest itself once it has sent what it can before.
+                machine.stop();
                 socket.write_all(&machine.save()).map_err(|error| error.to_string())?;
                 self.migration = Migration::Completed;
                 Ok(json!({}))

@@ -1,0 +1,162 @@
+//! What is asked of a QEMU, by one that only writes it down.
+
+use super::*;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::SystemTime;
+
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+/// More than the buffers of a socket hold.
+const STATE: usize = 4 << 20;
+
+/// As a QEMU whose migration has the main loop's lock before the command has been answered.
+#[test]
+fn a_device_state_is_read_before_the_command_is_answered() {
+    let (monitor, ours) = UnixStream::pair().unwrap();
+    let qemu = std::thread::spawn(move || answer_late(&monitor));
+    let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+    let state = qmp.save_state().unwrap();
+    assert_eq!(state.len(), 1 + STATE);
+    assert!(state[1..].iter().all(|&byte| byte == 0x5a));
+    drop(qmp);
+    qemu.join().unwrap();
+}
+
+/// The guest stands still only for what cannot be done before, and has everything as it was afterwards.
+#[test]
+fn what_needs_answers_is_asked_before_the_guest_stops() {
+    let (monitor, ours) = UnixStream::pair().unwrap();
+    let qemu = std::thread::spawn(move || answer_late(&monitor));
+    let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+    assert!(SourceHost::stop(&mut qmp, false).unwrap().is_some());
+    SourceHost::resume(&mut qmp).unwrap();
+    SourceHost::stop(&mut qmp, false).unwrap();
+    qmp.save_state().unwrap();
+    drop(qmp);
+    let asked = qemu.join().unwrap();
+    let stops: Vec<_> = (0..asked.len()).filter(|&at| asked[at] == "stop").collect();
+    let &[first, second] = &stops[..] else { panic!("{asked:?}") };
+    assert!(asked[..first].contains(&"getfd".to_owned()), "{asked:?}");
+    let undone = &asked[first + 1..second];
+    for command in ["closefd", "migrate-set-capabilities", "cont"] {
+        assert!(undone.contains(&command.to_owned()), "{command}: {undone:?}");
+    }
+    assert_eq!(asked[second + 1..], ["migrate", "query-migrate"]);
+}
+
+/// What comes before the device state is saved while the guest still runs.
+#[test]
+fn a_guest_is_stopped_by_the_saving_of_its_state() {
+    let (monitor, ours) = UnixStream::pair().unwrap();
+    let qemu = std::thread::spawn(move || answer_late(&monitor));
+    let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+    let before = Instant::now();
+    let stopped = SourceHost::stop(&mut qmp, true).unwrap().unwrap();
+    assert!(before < stopped && stopped < Instant::now());
+    assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
+    drop(qmp);
+    let asked = qemu.join().unwrap();
+    assert_eq!(asked[asked.len() - 3..], ["getfd", "migrate", "query-migrate"], "{asked:?}");
+    assert!(!asked.contains(&"stop".to_owned()), "{asked:?}");
+}
+
+/// As one whose guest changes its video memory all the while.
+#[test]
+fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
+    let (monitor, ours) = UnixStream::pair().unwrap();
+    let qemu = std::thread::spawn(move || answer(&monitor, "stop"));
+    let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+    SourceHost::stop(&mut qmp, true).unwrap();
+    assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
+    drop(qmp);
+    let asked = qemu.join().unwrap();
+    assert_eq!(asked[asked.len() - 3..], ["migrate", "stop", "query-migrate"], "{asked:?}");
+}
+
+/// It would run as soon as it is loaded otherwise, and the source might go on with it as well.
+#[test]
+fn a_destination_is_told_not_to_run_before_its_state_comes() {
+    let (monitor, ours) = UnixStream::pair().unwrap();
+    let qemu = std::thread::spawn(move || answer_late(&monitor));
+    let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+    qmp.prepare().unwrap();
+    qmp.load_state(vec![GUEST_RUNS, 1, 2, 3]).unwrap();
+    qmp.run().unwrap();
+    drop(qmp);
+    let asked = qemu.join().unwrap();
+    let at = |command: &str| asked.iter().position(|asked| asked == command).unwrap();
+    assert!(at("stop") < at("migrate-incoming") && at("migrate-incoming") < at("cont"));
+}
+
+fn answer_late(monitor: &UnixStream) -> Vec<String> {
+    answer(monitor, "migrate")
+}
+
+/// Stops its guest and writes its device state at the command `saves_at`. Returns what it was asked.
+fn answer(monitor: &UnixStream, saves_at: &str) -> Vec<String> {
+    let mut asked = Vec::new();
+    let mut out = monitor;
+    out.write_all(b"{\"QMP\":{}}\n").unwrap();
+    let mut line = Vec::new();
+    let mut socket = None;
+    while let Some(descriptor) = next_line(monitor, &mut line) {
+        socket = descriptor.or(socket);
+        let command: Value = serde_json::from_slice(&line).unwrap();
+        let command = command["execute"].as_str().unwrap();
+        asked.push(command.to_owned());
+        let value = match command {
+            "query-migrate-capabilities" => json!([]),
+            "query-status" => json!({ "status": "running" }),
+            "query-migrate" => json!({ "status": "completed" }),
+            "migrate" | "stop" if command == saves_at => {
+                say_stop(out);
+                UnixStream::from(socket.take().unwrap()).write_all(&[0x5a; STATE]).unwrap();
+                json!({})
+            }
+            _ => json!({}),
+        };
+        writeln!(out, "{}", json!({ "return": value })).unwrap();
+    }
+    asked
+}
+
+fn say_stop(mut out: &UnixStream) {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let timestamp = json!({ "seconds": now.as_secs(), "microseconds": now.subsec_micros() });
+    writeln!(out, "{}", json!({ "event": "STOP", "timestamp": timestamp })).unwrap();
+}
+
+/// The next line and the descriptor that came with it, if one did; None at the end.
+fn next_line(monitor: &UnixStream, line: &mut Vec<u8>) -> Option<Option<OwnedFd>> {
+    line.clear();
+    let mut descriptor = None;
+    while !line.ends_with(b"\n") {
+        let mut byte = [0];
+        let mut pieces = [std::io::IoSliceMut::new(&mut byte)];
+        let mut space = nix::cmsg_space!(i32);
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let fd = monitor.as_raw_fd();
+        let message = recvmsg::<()>(fd, &mut pieces, Some(&mut space), flags).unwrap();
+        for control in message.cmsgs().unwrap() {
+            if let ControlMessageOwned::ScmRights(rights) = control {
+                // SAFETY: the kernel has just made it, for us.
+                descriptor = rights.first().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+        if message.bytes == 0 {
+            return None;
+        }
+        line.push(byte[0]);
+    }
+    Some(descriptor)
+}
+
+#[test]
+fn devices_that_bypass_userfaultfd_are_known_by_type() {
+    for kind in ["vhost-user-fs-pci", "vhost-user-blk-pci", "vfio-pci", "vfio-pci-nohotplug"] {
+        assert!(unsupported_device(kind).is_some(), "{kind}");
+    }
+    for kind in ["virtio-net-pci", "virtio-balloon-pci", "e1000"] {
+        assert!(unsupported_device(kind).is_none(), "{kind}");
+    }
+}
