@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::config::{self, Kind, RamFile};
 use crate::report::{self, Code, Failure};
 use crate::uffd::{self, Backing};
-use crate::{commands, sys};
+use crate::{commands, sys, whole};
 
 /// What has been handed over and is not released yet. The userfaultfds in it are the duplicates
 /// that make the guest wait when umem dies: only [`release`] closes them.
@@ -19,6 +19,8 @@ struct Held {
     name: String,
     address: usize,
     length: usize,
+    /// Where in its file that begins.
+    offset: u64,
     /// Its file's pages are huge ones, as far as its file system could.
     is_huge: bool,
     /// QEMU asks several times whether it may populate; umem is told of the first.
@@ -174,10 +176,6 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
 }
 
 /// Everything is unregistered: closes the userfaultfds and says how many there were.
-///
-/// A page that was served by itself left a small mapping in its block, and the kernel would keep
-/// mapping that block by small pages. Where the file has huge pages it is told to map them whole,
-/// which moves no byte.
 pub(crate) fn release() -> usize {
     let released = std::mem::take(&mut *held());
     for held in &released {
@@ -185,7 +183,7 @@ pub(crate) fn release() -> usize {
             advise_fork(held.address, held.length, sys::MADV_DOFORK);
         }
         if held.is_huge {
-            map_whole(held.address, held.length);
+            whole::map(held.address, held.length, &held.file, held.offset);
         }
     }
     released.len()
@@ -291,8 +289,11 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         name: ram.name.clone(),
         address,
         length,
+        offset: offset.unsigned_abs(),
         // Pages that have become anonymous are small ones, whatever the file's were.
-        is_huge: kind == Kind::Shared && block_size_of(descriptor) >= HUGE_PAGE_SIZE as u64,
+        is_huge: kind == Kind::Shared
+            && block_size_of(descriptor) >= whole::HUGE_PAGE_SIZE as u64
+            && sys::hugetlbfs_page_size(descriptor).is_none(),
         has_refused: false,
         wants_dont_fork: false,
         message: message.clone(),
@@ -313,29 +314,6 @@ fn advise_fork(address: usize, length: usize, advice: c_int) -> c_int {
     // meanwhile the kernel says so, and there is nothing to do.
     unsafe { sys::madvise(std::ptr::with_exposed_provenance_mut(address), length, advice) }
 }
-
-/// Block by block, as the kernel stops at the first one that it cannot map whole; one that is in use at
-/// the moment is tried again, and then left to the kernel's own daemon.
-fn map_whole(address: usize, length: usize) {
-    let first = address.next_multiple_of(HUGE_PAGE_SIZE);
-    let end = address.saturating_add(length);
-    for block in (first..end).step_by(HUGE_PAGE_SIZE) {
-        for _ in 0..COLLAPSE_ATTEMPTS_MAX {
-            let block = std::ptr::with_exposed_provenance_mut(block);
-            // SAFETY: how the block is mapped changes, and no content. The monitor may have unmapped
-            // it meanwhile; then there is nothing to do, and the kernel says so.
-            if unsafe { sys::madvise(block, HUGE_PAGE_SIZE, sys::MADV_COLLAPSE) } == 0 {
-                break;
-            }
-        }
-    }
-}
-
-/// A page that somebody holds at the moment makes the kernel give up on its block (EAGAIN).
-const COLLAPSE_ATTEMPTS_MAX: usize = 3;
-
-/// What a tmpfs that makes huge pages gives as its files' `st_blksize`.
-const HUGE_PAGE_SIZE: usize = 2 << 20;
 
 fn block_size_of(descriptor: c_int) -> u64 {
     metadata(descriptor).map_or(0, |metadata| metadata.blksize())

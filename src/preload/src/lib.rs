@@ -87,6 +87,7 @@ mod handover;
 mod report;
 mod sys;
 mod uffd;
+mod whole;
 
 use std::ffi::{c_int, c_long, c_void};
 

@@ -45,6 +45,8 @@ const SCM_RIGHTS: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
 const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
 const SHUT_RDWR: c_int = 2;
+const SEEK_DATA: c_int = 3;
+const SEEK_HOLE: c_int = 4;
 const F_DUPFD_CLOEXEC: c_int = 1030;
 const SOCK_CLOEXEC: c_int = 0o2_000_000;
 const SIG_SETMASK: c_int = 2;
@@ -125,6 +127,7 @@ mod c {
 
     unsafe extern "C" {
         pub(super) fn syscall(number: c_long, ...) -> c_long;
+        pub(super) fn lseek(descriptor: c_int, offset: i64, whence: c_int) -> i64;
         pub(super) fn munmap(address: *mut c_void, length: usize) -> c_int;
         pub(super) fn ioctl(descriptor: c_int, request: c_ulong, ...) -> c_int;
         pub(super) fn open(path: *const c_char, flags: c_int, ...) -> c_int;
@@ -283,6 +286,22 @@ pub(crate) fn hugetlbfs_page_size(descriptor: c_int) -> Option<usize> {
     let result = unsafe { c::fstatfs(descriptor, &raw mut statfs) };
     let is_hugetlbfs = result == 0 && statfs.kind as u32 == HUGETLBFS_MAGIC;
     is_hugetlbfs.then_some(statfs.block_size as usize)
+}
+
+/// The first byte of a file at `offset` or behind it that is no hole; None if there is none.
+pub(crate) fn next_data(descriptor: c_int, offset: u64) -> Option<u64> {
+    seek(descriptor, offset, SEEK_DATA)
+}
+
+/// The first hole of a file at `offset` or behind it; its end is one.
+pub(crate) fn next_hole(descriptor: c_int, offset: u64) -> Option<u64> {
+    seek(descriptor, offset, SEEK_HOLE)
+}
+
+fn seek(descriptor: c_int, offset: u64, whence: c_int) -> Option<u64> {
+    let offset = i64::try_from(offset).ok()?;
+    // SAFETY: no memory is passed. Nobody reads or writes at the descriptor's own position.
+    u64::try_from(unsafe { c::lseek(descriptor, offset, whence) }).ok()
 }
 
 pub(crate) fn page_size() -> usize {
