@@ -187,6 +187,7 @@ impl Subject {
                 command.push("--huge".into());
             }
         }
+        options.extend(self.release_ram.then(|| "--overcommit".into()));
         let (mut incoming, uri) = route.incoming(&scratch, options, command)?;
         let mut options = vec!["--qmp".into(), here.into()];
         options.extend(self.release_ram.then(|| "--release-ram".into()));

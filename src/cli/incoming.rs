@@ -61,6 +61,11 @@ pub(super) struct Incoming {
     /// migrate --checksum); without this option that is the source's choice
     #[argh(switch)]
     checksum: bool,
+    /// take a guest for which there seems to be no room, in memory or in a RAM file's file system: room
+    /// that comes while it moves, as from a source on this machine that frees its own (umem migrate
+    /// --release-ram), or swap. If it does not come the guest is lost
+    #[argh(switch)]
+    overcommit: bool,
     /// TLS with certificates on both sides: the directory of ca-cert.pem, server-cert.pem and
     /// server-key.pem, as for QEMU; a source needs a certificate that this ca-cert.pem has signed
     #[argh(option)]
@@ -169,6 +174,7 @@ impl Incoming {
             qmp: self.qmp,
             lanes_max,
             checksum: self.checksum,
+            overcommit: self.overcommit,
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             preload: self.preload,
@@ -185,6 +191,7 @@ impl Incoming {
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),
             ("--lanes", self.lanes.is_some()),
+            ("--overcommit", self.overcommit),
             ("--preload", self.preload.is_some()),
             ("COMMAND", !command.is_empty()),
         ];

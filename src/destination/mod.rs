@@ -94,6 +94,8 @@ pub struct Options {
     pub lanes_max: u16,
     /// Take no guest that comes without checksums.
     pub checksum: bool,
+    /// Take a guest for whose memory there seems to be no room.
+    pub overcommit: bool,
     /// How lanes are secured.
     pub security: Security,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.

@@ -32,17 +32,20 @@ pub(crate) struct Prepared {
     pub(crate) side: GuestSide,
     pub(crate) host: Option<Box<dyn DestinationHost>>,
     handed: Vec<Handed>,
+    /// There must be room for all of the guest's memory from the start.
+    wants_room: bool,
 }
 
 impl Prepared {
     /// Memory of this process.
     pub(crate) fn here(handed: Vec<Handed>) -> Result<Prepared> {
-        Ok(Prepared { side: GuestSide::here()?, host: None, handed })
+        Ok(Prepared { side: GuestSide::here()?, host: None, handed, wants_room: true })
     }
 
-    /// Memory that was handed over to a process before this.
+    /// Memory that was handed over to a process before this, which looked whether there is room: some of
+    /// it is taken now.
     pub(crate) fn again(side: GuestSide, handed: Vec<Handed>) -> Prepared {
-        Prepared { side, host: None, handed }
+        Prepared { side, host: None, handed, wants_room: false }
     }
 }
 
@@ -106,7 +109,8 @@ impl Expected<'_> {
         let host = host(options, qmp, &monitor, inbox)?;
         let Memory { handed, knows_umem, keeps_sessions } = memory;
         let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);
-        Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed })
+        let side = GuestSide::Process(Box::new(process));
+        Ok(Prepared { side, host, handed, wants_room: !options.overcommit })
     }
 }
 
@@ -135,7 +139,8 @@ fn take_over_stranger(
         let host = host(options, None, &monitor, inbox)?;
         let Memory { handed, knows_umem, keeps_sessions } = memory;
         let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);
-        return Ok(Prepared { side: GuestSide::Process(Box::new(process)), host, handed });
+        let side = GuestSide::Process(Box::new(process));
+        return Ok(Prepared { side, host, handed, wants_room: !options.overcommit });
     }
 }
 

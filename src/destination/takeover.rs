@@ -168,7 +168,7 @@ impl Taken {
             HostThread::<dyn DestinationHost>::start(self.host(entrusted.qmp), inbox.post())?;
         let landing = self.landing()?;
         let mut prepared = Prepared::again(side, handed);
-        let Adopted { regions, sources, landing } = prepared.adopt_again(&landing)?;
+        let Adopted { regions, sources, landing } = prepared.adopt(&landing)?;
         let mut memory = GuestMemory::new(regions, sources);
         let state = State::found(entrusted.state, memory.extents(), memory.sources.len())?;
         memory.share(&state);

@@ -26,22 +26,9 @@ pub(crate) struct Adopted {
 }
 
 impl Prepared {
-    /// Compares the source's regions with ours, checks that they fit, and makes the guest's memory of
-    /// them in the source's order.
+    /// Compares the source's regions with ours, checks that they fit and that there is room, and makes
+    /// the guest's memory of them in the source's order.
     pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<Adopted> {
-        self.adopt_if(theirs, check_space)
-    }
-
-    /// The same where a process before this has checked that there is room: some of it is taken now.
-    pub(crate) fn adopt_again(&mut self, landing: &RegionTable) -> Result<Adopted> {
-        self.adopt_if(landing, |_| Ok(()))
-    }
-
-    fn adopt_if(
-        &mut self,
-        theirs: &RegionTable,
-        check_space: impl FnOnce(&[Found]) -> Result<()>,
-    ) -> Result<Adopted> {
         let mut found = self.regions(theirs)?;
         let ours = found
             .iter()
@@ -57,7 +44,9 @@ impl Prepared {
         for (id, (_, landed)) in ids.iter().zip(landing.iter()) {
             found[usize::from(id.0)].set_unit(landed.page_size)?;
         }
-        check_space(&found)?;
+        if self.wants_room {
+            check_space(&found)?;
+        }
         let mut sources = Vec::new();
         let mut found: Vec<_> = found.into_iter().map(Some).collect();
         let mut take = |id: &RegionId| {
@@ -191,6 +180,10 @@ impl Found {
     }
 }
 
+/// What else to do where there is no room.
+const WITHOUT_ROOM: &str = "take the guest all the same with `umem incoming --overcommit`, if room \
+                            comes while it moves, as from a source on this machine that frees its own";
+
 /// The RAM files' file systems, and the machine, must have room for every page: the guest could
 /// not be brought back once it runs here.
 fn check_space(regions: &[Found]) -> Result<()> {
@@ -204,7 +197,7 @@ fn check_space(regions: &[Found]) -> Result<()> {
         if let Some(free) = free.filter(|&free| free < needed) {
             return Err(Error::OutOfMemory(format!(
                 "RAM {} needs {} MiB and its file system at the destination has {} MiB free: make \
-                 room there (for /dev/shm: `mount -o remount,size=…`)",
+                 room there (for /dev/shm: `mount -o remount,size=…`), or {WITHOUT_ROOM}",
                 region.name,
                 needed >> 20,
                 free >> 20
@@ -220,7 +213,7 @@ fn check_space(regions: &[Found]) -> Result<()> {
     if let Some(available) = available.filter(|&available| available < needed) {
         return Err(Error::OutOfMemory(format!(
             "the guest has {} MiB of RAM and the destination {} MiB of memory available: free some \
-             there",
+             there, or {WITHOUT_ROOM}",
             needed >> 20,
             available >> 20
         )));
