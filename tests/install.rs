@@ -1,4 +1,4 @@
-//! What a package installs: manual pages, completions, units.
+//! What a package installs: manual pages, completions, units. And that SECURITY.md's promises are held.
 
 mod support;
 
@@ -166,4 +166,89 @@ fn systemd_understands_the_units() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && stderr.is_empty(), "{stderr}");
     }
+}
+
+/// Every bullet and every row of a table in SECURITY.md is a promise, except in its last section, and ends
+/// with the tests that hold it: `[FILE: TEST, TEST; FILE: TEST]`.
+#[test]
+fn every_promise_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(root.join("SECURITY.md")).expect("it is there");
+    let (promises, _) = text.split_once("\n## Not covered\n").expect("its last section");
+    let promises = promises_in(promises);
+    assert!(promises.len() > 30, "{} promises", promises.len());
+    let mut wrong = Vec::new();
+    for promise in &promises {
+        let tests = tests_named_in(promise);
+        if tests.is_empty() {
+            wrong.push(format!("no test is named: {promise}"));
+        }
+        for (file, name) in tests {
+            let source = std::fs::read_to_string(root.join(&file)).unwrap_or_default();
+            if !has_test(&source, &name) {
+                wrong.push(format!("{file} has no test {name}: {promise}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "SECURITY.md:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_promise_without_its_test_is_noticed() {
+    let text = "Words.\n\n| head |\n|---|\n| row [tests/a.rs: one] |\n\n- a [link](x) and\n  \
+                more [tests/a.rs: one,\n  two; wire/b.rs: three]\n- nothing\n\nMore words.\n";
+    let promises = promises_in(text);
+    assert_eq!(promises.len(), 3, "{promises:?}");
+    let named: Vec<usize> = promises.iter().map(|text| tests_named_in(text).len()).collect();
+    assert_eq!(named, [1, 3, 0]);
+    assert_eq!(tests_named_in(&promises[1])[2], ("wire/b.rs".into(), "three".into()));
+    let source =
+        "#[test]\n#[should_panic]\nfn one() {}\nfn two() {}\n#[test]\n#[ignore]\nfn three() {}\n";
+    assert_eq!(["one", "two", "three"].map(|name| has_test(source, name)), [true, false, false]);
+}
+
+/// The bullets and the rows of tables, each in one line.
+fn promises_in(text: &str) -> Vec<String> {
+    let mut promises: Vec<String> = Vec::new();
+    let mut bullet = false;
+    let mut lines = text.lines().peekable();
+    while let Some(line) = lines.next() {
+        let is_head = lines.peek().is_some_and(|next| next.starts_with("|--"));
+        let is_row = line.starts_with("| ") && !is_head;
+        if is_row || line.starts_with("- ") {
+            promises.push(line.to_owned());
+        } else if bullet && line.starts_with(' ') {
+            let last = promises.last_mut().expect("the bullet");
+            last.push(' ');
+            last.push_str(line.trim());
+            continue;
+        }
+        bullet = line.starts_with("- ");
+    }
+    promises
+}
+
+/// File and name of each test in the brackets at the end.
+fn tests_named_in(promise: &str) -> Vec<(String, String)> {
+    let end = promise.trim_end_matches([' ', '|']);
+    let Some((_, list)) = end.strip_suffix(']').and_then(|text| text.rsplit_once('[')) else {
+        return Vec::new();
+    };
+    let files = list.split(';').filter_map(|part| part.split_once(": "));
+    files
+        .flat_map(|(file, names)| {
+            names.split(',').map(|name| (file.trim().to_owned(), name.trim().to_owned()))
+        })
+        .collect()
+}
+
+/// Whether it has a test of this name, and one that runs.
+fn has_test(source: &str, name: &str) -> bool {
+    let lines: Vec<&str> = source.lines().map(str::trim).collect();
+    let head = format!("fn {name}(");
+    let Some(at) = lines.iter().position(|line| line.starts_with(&head)) else { return false };
+    let attributes: Vec<&&str> =
+        lines[..at].iter().rev().take_while(|line| line.starts_with(['#', '/'])).collect();
+    attributes.iter().any(|line| **line == "#[test]")
+        && !attributes.iter().any(|line| line.starts_with("#[ignore"))
 }
