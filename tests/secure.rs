@@ -405,6 +405,41 @@ fn who_shows_another_certificate_goes_on_with_nothing() {
     incoming.event("resumed");
 }
 
+/// Everybody whose certificate the authority has signed gets through a handshake. Who belongs to no session here gets
+/// no thread, however long it stays.
+#[test]
+fn who_belongs_to_no_session_gets_no_thread() {
+    let moving = Move::new();
+    let ours = Authority::new("ours");
+    let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
+    let others = ours.credentials(&moving.scratch, "others", "127.0.0.1");
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
+    let hello = Hello { capabilities: Capabilities::RECOVERY, ..hello() };
+    let stream = StreamOwned::new(tls(&creds, true), socket(&uri));
+    let mut lane = LaneToDestination::open(stream, &hello).expect("the first");
+    lane.switch_over(MIB << 20);
+    incoming.event("running");
+    let threads = || {
+        let threads = fs::read_dir(format!("/proc/{}/task", incoming.pid())).unwrap();
+        threads.flatten().count()
+    };
+    let before = threads();
+    let mut strangers = Vec::new();
+    for index in 0..40 {
+        let mut stream = StreamOwned::new(tls(&others, true), socket(&uri));
+        let (session, epoch) = (SessionId([index; 16]), u32::from(index) % 2);
+        stream.write_all(&Hello { session, epoch, ..hello.clone() }.encode()).unwrap();
+        let mut welcome = [0; HELLO_BYTES];
+        stream.read_exact(&mut welcome).unwrap();
+        assert!(Welcome::decode(&welcome).is_err(), "it is let in");
+        // It stays, and has more to say.
+        let _ = stream.write_all(b"x");
+        strangers.push(stream);
+    }
+    assert!(threads() <= before, "{} threads, of {before} before", threads());
+    drop(strangers);
+}
+
 /// Rubbish in place of a record is an error of that lane, which both ends hear of.
 #[test]
 fn a_record_that_was_changed_on_its_way_ends_the_lane() {

@@ -30,15 +30,23 @@ use umem_wire::limits::LANES_MAX;
 use super::channel::Channel;
 use super::records::Outgoing;
 use crate::error::{Context, Error, Result};
-use crate::lane::Lane;
+use crate::lane::{self, Lane};
 use crate::priority;
 
 /// Bytes that are taken from a lane and encrypted at once: eight records, which fit a processor's second
 /// cache beside their plaintext.
 const CHUNK_BYTES: usize = 128 << 10;
 
-/// How long a connection may stand still after its lane has closed, before it is given up.
+/// How long nothing may leave by a connection after its lane has closed, before it is given up; what still comes
+/// does not count.
 const LINGER: Duration = Duration::from_secs(10);
+
+/// How much longer that may take in all, for the last buffer and what the kernel has queued.
+const LINGERS_MAX: u32 = 3;
+
+/// Pumps that run at a time: those of a lane in use, of one that takes its place, and of lanes that were lost and have
+/// something left to say. When there are more the oldest is cut.
+const RUNNING_MAX: usize = 8;
 
 /// Connections that broke and are remembered: all of a session's lanes.
 const CAUSES_MAX: usize = LANES_MAX as usize + 1;
@@ -80,12 +88,22 @@ impl Fate {
 }
 
 /// All pumps of one side. When it goes they end: what lanes have sent leaves first.
-#[derive(Default)]
-pub(super) struct Pumps(Mutex<Vec<Running>>);
+pub(super) struct Pumps {
+    running: Mutex<Vec<Running>>,
+    /// [`LINGER`]
+    linger: Duration,
+}
+
+impl Default for Pumps {
+    fn default() -> Pumps {
+        Pumps { running: Mutex::default(), linger: LINGER }
+    }
+}
 
 struct Running {
     fate: Arc<Fate>,
     thread: JoinHandle<()>,
+    connection: Weak<OwnedFd>,
     /// The lane's end, which is closed when nobody needs it any more.
     lane: Weak<OwnedFd>,
 }
@@ -114,19 +132,23 @@ impl Pumps {
             channel,
             outgoing: Outgoing::with_room(CHUNK_BYTES),
             lane_ended: None,
+            until: None,
+            linger: self.linger,
             said_all: false,
             told_end: false,
             is_cut: false,
             fate: fate.clone(),
         };
+        let connection = Arc::downgrade(&pump.connection);
+        let mut pumps = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        forget_ended(&mut pumps);
+        cut_oldest(&pumps);
         let thread = std::thread::Builder::new()
             .name("umem-tls".into())
             .spawn(move || pump.run())
             .context(|| "starting thread umem-tls")?;
         let lane = lane.behind(ours, fate.clone());
-        let running = Running { fate, thread, lane: Arc::downgrade(&lane.socket()) };
-        let mut pumps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        forget_ended(&mut pumps);
+        let running = Running { fate, thread, connection, lane: Arc::downgrade(&lane.socket()) };
         pumps.push(running);
         Ok(lane)
     }
@@ -136,7 +158,7 @@ impl Pumps {
         let Error::Lost { side, lane, what } = error else {
             return error;
         };
-        let pumps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let pumps = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let fates = pumps.iter().rev().map(|pump| &pump.fate);
         let mut of_lane = fates.filter(|fate| fate.lane.get() == Some(&lane));
         let what = match of_lane.find_map(|fate| fate.cause()) {
@@ -160,9 +182,18 @@ fn forget_ended(pumps: &mut Vec<Running>) {
     });
 }
 
+/// Makes room for one more.
+fn cut_oldest(pumps: &[Running]) {
+    let running = || pumps.iter().filter(|pump| !pump.thread.is_finished());
+    let too_many = (running().count() + 1).saturating_sub(RUNNING_MAX);
+    for connection in running().take(too_many).filter_map(|pump| pump.connection.upgrade()) {
+        lane::sever(&connection);
+    }
+}
+
 impl Drop for Pumps {
     fn drop(&mut self) {
-        let pumps = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let pumps = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
         for pump in pumps.iter() {
             if let Some(lane) = pump.lane.upgrade() {
                 // Somebody still has it, who has nothing to say any more.
@@ -198,8 +229,12 @@ struct Pump {
     outgoing: Outgoing,
     /// What the lane has sent, before it is encrypted.
     chunk: Vec<u8>,
-    /// The lane sends nothing any more, since when something last moved.
+    /// The lane sends nothing any more: when something last left.
     lane_ended: Option<Instant>,
+    /// Then this ends, whatever still moves.
+    until: Option<Instant>,
+    /// [`LINGER`]
+    linger: Duration,
     /// Nothing more leaves.
     said_all: bool,
     /// Nothing more comes.
@@ -221,12 +256,23 @@ impl Pump {
             if is_done && self.channel.plain().is_empty() {
                 return;
             }
-            if sent || received {
+            if sent {
                 self.lane_ended = self.lane_ended.map(|_| Instant::now());
-            } else if !self.wait() {
+            }
+            if self.left().is_some_and(|left| left.is_zero()) {
+                return;
+            }
+            if !sent && !received && !self.wait() {
                 return;
             }
         }
+    }
+
+    /// How long there is still something to wait for, once the lane has closed.
+    fn left(&mut self) -> Option<Duration> {
+        let (ended, now) = (self.lane_ended?, Instant::now());
+        let until = *self.until.get_or_insert(now + LINGERS_MAX * self.linger);
+        Some(until.min(ended + self.linger).saturating_duration_since(now))
     }
 
     /// Demand pages go first, as in the threads of their lanes.
@@ -356,6 +402,7 @@ impl Pump {
 
     /// Waits until something can move. False: nothing has, for too long.
     fn wait(&mut self) -> bool {
+        let left = self.left();
         let is_whole = !self.is_cut;
         let takes = is_whole && self.lane_ended.is_none() && !self.has_outgoing();
         let gives = !self.channel.plain().is_empty();
@@ -375,11 +422,9 @@ impl Pump {
                 .filter(|(_, flags)| !flags.is_empty())
                 .map(|(fd, flags)| PollFd::new(fd, flags))
                 .collect();
-        let left =
-            self.lane_ended.map(|at| (at + LINGER).saturating_duration_since(Instant::now()));
         let timeout = match left {
             None => PollTimeout::NONE,
-            Some(left) => PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX),
+            Some(left) => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
         };
         match poll(&mut fds, timeout) {
             Ok(0) => false,

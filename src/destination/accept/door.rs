@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -21,6 +21,9 @@ use crate::secure::{Guard, Interest, Opened, Opening, Progress};
 /// has had the most time: a source says it at once. Room for all lanes of a session and as many
 /// strangers.
 const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
+
+/// How long all lanes of a session may take to come, 64 of them on a long way.
+const SESSION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where sources dial, and everybody who has and is not a lane of a whole session yet. Or nobody dials,
 /// and there are connections that were given.
@@ -74,8 +77,10 @@ struct Session {
     demand: Lane,
     /// Lane i at index i - 1.
     bulk: Vec<Option<Lane>>,
-    /// The next lane has to come before this.
+    /// The next lane has to come before this …
     deadline: Instant,
+    /// … and the last one before this, however often one comes.
+    until: Instant,
     /// The source has begun to speak on the demand lane, which is read later: its end does not show
     /// then.
     has_spoken: bool,
@@ -243,10 +248,6 @@ impl Door {
     /// A lane that has said what it is for.
     fn greet(&mut self, opened: Opened) {
         let Opened { lane, hello, answer, certificate } = opened;
-        let mut lane = match self.guard.seat(lane, hello.role, hello.index) {
-            Ok(lane) => lane,
-            Err(error) => return self.ignored(&error.to_string()),
-        };
         let may_come = match &mut self.known {
             None if hello.epoch > 0 => Err("there is no migration here to go on with"),
             None => Ok(()),
@@ -278,6 +279,11 @@ impl Door {
         if let Some(why) = self.terms.refusal(&hello) {
             return lane::refuse(&lane, FaultCode::Refused, &why);
         }
+        // It is let in: threads and priority are for lanes of the session alone.
+        let mut lane = match self.guard.seat(lane, hello.role, hello.index) {
+            Ok(lane) => lane,
+            Err(error) => return self.ignored(&error.to_string()),
+        };
         let ours = lane::capabilities(self.terms.recovers);
         if lane::welcome(&mut lane, &hello, ours, answer.as_ref()).is_err() {
             return;
@@ -285,7 +291,7 @@ impl Door {
         match (place, &mut self.session) {
             (Some(place), Some(session)) => {
                 session.bulk[place] = Some(lane);
-                session.deadline = Instant::now() + HELLO_TIMEOUT;
+                session.deadline = session.until.min(Instant::now() + HELLO_TIMEOUT);
             }
             _ => self.session = Some(Session::new(lane, hello, certificate)),
         }
@@ -327,8 +333,9 @@ impl Door {
 impl Session {
     fn new(demand: Lane, hello: Hello, certificate: Option<Vec<u8>>) -> Session {
         let bulk = (0..hello.bulk_lanes).map(|_| None).collect();
-        let deadline = Instant::now() + HELLO_TIMEOUT;
-        Session { hello, certificate, demand, bulk, deadline, has_spoken: false }
+        let now = Instant::now();
+        let (deadline, until) = (now + HELLO_TIMEOUT, now + SESSION_TIMEOUT);
+        Session { hello, certificate, demand, bulk, deadline, until, has_spoken: false }
     }
 
     /// Where a lane belongs, if it is one of ours that has not come.

@@ -102,6 +102,44 @@ fn pumps_end_though_somebody_holds_a_lane() {
     }
 }
 
+/// What still comes for a lane that has closed keeps nobody here.
+#[test]
+fn a_side_that_goes_on_sending_does_not_keep_the_pump_of_a_closed_lane() {
+    let linger = Duration::from_millis(300);
+    let pumps = Pumps { linger, ..Pumps::default() };
+    let (left, right) = lanes(&pumps, 1 << 24);
+    drop(right);
+    let mut file = left.blocking().unwrap();
+    let is_over = || pumps.running.lock().unwrap()[1].thread.is_finished();
+    let begun = Instant::now();
+    while !is_over() {
+        assert!(begun.elapsed() < 100 * linger, "it is still there");
+        // Nobody takes it once that has ended.
+        let _ = file.write_all(&[0x5a; 64]);
+        std::thread::sleep(linger / 20);
+    }
+}
+
+#[test]
+fn pumps_are_few_and_the_oldest_goes() {
+    let pumps = Pumps::default();
+    let all: Vec<_> = (0..RUNNING_MAX).map(|_| lanes(&pumps, 1 << 24)).collect();
+    let running = || {
+        let pumps = pumps.running.lock().unwrap();
+        pumps.iter().filter(|pump| !pump.thread.is_finished()).count()
+    };
+    let begun = Instant::now();
+    while running() > RUNNING_MAX {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{} pumps", running());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (left, right) = all.last().unwrap();
+    write(left, b"the last");
+    let mut got = [0; 8];
+    right.blocking().unwrap().read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"the last");
+}
+
 #[test]
 fn a_cause_is_added_to_the_lane_it_is_of() {
     let pumps = Pumps::default();
@@ -109,7 +147,7 @@ fn a_cause_is_added_to_the_lane_it_is_of() {
     let lost =
         |lane: &str| Error::Lost { side: "source", lane: lane.into(), what: "closed".into() };
     assert!(!pumps.explain(lost("left")).to_string().contains("TLS"));
-    pumps.0.lock().unwrap()[0].fate.cause.set("why".into()).unwrap();
+    pumps.running.lock().unwrap()[0].fate.cause.set("why".into()).unwrap();
     assert!(pumps.explain(lost("left")).to_string().contains("closed (TLS: why)"));
     assert!(!pumps.explain(lost("right")).to_string().contains("TLS"));
     drop((left, right));
