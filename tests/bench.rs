@@ -335,6 +335,45 @@ fn a_second_client_is_told_to_wait_and_ctrl_c_reports_what_there_was() {
     check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
 }
 
+/// A client that stands still, before its test or in the middle of it, does not keep the next one out.
+#[test]
+fn a_client_that_stands_still_loses_the_server_to_the_next() {
+    let mut server = Server::start(&["--idle-timeout", "1"]);
+    let mut still = Umem::start(["bench", "client", "--json", "-t", "80000", &server.uri]);
+    server.umem.event("testing");
+    still.signal(Signal::SIGSTOP);
+    let failed = server.umem.event("test_failed")["error"].to_string();
+    assert!(failed.contains("nothing has moved for 1 s"), "{failed}");
+    check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
+    still.signal(Signal::SIGCONT);
+    assert_eq!(still.wait().code(), Some(1));
+
+    // One whose lanes never come, and crowds that say nothing, half a line, or a line without an end.
+    let test = json!({
+        "lanes": 1, "bytes": 8 * MIB, "reverse": false, "bidir": false, "discard": false, "kind": "shared",
+        "pages": "4K", "fault_rate": 0, "faults": 0, "zero_percent": 0, "verify": false,
+        "congestion": null, "region_bytes": 64 * MIB,
+    });
+    let hello = json!({ "magic": "umem-bench", "version": 2, "request": { "test": test } });
+    let mut alone = server.connect();
+    writeln!(alone, "{hello}").unwrap();
+    let mut accepted = String::new();
+    BufReader::new(alone.try_clone().unwrap()).read_line(&mut accepted).unwrap();
+    assert!(accepted.contains("accepted"), "{accepted}");
+    let crowd: Vec<TcpStream> = (0..200)
+        .map(|index| {
+            let mut stream = server.connect();
+            let words: &[u8] = [&b""[..], b"{\"magic\":", &[b'x'; 8192]][index % 3];
+            let _ = stream.write_all(words);
+            stream
+        })
+        .collect();
+    let failed = server.umem.event("test_failed")["error"].to_string();
+    assert!(failed.contains("has not opened its 1 lanes in 1 s"), "{failed}");
+    check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
+    drop(crowd);
+}
+
 #[test]
 fn a_server_that_is_stopped_tells_its_client() {
     let mut server = Server::start(&[]);

@@ -45,7 +45,7 @@ pub(crate) use client::{Client, run as run_client};
 pub(crate) use faults::faults;
 pub(crate) use pages::{MemoryKind, PageKind, REGION_BYTES_MAX};
 pub(crate) use protocol::Test;
-pub(crate) use server::{Server, run as run_server};
+pub(crate) use server::{JOIN_TIMEOUT, Server, run as run_server};
 
 /// iperf3 has 5201.
 pub(crate) const PORT: u16 = 5202;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::lobby::{Lobby, refuse};
-use super::protocol::{Control, Direction, End, Measured, Message, Request, Test};
+use super::protocol::{Control, Counts, Direction, End, Measured, Message, Request, Test};
 use super::side::Note;
 use super::sides::{Sides, prepare};
 use super::{lanes, report};
@@ -18,14 +18,17 @@ use crate::report::Output;
 use crate::secure::WayIn;
 use crate::uri::Uri;
 
-/// How long a client may take to open its lanes: before that it fills the memory that it will send.
-pub(super) const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a client may take to open its lanes, if nobody says otherwise: before that it fills the memory that it
+/// will send. And how long nothing may move then.
+pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 const BUSY: &str = "the server is busy with another test: try again when that has ended";
 
 /// What `umem bench server` was told.
 pub(crate) struct Server {
     pub(crate) uri: Uri,
+    /// A client that is this silent, in the middle of a test or before it, has lost the server to the next.
+    pub(crate) idle_timeout: Duration,
     /// End after one test.
     pub(crate) one_off: bool,
     /// Listen also where others than this machine can connect.
@@ -178,15 +181,17 @@ fn carry_out(
     let region_bytes = test.region_bytes;
     control.send(&Message::Accepted { cookie: cookie.clone(), region_bytes })?;
     let prepared = prepare(test, End::Server)?;
-    let lanes = gather(desk, control, test, &cookie)?;
+    let lanes = gather(desk, control, test, &cookie, options.idle_timeout)?;
     let zero_copy = !report::is_local(control.as_fd());
     let mut sides = Sides::start(test, prepared, lanes, &options.cores, zero_copy, &desk.inbox)?;
     control.send(&Message::Started)?;
     let output = Output::new(options.json);
     output.event("testing", json!({ "test": test }), "");
     let mut finishing = false;
+    let mut quiet = Quiet::new(options.idle_timeout);
     while !(finishing && sides.has_ended()) {
-        match desk.wait(Some(control), None)? {
+        quiet.look(&sides)?;
+        match desk.wait(Some(control), Some(quiet.until))? {
             Happened::Note(note) => {
                 sides.take(note)?;
             }
@@ -197,13 +202,19 @@ fn carry_out(
             Happened::Timeout => {}
             Happened::Control => match control.receive()? {
                 None => {}
-                Some(Message::Measure) => sides.measure(),
+                Some(Message::Measure) => {
+                    sides.measure();
+                    quiet = Quiet::new(options.idle_timeout);
+                }
                 Some(Message::AskFaults) => {
                     let latency = sides.interval_faults().unwrap_or_default();
                     control.send(&Message::Faults(latency))?;
                 }
                 Some(Message::Stop) => break,
-                Some(Message::Finish) => finishing = true,
+                Some(Message::Finish) => {
+                    finishing = true;
+                    quiet = Quiet::new(options.idle_timeout);
+                }
                 Some(other) => return Err(unexpected(&other)),
             },
         }
@@ -213,9 +224,45 @@ fn carry_out(
     Ok(measured)
 }
 
+/// Since when nothing has moved, so that a client which stands still does not keep others out.
+struct Quiet {
+    limit: Duration,
+    until: Instant,
+    moved: u64,
+}
+
+impl Quiet {
+    fn new(limit: Duration) -> Quiet {
+        Quiet { limit, until: Instant::now() + limit, moved: 0 }
+    }
+
+    fn look(&mut self, sides: &Sides) -> Result<()> {
+        let bytes = |counts: Counts| counts.bytes.saturating_add(counts.zero_bytes);
+        let moved = sides.so_far().into_iter().map(|(_, counts, _)| bytes(counts));
+        let moved = moved.fold(0, u64::saturating_add);
+        if moved != self.moved {
+            self.moved = moved;
+            self.until = Instant::now() + self.limit;
+        }
+        if self.until > Instant::now() {
+            return Ok(());
+        }
+        let seconds = self.limit.as_secs();
+        Err(Error::Bench(format!(
+            "nothing has moved for {seconds} s (--idle-timeout): others may want to test"
+        )))
+    }
+}
+
 /// Waits until every lane of the test is there.
-fn gather(desk: &mut Desk, control: &mut Control, test: &Test, cookie: &str) -> Result<Vec<Lane>> {
-    let deadline = Instant::now() + JOIN_TIMEOUT;
+fn gather(
+    desk: &mut Desk,
+    control: &mut Control,
+    test: &Test,
+    cookie: &str,
+    limit: Duration,
+) -> Result<Vec<Lane>> {
+    let deadline = Instant::now() + limit;
     let mut lanes: Vec<Option<Lane>> = (0..test.connections()).map(|_| None).collect();
     while lanes.iter().any(Option::is_none) {
         match desk.wait(Some(control), Some(deadline))? {
@@ -240,7 +287,7 @@ fn gather(desk: &mut Desk, control: &mut Control, test: &Test, cookie: &str) -> 
                 return Err(Error::Bench(format!(
                     "the client has not opened its {} lanes in {} s",
                     test.connections(),
-                    JOIN_TIMEOUT.as_secs()
+                    limit.as_secs()
                 )));
             }
             Happened::Note(_) => {}

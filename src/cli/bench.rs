@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{CoreList, Size};
+use super::values::{CoreList, Seconds, Size};
 use crate::error::{Error, Result};
 use crate::uri::Uri;
 use crate::{bench, observe};
@@ -40,6 +40,10 @@ struct BenchServer {
     /// the port to listen on, 0 for any (default 5202)
     #[argh(option, short = 'p', default = "bench::PORT")]
     port: u16,
+    /// give a test up in which nothing has moved for so many seconds, or whose lanes have not come by then
+    /// (default 60): others may want to test
+    #[argh(option)]
+    idle_timeout: Option<Seconds>,
     /// end after one test
     #[argh(switch, short = '1')]
     one_off: bool,
@@ -165,7 +169,8 @@ impl BenchServer {
         check_bench_uri(&uri)?;
         let Self { one_off, insecure, json, .. } = self;
         let cores = self.affinity.0;
-        bench::run_server(&bench::Server { uri, one_off, insecure, cores, json })?;
+        let idle_timeout = self.idle_timeout.map_or(bench::JOIN_TIMEOUT, |seconds| seconds.0);
+        bench::run_server(&bench::Server { uri, idle_timeout, one_off, insecure, cores, json })?;
         Ok(0)
     }
 }

@@ -36,6 +36,21 @@ impl std::str::FromStr for Size {
     }
 }
 
+/// Seconds, at least one.
+#[derive(Clone, Copy)]
+pub(super) struct Seconds(pub(super) std::time::Duration);
+
+impl std::str::FromStr for Seconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Seconds, String> {
+        let seconds = text.parse::<u32>().ok().filter(|&seconds| seconds > 0);
+        let seconds =
+            seconds.ok_or_else(|| format!("write whole seconds such as 60, not {text:?}"))?;
+        Ok(Seconds(std::time::Duration::from_secs(seconds.into())))
+    }
+}
+
 /// `0,2,3`
 #[derive(Default)]
 pub(super) struct CoreList(pub(super) Vec<usize>);
