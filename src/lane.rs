@@ -6,6 +6,7 @@
 
 mod dialing;
 mod greeting;
+mod hearing;
 mod listener;
 mod severing;
 #[cfg(test)]
@@ -28,6 +29,7 @@ use crate::single;
 
 pub(crate) use dialing::{connect_to, dial, is_local, open, open_shared, stays_local};
 pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse, welcome};
+pub(crate) use hearing::Hearing;
 pub(crate) use listener::{Listener, bind_private, not_bound};
 pub(crate) use severing::{Severable, sever};
 use tuning::{BACKGROUND_TIMEOUT_MS, DEMAND_TIMEOUT_MS, NOTSENT_LOWAT_BYTES, go_first, tune};

@@ -41,6 +41,7 @@ mod idle;
 mod inbox;
 mod install;
 mod lane;
+mod liveness;
 mod lookup;
 mod memory;
 pub mod observe;

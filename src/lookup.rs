@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{TryRecvError, channel};
 
 use nix::poll::PollFlags;
@@ -13,6 +14,27 @@ use crate::lane::Wait;
 
 /// What the thread is called: it shows in /proc while a resolver does not answer.
 const THREAD: &str = "umem-lookup";
+
+/// Look-ups at a time: of those that were begun in vain nobody knows when they end.
+const AT_ONCE_MAX: usize = 8;
+
+static AT_ONCE: AtomicUsize = AtomicUsize::new(0);
+
+/// A look-up that goes on.
+struct OneOfFew;
+
+impl OneOfFew {
+    fn begin() -> Option<OneOfFew> {
+        let more = |count| (count < AT_ONCE_MAX).then_some(count + 1);
+        AT_ONCE.fetch_update(SeqCst, SeqCst, more).ok().map(|_| OneOfFew)
+    }
+}
+
+impl Drop for OneOfFew {
+    fn drop(&mut self) {
+        AT_ONCE.fetch_sub(1, SeqCst);
+    }
+}
 
 /// The addresses of a host, in the resolver's order, with this port.
 ///
@@ -57,10 +79,19 @@ pub(crate) fn begin(
         tell(Ok(vec![(address, port).into()]));
         return Ok(());
     }
+    let Some(one) = OneOfFew::begin() else {
+        let what = format!("{AT_ONCE_MAX} names are being looked up already");
+        tell(Err(io::Error::other(what)));
+        return Ok(());
+    };
     let name = host.to_owned();
     std::thread::Builder::new()
         .name(THREAD.into())
-        .spawn(move || tell((name.as_str(), port).to_socket_addrs().map(Iterator::collect)))
+        .spawn(move || {
+            let found = (name.as_str(), port).to_socket_addrs().map(Iterator::collect);
+            drop(one);
+            tell(found);
+        })
         .context(|| format!("starting thread {THREAD}"))?;
     Ok(())
 }

@@ -15,6 +15,9 @@ use crate::panics;
 /// How far the demand lane may be behind a bulk lane when a peer gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long the reason of a failure may take to leave.
+const PARTING_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// A note that can carry a worker's failure.
 pub(crate) trait Failure: Send + 'static {
     /// The note that says why a worker could not go on.
@@ -87,6 +90,23 @@ fn started_or_failed<N: Failure, S>(started: &Receiver<S>, inbox: &Inbox<N>) -> 
             return Err(error);
         }
     }
+}
+
+/// Waits for a thread's end. After a failure it gets [`PARTING_TIMEOUT`] to send what is left, as the other side
+/// may not read it; then `sever` has to end what it waits for.
+pub(crate) fn part<T>(
+    thread: JoinHandle<T>,
+    has_failed: bool,
+    sever: impl FnOnce(),
+) -> std::thread::Result<T> {
+    let deadline = Instant::now() + PARTING_TIMEOUT;
+    while has_failed && !thread.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    if has_failed && !thread.is_finished() {
+        sever();
+    }
+    thread.join()
 }
 
 /// Why a bulk lane was lost: a peer that gives up says so on the demand lane and closes them all, and

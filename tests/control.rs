@@ -282,3 +282,35 @@ fn umem_control_says_what_is_wrong() {
     assert!(error.contains("no umem"), "{error}");
     other.join().unwrap();
 }
+
+/// Clients that say nothing, half a line, or read no answer: whoever comes next is served.
+#[test]
+fn the_silent_keep_nobody_from_the_control_socket() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("control");
+    let guests = Guests::quiet(&scratch, &["--json", "--control", socket.to_str().unwrap()]);
+    let silent: Vec<Control> = (0..40)
+        .map(|index| {
+            let mut control = Control::connect(&socket);
+            let half: &[u8] = if index % 2 == 0 { b"" } else { b"{\"execute\":" };
+            control.stream.get_mut().write_all(half).unwrap();
+            control
+        })
+        .collect();
+    assert_eq!(Control::connect(&socket).status()["role"], "destination");
+    // One that floods it and reads nothing: it is read no more.
+    let mut deaf = UnixStream::connect(&socket).unwrap();
+    deaf.set_nonblocking(true).unwrap();
+    let many = b"{\"execute\":\"help\"}\n".repeat(1000);
+    let mut refused = 0;
+    while refused < 100 {
+        match deaf.write(&many) {
+            Ok(_) => refused = 0,
+            Err(_) => {
+                refused += 1;
+                assert_eq!(Control::connect(&socket).status()["role"], "destination");
+            }
+        }
+    }
+    drop((silent, deaf, guests));
+}

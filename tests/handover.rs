@@ -3,9 +3,13 @@
 
 mod support;
 
+use std::io::{IoSlice, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::json;
 use support::{Qmp, Scratch, Umem, wait_for};
 
@@ -151,4 +155,48 @@ fn a_guest_that_dies_before_anybody_comes_leaves_the_source_running() {
     assert!(error.contains("guest"), "{error}");
     assert!(migrate(&scratch, &uri, &[]).fails().contains("umem incoming"));
     assert_eq!(Qmp::connect(&scratch.path("source.qmp")).status(), "running");
+}
+
+/// Who connects and says nothing, says nonsense, or sends descriptors and no message, does not keep the guest's process
+/// from the hand-over socket, and does not end umem.
+#[test]
+fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
+    let scratch = Scratch::new();
+    let mut source = source_guest(&scratch);
+    let mut incoming = Umem::start(incoming(&scratch));
+    let uri = uri(&mut incoming);
+    let socket = scratch.path("handoff");
+    let silent: Vec<_> = (0..20).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    let mut nonsense = UnixStream::connect(&socket).unwrap();
+    nonsense.write_all(b"GET / HTTP/1.1\r\n").unwrap();
+    let mut half = UnixStream::connect(&socket).unwrap();
+    half.write_all(b"[{\"size\":4096,").unwrap();
+    drop(half);
+    let giver = UnixStream::connect(&socket).unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let fds = [file.as_raw_fd(); 16];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let blank = [IoSlice::new(b" ")];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    // Until it is not listened to any more.
+    for _ in 0..1000 {
+        if sendmsg::<()>(giver.as_raw_fd(), &blank, &rights, flags, None).is_err() {
+            break;
+        }
+    }
+    let mut guest = Umem::start(waiting_guest(&scratch));
+    guest.event("ready");
+    let mut migrate = migrate(&scratch, &uri, &[]);
+    migrate.event("completed");
+    incoming.event("completed");
+    migrate.succeeds();
+    assert!(incoming.stderr().contains("ignored a connection to the hand-over socket"));
+    drop((silent, nonsense, giver));
+    let mut qmp = Qmp::connect(&scratch.path("destination.qmp"));
+    check(&mut qmp);
+    qmp.quit();
+    guest.succeeds();
+    incoming.succeeds();
+    Qmp::connect(&scratch.path("source.qmp")).quit();
+    assert!(source.wait().success());
 }

@@ -14,11 +14,11 @@ use std::os::unix::fs::FileExt;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
-use support::{Guests, LaneFromSource, Scratch, Umem};
-use umem_wire::limits::REQUEST_ENTRIES_MAX;
+use support::{Guests, LaneFromSource, Qmp, Scratch, Umem};
+use umem_wire::limits::{ERROR_TEXT_BYTES_MAX, REQUEST_ENTRIES_MAX};
 use umem_wire::{
-    Capabilities, Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageSize, Receiver, Region,
-    RegionId, RegionTable, SessionId, Target, Welcome, transmit,
+    Capabilities, Event, Frame, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize,
+    Receiver, Region, RegionId, RegionTable, SessionId, Target, Welcome, transmit,
 };
 
 /// Frames of a flood. A queue that kept a note of each would take 100 MiB.
@@ -26,6 +26,9 @@ const FLOOD: u64 = 1 << 20;
 
 /// What a process may grow by while it is flooded: buffers, not the flood.
 const GROWTH_BYTES: u64 = 16 << 20;
+
+/// Bytes of a flood of frames of one kind.
+const FLOOD_BYTES: usize = 128 << 20;
 
 const PAGES: u64 = 1024;
 
@@ -85,6 +88,50 @@ fn a_flood_of_pings_takes_no_memory_of_a_source() {
     assert!(growth < GROWTH_BYTES, "{growth} bytes");
     migrate.signal(Signal::SIGINT);
     assert!(migrate.fails().contains("the guest goes on here"));
+}
+
+/// Every kind of control frame that a destination may send but pings, requests and acknowledgements, over and over:
+/// no queue takes them.
+#[test]
+fn no_flood_of_control_frames_takes_memory_of_a_source() {
+    let frames = [
+        Frame::Pong(1),
+        Frame::Ready(vec![PageSize::SIZE_4K]),
+        Frame::Loaded,
+        Frame::Running { us_since_switchover: 1 },
+        Frame::Digests(vec![1]),
+        Frame::Complete(umem_wire::Totals::default()),
+        Frame::Error(umem_wire::Fault {
+            code: umem_wire::FaultCode::Refused,
+            text: "x".repeat(ERROR_TEXT_BYTES_MAX),
+        }),
+    ];
+    for frame in frames {
+        let scratch = Scratch::new();
+        let (migrate, mut demand, _bulk) = migrate(&scratch);
+        demand.until_stopped();
+        let growth = flood(&migrate, &mut demand.stream, &frame);
+        assert!(growth < GROWTH_BYTES, "{frame:?}: {growth} bytes");
+        drop(demand);
+        migrate.fails();
+    }
+}
+
+/// Writes a frame again and again, until enough has been written or nobody reads it any more. How much the process
+/// has grown meanwhile.
+fn flood(umem: &Umem, stream: &mut TcpStream, frame: &Frame) -> u64 {
+    let mut once = Vec::new();
+    transmit::encode(frame, &mut once);
+    let many = once.repeat((64 << 10) / once.len() + 1);
+    let before = peak_bytes(umem);
+    let (mut growth, mut sent) = (0, 0);
+    // A peer that stopped reading for so long has stopped.
+    setsockopt(&*stream, sockopt::SendTimeout, &TimeVal::seconds(2)).unwrap();
+    while sent < FLOOD_BYTES && stream.write_all(&many).is_ok() {
+        sent += many.len();
+        growth = growth.max(peak(umem).unwrap_or(0).saturating_sub(before));
+    }
+    growth
 }
 
 /// One page, asked for again and again: it is sent once.
@@ -191,6 +238,23 @@ impl Lanes {
         Lanes { lanes, receiver: Receiver::for_source(&table(4096)) }
     }
 
+    /// Up to the destination's being ready for a guest of the size of these.
+    fn until_ready(guests: &Guests, uri: &str) -> Lanes {
+        let mut source = Lanes::open(uri);
+        let table = table(guests.bytes());
+        source.receiver = Receiver::for_source(&table);
+        source.say(&Frame::Regions(table));
+        assert!(matches!(source.event(), Event::Ready(_)));
+        source
+    }
+
+    /// Up to the guest standing still here.
+    fn until_stopped(guests: &Guests) -> Lanes {
+        let mut source = Lanes::until_ready(guests, guests.uri());
+        source.say(&Frame::Stopped { postcopy: true, background: true });
+        source
+    }
+
     fn say(&mut self, frame: &Frame) {
         let mut bytes = Vec::new();
         transmit::encode(frame, &mut bytes);
@@ -230,6 +294,65 @@ fn a_flood_of_pings_takes_no_memory_of_a_destination() {
         text: "enough".into(),
     }));
     assert!(guests.incoming.fails().contains("enough"));
+}
+
+/// The same of a source: what is none of a page's, a request's or a ping's.
+#[test]
+fn no_flood_of_control_frames_takes_memory_of_a_destination() {
+    let frames = [
+        Frame::Pong(1),
+        Frame::Stopped { postcopy: true, background: true },
+        Frame::Load { state_bytes: 0 },
+        Frame::Switchover { stopped_us: 1 },
+        Frame::Digests(vec![1]),
+        Frame::Complete(umem_wire::Totals::default()),
+        Frame::Error(umem_wire::Fault {
+            code: umem_wire::FaultCode::Refused,
+            text: "x".repeat(ERROR_TEXT_BYTES_MAX),
+        }),
+    ];
+    for frame in frames {
+        let scratch = Scratch::new();
+        let guests = Guests::quiet(&scratch, &["--json"]);
+        let mut source = Lanes::until_stopped(&guests);
+        let growth = flood(&guests.incoming, &mut source.lanes[0], &frame);
+        assert!(growth < GROWTH_BYTES, "{frame:?}: {growth} bytes");
+        drop(source);
+        guests.incoming.fails();
+    }
+}
+
+/// As small as they can be, they take what they hold and no more.
+#[test]
+fn device_state_in_pieces_of_a_byte_takes_no_memory_of_a_destination() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let mut source = Lanes::until_stopped(&guests);
+    let mut piece = transmit::device_state_header(1).to_vec();
+    piece.push(0xa5);
+    let before = peak_bytes(&guests.incoming);
+    source.lanes[0].write_all(&piece.repeat(FLOOD as usize)).unwrap();
+    source.say(&Frame::Ping(7));
+    while !matches!(source.event(), Event::Pong(7)) {}
+    let growth = peak_bytes(&guests.incoming) - before;
+    assert!(growth < GROWTH_BYTES, "{growth} bytes");
+    // All of it has been counted.
+    source.say(&Frame::Load { state_bytes: FLOOD - 1 });
+    let said = guests.incoming.fails();
+    assert!(said.contains(&FLOOD.to_string()), "{said}");
+}
+
+/// Before the guest has stopped there is none.
+#[test]
+fn device_state_that_comes_too_early_is_not_kept() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let mut source = Lanes::until_ready(&guests, guests.uri());
+    let mut piece = transmit::device_state_header(1).to_vec();
+    piece.push(0xa5);
+    source.lanes[0].write_all(&piece).unwrap();
+    let said = guests.incoming.fails();
+    assert!(said.contains("device state where none belongs"), "{said}");
 }
 
 /// Two pebibytes: refused by what the guest has, before anything is made for them.
@@ -275,4 +398,116 @@ fn more_lanes_than_agreed_are_refused_and_the_others_go_on() {
     assert_eq!(guests.incoming.wait().code(), Some(1));
     let said = guests.incoming.stderr();
     assert!(said.contains("lane index 4") && said.contains("the source closed it"), "{said}");
+}
+
+/// Seconds that a step may take in these tests; a side that is asked whether it is there gets half as many.
+const STEP: &str = "4";
+
+/// A destination of the test's own that has said *ready* to a guest of umem's, which stands still then.
+fn stopped(guests: &Guests) -> (Umem, LaneFromSource<TcpStream>, LaneFromSource<TcpStream>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let migrate = guests.migrate_to(&uri, &["-p", "--json", "--step-timeout", STEP]);
+    let lane = || LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::NONE);
+    let (mut demand, bulk) = (lane(), lane());
+    demand.until_stopped();
+    (migrate, demand, bulk)
+}
+
+/// That a destination is connected does not say that it runs.
+#[test]
+fn a_destination_that_falls_silent_leaves_the_guest_running_here() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let (migrate, _demand, _bulk) = stopped(&guests);
+    let said = migrate.fails();
+    assert!(said.contains("has not answered for 2 s"), "{said}");
+    assert_eq!(Qmp::connect(guests.qmp()).status(), "running");
+}
+
+/// It answers, and does not go on.
+#[test]
+fn a_destination_that_never_loads_leaves_the_guest_running_here() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let (migrate, mut demand, _bulk) = stopped(&guests);
+    let mut pings = 0;
+    let fault = loop {
+        match demand.control_event() {
+            Some(Event::Ping(number)) => {
+                pings += 1;
+                demand.send(&Frame::Pong(number));
+            }
+            Some(Event::Error(fault)) => break fault,
+            Some(_) => {}
+            None => panic!("it does not say why it gives up"),
+        }
+    };
+    assert!(pings > 1, "{pings}");
+    for said in [fault.text, migrate.fails()] {
+        assert!(said.contains("nothing has moved for 4 s"), "{said}");
+    }
+    assert_eq!(Qmp::connect(guests.qmp()).status(), "running");
+}
+
+/// Before that the guest has not even stopped.
+#[test]
+fn a_destination_that_is_never_ready_is_given_up() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let migrate = guests.migrate_to(&uri, &["-p", "--json", "--step-timeout", STEP]);
+    let lane = || LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::NONE);
+    let _lanes = (lane(), lane());
+    let said = migrate.fails();
+    assert!(said.contains("nothing has moved for 4 s"), "{said}");
+}
+
+/// The same of a source: at each of its steps, whether it is there or not.
+#[test]
+fn a_source_that_does_not_go_on_is_given_up() {
+    for (steps, answers) in [(0, false), (1, false), (1, true), (2, false), (2, true)] {
+        let scratch = Scratch::new();
+        let guests = Guests::quiet(&scratch, &["--json", "--step-timeout", STEP]);
+        let mut source = match steps {
+            0 => Lanes::open(guests.uri()),
+            1 => Lanes::until_ready(&guests, guests.uri()),
+            _ => Lanes::until_stopped(&guests),
+        };
+        while answers {
+            match source.event() {
+                Event::Ping(number) => source.say(&Frame::Pong(number)),
+                Event::Error(_) => break,
+                other => panic!("{}", other.name()),
+            }
+        }
+        let said = guests.incoming.fails();
+        let hint = match (steps, answers) {
+            (0, _) => "its regions have not come for 4 s",
+            (_, false) => "has not answered for 2 s",
+            (_, true) => "nothing has moved for 4 s",
+        };
+        assert!(said.contains(hint), "step {steps}: {said}");
+    }
+}
+
+/// A side that is slow answers, and what moves begins its time anew.
+#[test]
+fn a_source_that_is_slow_is_waited_for() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json", "--step-timeout", STEP]);
+    let mut source = Lanes::until_stopped(&guests);
+    // A second for each: three times as long as a step may take while nothing moves.
+    let mut pages = 0;
+    for pings in 0.. {
+        let Event::Ping(number) = source.event() else { panic!("it gives up after {pings} pings") };
+        source.say(&Frame::Pong(number));
+        source.say(&Frame::Hole(PageRange { region: RegionId(0), first: pages, pages: 1 }));
+        pages += 1;
+        if pings == 12 {
+            break;
+        }
+    }
+    assert!(guests.incoming.is_running());
 }

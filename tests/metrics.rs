@@ -3,7 +3,7 @@
 mod support;
 
 use std::collections::{HashMap, HashSet};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 
 use serde_json::{Value, json};
@@ -181,4 +181,46 @@ fn an_address_that_is_taken_is_refused_at_once() {
     assert!(error.contains("--metrics") && error.contains("another port"), "{error}");
     Umem::start(["migrate", "-p", "--metrics", "nowhere", "--ram", "a=/b", "tcp:h:1"])
         .fails_as_misused();
+}
+
+/// Clients that ask nothing, ask half, or do not read: others are answered meanwhile, and there are never many.
+#[test]
+fn the_silent_keep_nobody_from_metrics() {
+    let scratch = Scratch::new();
+    let guests = Guests::with_metrics(&scratch);
+    let address = guests.metrics.clone().unwrap();
+    let connect = |words: &[u8]| {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.write_all(words).unwrap();
+        stream
+    };
+    let mut silent: Vec<_> = [&b""[..], b"GET /met", b"GET /metrics HTTP/1.1\r\n"]
+        .into_iter()
+        .cycle()
+        .take(12)
+        .map(connect)
+        .collect();
+    scrape(&address);
+    for stream in &mut silent {
+        stream.set_nonblocking(true).unwrap();
+        let still = stream.read(&mut [0; 1]).map_err(|error| error.kind());
+        assert_eq!(
+            still,
+            Err(ErrorKind::WouldBlock),
+            "it was answered after others had their time"
+        );
+    }
+    // Of a crowd the oldest go; the last is answered all the same.
+    let mut crowd: Vec<_> = (0..100).map(|_| connect(b"")).collect();
+    scrape(&address);
+    assert_eq!(silent[0].read(&mut [0; 1]).unwrap_or(0), 0, "the oldest has gone");
+    assert_eq!(crowd[0].read(&mut [0; 1]).unwrap_or(0), 0, "the oldest has gone");
+    let sockets = std::fs::read_dir(format!("/proc/{}/fd", guests.incoming.pid())).unwrap();
+    let sockets = sockets.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    let sockets = sockets.filter(|link| link.to_string_lossy().starts_with("socket:")).count();
+    assert!(sockets < 50, "{sockets} sockets");
+    // A request without an end is not collected.
+    let mut endless = connect(b"GET /");
+    while endless.write_all(&[b'x'; 4096]).is_ok() {}
+    scrape(&address);
 }

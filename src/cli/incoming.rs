@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{CoreList, PostcopyFlags, lanes_to, several_lanes};
+use super::values::{CoreList, PostcopyFlags, Seconds, lanes_to, several_lanes};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
+use crate::liveness::STEP_TIMEOUT;
 use crate::memory::kind::Kind;
 use crate::observe::Address;
 use crate::secure::Security;
@@ -84,6 +85,10 @@ pub(super) struct Incoming {
     /// this tells the source, which may not know
     #[argh(option)]
     resume: Option<String>,
+    /// the most that a step of the source's may take before the switchover, seconds without a byte that moves
+    /// (default 600). Then the guest goes on there
+    #[argh(option)]
+    step_timeout: Option<Seconds>,
     /// where to leave what --resume needs, a directory of this user's (default: umem in
     /// $XDG_RUNTIME_DIR, or /run/umem for root)
     #[argh(option)]
@@ -173,6 +178,7 @@ impl Incoming {
             handoff: self.handoff,
             qmp: self.qmp,
             lanes_max,
+            step_timeout: self.step_timeout.map_or(STEP_TIMEOUT, |seconds| seconds.0),
             checksum: self.checksum,
             overcommit: self.overcommit,
             cores: self.cores.0,
@@ -191,6 +197,7 @@ impl Incoming {
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),
             ("--lanes", self.lanes.is_some()),
+            ("--step-timeout", self.step_timeout.is_some()),
             ("--overcommit", self.overcommit),
             ("--preload", self.preload.is_some()),
             ("COMMAND", !command.is_empty()),

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{CoreList, Size, lanes_to};
+use super::values::{CoreList, Seconds, Size, lanes_to};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
+use crate::liveness::STEP_TIMEOUT;
 use crate::observe::Address;
 use crate::secure::Security;
 use crate::session::ResumeOptions;
@@ -75,6 +76,10 @@ pub(super) struct Migrate {
     /// runs here again
     #[argh(switch)]
     abandon: bool,
+    /// the most that a step of the destination's may take before the switchover, seconds without a byte that
+    /// moves (default 600): its monitor may be slow to load. Then the guest goes on here
+    #[argh(option)]
+    step_timeout: Option<Seconds>,
     /// where to leave what --resume needs, a directory of this user's (default: umem in
     /// $XDG_RUNTIME_DIR, or /run/umem for root)
     #[argh(option)]
@@ -173,6 +178,7 @@ impl Migrate {
             cores: self.cores.0,
             idle_cores: self.idle_cores,
             order: self.order,
+            step_timeout: self.step_timeout.map_or(STEP_TIMEOUT, |seconds| seconds.0),
             max_postcopy_bandwidth,
             session_dir: self.session_dir,
             json: self.json,
@@ -188,6 +194,7 @@ impl Migrate {
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),
             ("--lanes", self.lanes.is_some()),
+            ("--step-timeout", self.step_timeout.is_some()),
             ("--release-ram", self.release_ram),
             ("--max-postcopy-bandwidth", self.max_postcopy_bandwidth.is_some()),
         ];

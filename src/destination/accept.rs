@@ -6,7 +6,7 @@ mod door;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
@@ -206,16 +206,21 @@ fn exited() -> Error {
     Error::Host("it exited before the guest arrived (its own messages say why)".into())
 }
 
+/// How long the source's regions may take, which it sends as soon as all lanes are open.
+const REGIONS_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Reads the source's regions and puts ours in their order; an error is told to the source. The
 /// answer has the landing table.
 pub(super) fn compare(
     demand: &Lane,
     inbox: &Inbox<Note>,
     prepared: &mut Prepared,
+    step_timeout: Duration,
 ) -> Result<(Receiver, Adopted)> {
     let receiver = Receiver::for_destination(LaneRole::Demand);
     let mut receiver = receiver.checked(demand.is_checked());
-    let compared = read_regions(demand, inbox, prepared, &mut receiver)
+    let limit = REGIONS_TIMEOUT.min(step_timeout);
+    let compared = read_regions(demand, inbox, prepared, &mut receiver, limit)
         .and_then(|table| prepared.adopt(&table))
         .and_then(|adopted| {
             let regions = adopted.landing.iter();
@@ -238,11 +243,19 @@ fn read_regions(
     inbox: &Inbox<Note>,
     prepared: &Prepared,
     receiver: &mut Receiver,
+    limit: Duration,
 ) -> Result<RegionTable> {
     let mut socket = demand.blocking()?;
     let mut buffer = Vec::new();
+    let deadline = Instant::now() + limit;
     loop {
-        match inbox.wait(&[socket.as_fd(), prepared.side.exited()], None)? {
+        // Whatever else comes does not make it longer.
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let what = format!("its regions have not come for {} s", limit.as_secs_f64());
+            return Err(lost(demand, &what));
+        }
+        match inbox.wait(&[socket.as_fd(), prepared.side.exited()], Some(left))? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => {}
             Wake::Ready(_) => return Err(exited()),

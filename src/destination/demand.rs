@@ -18,7 +18,7 @@ use umem_ring::{
     Bytes, Completion, Config, Fd, Mailbox, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE,
     Wait, Waker,
 };
-use umem_wire::limits::REQUEST_ENTRIES_MAX;
+use umem_wire::limits::{REQUEST_ENTRIES_MAX, STATE_BYTES_MAX};
 use umem_wire::{
     Event, Frame, LaneRole, PageRange, Receiver, RegionId, RegionTable, Seal, transmit,
 };
@@ -35,7 +35,7 @@ use crate::error::{Error, Result};
 use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
-use crate::lane::{self, Lane};
+use crate::lane::{self, Hearing, Lane};
 use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
@@ -51,6 +51,8 @@ const TOKEN_FAULTS: u64 = TOKEN_FREE + 4;
 pub(crate) enum Command {
     /// Send these bytes, whole frames. Without a lane nobody gets them.
     Send(Vec<u8>),
+    /// Send a ping of this number, whose pong is expected.
+    Ping(u64),
     /// Go on over this lane. Comes only when the thread has let go of the one before.
     Resume(Box<Resume>),
     /// Faults are served by other threads: tell them of pages that have come.
@@ -142,6 +144,10 @@ struct DemandThread {
     outbox: Vec<u8>,
     /// The last ping that has not been answered: of a flood of them no more is kept.
     ping: Option<u64>,
+    /// What goes to the control thread from this lane.
+    hearing: Hearing,
+    /// What has come of the device state; none once it is whole.
+    state: Option<Vec<u8>>,
     /// The buffer that is not in flight.
     spare: Option<Vec<u8>>,
     ending: bool,
@@ -182,6 +188,8 @@ impl DemandLane {
             wanted: Vec::with_capacity(REQUEST_ENTRIES_MAX),
             outbox: Vec::with_capacity(4096),
             ping: None,
+            hearing: Hearing::new(),
+            state: (!may_ask).then(Vec::new),
             spare: Some(Vec::with_capacity(4096)),
             ending: false,
         };
@@ -320,6 +328,7 @@ impl DemandThread {
         let ranges = Box::new(umem_wire::resume::have_ranges(&landing));
         let account = Some(Account { first, ranges });
         let seal = Seal::new(lane.is_checked());
+        self.hearing = Hearing::new();
         self.link = Some(Link { socket: lane.socket(), reader, seal, is_lost: false, account });
         Ok(())
     }
@@ -354,16 +363,35 @@ impl DemandThread {
                 }
             }
             Arrived::Other(Event::Ping(number)) => self.ping = Some(number),
-            Arrived::Other(Event::Pong(_)) => {}
+            Arrived::Other(Event::DeviceState(chunk)) => self.gather_state(&chunk)?,
             Arrived::Other(event) => {
+                self.hearing.take(&event).map_err(violated)?;
                 match event {
                     Event::Stopped { .. } => self.may_ask = true,
                     Event::Complete(_) => self.ending = true,
+                    Event::Load { .. } => {
+                        let state = self.state.take().filter(|state| !state.is_empty());
+                        let whole = state.map(|state| Note::Received(Event::DeviceState(state)));
+                        whole.into_iter().for_each(|note| self.post.send(note));
+                    }
                     _ => {}
                 }
                 self.post.send(Note::Received(event));
             }
         }
+        Ok(())
+    }
+
+    /// Pieces of device state go on as one: a source may cut it as small as it likes.
+    fn gather_state(&mut self, chunk: &[u8]) -> Result<()> {
+        let state = self.state.as_mut().filter(|_| self.may_ask);
+        let state = state.ok_or_else(|| violated("device state where none belongs"))?;
+        if (state.len() + chunk.len()) as u64 > STATE_BYTES_MAX {
+            let what = format!("more than {STATE_BYTES_MAX} bytes of device state");
+            return Err(violated(&what));
+        }
+        state.extend_from_slice(chunk);
+        Counters::add(&self.guest.counters.state_bytes, chunk.len() as u64);
         Ok(())
     }
 
@@ -373,7 +401,11 @@ impl DemandThread {
                 Command::Send(bytes) if self.link.is_some() => {
                     self.outbox.extend_from_slice(&bytes);
                 }
-                Command::Send(_) => {}
+                Command::Ping(number) if self.link.is_some() => {
+                    self.hearing.asks(number);
+                    transmit::encode(&Frame::Ping(number), &mut self.outbox);
+                }
+                Command::Send(_) | Command::Ping(_) => {}
                 Command::Resume(resume) => self.resume(ring, *resume)?,
                 Command::Servers(servers) => self.servers = Some(servers),
                 Command::End => self.ending = true,
@@ -477,4 +509,9 @@ impl DemandThread {
             }),
         }
     }
+}
+
+/// The source has said what it must not.
+fn violated(what: &str) -> Error {
+    Error::protocol(&lane::lane_name(LaneRole::Demand, 0), what)
 }

@@ -16,6 +16,7 @@ use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HelloBytes, Lane, Listener};
+use crate::liveness::STEP_TIMEOUT;
 use crate::observe::watch::{Role, Watch};
 use crate::report::Completed;
 use crate::secure::Guard;
@@ -69,13 +70,20 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
         },
     };
     desk.connected(lanes.severable());
-    let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared)?;
+    let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared, STEP_TIMEOUT)?;
     let asking = desk.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
     // How deeply the whole machine sleeps is the monitor's affair.
     let idle_cores = IdleCores::Sleep;
     let watch = Watch::new(Role::Destination, false, None);
-    let plan = Plan { touch: false, cores: &cores, idle_cores, watch: &watch, quiet: true };
+    let plan = Plan {
+        touch: false,
+        cores: &cores,
+        idle_cores,
+        watch: &watch,
+        quiet: true,
+        step_timeout: STEP_TIMEOUT,
+    };
     let open = Open { lanes, guard, receiver, adopted, keeping: None };
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
     desk.connected_by(migration.link.severable());

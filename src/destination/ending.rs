@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::lane;
 use crate::memory::sums::RegionDigest;
 use crate::report::{Completed, CpuTime};
+use crate::worker;
 
 impl Migration<'_> {
     pub(super) fn guest_exited(&self, side: &mut GuestSide) -> Error {
@@ -62,7 +63,8 @@ impl Migration<'_> {
             let _ = thread.join();
         }
         let demand = self.demand_thread.take().expect("ended once");
-        let latencies = demand.join().ok().flatten();
+        let sever = || self.link.sockets.sever();
+        let latencies = worker::part(demand, error.is_some(), sever).ok().flatten();
         if let (None, Some(socket), Some(error)) = (&latencies, &self.demand_socket, error) {
             lane::tell(socket, self.is_checked, error);
         }

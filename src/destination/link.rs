@@ -8,6 +8,7 @@ use umem_wire::{Capabilities, Hello};
 use super::accept::{Door, Lanes};
 use crate::error::{Error, Result};
 use crate::lane::Severable;
+use crate::liveness::{Liveness, STEP_TIMEOUT};
 use crate::secure::{Guard, Interest};
 use crate::suspicion::Suspicion;
 
@@ -24,6 +25,7 @@ pub(super) struct Link {
     pub(super) door: Option<Door>,
     pub(super) sockets: Severable,
     pub(super) state: State,
+    pub(super) liveness: Liveness,
     /// New lanes, which wait until nothing is left of the old ones.
     pub(super) arrived: Option<Lanes>,
     /// By hand: no lanes are taken.
@@ -90,6 +92,7 @@ impl Link {
             door,
             sockets: Severable::default(),
             state: State::Down { since: Instant::now(), is_quiet: true, until: None },
+            liveness: Liveness::off(STEP_TIMEOUT),
             arrived: None,
             is_paused: false,
             orders: 0,
@@ -150,6 +153,7 @@ impl Link {
             State::Doubtful { until, .. } => Some(*until),
             State::Down { until, .. } => *until,
         };
-        own.into_iter().chain(self.door.as_ref().and_then(Door::next_deadline)).min()
+        let own = own.into_iter().chain(self.liveness.deadline());
+        own.chain(self.door.as_ref().and_then(Door::next_deadline)).min()
     }
 }

@@ -52,6 +52,7 @@ use crate::host::{DestinationHost, RunsItself};
 use crate::idle::{Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
+use crate::liveness::Steps;
 use crate::memory::kind::Kind;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
@@ -98,6 +99,8 @@ pub struct Options {
     pub overcommit: bool,
     /// How lanes are secured.
     pub security: Security,
+    /// The most that a step of the source's may take before the switchover while nothing moves.
+    pub step_timeout: Duration,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
     /// What idle cores do while faults come.
@@ -289,7 +292,8 @@ fn receive(
         }),
         &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
     );
-    let (receiver, adopted) = accept::compare(&lanes.demand, inbox, &mut prepared)?;
+    let (receiver, adopted) =
+        accept::compare(&lanes.demand, inbox, &mut prepared, options.step_timeout)?;
     let keeping = keeping::keep(options, &uri, &lanes, &prepared, &adopted, &output).inspect_err(
         |error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error),
     )?;
@@ -301,6 +305,7 @@ fn receive(
         idle_cores: options.idle_cores,
         watch: &observer.watch,
         quiet: options.observe.quiet,
+        step_timeout: options.step_timeout,
     };
     let open = Open { lanes, guard: guard.clone(), receiver, adopted, keeping };
     let migration = Migration::start(&plan, output, inbox, open, host, &mut prepared.side)?;
@@ -340,6 +345,7 @@ struct Plan<'a> {
     idle_cores: IdleCores,
     watch: &'a Arc<Watch>,
     quiet: bool,
+    step_timeout: Duration,
 }
 
 /// The lanes, and what has been agreed on them.
@@ -372,6 +378,7 @@ struct Migration<'a> {
     host: HostThread<dyn DestinationHost>,
     phase: Phase,
     link: Link,
+    steps: Steps,
     /// Where another process finds what it needs to go on, should this one be killed.
     keeper: Option<Keeper<DestinationRecord>>,
     landing: RegionTable,
@@ -456,6 +463,7 @@ impl<'a> Migration<'a> {
                 }
                 Wake::Message(note) => self.note(note, side)?,
             }
+            self.look_after_step()?;
             self.look_after_link()?;
             self.progress.update();
         }

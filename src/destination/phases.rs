@@ -41,8 +41,14 @@ impl Migration<'_> {
                 Ok(())
             }
             Note::Settled => self.settled(),
-            Note::Pause => self.pause(),
-            Note::Resume(uri) => self.resume(uri),
+            Note::Pause => {
+                self.progress.watch().heard();
+                self.pause()
+            }
+            Note::Resume(uri) => {
+                self.progress.watch().heard();
+                self.resume(uri)
+            }
             Note::Found { order, uri, found } => self.found(order, &uri, found),
             Note::Listen(listener) => {
                 self.listen(listener);
@@ -69,6 +75,7 @@ impl Migration<'_> {
         }
         self.step(Input::Received(&event))?;
         match event {
+            Event::Pong(number) => self.link.liveness.answered(number, Instant::now()),
             Event::Stopped { postcopy, background } => {
                 self.mode = Mode { postcopy, background };
                 self.times.stopped = Some(Instant::now());
@@ -79,7 +86,8 @@ impl Migration<'_> {
                 }
                 self.output.event("stopped", json!({ "postcopy": postcopy }), "");
             }
-            Event::DeviceState(chunk) => self.state.extend_from_slice(&chunk),
+            // All of it.
+            Event::DeviceState(state) => self.state = state,
             Event::Load { .. } => {
                 self.runs = Qemu::runs_with(&self.state);
                 self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));

@@ -4,7 +4,6 @@
 mod adopting;
 mod handing;
 
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -22,7 +21,8 @@ use crate::memory::kind::Kind;
 use crate::report::Output;
 
 pub(crate) use adopting::Adopted;
-use handing::{HANDOFF_TIMEOUT, Memory, accept_memory, receive_memory, take_over};
+pub(super) use handing::check_pieces;
+use handing::{Callers, HANDOFF_TIMEOUT, Memory, accept_memory, receive_memory, take_over};
 
 /// How often a QMP socket that is not there yet is tried.
 const QMP_INTERVAL: Duration = Duration::from_millis(20);
@@ -120,22 +120,19 @@ fn take_over_stranger(
     listener: &HandoffListener,
     inbox: &Inbox<Note>,
 ) -> Result<Prepared> {
+    let mut callers = Callers::new(listener);
     loop {
-        match inbox.wait(&[listener.as_fd()], None)? {
+        let left = callers.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        let woken = inbox.wait(&callers.fds(), left)?;
+        callers.forget_late(Instant::now());
+        let index = match woken {
             Wake::Signal => return Err(Error::Interrupted("no guest had come".into())),
-            Wake::Ready(_) => {}
+            Wake::Ready(index) => index,
             Wake::Message(_) | Wake::Timeout => continue,
-        }
-        let (mut handoff, pid) = match listener.accept()? {
-            Ok(accepted) => accepted,
-            Err(why) => {
-                eprintln!("umem: ignored a connection to the hand-over socket: {why}");
-                continue;
-            }
         };
-        let mut monitor = Monitor::follow(pid)?;
-        let memory = receive_memory(&mut handoff, &mut monitor, pid, inbox)?;
-        let Some(memory) = memory else { continue };
+        let Some(first) = callers.answer(index, None)? else { continue };
+        let mut monitor = Monitor::follow(first.pid)?;
+        let (handoff, memory) = receive_memory(first, &mut monitor, inbox)?;
         let host = host(options, None, &monitor, inbox)?;
         let Memory { handed, knows_umem, keeps_sessions } = memory;
         let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);

@@ -22,7 +22,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -35,6 +35,7 @@ use super::link::{Link, State};
 use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
 use crate::lane::{self, CAUSE_PATIENCE, Listener, lane_name};
+use crate::liveness::{Due, Step};
 use crate::observe::watch::CUT;
 use crate::secure::WayIn;
 use crate::uri::Uri;
@@ -42,6 +43,11 @@ use crate::uri::Uri;
 /// How long a destination that has everything waits for a source that has not heard of it. The guest
 /// does not need either of them any more.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Of a source that the guest still belongs to.
+fn silent(what: String) -> Error {
+    Error::Lost { side: "source", lane: lane_name(LaneRole::Demand, 0), what }
+}
 
 impl Migration<'_> {
     /// A lane is lost.
@@ -85,6 +91,17 @@ impl Migration<'_> {
                 self.given_in_vain();
             }
         }
+        match self.link.liveness.due(now) {
+            Due::Nothing => {}
+            Due::Ask(number) => {
+                let _ = self.commands.send(Command::Ping(number));
+                self.demand.wake();
+            }
+            Due::Lost => {
+                let patience = self.link.liveness.patience().as_secs_f64();
+                return Err(silent(format!("it has not answered for {patience} s")));
+            }
+        }
         match &mut self.link.state {
             State::Doubtful { error, until } if *until <= now => {
                 let why = error.to_string();
@@ -95,6 +112,37 @@ impl Migration<'_> {
                 if until <= now { self.step(Input::Lost) } else { Ok(()) }
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Ends a migration whose source does not take its next step, while the guest is still its own.
+    pub(super) fn look_after_step(&mut self) -> Result<()> {
+        let step = match self.phase {
+            Phase::Ready | Phase::Receiving { .. } | Phase::Loading { .. } => {
+                Some(self.phase.name())
+            }
+            _ => None,
+        };
+        let now = Instant::now();
+        if step.is_none() {
+            // From *loaded* on the source may give its guest up, and silence decides nothing.
+            self.link.liveness.begin(false, now);
+        }
+        let counters = &self.guest.counters;
+        let moved = counters.done_bytes() + counters.state_bytes.load(Relaxed);
+        match self.steps.look(step, moved, now) {
+            Step::Waits => Ok(()),
+            Step::Moves => {
+                self.link.liveness.moved(now);
+                Ok(())
+            }
+            Step::Over(limit) => {
+                let (limit, step) = (limit.as_secs_f64(), self.phase.name());
+                Err(silent(format!(
+                    "nothing has moved for {limit} s while {step}; if its monitor needs longer, give a \
+                     longer --step-timeout"
+                )))
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Instant;
 
 use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Frame, RegionTable};
@@ -22,6 +23,7 @@ use crate::host::DestinationHost;
 use crate::host::thread::HostThread;
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane};
+use crate::liveness::{Liveness, Steps};
 use crate::progress::Progress;
 use crate::report::Output;
 use crate::worker;
@@ -109,7 +111,8 @@ impl<'a> Migration<'a> {
             guest: guest.clone(),
             host,
             phase: Phase::new(),
-            link,
+            link: Link { liveness: Liveness::off(plan.step_timeout), ..link },
+            steps: Steps::new(plan.step_timeout),
             keeper: None,
             cores,
             servers: Servers::new(Vec::new()),
@@ -149,6 +152,8 @@ impl<'a> Migration<'a> {
         self.step(Input::Received(&Event::Regions(landing)))?;
         self.step(Input::GuestReady)?;
         self.send(&ready);
+        // Over one connection an answer would come behind pages.
+        self.link.liveness.begin(self.lane_count > 0, Instant::now());
         Ok(())
     }
 

@@ -33,7 +33,7 @@ use super::farewell::{Farewell, Word};
 use super::guest::GuestMemory;
 use super::keeping::{GUEST_SOCKET, connect, source_does_not_know};
 use super::link::Link;
-use super::prepare::{Adopted, Prepared};
+use super::prepare::{Adopted, Prepared, check_pieces};
 use super::side::{GuestProcess, GuestSide};
 use super::{Migration, Note, Plan, Serving, Times};
 use crate::error::{Context, Error, Result};
@@ -45,6 +45,7 @@ use crate::host::thread::HostThread;
 use crate::host::{DestinationHost, RunsItself};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::Listener;
+use crate::liveness::STEP_TIMEOUT;
 use crate::memory::words::State;
 use crate::observe::Observer;
 use crate::observe::watch::Role;
@@ -179,6 +180,7 @@ impl Taken {
             idle_cores: options.idle_cores,
             watch: &observer.watch,
             quiet: options.observe.quiet,
+            step_timeout: STEP_TIMEOUT,
         };
         let hello = self.hello()?;
         let door = self.door(options, &hello, inbox)?;
@@ -428,7 +430,10 @@ fn receive(
         let Some(messages) = process.handoff.read()? else { return Ok(None) };
         for message in messages {
             match message {
-                Message::Memory { pieces, .. } => handed.extend(pieces),
+                Message::Memory { pieces, .. } => {
+                    handed.extend(pieces);
+                    check_pieces(handed.len())?;
+                }
                 Message::Session(entrusted) => return Ok(Some((handed, entrusted))),
                 Message::Loaded | Message::Released => {}
             }

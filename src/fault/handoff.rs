@@ -112,6 +112,9 @@ const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Descriptors that may come with one read: two for each of a few regions.
 const DESCRIPTORS_MAX: usize = 16;
 
+/// Descriptors that may wait for their message.
+const DESCRIPTORS_QUEUED_MAX: usize = 256;
+
 /// The daemon's end of the hand-over socket.
 pub(crate) struct HandoffSocket {
     stream: UnixStream,
@@ -137,6 +140,10 @@ impl HandoffSocket {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
             received => received.context(|| "the hand-over socket")?,
         };
+        if self.descriptors.len() > DESCRIPTORS_QUEUED_MAX {
+            let count = self.descriptors.len();
+            return Err(Error::Preload(format!("{count} descriptors came and no message to them")));
+        }
         let mut messages = Vec::new();
         while let Some((value, end)) = self.next_value()? {
             // A message may come before its descriptors.
@@ -357,7 +364,11 @@ impl HandoffListener {
 
     /// Accepts the guest's process, which must be this user's own (or we root); its pid.
     pub(crate) fn accept(&self) -> Result<std::result::Result<(HandoffSocket, u32), String>> {
-        let (stream, _) = self.listener.accept().context(|| "accepting the guest's process")?;
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            // It has gone again, or there is no room for it now.
+            Err(error) => return Ok(Err(error.to_string())),
+        };
         let peer = getsockopt(&stream, sockopt::PeerCredentials)
             .context(|| "asking who hands memory over")?;
         let own = nix::unistd::geteuid();

@@ -23,7 +23,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -34,14 +34,14 @@ use crate::error::{Context, Error, Result};
 use crate::lane::bind_private;
 use crate::uri::Uri;
 
-/// Connections at a time; more wait in the kernel.
-const CLIENTS_MAX: usize = 8;
+/// Connections at a time. When there are more, the one goes that has said nothing for the longest time.
+const CLIENTS_MAX: usize = 16;
 
 /// A command is shorter.
 const LINE_BYTES_MAX: usize = 64 << 10;
 
-/// A client that does not read its answers is cut off after this long.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// A client that has not read an answer after this long is cut off.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What can be executed.
 const COMMANDS: [(&str, &str); 6] = [
@@ -128,37 +128,53 @@ fn is_stale(path: &Path) -> bool {
 
 struct Client {
     stream: UnixStream,
-    /// The beginning of a line.
-    line: Vec<u8>,
+    /// What has come and is not answered: the beginning of a line, or several.
+    input: Vec<u8>,
+    /// What has not left.
+    output: Vec<u8>,
+    /// When that has to have left.
+    deadline: Option<Instant>,
+    /// When it last had something to say.
+    heard: Instant,
 }
 
+/// Answers everybody; nobody waits for anybody else.
 fn serve(listener: &UnixListener, stop: &EventFd, watch: &Watch) {
     let mut clients: Vec<Client> = Vec::new();
     loop {
-        // Whoever comes when all places are taken waits.
-        let has_room = clients.len() < CLIENTS_MAX;
-        let sockets = clients.iter().map(|client| client.stream.as_fd());
-        let new = has_room.then(|| listener.as_fd());
-        let mut fds: Vec<PollFd<'_>> = std::iter::once(stop.as_fd())
-            .chain(sockets)
-            .chain(new)
-            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
-            .collect();
+        let mut fds = vec![
+            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(clients.iter().map(Client::interest));
+        let next = clients.iter().filter_map(|client| client.deadline).min();
+        let left = next.map(|at| at.saturating_duration_since(Instant::now()).as_millis() + 1);
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
         // Interrupted or not, the loop looks again.
-        let _ = poll(&mut fds, PollTimeout::NONE);
+        let _ = poll(&mut fds, timeout);
         let ready: Vec<bool> =
             fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
         drop(fds);
         if stop.read().is_ok() {
             return;
         }
-        let mut index = 0;
+        let (now, mut index) = (Instant::now(), 1);
         clients.retain_mut(|client| {
             index += 1;
-            !ready[index] || client.serve(watch).is_ok()
+            let is_late = client.deadline.is_some_and(|deadline| deadline <= now);
+            !is_late && (!ready[index] || client.serve(watch).is_ok())
         });
-        if has_room && ready.last() == Some(&true) {
-            clients.extend(accept(listener, watch));
+        if ready[1]
+            && let Some(client) = accept(listener, watch)
+        {
+            if clients.len() == CLIENTS_MAX
+                && let Some(quietest) = (0..CLIENTS_MAX).min_by_key(|&index| clients[index].heard)
+            {
+                clients.remove(quietest);
+            }
+            clients.push(client);
         }
     }
 }
@@ -166,45 +182,86 @@ fn serve(listener: &UnixListener, stop: &EventFd, watch: &Watch) {
 /// A new client, greeted; none if it has gone again.
 fn accept(listener: &UnixListener, watch: &Watch) -> Option<Client> {
     let (stream, _) = listener.accept().ok()?;
-    stream.set_nonblocking(false).ok()?;
-    // It is read when something is there, and may have less than a line to say.
-    stream.set_read_timeout(Some(PATIENCE)).ok()?;
-    stream.set_write_timeout(Some(PATIENCE)).ok()?;
-    let mut client = Client { stream, line: Vec::new() };
+    stream.set_nonblocking(true).ok()?;
+    let (input, output, heard) = (Vec::new(), Vec::new(), Instant::now());
+    let mut client = Client { stream, input, output, deadline: None, heard };
     let greeting = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "role": watch.role().name(),
         "pid": std::process::id(),
     });
-    client.say(&json!({ "umem": greeting })).ok()?;
+    client.say(&json!({ "umem": greeting }));
+    client.send().ok()?;
     Some(client)
 }
 
 impl Client {
-    fn say(&mut self, object: &Value) -> io::Result<()> {
-        self.stream.write_all(format!("{object}\n").as_bytes())
+    /// Nothing is read before all answers have left.
+    fn interest(&self) -> PollFd<'_> {
+        let flags = if self.output.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT };
+        PollFd::new(self.stream.as_fd(), flags)
     }
 
-    /// Takes what has come; an error is its end.
+    fn say(&mut self, object: &Value) {
+        self.output.extend_from_slice(format!("{object}\n").as_bytes());
+    }
+
+    /// Takes what has come, or sends what has not left; an error is its end.
     fn serve(&mut self, watch: &Watch) -> io::Result<()> {
-        let mut buffer = [0; 4096];
-        let count = self.stream.read(&mut buffer)?;
-        if count == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.line.extend_from_slice(&buffer[..count]);
-        while let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.line.drain(..=end).collect();
-            if !line.trim_ascii().is_empty() {
-                self.say(&answer(&line, watch))?;
+        if self.output.is_empty() {
+            let mut buffer = [0; 4096];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.input.extend_from_slice(&buffer[..count]),
+                Err(error) => may_wait(error)?,
             }
         }
-        if self.line.len() > LINE_BYTES_MAX {
-            let error = failure(&format!("a command has at most {LINE_BYTES_MAX} bytes"));
-            self.say(&error)?;
-            return Err(io::ErrorKind::InvalidData.into());
+        self.send()?;
+        while self.output.is_empty() && self.answer_next(watch)? {
+            self.send()?;
         }
         Ok(())
+    }
+
+    /// Answers the next line, if there is a whole one.
+    fn answer_next(&mut self, watch: &Watch) -> io::Result<bool> {
+        let Some(end) = self.input.iter().position(|&byte| byte == b'\n') else {
+            if self.input.len() > LINE_BYTES_MAX {
+                self.say(&failure(&format!("a command has at most {LINE_BYTES_MAX} bytes")));
+                self.send()?;
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            return Ok(false);
+        };
+        let line: Vec<u8> = self.input.drain(..=end).collect();
+        if !line.trim_ascii().is_empty() {
+            self.heard = Instant::now();
+            self.say(&answer(&line, watch));
+        }
+        Ok(true)
+    }
+
+    /// Sends what can leave at once.
+    fn send(&mut self) -> io::Result<()> {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(count) => drop(self.output.drain(..count)),
+                Err(error) => {
+                    self.deadline.get_or_insert(Instant::now() + PATIENCE);
+                    return may_wait(error);
+                }
+            }
+        }
+        self.deadline = None;
+        Ok(())
+    }
+}
+
+/// Nothing was wrong but that it would have had to wait.
+fn may_wait(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(()),
+        _ => Err(error),
     }
 }
 
@@ -295,7 +352,7 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     })?;
     let lines = stream.try_clone().and_then(|stream| {
         stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
-        Ok(io::BufReader::new(stream))
+        Ok(io::BufReader::new(stream.take(ANSWERS_BYTES_MAX)))
     });
     let mut lines = io::BufRead::lines(lines.map_err(|error| host(error.to_string()))?);
     let mut next = || -> Result<Value> {
@@ -313,6 +370,9 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
         None => Ok(answer["return"].take()),
     }
 }
+
+/// The greeting and an answer.
+const ANSWERS_BYTES_MAX: u64 = 1 << 20;
 
 /// Commands are answered at once.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);

@@ -1,10 +1,10 @@
 //! `--metrics ADDRESS`: the state of a migration in Prometheus' text format, over HTTP.
 //!
-//! A thread of its own answers one request at a time; who is slow is cut off, and nothing that moves
-//! pages is held up by who asks.
+//! A thread of its own answers everybody at once: who is slow is cut off, and holds up neither others who ask nor
+//! what moves pages.
 
 use std::fmt::Write as _;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::str::FromStr;
@@ -24,8 +24,11 @@ use crate::report::{CpuTime, Output};
 /// The most that is read of a request: its line, and the headers that clients send.
 const REQUEST_BYTES_MAX: usize = 8 << 10;
 
-/// A client that has not asked, or not read its answer, after this long is cut off.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Clients at a time. When there are more the oldest is dropped, which has had the most time.
+const CLIENTS_MAX: usize = 32;
+
+/// A client that has not asked and read its answer after this long is cut off.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where metrics are served: `PORT`, on the loopback address, or `HOST:PORT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,28 +86,102 @@ impl Drop for Server {
     }
 }
 
+/// Somebody who asks, or is to.
+struct Client {
+    stream: TcpStream,
+    /// What has come of the request.
+    request: Vec<u8>,
+    /// What is left of the answer, once there is one.
+    answer: Option<Vec<u8>>,
+    /// Then it is cut off, whatever has come or left since.
+    deadline: Instant,
+}
+
+/// Answers everybody; nobody waits for anybody else.
 fn serve(listener: &TcpListener, stop: &EventFd, watch: &Watch) {
+    // The oldest first.
+    let mut clients: Vec<Client> = Vec::new();
     loop {
-        let mut fds = [
+        let mut fds = vec![
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
         ];
+        fds.extend(clients.iter().map(Client::interest));
+        let oldest = clients.first().map(|client| client.deadline);
+        let left = oldest.map(|at| at.saturating_duration_since(Instant::now()).as_millis() + 1);
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
         // Interrupted or not, the loop looks again.
-        let _ = poll(&mut fds, PollTimeout::NONE);
+        let _ = poll(&mut fds, timeout);
+        let ready: Vec<bool> =
+            fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
+        drop(fds);
         if stop.read().is_ok() {
             return;
         }
-        if let Ok((stream, _)) = listener.accept() {
+        let (now, mut index) = (Instant::now(), 1);
+        clients.retain_mut(|client| {
+            index += 1;
             // Who has gone or is too slow needs no answer.
-            let _ = answer(stream, watch);
+            client.deadline > now && (!ready[index] || client.go_on(watch).unwrap_or(false))
+        });
+        if ready[1]
+            && let Ok((stream, _)) = listener.accept()
+            && stream.set_nonblocking(true).is_ok()
+        {
+            if clients.len() == CLIENTS_MAX {
+                clients.remove(0);
+            }
+            let (request, answer, deadline) = (Vec::new(), None, now + PATIENCE);
+            clients.push(Client { stream, request, answer, deadline });
         }
     }
 }
 
-fn answer(mut stream: TcpStream, watch: &Watch) -> std::io::Result<()> {
-    stream.set_nonblocking(false)?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let Some(line) = request_line(&mut stream)? else { return Ok(()) };
+impl Client {
+    fn interest(&self) -> PollFd<'_> {
+        let flags = if self.answer.is_some() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+        PollFd::new(self.stream.as_fd(), flags)
+    }
+
+    /// Reads or writes what is possible at once. False: it is over.
+    fn go_on(&mut self, watch: &Watch) -> std::io::Result<bool> {
+        if self.answer.is_none() {
+            let mut buffer = [0; 1024];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Ok(false),
+                Ok(count) => self.request.extend_from_slice(&buffer[..count]),
+                Err(error) => return may_go_on(error),
+            }
+            if !self.request.windows(4).any(|end| end == b"\r\n\r\n") {
+                return Ok(self.request.len() <= REQUEST_BYTES_MAX);
+            }
+            self.answer = Some(answer(&self.request, watch));
+        }
+        let answer = self.answer.get_or_insert_default();
+        while !answer.is_empty() {
+            match self.stream.write(answer) {
+                Ok(count) => drop(answer.drain(..count)),
+                Err(error) => return may_go_on(error),
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Nothing was wrong but that it would have had to wait.
+fn may_go_on(error: std::io::Error) -> std::io::Result<bool> {
+    match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(true),
+        _ => Err(error),
+    }
+}
+
+/// What is answered to a request whose end has come.
+fn answer(request: &[u8], watch: &Watch) -> Vec<u8> {
+    let line = request.split(|&byte| byte == b'\r').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(line);
     let mut words = line.split(' ');
     let (status, kind, body) = match (words.next(), words.next()) {
         (Some("GET"), Some("/metrics")) => ("200 OK", CONTENT_TYPE, text(watch)),
@@ -116,34 +193,13 @@ fn answer(mut stream: TcpStream, watch: &Watch) -> std::io::Result<()> {
         "HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body.as_bytes())
+    [head, body].concat().into_bytes()
 }
 
 const PLAIN: &str = "text/plain; charset=utf-8";
 
 /// Of Prometheus' text format.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
-
-/// The first line of a request whose end has come; none if it did not in time, or is too long.
-fn request_line(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
-    let deadline = Instant::now() + PATIENCE;
-    let mut bytes = Vec::new();
-    let mut buffer = [0; 1024];
-    while !bytes.windows(4).any(|end| end == b"\r\n\r\n") {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || bytes.len() > REQUEST_BYTES_MAX {
-            return Ok(None);
-        }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut buffer)? {
-            0 => return Ok(None),
-            count => bytes.extend_from_slice(&buffer[..count]),
-        }
-    }
-    let line = bytes.split(|&byte| byte == b'\r').next().unwrap_or_default();
-    Ok(Some(String::from_utf8_lossy(line).into_owned()))
-}
 
 /// All metrics. Their names are in README.md.
 fn text(watch: &Watch) -> String {

@@ -9,7 +9,7 @@
 //! goes beyond that point, and whoever cancels wins only if that has not happened. So who has been told
 //! that a migration is cancelled can rely on it.
 
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -28,6 +28,9 @@ const SAMPLE_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Rates are of at least this long.
 const RATE_WINDOW: Duration = Duration::from_secs(1);
+
+/// Orders that may wait for the control thread: people and programs give one at a time.
+const ORDERS_MAX: usize = 16;
 
 /// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
 pub(crate) const CUT: &str = "without connection";
@@ -69,6 +72,8 @@ pub(crate) struct Watch {
     live: OnceLock<Live>,
     /// Where the control thread hears of what is to be done with the lanes, if it can do without them.
     link: OnceLock<Box<dyn Fn(LinkOrder) + Send + Sync>>,
+    /// Orders that it has not heard yet.
+    orders: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -141,6 +146,7 @@ impl Watch {
             bandwidth,
             live: OnceLock::new(),
             link: OnceLock::new(),
+            orders: AtomicUsize::new(0),
             state: Mutex::new(State {
                 phase: role.first_phase(),
                 phase_began: now,
@@ -241,6 +247,12 @@ impl Watch {
         if let Some(recorder) = state.recorder.as_mut().filter(|recorder| recorder.is_due(at_s)) {
             recorder.sample(sample(&live.counters, at_s), &live.counters.map);
         }
+    }
+
+    /// An order has been heard.
+    pub(crate) fn heard(&self) {
+        // Those of a program that umem is a part of come by another way.
+        let _ = self.orders.fetch_update(SeqCst, SeqCst, |count| count.checked_sub(1));
     }
 
     /// Goes beyond the point of no return.
@@ -360,6 +372,10 @@ impl Watch {
         };
         if !self.is_committed() {
             return Err("the guest has not been switched over: cancel leaves it at the source");
+        }
+        let waits = |count| (count < ORDERS_MAX).then_some(count + 1);
+        if self.orders.fetch_update(SeqCst, SeqCst, waits).is_err() {
+            return Err("others have not been carried out yet: try again");
         }
         tell(order);
         Ok(())

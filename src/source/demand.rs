@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
-use crate::lane::{Lane, SHARED_QUEUE_BYTES};
+use crate::lane::{Hearing, Lane, SHARED_QUEUE_BYTES};
 use crate::memory::claims::Run;
 use crate::memory::sequences::Detector;
 use crate::priority;
@@ -65,6 +65,10 @@ const BACKGROUND_CLAIMS: usize = 16;
 pub(crate) enum Command {
     /// Send these bytes, whole frames.
     Send(Vec<u8>),
+    /// Send these, the device state with its end, and say when they have left.
+    State(Vec<u8>),
+    /// Send a ping of this number, whose pong is expected.
+    Ping(u64),
     /// There are no bulk lanes: send the background from here.
     Background,
     /// End, once what was to be sent has been.
@@ -111,6 +115,8 @@ struct DemandThread {
     outbox: Vec<u8>,
     /// The last ping that has not been answered: of a flood of them no more is kept.
     ping: Option<u64>,
+    /// What goes to the control thread.
+    hearing: Hearing,
     /// The buffer for answers while none is in flight.
     spare: Vec<u8>,
     background: Option<Background>,
@@ -118,7 +124,18 @@ struct DemandThread {
     pausing: Option<Duration>,
     going_on: bool,
     sending: bool,
+    /// The device state.
+    leaving: Leaving,
     ending: bool,
+}
+
+/// How far the device state is on its way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leaving {
+    /// There is none, or it has left.
+    No,
+    Waits,
+    Sending,
 }
 
 /// The background's way through the memory.
@@ -148,11 +165,13 @@ impl DemandLane {
             holes: Holes::default(),
             outbox: Vec::with_capacity(4096),
             ping: None,
+            hearing: Hearing::new(),
             spare: Vec::with_capacity(SPARE_BYTES),
             background: None,
             pausing: None,
             going_on: false,
             sending: false,
+            leaving: Leaving::No,
             ending: false,
         };
         thread.serve(self.core, &self.lane.socket(), started)
@@ -195,6 +214,14 @@ impl DemandThread {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Send(bytes) => self.outbox.extend_from_slice(&bytes),
+                Command::State(bytes) => {
+                    self.outbox.extend_from_slice(&bytes);
+                    self.leaving = Leaving::Waits;
+                }
+                Command::Ping(number) => {
+                    self.hearing.asks(number);
+                    transmit::encode(&Frame::Ping(number), &mut self.outbox);
+                }
                 Command::Background => {
                     let walk = Walk::new(&self.memory, 0, 1);
                     let runs = Vec::with_capacity(BACKGROUND_RUNS + 64);
@@ -233,7 +260,11 @@ impl DemandThread {
                 }
                 Event::Ack(range) => self.memory.acknowledged(range, &self.name)?,
                 Event::Ping(number) => self.ping = Some(number),
-                other => self.post.send(Note::Received(other)),
+                other => {
+                    let taken = self.hearing.take(&other);
+                    taken.map_err(|why| Error::protocol(&self.name, why))?;
+                    self.post.send(Note::Received(other));
+                }
             }
         }
         result.map_err(|error| self.memory.received(&self.name, &error))?;
@@ -337,6 +368,9 @@ impl DemandThread {
         }
         self.sealer.frames(&mut self.outbox);
         bytes.append(&mut self.outbox);
+        if self.leaving == Leaving::Waits {
+            self.leaving = Leaving::Sending;
+        }
         if pieces.is_empty() && bytes.is_empty() {
             self.spare = bytes;
             return Ok(None);
@@ -394,6 +428,10 @@ impl DemandThread {
             });
         };
         self.sending = false;
+        if self.leaving == Leaving::Sending {
+            self.leaving = Leaving::No;
+            self.post.send(Note::StateLeft);
+        }
         if let Some(bytes) = completion.memory.and_then(Memory::into_bytes) {
             self.spare = bytes.into_vec();
         }

@@ -14,6 +14,7 @@ use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane, Session, Wait};
+use crate::liveness::STEP_TIMEOUT;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{Role, Watch};
 use crate::report::Completed;
@@ -80,6 +81,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         // How deeply the whole machine sleeps is the monitor's affair.
         idle_cores: IdleCores::Sleep,
         order: Order::Adaptive,
+        step_timeout: STEP_TIMEOUT,
         watch: &watch,
         quiet: true,
         has_monitor: false,

@@ -2,7 +2,6 @@
 //! failure, and what happened is told.
 
 use std::sync::atomic::Ordering::{Relaxed, Release};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use umem_ring::Waker;
@@ -15,6 +14,7 @@ use crate::host::thread::Answer;
 use crate::inbox::Wake;
 use crate::lane;
 use crate::report::{Completed, CpuTime};
+use crate::worker;
 
 impl Migration {
     /// The destination has everything: says goodbye, after it is known what everything comes to where that
@@ -115,7 +115,9 @@ impl Migration {
         }
         self.end_release();
         // None while there are no lanes.
-        let demand = self.demand_thread.take().map(JoinHandle::join);
+        let sever = || self.link.sockets.sever();
+        let demand = self.demand_thread.take();
+        let demand = demand.map(|thread| worker::part(thread, error.is_some(), sever));
         if let (Some(Ok(None) | Err(_)), Some(reach), Some(error)) = (demand, &self.reach, error) {
             lane::tell(&reach.socket, self.memory.is_checked, error);
         }

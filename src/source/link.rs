@@ -4,9 +4,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::liveness::Liveness;
 use crate::error::{Error, Result};
 use crate::lane::{Lane, Session, Severable};
+use crate::liveness::{Liveness, STEP_TIMEOUT};
 use crate::secure::Pass;
 use crate::session::{Keeper, SourceRecord};
 use crate::suspicion::Suspicion;
@@ -59,7 +59,7 @@ impl Link {
             keeper: None,
             sockets: Severable::new(lanes),
             is_up: true,
-            liveness: Liveness::off(),
+            liveness: Liveness::off(STEP_TIMEOUT),
             doubt: None,
             is_paused: false,
             was_interrupted: false,
@@ -145,9 +145,10 @@ impl Link {
         doubt.into_iter().chain(self.liveness.deadline()).min()
     }
 
-    /// From the switchover on, and each time there are lanes again.
-    pub(super) fn watch_over(&mut self) {
-        let is_asked = self.recovers && self.session.bulk_lanes > 0;
+    /// From *ready* on, and each time there are lanes again. Once the guest is not ours any more only where its
+    /// lanes can be replaced: without them it would be lost.
+    pub(super) fn watch_over(&mut self, is_ours: bool) {
+        let is_asked = self.session.bulk_lanes > 0 && (is_ours || self.recovers);
         self.liveness.begin(is_asked, Instant::now());
     }
 }

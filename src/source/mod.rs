@@ -12,7 +12,6 @@ mod digest;
 pub(crate) mod embedded;
 mod ending;
 mod link;
-mod liveness;
 pub(crate) mod memory;
 mod outlet;
 mod pace;
@@ -49,6 +48,7 @@ use crate::host::{FileOnly, SourceHost};
 use crate::idle::{Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
+use crate::liveness::Steps;
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{LinkOrder, Role, Watch};
@@ -93,6 +93,8 @@ pub struct Options {
     pub idle_cores: IdleCores,
     /// What the background sends next.
     pub order: Order,
+    /// The most that a step of the destination's may take before the switchover while nothing moves.
+    pub step_timeout: Duration,
     /// The most that is sent in the background after the switchover, bytes a second.
     pub max_postcopy_bandwidth: Option<u64>,
     /// Where to leave what another process needs to go on; none for the usual place.
@@ -131,6 +133,8 @@ impl std::str::FromStr for Order {
 pub(crate) enum Note {
     /// A control frame on the demand lane.
     Received(Event),
+    /// The device state has been handed to the kernel.
+    StateLeft,
     /// A bulk lane has sent all it found.
     BulkEnded,
     /// A worker could not go on.
@@ -251,6 +255,7 @@ fn migrate(
         cores: &options.cores,
         idle_cores: options.idle_cores,
         order: options.order,
+        step_timeout: options.step_timeout,
         watch: &observer.watch,
         quiet: options.observe.quiet,
     };
@@ -351,6 +356,8 @@ struct Plan<'a> {
     has_monitor: bool,
     /// The lanes do not leave this machine.
     stays_local: bool,
+    /// As in [`Options`].
+    step_timeout: Duration,
 }
 
 /// How the demand lane's thread is reached, and its connection.
@@ -372,6 +379,7 @@ struct Migration {
     has_monitor: bool,
     phase: Phase,
     link: Link,
+    steps: Steps,
     /// As the demand lane's thread is to serve, each time there is one.
     follows: bool,
     idle_cores: IdleCores,
@@ -431,16 +439,21 @@ impl Migration {
                 Wake::Timeout | Wake::Ready(_) => {}
                 Wake::Signal => self.interrupted()?,
                 Wake::Message(Note::Received(event)) => self.received(event)?,
+                Wake::Message(Note::StateLeft) => self.state_has_left(),
                 Wake::Message(Note::BulkEnded) => self.bulk_has_ended()?,
                 Wake::Message(Note::Failed(error @ Error::Lost { .. })) => self.lane_lost(error)?,
                 Wake::Message(Note::Failed(error)) => return Err(error),
                 Wake::Message(Note::Host(answer)) => self.answered(answer)?,
                 Wake::Message(Note::Digested(outcome)) => self.digested(outcome)?,
-                Wake::Message(Note::Pause) => self.pause()?,
+                Wake::Message(Note::Pause) => {
+                    self.progress.watch().heard();
+                    self.pause()?;
+                }
                 // Nothing has been paused.
-                Wake::Message(Note::Resume(_)) => {}
+                Wake::Message(Note::Resume(_)) => self.progress.watch().heard(),
                 Wake::Message(Note::Reconnect(sockets)) => self.reconnect(sockets)?,
             }
+            self.look_after_step()?;
             self.look_after_link()?;
             self.progress.update();
         }

@@ -9,6 +9,7 @@ use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
 use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, Frame, transmit};
 
+use super::demand::Command;
 use super::{Migration, peer};
 use crate::error::{Error, Result};
 use crate::host::thread::Answer;
@@ -28,6 +29,7 @@ impl Migration {
                 if self.postcopy {
                     self.awake = idle::stay_awake(self.idle_cores);
                 }
+                self.link.watch_over(true);
                 self.host.stop(self.postcopy);
             }
             Event::Loaded => self.switch_over()?,
@@ -90,8 +92,16 @@ impl Migration {
         }
         self.step(Input::SentLoad)?;
         transmit::encode(&Frame::Load { state_bytes: state.len() as u64 }, &mut bytes);
-        self.send_bytes(bytes);
+        // An answer would come behind all of it, so that nobody is asked until it has left.
+        self.link.liveness.begin(false, Instant::now());
+        self.command(Command::State(bytes));
         Ok(())
+    }
+
+    pub(super) fn state_has_left(&mut self) {
+        if matches!(self.phase, Phase::Loading { .. }) {
+            self.link.watch_over(true);
+        }
     }
 
     /// The commit point: from here on the guest never runs at this side again.
@@ -104,7 +114,7 @@ impl Migration {
         self.keep_commit()?;
         self.step(Input::SentSwitchover)?;
         self.send_switchover();
-        self.link.watch_over();
+        self.link.watch_over(false);
         self.say_how_to_resume();
         self.start_release()
     }

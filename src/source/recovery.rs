@@ -13,16 +13,16 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use umem_wire::source::{Input, Phase};
-use umem_wire::{Event, Frame, LaneRole};
+use umem_wire::{Event, LaneRole};
 
 use super::demand::Command;
 use super::link::Link;
-use super::liveness::Due;
 use super::reopening::Opened;
 use super::{Migration, Note};
 use crate::error::{Error, Result};
 use crate::inbox::Wake;
 use crate::lane::{CAUSE_PATIENCE, lane_name};
+use crate::liveness::{Due, Step};
 use crate::observe::watch::CUT;
 
 impl Migration {
@@ -48,15 +48,47 @@ impl Migration {
     pub(super) fn look_after_link(&mut self) -> Result<()> {
         match self.link.liveness.due(Instant::now()) {
             Due::Nothing => {}
-            Due::Ask(number) => self.send(&Frame::Ping(number)),
+            Due::Ask(number) => self.command(Command::Ping(number)),
             // It knows that everything has come.
             Due::Lost if matches!(self.phase, Phase::Completed(_)) => {}
+            Due::Lost if self.phase.may_run() => {
+                let patience = self.link.liveness.patience().as_secs_f64();
+                let what = format!("it has not answered for {patience} s");
+                return Err(self.silent(what));
+            }
             Due::Lost => return self.recover("the destination does not answer"),
         }
         match self.link.doubt.take_if(|(_, until)| *until <= Instant::now()) {
             Some((error, _)) => self.recover(&error.to_string()),
             None => Ok(()),
         }
+    }
+
+    /// Ends a migration whose destination does not take its next step, while the guest is still ours.
+    pub(super) fn look_after_step(&mut self) -> Result<()> {
+        let step = match self.phase {
+            Phase::Comparing | Phase::Precopying | Phase::Loading { .. } => Some(self.phase.name()),
+            _ => None,
+        };
+        let now = Instant::now();
+        match self.steps.look(step, self.bytes_done(), now) {
+            Step::Waits => Ok(()),
+            Step::Moves => {
+                self.link.liveness.moved(now);
+                Ok(())
+            }
+            Step::Over(limit) => {
+                let (limit, step) = (limit.as_secs_f64(), self.phase.name());
+                Err(self.silent(format!(
+                    "nothing has moved for {limit} s while {step}; if its monitor needs longer, give a \
+                     longer --step-timeout"
+                )))
+            }
+        }
+    }
+
+    fn silent(&self, what: String) -> Error {
+        Error::Lost { side: "destination", lane: lane_name(LaneRole::Demand, 0), what }
     }
 
     /// By hand: gives up the lanes until a resume.
@@ -135,20 +167,23 @@ impl Migration {
     pub(super) fn left_over(&mut self, note: Note) -> Result<()> {
         match note {
             Note::Received(event) => self.received(event),
-            Note::Failed(Error::Lost { .. }) | Note::BulkEnded => Ok(()),
+            Note::Failed(Error::Lost { .. }) | Note::BulkEnded | Note::StateLeft => Ok(()),
             Note::Failed(error) => Err(error),
             Note::Host(answer) => self.answered(answer),
             Note::Digested(outcome) => self.digested(outcome),
             Note::Pause => {
+                self.progress.watch().heard();
                 self.link.is_paused = true;
                 self.announce("paused by hand");
                 Ok(())
             }
             Note::Resume(Some(uri)) if uri.is_one_connection() => {
+                self.progress.watch().heard();
                 self.output.remark(&format!("not resumed: {uri} is no address to connect to"));
                 Ok(())
             }
             Note::Resume(uri) => {
+                self.progress.watch().heard();
                 self.link.uri = uri.or(self.link.uri.take());
                 self.link.is_paused = false;
                 Ok(())
@@ -212,7 +247,7 @@ impl Migration {
         self.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
         self.start_demand(lane, receiver)?;
         self.link.is_up = true;
-        self.link.watch_over();
+        self.link.watch_over(false);
         let disconnected_ms = since.elapsed().as_secs_f64() * 1e3;
         self.progress.phase("sending");
         self.progress.watch().reconnected(self.phase.name());

@@ -21,6 +21,7 @@ use crate::host::SourceHost;
 use crate::host::thread::HostThread;
 use crate::inbox::Inbox;
 use crate::lane::Lane;
+use crate::liveness::{Liveness, Steps};
 use crate::progress::Progress;
 use crate::report::Output;
 use crate::worker;
@@ -63,6 +64,7 @@ impl Migration {
             plan.watch.link(move |order| post.send(order.into()));
         }
         let (counters, total_bytes) = (&memory.counters, memory.total_bytes());
+        let liveness = Liveness::off(plan.step_timeout);
         Migration {
             postcopy: plan.postcopy,
             background: plan.background,
@@ -72,7 +74,8 @@ impl Migration {
             host,
             has_monitor: plan.has_monitor,
             phase: Phase::new(),
-            link,
+            link: Link { liveness, ..link },
+            steps: Steps::new(plan.step_timeout),
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
             awake: None,

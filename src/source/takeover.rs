@@ -36,6 +36,7 @@ use crate::host::thread::HostThread;
 use crate::host::{BeforeStop, FileOnly, SourceHost};
 use crate::inbox::Inbox;
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Session};
+use crate::liveness::STEP_TIMEOUT;
 use crate::memory::region::RamFile;
 use crate::memory::words::Words;
 use crate::observe::Observer;
@@ -221,6 +222,7 @@ impl Taken {
             cores: &resume.cores,
             idle_cores: resume.idle_cores,
             order: *order,
+            step_timeout: STEP_TIMEOUT,
             watch: &observer.watch,
             quiet: resume.observe.quiet,
         };

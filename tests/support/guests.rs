@@ -1,6 +1,7 @@
 //! Two of umem's own guests, of which one is to become the other: what `umem demo` starts, piece by piece.
 
 use std::net::TcpStream;
+use std::path::Path;
 
 use super::{Scratch, Umem};
 
@@ -79,6 +80,11 @@ impl Guests {
     /// Where `umem incoming` listens.
     pub(crate) fn uri(&self) -> &str {
         &self.uri
+    }
+
+    /// The monitor's socket of the guest at the source.
+    pub(crate) fn qmp(&self) -> &Path {
+        Path::new(&self.qmp)
     }
 
     /// Of the guest's memory.

@@ -1,7 +1,7 @@
 //! Waiting for a guest's process to hand its memory over.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use crate::destination::Note;
@@ -19,11 +19,129 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pieces that all hand-over messages together may have, and userfaultfds that may come with them.
 const PIECES_MAX: usize = 4096;
 
+/// Refuses more than a guest's process has.
+pub(in crate::destination) fn check_pieces(count: usize) -> Result<()> {
+    if count <= PIECES_MAX {
+        return Ok(());
+    }
+    Err(Error::Preload(format!("more than {PIECES_MAX} pieces of memory were handed over")))
+}
+
 /// What has been handed over.
 pub(super) struct Memory {
     pub(super) handed: Vec<Handed>,
     pub(super) knows_umem: bool,
     pub(super) keeps_sessions: bool,
+}
+
+/// Connections to the hand-over socket that may wait to hand something over. When there are more the oldest is
+/// dropped: a guest's process says it at once.
+const CALLERS_MAX: usize = 8;
+
+/// How long such a connection may stay.
+const CALLER_TIMEOUT: Duration = HANDOFF_TIMEOUT;
+
+/// Who has connected to the hand-over socket, and has handed nothing over yet. None of them keeps another from it.
+pub(super) struct Callers<'a> {
+    listener: &'a HandoffListener,
+    /// The oldest first.
+    waiting: Vec<Caller>,
+    /// What the last one that was dropped had done.
+    complaint: Option<String>,
+}
+
+struct Caller {
+    handoff: HandoffSocket,
+    pid: u32,
+    deadline: Instant,
+}
+
+/// A process that has begun to hand its memory over.
+pub(super) struct First {
+    pub(super) handoff: HandoffSocket,
+    pub(super) pid: u32,
+    /// What it has said.
+    messages: Vec<Message>,
+}
+
+impl<'a> Callers<'a> {
+    pub(super) fn new(listener: &'a HandoffListener) -> Callers<'a> {
+        Callers { listener, waiting: Vec::new(), complaint: None }
+    }
+
+    /// Whom to listen to; when one of these is ready [`answer`](Callers::answer) takes its index.
+    pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let waiting = self.waiting.iter().map(|caller| caller.handoff.stream().as_fd());
+        waiting.chain([self.listener.as_fd()]).collect()
+    }
+
+    /// When [`forget_late`](Callers::forget_late) has something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.waiting.first().map(|caller| caller.deadline)
+    }
+
+    pub(super) fn forget_late(&mut self, now: Instant) {
+        while self.waiting.first().is_some_and(|caller| caller.deadline <= now) {
+            let caller = self.waiting.remove(0);
+            self.drop_caller(&caller, "it has handed nothing over");
+        }
+    }
+
+    /// The first that hands something over. An error is of the process `ours`, which nobody can replace.
+    pub(super) fn answer(&mut self, index: usize, ours: Option<u32>) -> Result<Option<First>> {
+        if index >= self.waiting.len() {
+            self.accept()?;
+            return Ok(None);
+        }
+        let mut caller = self.waiting.remove(index);
+        let read = match caller.handoff.read() {
+            Ok(None) => caller.handoff.explain_end().map(|()| None),
+            read => read,
+        };
+        match read {
+            Ok(Some(messages)) => {
+                let is_memory = |message: &Message| matches!(message, Message::Memory { .. });
+                if messages.iter().any(is_memory) {
+                    let Caller { handoff, pid, .. } = caller;
+                    return Ok(Some(First { handoff, pid, messages }));
+                }
+                self.waiting.insert(index, caller);
+            }
+            Ok(None) => {}
+            Err(error) if ours == Some(caller.pid) => return Err(error),
+            Err(error) => self.drop_caller(&caller, &error.to_string()),
+        }
+        Ok(None)
+    }
+
+    fn accept(&mut self) -> Result<()> {
+        match self.listener.accept()? {
+            Ok((handoff, pid)) => {
+                if self.waiting.len() == CALLERS_MAX {
+                    let oldest = self.waiting.remove(0);
+                    self.drop_caller(&oldest, "others came before it had handed anything over");
+                }
+                let deadline = Instant::now() + CALLER_TIMEOUT;
+                self.waiting.push(Caller { handoff, pid, deadline });
+            }
+            Err(why) => self.complain(why),
+        }
+        Ok(())
+    }
+
+    fn drop_caller(&mut self, caller: &Caller, why: &str) {
+        self.complain(format!("process {}: {why}", caller.pid));
+    }
+
+    fn complain(&mut self, why: String) {
+        eprintln!("umem: ignored a connection to the hand-over socket: {why}");
+        self.complaint = Some(why);
+    }
+
+    /// Behind a sentence that says that nothing has been handed over.
+    fn complaint(&self) -> String {
+        self.complaint.as_ref().map_or_else(String::new, |why| format!(" (ignored: {why})"))
+    }
 }
 
 /// Waits until the process that we have started, or one that it has started, hands over its memory.
@@ -33,67 +151,42 @@ pub(super) fn accept_memory(
     inbox: &Inbox<Note>,
 ) -> Result<(HandoffSocket, Memory)> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
+    let mut callers = Callers::new(listener);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        match inbox.wait(&[listener.as_fd(), monitor.exited()], Some(left))? {
+        if left.is_zero() {
+            return Err(Error::Host(format!(
+                "COMMAND has not handed over its memory: give it the path that --handoff names{}",
+                callers.complaint()
+            )));
+        }
+        let mut fds = vec![monitor.exited()];
+        fds.extend(callers.fds());
+        let index = match inbox.wait(&fds, Some(left))? {
             Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
-            Wake::Timeout => {
-                return Err(Error::Host(
-                    "COMMAND has not handed over its memory: give it the path that --handoff names"
-                        .into(),
-                ));
-            }
-            Wake::Ready(0) => {}
-            Wake::Ready(_) => {
+            Wake::Ready(0) => {
                 return Err(Error::Host(
                     "it exited before it handed over its memory (its own messages say why)".into(),
                 ));
             }
-            Wake::Message(_) => continue,
-        }
-        let (mut handoff, pid) = match listener.accept()? {
-            Ok(accepted) => accepted,
-            Err(why) => {
-                eprintln!("umem: ignored a connection to the hand-over socket: {why}");
-                continue;
-            }
+            Wake::Ready(index) => index - 1,
+            Wake::Message(_) | Wake::Timeout => continue,
         };
-        if let Some(memory) = receive_memory(&mut handoff, monitor, pid, inbox)? {
-            return Ok((handoff, memory));
-        }
+        let Some(first) = callers.answer(index, Some(monitor.pid()))? else { continue };
+        return receive_memory(first, monitor, inbox);
     }
 }
 
-/// None when the process has closed the socket without handing anything over.
+/// Takes the memory of a process that has begun to hand it over.
 pub(super) fn receive_memory(
-    handoff: &mut HandoffSocket,
+    first: First,
     monitor: &mut Monitor,
-    pid: u32,
     inbox: &Inbox<Note>,
-) -> Result<Option<Memory>> {
+) -> Result<(HandoffSocket, Memory)> {
+    let First { mut handoff, pid, mut messages } = first;
     let mut memory = Memory { handed: Vec::new(), knows_umem: true, keeps_sessions: true };
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let extra = [handoff.stream().as_fd(), monitor.exited()];
-        match inbox.wait(&extra, Some(left))? {
-            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
-            Wake::Timeout => {
-                return Err(Error::Preload("the hand-over message has not come".into()));
-            }
-            Wake::Ready(0) => {}
-            Wake::Ready(_) => {
-                return Err(Error::Host("it ended as it handed over its memory".into()));
-            }
-            Wake::Message(_) => continue,
-        }
-        let Some(messages) = handoff.read()? else {
-            handoff.explain_end()?;
-            if memory.handed.is_empty() {
-                return Ok(None);
-            }
-            return Err(Error::Preload("the last hand-over message has not come".into()));
-        };
         for message in messages {
             let Message::Memory { pieces, more, knows_umem, keeps_sessions } = message else {
                 continue;
@@ -104,15 +197,26 @@ pub(super) fn receive_memory(
             memory.handed.extend(pieces);
             memory.knows_umem &= knows_umem;
             memory.keeps_sessions &= keeps_sessions;
-            if memory.handed.len() > PIECES_MAX {
-                return Err(Error::Preload(format!(
-                    "more than {PIECES_MAX} pieces of memory were handed over"
-                )));
-            }
+            check_pieces(memory.handed.len())?;
             if !more {
-                return Ok(Some(memory));
+                return Ok((handoff, memory));
             }
         }
+        messages = loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Preload("the last hand-over message has not come".into()));
+            }
+            match inbox.wait(&[handoff.stream().as_fd(), monitor.exited()], Some(left))? {
+                Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+                Wake::Ready(0) => break handoff.read()?,
+                Wake::Ready(_) => {
+                    return Err(Error::Host("it ended as it handed over its memory".into()));
+                }
+                Wake::Message(_) | Wake::Timeout => {}
+            }
+        }
+        .ok_or_else(|| Error::Preload("the last hand-over message has not come".into()))?;
     }
 }
 

@@ -79,6 +79,12 @@ impl Migration {
     }
 }
 
+/// A command is shorter.
+const LINE_BYTES_MAX: usize = 1 << 20;
+
+/// Descriptors that wait for a command which takes them: one at a time.
+const DESCRIPTORS_MAX: usize = 16;
+
 impl Client {
     /// Answers until the client goes or says quit, which is `true`.
     fn talk(&mut self) -> io::Result<bool> {
@@ -125,6 +131,9 @@ impl Client {
                 return Ok(None);
             }
             self.bytes.extend_from_slice(&buffer[..count]);
+            if self.bytes.len() > LINE_BYTES_MAX || self.descriptors.len() > DESCRIPTORS_MAX {
+                return Err(io::Error::other("a command without an end"));
+            }
         }
     }
 

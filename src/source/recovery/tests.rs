@@ -17,6 +17,7 @@ use crate::host::thread::{Answer, HostThread, Question};
 use crate::idle::IdleCores;
 use crate::inbox::{Canceller, Inbox, Post};
 use crate::lane::{self, Lane, Session};
+use crate::liveness::STEP_TIMEOUT;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{Role, Watch};
 use crate::report::Output;
@@ -164,6 +165,7 @@ fn a_pause_gives_up_every_lane_and_a_resume_goes_on_at_another_address() {
         cores: &[],
         idle_cores: IdleCores::Sleep,
         order: Order::Adaptive,
+        step_timeout: STEP_TIMEOUT,
         watch: &watch,
         quiet: true,
         has_monitor: false,
