@@ -1,0 +1,10 @@
+//! The tests' own tools: what fetches (tests/lib/fetch), and what finds what tests leave (tests/lib/alone).
+
+mod fetch;
+
+use std::path::{Path, PathBuf};
+
+/// One of the scripts in tests/lib.
+fn tool(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lib").join(name)
+}
