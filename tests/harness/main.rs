@@ -1,6 +1,7 @@
 //! The tests' own tools: what fetches (tests/lib/fetch), and what finds what tests leave (tests/lib/alone).
 
 mod fetch;
+mod left;
 
 use std::path::{Path, PathBuf};
 
