@@ -4,12 +4,14 @@
 //! socket, to load it on the other side and to run, over QMP:
 //! - [`qmp`]: the client
 //! - [`qemu`]: what is asked of a QEMU, and what its configuration must look like
+//! - [`maps`]: what its process has mapped, and the very files
 //! - [`command`]: the monitor that `umem incoming … -- COMMAND` starts, with the preload object
 //! - [`thread`]: the thread that waits for the monitor, so that nobody else has to
 //! - [`guest`]: the demo's guest, which speaks the same QMP
 
 pub(crate) mod command;
 pub mod guest;
+pub(crate) mod maps;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
 pub(crate) mod thread;

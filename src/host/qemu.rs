@@ -6,6 +6,7 @@
 //! inside the device state, and private memory cannot be read from outside of QEMU.
 
 mod backends;
+mod blocks;
 #[cfg(test)]
 mod tests;
 
@@ -26,7 +27,7 @@ use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
 use crate::session::Undo;
 
-pub(crate) use backends::{Backend, advice};
+pub(crate) use backends::{Backend, RamOfQemu, advice};
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -108,19 +109,23 @@ impl Qemu {
         Ok(backends)
     }
 
+    /// Devices and network backends are asked for by what they are: a user's names mean nothing.
     fn check_devices(&mut self) -> Result<()> {
-        for place in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        for place in DEVICES {
             for (name, kind) in self.qmp.children(place)? {
                 if let Some(why) = unsupported_device(&kind) {
                     return Err(Error::Unsupported(format!("device {name} ({kind}) {why}")));
                 }
             }
         }
-        let network = self
-            .qmp
-            .try_execute("human-monitor-command", json!({ "command-line": "info network" }))?;
-        if network.is_ok_and(|text| text.as_str().is_some_and(|text| text.contains("vhost-user"))) {
-            return Err(Error::Unsupported(format!("a netdev of type vhost-user {VHOST_USER}")));
+        let network = json!({ "command-line": "info network" });
+        let network = self.qmp.try_execute("human-monitor-command", network)?;
+        let network = network.unwrap_or_default();
+        let lines = network.as_str().unwrap_or_default().lines();
+        for (name, kind) in lines.filter_map(network_client) {
+            if let Some(why) = unsupported_device(kind) {
+                return Err(Error::Unsupported(format!("{name}, a netdev of type {kind}, {why}")));
+            }
         }
         Ok(())
     }
@@ -360,19 +365,37 @@ impl DestinationHost for Qemu {
     }
 }
 
-const VHOST_USER: &str = "lets another process reach the guest's RAM without userfaultfd knowing: \
-    take it out before moving the guest";
+/// Where QEMU has its devices, and what works for them in other processes.
+const DEVICES: [&str; 4] =
+    ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached", "/objects"];
 
-/// Why a device keeps its guest from being moved, judged by its type's name.
+/// Why a device keeps its guest from being moved, judged by its type's name, or that of a network backend.
 fn unsupported_device(kind: &str) -> Option<&'static str> {
-    if kind.starts_with("vhost-user") {
-        Some(VHOST_USER)
-    } else if kind.starts_with("vfio") {
+    let begins = |with: &[&str]| with.iter().any(|with| kind.starts_with(with));
+    if begins(&["vhost-user", "cryptodev-vhost-user", "x-remote", "x-pci-proxy"]) {
+        Some(
+            "lets another process reach the guest's RAM without userfaultfd knowing: take it out before moving \
+             the guest",
+        )
+    } else if begins(&["vfio", "x-vfio", "vhost-vdpa"]) {
         Some(
             "reads and writes the guest's RAM past the kernel's page tables, so that pages cannot \
              be fetched on demand: unplug it before moving the guest",
         )
+    } else if begins(&["ivshmem"]) {
+        Some(
+            "shares memory with programs outside of the guest, which go on reading and writing it where it is: \
+             unplug it before moving the guest",
+        )
     } else {
         None
     }
+}
+
+/// Name and type in a line of `info network`: `n0: index=0,type=user,net=10.0.2.0,…`, which are followed by what the
+/// user chose.
+fn network_client(line: &str) -> Option<(&str, &str)> {
+    let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": index=")?;
+    let (_, kind) = rest.split_once(",type=")?;
+    Some((name, kind.split(',').next()?))
 }

@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg};
 use serde_json::{Value, json};
 
 use crate::error::{Context, Error, Result};
@@ -81,6 +82,13 @@ impl Qmp {
     /// Another descriptor of the socket.
     pub(crate) fn connection(&self) -> Result<OwnedFd> {
         Ok(self.reader.get_ref().try_clone().context(|| "the QMP socket")?.into())
+    }
+
+    /// The process that made the listening socket which this was connected to: mostly the monitor's. None where that
+    /// process has no number here.
+    pub(crate) fn peer(&self) -> Option<u32> {
+        let peer = getsockopt(self.reader.get_ref(), PeerCredentials).ok()?;
+        u32::try_from(peer.pid()).ok().filter(|&pid| pid != 0)
     }
 
     /// Runs a command and returns its `return` value.

@@ -64,7 +64,7 @@ fn is_forbidden(error: &std::io::Error) -> bool {
 }
 
 /// Whether a file is shared memory: on tmpfs, as a memfd is, or hugetlbfs.
-fn is_memory(file: &File) -> nix::Result<bool> {
+pub(crate) fn is_memory(file: &File) -> nix::Result<bool> {
     let kind = fstatfs(file)?.filesystem_type();
     Ok(kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC)
 }
@@ -82,6 +82,16 @@ impl RamFile {
     /// Opens a source's RAM file, to be mapped for reading only. It may be any file, a snapshot or
     /// what QEMU maps; one that is to be freed has to be memory.
     pub(crate) fn open_source(name: &str, path: &Path, to_free: bool) -> Result<RamFile> {
+        RamFile::open_part(name, path, None, to_free)
+    }
+
+    /// Likewise, of which only the first `bytes` are the guest's, where that is given.
+    pub(crate) fn open_part(
+        name: &str,
+        path: &Path,
+        bytes: Option<u64>,
+        to_free: bool,
+    ) -> Result<RamFile> {
         let ram = |what: String| Error::Ram { name: name.into(), path: path.into(), what };
         let file =
             OpenOptions::new().read(true).write(to_free).open(path).map_err(|error| match error
@@ -96,6 +106,19 @@ impl RamFile {
                 }
                 _ => ram(format!("cannot be opened: {error}")),
             })?;
+        RamFile::of_opened(name, path, file, bytes, to_free)
+    }
+
+    /// A source's RAM file that is open already, for reading, and for writing if it is to be freed; `path` is for
+    /// people. Only the first `bytes` of it are the guest's, where that is given.
+    pub(crate) fn of_opened(
+        name: &str,
+        path: &Path,
+        file: File,
+        bytes: Option<u64>,
+        to_free: bool,
+    ) -> Result<RamFile> {
+        let ram = |what: String| Error::Ram { name: name.into(), path: path.into(), what };
         if to_free && !is_memory(&file).map_err(|error| ram(error.to_string()))? {
             return Err(ram(
                 "--release-ram would destroy what is in this file, which is on a disk; leave the \
@@ -103,18 +126,22 @@ impl RamFile {
                     .into(),
             ));
         }
-        RamFile::of_source(name, file).map_err(|error| ram(error.to_string()))
+        RamFile::of_source_in(name, file, bytes).map_err(|error| ram(error.to_string()))
     }
 
     /// A source's RAM file that is open already, for reading at least.
     pub(crate) fn of_source(name: &str, file: File) -> Result<RamFile> {
+        RamFile::of_source_in(name, file, None)
+    }
+
+    fn of_source_in(name: &str, file: File, bytes: Option<u64>) -> Result<RamFile> {
         let kind = file.metadata().context(|| format!("RAM {name}"))?.file_type();
         if !kind.is_file() {
             return Err(Error::Unsupported(
                 "is not a regular file; give the file that backs the guest's RAM".into(),
             ));
         }
-        RamFile::map(name, file, ProtFlags::PROT_READ)
+        RamFile::map(name, file, bytes, ProtFlags::PROT_READ)
     }
 
     /// The same file and the same mapping once more, for whoever sends it again.
@@ -129,7 +156,7 @@ impl RamFile {
 
     /// Takes over the RAM file that a guest handed to us, for landing pages in it.
     pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
-        let ram = RamFile::map(name, file, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let ram = RamFile::map(name, file, None, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         if ram.has_huge_pages {
             // Only advice: a kernel without huge pages lands small ones. Where a file gets huge pages by advice
             // alone it stays with small ones, as most of its pages are written to it and not through the mapping.
@@ -141,12 +168,14 @@ impl RamFile {
         Ok(ram)
     }
 
-    fn map(name: &str, file: File, protection: ProtFlags) -> Result<RamFile> {
+    /// Maps the first `bytes` of it, or all.
+    fn map(name: &str, file: File, bytes: Option<u64>, protection: ProtFlags) -> Result<RamFile> {
         let what = || format!("RAM {name}");
         let metadata = file.metadata().context(what)?;
         let on_hugetlb = fstatfs(&file).context(what)?.filesystem_type() == HUGETLBFS_MAGIC;
         let page_bytes = if on_hugetlb { metadata.blksize() } else { 4096 };
-        let bytes = metadata.len();
+        // What lies behind the end of a file is nobody's.
+        let bytes = bytes.unwrap_or(u64::MAX).min(metadata.len());
         if bytes == 0 || !bytes.is_multiple_of(page_bytes) {
             return Err(Error::Unsupported(format!(
                 "its size, {bytes} bytes, is not a positive multiple of its page size, {page_bytes}"
@@ -210,7 +239,7 @@ impl RamFile {
         // SAFETY: lseek touches no memory; the file is open for as long as self lives.
         let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, libc::SEEK_DATA) };
         if let Ok(found) = u64::try_from(found) {
-            return Ok(Some(found.min(self.bytes)));
+            return Ok(Some(found).filter(|&found| found < self.bytes));
         }
         match std::io::Error::last_os_error() {
             error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
@@ -339,7 +368,7 @@ impl RamFile {
     pub(crate) fn allocated_bytes(&self) -> Result<u64> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         // st_blocks counts units of 512 bytes whatever the file system (stat(2)).
-        Ok(metadata.blocks() * 512)
+        Ok((metadata.blocks() * 512).min(self.bytes))
     }
 
     /// Bytes that can still be allocated where the file lives; `None` where that has no limit

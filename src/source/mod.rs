@@ -41,7 +41,7 @@ use crate::bandwidth::Bandwidth;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
-use crate::host::qemu::{self, Qemu};
+use crate::host::qemu::{self, Qemu, RamOfQemu};
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
@@ -223,11 +223,7 @@ fn migrate(
     observer: &Observer,
 ) -> Result<Completed> {
     let output = Output::new(options.json);
-    let (mut host, ram) = guest(options, &output)?;
-    let files = ram
-        .iter()
-        .map(|ram| RamFile::open_source(&ram.name, &ram.path, options.release_ram))
-        .collect::<Result<Vec<_>>>()?;
+    let Guest { mut host, ram, files } = guest(options, &output)?;
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
     let memory = Arc::new(memory.checked(options.checksum));
     let (lanes, mut link) = dial(options, socket, pass, &inbox)?;
@@ -263,8 +259,16 @@ fn migrate(
     Migration::start(&plan, output, inbox, (lanes, link), memory, host)?.drive()
 }
 
-/// The guest's monitor, checked, and its RAM files.
-fn guest(options: &Options, output: &Output) -> Result<(Box<dyn SourceHost>, Vec<RamPath>)> {
+/// A guest that can be moved.
+struct Guest {
+    host: Box<dyn SourceHost>,
+    /// By which its files can be opened again.
+    ram: Vec<RamPath>,
+    files: Vec<RamFile>,
+}
+
+/// The guest's monitor, checked, and its RAM files: those that the monitor's process has mapped, where there is one.
+fn guest(options: &Options, output: &Output) -> Result<Guest> {
     let Some(path) = &options.qmp else {
         if options.ram.is_empty() {
             return Err(Error::Usage(
@@ -273,19 +277,22 @@ fn guest(options: &Options, output: &Output) -> Result<(Box<dyn SourceHost>, Vec
                     .into(),
             ));
         }
-        return Ok((Box::new(FileOnly), options.ram.clone()));
+        let open = |ram: &RamPath| RamFile::open_source(&ram.name, &ram.path, options.release_ram);
+        let files = options.ram.iter().map(open).collect::<Result<_>>()?;
+        return Ok(Guest { host: Box::new(FileOnly), ram: options.ram.clone(), files });
     };
     let mut qemu = Qemu::new(Qmp::connect(path)?);
     let found = qemu.check(Kind::Shared)?;
+    let (mut ram, mut files) = (Vec::new(), Vec::new());
+    for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
+        let RamOfQemu { name, bytes, file, path } = opened;
+        files.push(RamFile::of_opened(&name, &path, file, Some(bytes), options.release_ram)?);
+        ram.push(RamPath { name, path });
+    }
     if let Some(advice) = qemu::advice(&found, "destination") {
         output.remark(&advice);
     }
-    let ram = if options.ram.is_empty() {
-        found.into_iter().map(|b| RamPath { name: b.name, path: b.path }).collect()
-    } else {
-        options.ram.clone()
-    };
-    Ok((Box::new(qemu), ram))
+    Ok(Guest { host: Box::new(qemu), ram, files })
 }
 
 /// Opens every lane, the demand lane first; only this one where there is a connection already.

@@ -261,7 +261,7 @@ fn landing(record: &SourceRecord) -> Result<RegionTable> {
 
 /// The file that a guest has left, and no other one.
 fn open_again(ram: &RamRecord, releases: bool) -> Result<RamFile> {
-    let file = RamFile::open_source(&ram.name, &ram.path, releases)?;
+    let file = RamFile::open_part(&ram.name, &ram.path, Some(ram.bytes), releases)?;
     if (file.identity()?, file.bytes) == ((ram.device, ram.inode), ram.bytes) {
         return Ok(file);
     }

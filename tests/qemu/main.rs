@@ -7,6 +7,7 @@
 mod arrivals;
 mod destination;
 mod failures;
+mod found;
 mod halted;
 mod huge_pages;
 mod moving;

@@ -213,7 +213,7 @@ fn plain_command(version: QemuVersion, options: &str) -> Vec<String> {
 }
 
 /// Such a QEMU, running.
-fn plain_source(version: QemuVersion, scratch: &Scratch, options: &str) -> Qemu {
+pub(super) fn plain_source(version: QemuVersion, scratch: &Scratch, options: &str) -> Qemu {
     let [test, umem] = ["test.qmp", "umem.qmp"].map(|name| scratch.path(name));
     let _ = fs::remove_file(&test);
     let mut words = plain_command(version, options);

@@ -66,7 +66,8 @@ pub(crate) struct Machine {
     pub(crate) name: &'static str,
     pub(crate) version: QemuVersion,
     pub(crate) cpus: u32,
-    /// In the order of the command line; `ram0` is the main memory, the others are DIMMs.
+    /// In the order of the command line; `ram0` is the main memory, the others are DIMMs. Without `ram0` each is the
+    /// memory of a NUMA node.
     pub(crate) ram: Vec<Ram>,
     /// Words for the kernel's command line; our Linux guest is booted if there are any.
     pub(crate) guest: String,
@@ -101,11 +102,13 @@ impl Machine {
         let mut words = vec![self.version.program().display().to_string()];
         let mut add = |text: &str| words.extend(text.split(' ').map(str::to_owned));
         add("-accel tcg -cpu max -nodefaults -display none -no-reboot");
-        add(&format!("-machine q35,memory-backend=ram0 -smp {}", self.cpus));
-        let main = self.ram.iter().find(|ram| ram.id == "ram0").expect("main memory");
-        match self.ram.len() {
-            1 => add(&format!("-m {}M", main.mib)),
-            slots => add(&format!("-m {}M,slots={slots},maxmem=4G", main.mib)),
+        let main = self.ram.iter().find(|ram| ram.id == "ram0");
+        let backend = main.map_or("", |_| ",memory-backend=ram0");
+        add(&format!("-machine q35{backend} -smp {}", self.cpus));
+        match (main, self.ram.len()) {
+            (Some(main), 1) => add(&format!("-m {}M", main.mib)),
+            (Some(main), slots) => add(&format!("-m {}M,slots={slots},maxmem=4G", main.mib)),
+            (None, _) => add(&format!("-m {}M", self.ram.iter().map(|ram| ram.mib).sum::<u64>())),
         }
         let is_private = self.becomes_private && matches!(side, Side::Destination);
         let share = if is_private { "off" } else { "on" };
@@ -115,7 +118,9 @@ impl Machine {
                 "-object memory-backend-file,id={id},size={mib}M,share={share},mem-path={}",
                 path.display()
             ));
-            if *id != "ram0" {
+            if main.is_none() {
+                add(&format!("-numa node,memdev={id}"));
+            } else if *id != "ram0" {
                 add(&format!("-device pc-dimm,id=dimm-{id},memdev={id}"));
             }
         }

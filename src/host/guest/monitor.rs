@@ -165,6 +165,19 @@ impl Client {
                 machine.resume();
                 Ok(json!({}))
             }
+            "x-query-ramblock" => {
+                let ram = &machine.ram;
+                // The columns of a QEMU's table.
+                let table = format!(
+                    "Block Name PSize Offset Used Total HVA RO\n{} 4 KiB {:#x} {:#x} {:#x} {:#x} rw\n",
+                    ram.name,
+                    0,
+                    ram.bytes,
+                    ram.bytes,
+                    ram.address()
+                );
+                Ok(json!({ "human-readable-text": table }))
+            }
             "qom-list" => Ok(match arguments["path"].as_str() {
                 Some("/objects") => {
                     json!([{ "name": machine.ram.name, "type": "child<memory-backend-file>" }])

@@ -66,6 +66,11 @@ impl GuestRam {
         self.bytes / PAGE_BYTES
     }
 
+    /// Where it is in this process.
+    pub(crate) fn address(&self) -> usize {
+        self.start.addr().get()
+    }
+
     fn word(&self, page: u64, word: usize) -> *mut u64 {
         assert!(page < self.pages() && word < PAGE_WORDS);
         let index = usize::try_from(page).expect("64-bit Linux") * PAGE_WORDS + word;

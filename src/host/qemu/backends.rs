@@ -1,25 +1,39 @@
-//! The RAM backends of a QEMU, as it tells of them itself.
+//! The RAM backends of a QEMU, as it tells of them itself, and the files that it has mapped for them.
+//!
+//! What a migration of QEMU's would carry is asked block by block; a backend whose block has no name is used by no
+//! device, and stays out of it. A file's name is what QEMU was told when it opened it, and may lead elsewhere by now:
+//! which file it is says the kernel ([`maps`](crate::host::maps)).
 //!
 //! It maps a file of tmpfs at a multiple of 4 KiB, unless its property `align` asks for more; of hugetlbfs it
 //! knows the size of the pages (`qemu_fd_getpagesize` in its util/mmap-alloc.c). The kernel makes and maps a huge
 //! page only where offset and address agree (`thp_vma_suitable_order`), so that without `align` a source's file
 //! comes to consist of small pages, and a destination's is mapped with them.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::blocks::Block;
 use super::{HOW_TO_START, Qemu};
 use crate::error::{Error, Result};
+use crate::host::command::RamPath;
+use crate::host::maps::{self, MappedFile, Maps};
 use crate::memory::BLOCK_BYTES;
 use crate::memory::kind::Kind;
-use crate::memory::region::is_in_huge_tmpfs;
+use crate::memory::region::{is_in_huge_tmpfs, is_memory};
 
 /// A RAM backend of a guest that can be moved.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Backend {
     pub(crate) name: String,
+    /// What QEMU was told to open: for people, and advice.
     pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+    /// Where QEMU has mapped it, in its own address space. None where it does not say.
+    pub(crate) address: Option<u64>,
     /// What its address is a multiple of, bytes; 0 where that is left to QEMU, None where the monitor does not
     /// tell.
     align_bytes: Option<u64>,
@@ -47,20 +61,32 @@ impl Backend {
     }
 }
 
+/// The file of a guest's RAM, open, as its QEMU has mapped it.
+pub(crate) struct RamOfQemu {
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
+    pub(crate) file: File,
+    /// A way to the same file, for as long as QEMU lives at least.
+    pub(crate) path: PathBuf,
+}
+
 impl Qemu {
-    /// Its RAM backends, if each of them can be moved.
+    /// Its RAM backends that a migration has to bring, if each of them can be moved.
     pub(super) fn backends(&mut self, wanted: Kind) -> Result<Vec<Backend>> {
+        let blocks = self.blocks()?;
         let mut backends = Vec::new();
         for (name, kind) in self.qmp.children("/objects")? {
-            if let Some(kind) = kind.strip_prefix("memory-backend-") {
-                backends.push(self.backend(name, kind, wanted)?);
+            let Some(kind) = kind.strip_prefix("memory-backend-") else { continue };
+            if let Some(block) = blocks.iter().find(|block| block.is_of(&name)) {
+                backends.extend(self.backend(name, kind, block, wanted)?);
             }
         }
         let main = self.qmp.property("/machine", "memory-backend")?;
-        // QEMU gives the backend's path in its object tree.
+        // QEMU gives the backend's path in its object tree; none for a machine whose nodes have one each.
         let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
         let main = main.strip_prefix("/objects/").unwrap_or(main);
-        if !backends.iter().any(|backend| backend.name == main) {
+        let has_main = main.is_empty() || backends.iter().any(|backend| backend.name == main);
+        if backends.is_empty() || !has_main {
             return Err(Error::Unsupported(format!(
                 "the guest's RAM is QEMU's private memory, which nobody else can read: \
                  {HOW_TO_START}"
@@ -69,7 +95,14 @@ impl Qemu {
         Ok(backends)
     }
 
-    fn backend(&mut self, name: String, kind: &str, wanted: Kind) -> Result<Backend> {
+    /// None for one that holds the same on both sides.
+    fn backend(
+        &mut self,
+        name: String,
+        kind: &str,
+        block: &Block,
+        wanted: Kind,
+    ) -> Result<Option<Backend>> {
         let path = format!("/objects/{name}");
         let mut get = |property: &str| -> Result<Value> {
             Ok(self.qmp.property(&path, property)?.unwrap_or_default())
@@ -79,7 +112,7 @@ impl Qemu {
             "memfd" => {
                 return Err(Error::Unsupported(format!(
                     "RAM backend {name} is a memory-backend-memfd, which QEMU would send whole \
-                     while the guest stands still: {HOW_TO_START}"
+                     while the guest stands still, or, an older one, not at all: {HOW_TO_START}"
                 )));
             }
             _ => {
@@ -89,8 +122,19 @@ impl Qemu {
                 )));
             }
         }
+        let is_shared = get("share")? == json!(true);
+        if get("readonly")? == json!(true) {
+            if is_shared {
+                return Ok(None);
+            }
+            return Err(Error::Unsupported(format!(
+                "RAM backend {name} has readonly=on and share=off: QEMU would send it with its device state, and \
+                 could not write it where it arrives; add share=on to its -object option, on both sides, and the \
+                 file is left as it is there"
+            )));
+        }
         // Of private memory the preload object has seen that it is mapped so.
-        if wanted == Kind::Shared && get("share")? != json!(true) {
+        if wanted == Kind::Shared && !is_shared {
             return Err(Error::Unsupported(format!(
                 "RAM backend {name} has share=off: its file does not hold what the guest writes; \
                  add share=on to its -object option"
@@ -105,8 +149,220 @@ impl Qemu {
             )));
         }
         let align_bytes = get("align")?.as_u64();
-        Ok(Backend { name, path: PathBuf::from(file), align_bytes })
+        let &Block { bytes, address, .. } = block;
+        Ok(Some(Backend { name, path: PathBuf::from(file), bytes, address, align_bytes }))
     }
+
+    /// Opens the files that QEMU has mapped for these backends, which has to be on this host. Those that the user
+    /// has named must be the same ones; a region has the name that he gives it.
+    pub(crate) fn open_ram(
+        &mut self,
+        backends: &[Backend],
+        named: &[RamPath],
+        to_free: bool,
+    ) -> Result<Vec<RamOfQemu>> {
+        let disks = self.disks()?;
+        let (maps, files) = self.mapped_files(backends)?;
+        let mut opened: Vec<RamOfQemu> = Vec::new();
+        let mut seen = BTreeMap::new();
+        for (backend, mapped) in backends.iter().zip(files) {
+            let Backend { name, bytes, .. } = backend;
+            if let Some(other) = seen.insert((mapped.device, mapped.inode), name) {
+                return Err(Error::Unsupported(format!(
+                    "RAM backends {other} and {name} share the file {}: give each a mem-path of its own",
+                    mapped.path.display()
+                )));
+            }
+            let (file, path) = maps.open(&mapped, to_free)?;
+            mapped.check(backend, &file, disks.contains(name))?;
+            opened.push(RamOfQemu { name: name.clone(), bytes: *bytes, file, path });
+        }
+        if !named.is_empty() {
+            rename(&mut opened, named)?;
+        }
+        Ok(opened)
+    }
+
+    /// The backends whose contents are a disk's, to the guest.
+    fn disks(&mut self) -> Result<Vec<String>> {
+        let devices = self.qmp.try_execute("query-memory-devices", json!({}))?.unwrap_or_default();
+        let devices = devices.as_array().map(Vec::as_slice).unwrap_or_default();
+        let is_disk =
+            |device: &&Value| matches!(device["type"].as_str(), Some("nvdimm" | "virtio-pmem"));
+        let backend = |device: &Value| {
+            let path = device["data"]["memdev"].as_str()?;
+            path.rsplit('/').next().map(str::to_owned)
+        };
+        Ok(devices.iter().filter(is_disk).filter_map(backend).collect())
+    }
+
+    /// The process that has the guest's memory, and what it maps for each backend.
+    fn mapped_files(&mut self, backends: &[Backend]) -> Result<(Maps, Vec<MappedFile>)> {
+        let mut ranges = Vec::new();
+        for backend in backends {
+            let address = backend.address.ok_or_else(|| {
+                Error::Unsupported(format!(
+                    "QEMU does not say where it has mapped RAM backend {}, of which the guest has no address now",
+                    backend.name
+                ))
+            })?;
+            ranges.push((address, backend.bytes));
+        }
+        let threads = self.vcpu_threads()?;
+        let search = Search { ranges, threads };
+        let peer = self.qmp.peer();
+        if let Some(maps) = peer.and_then(|pid| search.maps(pid)) {
+            let files = search.files(&maps).expect("they have just been found");
+            return Ok((maps, files));
+        }
+        search.anywhere(peer)
+    }
+
+    /// The vCPUs' threads, as QEMU numbers them; empty where it does not tell.
+    fn vcpu_threads(&mut self) -> Result<Vec<u64>> {
+        let answer = self.qmp.try_execute("query-cpus-fast", json!({}))?.unwrap_or_default();
+        let cpus = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(cpus.iter().filter_map(|cpu| cpu["thread-id"].as_u64()).collect())
+    }
+}
+
+/// Which process is the one behind a QMP socket: it has what QEMU says that it has. The kernel's word on who listens
+/// there is where to look first; that may be a proxy, or whoever has made the socket for QEMU.
+struct Search {
+    /// The guest's memory: addresses and bytes.
+    ranges: Vec<(u64, u64)>,
+    threads: Vec<u64>,
+}
+
+impl Search {
+    /// What this process maps, if it is the one.
+    fn maps(&self, pid: u32) -> Option<Maps> {
+        let maps = Maps::of(pid).ok()?;
+        self.files(&maps)?;
+        let own = maps::own_threads(pid).ok()?;
+        self.threads.iter().all(|thread| own.contains(thread)).then_some(maps)
+    }
+
+    fn files(&self, maps: &Maps) -> Option<Vec<MappedFile>> {
+        self.ranges.iter().map(|&(address, bytes)| maps.file(address, bytes)).collect()
+    }
+
+    /// Looks at every process, for the only one.
+    fn anywhere(&self, peer: Option<u32>) -> Result<(Maps, Vec<MappedFile>)> {
+        let mut found: Vec<Maps> =
+            maps::processes().into_iter().filter_map(|pid| self.maps(pid)).collect();
+        if let (Some(maps), true) = (found.pop(), found.is_empty()) {
+            let files = self.files(&maps).expect("they have just been found");
+            return Ok((maps, files));
+        }
+        if let Some(other) = found.first() {
+            return Err(Error::Unsupported(format!(
+                "several processes here could be the QEMU behind the QMP socket, {} among them: give umem a socket \
+                 that QEMU listens at itself, without a proxy",
+                other.pid()
+            )));
+        }
+        Err(Error::Host(match peer {
+            Some(pid) => match Maps::of(pid) {
+                Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => format!(
+                    "umem may not see which files QEMU, process {pid}, has mapped (/proc/{pid}/maps: {error}): run \
+                     umem as root, or as QEMU's user if that process may be traced by it"
+                ),
+                _ => format!(
+                    "no process that umem can see has the guest's memory where the monitor says; process {pid} \
+                     listens at its QMP socket: run umem on QEMU's host, in QEMU's pid namespace or one that \
+                     contains it, as root or as QEMU's user"
+                ),
+            },
+            None => "no process that umem can see has the guest's memory where the monitor says, and the one that \
+                     listens at its QMP socket is in another pid namespace: run umem on QEMU's host, in QEMU's pid \
+                     namespace or one that contains it"
+                .into(),
+        }))
+    }
+}
+
+impl MappedFile {
+    /// Whether this file can be the guest's memory for umem.
+    fn check(&self, backend: &Backend, file: &File, is_disk: bool) -> Result<()> {
+        let refuse = |what: String| {
+            let path = self.path.display();
+            Err(Error::Unsupported(format!("RAM backend {}, file {path}, {what}", backend.name)))
+        };
+        if !self.is_shared {
+            return refuse(
+                "is mapped privately: its file does not hold what the guest writes; add share=on to its -object \
+                 option"
+                    .into(),
+            );
+        }
+        if self.offset != 0 {
+            return refuse(format!(
+                "begins at byte {} of its file: umem moves files from their beginning; leave out offset=, and give \
+                 the backend a file of its own",
+                self.offset
+            ));
+        }
+        let Ok(metadata) = file.metadata() else {
+            return refuse("cannot be examined".into());
+        };
+        if metadata.size() < backend.bytes {
+            return refuse(format!(
+                "has {} bytes, and the guest's memory there {}: it was truncated after QEMU had mapped it",
+                metadata.size(),
+                backend.bytes
+            ));
+        }
+        if is_disk && !is_memory(file).unwrap_or(false) {
+            return refuse(
+                "is a disk to the guest (nvdimm or virtio-pmem) and lies on a disk: umem moves memory; unplug the \
+                 device before moving the guest, or give it readonly=on on both sides"
+                    .into(),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Gives regions the names that the user gives their files.
+fn rename(opened: &mut [RamOfQemu], named: &[RamPath]) -> Result<()> {
+    let is_same = |path: &Path, ram: &RamOfQemu| {
+        let (Ok(there), Ok(here)) = (std::fs::metadata(path), ram.file.metadata()) else {
+            return false;
+        };
+        (there.dev(), there.ino()) == (here.dev(), here.ino())
+    };
+    let mut names: Vec<Option<&str>> = vec![None; opened.len()];
+    for RamPath { name, path } in named {
+        let found = opened.iter().position(|ram| is_same(path, ram));
+        let Some(index) = found.filter(|&index| names[index].is_none()) else {
+            let what = match (std::fs::metadata(path), found) {
+                (Err(error), _) => format!("cannot be looked at: {error}"),
+                (Ok(_), Some(_)) => "is named twice".into(),
+                (Ok(_), None) => format!(
+                    "is not what the guest's QEMU has mapped, which is {}: another file may have taken its name, or \
+                     it lies in another mount namespace; leave out --ram, and umem takes what QEMU has",
+                    opened.iter().map(described).collect::<Vec<_>>().join(" and ")
+                ),
+            };
+            return Err(Error::Ram { name: name.clone(), path: path.clone(), what });
+        };
+        names[index] = Some(name);
+    }
+    for (ram, name) in opened.iter_mut().zip(names) {
+        let Some(name) = name else {
+            return Err(Error::Unsupported(format!(
+                "the guest also has RAM {}, which no --ram names: leave out --ram, and umem takes all that QEMU has",
+                described(ram)
+            )));
+        };
+        ram.name = name.to_owned();
+    }
+    Ok(())
+}
+
+fn described(ram: &RamOfQemu) -> String {
+    format!("{} ({})", ram.name, ram.path.display())
 }
 
 #[cfg(test)]
@@ -134,6 +390,8 @@ mod tests {
         let backend = |name: &str, path: &Path, align_bytes| Backend {
             name: name.into(),
             path: path.into(),
+            bytes: 4096,
+            address: None,
             align_bytes,
         };
         for (align_bytes, is_advised) in [
@@ -171,7 +429,13 @@ mod tests {
             let monitor = std::thread::spawn(move || tell_of_ram(&monitor, told.as_ref()));
             let mut qemu = Qemu::new(Qmp::open(ours, "it").unwrap());
             let path = "/nonexistent/ram".into();
-            let expected = Backend { name: "ram0".into(), path, align_bytes };
+            let expected = Backend {
+                name: "ram0".into(),
+                path,
+                bytes: 4096,
+                address: Some(0x7000),
+                align_bytes,
+            };
             assert_eq!(qemu.backends(Kind::Shared).unwrap(), [expected], "{answer:?}");
             drop(qemu);
             monitor.join().unwrap();
@@ -187,6 +451,12 @@ mod tests {
             let value = match (&request["execute"], &request["arguments"]["property"]) {
                 (command, _) if command == "qom-list" => {
                     Some(json!([{ "name": "ram0", "type": "child<memory-backend-file>" }]))
+                }
+                (command, _) if command == "x-query-ramblock" => {
+                    let table = "Block Name PSize Offset Used Total HVA RO\n\
+                                 ram0 4 KiB 0x0 0x1000 0x1000 0x7000 rw\n\
+                                 4 KiB 0x1000 0x1000 0x1000 0x9000 rw\n";
+                    Some(json!({ "human-readable-text": table }))
                 }
                 (_, property) if property == "share" => Some(json!(true)),
                 (_, property) if property == "mem-path" => Some(json!("/nonexistent/ram")),

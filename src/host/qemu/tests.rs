@@ -153,10 +153,38 @@ fn next_line(monitor: &UnixStream, line: &mut Vec<u8>) -> Option<Option<OwnedFd>
 
 #[test]
 fn devices_that_bypass_userfaultfd_are_known_by_type() {
-    for kind in ["vhost-user-fs-pci", "vhost-user-blk-pci", "vfio-pci", "vfio-pci-nohotplug"] {
+    for kind in [
+        "vhost-user-fs-pci",
+        "vhost-user-blk-pci",
+        "vhost-vdpa-device-pci",
+        "vfio-pci",
+        "vfio-pci-nohotplug",
+        "ivshmem-plain",
+        "cryptodev-vhost-user",
+        // Netdevs.
+        "vhost-user",
+        "vhost-vdpa",
+    ] {
         assert!(unsupported_device(kind).is_some(), "{kind}");
     }
-    for kind in ["virtio-net-pci", "virtio-balloon-pci", "e1000"] {
+    for kind in ["virtio-net-pci", "virtio-balloon-pci", "e1000", "user", "tap"] {
         assert!(unsupported_device(kind).is_none(), "{kind}");
+    }
+}
+
+#[test]
+fn a_network_client_is_known_by_its_type_and_not_by_its_name() {
+    for (line, expected) in [
+        (
+            "vhost-user-x: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56",
+            Some(("vhost-user-x", "nic")),
+        ),
+        (" \\ vhost-user-n0: index=0,type=user,net=10.0.2.0", Some(("vhost-user-n0", "user"))),
+        ("n: index=0,type=tap,ifname=a,script=x,type=vhost-user", Some(("n", "tap"))),
+        ("n: index=0,type=vhost-vdpa", Some(("n", "vhost-vdpa"))),
+        ("hub 0", None),
+        ("", None),
+    ] {
+        assert_eq!(network_client(line), expected, "{line}");
     }
 }

@@ -1,0 +1,319 @@
+//! The guest's memory is what its QEMU has mapped, wherever names lead by now: it arrives, or the move is refused
+//! before the guest stops, and says why.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::destination::Destination;
+use crate::moving::Moved;
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side};
+use crate::{NOBODY, boot, migrate, says};
+
+const VERSIONS: [QemuVersion; 2] = [QemuVersion::V7_2, QemuVersion::V10_0];
+
+/// Where a test marks a guest's memory, which its firmware leaves alone.
+const MARK_OFFSET: u64 = 32 << 20;
+
+/// A machine with 64 MiB of memory and nothing to boot.
+fn small(version: QemuVersion) -> Machine {
+    Machine { ram: vec![Ram { id: "ram0", mib: 64 }], ..Machine::bare(version) }
+}
+
+/// What a process has mapped at the only place where it maps a file of this name.
+fn mapped(pid: u32, name: &str) -> File {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
+    let line = maps.lines().find(|line| line.contains(name)).expect("it has mapped the file");
+    let range = line.split(' ').next().expect("a range");
+    let path = format!("/proc/{pid}/map_files/{range}");
+    File::options().read(true).write(true).open(path).expect("it can be opened")
+}
+
+/// Stops the guest, moves it, and compares each byte of its memory, which the source has in these files.
+fn arrives(mut source: Qemu, memory: &[File], machine: &Machine, scratch: &Scratch) {
+    source.qmp.execute("stop", json!({}));
+    for (index, file) in memory.iter().enumerate() {
+        let mark = format!("the guest's memory {index}");
+        file.write_all_at(mark.as_bytes(), MARK_OFFSET).expect("memory");
+    }
+    let mut destination = Destination::start(machine, scratch);
+    let mut umem = migrate(&source, &destination.uri, &["-p"]);
+    umem.event("completed");
+    destination.umem.event("completed");
+    for (from, to) in memory.iter().zip(&destination.ram_files) {
+        let to = fs::read(to).expect("it is there");
+        let mut bytes = vec![0; to.len()];
+        from.read_exact_at(&mut bytes, 0).expect("it is as long");
+        assert!(bytes == to, "other memory has arrived");
+    }
+    umem.succeeds();
+    Qmp::connect(&destination.qmp).quit();
+    destination.umem.succeeds();
+    source.qmp.quit();
+}
+
+/// The umem of the source refuses the guest, which runs on.
+fn is_refused(source: &mut Qemu, options: &[&str], expected: &[&str]) {
+    let text = migrate(source, NOBODY, &[&["-p"], options].concat()).fails();
+    expected.iter().for_each(|part| says(&text, part));
+    assert_eq!(source.qmp.status(), "running");
+}
+
+/// The source finds nothing wrong with the guest, and only nobody to take it.
+fn is_taken(source: &mut Qemu, options: &[&str]) {
+    is_refused(source, options, &["cannot connect to tcp:127.0.0.1:1"]);
+}
+
+#[test]
+fn a_file_that_took_the_name_is_not_the_guests() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let source = machine.start(&scratch);
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        let memory = mapped(source.pid(), &name.display().to_string());
+        let other = scratch.ram("other");
+        fs::copy(&name, &other).expect("shared memory has room");
+        fs::rename(&other, &name).expect("both are there");
+        arrives(source, &[memory], &machine, &scratch);
+    }
+}
+
+#[test]
+fn a_file_without_a_name_is_the_guests_all_the_same() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let source = machine.start(&scratch);
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        let memory = mapped(source.pid(), &name.display().to_string());
+        fs::remove_file(&name).expect("it is there");
+        arrives(source, &[memory], &machine, &scratch);
+    }
+}
+
+#[test]
+fn a_file_in_another_mount_namespace_is_found() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        let somebodys = File::create(&name).expect("shared memory can be written");
+        somebodys.set_len(64 << 20).expect("shared memory has room");
+        let elsewhere = "mount -t tmpfs none /dev/shm && exec \"$@\"";
+        let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", elsewhere, "sh"];
+        let source = start_under(&wrapper, &machine, &scratch);
+        let memory = mapped(source.pid(), &name.display().to_string());
+        arrives(source, &[memory], &machine, &scratch);
+    }
+}
+
+/// A source, by way of a program that becomes it.
+fn start_under(wrapper: &[&str], machine: &Machine, scratch: &Scratch) -> Qemu {
+    let wrapper = wrapper.iter().map(|&word| word.to_owned());
+    let words: Vec<String> = wrapper.chain(machine.command_line(scratch, Side::Source)).collect();
+    let [test, umem] =
+        ["test", "umem"].map(|monitor| machine.socket(scratch, Side::Source, monitor));
+    Qemu::start(&words, &test, umem, machine.serial(scratch, Side::Source))
+}
+
+#[test]
+fn a_socket_that_somebody_else_has_made_for_qemu_leads_to_its_memory() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let mut machine = small(version);
+        let path = scratch.path("given.qmp");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))
+            .expect("it is open");
+        let number = std::os::fd::AsRawFd::as_raw_fd(&listener);
+        let given = format!("-chardev socket,id=given,fd={number},server=on,wait=off");
+        machine.extra.extend(given.split(' ').map(str::to_owned));
+        machine.extra.extend(["-mon", "chardev=given,mode=control"].map(str::to_owned));
+        let mut source = machine.start(&scratch);
+        drop(listener);
+        source.socket = path;
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        let memory = mapped(source.pid(), &name.display().to_string());
+        machine.extra.clear();
+        arrives(source, &[memory], &machine, &scratch);
+    }
+}
+
+#[test]
+fn a_guest_with_numa_nodes_moves_with_qemu_7_2() {
+    numa_moves(QemuVersion::V7_2);
+}
+
+#[test]
+fn a_guest_with_numa_nodes_moves_with_qemu_10_0() {
+    numa_moves(QemuVersion::V10_0);
+}
+
+fn numa_moves(version: QemuVersion) {
+    let scratch = Scratch::new();
+    let ram = vec![Ram { id: "ram-node0", mib: 128 }, Ram { id: "ram-node1", mib: 128 }];
+    let machine = Machine { ram, ..Machine::linux(version) };
+    let source = boot(&machine, &scratch);
+    let destination = Destination::start(&machine, &scratch);
+    Moved::start(source, destination, &["-p"]).complete().end();
+}
+
+#[test]
+fn a_file_longer_than_the_guests_memory_is_moved_as_far_as_it_is_the_guests() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        let file = File::options().read(true).write(true).create_new(true).open(&name);
+        let file = file.expect("shared memory can be written");
+        file.set_len(80 << 20).expect("shared memory has room");
+        file.write_all_at(b"not the guest's", 72 << 20).expect("shared memory has room");
+        let source = machine.start(&scratch);
+        arrives(source, &[file], &machine, &scratch);
+    }
+}
+
+#[test]
+fn memory_that_begins_inside_of_its_file_is_refused() {
+    let scratch = Scratch::new();
+    let name = scratch.ram("both");
+    let file = File::create(&name).expect("shared memory can be written");
+    file.set_len(128 << 20).expect("shared memory has room");
+    let backend = |id: &str, offset: u32| {
+        let path = name.display();
+        format!(
+            "-object memory-backend-file,id={id},size=64M,share=on,mem-path={path},offset={offset}M"
+        )
+    };
+    let one = format!("-machine memory-backend=ram0 {}", backend("ram0", 64));
+    let mut source = plain_source(QemuVersion::V10_0, &scratch, &one);
+    is_refused(
+        &mut source,
+        &[],
+        &["RAM backend ram0", "begins at byte 67108864", "leave out offset="],
+    );
+    source.qmp.quit();
+
+    let two = format!(
+        "-machine memory-backend=ram0 -m 64M,slots=1,maxmem=1G {} {} -device pc-dimm,id=d,memdev=ram1",
+        backend("ram0", 0),
+        backend("ram1", 0)
+    );
+    let mut source = plain_source(QemuVersion::V10_0, &scratch, &two);
+    is_refused(&mut source, &[], &["RAM backends ", " share the file ", "a mem-path of its own"]);
+}
+
+fn plain_source(version: QemuVersion, scratch: &Scratch, options: &str) -> Qemu {
+    crate::refusals::plain_source(version, scratch, options)
+}
+
+#[test]
+fn files_that_a_user_names_are_compared_with_what_qemu_has_mapped() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let mut source = machine.start(&scratch);
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        let ram = |path: &Path| format!("ram0={}", path.display());
+        let other = scratch.ram("other");
+        fs::copy(&name, &other).expect("shared memory has room");
+        let expected =
+            [other.to_str().expect("it is UTF-8"), "is not what the guest's QEMU has mapped"];
+        is_refused(&mut source, &["--ram", &ram(&other)], &expected);
+        let twice = [&ram(&name), "--ram", &ram(&name)].map(str::to_owned);
+        is_refused(&mut source, &["--ram", &twice[0], &twice[1], &twice[2]], &["is named twice"]);
+        is_taken(&mut source, &["--ram", &ram(&name)]);
+
+        let dimm = Ram { id: "ram1", mib: 128 };
+        let machine =
+            Machine { name: "dimm", ram: [small(version).ram, vec![dimm]].concat(), ..machine };
+        let mut source = machine.start(&scratch);
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        is_refused(&mut source, &["--ram", &ram(&name)], &["also has RAM ram1", "leave out --ram"]);
+        is_taken(&mut source, &[]);
+    }
+}
+
+#[test]
+fn a_user_who_may_not_see_the_mappings_is_told() {
+    let scratch = Scratch::new();
+    let machine = small(QemuVersion::V10_0);
+    let mut source = machine.start(&scratch);
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    fs::set_permissions(&source.socket, everybody).expect("the socket is there");
+    let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups \
+                  --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \
+                  --bounding-set=-all,+dac_read_search";
+    let nobody: Vec<&str> = nobody.split_ascii_whitespace().collect();
+    let qmp = source.socket.to_str().expect("it is UTF-8");
+    let words = ["migrate", "--json", "-p", "--qmp", qmp, NOBODY];
+    let text = crate::support::Umem::start_under(&nobody, words).fails();
+    says(&text, &format!("process {}, has mapped", source.pid()));
+    says(&text, "run umem as root, or as QEMU's user");
+    assert_eq!(source.qmp.status(), "running");
+}
+
+#[test]
+fn names_of_devices_and_memory_that_no_device_uses_mean_nothing() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let mut machine = small(version);
+        let more = "-netdev user,id=vhost-user-n -device e1000,netdev=vhost-user-n,id=vfio-x,romfile= \
+                    -object memory-backend-ram,id=spare,size=8M \
+                    -object memory-backend-memfd,id=another,size=8M,share=on";
+        machine.extra = more.split_ascii_whitespace().map(str::to_owned).collect();
+        let source = machine.start(&scratch);
+        let name = machine.ram_file(&scratch, Side::Source, "ram0");
+        let memory = mapped(source.pid(), &name.display().to_string());
+        machine.extra.truncate(4);
+        arrives(source, &[memory], &machine, &scratch);
+    }
+}
+
+#[test]
+fn a_disk_that_is_memory_to_the_guest_is_left_alone_or_refused_at_once() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let image = on_a_disk(&scratch);
+        let nvdimm = |more: &str, device: &str| {
+            format!(
+                "-machine nvdimm=on,memory-backend=ram0 -m 64M,slots=1,maxmem=1G \
+                 -object memory-backend-file,id=ram0,size=64M,share=on,mem-path={} \
+                 -object memory-backend-file,id=nv,size=16M,mem-path={},{more} \
+                 -device nvdimm,id=n,memdev=nv{device}",
+                scratch.ram("source").display(),
+                image.display()
+            )
+        };
+        let mut source = plain_source(version, &scratch, &nvdimm("share=on", ""));
+        is_refused(&mut source, &[], &["RAM backend nv", "lies on a disk", "readonly=on"]);
+        source.qmp.quit();
+        let readonly = nvdimm("share=on,readonly=on", ",unarmed=on");
+        let mut source = plain_source(version, &scratch, &readonly);
+        is_taken(&mut source, &[]);
+        source.qmp.quit();
+        let private = nvdimm("share=off,readonly=on", ",unarmed=on");
+        let mut source = plain_source(version, &scratch, &private);
+        is_refused(&mut source, &[], &["RAM backend nv has readonly=on and share=off"]);
+        source.qmp.quit();
+        fs::remove_file(image).expect("it is there");
+    }
+}
+
+/// An image of 16 MiB that lies on no tmpfs.
+fn on_a_disk(scratch: &Scratch) -> PathBuf {
+    let name = scratch.path("image");
+    let name = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
+        "{}-image",
+        name.parent().and_then(Path::file_name).expect("a name").display()
+    ));
+    let mut file = File::create(&name).expect("the target directory can be written");
+    file.set_len(16 << 20).expect("it has room");
+    file.write_all(b"a disk").expect("it has room");
+    name
+}
