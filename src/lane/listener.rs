@@ -132,10 +132,27 @@ impl Listener {
                 | io::ErrorKind::ConnectionAborted
                 | io::ErrorKind::ConnectionReset
                 | io::ErrorKind::Interrupted => Ok(None),
+                _ if is_of_network(&error) => Ok(None),
                 _ => Err(error).context(|| "accepting a lane"),
             },
         }
     }
+}
+
+/// What has become of a connection before it was accepted, which accept(2) says.
+fn is_of_network(error: &io::Error) -> bool {
+    const ERRORS: [i32; 9] = [
+        libc::EPROTO,
+        libc::EPERM,
+        libc::ENETDOWN,
+        libc::ENOPROTOOPT,
+        libc::EHOSTDOWN,
+        libc::ENONET,
+        libc::EHOSTUNREACH,
+        libc::EOPNOTSUPP,
+        libc::ENETUNREACH,
+    ];
+    error.raw_os_error().is_some_and(|errno| ERRORS.contains(&errno))
 }
 
 impl AsFd for Listener {

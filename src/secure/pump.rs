@@ -96,7 +96,13 @@ pub(super) struct Pumps {
 
 impl Default for Pumps {
     fn default() -> Pumps {
-        Pumps { running: Mutex::default(), linger: LINGER }
+        Pumps::lingering(LINGER)
+    }
+}
+
+impl Pumps {
+    fn lingering(linger: Duration) -> Pumps {
+        Pumps { running: Mutex::default(), linger }
     }
 }
 

@@ -22,7 +22,7 @@ use super::link::{Link, Way};
 use super::{Migration, Note, peer};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, Lane};
+use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane};
 
 /// The pause before the second attempt; each further one is twice as long …
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -187,6 +187,8 @@ impl Migration {
             Failed::Attempt(Error::Lost { side: "destination", lane, what })
         };
         let mut standing = None;
+        // Whatever else comes does not keep us here.
+        let mut hearing = Hearing::new();
         let mut buffer = vec![0; 64 << 10];
         loop {
             let fds = [(demand.as_fd(), PollFlags::POLLIN)];
@@ -212,6 +214,11 @@ impl Migration {
                 }
             })?;
             while let Some(event) = receiver.poll_event() {
+                if !matches!(event, Event::Have { .. }) {
+                    let taken = hearing.take(&event);
+                    let violated = |why| Error::protocol(&demand.name, why);
+                    taken.map_err(violated).map_err(Failed::Migration)?;
+                }
                 match (event, standing) {
                     (Event::Resume(heard), _) => standing = Some(heard),
                     (Event::Have { range, words }, _) => {

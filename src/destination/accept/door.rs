@@ -210,9 +210,16 @@ impl Door {
     }
 
     fn knock(&mut self) -> Result<()> {
-        let Some(socket) = self.listener.as_ref().map_or(Ok(None), Listener::accept)? else {
-            return Ok(());
+        let accepted = match self.listener.as_ref().map_or(Ok(None), Listener::accept) {
+            // There is no room for one more: somebody who has had time has to go.
+            Err(error) if !self.pending.is_empty() => {
+                self.pending.pop_front();
+                self.ignored(&format!("it had not said who it is: {error}"));
+                return Ok(());
+            }
+            accepted => accepted?,
         };
+        let Some(socket) = accepted else { return Ok(()) };
         if self.pending.len() == PENDING_MAX {
             self.pending.pop_front();
             self.ignored("others came before it had said who it is");

@@ -106,7 +106,7 @@ fn pumps_end_though_somebody_holds_a_lane() {
 #[test]
 fn a_side_that_goes_on_sending_does_not_keep_the_pump_of_a_closed_lane() {
     let linger = Duration::from_millis(300);
-    let pumps = Pumps { linger, ..Pumps::default() };
+    let pumps = Pumps::lingering(linger);
     let (left, right) = lanes(&pumps, 1 << 24);
     drop(right);
     let mut file = left.blocking().unwrap();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nix::poll::PollFlags;
 use umem_wire::{
-    Capabilities, HELLO_BYTES, Hello, PROTOCOL, PageRange, Receiver, RegionId, RegionTable,
+    Capabilities, Frame, HELLO_BYTES, Hello, PROTOCOL, PageRange, Receiver, RegionId, RegionTable,
     Standing, Target, Totals, Welcome, transmit,
 };
 
