@@ -135,16 +135,22 @@ impl Steps {
         Steps { limit, current: None, until: Instant::now() }
     }
 
-    /// This step of the other side is waited for, if any, and so much has been moved.
-    pub(crate) fn look(&mut self, step: Option<&'static str>, moved: u64, now: Instant) -> Step {
-        let looked = step.map(|step| (step, moved));
+    /// This step of the other side is waited for, if any, for no longer than that, and so much has been moved.
+    pub(crate) fn look(
+        &mut self,
+        step: Option<(&'static str, Duration)>,
+        moved: u64,
+        now: Instant,
+    ) -> Step {
+        let limit = step.map_or(self.limit, |(_, most)| self.limit.min(most));
+        let looked = step.map(|(step, _)| (step, moved));
         if self.current != looked {
             self.current = looked;
-            self.until = now + self.limit;
+            self.until = now + limit;
             return Step::Moves;
         }
         match looked {
-            Some(_) if self.until <= now => Step::Over(self.limit),
+            Some(_) if self.until <= now => Step::Over(limit),
             _ => Step::Waits,
         }
     }
@@ -158,16 +164,20 @@ mod tests {
     fn a_step_has_a_limit_that_whatever_moves_begins_anew() {
         let (begun, limit) = (Instant::now(), Duration::from_secs(60));
         let mut steps = Steps::new(limit);
+        let step = |name| Some((name, Duration::MAX));
         let at = |seconds| begun + Duration::from_secs(seconds);
         assert_eq!(steps.look(None, 0, at(1000)), Step::Waits);
-        assert_eq!(steps.look(Some("loading"), 0, at(1000)), Step::Moves);
-        assert_eq!(steps.look(Some("loading"), 0, at(1059)), Step::Waits);
-        assert_eq!(steps.look(Some("loading"), 1, at(1059)), Step::Moves);
-        assert_eq!(steps.look(Some("loading"), 1, at(1118)), Step::Waits);
-        assert_eq!(steps.look(Some("loading"), 1, at(1119)), Step::Over(limit));
-        assert_eq!(steps.look(Some("ready"), 1, at(1119)), Step::Moves);
+        assert_eq!(steps.look(step("loading"), 0, at(1000)), Step::Moves);
+        assert_eq!(steps.look(step("loading"), 0, at(1059)), Step::Waits);
+        assert_eq!(steps.look(step("loading"), 1, at(1059)), Step::Moves);
+        assert_eq!(steps.look(step("loading"), 1, at(1118)), Step::Waits);
+        assert_eq!(steps.look(step("loading"), 1, at(1119)), Step::Over(limit));
+        assert_eq!(steps.look(step("ready"), 1, at(1119)), Step::Moves);
         assert_eq!(steps.look(None, 1, at(9999)), Step::Moves);
         assert_eq!(steps.look(None, 1, at(99999)), Step::Waits);
+        let soon = Duration::from_secs(9);
+        assert_eq!(steps.look(Some(("soon", soon)), 1, begun), Step::Moves);
+        assert_eq!(steps.look(Some(("soon", soon)), 1, at(9)), Step::Over(soon));
     }
 
     #[test]

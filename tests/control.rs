@@ -312,5 +312,9 @@ fn the_silent_keep_nobody_from_the_control_socket() {
             }
         }
     }
+    // One whose command never ends is cut off.
+    let mut endless = UnixStream::connect(&socket).unwrap();
+    while endless.write_all(&[b'x'; 4096]).is_ok() {}
+    assert_eq!(Control::connect(&socket).status()["role"], "destination");
     drop((silent, deaf, guests));
 }

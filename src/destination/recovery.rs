@@ -119,7 +119,7 @@ impl Migration<'_> {
     pub(super) fn look_after_step(&mut self) -> Result<()> {
         let step = match self.phase {
             Phase::Ready | Phase::Receiving { .. } | Phase::Loading { .. } => {
-                Some(self.phase.name())
+                Some((self.phase.name(), Duration::MAX))
             }
             _ => None,
         };

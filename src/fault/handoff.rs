@@ -366,8 +366,12 @@ impl HandoffListener {
     pub(crate) fn accept(&self) -> Result<std::result::Result<(HandoffSocket, u32), String>> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            // It has gone again, or there is no room for it now.
-            Err(error) => return Ok(Err(error.to_string())),
+            Err(error) => match error.kind() {
+                io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {
+                    return Ok(Err(error.to_string()));
+                }
+                _ => return Err(error).context(|| "accepting the guest's process"),
+            },
         };
         let peer = getsockopt(&stream, sockopt::PeerCredentials)
             .context(|| "asking who hands memory over")?;

@@ -126,13 +126,17 @@ fn serve(listener: &TcpListener, stop: &EventFd, watch: &Watch) {
             // Who has gone or is too slow needs no answer.
             client.deadline > now && (!ready[index] || client.go_on(watch).unwrap_or(false))
         });
-        if ready[1]
-            && let Ok((stream, _)) = listener.accept()
+        if !ready[1] {
+            continue;
+        }
+        let accepted = listener.accept();
+        let is_full = clients.len() == CLIENTS_MAX || accepted.as_ref().is_err_and(lacks_room);
+        if is_full && !clients.is_empty() {
+            clients.remove(0);
+        }
+        if let Ok((stream, _)) = accepted
             && stream.set_nonblocking(true).is_ok()
         {
-            if clients.len() == CLIENTS_MAX {
-                clients.remove(0);
-            }
             let (request, answer, deadline) = (Vec::new(), None, now + PATIENCE);
             clients.push(Client { stream, request, answer, deadline });
         }
@@ -168,6 +172,13 @@ impl Client {
         }
         Ok(false)
     }
+}
+
+/// It is not that somebody has gone again.
+fn lacks_room(error: &std::io::Error) -> bool {
+    [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM]
+        .iter()
+        .any(|&errno| error.raw_os_error() == Some(errno))
 }
 
 /// Nothing was wrong but that it would have had to wait.

@@ -25,6 +25,9 @@ use crate::lane::{CAUSE_PATIENCE, lane_name};
 use crate::liveness::{Due, Step};
 use crate::observe::watch::CUT;
 
+/// How long a destination may take to be ready: it has its guest's memory already, and compares regions.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
 impl Migration {
     /// A lane is lost.
     pub(super) fn lane_lost(&mut self, error: Error) -> Result<()> {
@@ -67,7 +70,8 @@ impl Migration {
     /// Ends a migration whose destination does not take its next step, while the guest is still ours.
     pub(super) fn look_after_step(&mut self) -> Result<()> {
         let step = match self.phase {
-            Phase::Comparing | Phase::Precopying | Phase::Loading { .. } => Some(self.phase.name()),
+            Phase::Comparing => Some((self.phase.name(), READY_TIMEOUT)),
+            Phase::Precopying | Phase::Loading { .. } => Some((self.phase.name(), Duration::MAX)),
             _ => None,
         };
         let now = Instant::now();
@@ -79,10 +83,11 @@ impl Migration {
             }
             Step::Over(limit) => {
                 let (limit, step) = (limit.as_secs_f64(), self.phase.name());
-                Err(self.silent(format!(
-                    "nothing has moved for {limit} s while {step}; if its monitor needs longer, give a \
-                     longer --step-timeout"
-                )))
+                let hint = match self.phase {
+                    Phase::Comparing => "",
+                    _ => "; if its monitor needs longer, give a longer --step-timeout",
+                };
+                Err(self.silent(format!("nothing has moved for {limit} s while {step}{hint}")))
             }
         }
     }

@@ -115,7 +115,16 @@ impl<'a> Callers<'a> {
     }
 
     fn accept(&mut self) -> Result<()> {
-        match self.listener.accept()? {
+        let accepted = match self.listener.accept() {
+            // There is no room for one more.
+            Err(error) if !self.waiting.is_empty() => {
+                let oldest = self.waiting.remove(0);
+                self.drop_caller(&oldest, &error.to_string());
+                return Ok(());
+            }
+            accepted => accepted?,
+        };
+        match accepted {
             Ok((handoff, pid)) => {
                 if self.waiting.len() == CALLERS_MAX {
                     let oldest = self.waiting.remove(0);
