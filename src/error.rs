@@ -102,6 +102,17 @@ pub enum Error {
         what: String,
     },
 
+    /// A RAM file changed, or could not be read, while its pages were served.
+    #[error("RAM {name} ({path}) {what}")]
+    RamFailed {
+        /// The region's name.
+        name: String,
+        /// Its file, as the kernel names it now.
+        path: String,
+        /// What is wrong with it and, at the end, what to do.
+        what: String,
+    },
+
     /// This machine, or what this user may do on it, is not enough.
     #[error("{0}")]
     Environment(String),
@@ -184,6 +195,7 @@ impl Error {
             Error::Host(_) | Error::Preload(_) | Error::Unsupported(_) => FaultCode::HostFailed,
             Error::Interrupted(_) => FaultCode::Cancelled,
             Error::Ram { .. } => FaultCode::RegionMismatch,
+            Error::RamFailed { .. } => FaultCode::SourceMemory,
             _ => FaultCode::Other,
         };
         Fault { code, text: self.to_string() }

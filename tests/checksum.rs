@@ -5,6 +5,8 @@
 //! The guest is umem's own, which checks every word that it reads while its memory arrives, and all of it at
 //! the end. Without `--checksum` there is nothing to test: a bit that changes in a page is in the guest then.
 
+#[path = "checksum/changed.rs"]
+mod changed;
 mod support;
 
 use std::os::unix::fs::FileExt;
@@ -91,14 +93,25 @@ struct Still {
 
 impl Still {
     fn start() -> Still {
+        Still::start_checked(true)
+    }
+
+    fn start_checked(checked: bool) -> Still {
         let scratch = Scratch::new();
         let bytes: Vec<u8> = (0..8 << 20).map(|at: u32| (at / 4096 * 31 + at) as u8).collect();
         std::fs::write(scratch.ram("source"), bytes).unwrap();
+        Still::start_of(scratch, 8, checked)
+    }
+
+    /// For a source's file of so many MiB that is there already, or will be.
+    fn start_of(scratch: Scratch, mib: u64, checked: bool) -> Still {
+        let mib = mib.to_string();
         let ram = format!("ram0={}", scratch.ram("destination").display());
         let qmp = scratch.path("guest.qmp").display().to_string();
-        let mut arguments = vec!["incoming", "--json", "--checksum", "--ram", &ram];
+        let mut arguments = vec!["incoming", "--json", "--ram", &ram];
+        arguments.extend(checked.then_some("--checksum"));
         arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming", "--threads", "0"]);
-        arguments.extend(["--ram", &ram, "--size", "8", "--qmp", &qmp]);
+        arguments.extend(["--ram", &ram, "--size", &mib, "--qmp", &qmp]);
         let mut incoming = Umem::start(arguments);
         let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
         Still { scratch, incoming, uri }

@@ -154,9 +154,10 @@ impl From<&Error> for umem_status {
     fn from(error: &Error) -> umem_status {
         match error {
             Error::Usage(_) => umem_status::UMEM_ERR_USAGE,
-            Error::System { .. } | Error::Ring(_) | Error::Environment(_) => {
-                umem_status::UMEM_ERR_SYSTEM
-            }
+            Error::System { .. }
+            | Error::RamFailed { .. }
+            | Error::Ring(_)
+            | Error::Environment(_) => umem_status::UMEM_ERR_SYSTEM,
             Error::Protocol { .. } => umem_status::UMEM_ERR_PROTOCOL,
             Error::Peer { .. } | Error::Insecure { .. } => umem_status::UMEM_ERR_PEER,
             Error::Lost { .. } => umem_status::UMEM_ERR_LOST,

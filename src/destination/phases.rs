@@ -9,7 +9,7 @@ use umem_wire::{Event, Frame, transmit};
 
 use super::demand::Command;
 use super::side::GuestSide;
-use super::{Migration, Note, millis, peer};
+use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
 use crate::host::qemu::Qemu;
 use crate::host::thread::Answer;
@@ -71,7 +71,7 @@ impl Migration<'_> {
 
     pub(super) fn received(&mut self, event: Event, side: &mut GuestSide) -> Result<()> {
         if let Event::Error(fault) = event {
-            return Err(peer(fault));
+            return self.source_gives_up(fault);
         }
         self.step(Input::Received(&event))?;
         match event {

@@ -41,6 +41,7 @@ use super::piped::Piped;
 use crate::error::{Error, Result};
 use crate::lane::Lane;
 use crate::memory::claims::RunKind;
+use crate::memory::guarded::Gone;
 use crate::memory::sums;
 use failing::write;
 
@@ -366,11 +367,20 @@ impl LaneReader {
 
     /// On a checked lane: adds up the pages of a run that has come whole, and fails if they are not as they
     /// were sent.
-    fn verify(&mut self, sum: impl FnOnce(&mut Vec<u32>)) -> Result<()> {
+    fn verify(
+        &mut self,
+        sum: impl FnOnce(&mut Vec<u32>) -> std::result::Result<(), Gone>,
+    ) -> Result<()> {
         if !self.receiver.is_checked() {
             return Ok(());
         }
-        sum(&mut self.sums);
+        sum(&mut self.sums).map_err(|Gone| {
+            Error::Host(
+                "its RAM file has been truncated, or cannot be read any more: what has come of the guest's \
+                 memory is gone"
+                    .into(),
+            )
+        })?;
         let verified = self.receiver.verify(&self.sums);
         verified.map_err(|error| self.unreadable(&error))?;
         self.is_verified = true;

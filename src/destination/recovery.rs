@@ -27,12 +27,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use umem_wire::destination::{Input, Phase};
-use umem_wire::{Frame, LaneRole, Standing, transmit};
+use umem_wire::{Fault, FaultCode, Frame, LaneRole, Standing, transmit};
 
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
 use super::link::{Link, State};
-use super::{Migration, Note, millis};
+use super::{Migration, Note, millis, peer};
 use crate::error::{Error, Result};
 use crate::lane::{self, CAUSE_PATIENCE, Listener, lane_name};
 use crate::liveness::{Due, Step};
@@ -72,6 +72,21 @@ impl Migration<'_> {
             State::Up | State::Doubtful { .. } if is_demand => self.break_lanes(&error.to_string()),
             _ => Ok(()),
         }
+    }
+
+    /// The source gives up. Where that is for its files, it may come back once they have been put right.
+    pub(super) fn source_gives_up(&mut self, fault: Fault) -> Result<()> {
+        let may_come_back = fault.code == FaultCode::SourceMemory
+            && self.link.recovers
+            && self.phase.outlives_its_lanes()
+            && self.phase != Phase::Completing;
+        if !may_come_back {
+            return Err(peer(fault));
+        }
+        if self.link.is_down() {
+            return Ok(());
+        }
+        self.break_lanes(&format!("the source gave up: {}", fault.text))
     }
 
     /// Looks after new lanes and after what has become due.

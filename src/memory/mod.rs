@@ -4,12 +4,14 @@
 //! - [`pages`]: the destination's page states (Missing → Landing → Cached) and who waits
 //! - [`blocks`]: which parts of a region are complete and can leave the userfaultfd
 //! - [`kind`]: how the guest maps it: shared, private, anonymous
+//! - [`guarded`]: reads of mapped memory that may not be there any more
 //! - [`fragments`]: discarded parts of landing units that are larger than the guest's pages
 //! - [`acks`]: what the destination has of the source's pages, so that they may be freed
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
 //! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
 //! - [`words`]: state that outlives this process, where a session can be taken over
+//! - [`stamp`]: is a file still as it was
 //! - [`zero`]: is this page all zeroes
 
 pub(crate) mod acks;
@@ -17,10 +19,12 @@ pub(crate) mod blocks;
 pub(crate) mod claims;
 pub(crate) mod copy;
 pub(crate) mod fragments;
+pub(crate) mod guarded;
 pub(crate) mod kind;
 pub(crate) mod pages;
 pub(crate) mod region;
 pub(crate) mod sequences;
+pub(crate) mod stamp;
 pub(crate) mod sums;
 pub(crate) mod words;
 pub(crate) mod zero;

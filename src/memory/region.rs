@@ -3,14 +3,14 @@
 //! The bytes belong to a guest that may be writing them, so there is never a reference to them:
 //! only a pointer and a length, which go to the kernel ([`umem_ring::Span`]) or to raw reads.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::IoSlice;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, fstatfs, statfs};
@@ -18,6 +18,8 @@ use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 use umem_ring::{Fd, Span};
 
+use super::guarded::{self, Gone};
+use super::stamp::Stamp;
 use crate::error::{Context, Error, Result};
 
 /// A file mapping, unmapped when its last holder (an operation in flight included) is gone.
@@ -50,8 +52,12 @@ pub(crate) struct RamFile {
     pub(crate) on_hugetlb: bool,
     /// Its memory comes in huge pages: from hugetlbfs, or from a tmpfs that makes them.
     pub(crate) has_huge_pages: bool,
+    /// It is on tmpfs, as a memfd is, or hugetlbfs.
+    is_memory: bool,
     file: File,
     mapping: Arc<Mapping>,
+    /// What it was like when it was to change no more ([`fix`](RamFile::fix)).
+    stamp: OnceLock<Stamp>,
 }
 
 /// More than this is written to a file of small pages, and less copied in: a page that is waited for, of 4 KiB,
@@ -150,6 +156,7 @@ impl RamFile {
             name: self.name.clone(),
             file: self.file.try_clone().context(|| format!("RAM {}", self.name))?,
             mapping: self.mapping.clone(),
+            stamp: self.stamp.clone(),
             ..*self
         })
     }
@@ -171,7 +178,9 @@ impl RamFile {
     /// Maps the first `bytes` of it, or all.
     fn map(name: &str, file: File, bytes: Option<u64>, protection: ProtFlags) -> Result<RamFile> {
         let what = || format!("RAM {name}");
+        guarded::install();
         let metadata = file.metadata().context(what)?;
+        let is_memory = is_memory(&file).context(what)?;
         let on_hugetlb = fstatfs(&file).context(what)?.filesystem_type() == HUGETLBFS_MAGIC;
         let page_bytes = if on_hugetlb { metadata.blksize() } else { 4096 };
         // What lies behind the end of a file is nobody's.
@@ -197,8 +206,10 @@ impl RamFile {
             page_shift,
             on_hugetlb,
             has_huge_pages,
+            is_memory,
             file,
             mapping,
+            stamp: OnceLock::new(),
         })
     }
 
@@ -206,6 +217,72 @@ impl RamFile {
     pub(crate) fn identity(&self) -> Result<(u64, u64)> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         Ok((metadata.dev(), metadata.ino()))
+    }
+
+    /// From here on the file is not to change any more, and [`check`](RamFile::check) fails when it has. Of a guest's
+    /// file that is on a disk nothing is kept: what the guest has written before its stop may reach it later.
+    pub(crate) fn fix(&self, is_snapshot: bool) -> Result<()> {
+        if is_snapshot || self.is_memory {
+            let stamp = self.stamp_now()?;
+            self.stamp.get_or_init(|| stamp);
+        }
+        Ok(())
+    }
+
+    /// What it was like then.
+    pub(crate) fn stamp(&self) -> Option<Stamp> {
+        self.stamp.get().copied()
+    }
+
+    /// What it is like now.
+    pub(crate) fn stamp_now(&self) -> Result<Stamp> {
+        let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
+        Ok(Stamp::of(&metadata, self.is_memory))
+    }
+
+    /// Fails where the file has become shorter than the region: then what cannot be found in it is no hole.
+    pub(crate) fn check_length(&self) -> Result<()> {
+        let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
+        self.check_length_of(&metadata)
+    }
+
+    /// Fails, too, where the file is not as it was when it was fixed.
+    pub(crate) fn check(&self) -> Result<()> {
+        let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
+        self.check_length_of(&metadata)?;
+        let Some(before) = self.stamp.get() else { return Ok(()) };
+        match before.difference(&Stamp::of(&metadata, self.is_memory)) {
+            None => Ok(()),
+            Some(what) => Err(self.failed(&format!("has changed while it was served: {what}"))),
+        }
+    }
+
+    fn check_length_of(&self, metadata: &Metadata) -> Result<()> {
+        let (now, bytes) = (metadata.len(), self.bytes);
+        if now >= bytes {
+            return Ok(());
+        }
+        Err(self.failed(&format!(
+            "has been truncated while it was served: {now} of its {bytes} bytes are left"
+        )))
+    }
+
+    /// What of it cannot be read is not there: why.
+    pub(crate) fn gone(&self) -> Error {
+        let Err(error) = self.check() else {
+            return self.failed(
+                "cannot be read any more, though it is as long as before: its disk, its file system or this \
+                 machine's memory has an error (the kernel's log says which)",
+            );
+        };
+        error
+    }
+
+    fn failed(&self, what: &str) -> Error {
+        let number = self.file.as_raw_fd();
+        let path = std::fs::read_link(format!("/proc/self/fd/{number}"))
+            .map_or_else(|_| "its file".to_owned(), |path| path.display().to_string());
+        Error::RamFailed { name: self.name.clone(), path, what: what.to_owned() }
     }
 
     /// `len` bytes from `offset`, for the kernel to read or write.
@@ -223,17 +300,19 @@ impl RamFile {
 
     /// True when the page at `offset` reads as zeroes. It must not lie in a hole: reading a hole of
     /// a shared memory file through a mapping would allocate it.
-    pub(crate) fn page_is_zero(&self, offset: u64) -> bool {
+    pub(crate) fn page_is_zero(&self, offset: u64) -> Result<bool> {
         let len = 1u64 << self.page_shift;
         assert!(offset + len <= self.bytes);
         // SAFETY: one page inside our mapping, page aligned.
-        unsafe {
+        let is_zero = unsafe {
             let start = self.mapping.start.add(usize::try_from(offset).expect("64-bit Linux"));
-            super::zero::is_zero(start, usize::try_from(len).expect("64-bit Linux"))
-        }
+            guarded::is_zero(start, usize::try_from(len).expect("64-bit Linux"))
+        };
+        is_zero.map_err(|Gone| self.gone())
     }
 
-    /// Where the first data at or after `offset` begins; `None` when only a hole is left.
+    /// Where the first data at or after `offset` begins; `None` when only a hole is left, or the file has become
+    /// shorter than that, which the kernel does not tell apart: [`check_length`](RamFile::check_length) does.
     pub(crate) fn next_data(&self, offset: u64) -> Result<Option<u64>> {
         let offset = i64::try_from(offset).expect("file offsets fit");
         // SAFETY: lseek touches no memory; the file is open for as long as self lives.
@@ -243,15 +322,15 @@ impl RamFile {
         }
         match std::io::Error::last_os_error() {
             error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            source => Err(Error::System { what: format!("seeking in RAM {}", self.name), source }),
+            error => Err(self.failed(&format!("cannot be read: looking for its data: {error}"))),
         }
     }
 
     /// Maps a page that holds data, and with a huge page all that is mapped along with it.
-    pub(crate) fn map_in(&self, offset: u64) {
+    pub(crate) fn map_in(&self, offset: u64) -> Result<()> {
         let span = self.span(offset, 1);
-        // SAFETY: the byte lies inside our mapping; volatile, as it is the guest's and nobody wants its value.
-        let _ = unsafe { span.as_ptr().read_volatile() };
+        // SAFETY: the byte lies inside our mapping.
+        unsafe { guarded::touch(span.as_ptr()) }.map_err(|Gone| self.gone())
     }
 
     /// Which 4 KiB pages of a range are in memory: a byte for each, its lowest bit set if so, in place of
@@ -285,7 +364,10 @@ impl RamFile {
 
     /// Fills `bytes` from `offset` on, likewise.
     pub(crate) fn read_into(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_exact_at(bytes, offset).context(|| format!("reading RAM {}", self.name))
+        self.file.read_exact_at(bytes, offset).map_err(|error| {
+            let unread = || self.failed(&format!("cannot be read: {error}"));
+            self.check().err().unwrap_or_else(unread)
+        })
     }
 
     /// Puts bytes into the file. Where there is no memory for a page this is an error.

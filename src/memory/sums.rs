@@ -10,6 +10,7 @@ use umem_wire::checksum::{self, SUMMED_BYTES};
 use umem_wire::{PageRange, RegionId};
 
 use super::copy::copy_out_of_span;
+use super::guarded::Gone;
 
 /// log2 of what one sum is of.
 const SUMMED_SHIFT: u8 = 12;
@@ -22,19 +23,23 @@ pub(crate) fn of_slice(bytes: &[u8], sums: &mut Vec<u32>) {
 }
 
 /// The same for a piece of a mapping. Where somebody writes to it meanwhile a sum is of no moment's contents.
-pub(crate) fn of_span(span: &Span, sums: &mut Vec<u32>) {
+pub(crate) fn of_span(span: &Span, sums: &mut Vec<u32>) -> Result<(), Gone> {
     sums.clear();
     let mut page = [0; SUMMED_BYTES];
-    sums.extend((0..span.len()).step_by(SUMMED_BYTES).map(|offset| {
-        copy_out_of_span(span, offset, &mut page);
-        checksum::page_sum(&page)
-    }));
+    for offset in (0..span.len()).step_by(SUMMED_BYTES) {
+        copy_out_of_span(span, offset, &mut page)?;
+        sums.push(checksum::page_sum(&page));
+    }
+    Ok(())
 }
 
 /// The same for what is sent or has been received, one buffer or one piece of a mapping.
-pub(crate) fn of_memory(memory: &Memory, sums: &mut Vec<u32>) {
+pub(crate) fn of_memory(memory: &Memory, sums: &mut Vec<u32>) -> Result<(), Gone> {
     match memory {
-        Memory::Bytes(bytes) => of_slice(bytes.as_slice(), sums),
+        Memory::Bytes(bytes) => {
+            of_slice(bytes.as_slice(), sums);
+            Ok(())
+        }
         Memory::Span(span) => of_span(span, sums),
         Memory::Pieces(_) => unreachable!("a run is one piece of memory"),
     }
@@ -117,7 +122,7 @@ mod tests {
         let span = unsafe { Span::new(start, bytes.len(), owner) };
         let (mut here, mut there) = (vec![7], Vec::new());
         of_slice(&bytes, &mut here);
-        of_memory(&Memory::from(span), &mut there);
+        of_memory(&Memory::from(span), &mut there).unwrap();
         assert_eq!((here.len(), &here), (3, &there));
         assert_eq!(here[1], checksum::page_sum(&bytes[4096..8192]));
     }

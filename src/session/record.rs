@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use umem_wire::Totals;
 
 use crate::error::{Context, Result};
+use crate::memory::stamp::Stamp;
 use crate::secure::Security;
 
 /// Of the records below. A umem that takes over has to know it.
@@ -78,6 +79,9 @@ pub(crate) struct RamRecord {
     pub(crate) inode: u64,
     /// log2 of the landing unit's size; 0 while the destination has not named it.
     pub(crate) unit_shift: u8,
+    /// What it was like when the guest had stopped, where it was to change no more.
+    #[serde(default)]
+    pub(crate) stamp: Option<Stamp>,
 }
 
 /// What a source has to know to go on.
@@ -108,6 +112,9 @@ pub(crate) struct SourceRecord {
     pub(crate) switched_at: u64,
     /// Bytes that the RAM files held at the switchover, where they are freed.
     pub(crate) allocated_bytes: u64,
+    /// A RAM file was found changed, and it was said so: whoever resumes the session then has put it right.
+    #[serde(default)]
+    pub(crate) file_failed: bool,
 }
 
 /// How far a destination had come.

@@ -7,6 +7,7 @@ use umem_wire::HEADER_BYTES;
 use super::bulk::BATCH_RUNS;
 use super::pace::BATCH_BYTES_MIN;
 use crate::memory::copy::copy_out;
+use crate::memory::guarded::Gone;
 use crate::secure::{Channel, Outgoing};
 
 /// The headers that usually stand before a piece of pages.
@@ -64,6 +65,14 @@ impl Storage {
     }
 }
 
+/// Why a run cannot leave.
+pub(super) enum Unfit {
+    /// What TLS says.
+    Secured(String),
+    /// Its pages cannot be read.
+    Gone,
+}
+
 /// Runs that leave as one send.
 pub(super) enum Batch {
     /// Headers that have no pages behind them yet wait for the next piece.
@@ -75,14 +84,15 @@ pub(super) enum Batch {
 }
 
 impl Batch {
-    /// Adds a run. An error says why TLS cannot go on.
+    /// Adds a run. An error says why TLS cannot go on, or that the pages are not there any more; nothing of the
+    /// batch may leave then.
     pub(super) fn add(
         &mut self,
         storage: &mut Storage,
         channel: &mut Channel,
         header: &[u8],
         pages: Option<Memory>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unfit> {
         match (self, pages) {
             (Batch::Clear { headers, .. }, None) => headers.extend_from_slice(header),
             (Batch::Clear { pieces, headers }, Some(pages)) => {
@@ -91,10 +101,15 @@ impl Batch {
                 pieces.push(pages);
             }
             (Batch::Secured(out), pages) => {
-                channel.append(out, header)?;
+                channel.append(out, header).map_err(Unfit::Secured)?;
                 if let Some(pages) = pages {
-                    let copy = |offset, room: &mut [u8]| copy_out(&pages, offset, room);
-                    channel.append_with(out, pages.len(), copy)?;
+                    let mut copied = Ok(());
+                    let copy = |offset, room: &mut [u8]| {
+                        copied = copied.and_then(|()| copy_out(&pages, offset, room));
+                    };
+                    let appended = channel.append_with(out, pages.len(), copy);
+                    copied.map_err(|Gone| Unfit::Gone)?;
+                    appended.map_err(Unfit::Secured)?;
                 }
             }
         }

@@ -14,7 +14,7 @@ use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, W
 use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 
 use super::Note;
-use super::batch::Storage;
+use super::batch::{Storage, Unfit};
 use super::memory::{SourceMemory, Walk};
 use super::outlet::{Left, Outlet, Stuck};
 use super::pace::Pace;
@@ -244,6 +244,7 @@ impl BulkThread {
                 self.submit(ring, Op::SendVectored { fd, pieces, zero_copy: false, more: false })?;
             }
             Err(Stuck::Failed(errno)) => {
+                self.memory.why_unsent(self.sending.as_deref().unwrap_or_default(), None)?;
                 return Err(self.lost(format!("sending: {}", errno.desc())));
             }
         }
@@ -297,9 +298,13 @@ impl BulkThread {
                 bytes += self.memory.bytes(run.range);
             }
             let added = batch.add(&mut self.storage, &mut self.channel, &header, pages);
-            added.map_err(|what| self.lost(what))?;
+            added.map_err(|unfit| match unfit {
+                Unfit::Secured(what) => self.lost(what),
+                Unfit::Gone => self.memory.region(run.range.region).ram.gone(),
+            })?;
             sending.push(*run);
         }
+        self.memory.check_runs(&sending)?;
         self.memory.bandwidth.sent(bytes);
         self.runs.drain(..sending.len());
         self.sending = Some(sending);
@@ -355,6 +360,8 @@ impl BulkThread {
                 self.runs.splice(..0, self.sending.take().unwrap_or_default());
             }
             other => {
+                let errno = super::errno_of(&other);
+                self.memory.why_unsent(self.sending.as_deref().unwrap_or_default(), errno)?;
                 return Err(self.lost(format!("sending: {}", super::outcome_text(other))));
             }
         }

@@ -403,10 +403,13 @@ impl DemandThread {
             bytes = runs.iter().map(|run| memory.data_bytes(run)).sum();
         }
         let counters = &memory.counters;
-        for run in runs.drain(..) {
-            let (header, pages) = memory.pieces(&run, &mut self.sealer)?;
+        for run in &*runs {
+            let (header, pages) = memory.pieces(run, &mut self.sealer)?;
             pieces.push(Memory::from(header.to_vec()));
             pieces.extend(pages);
+        }
+        memory.check_runs(runs)?;
+        for run in runs.drain(..) {
             memory.count(&run, false);
             Counters::add(&counters.pages_background, run.range.pages);
         }
@@ -421,6 +424,7 @@ impl DemandThread {
 
     fn sent(&mut self, completion: Completion) -> Result<()> {
         let Outcome::Done(_) = completion.outcome else {
+            self.memory.check_files(false)?;
             return Err(Error::Lost {
                 side: "destination",
                 lane: self.name.clone(),

@@ -17,6 +17,7 @@ use super::Note;
 use super::memory::{Holes, SourceMemory};
 use crate::error::{Context, Result};
 use crate::inbox::Post;
+use crate::memory::guarded::Gone;
 use crate::memory::region::RamFile;
 use crate::memory::sums::{self, RegionDigest};
 
@@ -59,6 +60,11 @@ impl Digesting {
 
     pub(super) fn ours(&self) -> Option<&Vec<u64>> {
         self.ours.as_ref()
+    }
+
+    /// Both sides have said what they have, or are about to.
+    pub(super) fn are_compared(&self) -> bool {
+        self.ours.is_some() && self.theirs.is_some()
     }
 
     /// For the report.
@@ -129,7 +135,7 @@ pub(super) fn of_part(ram: &RamFile, offset: u64, len: u64) -> Result<u64> {
         if holes.covers(ram, page)? {
             continue;
         }
-        sums::of_span(&ram.span(page, page_bytes), &mut sums);
+        sums::of_span(&ram.span(page, page_bytes), &mut sums).map_err(|Gone| ram.gone())?;
         digest = digest.wrapping_add(checksum::digest(page / SUMMED_BYTES as u64, &sums));
     }
     Ok(digest)

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::Instant;
 
 use umem_ring::Waker;
+use umem_wire::source::Phase;
 use umem_wire::{Frame, PageSize, Totals};
 
 use super::demand::Command;
@@ -21,6 +22,8 @@ impl Migration {
     /// is compared.
     pub(super) fn completed(&mut self) -> Result<()> {
         if self.digesting.is_done() {
+            // Before it is said that the destination has what was here.
+            self.memory.check_files(self.digesting.are_compared())?;
             self.send(&Frame::Complete(self.memory.counters.totals()));
             return Ok(());
         }
@@ -29,12 +32,17 @@ impl Migration {
         digest::begin(self.memory.clone(), self.inbox.post())
     }
 
-    /// It is known now. That it cannot be changes nothing for the guest, which has moved.
+    /// It is known now. That it cannot be changes nothing for the guest, which has moved, unless it is for the
+    /// files, which may have failed before, too.
     pub(super) fn digested(&mut self, outcome: Result<digest::Outcome>) -> Result<()> {
-        let outcome = outcome.unwrap_or_else(|error| {
-            self.output.remark(&format!("the memory of both sides is not compared: {error}"));
-            None
-        });
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error @ Error::RamFailed { .. }) => return Err(error),
+            Err(error) => {
+                self.output.remark(&format!("the memory of both sides is not compared: {error}"));
+                None
+            }
+        };
         self.digesting.known(outcome);
         if let Some(digests) = self.digesting.ours() {
             self.send(&Frame::Digests(digests.clone()));
@@ -63,8 +71,10 @@ impl Migration {
     /// After a failure: resumes the guest where that is still right, and says how things stand.
     pub(super) fn give_up(self, error: Error) -> Error {
         if !self.phase.may_run() {
-            if matches!(error, Error::Peer { .. }) {
-                // The destination has ended it: nothing could go on.
+            let is_served = matches!(self.phase, Phase::Completed(_))
+                && matches!(error, Error::RamFailed { .. });
+            if matches!(error, Error::Peer { .. }) || is_served {
+                // The destination has ended it, or has every page: nothing could go on.
                 self.forget_session();
             }
             return match error {
@@ -76,6 +86,10 @@ impl Migration {
                          again, and keep its RAM file"
                     ),
                 },
+                Error::RamFailed { name, path, what } => {
+                    let what = format!("{what}; {}", self.what_a_failed_file_means());
+                    Error::RamFailed { name, path, what }
+                }
                 other => other,
             };
         }
@@ -100,6 +114,30 @@ impl Migration {
                 Err(inbox) => return inbox,
             }
         }
+    }
+
+    /// A RAM file has failed after the switchover: what that means, and what to do.
+    fn what_a_failed_file_means(&self) -> String {
+        if matches!(self.phase, Phase::Completed(_)) {
+            return "the destination has every page, and whether all of them are right is not known: stop its \
+                    guest, and start it again from something older than this, unless the change is known to \
+                    have come last"
+                .into();
+        }
+        let how = match (self.how_to_resume(), &self.link.keeper) {
+            (Some(how), Some(keeper)) => {
+                // So that whoever resumes it need not show that the file is as it was.
+                let _ = keeper.edit(|record| record.file_failed = true);
+                format!(
+                    "write what it held back into the same file, of the same length, then {how} goes on"
+                )
+            }
+            _ => "this session cannot go on".into(),
+        };
+        format!(
+            "the guest runs at the destination and waits for pages that were only here: do not start it here \
+             again; {how}"
+        )
     }
 
     /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if

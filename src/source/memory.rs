@@ -24,6 +24,7 @@ use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
 use crate::memory::acks::{Acks, NotSent};
 use crate::memory::claims::{Claims, Pivot, Run, RunKind};
+use crate::memory::guarded::Gone;
 use crate::memory::region::RamFile;
 use crate::memory::sequences::Sequences;
 use crate::memory::sums::Digests;
@@ -203,6 +204,7 @@ impl SourceMemory {
             holes.look_at(&region.ram, offset, unit)?;
             let run = Run { kind: holes.kind(&region.ram, offset, unit)?, range: page };
             let (header, pages) = self.pieces(&run, sealer)?;
+            region.ram.check()?;
             answer.extend_from_slice(&header);
             return Ok((run, pages));
         }
@@ -211,6 +213,8 @@ impl SourceMemory {
         let contents = start + HEADER_BYTES;
         answer.resize(contents + usize::try_from(unit).expect("64-bit Linux"), 0);
         region.ram.read_into(&mut answer[contents..], offset)?;
+        // What has been read is the guest's only if the file was still whole then.
+        region.ram.check()?;
         if !zero::slice_is_zero(&answer[contents..]) {
             let header = sealer.page(page, &answer[contents..]);
             answer[start..contents].copy_from_slice(&header);
@@ -224,7 +228,8 @@ impl SourceMemory {
             RunKind::Data | RunKind::Zero => RunKind::Zero,
         };
         let run = Run { kind, range: page };
-        answer.extend_from_slice(&sealer.run(&run, None));
+        let header = sealer.run(&run, None).map_err(|Gone| region.ram.gone())?;
+        answer.extend_from_slice(&header);
         Ok((run, None))
     }
 
@@ -316,7 +321,50 @@ impl SourceMemory {
             RunKind::Data => Some(self.contents(run.range)?),
             RunKind::Zero | RunKind::Hole => None,
         };
-        Ok((sealer.run(run, contents.as_ref()), contents))
+        let header = sealer.run(run, contents.as_ref());
+        Ok((header.map_err(|Gone| self.region(run.range.region).ram.gone())?, contents))
+    }
+
+    /// The guest has stopped, or there is none and these are snapshots: from here on the files change no more,
+    /// but for what is freed here.
+    pub(crate) fn fix(&self, are_snapshots: bool) -> Result<()> {
+        match self.releases {
+            true => Ok(()),
+            false => self.regions.iter().try_for_each(|region| region.ram.fix(are_snapshots)),
+        }
+    }
+
+    /// Fails where a file of these runs, which are about to leave, is not as it was: what was looked for in it
+    /// may not have been there any more.
+    pub(crate) fn check_runs(&self, runs: &[Run]) -> Result<()> {
+        let mut last = None;
+        for run in runs {
+            let region = run.range.region;
+            if last.replace(region) != Some(region) {
+                self.region(region).ram.check()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails where any file is not as it was. With `sums` its contents have been compared, which says more than
+    /// when it was modified: only its length counts then.
+    pub(crate) fn check_files(&self, sums: bool) -> Result<()> {
+        self.regions.iter().try_for_each(|region| match sums {
+            true => region.ram.check_length(),
+            false => region.ram.check(),
+        })
+    }
+
+    /// A send that came to nothing: where that is for the memory and not for the connection, why.
+    pub(crate) fn why_unsent(&self, runs: &[Run], errno: Option<i32>) -> Result<()> {
+        self.check_files(false)?;
+        match runs.first() {
+            Some(run) if errno == Some(libc::EFAULT) => {
+                Err(self.region(run.range.region).ram.gone())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// From here on these pages may be acknowledged.
@@ -426,7 +474,7 @@ mod tests {
             let (run, contents) =
                 memory.answer(range, &mut answer, &mut holes, &mut sealer).unwrap();
             assert_eq!(run.range, range);
-            assert_eq!(answer[3..3 + HEADER_BYTES], Sealer::new(false).run(&run, None));
+            assert_eq!(answer[3..3 + HEADER_BYTES], Sealer::new(false).run(&run, None).unwrap());
             let bytes = answer.len() - 3 - HEADER_BYTES + contents.map_or(0, |pages| pages.len());
             assert_eq!(bytes, if run.kind == RunKind::Data { unit } else { 0 });
             run.kind

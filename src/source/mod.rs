@@ -226,6 +226,9 @@ fn migrate(
     let Guest { mut host, ram, files } = guest(options, &output)?;
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
     let memory = Arc::new(memory.checked(options.checksum));
+    if options.qmp.is_none() {
+        memory.fix(true)?;
+    }
     let (lanes, mut link) = dial(options, socket, pass, &inbox)?;
     link.keeper = takeover::keep(options, &link, &ram, &memory, &output)?;
     if let Some(keeper) = link.keeper.clone() {
@@ -332,6 +335,13 @@ fn outcome_text(outcome: Outcome) -> String {
         Outcome::Done(_) | Outcome::Short { .. } => "the destination closed it".into(),
         Outcome::Failed(errno) => errno.to_string(),
         other => format!("{other:?}"),
+    }
+}
+
+fn errno_of(outcome: &Outcome) -> Option<i32> {
+    match outcome {
+        Outcome::Failed(errno) => Some(errno.raw()),
+        _ => None,
     }
 }
 

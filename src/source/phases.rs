@@ -70,6 +70,7 @@ impl Migration {
     pub(super) fn stopped(&mut self) -> Result<()> {
         let (postcopy, background) = (self.postcopy, self.background);
         self.step(Input::GuestStopped { postcopy, background })?;
+        self.memory.fix(false)?;
         self.memory.stopped.store(true, Release);
         let session = self.link.keeper.as_ref().map(Keeper::session);
         self.output.event("stopped", json!({ "postcopy": postcopy, "session": session }), "");

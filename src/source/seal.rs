@@ -4,6 +4,7 @@ use umem_ring::Memory;
 use umem_wire::{HEADER_BYTES, PageRange, Seal, transmit};
 
 use crate::memory::claims::{Run, RunKind};
+use crate::memory::guarded::Gone;
 use crate::memory::sums;
 
 /// One lane's way to the destination: every frame passes here once, in the order in which they leave.
@@ -38,7 +39,11 @@ impl Sealer {
     ///
     /// They are read here for their sums, just before the kernel reads them, so that it finds them in the
     /// processor's cache.
-    pub(crate) fn run(&mut self, run: &Run, contents: Option<&Memory>) -> [u8; HEADER_BYTES] {
+    pub(crate) fn run(
+        &mut self,
+        run: &Run,
+        contents: Option<&Memory>,
+    ) -> Result<[u8; HEADER_BYTES], Gone> {
         let mut header = match run.kind {
             RunKind::Data => transmit::data_header(run.range),
             RunKind::Zero => transmit::zero_header(run.range),
@@ -47,13 +52,13 @@ impl Sealer {
         if self.seal.is_on() {
             match contents {
                 Some(contents) => {
-                    sums::of_memory(contents, &mut self.sums);
+                    sums::of_memory(contents, &mut self.sums)?;
                     self.seal.data(&mut header, &self.sums);
                 }
                 None => self.seal.frames(&mut header),
             }
         }
-        header
+        Ok(header)
     }
 
     /// The header of a page that is sent from a buffer of ours.

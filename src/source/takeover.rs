@@ -207,7 +207,15 @@ impl Taken {
         let observer = Observer::start(&resume.observe, Role::Source, limit, &output)?;
         let files = record.ram.iter().map(|ram| open_again(ram, releases));
         let files = files.collect::<Result<Vec<_>>>()?;
+        check_stamps(&keeper, &record, &files)?;
         let memory = SourceMemory::new(files, releases).limited(bandwidth);
+        memory.fix(record.qmp.is_none())?;
+        keeper.edit(|record| {
+            record.file_failed = false;
+            for (ram, region) in record.ram.iter_mut().zip(&memory.regions) {
+                ram.stamp = region.ram.stamp();
+            }
+        })?;
         let memory = memory.checked(session.capabilities.contains(Capabilities::CHECKSUM));
         // What has been freed was summed by the process before.
         memory.digest_is_lost.store(releases, Relaxed);
@@ -273,6 +281,32 @@ fn open_again(ram: &RamRecord, releases: bool) -> Result<RamFile> {
     })
 }
 
+/// Refuses files that have changed since the guest left, once: whoever resumes the session after that has put
+/// them right.
+fn check_stamps(
+    keeper: &Keeper<SourceRecord>,
+    record: &SourceRecord,
+    files: &[RamFile],
+) -> Result<()> {
+    if record.file_failed {
+        return Ok(());
+    }
+    for (ram, file) in record.ram.iter().zip(files) {
+        let now = file.stamp_now()?;
+        let Some(what) = ram.stamp.and_then(|before| before.difference(&now)) else { continue };
+        keeper.edit(|record| record.file_failed = true)?;
+        return Err(Error::Ram {
+            name: ram.name.clone(),
+            path: ram.path.clone(),
+            what: format!(
+                "has changed since its guest left: {what}; write what it held back into the same file, if it \
+                 is not there, then resume once more"
+            ),
+        });
+    }
+    Ok(())
+}
+
 /// What may be gone of a region here is known to whoever takes over.
 fn keep_freed(keeper: &Keeper<SourceRecord>, id: RegionId, words: u64) -> Result<Option<Words>> {
     Words::in_file(&keeper.file(&format!("freed.{}", id.0)), words).map(Some)
@@ -302,6 +336,7 @@ pub(super) fn keep(
             device,
             inode,
             unit_shift: 0,
+            stamp: None,
         })
     });
     let record = SourceRecord {
@@ -323,6 +358,7 @@ pub(super) fn keep(
         stopped_at: 0,
         switched_at: 0,
         allocated_bytes: 0,
+        file_failed: false,
     };
     Keeper::new(&directory, link.session.id, Role::Source, record).map(Some)
 }
@@ -354,6 +390,7 @@ impl Migration {
             record.max_postcopy_bandwidth = self.memory.bandwidth.limit();
             for (ram, region) in record.ram.iter_mut().zip(&self.memory.regions) {
                 ram.unit_shift = region.unit().shift();
+                ram.stamp = region.ram.stamp();
             }
         })
     }

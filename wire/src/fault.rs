@@ -57,11 +57,14 @@ pub enum FaultCode {
     Cancelled = 7,
     /// Wrong version, secret or session: this peer is not wanted.
     Refused = 8,
+    /// What the source has of the guest's memory changed, or cannot be read. It may be mended: a destination
+    /// whose guest may run waits for the source to come back, as after a lost connection.
+    SourceMemory = 9,
 }
 
 impl FaultCode {
     /// Every code, in order of its number.
-    pub const ALL: [FaultCode; 8] = [
+    pub const ALL: [FaultCode; 9] = [
         FaultCode::Other,
         FaultCode::Protocol,
         FaultCode::RegionMismatch,
@@ -70,6 +73,7 @@ impl FaultCode {
         FaultCode::HostFailed,
         FaultCode::Cancelled,
         FaultCode::Refused,
+        FaultCode::SourceMemory,
     ];
 
     /// The number on the wire.
@@ -99,6 +103,7 @@ impl fmt::Display for FaultCode {
             FaultCode::HostFailed => "guest failed",
             FaultCode::Cancelled => "cancelled",
             FaultCode::Refused => "refused",
+            FaultCode::SourceMemory => "the source's memory failed",
         })
     }
 }

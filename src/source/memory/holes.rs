@@ -33,7 +33,7 @@ impl Holes {
         if ram.has_huge_pages
             && let Some(data) = ram.next_data(start)?.filter(|&data| data < start + len)
         {
-            ram.map_in(data);
+            ram.map_in(data)?;
         }
         ram.resident(start, len, &mut self.resident)
     }
@@ -46,7 +46,7 @@ impl Holes {
             if self.covers(ram, page)? {
                 continue;
             }
-            if !ram.page_is_zero(page) {
+            if !ram.page_is_zero(page)? {
                 return Ok(RunKind::Data);
             }
             kind = RunKind::Zero;
@@ -65,6 +65,8 @@ impl Holes {
         }
         self.until =
             ram.next_data(offset)?.unwrap_or(ram.bytes) >> ram.page_shift << ram.page_shift;
+        // Behind the end of a file that has been truncated there is no data either, and no hole.
+        ram.check_length()?;
         Ok(offset < self.until)
     }
 }
