@@ -1,6 +1,8 @@
 //! What is left over when umems are killed: sources that nobody has told, guests that do not answer, files
 //! that nobody needs. And the same lanes, secured.
 
+#[path = "takeover/claims.rs"]
+mod claims;
 mod support;
 
 use nix::sys::signal::{Signal, kill};

@@ -8,6 +8,7 @@ use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Frame, transmit};
 
 use super::demand::Command;
+use super::guest::GuestRegion;
 use super::side::GuestSide;
 use super::{Migration, Note, millis};
 use crate::error::{Error, Result};
@@ -157,6 +158,7 @@ impl Migration<'_> {
             return Ok(());
         }
         self.guest.unregister_all()?;
+        self.guest.regions.iter().for_each(GuestRegion::end_move);
         self.keep_complete();
         self.step(Input::AllCached)?;
         let _ = self.commands.send(Command::Send(self.completion()));

@@ -17,6 +17,7 @@ use crate::host::qemu::{self, HOW_TO_START, Qemu};
 use crate::host::qmp::Qmp;
 use crate::host::{DestinationHost, command::is_qemu};
 use crate::inbox::{Inbox, Wake};
+use crate::memory::claim::{self, User};
 use crate::memory::kind::Kind;
 use crate::report::Output;
 
@@ -87,6 +88,10 @@ impl Expected<'_> {
             None => ram_files(options, program, arguments)?,
             Some(_) => Vec::new(),
         };
+        for RamPath { name, path } in &ram {
+            claim::check_path(name, path, User::Destination)?;
+            claim::check_unused(name, path)?;
+        }
         let start = Start {
             command: &options.command,
             ram: &ram,

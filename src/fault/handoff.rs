@@ -416,6 +416,7 @@ fn explain(error: &ErrorMessage) -> Error {
             "RAM {name}: its file holds data already ({text}): it belongs to another guest or is \
              left from an earlier one; name a new file, or remove it if nobody uses it"
         ),
+        "ram-locked" => format!("RAM {name}: {text}: name another file"),
         _ => format!("RAM {name}: {text} ({code})"),
     })
 }

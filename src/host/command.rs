@@ -126,9 +126,8 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
             raw.iter().try_for_each(|&fd| inherit(fd))
         });
     }
-    let created: Vec<PathBuf> =
-        start.ram.iter().filter(|ram| !ram.path.exists()).map(|ram| ram.path.clone()).collect();
-    created.iter().for_each(|path| make_private(path));
+    let paths = start.ram.iter().map(|ram| ram.path.clone());
+    let created: Vec<PathBuf> = paths.filter(|path| make_private(path)).collect();
     let child = command.spawn().map_err(|error| {
         remove(&created);
         let program = program.to_owned();
@@ -291,9 +290,9 @@ impl Drop for Monitor {
 }
 
 /// Makes a RAM file that is its owner's alone, before COMMAND opens it: a QEMU would make one that
-/// everybody may read. Where it cannot be made COMMAND says why.
-fn make_private(path: &Path) {
-    let _ = File::options().write(true).create_new(true).mode(0o600).open(path);
+/// everybody may read. False if there is one, which is somebody's; where it cannot be made COMMAND says why.
+fn make_private(path: &Path) -> bool {
+    File::options().write(true).create_new(true).mode(0o600).open(path).is_ok()
 }
 
 fn remove(files: &[PathBuf]) {

@@ -7,6 +7,7 @@
 //! - [`guarded`]: reads of mapped memory that may not be there any more
 //! - [`fragments`]: discarded parts of landing units that are larger than the guest's pages
 //! - [`acks`]: what the destination has of the source's pages, so that they may be freed
+//! - [`claim`]: whose a RAM file is, and who moves it
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
 //! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
@@ -16,6 +17,7 @@
 
 pub(crate) mod acks;
 pub(crate) mod blocks;
+pub(crate) mod claim;
 pub(crate) mod claims;
 pub(crate) mod copy;
 pub(crate) mod fragments;

@@ -18,6 +18,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 use umem_ring::{Fd, Span};
 
+use super::claim;
 use super::guarded::{self, Gone};
 use super::stamp::Stamp;
 use crate::error::{Context, Error, Result};
@@ -217,6 +218,21 @@ impl RamFile {
     pub(crate) fn identity(&self) -> Result<(u64, u64)> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         Ok((metadata.dev(), metadata.ino()))
+    }
+
+    /// Takes the file for the migration that sends it; no other one may have it.
+    pub(crate) fn claim_for_source(&self, after_a_dead: bool) -> Result<()> {
+        claim::take_for_source(&self.name, self.file.as_fd(), after_a_dead)
+    }
+
+    /// Takes the file for the guest that has its memory there, and the migration that brings it.
+    pub(crate) fn claim_for_guest(&self) -> Result<()> {
+        claim::take_for_guest(&self.name, self.file.as_fd())
+    }
+
+    /// All of the guest has come: it may be moved on.
+    pub(crate) fn end_move(&self) {
+        claim::end_move(self.file.as_fd());
     }
 
     /// From here on the file is not to change any more, and [`check`](RamFile::check) fails when it has. Of a guest's

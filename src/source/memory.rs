@@ -325,6 +325,23 @@ impl SourceMemory {
         Ok((header.map_err(|Gone| self.region(run.range.region).ram.gone())?, contents))
     }
 
+    /// Takes the files for this migration: none of them may be another one's, or here twice.
+    pub(crate) fn claim(&self, after_a_dead: bool) -> Result<()> {
+        for (index, region) in self.regions.iter().enumerate() {
+            let identity = region.ram.identity()?;
+            for other in &self.regions[..index] {
+                if other.ram.identity()? == identity {
+                    return Err(Error::Usage(format!(
+                        "RAM {} and RAM {} are one and the same file: each region has one of its own",
+                        other.ram.name, region.ram.name
+                    )));
+                }
+            }
+            region.ram.claim_for_source(after_a_dead)?;
+        }
+        Ok(())
+    }
+
     /// The guest has stopped, or there is none and these are snapshots: from here on the files change no more,
     /// but for what is freed here.
     pub(crate) fn fix(&self, are_snapshots: bool) -> Result<()> {

@@ -49,6 +49,7 @@ use crate::idle::{Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
 use crate::liveness::Steps;
+use crate::memory::claim;
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{LinkOrder, Role, Watch};
@@ -226,6 +227,7 @@ fn migrate(
     let Guest { mut host, ram, files } = guest(options, &output)?;
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
     let memory = Arc::new(memory.checked(options.checksum));
+    memory.claim(false)?;
     if options.qmp.is_none() {
         memory.fix(true)?;
     }
@@ -279,6 +281,9 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
                  NAME=PATH"
                     .into(),
             ));
+        }
+        for RamPath { name, path } in &options.ram {
+            claim::check_path(name, path, claim::User::Source)?;
         }
         let open = |ram: &RamPath| RamFile::open_source(&ram.name, &ram.path, options.release_ram);
         let files = options.ram.iter().map(open).collect::<Result<_>>()?;

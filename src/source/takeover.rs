@@ -209,6 +209,7 @@ impl Taken {
         let files = files.collect::<Result<Vec<_>>>()?;
         check_stamps(&keeper, &record, &files)?;
         let memory = SourceMemory::new(files, releases).limited(bandwidth);
+        memory.claim(true)?;
         memory.fix(record.qmp.is_none())?;
         keeper.edit(|record| {
             record.file_failed = false;

@@ -82,6 +82,11 @@ impl GuestRegion {
         self.file.as_ref().expect("anonymous memory lands in buffers")
     }
 
+    /// All of it has come: its guest may be moved on.
+    pub(crate) fn end_move(&self) {
+        self.file.iter().for_each(RamFile::end_move);
+    }
+
     /// Pages of this region come into place by way of a buffer, whatever lane brings them.
     pub(crate) fn is_copied(&self) -> bool {
         self.kind == Kind::Anonymous

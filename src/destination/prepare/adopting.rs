@@ -114,7 +114,10 @@ impl Found {
             }
             bytes += piece.bytes;
             if let (None, Some(opened)) = (&file, piece.file) {
-                file = Some(RamFile::from_handoff(&name, opened)?);
+                let opened = RamFile::from_handoff(&name, opened)?;
+                // The preload object has it already: then it still has it, and nobody else.
+                opened.claim_for_guest()?;
+                file = Some(opened);
             }
             let Handed { address, bytes, offset, uffd, .. } =
                 Handed { name: None, file: None, ..piece };

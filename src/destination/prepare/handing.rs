@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
 use crate::host::command::{Monitor, RamPath};
 use crate::inbox::{Inbox, Wake};
+use crate::memory::claim::{self, User};
 
 /// A monitor maps its RAM within a second of its start; a machine under load gets this long.
 pub(super) const HANDOFF_TIMEOUT: Duration = Duration::from_secs(60);
@@ -260,6 +261,11 @@ pub(super) fn take_over(
                     all_keep_sessions &= keeps_sessions;
                     for piece in pieces {
                         let name = piece.name.as_deref().unwrap_or_default();
+                        // Whoever may have put another one in its place meanwhile.
+                        let path = ram.iter().find(|ram| ram.name == name).map(|ram| &ram.path);
+                        if let (Some(path), Some(file)) = (path, &piece.file) {
+                            claim::check_file(name, path, file, User::Destination)?;
+                        }
                         if missing.remove(name).is_some() {
                             handed.push(piece);
                         }

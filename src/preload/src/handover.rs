@@ -31,6 +31,8 @@ struct Held {
     message: String,
     uffd: OwnedFd,
     file: OwnedFd,
+    /// The program's own descriptor of the file.
+    number: c_int,
 }
 
 /// Maps a RAM file in the caller's stead. Returns what `mmap` returns, with errno set.
@@ -179,6 +181,7 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
 pub(crate) fn release() -> usize {
     let released = std::mem::take(&mut *held());
     for held in &released {
+        sys::unlock_move(held.file.as_raw_fd());
         if !held.wants_dont_fork {
             advise_fork(held.address, held.length, sys::MADV_DOFORK);
         }
@@ -186,7 +189,17 @@ pub(crate) fn release() -> usize {
             whole::map(held.address, held.length, &held.file, held.offset);
         }
     }
-    released.len()
+    let count = released.len();
+    // Where the program has closed its own descriptor since, ours keeps the file locked for as long as it lives.
+    let is_theirs = |held: &Held| identity_of(held.number) == identity_of(held.file.as_raw_fd());
+    released.into_iter().filter(|held| !is_theirs(held)).for_each(|held| {
+        std::mem::forget(held.file);
+    });
+    count
+}
+
+fn identity_of(descriptor: c_int) -> Option<(u64, u64)> {
+    metadata(descriptor).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Hands everything that is not released over once more, to a umem that takes over. Fails with an errno.
@@ -223,6 +236,14 @@ fn check_before(ram: &RamFile, kind: Kind, flags: c_int, descriptor: c_int) -> R
             sys::EBUSY,
             "the RAM file is mapped a second time: give each memory backend a mem-path of its own",
         ));
+    }
+    // Held from here on by the description that this program has opened, so that it ends with this program.
+    if let Err(errno) = sys::lock_ram(descriptor) {
+        let text = match errno {
+            sys::EAGAIN => "another guest has its memory in this file, or another umem moves it",
+            _ => "the RAM file cannot be locked",
+        };
+        return Err(Failure::new(Code::RamLocked, errno, text));
     }
     let blocks = blocks_of(descriptor)?;
     if blocks > 0 {
@@ -299,6 +320,7 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         message: message.clone(),
         uffd,
         file,
+        number: descriptor,
     });
     let sent = report::send(socket, message.as_bytes(), &[uffd_number, descriptor])
         .and_then(|()| commands::start(socket));

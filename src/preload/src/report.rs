@@ -19,6 +19,8 @@ pub(crate) enum Code {
     Register,
     /// The file had contents before it was mapped.
     RamInUse,
+    /// Another guest has the file, or another umem moves the guest that is in it.
+    RamLocked,
     /// The file got contents as it was mapped.
     RamPopulated,
     /// The same file was mapped a second time.
@@ -49,6 +51,7 @@ impl Code {
             Code::Features => "userfaultfd-features",
             Code::Register => "register",
             Code::RamInUse => "ram-in-use",
+            Code::RamLocked => "ram-locked",
             Code::RamPopulated => "ram-populated",
             Code::RamTwice => "ram-twice",
             Code::ShareOff => "share-off",

@@ -24,6 +24,7 @@ pub(crate) const MCL_ONFAULT: c_int = 4;
 
 pub(crate) const EPERM: c_int = 1;
 pub(crate) const EINTR: c_int = 4;
+pub(crate) const EAGAIN: c_int = 11;
 pub(crate) const ENOMEM: c_int = 12;
 pub(crate) const EACCES: c_int = 13;
 pub(crate) const EFAULT: c_int = 14;
@@ -48,6 +49,11 @@ const SHUT_RDWR: c_int = 2;
 const SEEK_DATA: c_int = 3;
 const SEEK_HOLE: c_int = 4;
 const F_DUPFD_CLOEXEC: c_int = 1030;
+const F_OFD_SETLK: c_int = 37;
+const F_WRLCK: i16 = 1;
+const LOCK_EX: c_int = 2;
+const LOCK_NB: c_int = 4;
+const LOCK_UN: c_int = 8;
 const SOCK_CLOEXEC: c_int = 0o2_000_000;
 const SIG_SETMASK: c_int = 2;
 const SIGKILL: c_int = 9;
@@ -132,6 +138,7 @@ mod c {
         pub(super) fn ioctl(descriptor: c_int, request: c_ulong, ...) -> c_int;
         pub(super) fn open(path: *const c_char, flags: c_int, ...) -> c_int;
         pub(super) fn fcntl(descriptor: c_int, command: c_int, ...) -> c_int;
+        pub(super) fn flock(descriptor: c_int, operation: c_int) -> c_int;
         pub(super) fn fstatfs(descriptor: c_int, statfs: *mut Statfs) -> c_int;
         pub(super) fn sysconf(name: c_int) -> c_long;
         pub(super) fn sendmsg(socket: c_int, message: *const Msghdr, flags: c_int) -> isize;
@@ -396,6 +403,32 @@ pub(crate) fn duplicate(descriptor: c_int) -> Result<OwnedFd, c_int> {
     check(i64::from(number))?;
     // SAFETY: the kernel has just made this descriptor for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// `struct flock` of 64-bit Linux.
+#[repr(C)]
+struct Lock {
+    kind: i16,
+    whence: i16,
+    start: i64,
+    length: i64,
+    pid: c_int,
+}
+
+/// Takes a RAM file for this process's guest, and for the umem that brings it, with this very open file
+/// description: what umem's `memory::claim` does. Fails with EAGAIN if another one has it.
+pub(crate) fn lock_ram(descriptor: c_int) -> Result<(), c_int> {
+    let lock = Lock { kind: F_WRLCK, whence: 0, start: 0, length: 0, pid: 0 };
+    // SAFETY: the lock is read, and outlives the call.
+    check(i64::from(unsafe { c::fcntl(descriptor, F_OFD_SETLK, &raw const lock) }))?;
+    // SAFETY: no memory is passed.
+    check(i64::from(unsafe { c::flock(descriptor, LOCK_EX | LOCK_NB) })).map(drop)
+}
+
+/// All of it has come: the guest may be moved on.
+pub(crate) fn unlock_move(descriptor: c_int) {
+    // SAFETY: no memory is passed.
+    unsafe { c::flock(descriptor, LOCK_UN) };
 }
 
 /// At once: other threads may be waiting in page faults that nobody answers any more.

@@ -1,0 +1,178 @@
+//! Whose a RAM file is: one guest's, and one migration's. Locks say so, which end with whoever has them and with
+//! nobody else; a file that is not its user's alone is no guest's memory.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use nix::sys::stat::Mode;
+use nix::unistd::{Uid, chown, mkfifo};
+
+use super::SMALL;
+use super::support::killed::{Move, Side};
+use super::support::{Qmp, Scratch, Umem};
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// `umem incoming` whose guest is to have its memory in that file.
+fn incoming(scratch: &Scratch, ram: &Path, more: &[&str]) -> Umem {
+    let ram = format!("ram0={}", ram.display());
+    let qmp = scratch.path("another.qmp").display().to_string();
+    let mut arguments = vec!["incoming", "--json", "--ram", &ram];
+    arguments.extend(more);
+    arguments.extend(["tcp:127.0.0.1:0", "--", UMEM, "guest", "--incoming", "--threads", "0"]);
+    arguments.extend(["--ram", &ram, "--size", "16", "--qmp", &qmp]);
+    // Both have to know the kind.
+    arguments.extend(more);
+    Umem::start(arguments)
+}
+
+/// `umem migrate` of a guest without a monitor. Nobody listens there.
+fn migrate(ram: &Path) -> Umem {
+    let ram = format!("ram0={}", ram.display());
+    Umem::start(["migrate", "--json", "--ram", &ram, "tcp:127.0.0.1:1"])
+}
+
+fn linked(scratch: &Scratch, file: &Path) -> std::path::PathBuf {
+    let link = scratch.ram("link");
+    std::fs::hard_link(file, &link).unwrap();
+    link
+}
+
+#[test]
+fn two_guests_do_not_arrive_in_one_file() {
+    for more in [&[][..], &["--kind", "private"]] {
+        let scratch = Scratch::new();
+        let file = scratch.ram("destination");
+        let mut first = incoming(&scratch, &file, more);
+        first.event("listening");
+        let link = linked(&scratch, &file);
+        for path in [&file, &link] {
+            let second = incoming(&scratch, path, &[]).fails();
+            assert!(second.contains("another guest has its memory in this file"), "{second}");
+            let source = migrate(path).fails();
+            assert!(source.contains("another umem moves the guest"), "{source}");
+        }
+        assert!(first.is_running(), "{}", first.stderr());
+        // It ends with the process that had it.
+        first.signal(nix::sys::signal::Signal::SIGINT);
+        first.wait();
+        assert!(!file.exists(), "and so does what it made");
+        std::fs::remove_file(&link).unwrap();
+        incoming(&scratch, &file, more).event("listening");
+    }
+}
+
+/// A guest that umem has brought keeps its file when its umem is killed, when another one takes over, and when
+/// none is there any more; until all of it has come nobody moves it on.
+#[test]
+fn a_guest_keeps_its_file_without_its_umem() {
+    let mut moving = Move::switched(SMALL);
+    let file = moving.scratch.ram("destination");
+    let refused = |moving: &Move| {
+        let second = incoming(&moving.scratch, &file, &[]).fails();
+        assert!(second.contains("another guest has its memory in this file"), "{second}");
+    };
+    moving.incoming.kill();
+    refused(&moving);
+    let onward = migrate(&file).fails();
+    assert!(onward.contains("it has not come there whole"), "{onward}");
+    moving.incoming = moving.resume("incoming");
+    moving.incoming.event("listening");
+    refused(&moving);
+    let (scratch, umem, names, _) = moving.arrive();
+    let second = incoming(&scratch, &file, &[]).fails();
+    assert!(second.contains("another guest has its memory in this file"), "{second}");
+    // It may be moved on: what is missing is a destination.
+    let onward = migrate(&file).fails();
+    assert!(onward.contains("cannot connect to"), "{onward}");
+    Qmp::connect(&scratch.path(&format!("{}.qmp", names[1]))).quit();
+    umem.succeeds();
+}
+
+/// Nobody else moves a guest that is being moved, or takes its file; whoever resumes the session does.
+#[test]
+fn a_guest_is_moved_by_one_umem() {
+    let mut moving = Move::switched(SMALL);
+    let file = moving.scratch.ram("source");
+    let link = linked(&moving.scratch, &file);
+    let refused = |moving: &Move| {
+        for path in [&file, &link] {
+            let second = migrate(path).fails();
+            assert!(second.contains("another umem moves the guest"), "{second}");
+            let arriving = incoming(&moving.scratch, path, &[]).fails();
+            assert!(arriving.contains("another umem moves the guest"), "{arriving}");
+        }
+    };
+    refused(&moving);
+    moving.kill(Side::Source);
+    moving.migrate.event("resumed");
+    refused(&moving);
+    std::fs::remove_file(&link).unwrap();
+    moving.complete();
+}
+
+#[test]
+fn a_file_is_named_once() {
+    let scratch = Scratch::new();
+    let file = scratch.ram("source");
+    std::fs::write(&file, [1; 8192]).unwrap();
+    let [one, two] = ["a", "b"].map(|name| format!("{name}={}", file.display()));
+    let twice = Umem::start(["migrate", "--ram", &one, "--ram", &two, "tcp:127.0.0.1:1"]);
+    let twice = twice.fails_as_misused();
+    assert!(twice.contains("are one and the same file"), "{twice}");
+}
+
+/// What is wrong with a file, and what umem says of it.
+type Wrong = (&'static str, fn(&Path), &'static str);
+
+const WRONG: [Wrong; 6] = [
+    ("open", |path| make(path, 0o666), "can be written by others than its owner (mode 0666)"),
+    ("group", |path| make(path, 0o660), "can be written by others than its owner (mode 0660)"),
+    ("link", |path| symlink("elsewhere", path).unwrap(), "is a symbolic link, to elsewhere"),
+    ("fifo", |path| mkfifo(path, Mode::S_IRWXU).unwrap(), "is a FIFO and no file"),
+    ("socket", |path| drop(UnixListener::bind(path).unwrap()), "is a socket and no file"),
+    ("directory", |path| std::fs::create_dir(path).unwrap(), "is a directory and no file"),
+];
+
+fn make(path: &Path, mode: u32) {
+    std::fs::write(path, [0; 4096]).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+#[test]
+fn what_is_not_its_user_s_alone_is_no_guest_s_memory() {
+    let scratch = Scratch::new();
+    for (name, make, expected) in WRONG {
+        let path = scratch.ram(name);
+        make(&path);
+        for umem in [incoming(&scratch, &path, &[]), migrate(&path)] {
+            let error = umem.fails();
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+        assert!(path.symlink_metadata().is_ok(), "it is not ours to remove");
+        let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir(&path));
+    }
+}
+
+/// Only root can make such a file.
+#[test]
+fn a_file_of_another_user_is_no_guest_s_memory() {
+    assert!(Uid::effective().is_root(), "the tests run as root");
+    let scratch = Scratch::new();
+    let nobody = Uid::from_raw(65534);
+    let path = scratch.ram("nobody");
+    make(&path, 0o600);
+    chown(&path, Some(nobody), None).unwrap();
+    let error = incoming(&scratch, &path, &[]).fails();
+    assert!(error.contains("belongs to user 65534"), "{error}");
+    let directory = scratch.path("directory");
+    std::fs::create_dir(&directory).unwrap();
+    let open = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(&directory, open).unwrap();
+    let error = incoming(&scratch, &directory.join("ram"), &[]).fails();
+    assert!(error.contains("in a directory where everybody may replace it (mode 0777)"), "{error}");
+    chown(&directory, Some(nobody), None).unwrap();
+    let error = incoming(&scratch, &directory.join("ram"), &[]).fails();
+    assert!(error.contains("in a directory of user 65534"), "{error}");
+}
