@@ -7,9 +7,10 @@
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// What the names of umem's threads begin with.
 pub(crate) const THREAD_PREFIX: &str = "umem-";
@@ -33,6 +34,11 @@ fn message(payload: &(dyn Any + Send)) -> &str {
         (None, Some(text)) => text,
         (None, None) => "a panic without words",
     }
+}
+
+/// What `call` returns, or the error that its panic becomes. The caller undoes what was begun.
+pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| Err(error(&*payload)))
 }
 
 /// From here on umem's own panics are not printed.

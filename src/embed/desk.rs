@@ -133,7 +133,7 @@ impl Desk {
         let (open, event) = match question {
             // The program knows what comes, and may do what it likes.
             Question::Prepare => return,
-            Question::Stop { .. } => {
+            Question::Stop => {
                 papers.stop_asked = true;
                 (Open::Stop, Event::Stop)
             }
@@ -143,15 +143,13 @@ impl Desk {
                 papers.run_asked = true;
                 (Open::Run, Event::Run)
             }
+            // It is the program that would let it run, and nobody else.
+            Question::StandsStill => return answer_at_once(papers, Answer::StandsStill(Ok(()))),
+            Question::PutBack => return answer_at_once(papers, Answer::PutBack(Ok(()))),
             // The failure that follows says so; the program has nothing to answer.
             Question::Resume => {
                 papers.resume_asked = true;
-                let answers = papers.answers.clone();
-                drop(papers);
-                if let Some(answers) = answers {
-                    answers(Answer::Resumed(Ok(())));
-                }
-                return;
+                return answer_at_once(papers, Answer::Resumed(Ok(())));
             }
         };
         papers.open = Some(open);
@@ -329,6 +327,15 @@ impl Papers {
     }
 }
 
+/// For what the program does not have to be asked.
+fn answer_at_once(papers: MutexGuard<'_, Papers>, answer: Answer) {
+    let answers = papers.answers.clone();
+    drop(papers);
+    if let Some(answers) = answers {
+        answers(answer);
+    }
+}
+
 fn not_asked(what: &str) -> Error {
     Error::Usage(format!(
         "nobody has asked to {what}: answer an event once, when it has come and before the migration \
@@ -356,7 +363,7 @@ mod tests {
     fn the_descriptor_is_readable_while_there_are_events() {
         let (desk, _answers) = desk();
         assert!(!is_readable(&desk));
-        desk.ask(Question::Stop { saves: true });
+        desk.ask(Question::Stop);
         desk.ask(Question::Save);
         for _ in 0..2 {
             assert!(is_readable(&desk));
@@ -416,13 +423,13 @@ mod tests {
 
     #[test]
     fn a_failure_says_whose_the_guest_is() {
-        use Question::{Load, Resume, Run, Save};
-        let stop = || Question::Stop { saves: true };
+        use Question::{Load, Resume, Run, Save, Stop};
+
         for (questions, guest) in [
             (vec![], Guest::AtSource),
-            (vec![stop(), Resume], Guest::AtSource),
-            (vec![stop(), Save, Resume], Guest::AtSource),
-            (vec![stop(), Save], Guest::AtDestination),
+            (vec![Stop, Resume], Guest::AtSource),
+            (vec![Stop, Save, Resume], Guest::AtSource),
+            (vec![Stop, Save], Guest::AtDestination),
             (vec![Load(Vec::new())], Guest::AtSource),
             (vec![Load(Vec::new()), Run], Guest::AtDestination),
         ] {

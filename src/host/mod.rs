@@ -30,14 +30,23 @@ pub(crate) trait SourceHost: Send {
     /// Has `note` called before every stop, which fails if that does: what would have to be undone is
     /// written down then, should this process be killed.
     fn before_stop(&mut self, _note: BeforeStop) {}
-    /// Stops every vCPU, after whatever can be done while they still run. From here on the guest's memory
-    /// does not change. With `saves` the device state is asked for at once afterwards, and may be saved on the
-    /// way. Says since when the guest stands still, where that is later than this call.
-    fn stop(&mut self, saves: bool) -> Result<Option<Instant>>;
+    /// Stops every vCPU, after whatever can be done while they still run, and saves the device state. From here on
+    /// neither that nor the guest's memory changes. Says since when the guest stands still, where that is later
+    /// than this call.
+    fn stop(&mut self) -> Result<Option<Instant>>;
     /// The device state of the stopped guest.
     fn save_state(&mut self) -> Result<Vec<u8>>;
+    /// Makes sure that the guest stands still, has done so since the stop, and goes on only if somebody tells it
+    /// to. Asked right before the guest is given away, and again before that is said once more.
+    fn stands_still(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Undoes stop and save: the guest goes on here as if nothing had happened.
     fn resume(&mut self) -> Result<()>;
+    /// Puts back what was changed beside the guest, which has been given away.
+    fn put_back(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// What the destination asks of the guest's monitor.
@@ -61,7 +70,7 @@ pub(crate) trait DestinationHost: Send {
 pub(crate) struct FileOnly;
 
 impl SourceHost for FileOnly {
-    fn stop(&mut self, _saves: bool) -> Result<Option<Instant>> {
+    fn stop(&mut self) -> Result<Option<Instant>> {
         Ok(None)
     }
 

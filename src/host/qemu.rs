@@ -7,11 +7,15 @@
 
 mod backends;
 mod blocks;
+mod claim;
+mod run_state;
+mod saving;
+mod settings;
 #[cfg(test)]
 mod tests;
 
 use std::convert::Infallible;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -21,13 +25,18 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use umem_wire::limits::STATE_BYTES_MAX;
 
-use super::qmp::{Qmp, socket_pair};
+use super::qmp::{Process, Qmp, socket_pair};
 use super::{BeforeStop, DestinationHost, SourceHost};
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
+use crate::panics;
 use crate::session::Undo;
+use claim::Claim;
+use saving::Saving;
+use settings::Role;
 
 pub(crate) use backends::{Backend, RamOfQemu, advice};
+pub(crate) use settings::Changes;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -36,17 +45,20 @@ pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-f
 /// What `getfd` calls the socket that carries the device state.
 const STATE_SOCKET: &str = "umem-state";
 
-/// How often a migration's status is asked for while it ends.
+/// How often a migration's status is asked for while it ends, at first and then.
+const STATUS_INTERVAL_MIN: Duration = Duration::from_micros(50);
 const STATUS_INTERVAL: Duration = Duration::from_millis(1);
+
+/// How long a migration that fails may take to end.
+const FAILS_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a QEMU may take to answer one that goes.
+const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a guest may go on while its device state is being saved: QEMU has a look at the rate every 100 ms
 /// only (`BUFFER_DELAY` in its migration/options.h), and what is sent until then is loaded while the guest stands
 /// still.
 const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(50);
-
-/// QEMU's default of 128 MiB/s would hold back a guest with video memory; the device state goes
-/// through a local socket, so nothing is won by a limit. Bytes a second.
-const STATE_BANDWIDTH: u64 = 1 << 40;
 
 /// First byte of what we carry as device state, before QEMU's own stream: whether the guest was
 /// running when it was stopped, as one that its user had paused arrives paused.
@@ -56,44 +68,61 @@ const GUEST_IS_PAUSED: u8 = 0;
 /// A QEMU with an open QMP connection.
 pub(crate) struct Qemu {
     qmp: Qmp,
-    was_running: bool,
-    saved: Option<Settings>,
+    process: Option<Process>,
+    /// The guest went on by itself before it was stopped, or does so at its destination.
+    is_live: bool,
+    /// It may have been stopped by umem.
+    may_be_stopped: bool,
+    /// What is changed in its settings.
+    changes: Option<Changes>,
+    claim: Option<Claim>,
+    /// The claim of a process before this, whose changes are ours to undo.
+    left_claim: Option<String>,
     before_stop: Option<BeforeStop>,
     /// Our end of the socket for the device state, whose other end QEMU has.
     state_socket: Option<UnixStream>,
+    saving: Saving,
     /// The device state, where it was saved in the act of stopping.
     state: Option<Vec<u8>>,
-}
-
-/// What we change in the source's QEMU, as it was.
-struct Settings {
-    ignore_shared: bool,
-    bandwidth: Option<u64>,
+    /// What the monitor said when the migration had been completed: its status, and the migration's.
+    given_away: Option<(String, Value)>,
 }
 
 impl Qemu {
     pub(crate) fn new(qmp: Qmp) -> Qemu {
         Qemu {
+            process: qmp.process(),
             qmp,
-            was_running: true,
-            saved: None,
+            is_live: true,
+            may_be_stopped: false,
+            changes: None,
+            claim: None,
+            left_claim: None,
             before_stop: None,
             state_socket: None,
+            saving: Saving::Over,
             state: None,
+            given_away: None,
         }
     }
 
-    /// One that a process before this has stopped: [`SourceHost::resume`] undoes that.
-    pub(crate) fn stopped(qmp: Qmp, undo: &Undo) -> Qemu {
-        let &Undo { was_running, ignore_shared, bandwidth } = undo;
-        let saved = Some(Settings { ignore_shared, bandwidth });
-        Qemu { was_running, saved, ..Qemu::new(qmp) }
+    /// One that a process before this has changed, and perhaps stopped: [`SourceHost::resume`] undoes that,
+    /// [`SourceHost::put_back`] the changes alone.
+    pub(crate) fn left(qmp: Qmp, undo: &Undo) -> Qemu {
+        let mut qemu = Qemu::new(qmp);
+        qemu.is_live = undo.was_live;
+        qemu.may_be_stopped = true;
+        qemu.changes = Some(undo.changes.clone());
+        qemu.left_claim.clone_from(&undo.claim);
+        qemu
     }
 
     /// One that a process before this has given its device state: [`DestinationHost::run`] lets it run,
     /// if it ran at the source.
     pub(crate) fn loaded(qmp: Qmp, runs: bool) -> Qemu {
-        Qemu { was_running: runs, ..Qemu::new(qmp) }
+        let mut qemu = Qemu::new(qmp);
+        qemu.is_live = runs;
+        qemu
     }
 
     /// Whether device state is of a guest that ran when it was stopped.
@@ -107,6 +136,14 @@ impl Qemu {
         let backends = self.backends(kind)?;
         self.check_devices()?;
         Ok(backends)
+    }
+
+    /// Makes this process the one that moves the guest away, if that can be moved as it is now. Who fails to
+    /// move it, or has moved it, has the claim put back with the rest, or dropped.
+    pub(crate) fn claim(&mut self) -> Result<()> {
+        self.claim = Claim::take(&mut self.qmp)?;
+        run_state::check(&mut self.qmp)?;
+        Changes::needed(&mut self.qmp, Role::Source { holds: true }).map(drop)
     }
 
     /// Devices and network backends are asked for by what they are: a user's names mean nothing.
@@ -130,19 +167,31 @@ impl Qemu {
         Ok(())
     }
 
-    /// Waits until the running migration has ended; an error tells QEMU's own reason.
-    fn wait_migrated(&mut self) -> Result<()> {
+    /// Waits until the migration has been completed, and returns what QEMU says of it; an error tells QEMU's own
+    /// reason.
+    fn wait_migrated(&mut self) -> Result<Value> {
+        let mut interval = STATUS_INTERVAL_MIN;
         loop {
-            let status = self.qmp.execute("query-migrate", json!({}))?;
-            match status["status"].as_str().unwrap_or("none") {
-                "completed" => return Ok(()),
+            let migration = self.qmp.execute("query-migrate", json!({}))?;
+            match migration["status"].as_str().unwrap_or("none") {
+                "completed" => return Ok(migration),
                 "failed" | "cancelled" => {
-                    let reason = status["error-desc"].as_str().unwrap_or("no reason given");
+                    let reason = migration["error-desc"].as_str().unwrap_or("no reason given");
                     return Err(Error::Host(format!("its device state: {reason}")));
                 }
-                _ => std::thread::sleep(STATUS_INTERVAL),
+                _ => std::thread::sleep(interval),
             }
+            interval = (interval * 2).min(STATUS_INTERVAL);
         }
+    }
+
+    /// Whether QEMU can be kept from completing its migration: it has to have a return path, and to describe its
+    /// stream, which machines older than QEMU 2.3 do not.
+    fn can_hold(&mut self) -> Result<bool> {
+        let has_return_path =
+            settings::capabilities(&mut self.qmp)?.contains_key(settings::RETURN_PATH);
+        let undescribed = self.qmp.property("/machine", "suppress-vmdesc")?;
+        Ok(has_return_path && undescribed != Some(json!(true)))
     }
 
     /// Has QEMU write its device state to the other end of a socket, and returns it: no more than a byte
@@ -153,45 +202,47 @@ impl Qemu {
     ///
     /// It is read by a thread of its own, from before the command on: QEMU's migration holds the lock of its
     /// main loop while it writes, so that QEMU can answer the command only after all has been read.
-    fn migrate_into(&mut self, ours: UnixStream) -> Result<Vec<u8>> {
-        let read = |ours: &UnixStream| -> Result<Vec<u8>> {
-            let mut state = Vec::new();
-            let count = ours.take(STATE_BYTES_MAX).read_to_end(&mut state);
-            count.context(|| "reading QEMU's device state")?;
-            Ok(state)
-        };
+    fn migrate_into(&mut self, ours: UnixStream, is_held: bool) -> Result<Vec<u8>> {
         let (has_ended, ended) = channel::<Infallible>();
-        std::thread::scope(|scope| {
+        let read = std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
                 let _has_ended = has_ended;
-                let state = read(&ours);
-                // What is left of too much makes QEMU's migration fail, and not wait.
-                let _ = ours.shutdown(Shutdown::Both);
-                state
+                let read = saving::read(&ours, is_held);
+                if !matches!(read, Ok((_, false))) {
+                    // What is left of too much makes QEMU's migration fail, and not wait.
+                    let _ = ours.shutdown(Shutdown::Both);
+                }
+                read
             });
             let uri = json!({ "uri": format!("fd:{STATE_SOCKET}") });
             let asked = self.qmp.execute("migrate", uri).and_then(|_| {
+                self.saving = Saving::Begun;
                 match ended.recv_timeout(STOPS_ITSELF_WITHIN) {
                     Err(RecvTimeoutError::Timeout) => self.qmp.execute("stop", json!({})),
                     _ => Ok(Value::Null),
                 }
             });
             if let Err(error) = asked {
-                let _ = ours.shutdown(Shutdown::Both);
+                saving::abandon(&ours);
                 return Err(error);
             }
-            reader.join().expect("reading does not panic")
-        })
+            reader.join().unwrap_or_else(|payload| Err(panics::error(&*payload)))
+        });
+        let (state, has_ended) = read?;
+        if !has_ended {
+            self.saving = Saving::Held(ours);
+        }
+        Ok(state)
     }
 
     /// Has QEMU save its device state, and stop its guest if that runs.
-    fn save(&mut self) -> Result<Vec<u8>> {
+    fn save(&mut self, is_held: bool) -> Result<Vec<u8>> {
         if self.state_socket.is_none() {
             self.give_state_socket()?;
         }
         let ours = self.state_socket.take().expect("just given");
-        let mut state = vec![if self.was_running { GUEST_RUNS } else { GUEST_IS_PAUSED }];
-        state.extend(self.migrate_into(ours)?);
+        let mut state = vec![if self.is_live { GUEST_RUNS } else { GUEST_IS_PAUSED }];
+        state.extend(self.migrate_into(ours, is_held)?);
         if state.len() as u64 > STATE_BYTES_MAX {
             return Err(Error::Unsupported(format!(
                 "QEMU's device state is larger than {} MiB: RAM outside of shared files is part of \
@@ -199,7 +250,18 @@ impl Qemu {
                 STATE_BYTES_MAX >> 20
             )));
         }
-        self.wait_migrated()?;
+        if matches!(self.saving, Saving::Begun) {
+            let migration = self.wait_migrated()?;
+            self.saving = Saving::Over;
+            let status = run_state::status(&mut self.qmp)?;
+            if run_state::is_live(&status) {
+                return Err(is_not_ours((&status, &migration)));
+            }
+            self.given_away = Some((status, migration));
+        } else {
+            // Its answer comes after the event that says when the guest stopped.
+            run_state::status(&mut self.qmp)?;
+        }
         Ok(state)
     }
 
@@ -211,58 +273,121 @@ impl Qemu {
         Ok(())
     }
 
-    fn set_ignore_shared(&mut self, on: bool) -> Result<()> {
-        let capability = json!({ "capability": "x-ignore-shared", "state": on });
-        self.qmp
-            .execute("migrate-set-capabilities", json!({ "capabilities": [capability] }))
-            .map(drop)
-    }
-
-    fn settings(&mut self) -> Result<Settings> {
-        let capabilities = self.qmp.execute("query-migrate-capabilities", json!({}))?;
-        let capabilities = capabilities.as_array().cloned().unwrap_or_default();
-        let is_on = |name: &str| {
-            capabilities.iter().any(|c| c["capability"] == name && c["state"] == json!(true))
-        };
-        if is_on("postcopy-ram") {
-            return Err(Error::Unsupported(
-                "QEMU's own postcopy is switched on: switch off its capability postcopy-ram".into(),
-            ));
-        }
-        let ignore_shared = is_on("x-ignore-shared");
-        let parameters = self.qmp.execute("query-migrate-parameters", json!({}))?;
-        Ok(Settings { ignore_shared, bandwidth: parameters["max-bandwidth"].as_u64() })
-    }
-
-    fn restore_settings(&mut self) -> Result<()> {
-        let Some(saved) = self.saved.take() else {
-            return Ok(());
-        };
-        self.set_ignore_shared(saved.ignore_shared)?;
-        if let Some(bandwidth) = saved.bandwidth {
-            self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }))?;
+    /// Takes back a descriptor that was not used. One that QEMU has closed already it does not know any more.
+    fn take_back_state_socket(&mut self) -> Result<()> {
+        if self.state_socket.take().is_some() {
+            let _ = self.qmp.try_execute("closefd", json!({ "fdname": STATE_SOCKET }))?;
         }
         Ok(())
     }
 
-    fn status(&mut self) -> Result<String> {
-        let status = self.qmp.execute("query-status", json!({}))?;
-        Ok(status["status"].as_str().unwrap_or_default().to_owned())
+    /// Whether what was changed here is this umem's to undo: one before it may be gone, and so may be what it
+    /// has changed.
+    pub(crate) fn is_ours(&mut self) -> Result<bool> {
+        match &self.left_claim {
+            Some(name) => claim::was_left(&mut self.qmp, name),
+            None => Ok(true),
+        }
     }
 
-    fn cancel_migration(&mut self) -> Result<()> {
-        self.qmp.execute("migrate_cancel", json!({}))?;
+    /// Has the migration that was begun here fail, and waits for its end. No other one is touched.
+    fn end_migration(&mut self) -> Result<()> {
+        let was_begun = match std::mem::take(&mut self.saving) {
+            Saving::Over => self.left_claim.is_some(),
+            Saving::Begun => true,
+            Saving::Held(socket) => {
+                saving::abandon(&socket);
+                true
+            }
+        };
+        if !was_begun {
+            return Ok(());
+        }
         let started = Instant::now();
         loop {
-            let status = self.qmp.execute("query-migrate", json!({}))?;
-            match status["status"].as_str().unwrap_or("none") {
-                "active" | "setup" | "cancelling" | "device" => {}
-                _ => return Ok(()),
+            let migration = self.qmp.execute("query-migrate", json!({}))?;
+            let migration = migration["status"].as_str().unwrap_or("none");
+            // QEMU has the guest run again, or be what it was, after it has said that.
+            let is_over = !run_state::is_under_way(migration)
+                && run_state::status(&mut self.qmp)? != "finish-migrate";
+            if is_over {
+                return Ok(());
             }
-            if started.elapsed() > Duration::from_secs(10) {
-                return Err(Error::Host("its migration does not end when cancelled".into()));
+            if started.elapsed() > FAILS_WITHIN {
+                return Err(Error::Host(format!(
+                    "its migration ({migration}) does not end, and umem does not know whose it is: end it with the \
+                     monitor command migrate_cancel if it is nobody's"
+                )));
             }
             std::thread::sleep(STATUS_INTERVAL);
+        }
+    }
+
+    /// Has QEMU complete the migration, if that has not been, and asks whether the guest stands still since then.
+    fn is_given_away(&mut self) -> Result<()> {
+        let is_taken = match (&self.claim, &self.left_claim) {
+            (Some(claim), _) => !claim.is_held(),
+            (None, Some(name)) => claim::is_anothers(&mut self.qmp, name)?,
+            (None, None) => false,
+        };
+        if is_taken {
+            return Err(Error::Host(
+                "another client has taken umem's claim on the guest away (its character device umem-mover)"
+                    .into(),
+            ));
+        }
+        let before = self.given_away.take();
+        let was_held = matches!(self.saving, Saving::Held(_));
+        let migration = match std::mem::take(&mut self.saving) {
+            Saving::Held(socket) => {
+                self.saving = Saving::Begun;
+                saving::finish(&socket)?;
+                let migration = self.wait_migrated()?;
+                self.saving = Saving::Over;
+                migration
+            }
+            saving => {
+                self.saving = saving;
+                self.qmp.execute("query-migrate", json!({}))?
+            }
+        };
+        // The last question: a guest that was let run after the migration's end shows in its status, or in the
+        // event that came before the answer.
+        let status = run_state::status(&mut self.qmp)?;
+        let has_run = self.qmp.has_run();
+        let is_as_before = match &before {
+            Some((before, of)) => *before == status && *of == migration,
+            // A monitor without claims is no QEMU, and knows no such state.
+            None if !was_held && self.left_claim.is_none() => !run_state::is_live(&status),
+            None => status == "postmigrate" && migration["status"] == "completed",
+        };
+        if has_run || !is_as_before {
+            return Err(is_not_ours((&status, &migration)));
+        }
+        self.given_away = Some((status, migration));
+        Ok(())
+    }
+
+    /// Has the guest go on that umem has stopped. QEMU has often done so itself by now, or somebody else has.
+    fn go_on(&mut self) -> Result<()> {
+        if !self.is_live || !std::mem::take(&mut self.may_be_stopped) {
+            return Ok(());
+        }
+        match run_state::status(&mut self.qmp)?.as_str() {
+            "paused" | "postmigrate" => self.qmp.execute("cont", json!({})).map(drop),
+            // It goes on, or something has happened to it that `cont` would not undo.
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Qemu {
+    /// A claim that was not put back comes to nothing with its socket. QEMU would keep its device, though.
+    fn drop(&mut self) {
+        if let Some(claim) = self.claim.take()
+            && self.qmp.answer_within(DROP_PATIENCE).is_ok()
+        {
+            let _ = claim.release(&mut self.qmp);
         }
     }
 }
@@ -272,28 +397,27 @@ impl SourceHost for Qemu {
         self.before_stop = Some(note);
     }
 
-    /// With `saves`, QEMU's migration stops the guest: what of it takes time is done by then. It first looks
-    /// for what the guest writes, for which TCG goes through every vCPU's address cache (2 ms each, and more than
-    /// the rest of the saving), and sends what is not the guest's own memory.
-    fn stop(&mut self, saves: bool) -> Result<Option<Instant>> {
-        self.was_running = self.status()? == "running";
-        let settings = self.settings()?;
+    /// QEMU's migration stops the guest: what of it takes time is done by then. It first looks for what the guest
+    /// writes, for which TCG goes through every vCPU's address cache (2 ms each, and more than the rest of the
+    /// saving), and sends what is not the guest's own memory.
+    fn stop(&mut self) -> Result<Option<Instant>> {
+        let holds = self.can_hold()?;
+        let status = run_state::check(&mut self.qmp)?;
+        self.is_live = run_state::is_live(&status);
+        let changes = Changes::needed(&mut self.qmp, Role::Source { holds })?;
         if let Some(note) = &self.before_stop {
-            let &Settings { ignore_shared, bandwidth } = &settings;
-            note(&Undo { was_running: self.was_running, ignore_shared, bandwidth })?;
+            let claim = self.claim.as_ref().map(|claim| claim.name.clone());
+            let (was_live, process) = (self.is_live, self.process);
+            note(&Undo { was_live, claim, changes: changes.clone(), process })?;
         }
-        self.saved = Some(settings);
         // Each answer takes a while, during which the guest had better run.
-        self.set_ignore_shared(true)?;
-        self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": STATE_BANDWIDTH }))?;
+        self.changes.insert(changes.clone()).make(&mut self.qmp)?;
         self.give_state_socket()?;
+        self.may_be_stopped = true;
         let asked = Instant::now();
-        if !saves || !self.was_running {
-            self.qmp.execute("stop", json!({}))?;
-            return Ok(Some(asked));
-        }
         self.qmp.stopped_at();
-        let state = self.save()?;
+        self.qmp.has_run();
+        let state = self.save(holds)?;
         self.state = Some(state);
         // Its last answer came after the event.
         let stopped = self.qmp.stopped_at().and_then(|at| at.elapsed().ok());
@@ -302,21 +426,47 @@ impl SourceHost for Qemu {
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>> {
-        self.state.take().map_or_else(|| self.save(), Ok)
+        self.state.take().ok_or_else(|| Error::Internal("the device state was taken before".into()))
+    }
+
+    /// A QEMU that has ended runs no guest.
+    fn stands_still(&mut self) -> Result<()> {
+        match self.is_given_away() {
+            Err(_) if self.process.is_some_and(Process::has_ended) => Ok(()),
+            answer => answer,
+        }
     }
 
     fn resume(&mut self) -> Result<()> {
         self.state = None;
-        self.cancel_migration()?;
-        if self.state_socket.take().is_some() {
-            // It was not used. One that QEMU has closed already it does not know any more.
-            let _ = self.qmp.try_execute("closefd", json!({ "fdname": STATE_SOCKET }))?;
+        if !self.is_ours()? {
+            self.left_claim = None;
+            self.changes = None;
+            return Err(Error::Host(
+                "nothing of that session is left in it: it was started anew, another umem has its guest now, or \
+                 all has been undone"
+                    .into(),
+            ));
         }
-        self.restore_settings()?;
-        if self.was_running {
-            self.qmp.execute("cont", json!({}))?;
+        // One after the other, whatever becomes of the one before.
+        let ended = self.end_migration();
+        let taken_back = self.take_back_state_socket();
+        let gone_on = self.go_on();
+        let put_back = self.put_back();
+        ended.and(taken_back).and(gone_on).and(put_back)
+    }
+
+    fn put_back(&mut self) -> Result<()> {
+        if !self.is_ours()? {
+            return Ok(());
         }
-        Ok(())
+        let put_back = self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp));
+        let released = match (self.claim.take(), self.left_claim.take()) {
+            (Some(claim), _) => claim.release(&mut self.qmp),
+            (None, Some(_)) => claim::remove(&mut self.qmp),
+            (None, None) => Ok(()),
+        };
+        put_back.and(released)
     }
 }
 
@@ -326,21 +476,22 @@ impl DestinationHost for Qemu {
     /// while it waits has it leave that to a `cont` (`qmp_stop` in its monitor/qmp-cmds.c).
     fn prepare(&mut self) -> Result<()> {
         self.qmp.execute("stop", json!({}))?;
-        self.set_ignore_shared(true)?;
+        let changes = Changes::needed(&mut self.qmp, Role::Destination)?;
+        self.changes.insert(changes).make(&mut self.qmp)?;
         self.give_state_socket()?;
         let uri = json!({ "uri": format!("fd:{STATE_SOCKET}") });
         self.qmp.execute("migrate-incoming", uri).map(drop)
     }
 
     fn load_state(&mut self, state: Vec<u8>) -> Result<()> {
-        let Some((&was_running, state)) = state.split_first() else {
+        let Some((&was_live, state)) = state.split_first() else {
             return Err(Error::Host(
                 "the source sends no device state: a guest moved by its RAM file alone cannot \
                  become a QEMU; give `umem migrate` the source's QMP socket with --qmp"
                     .into(),
             ));
         };
-        self.was_running = was_running == GUEST_RUNS;
+        self.is_live = was_live == GUEST_RUNS;
         if self.state_socket.is_none() {
             self.prepare()?;
         }
@@ -348,13 +499,17 @@ impl DestinationHost for Qemu {
         // QEMU reads in its main loop and may refuse half-way: its own reason comes from the
         // status then, so a broken pipe here is not yet the answer.
         let written = ours.write_all(state);
-        drop(ours);
+        // It may have to say something on its return path, so that the other direction stays.
+        let _ = ours.shutdown(Shutdown::Write);
         self.wait_migrated()?;
-        written.context(|| "giving QEMU its device state")
+        written.context(|| "giving QEMU its device state")?;
+        // Before it is the source's turn to give the guest up: whoever takes over from here on has nothing to
+        // put back.
+        self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp))
     }
 
     fn run(&mut self) -> Result<()> {
-        if !self.was_running {
+        if !self.is_live {
             return Ok(());
         }
         self.qmp.execute("cont", json!({})).map(drop)
@@ -363,6 +518,15 @@ impl DestinationHost for Qemu {
     fn connection(&self) -> Result<Option<OwnedFd>> {
         self.qmp.connection().map(Some)
     }
+}
+
+/// Its state and its migration's, as the monitor says them, are not what umem has left.
+fn is_not_ours((status, migration): (&str, &Value)) -> Error {
+    let migration = migration["status"].as_str().unwrap_or("none");
+    Error::Host(format!(
+        "another client has let the guest go on, or has moved it (its state is {status}, its migration is \
+         {migration}): it is not given away"
+    ))
 }
 
 /// Where QEMU has its devices, and what works for them in other processes.

@@ -8,8 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::command::began;
 use crate::error::{Context, Error, Result};
 
 /// A QMP socket greets as soon as it accepts; one that is held by another client never does.
@@ -18,12 +20,29 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of an answer at most. Those to what umem asks have a few thousand.
 const LINE_BYTES_MAX: u64 = 1 << 20;
 
+/// A process that listens on a QMP socket, or has made it for a monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Process {
+    pid: u32,
+    /// When it began, in the kernel's ticks: another process with that pid began later.
+    began: u64,
+}
+
+impl Process {
+    /// Whether it is known to have ended.
+    pub(crate) fn has_ended(self) -> bool {
+        began(self.pid) != Some(self.began)
+    }
+}
+
 /// A connected client in command mode.
 pub(crate) struct Qmp {
     reader: BufReader<UnixStream>,
     line: String,
     /// Of the last STOP event: since when its guest stands still.
     stopped_at: Option<SystemTime>,
+    /// A RESUME event has come: the guest has run, by whomever it was let run.
+    has_run: bool,
 }
 
 impl Qmp {
@@ -41,7 +60,12 @@ impl Qmp {
     }
 
     fn on(stream: UnixStream) -> Qmp {
-        Qmp { reader: BufReader::new(stream), line: String::new(), stopped_at: None }
+        Qmp {
+            reader: BufReader::new(stream),
+            line: String::new(),
+            stopped_at: None,
+            has_run: false,
+        }
     }
 
     /// Waits for the greeting on a connected socket and enters command mode.
@@ -77,6 +101,18 @@ impl Qmp {
                 Err(_) => {}
             }
         }
+    }
+
+    /// An answer that takes longer is an error from now on.
+    pub(crate) fn answer_within(&self, patience: Duration) -> Result<()> {
+        self.reader.get_ref().set_read_timeout(Some(patience)).context(|| "the QMP socket")
+    }
+
+    /// The process at the other end, if it is seen from here.
+    pub(crate) fn process(&self) -> Option<Process> {
+        let peer = getsockopt(self.reader.get_ref(), PeerCredentials).ok()?;
+        let pid = u32::try_from(peer.pid()).ok()?;
+        Some(Process { pid, began: began(pid)? })
     }
 
     /// Another descriptor of the socket.
@@ -147,6 +183,12 @@ impl Qmp {
         self.stopped_at.take()
     }
 
+    /// Whether the guest was let run, as an event said that came before the last answer, since this was asked
+    /// before.
+    pub(crate) fn has_run(&mut self) -> bool {
+        std::mem::take(&mut self.has_run)
+    }
+
     fn answer(&mut self) -> Result<std::result::Result<Value, String>> {
         loop {
             let mut object = self.read()?;
@@ -160,6 +202,7 @@ impl Qmp {
             if object["event"] == "STOP" {
                 self.stopped_at = happened(&object["timestamp"]);
             }
+            self.has_run |= object["event"] == "RESUME";
         }
     }
 
@@ -178,11 +221,12 @@ impl Qmp {
     }
 }
 
-/// The time that an event carries.
+/// The time that an event carries, if there can be such a time.
 fn happened(timestamp: &Value) -> Option<SystemTime> {
     let part = |name: &str| timestamp[name].as_u64();
-    let since_epoch = Duration::from_secs(part("seconds")?);
-    SystemTime::UNIX_EPOCH.checked_add(since_epoch + Duration::from_micros(part("microseconds")?))
+    let since_epoch = Duration::from_secs(part("seconds")?)
+        .checked_add(Duration::from_micros(part("microseconds")?))?;
+    SystemTime::UNIX_EPOCH.checked_add(since_epoch)
 }
 
 fn gone(error: io::Error) -> Error {
@@ -205,6 +249,22 @@ pub(crate) fn socket_pair() -> Result<(UnixStream, OwnedFd)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_may_carry_any_time() {
+        let most = u64::MAX;
+        for (timestamp, is_a_time) in [
+            (json!({ "seconds": 1, "microseconds": 1 }), true),
+            (json!({ "seconds": most, "microseconds": most }), false),
+            (json!({ "seconds": most, "microseconds": 0 }), false),
+            (json!({ "seconds": 1 }), false),
+            (json!({ "seconds": -1, "microseconds": 0 }), false),
+            (json!("yesterday"), false),
+            (json!(null), false),
+        ] {
+            assert_eq!(happened(&timestamp).is_some(), is_a_time, "{timestamp}");
+        }
+    }
 
     #[test]
     fn an_answer_without_an_end_is_not_collected_for_ever() {

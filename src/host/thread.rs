@@ -2,18 +2,24 @@
 //! does; or, where umem is a part of the monitor, through whatever that listens to.
 
 use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use super::{DestinationHost, SourceHost};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
+use crate::panics;
 
 /// The monitor's answers, in the order of the questions.
 pub(crate) enum Answer {
     /// When it was asked to, where that is later than the question.
     Stopped(Result<Option<Instant>>),
     Saved(Result<Vec<u8>>),
+    /// The guest may be given away.
+    StandsStill(Result<()>),
+    /// What was changed in the source's monitor.
+    PutBack(Result<()>),
     Resumed(Result<()>),
     Prepared(Result<()>),
     Loaded(Result<()>),
@@ -22,11 +28,11 @@ pub(crate) enum Answer {
 
 /// What the monitor is asked to do.
 pub(crate) enum Question {
-    /// Whether its device state is asked for at once afterwards.
-    Stop {
-        saves: bool,
-    },
+    Stop,
     Save,
+    /// Whether it may be given away.
+    StandsStill,
+    PutBack,
     Resume,
     Prepare,
     Load(Vec<u8>),
@@ -47,6 +53,8 @@ impl<H: ?Sized> HostThread<H> {
 
     /// Questions are answered on a thread of their own. The thread ends when this is dropped and its
     /// question is answered; a monitor that never answers keeps the thread, not the process.
+    ///
+    /// A panic is an answer, too: the monitor is there as before, and may be asked to undo what was done.
     fn with(
         mut answer: impl FnMut(Question) -> Answer + Send + 'static,
         post: Post<impl From<Answer> + Send + 'static>,
@@ -56,7 +64,11 @@ impl<H: ?Sized> HostThread<H> {
             .name("umem-host".into())
             .spawn(move || {
                 for question in queue {
-                    post.send(answer(question).into());
+                    let failed = question.failed();
+                    let answered = catch_unwind(AssertUnwindSafe(|| answer(question)));
+                    let answered =
+                        answered.unwrap_or_else(|payload| failed(panics::error(&*payload)));
+                    post.send(answered.into());
                 }
             })
             .map_err(|source| Error::System { what: "starting a thread".into(), source })?;
@@ -66,14 +78,32 @@ impl<H: ?Sized> HostThread<H> {
     }
 }
 
+impl Question {
+    /// The answer that says why there is no other one.
+    fn failed(&self) -> fn(Error) -> Answer {
+        match self {
+            Question::Stop => |error| Answer::Stopped(Err(error)),
+            Question::Save => |error| Answer::Saved(Err(error)),
+            Question::StandsStill => |error| Answer::StandsStill(Err(error)),
+            Question::PutBack => |error| Answer::PutBack(Err(error)),
+            Question::Resume => |error| Answer::Resumed(Err(error)),
+            Question::Prepare => |error| Answer::Prepared(Err(error)),
+            Question::Load(_) => |error| Answer::Loaded(Err(error)),
+            Question::Run => |error| Answer::Running(Err(error)),
+        }
+    }
+}
+
 impl HostThread<dyn SourceHost> {
     pub(crate) fn start<T: From<Answer> + Send + 'static>(
         mut host: Box<dyn SourceHost>,
         post: Post<T>,
     ) -> Result<Self> {
         let answer = move |question| match question {
-            Question::Stop { saves } => Answer::Stopped(host.stop(saves)),
+            Question::Stop => Answer::Stopped(host.stop()),
             Question::Save => Answer::Saved(host.save_state()),
+            Question::StandsStill => Answer::StandsStill(host.stands_still()),
+            Question::PutBack => Answer::PutBack(host.put_back()),
             Question::Resume => Answer::Resumed(host.resume()),
             Question::Prepare | Question::Load(_) | Question::Run => {
                 unreachable!("a source is not asked that")
@@ -82,8 +112,16 @@ impl HostThread<dyn SourceHost> {
         HostThread::with(answer, post)
     }
 
-    pub(crate) fn stop(&self, saves: bool) {
-        (self.ask)(Question::Stop { saves });
+    pub(crate) fn stop(&self) {
+        (self.ask)(Question::Stop);
+    }
+
+    pub(crate) fn stands_still(&self) {
+        (self.ask)(Question::StandsStill);
+    }
+
+    pub(crate) fn put_back(&self) {
+        (self.ask)(Question::PutBack);
     }
 
     pub(crate) fn save_state(&self) {
@@ -104,9 +142,11 @@ impl HostThread<dyn DestinationHost> {
             Question::Prepare => Answer::Prepared(host.prepare()),
             Question::Load(state) => Answer::Loaded(host.load_state(state)),
             Question::Run => Answer::Running(host.run()),
-            Question::Stop { .. } | Question::Save | Question::Resume => {
-                unreachable!("a destination is not asked that")
-            }
+            Question::Stop
+            | Question::Save
+            | Question::StandsStill
+            | Question::PutBack
+            | Question::Resume => unreachable!("a destination is not asked that"),
         };
         HostThread::with(answer, post)
     }
@@ -121,5 +161,57 @@ impl HostThread<dyn DestinationHost> {
 
     pub(crate) fn run(&self) {
         (self.ask)(Question::Run);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inbox::{Inbox, Wake};
+
+    struct Panics;
+
+    impl SourceHost for Panics {
+        fn stop(&mut self) -> Result<Option<Instant>> {
+            panic!("a monitor like no other")
+        }
+
+        fn save_state(&mut self) -> Result<Vec<u8>> {
+            panic!("a monitor like no other")
+        }
+
+        fn stands_still(&mut self) -> Result<()> {
+            panic!("a monitor like no other")
+        }
+
+        fn resume(&mut self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_panic_is_an_answer_and_the_guest_can_be_resumed_after_it() {
+        let inbox = Inbox::<Answer>::new().unwrap();
+        let host = HostThread::<dyn SourceHost>::start(Box::new(Panics), inbox.post()).unwrap();
+        host.stop();
+        host.save_state();
+        host.stands_still();
+        host.resume();
+        let answers: Vec<Answer> = std::iter::from_fn(|| match inbox.wait(&[], None) {
+            Ok(Wake::Message(answer)) => Some(answer),
+            _ => None,
+        })
+        .take(4)
+        .collect();
+        let [
+            Answer::Stopped(Err(stopped)),
+            Answer::Saved(Err(_)),
+            Answer::StandsStill(Err(_)),
+            Answer::Resumed(Ok(())),
+        ] = &answers[..]
+        else {
+            panic!("other answers")
+        };
+        assert!(stopped.to_string().contains("a monitor like no other"), "{stopped}");
     }
 }

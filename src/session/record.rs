@@ -6,11 +6,13 @@ use serde::{Deserialize, Serialize};
 use umem_wire::Totals;
 
 use crate::error::{Context, Result};
+use crate::host::qemu::Changes;
+use crate::host::qmp::Process;
 use crate::memory::stamp::Stamp;
 use crate::secure::Security;
 
 /// Of the records below. A umem that takes over has to know it.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// How lanes are secured: files that are read again.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -60,12 +62,14 @@ pub(crate) enum SourceState {
 /// What umem has changed in the source's monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Undo {
-    /// The guest ran when it was stopped.
-    pub(crate) was_running: bool,
-    /// The migration capability of that name.
-    pub(crate) ignore_shared: bool,
-    /// Of migrations, bytes a second.
-    pub(crate) bandwidth: Option<u64>,
+    /// The guest went on by itself when it was stopped.
+    pub(crate) was_live: bool,
+    /// By which the monitor knows what this session has changed there; none where it has no claims.
+    pub(crate) claim: Option<String>,
+    /// Of its settings.
+    pub(crate) changes: Changes,
+    /// Which process it is, as far as its socket says: without it the guest cannot run here.
+    pub(crate) process: Option<Process>,
 }
 
 /// A RAM file of the source's guest.

@@ -2,7 +2,7 @@
 //! failure, and what happened is told.
 
 use std::sync::atomic::Ordering::{Relaxed, Release};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use umem_ring::Waker;
 use umem_wire::source::Phase;
@@ -16,6 +16,9 @@ use crate::inbox::Wake;
 use crate::lane;
 use crate::report::{Completed, CpuTime};
 use crate::worker;
+
+/// How long a monitor may take to put back what has no effect on the guest.
+const TIDY_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Migration {
     /// The destination has everything: says goodbye, after it is known what everything comes to where that
@@ -70,7 +73,7 @@ impl Migration {
 
     /// After a failure: resumes the guest where that is still right, and says how things stand.
     pub(super) fn give_up(self, error: Error) -> Error {
-        if !self.phase.may_run() {
+        if !self.phase.may_run() && !self.link.is_not_given_away {
             let is_served = matches!(self.phase, Phase::Completed(_))
                 && matches!(error, Error::RamFailed { .. });
             if matches!(error, Error::Peer { .. }) || is_served {
@@ -93,25 +96,65 @@ impl Migration {
                 other => other,
             };
         }
+        self.host.resume();
         if self.times.stopped.is_none() {
+            // There is nothing of the guest's to undo, and nobody waits for long.
+            let _ = self.host_answers(Some(TIDY_PATIENCE), |answer| match answer {
+                Answer::Resumed(result) => Some(result),
+                _ => None,
+            });
             self.forget_session();
             return error;
         }
-        self.host.resume();
+        self.keep_stopped();
+        let resumed = self.host_answers(None, |answer| match answer {
+            Answer::Resumed(result) => Some(result),
+            _ => None,
+        });
+        match resumed {
+            Ok(Some(Err(resume))) => Error::Host(format!(
+                "{error}; and the guest could not be resumed here: {resume}; resume it by \
+                 hand with the monitor command `cont`"
+            )),
+            Ok(_) => {
+                self.forget_session();
+                error
+            }
+            Err(inbox) => inbox,
+        }
+    }
+
+    /// The guest has gone; what was changed in its monitor has been put back when this returns, or it does not
+    /// answer.
+    pub(super) fn wait_put_back(&mut self) {
+        if !self.puts_back {
+            return;
+        }
+        let answer = self.host_answers(Some(TIDY_PATIENCE), |answer| match answer {
+            Answer::PutBack(result) => Some(result),
+            _ => None,
+        });
+        let none = || Err(Error::Host("it does not answer".into()));
+        self.has_put_back(&answer.ok().flatten().unwrap_or_else(none));
+    }
+
+    /// The monitor's next answer of a kind; none when it takes longer than that.
+    fn host_answers<T>(
+        &self,
+        patience: Option<Duration>,
+        kind: impl Fn(Answer) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let deadline = patience.map(|patience| Instant::now() + patience);
         loop {
-            match self.inbox.wait(&[], None) {
-                Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => {
-                    self.forget_session();
-                    return error;
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            match self.inbox.wait(&[], left)? {
+                Wake::Message(Note::Host(answer)) => {
+                    if let Some(answer) = kind(answer) {
+                        return Ok(Some(answer));
+                    }
                 }
-                Ok(Wake::Message(Note::Host(Answer::Resumed(Err(resume))))) => {
-                    return Error::Host(format!(
-                        "{error}; and the guest could not be resumed here: {resume}; resume it by \
-                         hand with the monitor command `cont`"
-                    ));
-                }
-                Ok(_) => {}
-                Err(inbox) => return inbox,
+                Wake::Timeout => return Ok(None),
+                _ => {}
             }
         }
     }

@@ -34,6 +34,10 @@ pub(super) struct Link {
     /// By hand: no lanes are opened.
     pub(super) is_paused: bool,
     pub(super) was_interrupted: bool,
+    /// The destination has not had the switchover, which leaves once more when the monitor says that it may.
+    pub(super) owes_switchover: bool,
+    /// It has not had it, and the monitor says that it may not.
+    pub(super) is_not_given_away: bool,
     pub(super) suspicion: Suspicion,
     /// Bytes that the destination had when it said so last.
     pub(super) accounted: u64,
@@ -63,6 +67,8 @@ impl Link {
             doubt: None,
             is_paused: false,
             was_interrupted: false,
+            owes_switchover: false,
+            is_not_given_away: false,
             suspicion: Suspicion::default(),
             accounted: 0,
             heard_running: false,

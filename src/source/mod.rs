@@ -54,6 +54,7 @@ use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
+use crate::panics;
 use crate::progress::Progress;
 use crate::report::{Completed, Output};
 use crate::secure::{Pass, Security};
@@ -290,6 +291,7 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
         return Ok(Guest { host: Box::new(FileOnly), ram: options.ram.clone(), files });
     };
     let mut qemu = Qemu::new(Qmp::connect(path)?);
+    qemu.claim()?;
     let found = qemu.check(Kind::Shared)?;
     let (mut ram, mut files) = (Vec::new(), Vec::new());
     for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
@@ -399,6 +401,8 @@ struct Migration {
     memory: Arc<SourceMemory>,
     host: HostThread<dyn SourceHost>,
     has_monitor: bool,
+    /// The monitor has been told to put back what was changed there, and has not answered.
+    puts_back: bool,
     phase: Phase,
     link: Link,
     steps: Steps,
@@ -432,11 +436,12 @@ impl Migration {
     fn drive(mut self) -> Result<Completed> {
         let begun = if self.link.is_up() { Ok(()) } else { self.take_over() };
         let driven = begun
-            .and_then(|()| self.until_completed())
+            .and_then(|()| panics::caught(|| self.until_completed()))
             .map_err(|error| worker::first_cause(&self.inbox, error));
         self.end(driven.as_ref().err());
         match driven {
             Ok(totals) => {
+                self.wait_put_back();
                 self.forget_session();
                 let release_bytes = self.release_rest().unwrap_or_else(|error| {
                     let what = format!("the guest has moved, but its RAM here stays: {error}");
@@ -496,7 +501,8 @@ impl Migration {
     }
 
     fn step(&mut self, input: Input<'_>) -> Result<()> {
-        let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_run: false });
+        let may_run = self.phase.may_run();
+        let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_run });
         match phase.step(input) {
             Ok(phase) => {
                 self.progress.watch().entered(phase.name());

@@ -30,9 +30,9 @@ impl Migration {
                     self.awake = idle::stay_awake(self.idle_cores);
                 }
                 self.link.watch_over(true);
-                self.host.stop(self.postcopy);
+                self.host.stop();
             }
-            Event::Loaded => self.switch_over()?,
+            Event::Loaded => self.prepare_to_commit()?,
             Event::Running { .. } => self.running(Instant::now())?,
             Event::Pong(number) => self.link.liveness.answered(number, Instant::now()),
             Event::Digests(digests) if self.memory.is_checked => self.digesting.heard(digests),
@@ -59,6 +59,11 @@ impl Migration {
             Answer::Saved(result) => {
                 let state = result?;
                 self.send_state(&state)
+            }
+            Answer::StandsStill(result) => self.may_be_given_away(result),
+            Answer::PutBack(result) => {
+                self.has_put_back(&result);
+                Ok(())
             }
             Answer::Resumed(_) | Answer::Prepared(_) | Answer::Loaded(_) | Answer::Running(_) => {
                 Ok(())
@@ -105,19 +110,63 @@ impl Migration {
         }
     }
 
-    /// The commit point: from here on the guest never runs at this side again.
-    fn switch_over(&mut self) -> Result<()> {
-        self.progress.watch().commit("the guest goes on here")?;
+    /// The destination could run the guest. Whether it may is the monitor's to say, and asked last of all: so
+    /// the session file says before that a switchover may have left.
+    fn prepare_to_commit(&mut self) -> Result<()> {
         if self.memory.releases {
             self.allocated_bytes = self.memory.allocated_bytes()?;
         }
         self.times.switched = Some(Instant::now());
         self.keep_commit()?;
+        self.host.stands_still();
+        Ok(())
+    }
+
+    /// What the monitor says of a guest that is to be given away, or has been by a switchover that has not come.
+    fn may_be_given_away(&mut self, result: Result<()>) -> Result<()> {
+        match (&self.phase, result) {
+            (Phase::Loaded { .. }, result) => {
+                result?;
+                self.switch_over()
+            }
+            (_, Ok(())) => {
+                if std::mem::take(&mut self.link.owes_switchover) {
+                    self.send_switchover();
+                }
+                Ok(())
+            }
+            (_, Err(error)) => {
+                self.link.is_not_given_away = true;
+                Err(error)
+            }
+        }
+    }
+
+    /// The commit point: from here on the guest never runs at this side again.
+    fn switch_over(&mut self) -> Result<()> {
+        self.progress.watch().commit("the guest goes on here")?;
+        self.times.switched = Some(Instant::now());
         self.step(Input::SentSwitchover)?;
         self.send_switchover();
+        self.put_back();
         self.link.watch_over(false);
         self.say_how_to_resume();
         self.start_release()
+    }
+
+    /// Has everything that was changed in the monitor put back, beside the guest, which has gone.
+    pub(super) fn put_back(&mut self) {
+        self.puts_back = true;
+        self.host.put_back();
+    }
+
+    pub(super) fn has_put_back(&mut self, result: &Result<()>) {
+        self.puts_back = false;
+        if let Err(error) = result {
+            self.output.remark(&format!(
+                "the guest has moved, but its QEMU here is not as before: {error}"
+            ));
+        }
     }
 
     pub(super) fn send_switchover(&self) {

@@ -262,7 +262,9 @@ impl Migration {
             &format!("connected again after {:.1} s", disconnected_ms / 1e3),
         );
         if !standing.switched {
-            self.send_switchover();
+            // Nobody has the guest yet, and somebody may have let it run here meanwhile.
+            self.link.owes_switchover = true;
+            self.host.stands_still();
         }
         if matches!(self.phase, Phase::Serving) && self.postcopy && self.background {
             self.start_bulk()?;

@@ -73,6 +73,7 @@ impl Migration {
             output,
             host,
             has_monitor: plan.has_monitor,
+            puts_back: false,
             phase: Phase::new(),
             link: Link { liveness, ..link },
             steps: Steps::new(plan.step_timeout),

@@ -14,6 +14,7 @@
 //! has come.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -31,9 +32,9 @@ use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::host::qemu::Qemu;
-use crate::host::qmp::Qmp;
+use crate::host::qmp::{Process, Qmp};
 use crate::host::thread::HostThread;
-use crate::host::{BeforeStop, FileOnly, SourceHost};
+use crate::host::{BeforeStop, SourceHost};
 use crate::inbox::Inbox;
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Session};
 use crate::liveness::STEP_TIMEOUT;
@@ -45,7 +46,7 @@ use crate::report::Output;
 use crate::secure::{Pass, Security};
 use crate::session::{
     self, Directory, Keeper, RamRecord, ResumeOptions, SecurityRecord, SourceRecord, SourceState,
-    VERSION, absolute, since_boot, when,
+    Undo, VERSION, absolute, since_boot, when,
 };
 use crate::uri::Uri;
 
@@ -103,14 +104,18 @@ impl Taken {
 
     /// Has the guest run here again.
     fn undo(self) -> Result<()> {
+        let mut text = "no switchover had left: the guest goes on here";
         if let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) {
-            Qemu::stopped(Qmp::connect(path)?, undo).resume()?;
+            let mut qemu = Qemu::left(Qmp::connect(path)?, undo);
+            match qemu.is_ours()? {
+                true => qemu.resume()?,
+                false => {
+                    text = "no switchover had left, and nothing of this session is left in the guest's QEMU: it \
+                            was started anew, or all has been undone before"
+                }
+            }
         }
-        self.output.event(
-            "undone",
-            json!({ "session": self.keeper.session() }),
-            "no switchover had left: the guest goes on here",
-        );
+        self.output.event("undone", json!({ "session": self.keeper.session() }), text);
         // It would be waiting for a switchover, or has given up long ago.
         if let Err(error) = self.tell_cancelled() {
             let uri = &self.uri;
@@ -235,8 +240,8 @@ impl Taken {
             watch: &observer.watch,
             quiet: resume.observe.quiet,
         };
-        // Nothing is asked of a monitor any more.
-        let host = HostThread::<dyn SourceHost>::start(Box::new(FileOnly), inbox.post())?;
+        let departed = Departed { path: record.qmp.clone(), undo: record.undo.clone(), qemu: None };
+        let host = HostThread::<dyn SourceHost>::start(Box::new(departed), inbox.post())?;
         let way = (!uri.is_one_connection()).then_some(uri);
         let link = Link::taken_over(session, pass.clone(), way, keeper, &record);
         let memory = Arc::new(memory);
@@ -253,6 +258,52 @@ impl Taken {
         let report = driven?;
         output.completed(&report);
         report.check_digests()
+    }
+}
+
+/// The monitor of a guest that may have been given away by a process before this. It is asked when there is
+/// something to ask.
+struct Departed {
+    path: Option<PathBuf>,
+    undo: Option<Undo>,
+    qemu: Option<Qemu>,
+}
+
+impl Departed {
+    /// None where there is none, or none that could run the guest.
+    fn qemu(&mut self) -> Result<Option<&mut Qemu>> {
+        let (Some(path), Some(undo)) = (&self.path, &self.undo) else { return Ok(None) };
+        if self.qemu.is_none() {
+            match Qmp::connect(path) {
+                Ok(qmp) => self.qemu = Some(Qemu::left(qmp, undo)),
+                Err(_) if undo.process.is_some_and(Process::has_ended) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.qemu.as_mut())
+    }
+}
+
+impl SourceHost for Departed {
+    fn stop(&mut self) -> Result<Option<Instant>> {
+        Err(Error::Internal("the guest was stopped by a process before this".into()))
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>> {
+        Err(Error::Internal("the guest was saved by a process before this".into()))
+    }
+
+    fn stands_still(&mut self) -> Result<()> {
+        self.qemu()?.map_or(Ok(()), Qemu::stands_still)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        let Some(qemu) = self.qemu()? else { return Ok(()) };
+        if qemu.is_ours()? { qemu.resume() } else { Ok(()) }
+    }
+
+    fn put_back(&mut self) -> Result<()> {
+        self.qemu()?.map_or(Ok(()), Qemu::put_back)
     }
 }
 
@@ -394,6 +445,14 @@ impl Migration {
                 ram.stamp = region.ram.stamp();
             }
         })
+    }
+
+    /// No switchover has left, and none will.
+    pub(super) fn keep_stopped(&self) {
+        if let Some(keeper) = &self.link.keeper {
+            // If it fails, whoever resumes asks both sides before anything is said to the destination.
+            let _ = keeper.edit(|record| record.state = SourceState::Stopped);
+        }
     }
 
     /// What the destination has said, for who may have to tell somebody: whether the guest runs there, and what

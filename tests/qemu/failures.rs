@@ -11,7 +11,7 @@ use umem_wire::HELLO_BYTES;
 use crate::destination::Destination;
 use crate::halted::Halted;
 use crate::moving::Moved;
-use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem};
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem, wait_for};
 use crate::{NOBODY, boot, incoming, migrate, says};
 
 #[test]
@@ -145,7 +145,7 @@ fn the_source_is_interrupted_when_stopped(machine: &Machine, scratch: &Scratch, 
 fn the_source_is_interrupted_when_loaded(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
     let mut halted = Halted::when_loaded(machine, scratch, source);
     let destination = Qmp::connect(&halted.destination.qmp).status();
-    assert_eq!((destination.as_str(), source.qmp.status().as_str()), ("paused", "postmigrate"));
+    assert_eq!((destination.as_str(), source.qmp.status().as_str()), ("paused", "finish-migrate"));
     halted.umem.signal(Signal::SIGINT);
     says(&halted.umem.fails(), "interrupted; the guest goes on here");
     says(&halted.destination.umem.fails(), "the source gave up: interrupted");
@@ -196,12 +196,13 @@ fn the_destination_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, 
     halted.destination.left_by_its_umem(scratch);
 }
 
-/// Whoever takes over from it has the guest run again, and puts back what was changed in its QEMU.
+/// QEMU gives its migration up by itself; whoever takes over from umem has the guest run, if it does not by then,
+/// and puts back what was changed.
 fn the_source_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
     let mut halted = Halted::when_stopped(machine, scratch, source);
     halted.umem.kill();
     halted.tap.cut();
-    assert_eq!(source.qmp.status(), "postmigrate");
+    wait_for("QEMU to have its guest run", || (source.qmp.status() == "running").then_some(()));
     let uri = &halted.destination.uri;
     Umem::start(["migrate", "--json", "--resume", &halted.session, uri]).succeeds();
     // It hears of it, or has given up before as nothing was loaded yet.

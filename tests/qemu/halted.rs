@@ -1,11 +1,12 @@
 //! Migrations that stand still where a test wants them to.
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 use umem_wire::{HEADER_BYTES, HELLO_BYTES, Kind};
 
 use crate::destination::Destination;
-use crate::migrate;
 use crate::support::{Machine, Qemu, Qmp, Scratch, Tap, Umem, wait_for};
+use crate::{migrate, says};
 
 /// Frames of the destination that precede its guest's running: a welcome, ready, loaded.
 const UNTIL_CONNECTED: usize = HELLO_BYTES;
@@ -42,7 +43,7 @@ impl Halted {
         halted.session = stopped["session"].as_str().expect("text").to_owned();
         halted.destination.umem.event("stopped");
         wait_for("the device state to be saved", || {
-            (source.qmp.status() == "postmigrate").then_some(())
+            (source.qmp.status() == "finish-migrate").then_some(())
         });
         halted
     }
@@ -59,6 +60,14 @@ impl Halted {
             (loading["status"] == "completed").then_some(())
         });
         halted
+    }
+
+    /// Is interrupted, so that the guest goes on at the source.
+    pub(super) fn ends_at_the_source(mut self) {
+        self.umem.signal(Signal::SIGINT);
+        says(&self.umem.fails(), "interrupted; the guest goes on here");
+        self.tap.cut();
+        self.destination.umem.fails();
     }
 
     fn after(answers: usize, machine: &Machine, scratch: &Scratch, source: &Qemu) -> Halted {

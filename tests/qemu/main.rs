@@ -10,6 +10,7 @@ mod failures;
 mod found;
 mod halted;
 mod huge_pages;
+mod movers;
 mod moving;
 mod refusals;
 #[path = "../support/mod.rs"]

@@ -40,6 +40,18 @@ impl Qmp {
         }
     }
 
+    /// Runs a command that is refused, and returns why.
+    pub(crate) fn refuses(&mut self, command: &str, arguments: Value) -> String {
+        self.send(command, &arguments);
+        loop {
+            let answer = self.read();
+            assert!(answer.get("return").is_none(), "{command} is carried out: {answer}");
+            if let Some(error) = answer.get("error") {
+                return error["desc"].as_str().expect("a text").to_owned();
+            }
+        }
+    }
+
     /// `running`, `paused`, `postmigrate` …
     pub(crate) fn status(&mut self) -> String {
         let status = self.execute("query-status", json!({}));

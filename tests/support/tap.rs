@@ -71,6 +71,13 @@ impl Tap {
         self.shared.state.lock().unwrap().sent.iter().skip(1).sum()
     }
 
+    /// Holds nothing back any more.
+    pub(crate) fn release(&self) {
+        let mut state = self.shared.state.lock().unwrap();
+        (state.answers_left, state.held) = (None, None);
+        self.shared.changed.notify_all();
+    }
+
     /// Cuts every connection.
     pub(crate) fn cut(&self) {
         let mut state = self.shared.state.lock().unwrap();

@@ -15,6 +15,7 @@ fn a_device_state_is_read_before_the_command_is_answered() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+    SourceHost::stop(&mut qmp).unwrap();
     let state = qmp.save_state().unwrap();
     assert_eq!(state.len(), 1 + STATE);
     assert!(state[1..].iter().all(|&byte| byte == 0x5a));
@@ -28,20 +29,18 @@ fn what_needs_answers_is_asked_before_the_guest_stops() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    assert!(SourceHost::stop(&mut qmp, false).unwrap().is_some());
+    assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
     SourceHost::resume(&mut qmp).unwrap();
-    SourceHost::stop(&mut qmp, false).unwrap();
-    qmp.save_state().unwrap();
     drop(qmp);
     let asked = qemu.join().unwrap();
-    let stops: Vec<_> = (0..asked.len()).filter(|&at| asked[at] == "stop").collect();
-    let &[first, second] = &stops[..] else { panic!("{asked:?}") };
-    assert!(asked[..first].contains(&"getfd".to_owned()), "{asked:?}");
-    let undone = &asked[first + 1..second];
-    for command in ["closefd", "migrate-set-capabilities", "cont"] {
-        assert!(undone.contains(&command.to_owned()), "{command}: {undone:?}");
+    let migrated = asked.iter().position(|command| command == "migrate").unwrap();
+    for command in ["getfd", "migrate-set-capabilities"] {
+        assert!(asked[..migrated].contains(&command.to_owned()), "{command}: {asked:?}");
     }
-    assert_eq!(asked[second + 1..], ["migrate", "query-migrate"]);
+    assert_eq!(asked[migrated + 1..migrated + 3], ["query-migrate", "query-status"], "{asked:?}");
+    for command in ["migrate-set-capabilities", "cont"] {
+        assert!(asked[migrated + 1..].contains(&command.to_owned()), "{command}: {asked:?}");
+    }
 }
 
 /// What comes before the device state is saved while the guest still runs.
@@ -51,12 +50,13 @@ fn a_guest_is_stopped_by_the_saving_of_its_state() {
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
     let before = Instant::now();
-    let stopped = SourceHost::stop(&mut qmp, true).unwrap().unwrap();
+    let stopped = SourceHost::stop(&mut qmp).unwrap().unwrap();
     assert!(before < stopped && stopped < Instant::now());
     assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
     drop(qmp);
     let asked = qemu.join().unwrap();
-    assert_eq!(asked[asked.len() - 3..], ["getfd", "migrate", "query-migrate"], "{asked:?}");
+    let last = ["getfd", "migrate", "query-migrate", "query-status"];
+    assert_eq!(asked[asked.len() - 4..], last, "{asked:?}");
     assert!(!asked.contains(&"stop".to_owned()), "{asked:?}");
 }
 
@@ -66,11 +66,12 @@ fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer(&monitor, "stop"));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    SourceHost::stop(&mut qmp, true).unwrap();
+    SourceHost::stop(&mut qmp).unwrap();
     assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
     drop(qmp);
     let asked = qemu.join().unwrap();
-    assert_eq!(asked[asked.len() - 3..], ["migrate", "stop", "query-migrate"], "{asked:?}");
+    let last = ["migrate", "stop", "query-migrate", "query-status"];
+    assert_eq!(asked[asked.len() - 4..], last, "{asked:?}");
 }
 
 /// It would run as soon as it is loaded otherwise, and the source might go on with it as well.
@@ -99,6 +100,8 @@ fn answer(monitor: &UnixStream, saves_at: &str) -> Vec<String> {
     out.write_all(b"{\"QMP\":{}}\n").unwrap();
     let mut line = Vec::new();
     let mut socket = None;
+    let mut status = "running";
+    let mut migration = "none";
     while let Some(descriptor) = next_line(monitor, &mut line) {
         socket = descriptor.or(socket);
         let command: Value = serde_json::from_slice(&line).unwrap();
@@ -106,11 +109,19 @@ fn answer(monitor: &UnixStream, saves_at: &str) -> Vec<String> {
         asked.push(command.to_owned());
         let value = match command {
             "query-migrate-capabilities" => json!([]),
-            "query-status" => json!({ "status": "running" }),
-            "query-migrate" => json!({ "status": "completed" }),
+            "query-status" => json!({ "status": status }),
+            "query-migrate" => json!({ "status": migration }),
+            "migrate-incoming" => {
+                // Whatever comes is its state.
+                let mut socket = UnixStream::from(socket.take().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut socket, &mut std::io::sink()));
+                migration = "completed";
+                json!({})
+            }
             "migrate" | "stop" if command == saves_at => {
                 say_stop(out);
                 UnixStream::from(socket.take().unwrap()).write_all(&[0x5a; STATE]).unwrap();
+                (status, migration) = ("postmigrate", "completed");
                 json!({})
             }
             _ => json!({}),

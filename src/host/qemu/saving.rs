@@ -1,0 +1,164 @@
+//! The saving of a device state, and how its QEMU is kept from going on before umem says so.
+//!
+//! With a return path (a socket has two directions) QEMU's migration is not completed when it has written
+//! everything: it waits for the destination's word, which umem says in its place. Until then the guest is in
+//! QEMU's state `finish-migrate`, in which QEMU refuses `cont` and a further migration, whoever asks for them.
+//! When the socket closes instead, as it does when umem ends in whatever way, the migration has failed, and QEMU
+//! has the guest run again by itself, or be what it was.
+//!
+//! ```text
+//! umem: migrate            umem: reads to the description      umem: SHUT 0        umem: the end, completed
+//! QEMU: ...saves... stops the guest ...saves the rest | waits in finish-migrate | completes: postmigrate
+//!                                                       the socket closes: fails: runs
+//! ```
+//!
+//! The stream does not say how long it is, and does not end while QEMU waits. Its last part is a description of
+//! all others with its length in front, which is how its end is found. That nothing came after it is known
+//! before the guest is given away: the stream's end must follow.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use umem_wire::limits::STATE_BYTES_MAX;
+
+use crate::error::{Context, Error, Result};
+
+/// The types of a stream's last two parts, `QEMU_VM_EOF` and `QEMU_VM_VMDESCRIPTION` in QEMU's migration/savevm.h.
+const END: u8 = 0;
+const DESCRIPTION: u8 = 6;
+
+/// The message `MIG_RP_MSG_SHUT` of QEMU's migration/migration.h, four bytes long, with 0: all is well.
+const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
+
+/// How long QEMU may write nothing while it saves. It may have disks to flush.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
+
+/// How long QEMU may take to end its migration once it has been told that all is well.
+const END_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Whether a migration that was begun can still do something.
+#[derive(Debug, Default)]
+pub(super) enum Saving {
+    /// None was begun, or it is known to have ended.
+    #[default]
+    Over,
+    /// It was begun, and QEMU ends it by itself.
+    Begun,
+    /// QEMU waits for a word on this socket.
+    Held(UnixStream),
+}
+
+/// Reads a stream: to its end, or with a return path to its description. Says whether it has ended. A byte over
+/// what is allowed is read at most.
+pub(super) fn read(mut socket: &UnixStream, is_held: bool) -> Result<(Vec<u8>, bool)> {
+    let what = || "reading QEMU's device state";
+    socket.set_read_timeout(Some(SILENCE_MAX)).context(what)?;
+    let mut state = Vec::new();
+    let mut piece = vec![0; 64 << 10];
+    loop {
+        let count = match socket.read(&mut piece) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                return Err(Error::Host(format!(
+                    "it has saved nothing of its device state for {} s",
+                    SILENCE_MAX.as_secs()
+                )));
+            }
+            other => other.context(what)?,
+        };
+        state.extend_from_slice(&piece[..count]);
+        if count == 0 || state.len() as u64 >= STATE_BYTES_MAX {
+            return Ok((state, true));
+        }
+        if is_held && ends_with_description(&state) {
+            return Ok((state, false));
+        }
+    }
+}
+
+/// Whether the last part of a stream is whole: `END DESCRIPTION length {…}`.
+fn ends_with_description(state: &[u8]) -> bool {
+    const BEFORE_TEXT: usize = 6;
+    if state.last() != Some(&b'}') {
+        return false;
+    }
+    (BEFORE_TEXT..state.len()).rev().any(|text| {
+        state[text] == b'{'
+            && state[text - BEFORE_TEXT..text - 4] == [END, DESCRIPTION]
+            && u32::from_be_bytes(std::array::from_fn(|at| state[text - 4 + at])) as usize
+                == state.len() - text
+    })
+}
+
+/// Tells QEMU that all is well, and waits for the stream's end.
+pub(super) fn finish(mut socket: &UnixStream) -> Result<()> {
+    let what = || "ending QEMU's migration";
+    socket.set_read_timeout(Some(END_PATIENCE)).context(what)?;
+    socket.write_all(&SHUT).context(what)?;
+    let mut rest = [0; 1];
+    loop {
+        return match socket.read(&mut rest) {
+            Ok(0) => Ok(()),
+            Ok(_) => Err(Error::Host("its device state goes on after its description".into())),
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => Err(error).context(what),
+        };
+    }
+}
+
+/// Has QEMU's migration fail, if it has not ended.
+pub(super) fn abandon(socket: &UnixStream) {
+    let _ = socket.shutdown(Shutdown::Both);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(text: &str) -> Vec<u8> {
+        let length = u32::try_from(text.len()).unwrap().to_be_bytes();
+        [&[1, 2, 3, END, DESCRIPTION][..], &length, text.as_bytes()].concat()
+    }
+
+    #[test]
+    fn a_stream_ends_with_its_whole_description_and_nowhere_before() {
+        let whole = stream("{\"devices\": [{\"name\": \"{}\"}]}");
+        assert!(ends_with_description(&whole));
+        for end in 0..whole.len() {
+            assert!(!ends_with_description(&whole[..end]), "{end}");
+        }
+        assert!(!ends_with_description(&[&whole[..], b"}"].concat()));
+        assert!(!ends_with_description(b"}"));
+        let mut other = whole.clone();
+        other[3] = 1;
+        assert!(!ends_with_description(&other));
+    }
+
+    #[test]
+    fn what_comes_after_the_description_is_found() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&stream("{}")).unwrap();
+        let (state, has_ended) = read(&ours, true).unwrap();
+        assert_eq!((state, has_ended), (stream("{}"), false));
+        theirs.write_all(b"x").unwrap();
+        let error = finish(&ours).unwrap_err().to_string();
+        assert!(error.contains("goes on after"), "{error}");
+        let mut told = [0; 8];
+        theirs.read_exact(&mut told).unwrap();
+        assert_eq!(told, SHUT);
+    }
+
+    #[test]
+    fn the_end_comes_after_the_word() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let qemu = std::thread::spawn(move || {
+            let mut told = [0; 8];
+            theirs.read_exact(&mut told).unwrap();
+            told
+        });
+        finish(&ours).unwrap();
+        assert_eq!(qemu.join().unwrap(), SHUT);
+    }
+}

@@ -1,0 +1,207 @@
+//! What of a QEMU's migration settings umem changes for the time of a move, and puts back.
+//!
+//! A migration does what the capabilities and parameters of its QEMU say, and some of them would have it write
+//! another stream, wait for somebody, or let the guest run on. For the time of the move those have the value
+//! that the stream needs. What is put back is what still has the value that umem gave it: whatever somebody
+//! else has set meanwhile stays.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::host::qmp::Qmp;
+
+/// QEMU's default of 128 MiB/s would hold back a guest with video memory; the device state goes
+/// through a local socket, so nothing is won by a limit. Bytes a second.
+const STATE_BANDWIDTH: u64 = 1 << 40;
+
+/// Leaves RAM that is shared and in a file out of the stream.
+const IGNORE_SHARED: &str = "x-ignore-shared";
+
+/// Has the source wait for the destination's word before its migration is completed.
+pub(super) const RETURN_PATH: &str = "return-path";
+
+/// Off for the time of a move: with these the stream is another one, is loaded by another protocol, waits for
+/// an answer or a command, or does not stop the guest.
+const OFF: &[&str] = &[
+    "background-snapshot",
+    "compress",
+    "mapped-ram",
+    "multifd",
+    "pause-before-switchover",
+    "postcopy-preempt",
+    "postcopy-ram",
+    "release-ram",
+    "switchover-ack",
+    "x-colo",
+    "xbzrle",
+    "zero-copy-send",
+];
+
+/// Left as they are: these do nothing to a stream over a socket that leaves the guest's RAM out, or what their
+/// user wants of it.
+const LEFT: &[&str] = &[
+    "auto-converge",
+    "dirty-bitmaps",
+    "dirty-limit",
+    "events",
+    "late-block-activate",
+    "postcopy-blocktime",
+    "rdma-pin-all",
+    "validate-uuid",
+    "zero-blocks",
+];
+
+/// Which QEMU of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// With or without a return path.
+    Source {
+        holds: bool,
+    },
+    Destination,
+}
+
+/// A setting that is changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Change<T> {
+    name: String,
+    was: T,
+    is: T,
+}
+
+/// What a move changes in a QEMU's settings.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Changes {
+    capabilities: Vec<Change<bool>>,
+    parameters: Vec<Change<Value>>,
+}
+
+/// The capabilities that a monitor knows, and which of them are on.
+pub(super) fn capabilities(qmp: &mut Qmp) -> Result<BTreeMap<String, bool>> {
+    let answer = qmp.execute("query-migrate-capabilities", json!({}))?;
+    let list = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+    let known = list.iter().filter_map(|item| {
+        Some((item["capability"].as_str()?.to_owned(), item["state"].as_bool()?))
+    });
+    Ok(known.collect())
+}
+
+impl Changes {
+    /// Looks what a move needs. Changes nothing.
+    ///
+    /// # Errors
+    /// A capability that umem neither may switch off nor can leave on.
+    pub(super) fn needed(qmp: &mut Qmp, role: Role) -> Result<Changes> {
+        let mut capabilities = capabilities(qmp)?;
+        capabilities.entry(IGNORE_SHARED.into()).or_insert(false);
+        let mut changes = Changes::default();
+        for (name, was) in capabilities {
+            if let Some(is) = wanted(&name, was, role)?.filter(|is| *is != was) {
+                changes.capabilities.push(Change { name, was, is });
+            }
+        }
+        let parameters = qmp.execute("query-migrate-parameters", json!({}))?;
+        let mut want = |name: &str, is: Value| {
+            // A parameter that is not there, or is no text where it is none, needs nothing.
+            let was = parameters.get(name).filter(|was| !was.is_null() && **was != is);
+            let change = was.map(|was| Change { name: name.into(), was: was.clone(), is });
+            changes.parameters.extend(change);
+        };
+        want("mode", json!("normal"));
+        want("tls-creds", json!(""));
+        if role != Role::Destination {
+            want("max-bandwidth", json!(STATE_BANDWIDTH));
+        }
+        Ok(changes)
+    }
+
+    /// Capabilities first, there and back: with some that are on QEMU takes no parameters while it has TLS.
+    pub(super) fn make(&self, qmp: &mut Qmp) -> Result<()> {
+        set_capabilities(qmp, self.capabilities.iter().map(|change| (&change.name, change.is)))?;
+        set_parameters(qmp, self.parameters.iter().map(|change| (&change.name, &change.is)))
+    }
+
+    /// Undoes that, as far as it still stands.
+    pub(super) fn put_back(&self, qmp: &mut Qmp) -> Result<()> {
+        if !self.capabilities.is_empty() {
+            let now = capabilities(qmp)?;
+            let stands = |change: &&Change<bool>| {
+                // A monitor that does not list its capabilities has them all the same.
+                now.get(&change.name).is_none_or(|state| *state == change.is)
+            };
+            let ours = self.capabilities.iter().filter(stands);
+            set_capabilities(qmp, ours.map(|change| (&change.name, change.was)))?;
+        }
+        if !self.parameters.is_empty() {
+            let now = qmp.execute("query-migrate-parameters", json!({}))?;
+            let ours = self.parameters.iter().filter(|change| now[&change.name] == change.is);
+            set_parameters(qmp, ours.map(|change| (&change.name, &change.was)))?;
+        }
+        Ok(())
+    }
+}
+
+/// What a capability has to be; none if it may stay as it is.
+fn wanted(name: &str, is_on: bool, role: Role) -> Result<Option<bool>> {
+    match (name, role) {
+        (IGNORE_SHARED, _) => Ok(Some(true)),
+        (RETURN_PATH, Role::Source { holds }) => Ok(Some(holds)),
+        (RETURN_PATH, Role::Destination) => Ok(None),
+        _ if OFF.contains(&name) => Ok(Some(false)),
+        _ if LEFT.contains(&name) || !is_on => Ok(None),
+        ("block", _) => Err(Error::Unsupported(
+            "QEMU's capability block is on, which sends disks as part of the device state: switch it off with \
+             migrate-set-capabilities, and copy disks beside the move (drive-mirror)"
+                .into(),
+        )),
+        _ => Err(Error::Unsupported(format!(
+            "QEMU's capability {name} is on, and umem does not know what that does to its migration: switch \
+             it off with migrate-set-capabilities"
+        ))),
+    }
+}
+
+/// All at once, as some need each other.
+fn set_capabilities<'a>(
+    qmp: &mut Qmp,
+    states: impl Iterator<Item = (&'a String, bool)>,
+) -> Result<()> {
+    let list: Vec<Value> =
+        states.map(|(name, state)| json!({ "capability": name, "state": state })).collect();
+    if list.is_empty() {
+        return Ok(());
+    }
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
+}
+
+fn set_parameters<'a>(
+    qmp: &mut Qmp,
+    values: impl Iterator<Item = (&'a String, &'a Value)>,
+) -> Result<()> {
+    let parameters: serde_json::Map<String, Value> =
+        values.map(|(name, value)| (name.clone(), value.clone())).collect();
+    if parameters.is_empty() {
+        return Ok(());
+    }
+    qmp.execute("migrate-set-parameters", Value::Object(parameters)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capability_that_nobody_knows_is_refused_only_when_it_is_on() {
+        for role in [Role::Source { holds: true }, Role::Destination] {
+            assert_eq!(wanted("x-next-year", false, role).unwrap(), None);
+            let error = wanted("x-next-year", true, role).unwrap_err().to_string();
+            assert!(error.contains("capability x-next-year is on"), "{error}");
+            assert!(wanted("block", true, role).is_err());
+            assert_eq!(wanted("multifd", true, role).unwrap(), Some(false));
+            assert_eq!(wanted("events", true, role).unwrap(), None);
+        }
+    }
+}

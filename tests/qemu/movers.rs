@@ -1,0 +1,395 @@
+//! One guest, one mover: whoever else moves the guest, lets it run or has set up its QEMU's migration. What
+//! umem finds it leaves as it was, and what it cannot be sure of it does not give away.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::destination::Destination;
+use crate::halted::Halted;
+use crate::moving::Moved;
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Scratch, Umem, wait_for};
+use crate::{NOBODY, boot, migrate, says};
+
+const VERSIONS: [QemuVersion; 2] = [QemuVersion::V7_2, QemuVersion::V10_0];
+
+/// A machine with nothing to boot and a third QMP socket, for somebody else.
+fn machine(version: QemuVersion, scratch: &Scratch) -> (Machine, PathBuf) {
+    let other = scratch.path("other.qmp");
+    let mut machine = Machine::bare(version);
+    machine.extra = vec!["-qmp".into(), format!("unix:{},server=on,wait=off", other.display())];
+    (machine, other)
+}
+
+/// The machine of its destination, which has no such socket.
+fn bare(version: QemuVersion) -> Machine {
+    Machine::bare(version)
+}
+
+/// All that a umem might have changed in a QEMU.
+fn set_up(qmp: &mut Qmp) -> [Value; 3] {
+    let devices = qmp.execute("query-chardev", json!({}));
+    let labels = devices.as_array().expect("a list").iter().map(|device| device["label"].clone());
+    let mut labels: Vec<Value> = labels.filter(|label| *label == "umem-mover").collect();
+    labels.sort_by_key(Value::to_string);
+    let [capabilities, parameters] = ["query-migrate-capabilities", "query-migrate-parameters"]
+        .map(|query| qmp.execute(query, json!({})));
+    [capabilities, parameters, labels.into()]
+}
+
+fn set_capability(qmp: &mut Qmp, name: &str) {
+    let list = json!([{ "capability": name, "state": true }]);
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": list }));
+}
+
+/// What QEMU says of its own migration.
+fn migration(qmp: &mut Qmp) -> String {
+    let migration = qmp.execute("query-migrate", json!({}));
+    migration["status"].as_str().unwrap_or("none").to_owned()
+}
+
+#[test]
+fn a_second_umem_is_refused_while_a_first_moves_the_guest() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let (machine, other) = machine(version, &scratch);
+        let mut source = machine.start(&scratch);
+        let before = set_up(&mut source.qmp);
+        let other = other.to_str().expect("it is UTF-8");
+        let second = || {
+            let words = ["migrate", "--json", "-p", "--qmp", other, NOBODY];
+            says(&Umem::start(words).fails(), "another umem moves this guest");
+        };
+
+        let bare = bare(version);
+        let halted = Halted::when_connected(&bare, &scratch, &mut source);
+        second();
+        assert_eq!(source.qmp.status(), "running");
+        halted.ends_at_the_source();
+        assert_eq!(set_up(&mut source.qmp), before);
+
+        let mut halted = Halted::when_stopped(&bare, &scratch, &mut source);
+        second();
+        assert_eq!(source.qmp.status(), "finish-migrate");
+        // A claim that was left is nobody's.
+        halted.umem.kill();
+        halted.tap.cut();
+        halted.destination.umem.fails();
+        ends_by_itself(&mut source);
+        let words = ["migrate", "--json", "-p", "--qmp", other, NOBODY];
+        says(&Umem::start(words).fails(), "cannot connect to");
+    }
+}
+
+#[test]
+fn nobody_lets_a_guest_run_that_is_about_to_be_given_away() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = Machine::linux(version);
+        let mut source = boot(&machine, &scratch);
+        let before = set_up(&mut source.qmp);
+        let mut halted = Halted::when_loaded(&machine, &scratch, &source);
+        for (command, arguments) in [
+            ("cont", json!({})),
+            ("migrate", json!({ "uri": "exec:cat >/dev/null" })),
+            ("migrate-set-capabilities", json!({ "capabilities": [] })),
+        ] {
+            let refused = source.qmp.refuses(command, arguments);
+            assert!(refused.contains("migration") || refused.contains("Migration"), "{refused}");
+        }
+        assert_eq!(source.qmp.status(), "finish-migrate");
+        // Of the destination everything is as it was, whoever takes over there.
+        let mut guest = Qmp::connect(&halted.destination.qmp);
+        let list = guest.execute("query-migrate-capabilities", json!({}));
+        let on = |item: &&Value| item["state"] == json!(true);
+        assert_eq!(list.as_array().expect("a list").iter().find(on), None);
+
+        // Its end leaves the guest to go on, by itself unless umem had to have it stopped.
+        let stopped = halted.umem.event("stopped");
+        let session = stopped["session"].as_str().expect("text");
+        halted.umem.kill();
+        ends_by_itself(&mut source);
+        halted.tap.cut();
+        let words = ["migrate", "--json", "--resume", session, &halted.destination.uri];
+        Umem::start(words).succeeds();
+        halted.destination.umem.fails();
+        source.serial.goes_on();
+        assert_eq!(source.qmp.status(), "running");
+        assert_eq!(set_up(&mut source.qmp), before);
+        let destination = Destination::start(&machine, &scratch);
+        let mut moved = Moved::start(source, destination, &["-p"]).complete();
+        assert_eq!(set_up(&mut moved.source.qmp), before);
+        moved.end();
+    }
+}
+
+/// QEMU ends its migration when the umem does for which it waits.
+fn ends_by_itself(source: &mut Qemu) {
+    wait_for("QEMU to give its migration up", || {
+        (migration(&mut source.qmp) == "failed").then_some(())
+    });
+    wait_for("QEMU to go back to what was before", || {
+        ["running", "paused"].contains(&source.qmp.status().as_str()).then_some(())
+    });
+}
+
+#[test]
+fn a_migration_of_qemus_own_is_left_alone() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = Machine::bare(version);
+        let mut source = machine.start(&scratch);
+        let begin = |source: &mut Qemu| {
+            source.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 4096 }));
+            source.qmp.execute("migrate", json!({ "uri": "exec:cat >/dev/null" }));
+            wait_for("it to be under way", || {
+                (migration(&mut source.qmp) == "active").then_some(())
+            });
+        };
+        let goes_on = |source: &mut Qemu| {
+            assert_eq!(migration(&mut source.qmp), "active");
+            assert_eq!(source.qmp.status(), "running");
+            source.qmp.execute("migrate_cancel", json!({}));
+            wait_for("its end", || (migration(&mut source.qmp) == "cancelled").then_some(()));
+        };
+
+        begin(&mut source);
+        let before = set_up(&mut source.qmp);
+        let text = migrate(&source, NOBODY, &["-p"]).fails();
+        says(&text, "a migration of QEMU's own is under way");
+        assert_eq!(set_up(&mut source.qmp), before);
+        goes_on(&mut source);
+
+        // One that begins when umem has looked.
+        let halted = Halted::when_connected(&machine, &scratch, &mut source);
+        begin(&mut source);
+        let before = set_up(&mut source.qmp);
+        halted.tap.release();
+        says(&halted.umem.fails(), "a migration of QEMU's own is under way");
+        halted.destination.umem.fails();
+        assert_eq!(set_up(&mut source.qmp)[..2], before[..2]);
+        goes_on(&mut source);
+    }
+}
+
+/// Of those that QEMU itself sets together.
+#[test]
+fn capabilities_and_parameters_of_the_source_are_there_again_after_the_move() {
+    for (version, sets) in [
+        (
+            QemuVersion::V7_2,
+            &[
+                &["pause-before-switchover", "events", "auto-converge", "dirty-bitmaps"][..],
+                &["multifd", "validate-uuid"],
+                &["compress", "return-path"],
+                &["background-snapshot"],
+                &["x-colo"],
+                &["xbzrle", "release-ram", "late-block-activate"],
+                &["postcopy-ram"],
+            ][..],
+        ),
+        (
+            QemuVersion::V10_0,
+            &[
+                &["pause-before-switchover", "events", "auto-converge", "dirty-bitmaps"][..],
+                &["multifd", "zero-copy-send"],
+                &["mapped-ram"],
+                &["return-path", "switchover-ack"],
+                &["background-snapshot"],
+                &["x-colo"],
+                &["xbzrle", "release-ram", "late-block-activate"],
+                &["postcopy-ram", "postcopy-preempt"],
+            ],
+        ),
+    ] {
+        for set in sets {
+            let scratch = Scratch::new();
+            let machine = Machine::bare(version);
+            let mut source = machine.start(&scratch);
+            set.iter().for_each(|name| set_capability(&mut source.qmp, name));
+            if version == QemuVersion::V10_0 {
+                source.qmp.execute("migrate-set-parameters", json!({ "mode": "cpr-reboot" }));
+            }
+            // QEMU itself does not let these two be together.
+            let credentials = if set.contains(&"zero-copy-send") { "" } else { "tls0" };
+            let parameters = json!({ "tls-creds": credentials, "max-bandwidth": 12345 });
+            source.qmp.execute("migrate-set-parameters", parameters);
+            let before = set_up(&mut source.qmp);
+
+            let text = migrate(&source, NOBODY, &["-p"]).fails();
+            says(&text, "cannot connect to");
+            let halted = Halted::when_stopped(&machine, &scratch, &mut source);
+            halted.ends_at_the_source();
+            assert_eq!(source.qmp.status(), "running", "{set:?}");
+            assert_eq!(set_up(&mut source.qmp), before, "{set:?}");
+
+            let mut destination = Destination::start(&machine, &scratch);
+            let umem = migrate(&source, &destination.uri, &["-p"]);
+            destination.umem.event("completed");
+            umem.succeeds();
+            assert_eq!(source.qmp.status(), "postmigrate", "{set:?}");
+            assert_eq!(set_up(&mut source.qmp), before, "{set:?}");
+            let mut guest = Qmp::connect(&destination.qmp);
+            assert_eq!(guest.status(), "running", "{set:?}");
+            guest.quit();
+            destination.umem.succeeds();
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_moved_as_it_is_set_up_is_refused_by_name() {
+    let scratch = Scratch::new();
+    let mut source = Machine::bare(QemuVersion::V7_2).start(&scratch);
+    set_capability(&mut source.qmp, "block");
+    let before = set_up(&mut source.qmp);
+    says(&migrate(&source, NOBODY, &["-p"]).fails(), "QEMU's capability block is on");
+    assert_eq!(source.qmp.status(), "running");
+    assert_eq!(set_up(&mut source.qmp), before);
+}
+
+#[test]
+fn a_guest_that_has_gone_is_not_moved_again() {
+    let scratch = Scratch::new();
+    let machine = Machine::bare(QemuVersion::V10_0);
+    let source = machine.start(&scratch);
+    let mut destination = Destination::start(&machine, &scratch);
+    let umem = migrate(&source, &destination.uri, &["-p"]);
+    destination.umem.event("completed");
+    umem.succeeds();
+    says(&migrate(&source, NOBODY, &["-p"]).fails(), "its guest has been migrated away");
+    Qmp::connect(&destination.qmp).quit();
+    destination.umem.succeeds();
+}
+
+/// How a guest gets into a state, by what its QEMU is told, and with which options.
+struct State {
+    name: &'static str,
+    options: &'static [&'static str],
+    /// To the human monitor; `stop` is QMP's.
+    lines: &'static [&'static str],
+}
+
+/// Writes to a panic device, and to the register that puts a machine to sleep or switches it off.
+const STATES: [State; 5] = [
+    State { name: "paused", options: &[], lines: &["stop"] },
+    State { name: "prelaunch", options: &["-S"], lines: &[] },
+    State {
+        name: "guest-panicked",
+        options: &["-device", "pvpanic", "-action", "panic=pause"],
+        lines: &["o /b 0x505 1"],
+    },
+    State { name: "shutdown", options: &["-no-shutdown"], lines: &["system_powerdown_by_guest"] },
+    State {
+        name: "io-error",
+        options: &[
+            "-blockdev",
+            "driver=blkdebug,node-name=disk,image.driver=null-co,image.size=1048576,\
+             inject-error.0.event=none,inject-error.0.iotype=read,\
+             inject-error.0.errno=5",
+            "-device",
+            "virtio-blk-pci,drive=disk,rerror=stop,werror=stop",
+        ],
+        lines: &[],
+    },
+];
+
+impl State {
+    fn machine(&self, version: QemuVersion) -> Machine {
+        let mut machine = Machine::bare(version);
+        machine.extra = self.options.iter().map(|&word| word.to_owned()).collect();
+        machine
+    }
+
+    fn bring_about(&self, source: &mut Qemu) {
+        let line = |source: &mut Qemu, line: &str| {
+            let line = json!({ "command-line": line });
+            source.qmp.execute("human-monitor-command", line);
+        };
+        match self.lines {
+            ["system_powerdown_by_guest"] => sleep_type(source, 0),
+            lines => lines.iter().for_each(|text| line(source, text)),
+        }
+        wait_for(format!("the guest to be {}", self.name), || {
+            (source.qmp.status() == self.name).then_some(())
+        });
+    }
+}
+
+/// Has the machine go to that sleep, as its firmware or a guest does: a write to the power management's control
+/// register, which the firmware has put there.
+fn sleep_type(source: &mut Qemu, kind: u32) {
+    wait_for("the firmware to have set up power management", || {
+        let line = json!({ "command-line": format!("o /w 0x604 {}", 0x2000 | kind << 10) });
+        source.qmp.execute("human-monitor-command", line);
+        (source.qmp.status() != "running").then_some(())
+    });
+}
+
+#[test]
+fn guests_arrive_as_what_they_were_and_are_that_again_after_a_failure() {
+    for version in VERSIONS {
+        for state in STATES {
+            let scratch = Scratch::new();
+            let machine = state.machine(version);
+            let mut source = machine.start(&scratch);
+            state.bring_about(&mut source);
+            let halted = Halted::when_stopped(&machine, &scratch, &mut source);
+            halted.ends_at_the_source();
+            // QEMU 7.2 has no way back after its migration has failed.
+            let name = if version == QemuVersion::V7_2 { "postmigrate" } else { state.name };
+            assert_eq!(source.qmp.status(), name, "{version:?} after a failure");
+            drop(source);
+
+            let scratch = Scratch::new();
+            let mut source = machine.start(&scratch);
+            state.bring_about(&mut source);
+            let mut destination = Destination::start(&machine, &scratch);
+            let umem = migrate(&source, &destination.uri, &["-p"]);
+            destination.umem.event("completed");
+            umem.succeeds();
+            let mut guest = Qmp::connect(&destination.qmp);
+            assert_eq!(guest.status(), state.name, "{version:?}");
+            guest.quit();
+            destination.umem.succeeds();
+        }
+    }
+}
+
+/// Asleep (S3), from which a guest is woken.
+#[test]
+fn a_guest_that_sleeps_sleeps_on_where_qemu_can_carry_it() {
+    let scratch = Scratch::new();
+    let machine = Machine::bare(QemuVersion::V10_0);
+    let mut source = machine.start(&scratch);
+    sleep_type(&mut source, 1);
+    assert_eq!(source.qmp.status(), "suspended");
+    let halted = Halted::when_stopped(&machine, &scratch, &mut source);
+    halted.ends_at_the_source();
+    assert_eq!(source.qmp.status(), "suspended");
+    drop(source);
+    for options in [&["-p"][..], &[]] {
+        let scratch = Scratch::new();
+        let mut source = machine.start(&scratch);
+        sleep_type(&mut source, 1);
+        let mut destination = Destination::start(&machine, &scratch);
+        let umem = migrate(&source, &destination.uri, options);
+        destination.umem.event("completed");
+        umem.succeeds();
+        let mut guest = Qmp::connect(&destination.qmp);
+        assert_eq!(guest.status(), "suspended");
+        guest.execute("system_wakeup", json!({}));
+        wait_for("it to wake", || (guest.status() == "running").then_some(()));
+        guest.quit();
+        destination.umem.succeeds();
+    }
+
+    let other = Scratch::new();
+    let mut source = Machine::bare(QemuVersion::V7_2).start(&other);
+    sleep_type(&mut source, 1);
+    assert_eq!(source.qmp.status(), "suspended");
+    let text = migrate(&source, NOBODY, &["-p"]).fails();
+    says(&text, "its guest is suspended");
+    says(&text, "system_wakeup");
+    assert_eq!(source.qmp.status(), "suspended");
+}
