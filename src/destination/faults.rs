@@ -17,7 +17,7 @@ use super::guest::{GuestMemory, PageId};
 use super::latency::{Latencies, Waiting};
 use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
-use crate::memory::pages::PageState;
+use crate::memory::pages::Fault;
 use crate::memory::words::EVENTS_BYTES;
 use crate::observe::faults::FaultCounts;
 use crate::priority;
@@ -194,17 +194,11 @@ impl Faults {
         };
         let guest = self.guest.clone();
         let pages = &guest.region(page.region).pages;
-        let first = pages.want(page.page);
-        match pages.get(page.page) {
-            PageState::Cached => {
-                pages.unwant(page.page);
-                return self.show(ring, Again::At(address));
-            }
-            PageState::Missing | PageState::Discarded if first => {
-                self.ask.push((page.region, page.page));
-            }
-            // On its way already, or asked for already: whoever lands it sees that it is wanted.
-            PageState::Missing | PageState::Discarded | PageState::Landing => {}
+        match pages.fault(page.page) {
+            Fault::Show => return self.show(ring, Again::At(address)),
+            Fault::WakeAll => return self.cached(ring, page),
+            Fault::Ask => self.ask.push((page.region, page.page)),
+            Fault::Wait => {}
         }
         self.waiting.read(page, now);
         self.counts.waiting(self.waiting.len());

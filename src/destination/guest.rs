@@ -220,15 +220,12 @@ impl GuestMemory {
 
     /// Discarded pages give back what has landed in the file for them.
     fn finish_in_file(&self, region: &GuestRegion, range: PageRange) -> Result<()> {
-        let unit_bytes = 1 << region.unit_shift;
-        let discard = |page| region.file().discard(region.byte_offset(page), unit_bytes);
         let start = region.byte_offset(range.first);
         for (part, address, len) in region.pieces(start..start + region.byte_offset(range.pages)) {
             let first = (part.offset + (address - part.address)) >> region.unit_shift;
             let pages = len >> region.unit_shift;
             let _gate = self.sources[part.source].open_gate();
-            region.discard_fragments(first, pages)?;
-            region.pages.finish(first, pages, discard)?;
+            region.finish_in_file(first, pages)?;
         }
         Ok(())
     }

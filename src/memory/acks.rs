@@ -6,10 +6,10 @@
 //! Beside them stands a bit for every [`GROUP_PAGES`] pages that says where to look.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::pages::low_bits;
+use super::sync::AtomicU64;
+use super::sync::Ordering::{AcqRel, Acquire};
 use super::words::Words;
 
 /// Pages that are looked through at once for pending ones: 64 words.

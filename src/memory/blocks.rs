@@ -8,9 +8,9 @@
 //! neighbour leaves, and its faults are answered at once meanwhile.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 
 use super::block_pages;
+use super::sync::{AtomicU32, AtomicU64, Ordering::SeqCst};
 
 /// Islands of unregistered memory per region; each costs the guest up to two mappings, so this
 /// stays far below the kernel's default of 65,530 mappings a process even with 16 regions.

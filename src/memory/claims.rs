@@ -4,12 +4,11 @@
 //! sends it. Bulk lanes take whole blocks first (a bit a block), so that they do not walk in each
 //! other's steps, and then claim what the demand lane has left of a block, 64 pages at a time.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use umem_wire::{PageRange, RegionId};
 
 use super::block_pages;
 use super::pages::low_bits;
+use super::sync::{AtomicU64, Ordering};
 
 /// The claims of one region.
 pub(crate) struct Claims {

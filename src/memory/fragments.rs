@@ -5,9 +5,8 @@
 //! keep for units as large as a page: their state says it.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::sync::{AtomicBool, Mutex, MutexGuard, Ordering::SeqCst, PoisonError};
 use super::words::Words;
 
 /// Discarded pages of units that have not come, for one region.

@@ -11,6 +11,7 @@
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
 //! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
+//! - [`sync`]: the atomics of all of these, so that a model checker can take their place
 //! - [`words`]: state that outlives this process, where a session can be taken over
 //! - [`stamp`]: is a file still as it was
 //! - [`zero`]: is this page all zeroes
@@ -28,6 +29,7 @@ pub(crate) mod region;
 pub(crate) mod sequences;
 pub(crate) mod stamp;
 pub(crate) mod sums;
+pub(crate) mod sync;
 pub(crate) mod words;
 pub(crate) mod zero;
 

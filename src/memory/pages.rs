@@ -17,8 +17,7 @@
 //! state; who completes a page sets the state and then looks at the bit. Both are sequentially
 //! consistent, so at least one of them sees the other and the vCPU is woken.
 
-use std::sync::atomic::Ordering::SeqCst;
-
+use super::sync::Ordering::SeqCst;
 use super::words::Words;
 use crate::error::Error;
 
@@ -33,6 +32,19 @@ pub(crate) enum PageState {
     Discarded = 0b10,
     /// Every byte is there (or it is a page of zeroes): the guest may see it.
     Cached = 0b11,
+}
+
+/// What is to be done about a fault of a page that has been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nobody has asked for the page yet: ask.
+    Ask,
+    /// It is on its way, or asked for: whoever lands it sees that it is wanted.
+    Wait,
+    /// It is here, and nobody else waits for it: show the guest's page that was touched.
+    Show,
+    /// It is here, and somebody else may wait for another part of it: wake all who do.
+    WakeAll,
 }
 
 /// A page that was to land but has landed, or is landing, already.
@@ -208,6 +220,23 @@ impl PageStates {
                 let discarded = mask & !cached & !LOWER_ALL;
                 Some(now & !(mask & !cached) | discarded)
             });
+        }
+    }
+
+    /// A fault of `page` has been read: notes that a vCPU waits for it, unless it is here.
+    ///
+    /// Where a page is a landing unit of several of the guest's, another vCPU may wait for another part of it,
+    /// and whoever has landed it may not have looked for that yet. A bit that was set already is that vCPU's, so
+    /// clearing it is a promise to wake whoever waits for any part ([`Fault::WakeAll`]).
+    pub(crate) fn fault(&self, page: u64) -> Fault {
+        let is_first = self.want(page);
+        match self.get(page) {
+            PageState::Cached => {
+                self.unwant(page);
+                if is_first { Fault::Show } else { Fault::WakeAll }
+            }
+            PageState::Missing | PageState::Discarded if is_first => Fault::Ask,
+            PageState::Missing | PageState::Discarded | PageState::Landing => Fault::Wait,
         }
     }
 

@@ -41,13 +41,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, munmap};
 use umem_ring::Span;
 
+use super::sync::AtomicU64;
 use crate::error::{Context, Error, Result};
 
 /// Bytes of a userfaultfd's events in the file: those of one read, at most.

@@ -26,6 +26,11 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) fn new() -> Guest {
+        Guest::in_units_of(12)
+    }
+
+    /// What lands as one is `1 << unit_shift` bytes.
+    pub(super) fn in_units_of(unit_shift: u8) -> Guest {
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(PAGES << 12).unwrap();
         let mapping = RamFile::from_handoff("guest", file.try_clone().unwrap()).unwrap();
@@ -36,7 +41,7 @@ impl Guest {
             name: "ram".into(),
             kind: Kind::Shared,
             bytes: PAGES << 12,
-            unit_shift: 12,
+            unit_shift,
             page_shift: 12,
             file: Some(RamFile::from_handoff("ram", file).unwrap()),
             parts: vec![Part { offset: 0, bytes: PAGES << 12, address, source: 0 }],

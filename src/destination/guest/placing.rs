@@ -256,7 +256,71 @@ fn runs(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use umem_ring::{Config, Op, Ring, Wait};
+    use umem_wire::RegionId;
+
+    use super::super::fixture::Guest;
     use super::*;
+    use crate::destination::faults::Faults;
+
+    const TOKEN_RETRY: u64 = 1;
+    const TOKEN_FAULTS: u64 = 2;
+    const TOKEN_TICK: u64 = 3;
+    /// The ring is left after so long, to look who has been woken.
+    const TICK: Duration = Duration::from_millis(5);
+
+    /// Two threads touch two pages of one landing unit, the second one when the unit is cached and the lane that
+    /// has landed it has not looked yet who waits. No block leaves the userfaultfd.
+    #[test]
+    fn second_fault_of_a_unit_wakes_the_first_one_too() {
+        let Guest { memory, mapping, .. } = Guest::in_units_of(13);
+        let memory = Arc::new(memory);
+        let mut ring = Ring::new(&Config::default()).unwrap();
+        let mut faults = Faults::new(memory.clone(), vec![0], TOKEN_FAULTS, TOKEN_RETRY);
+        faults.arm(&mut ring).unwrap();
+        ring.submit(Op::timeout(TICK), TOKEN_TICK).unwrap();
+        let mut serve = || {
+            ring.enter(Wait::One).unwrap();
+            while let Some(completion) = ring.next() {
+                match completion.token {
+                    TOKEN_TICK => drop(ring.submit(Op::timeout(TICK), TOKEN_TICK).unwrap()),
+                    _ => faults.complete(&mut ring, completion).unwrap(),
+                }
+            }
+            faults.listen_again(&mut ring).unwrap();
+        };
+        let range = PageRange { region: RegionId(0), first: 0, pages: 1 };
+        let (sender, woken) = std::sync::mpsc::channel();
+        let touch = |page: u64| {
+            let (span, sender) = (mapping.span(page << 12, 1), sender.clone());
+            // SAFETY: a byte of the mapping, which the span keeps.
+            move || sender.send(unsafe { span.as_ptr().read_volatile() }).unwrap()
+        };
+        let region = memory.region(RegionId(0));
+        std::thread::spawn(touch(0));
+        while !region.pages.is_wanted(0) {
+            serve();
+        }
+        memory.begin(range, "a lane").unwrap();
+        region.file().write_at(&[0xa5; 8192], 0).unwrap();
+        region.finish_in_file(0, 1).unwrap();
+        std::thread::spawn(touch(1));
+        while region.pages.is_wanted(0) {
+            serve();
+        }
+        memory.finished(range, RunKind::Data, |page| panic!("{page:?} is told of twice")).unwrap();
+        // Whoever was woken faults again: its page is in the file, and not in the mapping.
+        let (mut seen, began) = (Vec::new(), Instant::now());
+        while seen.len() < 2 {
+            seen.extend(woken.try_iter());
+            serve();
+            assert!(began.elapsed() < Duration::from_secs(60), "a thread waits for ever");
+        }
+        assert_eq!(seen, [0xa5, 0xa5]);
+    }
 
     #[test]
     fn plain_units_are_copied_together() {

@@ -174,8 +174,17 @@ impl GuestRegion {
         }
     }
 
+    /// Landing → Cached for pages whose bytes are in the file. Of what has been discarded meanwhile the bytes are
+    /// given back first. The gate of the part that they lie in is held open.
+    pub(super) fn finish_in_file(&self, first: u64, pages: u64) -> Result<()> {
+        let unit_bytes = 1 << self.unit_shift;
+        self.discard_fragments(first, pages)?;
+        self.pages
+            .finish(first, pages, |page| self.file().discard(self.byte_offset(page), unit_bytes))
+    }
+
     /// Gives back what has landed in the file for discarded parts of units.
-    pub(super) fn discard_fragments(&self, first: u64, units: u64) -> Result<()> {
+    fn discard_fragments(&self, first: u64, units: u64) -> Result<()> {
         if self.unit_is_page() || !self.fragments.any_in(first, units) {
             return Ok(());
         }

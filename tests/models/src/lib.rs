@@ -1,0 +1,62 @@
+//! Model checks of what umem's threads share: page states, wanted bits, discards, blocks, claims.
+//!
+//! The files under test are the product's own, compiled once more with another `memory::sync`: loom runs a model
+//! again and again, with every order of its threads' steps on atomics and locks that could make a difference.
+//! What the product's files stand on, RAM files and shared words, is made up here ([`standins`]).
+//!
+//! The models are functions, which `tests/models.rs` runs.
+
+// In a test build the product's files would bring their own tests along, which run without a model.
+#![cfg(not(test))]
+// The models use a part of what the product's files offer, and its interface is none here.
+#![allow(dead_code, unused_imports, unreachable_pub)]
+
+mod models;
+mod standins;
+mod sync;
+
+pub use models::*;
+pub(crate) use standins::error;
+
+/// As the product's `src/memory`.
+#[path = "../../../src/memory"]
+mod memory {
+    pub(crate) mod acks;
+    pub(crate) mod blocks;
+    pub(crate) mod claims;
+    pub(crate) mod fragments;
+    pub(crate) mod kind;
+    pub(crate) mod pages;
+    pub(crate) use crate::standins::{region, words};
+    pub(crate) use crate::sync;
+
+    /// As the product's.
+    pub(crate) fn block_pages(page_shift: u8) -> u64 {
+        ((2 << 20) >> page_shift).max(1)
+    }
+}
+
+/// As the product's `src/destination/guest`.
+#[path = "../../../src/destination/guest"]
+mod guest {
+    mod region;
+
+    pub(crate) use region::{GuestRegion, Part, RegionSetup};
+
+    use crate::error::Result;
+
+    /// What the modules of the guest may do with a region.
+    pub(crate) fn finish(region: &GuestRegion, first: u64, pages: u64) -> Result<()> {
+        region.finish_in_file(first, pages)
+    }
+
+    pub(crate) fn discard(region: &GuestRegion, bytes: std::ops::Range<u64>) {
+        region.discard(bytes);
+    }
+
+    pub(crate) fn complete(region: &GuestRegion, first: u64, pages: u64) -> u64 {
+        let mut left = 0;
+        region.blocks.complete(first, pages, |pages| left += pages.end - pages.start);
+        left
+    }
+}
