@@ -68,6 +68,38 @@ fn a_guest_moves_and_every_page_is_right() {
     assert!(number(&report, "writes") > 0);
 }
 
+/// Each call spares copies or questions, and none is needed. Private memory is of small pages here, so that long
+/// runs would go through a pipe.
+#[test]
+fn a_guest_moves_where_a_sandbox_forbids_system_calls_that_are_only_faster() {
+    let faster = [
+        libc::SYS_splice,
+        libc::SYS_vmsplice,
+        libc::SYS_process_vm_writev,
+        libc::SYS_mincore,
+        libc::SYS_sched_setattr,
+    ];
+    let each = faster.iter().map(std::slice::from_ref);
+    for (index, forbidden) in each.chain([&faster[..]]).enumerate() {
+        let errno = [libc::EPERM, libc::ENOSYS][index % 2];
+        for kind in ["private", "shared"] {
+            // In the place of an end that would never come.
+            let mut command = Command::new("timeout");
+            command.args(["-k", "10", "100", env!("CARGO_BIN_EXE_umem")]);
+            command.args(["demo", "--json", "--size", "64", "--kind", kind]);
+            support::sandbox::forbid(&mut command, forbidden, errno);
+            let output = command.output().expect("it starts");
+            let stdout = String::from_utf8_lossy(&output.stdout);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let what = format!("{kind} without {forbidden:?}");
+            assert!(output.status.success(), "{what}: {}\n{stdout}\n{stderr}", output.status);
+            let report = serde_json::from_str(stdout.lines().last().expect("a report")).unwrap();
+            check(&report, 64);
+            assert!(!stdout.contains("recovering"), "{what}: {stdout}");
+        }
+    }
+}
+
 /// Complete blocks leave the userfaultfd one by one, so that the kernel maps them as a whole. Needs
 /// root, who may make a tmpfs with huge pages; the demo says what it has.
 #[test]

@@ -26,6 +26,9 @@ pub(super) struct Piped {
     output: OwnedFd,
     input: OwnedFd,
     stage: Stage,
+    /// There is no splice(2) from this socket. What is left of the run that has begun is read ahead, in pieces
+    /// that need not be whole pages; no other run begins.
+    is_unable: bool,
 }
 
 /// Where a lane is.
@@ -56,20 +59,25 @@ impl Piped {
         let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC).ok()?;
         // A smaller one does as well, in more turns.
         let _ = fcntl(&input, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
-        Some(Piped { output, input, stage: Stage::Off })
+        Some(Piped { output, input, stage: Stage::Off, is_unable: false })
     }
 
     pub(super) fn stage(&self) -> Stage {
-        self.stage
+        if self.is_unable { Stage::Off } else { self.stage }
     }
 
     /// Whether the rest of a run goes this way: `here` of its `bytes` have been read ahead.
     pub(super) fn takes(&mut self, bytes: u64, here: usize) -> bool {
         if self.stage != Stage::Run {
             let is_long = bytes.saturating_sub(here as u64) >= WORTHWHILE_BYTES;
-            self.stage = if is_long { Stage::Run } else { Stage::Off };
+            self.stage = if is_long && !self.is_unable { Stage::Run } else { Stage::Off };
         }
         self.stage == Stage::Run
+    }
+
+    /// Nothing comes through the pipe.
+    pub(super) fn give_up(&mut self) {
+        self.is_unable = true;
     }
 
     /// The run has come to its end.
@@ -95,8 +103,8 @@ impl Piped {
         let flags = SpliceFFlags::SPLICE_F_MOVE;
         let taken = again(|| splice(&socket, None, &self.input, None, most, flags));
         let taken = taken.map_err(|errno| match errno {
-            // The latter two are a sandbox's answers to a call that it does not know.
-            Errno::EINVAL | Errno::ENOSYS | Errno::EPERM => Stuck::Unable,
+            // The latter three are a sandbox's answers to a call that it does not know.
+            Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EACCES => Stuck::Unable,
             errno => Stuck::Socket(errno),
         })?;
         let mut offset = i64::try_from(offset).map_err(|_| Stuck::File(Errno::EFBIG))?;
@@ -188,6 +196,14 @@ mod tests {
         piped.run_ended();
         assert_eq!(piped.stage(), Stage::Header);
         assert!(!piped.takes(4096, 0), "a short one behind it");
+        assert_eq!(piped.stage(), Stage::Off);
+
+        assert!(piped.takes(2 * WORTHWHILE_BYTES, 0));
+        piped.give_up();
+        assert_eq!(piped.stage(), Stage::Off, "it is read ahead");
+        assert!(piped.takes(4096, 100), "what has begun may not be of whole pages");
+        piped.run_ended();
+        assert!(!piped.takes(2 * WORTHWHILE_BYTES, 0), "and is the last one");
         assert_eq!(piped.stage(), Stage::Off);
     }
 }

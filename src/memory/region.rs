@@ -65,9 +65,12 @@ pub(crate) struct RamFile {
 /// and not what a bulk lane has read ahead.
 const FEW_BYTES: usize = 16 << 10;
 
+/// The least that a pipe holds: a page, where a user has many of them (pipe(7)).
+const PIPE_BYTES: usize = 4096;
+
 /// What a sandbox answers to a system call that it does not know.
 fn is_forbidden(error: &std::io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS))
+    matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS | libc::EACCES))
 }
 
 /// Whether a file is shared memory: on tmpfs, as a memfd is, or hugetlbfs.
@@ -361,7 +364,18 @@ impl RamFile {
         if result == 0 {
             return Ok(());
         }
+        if is_forbidden(&std::io::Error::last_os_error()) {
+            return self.resident_by_seeking(offset, resident);
+        }
         Err(Error::last_os(format!("mincore of RAM {}", self.name)))
+    }
+
+    /// The same where a sandbox keeps mincore(2) from us: what the file has of the range, in memory or not.
+    fn resident_by_seeking(&self, offset: u64, resident: &mut [u8]) -> Result<()> {
+        for (page, is_there) in (offset..).step_by(4096).zip(resident) {
+            *is_there = u8::from(self.next_data(page)? == Some(page));
+        }
+        Ok(())
     }
 
     /// Whether all of a range is in memory.
@@ -394,7 +408,10 @@ impl RamFile {
     /// not wait for that.
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         if self.on_hugetlb {
-            return self.copy_in(bytes, offset);
+            return match self.copy_in(bytes, offset) {
+                Err(error) if is_forbidden(&error) => self.copy_in_by_pipe(bytes, offset),
+                other => other,
+            };
         }
         if self.has_huge_pages || bytes.len() <= FEW_BYTES {
             match self.copy_in(bytes, offset) {
@@ -416,6 +433,29 @@ impl RamFile {
             let from = [IoSlice::new(&bytes[done..])];
             let to = [RemoteIoVec { base: base + done, len: bytes.len() - done }];
             done += process_vm_writev(self.mapping.process, &from, &to)?;
+        }
+        Ok(())
+    }
+
+    /// The same where a sandbox keeps process_vm_writev(2) from us: reading from a pipe too is a copy of the
+    /// kernel's, which says where there is no page left.
+    fn copy_in_by_pipe(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+        let to = self.span(offset, bytes.len() as u64);
+        let (output, input) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let mut done = 0;
+        while done < bytes.len() {
+            // Less than an empty pipe holds, so that the write does not wait.
+            let put = nix::unistd::write(&input, &bytes[done..bytes.len().min(done + PIPE_BYTES)])?;
+            let end = done + put;
+            while done < end {
+                let place = to.as_ptr().wrapping_add(done).cast();
+                // SAFETY: inside the span, which is mapped; the kernel writes there, and no reference exists.
+                let got = unsafe { libc::read(output.as_raw_fd(), place, end - done) };
+                match usize::try_from(got) {
+                    Ok(got) => done += got,
+                    Err(_) => return Err(std::io::Error::last_os_error()),
+                }
+            }
         }
         Ok(())
     }
@@ -484,6 +524,41 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;
+
+    fn ram_of(file: &File) -> RamFile {
+        RamFile::from_handoff("ram0", file.try_clone().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn without_process_vm_writev_bytes_are_copied_in_by_a_pipe() {
+        let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(64 << 10).unwrap();
+        let ram = ram_of(&file);
+        let bytes: Vec<u8> = (0..50_000u32).map(|at| at as u8 | 1).collect();
+        ram.copy_in_by_pipe(&bytes, 4096).unwrap();
+        assert!(ram.read(4096, 50_000).unwrap() == bytes);
+        assert_eq!(ram.read(0, 4096).unwrap(), [0; 4096]);
+        // Where there is no page it is an error and no signal.
+        file.set_len(8192).unwrap();
+        let error = ram.copy_in_by_pipe(&bytes, 4096).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+    }
+
+    #[test]
+    fn without_mincore_the_file_says_what_it_has() {
+        let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(64 << 10).unwrap();
+        let ram = ram_of(&file);
+        for page in [1, 2, 7] {
+            ram.write_at(&[1], page << 12).unwrap();
+        }
+        let mut asked = Vec::new();
+        ram.resident(4096, 32 << 10, &mut asked).unwrap();
+        let mut found = vec![9; asked.len()];
+        ram.resident_by_seeking(4096, &mut found).unwrap();
+        assert_eq!(found, asked);
+        assert_eq!(found, [1, 1, 0, 0, 0, 0, 1, 0]);
+    }
 
     /// From now on the file can be written through mappings alone, which shows what goes that way.
     #[test]

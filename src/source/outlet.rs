@@ -185,9 +185,11 @@ fn without(piece: Memory, gone: usize) -> Memory {
 
 fn stuck(errno: Errno) -> Stuck {
     match errno {
-        // Memory that can be read, and has no pages to refer to; the latter two are a sandbox's answers to a call
+        // Memory that can be read, and has no pages to refer to; the latter three are a sandbox's answers to a call
         // that it does not know.
-        Errno::EINVAL | Errno::EFAULT | Errno::ENOSYS | Errno::EPERM => Stuck::Unable,
+        Errno::EINVAL | Errno::EFAULT | Errno::ENOSYS | Errno::EPERM | Errno::EACCES => {
+            Stuck::Unable
+        }
         errno => Stuck::Failed(errno),
     }
 }

@@ -40,6 +40,7 @@ mod process;
 mod qemu;
 mod qmp;
 mod random;
+pub(crate) mod sandbox;
 mod scratch;
 mod serial;
 mod source;

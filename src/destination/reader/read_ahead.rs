@@ -96,6 +96,9 @@ impl LaneReader {
                         if whole == 0 {
                             break;
                         }
+                        if whole as u64 == run.bytes {
+                            piped.run_ended();
+                        }
                         write(&self.guest, &bytes[..whole], &run)?;
                         channel.take(whole);
                         self.landed(whole, wake, arrived)?;
@@ -168,7 +171,7 @@ impl LaneReader {
                 self.landed(bytes, wake, arrived)
             }
             Err(Stuck::Unable) => {
-                self.piped = None;
+                piped.give_up();
                 Ok(())
             }
             Err(Stuck::Socket(errno)) => Err(self.lost(errno.desc().into())),

@@ -1,0 +1,31 @@
+//! Programs that may not make certain system calls, as in a container or a service with a filter.
+
+use std::ffi::c_long;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// To this program, and to those that it starts, the kernel answers these system calls with an error.
+pub(crate) fn forbid(command: &mut Command, calls: &[c_long], errno: i32) {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    // The call's number is the first field of `struct seccomp_data`.
+    let mut program = vec![statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0)];
+    for &call in calls {
+        let is_other = statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, call as u32);
+        program.push(libc::sock_filter { jf: 1, ..is_other });
+        program.push(statement(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | errno.unsigned_abs()));
+    }
+    program.push(statement(libc::BPF_RET, libc::SECCOMP_RET_ALLOW));
+    let install = move || {
+        let filter =
+            libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+        let mode = libc::c_ulong::from(libc::SECCOMP_MODE_FILTER);
+        // SAFETY: the filter lies in memory that the closure owns, and the kernel copies it.
+        let result = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+                | libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const filter)
+        };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: two system calls, and memory that was allocated before the fork.
+    unsafe { command.pre_exec(install) };
+}
