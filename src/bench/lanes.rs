@@ -20,6 +20,7 @@ use nix::sys::stat::Mode;
 use super::memory::Landing;
 use super::passes::Passes;
 use super::protocol::Test;
+use crate::cores::Place;
 use crate::destination::acks::Acks;
 use crate::destination::faults::Servers;
 use crate::error::{Context, Error, Result};
@@ -90,7 +91,7 @@ pub(super) struct SendPages {
     pub(super) lane: Lane,
     pub(super) index: u16,
     pub(super) lanes: u16,
-    pub(super) core: Option<usize>,
+    pub(super) core: Place,
     pub(super) zero_copy: bool,
     pub(super) passes: Arc<Passes<SourceMemory>>,
 }
@@ -109,7 +110,7 @@ impl SendPages {
                 memory: memory.clone(),
                 index: self.index.into(),
                 lanes: self.lanes.into(),
-                core: self.core,
+                core: self.core.again(),
                 zero_copy: self.zero_copy,
                 // Nobody needs to be told of a pass's end.
                 post: Inbox::new()?.post(),
@@ -126,7 +127,7 @@ impl SendPages {
 /// A lane's part in the landing of pages.
 pub(super) struct LandPages {
     pub(super) lane: Lane,
-    pub(super) core: Option<usize>,
+    pub(super) core: Place,
     pub(super) passes: Arc<Passes<Landing>>,
     /// Gives memory back.
     pub(super) retire: SyncSender<Arc<Landing>>,
@@ -144,7 +145,7 @@ impl LandPages {
                 regions: landing.table.clone(),
                 acks: Acks::new(false),
                 guest: landing.guest.clone(),
-                core: self.core,
+                core: self.core.again(),
                 // Nobody waits for a page.
                 servers: Servers::new(Vec::new()),
                 ahead: ahead.take(),

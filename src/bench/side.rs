@@ -14,7 +14,7 @@ use super::lanes::{self, LandPages, SendPages};
 use super::memory::{self, Landing, Source};
 use super::passes::Passes;
 use super::protocol::{Counts, Direction, End, Measured, Test};
-use crate::cores::{Cores, Role};
+use crate::cores::{Cores, Place, Role};
 use crate::error::{Context, Error, Result};
 use crate::inbox::Inbox;
 use crate::lane::Lane;
@@ -209,10 +209,10 @@ impl Side {
         for (index, lane) in side.lanes.clone().into_iter().enumerate() {
             let core = match cores {
                 // As in iperf3, which is what the figure stands beside.
-                [] if test.discard => None,
+                [] if test.discard => Place::Anywhere,
                 // As in a migration.
                 [] => chosen.bulk(index),
-                named => Some(named[index % named.len()]),
+                named => Place::At(named[index % named.len()]),
             };
             let bytes = test.bytes.map(|bytes| share(bytes, index, side.lanes.len()));
             let index = index as u16;
@@ -253,18 +253,19 @@ impl Side {
             return Ok(());
         };
         let name = lane.name.clone();
+        let place = core.map_or(Place::Anywhere, Place::At);
         match faults {
             Faults::Answers(source) => {
-                self.spawn(inbox, name, core, false, move || source.serve(lane, core))?;
+                self.spawn(inbox, name, place, false, move || source.serve(lane, core))?;
             }
             Faults::Has(landing) => {
                 let serving = landing.clone();
-                self.spawn(inbox, name, core, false, move || serving.serve(lane, core))?;
+                self.spawn(inbox, name, place, false, move || serving.serve(lane, core))?;
                 let began = Instant::now();
                 for _ in 0..faults::threads(rate) {
                     let landing = landing.clone();
                     let touch = move || landing.touch(began);
-                    self.spawn(inbox, "bench-touch".into(), None, false, touch)?;
+                    self.spawn(inbox, "bench-touch".into(), Place::Anywhere, false, touch)?;
                 }
             }
         }
@@ -276,13 +277,13 @@ impl Side {
         &mut self,
         inbox: &Inbox<Note>,
         name: String,
-        core: Option<usize>,
+        place: Place,
         is_lane: bool,
         body: impl FnOnce() -> Result<()> + Send + 'static,
     ) -> Result<Arc<Clock>> {
         let (stopping, post, direction) = (self.stopping.clone(), inbox.post(), self.direction);
         let (clock, thread) = worker::start(&name, inbox, move |started| {
-            if let Some(core) = core {
+            if let Some(core) = place.enter() {
                 core_affinity::set_for_current(core_affinity::CoreId { id: core });
             }
             let clock = Arc::new(Clock::of_this_thread()?);

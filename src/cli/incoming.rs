@@ -93,7 +93,7 @@ pub(super) struct Incoming {
     /// $XDG_RUNTIME_DIR, or /run/umem for root)
     #[argh(option)]
     session_dir: Option<PathBuf>,
-    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen)
+    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen; threads may leave them)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
     /// what idle cores do while faults come: poll, the default, which halves the time of a fault

@@ -13,6 +13,7 @@ use super::faults::{self, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::reader::{Arrived, LaneReader, TOKEN_FREE};
 use super::window::Window;
+use crate::cores::Place;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::{self, Lane};
@@ -32,7 +33,7 @@ pub(crate) struct BulkLane {
     pub(crate) regions: RegionTable,
     pub(crate) acks: Acks,
     pub(crate) guest: Arc<GuestMemory>,
-    pub(crate) core: Option<usize>,
+    pub(crate) core: Place,
     /// Who wakes vCPUs.
     pub(crate) servers: Servers,
     /// What another one has read of the lane beyond its own end, where they follow each other.
@@ -59,7 +60,7 @@ impl BulkLane {
     pub(crate) fn pass(mut self, started: Started<Waker>) -> Result<Option<Ahead>> {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
-            core: self.core,
+            core: self.core.enter(),
             ..Config::default()
         })?;
         priority::go_early();

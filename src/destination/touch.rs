@@ -25,6 +25,7 @@ use umem_wire::{PageRange, RegionId};
 use super::Note;
 use super::faults::RETRY_INTERVAL;
 use super::guest::{GuestMemory, GuestRegion};
+use crate::cores::Place;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::memory::block_pages;
@@ -112,7 +113,7 @@ pub(crate) struct TouchThread {
     pub(crate) socket: OwnedFd,
     /// Touch as pages come.
     pub(crate) eager: bool,
-    pub(crate) core: Option<usize>,
+    pub(crate) core: Place,
     pub(crate) post: Post<Note>,
 }
 
@@ -246,8 +247,11 @@ fn index(word: u64) -> usize {
 impl TouchThread {
     /// Serves until told to end.
     pub(crate) fn run(self, work: TouchReceiver, started: Started<Waker>) -> Result<()> {
-        let mut ring =
-            Ring::new(&Config { name: "touch".into(), core: self.core, ..Config::default() })?;
+        let mut ring = Ring::new(&Config {
+            name: "touch".into(),
+            core: self.core.enter(),
+            ..Config::default()
+        })?;
         started.with(ring.waker()?);
         let pages_left = self
             .guest

@@ -19,6 +19,7 @@ use super::memory::{SourceMemory, Walk};
 use super::outlet::{Left, Outlet, Stuck};
 use super::pace::Pace;
 use super::seal::Sealer;
+use crate::cores::Place;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
@@ -54,7 +55,7 @@ pub(crate) struct BulkLane {
     pub(crate) memory: Arc<SourceMemory>,
     pub(crate) index: usize,
     pub(crate) lanes: usize,
-    pub(crate) core: Option<usize>,
+    pub(crate) core: Place,
     /// Try zero-copy sends: not on lanes that stay on this machine.
     pub(crate) zero_copy: bool,
     pub(crate) post: Post<Note>,
@@ -100,7 +101,7 @@ impl BulkLane {
         let post = self.post;
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
-            core: self.core,
+            core: self.core.enter(),
             ops_max: OPS_MAX,
             ..Config::default()
         })?;
