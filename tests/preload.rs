@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufRead, BufReader, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -406,6 +406,74 @@ fn what_is_refused_to_a_running_guest_is_not_umems_affair() {
     program.pong();
     assert!(program.stderr().starts_with("umem: ram0: the guest's memory is moved"));
     assert_eq!(program.stderr().lines().count(), 1);
+}
+
+/// As QEMU discards: it punches a hole into the file, and then drops the page tables.
+#[test]
+fn holes_punched_in_shared_memory_are_reported_before_they_are_there() {
+    let scratch = Scratch::new();
+    let (mut program, ram) = Program::with_ram(&scratch, "shared");
+    ram.land(5, 7);
+    ram.mark_cached(5);
+    // Page 4 has not come yet, and would be filled if nobody knew.
+    program.tell(&format!("punch {} {}", 4 * PAGE, 2 * PAGE));
+    assert_eq!(ram.event(), (EVENT_REMOVE, 4));
+    assert_eq!(program.answer(), "ok");
+    assert_eq!(ram.file.metadata().unwrap().blocks(), 0, "it is not punched");
+    assert_eq!(program.says(&format!("advise {} {} 4", 4 * PAGE, 2 * PAGE)), "ok");
+    program.tell(&format!("read {}", 5 * PAGE));
+    assert_eq!(ram.event(), (EVENT_PAGEFAULT, 5), "nothing else was reported");
+    ram.mark_zero(5);
+    assert_eq!(program.answer(), "0");
+
+    let refused = format!("errno {}", libc::EOPNOTSUPP);
+    assert_eq!(program.says(&format!("punch 1 {PAGE}")), refused);
+    ram.land(9, 8);
+    ram.unregister();
+    program.command("keep\nrelease\n");
+    assert_eq!(program.message(), json!({ "released": 1 }));
+    assert_eq!(program.says(&format!("punch {} 1", 9 * PAGE)), "ok", "as everywhere");
+    assert_eq!(program.says(&format!("read {}", 9 * PAGE)), "0");
+    assert_eq!(program.says(&format!("read {}", 9 * PAGE + 1)), "8");
+}
+
+/// As virtio-mem of QEMU 7.2 makes sure that its memory is empty. What comes later has not been discarded, and umem
+/// waits for the program's monitor then and looks at no reports.
+#[test]
+fn a_program_that_discards_its_empty_memory_does_not_wait() {
+    for kind in ["shared", "private"] {
+        let scratch = Scratch::new();
+        let (mut program, ram) = Program::with_ram(&scratch, kind);
+        assert_eq!(program.says(&format!("punch 0 {LENGTH}")), "ok");
+        let drop = format!("advise 0 {LENGTH} {}", libc::MADV_DONTNEED);
+        assert_eq!(program.says(&drop), "ok");
+        program.tell("read 0");
+        assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "nothing was reported");
+        ram.land(0, 9);
+        ram.mark_cached(0);
+        assert_eq!(program.answer(), "9");
+    }
+}
+
+/// The bytes of a shared mapping are the file's: a program that drops its page tables has not discarded them.
+#[test]
+fn page_tables_of_shared_memory_that_are_dropped_are_no_discard() {
+    let scratch = Scratch::new();
+    let (mut program, ram) = Program::with_ram(&scratch, "shared");
+    ram.land(2, 7);
+    ram.mark_cached(2);
+    for advice in [libc::MADV_DONTNEED, 24] {
+        assert_eq!(program.says(&format!("advise 0 {} {advice}", 4 * PAGE)), "ok");
+    }
+    program.tell("read 0");
+    assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "nothing was reported");
+    ram.land(0, 9);
+    ram.mark_cached(0);
+    assert_eq!(program.answer(), "9");
+    assert_eq!(program.says(&format!("read {}", 2 * PAGE)), "7");
+    program.tell(&format!("advise 0 {PAGE} {}", libc::MADV_REMOVE));
+    assert_eq!(ram.event(), (EVENT_REMOVE, 0), "this one discards");
+    assert_eq!(program.answer(), "ok");
 }
 
 #[test]

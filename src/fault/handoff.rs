@@ -4,7 +4,9 @@
 //! (or `page_size_kib`, which is in bytes too), with one descriptor in SCM_RIGHTS, the userfaultfd of
 //! that anonymous memory. Guest sides that know umem add `name` and `kind`, `"umem":1` if they
 //! understand our commands, and `"more":true` if another message follows; for memory that is a file
-//! (kinds shared and private) two descriptors come with each region, the userfaultfd and the file.
+//! (kinds shared and private) two descriptors come with each region, the userfaultfd and the file. Such a guest
+//! side discards shared memory with MADV_REMOVE alone until it is complete: the kernel reports no hole that is
+//! punched in the file, and MADV_DONTNEED as if it were a discard.
 //!
 //! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"error":CODE,…}`
 //! when it could not do its work and `{"released":N}` when it has closed its descriptors at the end.

@@ -6,6 +6,7 @@
 
 mod arrivals;
 mod destination;
+mod discards;
 mod failures;
 mod found;
 mod halted;

@@ -24,6 +24,8 @@ pub(crate) struct Beat {
     pub(crate) writes: u64,
     /// Complete sweeps over its memory.
     pub(crate) passes: u64,
+    /// Pages given to the host, where it does that.
+    pub(crate) given: u64,
 }
 
 impl Serial {
@@ -105,5 +107,7 @@ fn read_beat(line: &str) -> Option<Beat> {
     // The last field: the line is whole.
     get("ms")?;
     assert_eq!(get("bad"), Some(0), "the guest says: {line}");
-    Some(Beat { number, reads: get("reads")?, writes: get("writes")?, passes: get("pass")? })
+    let given = get("given").unwrap_or(0);
+    let (reads, writes, passes) = (get("reads")?, get("writes")?, get("pass")?);
+    Some(Beat { number, reads, writes, passes, given })
 }

@@ -22,6 +22,14 @@ const ANSWERS_SIZE_MAX: usize = 8 << 10;
 /// umem has said `keep`: whatever becomes of it, this process stays.
 static KEEPS: AtomicBool = AtomicBool::new(false);
 
+/// umem has said something.
+static HAS_BEGUN: AtomicBool = AtomicBool::new(false);
+
+/// True once umem has begun its work. Before that it may not look at what the kernel reports to it.
+pub(crate) fn has_begun() -> bool {
+    HAS_BEGUN.load(Ordering::Relaxed)
+}
+
 /// True once the guest may be running here.
 pub(crate) fn guest_may_run() -> bool {
     KEEPS.load(Ordering::Relaxed)
@@ -114,6 +122,7 @@ fn serve(socket: i32) {
             Err(sys::EINTR) => continue,
             Ok(0) | Err(_) => break,
         };
+        HAS_BEGUN.store(true, Ordering::Relaxed);
         let end = commands.carry_out(socket, received);
         if commands.send_answers(socket).is_err() || end == End::Released {
             break;

@@ -4,6 +4,7 @@ use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::config::{self, Kind, RamFile};
@@ -21,6 +22,9 @@ struct Held {
     length: usize,
     /// Where in its file that begins.
     offset: u64,
+    /// Mapped shared: the file is the guest's memory.
+    is_shared: bool,
+    page_size: usize,
     /// Its file's pages are huge ones, as far as its file system could.
     is_huge: bool,
     /// QEMU asks several times whether it may populate; umem is told of the first.
@@ -113,6 +117,66 @@ pub(crate) fn note_fork_advice(address: usize, length: usize, dont_fork: bool) -
     is_held
 }
 
+/// True if the range reaches into memory that was handed over and whose page tables need not go: it is shared, or
+/// still empty.
+pub(crate) fn keeps(address: usize, length: usize) -> bool {
+    let is_kept = |held: &Held| held.is_shared || is_empty(held.file.as_raw_fd());
+    held().iter().any(|held| held.overlaps(address, length) && is_kept(held))
+}
+
+/// Nothing of a RAM file has come yet, nor will before umem has said something.
+fn is_empty(descriptor: c_int) -> bool {
+    !commands::has_begun() && blocks_of(descriptor).is_ok_and(|blocks| blocks == 0)
+}
+
+/// Punches a hole into a file; through the mapping where the file is shared memory that was handed over. Fails
+/// with an errno. There the hole has to be of whole pages: what else of a page that has not come is to be zeroes
+/// nobody could keep in mind.
+pub(crate) fn punch(descriptor: c_int, mode: c_int, offset: u64, length: u64) -> Result<(), c_int> {
+    let in_file = |from: u64, to: u64| match from < to {
+        true if sys::fallocate(descriptor, mode, from as i64, (to - from) as i64) != 0 => {
+            Err(sys::last_errno())
+        }
+        _ => Ok(()),
+    };
+    let end = offset.saturating_add(length);
+    let Some((start, mapped, page_size)) = shared_mapping_of(descriptor) else {
+        return in_file(offset, end);
+    };
+    let (from, to) = (offset.clamp(mapped.start, mapped.end), end.clamp(mapped.start, mapped.end));
+    in_file(offset, end.min(mapped.start))?;
+    if from < to && !is_empty(descriptor) {
+        let is_whole = [from, to].iter().all(|at| (at - mapped.start).is_multiple_of(page_size));
+        if !is_whole {
+            return Err(sys::EOPNOTSUPP);
+        }
+        let address = start + (from - mapped.start) as usize;
+        let pages = std::ptr::with_exposed_provenance_mut(address);
+        // The lock is not held: this waits until umem has heard of it.
+        // SAFETY: the caller wants these bytes of the file to be zeroes, whoever has it mapped.
+        if unsafe { sys::madvise(pages, (to - from) as usize, sys::MADV_REMOVE) } != 0 {
+            return Err(sys::last_errno());
+        }
+    }
+    in_file(offset.max(mapped.end), end)
+}
+
+/// Where shared memory that was handed over is mapped, what of its file that is, and the size of its pages.
+fn shared_mapping_of(descriptor: c_int) -> Option<(usize, std::ops::Range<u64>, u64)> {
+    let all = held();
+    if !all.iter().any(|held| held.is_shared) {
+        return None;
+    }
+    let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    let wanted = metadata(descriptor).ok().map(identity)?;
+    let held = all.iter().find(|held| {
+        held.is_shared
+            && metadata(held.file.as_raw_fd()).is_ok_and(|found| identity(found) == wanted)
+    })?;
+    let mapped = held.offset..held.offset.saturating_add(held.length as u64);
+    Some((held.address, mapped, held.page_size as u64))
+}
+
 /// Makes the pages of the range the guest's own. They are there, or umem brings them meanwhile.
 /// Fails with the name of the RAM, as far as it is known, and the answer.
 pub(crate) fn touch(address: usize, length: usize) -> Result<(), (String, Failure)> {
@@ -126,8 +190,22 @@ pub(crate) fn touch(address: usize, length: usize) -> Result<(), (String, Failur
     if unsafe { sys::madvise(start, length, sys::MADV_POPULATE_WRITE) } == 0 {
         return Ok(());
     }
+    if matches!(sys::last_errno(), sys::EPERM | sys::EACCES | sys::ENOSYS) {
+        touch_each(address, length);
+        return Ok(());
+    }
     let text = "the guest's memory cannot be populated";
     Err((name, Failure::new(Code::Touch, sys::last_errno(), text)))
+}
+
+/// Where a sandbox keeps that advice from us: a write to each page, which changes nothing of it.
+fn touch_each(address: usize, length: usize) {
+    for page in (address..address + length).step_by(sys::page_size().max(1)) {
+        let byte = std::ptr::with_exposed_provenance_mut::<u8>(page);
+        // SAFETY: a byte of memory that the program has mapped writable, by an atomic operation, as the guest
+        // may write there too.
+        unsafe { AtomicU8::from_ptr(byte) }.fetch_or(0, Ordering::Relaxed);
+    }
 }
 
 /// The RAM that all of the range belongs to, where it is whole pages.
@@ -311,6 +389,8 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         address,
         length,
         offset: offset.unsigned_abs(),
+        is_shared: kind == Kind::Shared,
+        page_size: backing.page_size.max(1),
         // Pages that have become anonymous are small ones, whatever the file's were.
         is_huge: kind == Kind::Shared
             && block_size_of(descriptor) >= whole::HUGE_PAGE_SIZE as u64

@@ -69,6 +69,13 @@
 //! Until `release` the memory is in no forked child (MADV_DONTFORK) and stays where it is (`mremap`
 //! fails): the kernel would not tell umem of either, and missing pages would read as zeroes there.
 //!
+//! A discard of shared memory has to be told apart from page tables that are dropped, and the kernel reports
+//! both alike, and a hole that is punched in the file not at all. QEMU discards (balloon, reports of free pages,
+//! virtio-mem) by punching and then dropping. So until `release` a hole is punched through the mapping
+//! (`MADV_REMOVE`), which is reported, before anything is gone, as the discard that it is; and dropping does
+//! nothing. A program that makes sure, as it starts, that its memory is empty (virtio-mem of QEMU 7.2) discards
+//! nothing, and is not to wait for a umem that waits for its monitor: nothing happens, and nothing is reported.
+//!
 //! # What must hold
 //!
 //! - The userfaultfds stay open in this process until `release`. A closed one would let the guest
@@ -147,7 +154,9 @@ pub unsafe extern "C" fn mmap(
 
 /// `madvise` of the C library: passed on, but populating handed-over memory (`prealloc=on`) is
 /// refused. It would wait, for ever or for the whole migration, for pages that are still elsewhere.
-/// Letting forked children have it (`MADV_DOFORK`) is put off until it is complete.
+/// Letting forked children have it (`MADV_DOFORK`) is put off until it is complete. Dropping the page tables of
+/// shared memory (`MADV_DONTNEED`) is done by doing nothing: its bytes have to stay, and the kernel would report
+/// to umem what it reports of a discard. So is a discard of what is still empty.
 ///
 /// # Safety
 ///
@@ -159,6 +168,10 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, length: usize, advice: c_
         sys::set_errno(sys::EFAULT);
         return -1;
     }
+    let drops = advice == sys::MADV_DONTNEED || advice == sys::MADV_DONTNEED_LOCKED;
+    if drops && handover::keeps(address as usize, length) {
+        return 0;
+    }
     if advice == sys::MADV_DONTFORK || advice == sys::MADV_DOFORK {
         let dont_fork = advice == sys::MADV_DONTFORK;
         let is_held = handover::note_fork_advice(address as usize, length, dont_fork);
@@ -168,6 +181,34 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, length: usize, advice: c_
     }
     // SAFETY: the caller's own promises, passed on.
     unsafe { sys::madvise(address, length, advice) }
+}
+
+/// `fallocate64` of the C library, which is what QEMU calls: passed on, but a hole in handed-over memory is
+/// punched by way of its mapping (`MADV_REMOVE`). The kernel says nothing of a hole that is punched in a file, and
+/// what comes later would fill it; of the other it tells umem, which has heard of it before the pages go.
+#[unsafe(no_mangle)]
+pub extern "C" fn fallocate64(descriptor: c_int, mode: c_int, offset: i64, length: i64) -> c_int {
+    if mode & sys::FALLOC_FL_PUNCH_HOLE != 0 && offset >= 0 && length > 0 {
+        return match handover::punch(descriptor, mode, offset as u64, length as u64) {
+            Ok(()) => 0,
+            Err(errno) => {
+                sys::set_errno(errno);
+                -1
+            }
+        };
+    }
+    sys::fallocate(descriptor, mode, offset, length)
+}
+
+/// `fallocate` of the C library; the same function where `off_t` has 64 bits.
+#[unsafe(no_mangle)]
+pub extern "C" fn fallocate(
+    descriptor: c_int,
+    mode: c_int,
+    offset: c_long,
+    length: c_long,
+) -> c_int {
+    fallocate64(descriptor, mode, offset, length)
 }
 
 /// `mremap` of the C library: passed on, but moving, growing or doubling handed-over memory is refused.

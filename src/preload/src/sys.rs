@@ -13,11 +13,15 @@ pub(crate) const MAP_PRIVATE: c_int = 0x2;
 pub(crate) const MAP_ANONYMOUS: c_int = 0x20;
 pub(crate) const MAP_FAILED: *mut c_void = std::ptr::without_provenance_mut(usize::MAX);
 
+pub(crate) const MADV_DONTNEED: c_int = 4;
+pub(crate) const MADV_REMOVE: c_int = 9;
 pub(crate) const MADV_DONTFORK: c_int = 10;
 pub(crate) const MADV_DOFORK: c_int = 11;
 pub(crate) const MADV_POPULATE_READ: c_int = 22;
 pub(crate) const MADV_POPULATE_WRITE: c_int = 23;
+pub(crate) const MADV_DONTNEED_LOCKED: c_int = 24;
 pub(crate) const MADV_COLLAPSE: c_int = 25;
+pub(crate) const FALLOC_FL_PUNCH_HOLE: c_int = 2;
 pub(crate) const MREMAP_MAYMOVE: c_int = 1;
 pub(crate) const MCL_CURRENT: c_int = 1;
 pub(crate) const MCL_ONFAULT: c_int = 4;
@@ -30,6 +34,8 @@ pub(crate) const EACCES: c_int = 13;
 pub(crate) const EFAULT: c_int = 14;
 pub(crate) const EBUSY: c_int = 16;
 pub(crate) const EINVAL: c_int = 22;
+pub(crate) const ENOSYS: c_int = 38;
+pub(crate) const EOPNOTSUPP: c_int = 95;
 
 const O_RDWR: c_int = 0o2;
 const O_NONBLOCK: c_int = 0o4000;
@@ -65,12 +71,14 @@ mod number {
     pub(super) const MREMAP: c_long = 25;
     pub(super) const MADVISE: c_long = 28;
     pub(super) const MLOCKALL: c_long = 151;
+    pub(super) const FALLOCATE: c_long = 285;
     pub(super) const USERFAULTFD: c_long = 323;
 }
 #[cfg(not(target_arch = "x86_64"))]
 mod number {
     //! The generic table: aarch64, riscv64, loongarch64.
     use std::ffi::c_long;
+    pub(super) const FALLOCATE: c_long = 47;
     pub(super) const MREMAP: c_long = 216;
     pub(super) const MMAP: c_long = 222;
     pub(super) const MADVISE: c_long = 233;
@@ -198,6 +206,12 @@ pub(crate) unsafe fn mmap(
 pub(crate) unsafe fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int {
     // SAFETY: the caller's promises.
     unsafe { c::syscall(number::MADVISE, address, length, c_long::from(advice)) as c_int }
+}
+
+pub(crate) fn fallocate(descriptor: c_int, mode: c_int, offset: i64, length: i64) -> c_int {
+    let (descriptor, mode) = (c_long::from(descriptor), c_long::from(mode));
+    // SAFETY: no memory is passed.
+    unsafe { c::syscall(number::FALLOCATE, descriptor, mode, offset, length) as c_int }
 }
 
 /// # Safety

@@ -13,23 +13,25 @@
 //! | `umem.seed=N` | seed of contents and choices | 1 |
 //! | `umem.write=N` | percentage of accesses that write | 30 |
 //! | `umem.mode=random\|sequential\|idle` | how pages are chosen; `idle` touches none | random |
+//! | `umem.balloon=N` | more memory, MiB, whose pages go to the host and come back | 0 |
 //! | `umem.sweep=0\|1` | one more thread checks all pages in order, again and again | 1 |
 //!
 //! # Lines on the console
 //!
 //! ```text
 //! umem-guest ready mib=256
-//! umem-guest beat=7 reads=8123 writes=3456 bad=0 pass=1 max_us=812 p50_us=3 p99_us=96 ms=700
+//! umem-guest beat=7 reads=8123 writes=3456 bad=0 pass=1 given=0 max_us=812 p50_us=3 p99_us=96 ms=700
 //! umem-guest BAD page=17 word=5 want=0123456789abcdef got=0000000000000000
 //! umem-guest failed: …
 //! ```
 //!
 //! A beat comes about every 100 ms of the guest's time. Its counts are totals: page checks and page
-//! writes of the threads, wrong words, completed sweeps. Its latencies are those of the first touch
+//! writes of the threads, wrong words, completed sweeps, pages given to the host. Its latencies are those of the first touch
 //! of a page since the beat before, in microseconds (the upper end of a bucket, at most 12 % high;
 //! `max_us` is exact). `ms` is the guest's clock since the memory was full. Only the first wrong
 //! word gets a BAD line.
 
+mod balloon;
 mod console;
 mod latency;
 mod memory;
@@ -39,6 +41,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use balloon::Balloon;
 use latency::Latencies;
 use memory::{Memory, Wrong};
 use parameters::{Mode, Parameters};
@@ -63,6 +66,9 @@ fn run() -> Result<(), String> {
     console::line(&format!("umem-guest ready mib={}", parameters.mib));
 
     let guest = Arc::new(Guest { parameters, memory, counts: Counts::default() });
+    if parameters.balloon_mib > 0 {
+        start(&guest, Guest::give);
+    }
     if parameters.mode != Mode::Idle {
         for index in 0..parameters.threads {
             start(&guest, move |guest| guest.work(index));
@@ -91,6 +97,7 @@ struct Counts {
     writes: AtomicU64,
     bad: AtomicU64,
     passes: AtomicU64,
+    given: AtomicU64,
     latencies: Latencies,
 }
 
@@ -120,6 +127,20 @@ impl Guest {
                 self.note(page, locked.check());
             }
             self.counts.passes.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Gives pages to the host by turns in the two ways that there are, for ever, and looks at others.
+    fn give(&self) {
+        let mut balloon = match Balloon::new(self.parameters.balloon_mib, self.parameters.seed) {
+            Ok(balloon) => balloon,
+            Err(error) => return console::line(&format!("umem-guest failed: {error}")),
+        };
+        let mut random = Random::new(self.parameters.seed, u64::MAX - 1);
+        for turn in 0u64.. {
+            self.note(turn, balloon.give(random.below(balloon.pages()), turn % 2 == 1));
+            self.counts.given.fetch_add(1, Relaxed);
+            self.note(turn, balloon.check(random.below(balloon.pages())));
         }
     }
 
@@ -156,12 +177,13 @@ impl Guest {
             let counts = &self.counts;
             let latency = counts.latencies.take();
             console::line(&format!(
-                "umem-guest beat={beat} reads={} writes={} bad={} pass={} max_us={} p50_us={} \
+                "umem-guest beat={beat} reads={} writes={} bad={} pass={} given={} max_us={} p50_us={} \
                  p99_us={} ms={}",
                 counts.reads.load(Relaxed),
                 counts.writes.load(Relaxed),
                 counts.bad.load(Relaxed),
                 counts.passes.load(Relaxed),
+                counts.given.load(Relaxed),
                 latency.max_us,
                 latency.p50_us,
                 latency.p99_us,

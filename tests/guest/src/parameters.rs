@@ -11,6 +11,7 @@ pub(crate) struct Parameters {
     pub(crate) write_percent: u64,
     pub(crate) mode: Mode,
     pub(crate) sweep: bool,
+    pub(crate) balloon_mib: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,7 @@ impl Parameters {
             write_percent: 30,
             mode: Mode::Random,
             sweep: true,
+            balloon_mib: 0,
         };
         for word in command_line.split_ascii_whitespace() {
             let Some((name, value)) =
@@ -51,6 +53,7 @@ impl Parameters {
                 "seed" => parameters.seed = number(value).ok_or_else(wrong)?,
                 "write" => parameters.write_percent = number(value).ok_or_else(wrong)?,
                 "sweep" => parameters.sweep = number::<u64>(value).ok_or_else(wrong)? != 0,
+                "balloon" => parameters.balloon_mib = number(value).ok_or_else(wrong)?,
                 "mode" => {
                     parameters.mode = match value {
                         "random" => Mode::Random,

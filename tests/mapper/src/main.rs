@@ -9,6 +9,7 @@
 //! | `read OFFSET` | the byte there |
 //! | `write OFFSET BYTE` | `ok` |
 //! | `advise OFFSET LENGTH ADVICE` | `ok`; the advice is the number that `madvise(2)` takes |
+//! | `punch OFFSET LENGTH` | `ok`: the file has a hole there |
 //! | `remap LENGTH NEW-LENGTH FLAGS` | `ok`: the mapping may be elsewhere now |
 //! | `fork OFFSET` | `byte N` if a child can read it, `signal N` if that ended the child |
 //!
@@ -19,7 +20,7 @@ use std::io::{BufRead, Write};
 use std::ptr::null_mut;
 
 fn main() {
-    let mut mapping = Mapping { start: null_mut() };
+    let mut mapping = Mapping { start: null_mut(), file: -1 };
     for line in std::io::stdin().lock().lines() {
         let line = line.expect("commands are text");
         let words: Vec<&str> = line.split(' ').collect();
@@ -32,6 +33,7 @@ fn main() {
 /// The one mapping. It is only ever reached through its address: others write there.
 struct Mapping {
     start: *mut c_void,
+    file: c_int,
 }
 
 impl Mapping {
@@ -49,6 +51,13 @@ impl Mapping {
                 let (start, advice) = (self.at(number(offset)), flags(advice));
                 // SAFETY: advice on our own mapping, in which nothing of Rust's lies.
                 let result = unsafe { libc::madvise(start.cast(), number(length), advice) };
+                if result == 0 { Ok("ok".into()) } else { Err(errno()) }
+            }
+            ["punch", offset, length] => {
+                let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let (offset, length) = (number(offset) as i64, number(length) as i64);
+                // SAFETY: the file is open for as long as this program runs.
+                let result = unsafe { libc::fallocate(self.file, flags, offset, length) };
                 if result == 0 { Ok("ok".into()) } else { Err(errno()) }
             }
             ["remap", length, new_length, flag] => {
@@ -76,7 +85,7 @@ impl Mapping {
             let protection = libc::PROT_READ | libc::PROT_WRITE;
             let start = libc::mmap(null_mut(), length, protection, sharing, file, 0);
             let errno = errno();
-            libc::close(file);
+            self.file = file;
             if start == libc::MAP_FAILED {
                 return Err(errno);
             }

@@ -1,0 +1,83 @@
+//! Guests that give memory back to their host while they arrive.
+
+use crate::destination::Destination;
+use crate::moving::{Moved, Moving};
+use crate::support::{Machine, QemuVersion, Scratch, Side};
+use crate::{boot, migrate};
+
+#[test]
+fn pages_that_go_into_the_balloon_read_as_zeroes_with_qemu_7_2() {
+    gives_back(QemuVersion::V7_2, false);
+}
+
+#[test]
+fn pages_that_go_into_the_balloon_read_as_zeroes_with_qemu_10_0() {
+    gives_back(QemuVersion::V10_0, false);
+}
+
+#[test]
+fn pages_of_private_memory_that_go_into_the_balloon_read_as_zeroes() {
+    gives_back(QemuVersion::V10_0, true);
+}
+
+/// The guest puts pages into its balloon, and reports others as free, all the while. It checks that they read as
+/// zeroes then, and others as it has written them.
+fn gives_back(version: QemuVersion, becomes_private: bool) {
+    let scratch = Scratch::new();
+    let machine = Machine {
+        guest: "umem.mib=64 umem.balloon=64".into(),
+        extra: ["-device", "virtio-balloon-pci,free-page-reporting=on"].map(str::to_owned).into(),
+        becomes_private,
+        ..Machine::linux(version)
+    };
+    let mut source = boot(&machine, &scratch);
+    source.serial.beat("pages given to the host", |beat| beat.given > 100);
+    let kind = if becomes_private { "private" } else { "shared" };
+    let destination =
+        Destination::start_with(&machine, &scratch, &["--kind", kind], "tcp:127.0.0.1:0");
+    // Slowly, so that most pages are given back before they come.
+    let umem = migrate(&source, &destination.uri, &["-p", "--max-postcopy-bandwidth", "32M"]);
+    let mut moving = Moving { source, umem, destination };
+    moving.umem.event("running");
+    let before = moving.source.serial.last_beat().given;
+    moving.destination.serial.beat("more pages given", |beat| beat.given > before + 300);
+    assert!(moving.destination.umem.is_running());
+    let mut moved: Moved = moving.complete();
+    let then = moved.destination.serial.last_beat().given;
+    moved.destination.serial.beat("and still more", |beat| beat.given > then + 100);
+    moved.end();
+}
+
+#[test]
+fn a_guest_with_virtio_mem_moves_with_qemu_7_2() {
+    has_virtio_mem(QemuVersion::V7_2);
+}
+
+#[test]
+fn a_guest_with_virtio_mem_moves_with_qemu_10_0() {
+    has_virtio_mem(QemuVersion::V10_0);
+}
+
+/// The device discards its memory as QEMU starts (7.2), and what is not plugged as its state is loaded.
+fn has_virtio_mem(version: QemuVersion) {
+    let scratch = Scratch::new();
+    let machine = |side| {
+        let path = scratch.ram(&format!("vmem-{side:?}"));
+        let backend =
+            format!("memory-backend-file,id=mem1,size=128M,share=on,mem-path={}", path.display());
+        let device = "virtio-mem-pci,id=vmem,memdev=mem1,requested-size=64M";
+        let words = ["-m", "256M,maxmem=1G", "-object", &backend, "-device", device];
+        let extra = words.map(str::to_owned).into();
+        // Room for what may be plugged takes some of its memory.
+        Machine { guest: "umem.mib=64".into(), extra, ..Machine::linux(version) }
+    };
+    let source = boot(&machine(Side::Source), &scratch);
+    let destination = Destination::start(&machine(Side::Destination), &scratch);
+    let umem = migrate(&source, &destination.uri, &["-p"]);
+    let mut moving = Moving { source, umem, destination };
+    for umem in [&mut moving.umem, &mut moving.destination.umem] {
+        assert_eq!(umem.event("completed")["total_bytes"], 384 << 20);
+    }
+    moving.is_whole_at_the_destination();
+    moving.umem.succeeds();
+}
