@@ -3,6 +3,8 @@
 //! It has no dependencies, so that one call of the compiler does: the workspace's own build of the
 //! crate is for the lints and the editor.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a build script talks to cargo")]
+
 use std::env;
 use std::path::PathBuf;
 use std::process::Command;

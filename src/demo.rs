@@ -8,7 +8,7 @@ mod commands;
 mod process;
 mod ram;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -21,6 +21,7 @@ use crate::inbox::Inbox;
 use crate::memory::kind::Kind;
 use crate::observe;
 use crate::observe::recording::Recording;
+use crate::print;
 use crate::report::{Completed, Output};
 
 use process::{PATIENCE, Process, wait};
@@ -182,14 +183,20 @@ impl Demo<'_> {
 
     /// Lets the guest that arrived check all of its memory.
     fn verdict(&self) -> Result<Verdict> {
-        let mut qmp = Qmp::connect(Path::new(&self.directory.file("destination.qmp")))?;
-        let verdict = qmp.execute("umem-verify", json!({}))?;
+        let verdict = self.ask("destination.qmp", "umem-verify")?;
         serde_json::from_value(verdict).map_err(|error| Error::Host(error.to_string()))
     }
 
     fn quit(&self, socket: &str) -> Result<()> {
-        let mut qmp = Qmp::connect(Path::new(&self.directory.file(socket)))?;
-        qmp.execute("quit", json!({})).map(drop)
+        self.ask(socket, "quit").map(drop)
+    }
+
+    /// Has a guest's monitor execute a command, which may take its time.
+    fn ask(&self, socket: &str, command: &'static str) -> Result<Value> {
+        let path = PathBuf::from(self.directory.file(socket));
+        self.inbox.wait_for_work("the demo's processes have been ended", None, move || {
+            Qmp::connect(&path)?.execute(command, json!({}))
+        })
     }
 
     fn report(
@@ -225,10 +232,10 @@ impl Demo<'_> {
                 object.insert("ram_file_bytes".into(), json!(file_bytes));
                 object.insert("source".into(), serde_json::to_value(&source).expect("plain"));
             }
-            println!("{object}");
+            print::out_line(&object.to_string());
         } else {
-            print!("{}", destination.summary());
-            println!(
+            print::out(&destination.summary());
+            print::out_line(&format!(
                 "the guest read {}{} and wrote {} pages meanwhile; an access took {} µs in the \
                  middle, {} µs at p99\n{}",
                 verdict.reads,
@@ -255,7 +262,7 @@ impl Demo<'_> {
                         verdict.bad_pages, verdict.guest_writes_lost, self.seed
                     )
                 }
-            );
+            ));
         }
         Ok(i32::from(!good))
     }

@@ -1,38 +1,116 @@
 //! What wakes a control thread: messages of its worker threads, signals, other descriptors, time.
 //!
 //! Workers (rings, the host's thread) post messages; a bell (an eventfd) makes them visible to
-//! `poll`, beside SIGINT and SIGTERM, which are blocked in every thread and read from a signalfd. In a
-//! process whose signals are not ours a [`Canceller`] stands for them.
+//! `poll`, beside signals, which are blocked in every thread and read from a signalfd. In a process whose
+//! signals are not ours a [`Canceller`] stands for them.
+//!
+//! Every signal that would end the process means the same: somebody wants umem to stop ([`Wake::Signal`]).
+//! Exceptions:
+//! - SIGKILL cannot be caught; what it leaves behind is for `--resume`.
+//! - SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS and SIGTRAP tell of a fault in umem itself.
+//! - SIGPIPE and SIGXFSZ are ignored: the write fails, and its error is handled.
+//! - A signal that was ignored when umem started stays ignored, as nohup(1) wants it; but SIGINT and SIGTERM,
+//!   which are always somebody's wish.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{Context, Error, Result};
+use crate::panics;
+
+/// What [`block_signals`] has found and done.
+struct Signals {
+    /// What is read from signalfds.
+    ours: SigSet,
+    /// What was blocked before.
+    before: SigSet,
+    /// SIGXFSZ is ignored since then.
+    ignores_file_size: bool,
+}
+
+static SIGNALS: OnceLock<Signals> = OnceLock::new();
 
 /// Blocks the signals that end umem, in this thread and in all that it starts. Call it first.
 pub(crate) fn block_signals() -> Result<()> {
-    mask().thread_block().context(|| "blocking signals")
+    let ours = ours();
+    let ignores_file_size = is_default(libc::SIGXFSZ);
+    if ignores_file_size {
+        dispose(libc::SIGXFSZ, libc::SIG_IGN).context(|| "ignoring SIGXFSZ")?;
+    }
+    let before = ours.thread_swap_mask(SigmaskHow::SIG_BLOCK).context(|| "blocking signals")?;
+    SIGNALS.get_or_init(|| Signals { ours, before, ignores_file_size });
+    Ok(())
 }
 
-/// Undoes [`block_signals`] in a child process before it becomes the guest.
+/// Undoes [`block_signals`] in a child process before it becomes another program. Async-signal-safe.
 pub(crate) fn unblock_signals() -> nix::Result<()> {
-    mask().thread_unblock()
+    let Some(signals) = SIGNALS.get() else { return Ok(()) };
+    if signals.ignores_file_size {
+        dispose(libc::SIGXFSZ, libc::SIG_DFL)?;
+    }
+    signals.before.thread_set_mask()
 }
 
-fn mask() -> SigSet {
+/// The signals that end this process unless they are caught, as the module's text says.
+fn ours() -> SigSet {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGINT);
     mask.add(Signal::SIGTERM);
-    mask
+    let mut raw: libc::sigset_t = *mask.as_ref();
+    let named = [
+        libc::SIGHUP,
+        libc::SIGQUIT,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGALRM,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGSTKFLT,
+        libc::SIGIO,
+        libc::SIGPWR,
+        libc::SIGXCPU,
+    ];
+    for signal in named.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()) {
+        if is_default(signal) {
+            // SAFETY: `raw` is a set that was initialised above; the number is a signal's.
+            unsafe { libc::sigaddset(&raw mut raw, signal) };
+        }
+    }
+    // SAFETY: made by sigemptyset and sigaddset.
+    unsafe { SigSet::from_sigset_t_unchecked(raw) }
+}
+
+/// Nobody has said that the signal is to be ignored, or caught.
+fn is_default(signal: i32) -> bool {
+    // SAFETY: a zeroed sigaction is a valid value of that type, which consists of integers.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: asks only; `action` outlives the call.
+    let result = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
+    result == 0 && action.sa_sigaction == libc::SIG_DFL
+}
+
+/// Has a signal ignored, or not any more.
+pub(crate) fn dispose(signal: i32, disposition: libc::sighandler_t) -> nix::Result<()> {
+    // SAFETY: SIG_IGN or SIG_DFL, so that no handler runs.
+    match unsafe { libc::signal(signal, disposition) } {
+        libc::SIG_ERR => Err(Errno::last()),
+        _ => Ok(()),
+    }
+}
+
+/// What a signalfd reads.
+fn mask() -> SigSet {
+    SIGNALS.get().map_or_else(ours, |signals| signals.ours)
 }
 
 /// Where workers post to.
@@ -60,7 +138,7 @@ impl<T> Post<T> {
 pub(crate) enum Wake<T> {
     /// A worker posted this.
     Message(T),
-    /// SIGINT or SIGTERM, or what stands for them.
+    /// A signal that wants umem to stop, or what stands for one.
     Signal,
     /// `extra[i]` is ready for what was asked, or was closed.
     Ready(usize),
@@ -74,11 +152,13 @@ pub(crate) struct Inbox<T> {
     receiver: Receiver<T>,
     bell: Arc<EventFd>,
     interrupts: Interrupts,
+    /// The number of the last signal, 0 before the first.
+    last_signal: AtomicI32,
 }
 
 /// What tells umem to stop.
 enum Interrupts {
-    /// SIGINT and SIGTERM, which [`block_signals`] has blocked.
+    /// Those that [`block_signals`] has blocked.
     Signals(SignalFd),
     /// The program that umem is a part of.
     Host(Canceller),
@@ -92,15 +172,16 @@ impl Interrupts {
         }
     }
 
-    /// Takes one, if there is one.
-    fn take(&self) -> Result<bool> {
+    /// Takes one, if there is one, and says its number.
+    fn take(&self) -> Result<Option<i32>> {
         match self {
             Interrupts::Signals(signals) => {
-                Ok(signals.read_signal().context(|| "signalfd")?.is_some())
+                let info = signals.read_signal().context(|| "signalfd")?;
+                Ok(info.map(|info| i32::try_from(info.ssi_signo).unwrap_or_default()))
             }
             Interrupts::Host(canceller) => {
                 let is_cancelled = canceller.bell.read().is_ok();
-                canceller.check().map(|()| is_cancelled)
+                canceller.check().map(|()| is_cancelled.then_some(libc::SIGINT))
             }
         }
     }
@@ -165,7 +246,13 @@ impl<T> Inbox<T> {
 
     fn interrupted_by(interrupts: Interrupts) -> Result<Inbox<T>> {
         let (sender, receiver) = channel();
-        Ok(Inbox { sender, receiver, bell: bell()?, interrupts })
+        let last_signal = AtomicI32::new(0);
+        Ok(Inbox { sender, receiver, bell: bell()?, interrupts, last_signal })
+    }
+
+    /// The last [`Wake::Signal`] was Ctrl-C: somebody at the terminal, or who speaks as one.
+    pub(crate) fn was_ctrl_c(&self) -> bool {
+        self.last_signal.load(SeqCst) == libc::SIGINT
     }
 
     /// Whether it belongs to a part of another program, which has a way of its own to end it.
@@ -217,7 +304,10 @@ impl<T> Inbox<T> {
             if ready(&fds[0]) {
                 let _ = self.bell.read();
             }
-            if ready(&fds[1]) && self.interrupts.take()? {
+            if ready(&fds[1])
+                && let Some(number) = self.interrupts.take()?
+            {
+                self.last_signal.store(number, SeqCst);
                 return Ok(Wake::Signal);
             }
             if !ready(&fds[0])
@@ -240,6 +330,43 @@ impl<T> Inbox<T> {
             Wake::Signal => Err(Error::Interrupted(meanwhile.into())),
             Wake::Timeout => Ok(false),
             Wake::Ready(_) | Wake::Message(_) => Ok(true),
+        }
+    }
+}
+
+impl<T> Inbox<T> {
+    /// Runs what may have to wait for others (a monitor that does not answer, who writes to a FIFO) on a thread
+    /// of its own, so that a signal ends the waiting; `meanwhile` says what has become of the guest then. The
+    /// thread is left to itself, and ends with the process. With `first` two signals are needed, and the first
+    /// one has that said. For as long as nobody posts, as [`Inbox::wait_ready`].
+    pub(crate) fn wait_for_work<R: Send + 'static>(
+        &self,
+        meanwhile: &str,
+        mut first: Option<&dyn Fn()>,
+        work: impl FnOnce() -> Result<R> + Send + 'static,
+    ) -> Result<R> {
+        let done = bell()?;
+        let (sender, receiver) = channel();
+        let ring = done.clone();
+        std::thread::Builder::new()
+            .name(format!("{}waiting", panics::THREAD_PREFIX))
+            .spawn(move || {
+                let result = catch_unwind(AssertUnwindSafe(work));
+                let _ = sender.send(result.unwrap_or_else(|panic| Err(panics::error(&*panic))));
+                let _ = ring.write(1);
+            })
+            .context(|| "starting a thread")?;
+        loop {
+            match self.wait(&[done.as_fd()], None)? {
+                Wake::Signal => match first.take() {
+                    Some(say) => say(),
+                    None => return Err(Error::Interrupted(meanwhile.into())),
+                },
+                Wake::Ready(_) => {
+                    return receiver.recv().map_err(|_| Error::Internal("no answer".into()))?;
+                }
+                Wake::Message(_) | Wake::Timeout => {}
+            }
         }
     }
 }

@@ -46,6 +46,7 @@ mod lookup;
 mod memory;
 pub mod observe;
 mod panics;
+mod print;
 mod priority;
 mod progress;
 pub mod report;

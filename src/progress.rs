@@ -1,7 +1,6 @@
 //! Progress for whoever waits: bars on a terminal, a line every few seconds elsewhere, events in JSON.
 //!
-//! The control thread calls [`Progress::update`] as it wakes; nothing here waits or blocks on anything
-//! but stderr.
+//! The control thread calls [`Progress::update`] as it wakes; nothing here waits, not for stderr either.
 
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +11,7 @@ use serde_json::Value;
 
 use crate::observe::trace;
 use crate::observe::watch::{Status, Watch};
+use crate::print;
 use crate::report::{Counters, Output};
 
 /// How often the bar moves.
@@ -102,10 +102,14 @@ impl Progress {
             return;
         }
         on_screen().take();
-        bar.finish_and_clear();
+        if print::stderr_is_ready() {
+            bar.finish_and_clear();
+        } else {
+            bar.set_draw_target(ProgressDrawTarget::hidden());
+        }
         // Fewer than before where a lost connection has swallowed some.
         let bytes = self.watch.status().done_bytes.saturating_sub(done_bytes);
-        eprintln!("{}", phase_line(name, began.elapsed(), bytes));
+        print::err_line(&phase_line(name, began.elapsed(), bytes));
     }
 
     /// Takes the counters' state: for the display, and for a report.
@@ -115,7 +119,10 @@ impl Progress {
         match &mut self.show {
             Show::Nothing => {}
             Show::Bars => {
-                if let Some(Phase { bar, .. }) = &self.phase {
+                // A terminal that is stopped would stop whoever draws on it.
+                if let Some(Phase { bar, .. }) = &self.phase
+                    && print::stderr_is_ready()
+                {
                     let status = self.watch.status();
                     bar.set_position(status.done_bytes);
                     bar.set_message(waiting(&status));
@@ -220,8 +227,8 @@ fn on_screen() -> std::sync::MutexGuard<'static, Option<ProgressBar>> {
 pub(crate) fn say(line: &str) {
     let bar = on_screen().clone();
     match bar {
-        Some(bar) => bar.suspend(|| eprintln!("{line}")),
-        None => eprintln!("{line}"),
+        Some(bar) if print::stderr_is_ready() => bar.suspend(|| print::err_line(line)),
+        _ => print::err_line(line),
     }
 }
 

@@ -1,6 +1,5 @@
 //! What a migration tells at its end, and the events on the way, as JSON or for a person.
 
-use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -12,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::memory::sums::RegionDigest;
 use crate::observe::faults::AllFaults;
 use crate::observe::map::Map;
-use crate::progress;
+use crate::{print, progress};
 
 /// Counters that worker threads keep and the control thread reads.
 #[derive(Default)]
@@ -387,8 +386,7 @@ impl Output {
                 self.line(&serde_json::to_string(report).expect("plain numbers and strings"));
             }
             Output::Person => {
-                print!("{}", report.summary());
-                let _ = std::io::stdout().flush();
+                print::out(&report.summary());
             }
             // It gets the report itself.
             Output::Host(_) => {}
@@ -404,10 +402,8 @@ impl Output {
         }
     }
 
-    /// One line on stdout, at once; a reader that has gone is not our failure.
+    /// One line on stdout. That it cannot be written shows in the exit status, at the end.
     pub(crate) fn line(&self, text: &str) {
-        let mut stdout = std::io::stdout().lock();
-        let _ = writeln!(stdout, "{text}");
-        let _ = stdout.flush();
+        print::out_line(text);
     }
 }

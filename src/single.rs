@@ -5,7 +5,6 @@
 //! do, or is ended a moment later. Ctrl-C is for umem alone, which may have to go on.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -19,7 +18,7 @@ use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, socko
 
 use crate::error::{Context, Error, Result};
 use crate::host::command::ProcessHandle;
-use crate::inbox::unblock_signals;
+use crate::inbox::{dispose, unblock_signals};
 use crate::uri::Uri;
 
 /// How long a command may take to end when its connection has closed, and once more when it was asked
@@ -107,8 +106,10 @@ fn start(text: &str) -> Result<(OwnedFd, Running)> {
     // SAFETY: between fork and exec only sigaction and sigprocmask run, both async-signal-safe.
     unsafe {
         command.pre_exec(|| {
-            if libc::signal(libc::SIGINT, libc::SIG_IGN) == libc::SIG_ERR {
-                return Err(io::Error::last_os_error());
+            // The terminal's are umem's to answer. The command stays in the terminal's session, where it
+            // may ask for a password.
+            for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP] {
+                dispose(signal, libc::SIG_IGN)?;
             }
             Ok(unblock_signals()?)
         });

@@ -1,5 +1,7 @@
 //! `umem demo`: the whole of umem with a guest of its own, which checks every page.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 mod support;
 
 use std::process::{Command, Output};

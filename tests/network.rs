@@ -7,6 +7,8 @@
 //! UMEM_MOVES=50 UMEM_MIB=2048 tests/run --test network destroys --no-capture
 //! ```
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 mod support;
 
 use std::net::{TcpStream, UdpSocket};

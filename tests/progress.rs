@@ -3,11 +3,13 @@
 mod support;
 
 use std::fs::File;
-use std::io::Read;
-use std::process::{Command, Output, Stdio};
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::process::{Child, Command, Output, Stdio};
 
-use serde_json::Value;
-use support::{Guests, Qmp, Scratch};
+use nix::fcntl::{FcntlArg, fcntl};
+use serde_json::{Value, json};
+use support::{Guests, Qmp, Scratch, Umem, wait_for};
 
 fn demo(arguments: &[&str], rust_log: Option<&str>) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
@@ -111,4 +113,155 @@ fn a_trace_has_the_beginning_and_the_end_of_each_phase() {
     }
     let stderr = demo(&[], Some("umem=error")).stderr;
     assert!(!String::from_utf8_lossy(&stderr).contains("phase"), "RUST_LOG says what");
+}
+
+/// Where nothing can be written.
+#[derive(Clone, Copy, Debug)]
+enum Sink {
+    Closed,
+    Full,
+    /// A pipe without a reader.
+    Unread,
+}
+
+const SINKS: [Sink; 3] = [Sink::Closed, Sink::Full, Sink::Unread];
+
+/// `umem ARGUMENTS` with neither a standard output nor an error that takes anything.
+fn start_mute(sink: Sink, arguments: &[&str]) -> Child {
+    let umem = env!("CARGO_BIN_EXE_umem");
+    let mut command = match sink {
+        Sink::Closed => {
+            let mut command = Command::new("sh");
+            command.args(["-c", "exec \"$0\" \"$@\" >&- 2>&-", umem]);
+            command
+        }
+        Sink::Full | Sink::Unread => Command::new(umem),
+    };
+    command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null());
+    match sink {
+        Sink::Closed => {}
+        Sink::Full => {
+            let full = || File::options().write(true).open("/dev/full").expect("it is there");
+            command.stdout(full()).stderr(full());
+        }
+        Sink::Unread => {
+            let (_, unread) = std::io::pipe().expect("a pipe");
+            command.stdout(unread.try_clone().expect("a descriptor")).stderr(unread);
+        }
+    }
+    command.spawn().expect("it starts")
+}
+
+fn ends_with(mut child: Child, code: i32, what: &str) {
+    let status = wait_for(what, || child.try_wait().expect("our child"));
+    assert_eq!(status.code(), Some(code), "{what}: {status}");
+}
+
+/// Nothing that is printed ends a move, or fails it; but whoever wants a report on stdout is told that it is not
+/// there. With a trace, so that every thread has something to say.
+#[test]
+fn a_guest_moves_where_nothing_can_be_printed() {
+    for sink in SINKS {
+        for (json, code) in [(&["--json", "-v"][..], 1), (&["-v"], 0), (&[], 0)] {
+            let scratch = Scratch::new();
+            let guests = Guests::quiet(&scratch, &["--json"]);
+            drop(guests.incoming);
+            let path = |name: &str| scratch.path(name).display().to_string();
+            let (uri, qmp, there) =
+                (format!("unix:{}", path("lanes")), path("source"), path("there"));
+            let ram = format!("ram0={}", scratch.ram("there").display());
+            let umem = env!("CARGO_BIN_EXE_umem");
+            let guest = ["guest", "--incoming", "--qmp", &there, "--ram", &ram, "--size", "16"];
+            let words = ["incoming", "--qmp", &there, "--ram", &ram];
+            let tail = [&uri, "--", umem];
+            let none = ["--threads", "0"];
+            let words = [&words[..], json, &tail, &guest, &none].concat();
+            let incoming = start_mute(sink, &words);
+            wait_for("it to listen", || scratch.path("lanes").exists().then_some(()));
+            let words = [&["migrate", "-p", "--qmp", &qmp][..], json, &[&uri]].concat();
+            ends_with(start_mute(sink, &words), code, &format!("migrate {json:?} {sink:?}"));
+            let mut guest = Qmp::connect(&scratch.path("there"));
+            let verdict = guest.execute("umem-verify", json!({}));
+            assert_eq!(
+                (&verdict["bad_pages"], &verdict["verified_pages"]),
+                (&0.into(), &4096.into())
+            );
+            guest.quit();
+            ends_with(incoming, code, &format!("incoming {json:?} {sink:?}"));
+        }
+    }
+}
+
+#[test]
+fn a_demo_and_a_bench_end_in_order_where_nothing_can_be_printed() {
+    let mut server = Umem::start(["bench", "server", "--json", "tcp:127.0.0.1:0"]);
+    let uri = server.event("listening")["uri"].as_str().expect("an address").to_owned();
+    let bench = ["bench", "client", "-n", "1M", &uri];
+    let bench_json = ["bench", "client", "-J", "-n", "1M", &uri];
+    for sink in SINKS {
+        for (words, code) in [
+            (&["demo", "--size", "16", "--json"][..], 1),
+            (&["demo", "--size", "16"], 0),
+            // What they are for is what they print.
+            (&bench_json, 1),
+            (&bench, 1),
+            (&["man", "migrate"], 1),
+            (&["completions", "bash"], 1),
+            (&["version"], 1),
+            (&["--help"], 1),
+            (&["nonsense"], 2),
+        ] {
+            ends_with(start_mute(sink, words), code, &format!("{words:?} {sink:?}"));
+        }
+    }
+}
+
+/// Who reads slowly, or not at all for a while, holds nothing up and loses nothing.
+#[test]
+fn a_guest_moves_while_nobody_reads_what_is_printed() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let (mut reader, mut writer) = std::io::pipe().expect("a pipe");
+    let room = fcntl(writer.as_fd(), FcntlArg::F_SETPIPE_SZ(4096)).expect("a pipe's size");
+    let filling = vec![b'\n'; usize::try_from(room).expect("a size")];
+    writer.write_all(&filling).expect("there is room");
+    let qmp = scratch.path("source").display().to_string();
+    let mut migrate = Command::new(env!("CARGO_BIN_EXE_umem"))
+        .args(["migrate", "--json", "-p", "--qmp", &qmp, guests.uri()])
+        .stdin(Stdio::null())
+        .stderr(writer.try_clone().expect("a descriptor"))
+        .stdout(writer)
+        .spawn()
+        .expect("umem starts");
+    guests.incoming.event("completed");
+    assert_eq!(migrate.try_wait().expect("our child"), None, "its report is not written yet");
+    let mut text = String::new();
+    reader.read_to_string(&mut text).expect("it is UTF-8");
+    let status = wait_for("its end", || migrate.try_wait().expect("our child"));
+    assert!(status.success(), "{status}: {text}");
+    assert!(text.contains("\"event\":\"completed\""), "{text}");
+    Qmp::connect(&scratch.path("destination")).quit();
+    guests.incoming.succeeds();
+}
+
+/// The terminal goes away while bars are drawn on it.
+#[test]
+fn a_terminal_may_go_away() {
+    let terminal = nix::pty::openpty(None, None).expect("a terminal");
+    let keep = FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
+    fcntl(&terminal.master, keep).expect("it is open");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
+    command
+        .args(["demo", "--size", "64"])
+        .env_remove("RUST_LOG")
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .stdout(terminal.slave.try_clone().expect("a descriptor"))
+        .stderr(terminal.slave);
+    let child = command.spawn().expect("umem starts");
+    drop(command);
+    let mut master = File::from(terminal.master);
+    assert!(master.read(&mut [0; 64]).expect("something is shown") > 0);
+    drop(master);
+    ends_with(child, 0, "the demo");
 }

@@ -11,6 +11,8 @@
 //!
 //! `UMEM_SEED=N` runs one seed, `UMEM_SIM_SEEDS=N` as many, from `UMEM_SIM_FIRST` on.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 mod support;
 
 use std::collections::BTreeMap;

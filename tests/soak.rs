@@ -5,6 +5,8 @@
 //! threads check every word that they read while pages come; before it leaves again every page is looked
 //! at. `UMEM_SOAK_MOVES=N` for more moves, `UMEM_SEED=N` for others.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 mod support;
 
 use std::sync::Arc;

@@ -1,6 +1,8 @@
 //! What is left over when umems are killed: sources that nobody has told, guests that do not answer, files
 //! that nobody needs. And the same lanes, secured.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 #[path = "takeover/claims.rs"]
 mod claims;
 mod support;
@@ -138,7 +140,7 @@ fn a_source_that_comes_late_is_told_that_all_is_done() {
 #[test]
 fn a_source_that_comes_later_still_is_told_by_who_resumes() {
     let mut moving = Move::unheard();
-    moving.incoming.signal(Signal::SIGINT);
+    moving.incoming.signal(Signal::SIGTERM);
     assert!(moving.incoming.wait().success(), "{}", moving.incoming.stderr());
     moving.incoming = moving.resume("incoming");
     moving.incoming.event("listening");

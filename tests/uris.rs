@@ -212,6 +212,26 @@ fn a_command_that_dies_is_named_with_its_status() {
     assert!(!moving.scratch.ram("destination").exists());
 }
 
+/// The terminal's signals are umem's: one that ended the command would cost the connection.
+#[test]
+fn a_command_does_not_end_by_what_is_meant_for_umem() {
+    let moving = Move::new(&["-p"]);
+    let status = moving.scratch.path("status");
+    let command = format!(
+        "exec:cat /proc/self/status >'{0}.new'; mv '{0}.new' '{0}'; exec sleep 1000",
+        status.display()
+    );
+    let mut migrate = Umem::start(moving.migrate(&command));
+    let status = wait_for("the command", || std::fs::read_to_string(&status).ok());
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).expect("a line");
+    let ignored = u64::from_str_radix(ignored.trim(), 16).expect("hexadecimal");
+    for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP] {
+        assert!(ignored >> (signal as u64 - 1) & 1 == 1, "{signal} in {ignored:x}");
+    }
+    migrate.signal(Signal::SIGINT);
+    migrate.fails();
+}
+
 #[test]
 fn a_command_ends_with_umem() {
     let moving = Move::new(&["-p"]);

@@ -4,6 +4,12 @@
 //! method and the spread over its rounds; subjects take turns (A B A B), with memory warmed in the
 //! same way for all, so that their ratios hold where absolute figures move from run to run.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program of the tests, or a measurement"
+)]
+
 mod all;
 mod bench;
 mod error;

@@ -13,6 +13,7 @@ use super::{lanes, report};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{HELLO_TIMEOUT, connect_to};
+use crate::print;
 use crate::uri::Uri;
 
 /// How long a server may take to count, and to check what has landed.
@@ -43,7 +44,7 @@ pub(crate) fn run(options: &Client) -> Result<i32> {
     match test(options, &mut report) {
         Ok(is_whole) => Ok(i32::from(!is_whole)),
         Err(error) if options.json => {
-            eprintln!("umem: {error}");
+            print::err_line(&format!("umem: {error}"));
             report.failed(&error);
             Ok(error.exit_status())
         }

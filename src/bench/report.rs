@@ -2,7 +2,6 @@
 //! that iperf3 has, and ours under `umem`.
 
 use std::collections::VecDeque;
-use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,6 +15,7 @@ use super::sides::SoFar;
 use super::verdict::Verdict;
 use crate::error::Error;
 use crate::observe::bench as page;
+use crate::print;
 use crate::report::Latency;
 use crate::uri::Uri;
 
@@ -100,8 +100,8 @@ impl Report {
             };
             let lanes = if test.lanes == 1 { "lane" } else { "lanes" };
             let both = if test.bidir { " each way" } else { "" };
-            print_line(&format!("{} {lanes}{both}, {what}", test.lanes));
-            print_line("Interval           Transfer       Bitrate          Retr     Pages/s");
+            print::out_line(&format!("{} {lanes}{both}, {what}", test.lanes));
+            print::out_line("Interval           Transfer       Bitrate          Retr     Pages/s");
         }
     }
 
@@ -157,7 +157,7 @@ impl Report {
                 if let Some(faults) = faults {
                     note += &format!(" {}", in_words(faults));
                 }
-                print_line(&row(times, &moved, again, note.trim()));
+                print::out_line(&row(times, &moved, again, note.trim()));
             }
             let seconds = times.1 - times.0;
             let mut sum = json!({
@@ -207,15 +207,15 @@ impl Report {
             document["error"] = json!(error);
         }
         if self.json {
-            print_line(&document.to_string());
+            print::out_line(&document.to_string());
         } else {
             results.iter().for_each(|result| result.print(test));
         }
         if let Some(Err(error)) = self.page.as_ref().map(|path| page::write(path, &document)) {
-            eprintln!("umem: no report: {error}");
+            print::err_line(&format!("umem: no report: {error}"));
         }
         if interrupted {
-            eprintln!("umem: {error}");
+            print::err_line(&format!("umem: {error}"));
         }
     }
 
@@ -247,7 +247,7 @@ impl Report {
 
     /// With `--json`: the test failed.
     pub(super) fn failed(&self, error: &Error) {
-        print_line(
+        print::out_line(
             &json!({
                 "start": self.start,
                 "intervals": self.intervals,
@@ -296,9 +296,9 @@ impl<'a> Outcome<'a> {
         for (name, side) in [("sent", sent), ("received", received)] {
             let again = side.retransmits.filter(|_| name == "sent");
             let note = format!("{} {name}", way(test, self.direction));
-            print_line(&row((0.0, side.seconds), &side.counts, again, note.trim()));
+            print::out_line(&row((0.0, side.seconds), &side.counts, again, note.trim()));
         }
-        print_line(&format!(
+        print::out_line(&format!(
             "CPU: sender {:.0} %, receiver {:.0} %; {:.2} s for each GB; zero-copy: {}; congestion \
              control: {}",
             percent(sent.user_s + sent.system_s, sent.seconds),
@@ -309,16 +309,16 @@ impl<'a> Outcome<'a> {
             sent.congestion,
         ));
         if let Some(faults) = &received.faults {
-            print_line(&format!(
+            print::out_line(&format!(
                 "{} from access to return, {:.0} a second",
                 in_words(faults),
                 rate(faults.count, received.seconds)
             ));
         }
         if let Some(verified) = verified(test, received) {
-            print_line(&format!("{verified} pages were checked and right"));
+            print::out_line(&format!("{verified} pages were checked and right"));
         }
-        print_line(&self.verdict.text);
+        print::out_line(&self.verdict.text);
     }
 
     /// As iperf3 has it.
@@ -450,11 +450,4 @@ pub(super) fn is_local(socket: BorrowedFd<'_>) -> bool {
         (_, Some(address)) => address.ip().to_canonical().is_loopback(),
         (None, None) => true,
     }
-}
-
-/// One line on stdout, at once; a reader that has gone is not our failure.
-fn print_line(text: &str) {
-    let mut stdout = std::io::stdout().lock();
-    let _ = writeln!(stdout, "{text}");
-    let _ = stdout.flush();
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::values::Size;
 use crate::error::{Error, Result};
 use crate::observe::control;
+use crate::print;
 
 /// Ask how a migration stands, or change it, at the --control socket of an umem that runs.
 #[derive(FromArgs, ArgsInfo)]
@@ -57,7 +58,7 @@ impl Control {
         let answer = control::ask(&self.socket, &command)?;
         if answer != json!({}) {
             let text = serde_json::to_string_pretty(&answer).expect("it was JSON before");
-            println!("{text}");
+            print::out_line(&text);
         }
         Ok(0)
     }

@@ -61,11 +61,6 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn run(self) -> Result<i32> {
         let memory = self.memory()?;
-        // The guest ends by its monitor's quit, or as any process does.
-        crate::inbox::unblock_signals().map_err(|errno| Error::System {
-            what: "unblocking signals".into(),
-            source: errno.into(),
-        })?;
         host::guest::run(&host::guest::Options {
             qmp: self.qmp,
             memory,

@@ -27,13 +27,21 @@ use crate::{destination, observe, single};
             is listened at. COMMAND is a QEMU whose RAM is a \
             memory-backend-file with share=on (--kind private: share=off), or another monitor that \
             maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
-            options itself.",
+            options itself. COMMAND runs out of reach of the terminal's \
+            signals, with the terminal as its standard input where umem has it. A signal before the \
+            switchover gives the guest up, which stays at the source; while memory comes no signal \
+            ends umem, nor the guest. Once the guest is complete Ctrl-C (SIGINT) has COMMAND \
+            stopped with SIGTERM, and umem ends with its exit status; a second one, and every other signal at once, \
+            ends umem alone: the guest goes on, and umem says as which process.",
     example = "Go on after this process was killed, with the guest that waits:\n  {command_name} --resume SESSION",
     example = "Serve a Firecracker that restores a snapshot, whose memory file the source has:\n  \
                {command_name} --tls-creds /etc/pki/qemu --handoff /run/uffd.sock tcp::4444",
     example = "Receive a QEMU guest:\n  {command_name} --tls-creds /etc/pki/qemu tcp::4444 -- \\\n    qemu-system-x86_64 -m 2G -machine memory-backend=ram0 \\\n    -object \
                memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest",
-    error_code(1, "The guest did not arrive, or not whole; stderr says why."),
+    error_code(
+        1,
+        "The guest did not arrive, or not whole, or what was to be on stdout could not be written; stderr says why."
+    ),
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Incoming {

@@ -4,7 +4,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use super::Arguments;
 use crate::error::{Error, Result};
-use crate::install;
+use crate::{install, print};
 
 /// Print a page of the manual in roff.
 #[derive(FromArgs, ArgsInfo)]
@@ -26,7 +26,7 @@ impl Man {
             let names: Vec<&str> = umem.commands.iter().map(|sub| sub.name).collect();
             return Err(Error::Usage(format!("the commands are {}", names.join(", "))));
         };
-        print!("{page}");
+        print::out(&page);
         Ok(0)
     }
 }
@@ -46,7 +46,7 @@ pub(super) struct Completions {
 
 impl Completions {
     pub(super) fn run(self) -> Result<i32> {
-        print!("{}", install::completions(self.shell, &Arguments::get_args_info()));
+        print::out(&install::completions(self.shell, &Arguments::get_args_info()));
         Ok(0)
     }
 }

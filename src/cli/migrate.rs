@@ -22,13 +22,17 @@ use crate::{doctor, observe, source};
     name = "migrate",
     note = "URI is where `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or one connection to \
             it, over which everything goes: fd:N, an inherited stream socket, or exec:CMD, whose \
-            standard input and output lead there (run by /bin/sh). Until the switchover any failure, and Ctrl-C, leave \
+            standard input and output lead there (run by /bin/sh). Until the switchover any failure, and Ctrl-C or any \
+            other signal that would end a program, leave \
             the guest running here; after it the guest never runs here again, and connections that \
             break are opened again until it has all of its memory. With -n, Ctrl-C sends the rest.",
     example = "{command_name} -p --tls-creds /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     example = "Go on after this process was killed, once the switchover had left:\n  {command_name} --resume SESSION",
     example = "End what is left here of a guest that is complete at a destination which is gone:\n  {command_name} --resume SESSION --abandon",
-    error_code(1, "The guest did not move, or not whole; stderr says why."),
+    error_code(
+        1,
+        "The guest did not move, or not whole, or what was to be on stdout could not be written; stderr says why."
+    ),
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Migrate {

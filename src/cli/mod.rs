@@ -16,6 +16,8 @@ mod values;
 use argh::{ArgsInfo, FromArgs};
 
 use crate::error::Result;
+use crate::inbox::{Inbox, Wake};
+use crate::print;
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -48,10 +50,31 @@ enum Command {
     Version(Version),
 }
 
+impl Command {
+    /// What is on stdout is not what it is for, unless `--json` asks for that.
+    fn moves_guest(&self) -> bool {
+        matches!(self, Command::Demo(_) | Command::Incoming(_) | Command::Migrate(_))
+    }
+
+    /// It decides itself what becomes of a signal.
+    fn reads_signals(&self) -> bool {
+        matches!(
+            self,
+            Command::Demo(_) | Command::Incoming(_) | Command::Migrate(_) | Command::Bench(_)
+        )
+    }
+}
+
 /// Print umem's version and the protocol's.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "version")]
 struct Version {}
+
+/// Looks whether there is a standard output at all. To be called before the standard library begins, which puts
+/// /dev/null where there is none: a report that goes there would seem to be written.
+pub fn before_main() {
+    print::look_at_stdout();
+}
 
 /// Runs the command line; the value is the process's exit status.
 pub fn main() -> i32 {
@@ -64,27 +87,56 @@ pub fn main() -> i32 {
     let rest = if rest == ["--version"] { &["version"][..] } else { rest };
     let arguments = match Arguments::from_args(&[name], rest) {
         Ok(arguments) => arguments,
-        Err(exit) => return early_exit(&exit),
+        Err(exit) => return finish(early_exit(&exit), true, false),
     };
-    let result = crate::inbox::block_signals().and_then(|()| run(arguments.command));
-    match result {
+    let command = arguments.command;
+    // The others end as any program does.
+    let (moves_guest, reads_signals) = (command.moves_guest(), command.reads_signals());
+    let blocked = if reads_signals { crate::inbox::block_signals() } else { Ok(()) };
+    let result = blocked.and_then(|()| run(command));
+    let status = match result {
         Ok(status) => status,
         Err(error) => {
             crate::report::Output::new(json).failed(&error);
             error.exit_status()
         }
-    }
+    };
+    finish(status, json || !moves_guest, reads_signals)
+}
+
+/// Waits until everything is printed. Whoever has asked for what is on stdout, and does not get it, is told so by
+/// the exit status; a guest's move has been carried through all the same.
+fn finish(status: i32, is_for_stdout: bool, reads_signals: bool) -> i32 {
+    let inbox = if reads_signals { Inbox::<()>::new().ok() } else { None };
+    let lost = print::finish(|limit| match &inbox {
+        Some(inbox) => matches!(inbox.wait(&[], Some(limit)), Ok(Wake::Signal) | Err(_)),
+        None => {
+            std::thread::sleep(limit);
+            false
+        }
+    });
+    let Some(why) = lost.filter(|_| is_for_stdout) else { return status };
+    print::err_line(&format!(
+        "umem: not everything that was meant for the standard output has been written: {why}"
+    ));
+    // Not for ever: nobody may read this stream either.
+    print::finish(|limit| {
+        std::thread::sleep(limit);
+        true
+    });
+    if status == 0 { 1 } else { status }
 }
 
 /// Help on stdout; a wrong command line is one line on stderr that says where help is.
 fn early_exit(exit: &argh::EarlyExit) -> i32 {
     if exit.status.is_ok() {
-        println!("{}", exit.output);
+        print::out_line(&exit.output);
         return 0;
     }
     let lines: Vec<&str> =
         exit.output.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    eprintln!("umem: {} (`umem --help` and `umem COMMAND --help` explain)", lines.join(" "));
+    let text = lines.join(" ");
+    print::err_line(&format!("umem: {text} (`umem --help` and `umem COMMAND --help` explain)"));
     2
 }
 
@@ -101,7 +153,8 @@ fn run(command: Command) -> Result<i32> {
         Command::Completions(completions) => completions.run(),
         Command::Version(_) => {
             let protocol = umem_wire::PROTOCOL;
-            println!("umem {} (protocol {protocol})", env!("CARGO_PKG_VERSION"));
+            let version = env!("CARGO_PKG_VERSION");
+            print::out_line(&format!("umem {version} (protocol {protocol})"));
             Ok(0)
         }
     }

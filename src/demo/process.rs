@@ -34,7 +34,9 @@ impl Process {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(this_program()?);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
-        // SAFETY: only prctl and sigprocmask run between fork and exec, both async-signal-safe.
+        // The terminal's signals are the demo's, which ends its processes in the right order.
+        command.process_group(0);
+        // SAFETY: only prctl, sigaction and sigprocmask run between fork and exec, all async-signal-safe.
         unsafe {
             command.pre_exec(|| {
                 // A demo that is killed takes its processes with it.

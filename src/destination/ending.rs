@@ -47,7 +47,7 @@ impl Migration<'_> {
     /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
     /// the demand thread is the one that failed.
     pub(super) fn end(&mut self, error: Option<&Error>) -> Latencies {
-        if let Some(error) = error {
+        if let Some(error) = error.filter(|_| !self.leaves_quietly) {
             self.send(&Frame::Error(error.to_fault()));
         }
         let _ = self.commands.send(Command::End);
@@ -65,7 +65,8 @@ impl Migration<'_> {
         let demand = self.demand_thread.take().expect("ended once");
         let sever = || self.link.sockets.sever();
         let latencies = worker::part(demand, error.is_some(), sever).ok().flatten();
-        if let (None, Some(socket), Some(error)) = (&latencies, &self.demand_socket, error) {
+        let tells = error.filter(|_| !self.leaves_quietly);
+        if let (None, Some(socket), Some(error)) = (&latencies, &self.demand_socket, tells) {
             lane::tell(socket, self.is_checked, error);
         }
         let mut latencies = latencies.unwrap_or_else(Latencies::new);

@@ -7,7 +7,6 @@
 //! session, whose record stays until the source has been told.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -70,20 +69,24 @@ impl Farewell {
     }
 
     /// Stays as long as the guest's process runs, which is a child, and tells the source if it comes
-    /// meanwhile. None if a signal has ended that.
+    /// meanwhile. The exit status is the process's, as of [`GuestSide::outlive`].
     pub(super) fn stay(
         mut self,
         side: &mut GuestSide,
         inbox: &Inbox<Note>,
         output: &Output,
-    ) -> Result<Option<ExitStatus>> {
+    ) -> Result<i32> {
         loop {
             let mut fds = vec![(side.exited(), PollFlags::POLLIN)];
             fds.extend(self.door.fds());
             let left =
                 self.door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
             match inbox.wait_for(&fds, left)? {
-                Wake::Signal => return Ok(None),
+                Wake::Signal => {
+                    if let Some(status) = side.interrupted(inbox.was_ctrl_c(), output) {
+                        return Ok(status);
+                    }
+                }
                 Wake::Ready(0) => return side.wait(),
                 Wake::Ready(index) => self.door.answer(index - 1)?,
                 Wake::Message(_) | Wake::Timeout => {}
@@ -91,7 +94,7 @@ impl Farewell {
             if self.look(inbox)? {
                 output.remark("the source has come, and knows now that its guest is complete");
                 drop(self);
-                return side.outlive(inbox);
+                return side.outlive(inbox, output);
             }
         }
     }

@@ -179,6 +179,9 @@ impl From<Answer> for Note {
     }
 }
 
+/// What an interrupt means before a source has come.
+const NO_GUEST: &str = "no guest had arrived";
+
 /// Receives one guest. Returns when it is complete and, where a command was started, has exited;
 /// the value is the process's exit status.
 ///
@@ -195,7 +198,10 @@ pub fn run(options: &Options) -> Result<i32> {
     let output = Output::new(options.json);
     // Answers until the guest's process has ended.
     let observer = Observer::start(&options.observe, Role::Destination, None, &output)?;
-    let (guard, received) = match Guard::load(&options.security).map(Arc::new) {
+    // Files may be FIFOs, which wait for who writes to them.
+    let security = options.security.clone();
+    let loaded = inbox.wait_for_work(NO_GUEST, None, move || Guard::load(&security));
+    let (guard, received) = match loaded.map(Arc::new) {
         Ok(guard) => {
             let received = receive(options, socket, &guard, &inbox, &observer);
             let received = received.map_err(|error| guard.explain(error));
@@ -223,11 +229,9 @@ pub fn run(options: &Options) -> Result<i32> {
             // What lanes have sent leaves first.
             drop(guard);
             drop(command);
-            prepared.side.outlive(&inbox)
+            prepared.side.outlive(&inbox, &output)
         }
     }?;
-    // Of a guest that goes on without us there is none.
-    let status = status.map_or(0, |status| status.code().unwrap_or(1));
     // The guest has run with what it has all the while; whoever started this is to know in any case.
     damaged.map_or(Ok(status), Err)
 }
@@ -319,7 +323,7 @@ fn wait(
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
-    inbox.wait_ready(fds, limit, "no guest had arrived")
+    inbox.wait_ready(fds, limit, NO_GUEST)
 }
 
 fn peer(fault: Fault) -> Error {
@@ -418,6 +422,10 @@ struct Migration<'a> {
     awake: Option<Awake>,
     times: Times,
     progress: Progress,
+    /// Somebody who has interrupted knows that the monitor does not answer.
+    is_told_of_monitor: bool,
+    /// This process ends, and another may go on: to the source it is as if it had been killed.
+    leaves_quietly: bool,
 }
 
 impl<'a> Migration<'a> {

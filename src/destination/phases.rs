@@ -190,11 +190,41 @@ impl Migration<'_> {
             );
             return Ok(());
         }
+        if matches!(self.phase, Phase::Switched { .. }) && !self.inbox.is_embedded() {
+            return self.interrupted_before_it_runs();
+        }
         self.output.remark(&format!(
             "the guest runs here and still needs {} pages from the source; stopping now would stop \
              it, so this goes on until they have come",
             self.guest.pages_missing()
         ));
         Ok(())
+    }
+
+    /// The guest is ours, and its monitor has not answered yet that it runs.
+    fn interrupted_before_it_runs(&mut self) -> Result<()> {
+        let (missing, how) = (self.guest.pages_missing(), self.how_to_resume());
+        let waits = format!(
+            "the source has given the guest to this side, and the monitor here has not answered `cont` yet; \
+             {missing} pages are still to come"
+        );
+        // Who could not go on would lose what is missing.
+        if how.is_none() && missing > 0 {
+            self.output.remark(&format!("{waits}, so this goes on until they have"));
+            return Ok(());
+        }
+        if !std::mem::replace(&mut self.is_told_of_monitor, true) {
+            let text = format!(
+                "{waits}; another interrupt ends the waiting, and leaves the guest as it is"
+            );
+            self.output.remark(&text);
+            return Ok(());
+        }
+        self.leaves_quietly = true;
+        let how =
+            how.map_or_else(String::new, |how| format!("; when it answers again, {how} goes on"));
+        Err(Error::Interrupted(format!(
+            "{waits}: do not start the guest at the source again; ask the monitor with `query-status`{how}"
+        )))
     }
 }

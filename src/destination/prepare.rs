@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::side::{GuestProcess, GuestSide};
-use super::{Note, Options};
+use super::{NO_GUEST, Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket};
 use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
@@ -171,13 +171,18 @@ fn host(
     monitor: &Monitor,
     inbox: &Inbox<Note>,
 ) -> Result<Option<Box<dyn DestinationHost>>> {
-    let qmp = match (inherited, &options.qmp) {
-        (Some(stream), _) => Qmp::open(stream, "QEMU's monitor")?,
-        (None, Some(path)) => connect(path, monitor, inbox)?,
+    let (stream, name) = match (inherited, &options.qmp) {
+        (Some(stream), _) => (stream, "QEMU's monitor".to_owned()),
+        (None, Some(path)) => (connect(path, monitor, inbox)?, path.display().to_string()),
         (None, None) => return Ok(None),
     };
-    let mut qemu = Qemu::new(qmp);
-    let found = qemu.check(options.kind)?;
+    let kind = options.kind;
+    // A monitor need not answer.
+    let (qemu, found) = inbox.wait_for_work(NO_GUEST, None, move || {
+        let mut qemu = Qemu::new(Qmp::open(stream, &name)?);
+        let found = qemu.check(kind)?;
+        Ok((qemu, found))
+    })?;
     // What becomes QEMU's own memory is copied there in small pages.
     if options.kind == Kind::Shared
         && let Some(advice) = qemu::advice(&found, "source")
@@ -189,16 +194,22 @@ fn host(
 
 /// Waits until the monitor has made its socket: it may not be there yet, or be there and not listen
 /// yet.
-fn connect(path: &Path, monitor: &Monitor, inbox: &Inbox<Note>) -> Result<Qmp> {
+fn connect(path: &Path, monitor: &Monitor, inbox: &Inbox<Note>) -> Result<UnixStream> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     loop {
-        match UnixStream::connect(path) {
-            Ok(stream) => return Qmp::open(stream, &path.display().to_string()),
-            Err(_) if Instant::now() < deadline => {}
-            Err(_) => return Qmp::connect(path),
+        let is_late = Instant::now() >= deadline;
+        let to = path.to_owned();
+        // One whose queue is full keeps us waiting.
+        let tried =
+            inbox.wait_for_work(NO_GUEST, None, move || match UnixStream::connect(&to) {
+                Err(error) if is_late => Err(Qmp::cannot_connect(&to, &error)),
+                tried => Ok(tried.ok()),
+            })?;
+        if let Some(stream) = tried {
+            return Ok(stream);
         }
         match inbox.wait(&[monitor.exited()], Some(QMP_INTERVAL))? {
-            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Signal => return Err(Error::Interrupted(NO_GUEST.into())),
             Wake::Ready(_) => {
                 return Err(Error::Host("it exited at once (its own messages say why)".into()));
             }

@@ -38,6 +38,8 @@ pub(crate) struct GuestProcess {
     pub(crate) knows_umem: bool,
     /// And can keep what somebody needs who takes over from us.
     pub(crate) keeps_sessions: bool,
+    /// Somebody has asked it to end, through us.
+    is_ending: bool,
     /// Nobody waits for it any more.
     is_left_alone: bool,
 }
@@ -166,8 +168,10 @@ impl GuestSide {
                     until = None;
                     process.remark_on_silence(output);
                 }
+                // Nobody has been told yet what is waited for.
+                Wake::Signal if until.take().is_some() => process.remark_on_silence(output),
                 Wake::Signal => {
-                    process.is_left_alone = true;
+                    process.leave_alone(output);
                     return Ok(());
                 }
                 Wake::Message(_) => {}
@@ -175,17 +179,52 @@ impl GuestSide {
         }
     }
 
-    /// The guest runs alone now. Waits until its monitor ends, if that is a child, so that its terminal stays
-    /// its own; a signal ends the waiting, not the guest. Its exit status, where there is one.
-    pub(crate) fn outlive(&mut self, inbox: &Inbox<Note>) -> Result<Option<ExitStatus>> {
+    /// The guest runs alone now. Stays until its monitor ends, if that is a child, so that its terminal stays
+    /// its own. The exit status is its, where we see its end.
+    pub(crate) fn outlive(&mut self, inbox: &Inbox<Note>, output: &Output) -> Result<i32> {
         while self.is_outlived() {
             match inbox.wait(&[self.exited()], None)? {
-                Wake::Signal => break,
+                Wake::Signal => {
+                    if let Some(status) = self.interrupted(inbox.was_ctrl_c(), output) {
+                        return Ok(status);
+                    }
+                }
                 Wake::Ready(_) => return self.wait(),
                 Wake::Message(_) | Wake::Timeout => {}
             }
         }
-        Ok(None)
+        Ok(0)
+    }
+
+    /// A signal, while all that we do is to stay with the guest's process. Ctrl-C is for the guest, as in the
+    /// terminal of a monitor that was started there, and a second one for us; every other signal is for us
+    /// alone. Our exit status, if we are to leave.
+    pub(crate) fn interrupted(&mut self, is_ctrl_c: bool, output: &Output) -> Option<i32> {
+        let process = self.process_mut()?;
+        if process.is_ending || !is_ctrl_c {
+            process.leave_alone(output);
+            return Some(i32::from(process.is_ending));
+        }
+        process.is_ending = true;
+        process.monitor.terminate();
+        let pid = process.monitor.pid();
+        let halted = match standstill(pid) {
+            Some(_) => format!(" and acts on it once `kill -CONT {pid}` lets it go on"),
+            None => String::new(),
+        };
+        let text = format!(
+            "stopping the guest: its process {pid} has been sent SIGTERM{halted}; waiting for its end, and \
+             another interrupt leaves it to itself"
+        );
+        output.event("stopping", json!({ "guest_pid": pid }), &text);
+        None
+    }
+
+    /// The guest goes on without us: whoever started us is told where it is.
+    pub(crate) fn say_where(&mut self, output: &Output) {
+        if let Some(process) = self.process_mut() {
+            process.leave_alone(output);
+        }
     }
 
     /// Whether umem stays for as long as the guest's process runs.
@@ -193,9 +232,10 @@ impl GuestSide {
         self.process().is_some_and(|process| process.monitor.is_child() && !process.is_left_alone)
     }
 
-    /// Waits for the end of the process, which must be a child; its exit status.
-    pub(crate) fn wait(&mut self) -> Result<Option<ExitStatus>> {
-        self.process_mut().map_or(Ok(None), |process| process.monitor.wait())
+    /// Waits for the end of the process, which must be a child; its exit status, 1 where a signal has ended it.
+    pub(crate) fn wait(&mut self) -> Result<i32> {
+        let Some(process) = self.process_mut() else { return Ok(0) };
+        Ok(process.monitor.wait()?.map_or(0, |status| status.code().unwrap_or(1)))
     }
 }
 
@@ -206,7 +246,14 @@ impl GuestProcess {
         knows_umem: bool,
         keeps_sessions: bool,
     ) -> GuestProcess {
-        GuestProcess { monitor, handoff, knows_umem, keeps_sessions, is_left_alone: false }
+        GuestProcess {
+            monitor,
+            handoff,
+            knows_umem,
+            keeps_sessions,
+            is_ending: false,
+            is_left_alone: false,
+        }
     }
 
     /// It has been told to let go, and has not said that it has.
@@ -219,6 +266,18 @@ impl GuestProcess {
         );
         output.event("releasing", fields, &text);
     }
+
+    /// Nobody waits for its end any more: whoever started us is told where the guest is.
+    fn leave_alone(&mut self, output: &Output) {
+        self.is_left_alone = true;
+        let pid = self.monitor.pid();
+        let text = format!(
+            "the guest goes on without umem, complete, as process {pid}: `ps {pid}` shows it, `kill {pid}` \
+             ends it"
+        );
+        output.event("left", json!({ "guest_pid": pid }), &text);
+    }
+
     /// It does not hand over to a umem that takes over.
     pub(crate) fn does_not_hand_over(&self) -> Error {
         let (pid, _, why) = self.silence();

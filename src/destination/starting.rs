@@ -141,6 +141,8 @@ impl<'a> Migration<'a> {
             is_checked,
             digests_are_known: true,
             source_digests: None,
+            is_told_of_monitor: false,
+            leaves_quietly: false,
             inbox,
         };
         Ok((migration, reach))

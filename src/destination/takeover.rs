@@ -79,7 +79,9 @@ pub fn run(options: &ResumeOptions) -> Result<i32> {
     let output = Output::new(options.json);
     let (keeper, record) = options.take_over::<DestinationRecord>()?;
     let inbox = Inbox::new()?;
-    let guard = Arc::new(Guard::load(&options.security(&record))?);
+    let security = options.security(&record);
+    let guard = inbox.wait_for_work(WAITS, None, move || Guard::load(&security))?;
+    let guard = Arc::new(guard);
     let taken = Taken { keeper, record, guard, output };
     let result = taken.run(options, &inbox).map_err(|error| taken.guard.explain(error));
     // What lanes have sent leaves first.
@@ -215,6 +217,8 @@ impl Taken {
         let driven = driven.map_err(|error| self.guard.explain(error));
         observer.ended(driven.as_ref());
         self.output.completed(&driven?);
+        // It is no child of ours: there is nothing to stay for.
+        prepared.side.say_where(&self.output);
         Ok(())
     }
 

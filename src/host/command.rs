@@ -3,9 +3,18 @@
 //! COMMAND runs with the preload object, which is part of this executable and reaches the child as
 //! an open memory file, so that nothing has to be installed and nothing is left behind. A QEMU gets
 //! three more options: it waits for an incoming migration and has a monitor on an inherited socket.
+//!
+//! COMMAND leads a process group of its own, which is never in the foreground. So the terminal's signals
+//! (Ctrl-C, Ctrl-\, a hang-up) reach umem and not COMMAND: what becomes of them is umem's to decide.
+//!
+//! Where the standard input is a terminal COMMAND may want to read from it (`-nographic`, `-serial mon:stdio`),
+//! for which a background process is stopped. Then it leads a session of its own, as after setsid(2): reading
+//! from a terminal that does not control the process, or setting its modes, is no matter of job control. Only
+//! then, as the kernel also shares out processors by sessions (`sched_autogroup_enabled`).
 
 mod options;
 mod process;
+mod terminal;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -15,9 +24,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::Pid;
 
 use crate::error::{Context, Error, Result};
 use crate::inbox::unblock_signals;
@@ -26,6 +36,7 @@ use crate::memory::kind::Kind;
 use options::qemu_arguments;
 pub(crate) use options::{is_qemu, ram_of_qemu};
 pub(crate) use process::{ProcessHandle, Standstill, began, standstill};
+use terminal::Terminal;
 
 /// The preload object, compiled by the build script.
 static PRELOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libumem_preload.so"));
@@ -60,6 +71,8 @@ pub(crate) struct Monitor {
     /// None for a process that came to us.
     child: Option<Child>,
     handle: ProcessHandle,
+    /// What umem's standard input was set to before a child could change it.
+    terminal: Option<Terminal>,
     /// Whose memory it is, where that is not the process itself but one that it has started.
     owner: Option<ProcessHandle>,
     created: Vec<PathBuf>,
@@ -118,10 +131,21 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
         qmp = Some(ours);
     }
     let raw: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
-    // SAFETY: between fork and exec only fcntl and sigprocmask run, both async-signal-safe; the
-    // descriptors are open in the parent until spawn returns.
+    let terminal = Terminal::of_stdin();
+    let in_background = terminal::is_in_background();
+    if in_background {
+        // Without job control nothing would keep it from what is typed for somebody else.
+        command.stdin(Stdio::null());
+    }
+    let reads_terminal = terminal.is_some() && !in_background;
+    // SAFETY: between fork and exec only setsid, setpgid, fcntl, sigaction and sigprocmask run, all
+    // async-signal-safe; the descriptors are open in the parent until spawn returns.
     unsafe {
         command.pre_exec(move || {
+            match reads_terminal {
+                true => nix::unistd::setsid().map(drop)?,
+                false => nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?,
+            }
             unblock_signals()?;
             raw.iter().try_for_each(|&fd| inherit(fd))
         });
@@ -138,8 +162,8 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     })?;
     let pid = child.id();
     let handle = ProcessHandle::open(pid)?;
-    let monitor =
-        Monitor { pid, child: Some(child), handle, owner: None, created, released: false };
+    let child = Some(child);
+    let monitor = Monitor { pid, child, handle, terminal, owner: None, created, released: false };
     Ok((monitor, Sockets { handoff, qmp }))
 }
 
@@ -201,7 +225,15 @@ impl Monitor {
     /// A process that has connected to us. It is released until it hands over its memory.
     pub(crate) fn follow(pid: u32) -> Result<Monitor> {
         let handle = ProcessHandle::open(pid)?;
-        Ok(Monitor { pid, child: None, handle, owner: None, created: Vec::new(), released: true })
+        Ok(Monitor {
+            pid,
+            child: None,
+            handle,
+            terminal: None,
+            owner: None,
+            created: Vec::new(),
+            released: true,
+        })
     }
 
     /// One that a umem before this has started, or that had come to it. `owner` is the process whose
@@ -215,7 +247,7 @@ impl Monitor {
     ) -> Result<Monitor> {
         let handle = ProcessHandle::open(pid)?;
         let owner = owner.map(ProcessHandle::open).transpose()?;
-        Ok(Monitor { pid, child: None, handle, owner, created, released })
+        Ok(Monitor { pid, child: None, handle, terminal: None, owner, created, released })
     }
 
     /// RAM files that umem has made for it.
@@ -257,6 +289,22 @@ impl Monitor {
         self.released = true;
     }
 
+    /// Asks the process to end, and all that it has started in its process group.
+    pub(crate) fn terminate(&mut self) {
+        self.signal_all(libc::SIGTERM);
+    }
+
+    /// Sends a signal to the process; where we have started it, to its whole process group.
+    fn signal_all(&mut self, signal: i32) {
+        self.handle.signal(signal);
+        let Some(child) = &mut self.child else { return };
+        // The group's number is the child's, which is nobody else's until the child has been waited for.
+        if let (Ok(None), Ok(group)) = (child.try_wait(), i32::try_from(self.pid)) {
+            // SAFETY: numbers only; the group is the one that the child has made.
+            unsafe { libc::killpg(group, signal) };
+        }
+    }
+
     /// Waits until the process ends, which must be a child; its exit status.
     pub(crate) fn wait(&mut self) -> Result<Option<ExitStatus>> {
         let wait = |child: &mut Child| child.wait().context(|| "waiting for the guest's monitor");
@@ -278,12 +326,15 @@ impl Drop for Monitor {
         // Its vCPUs have never run here, or would read zeroes from now on: there is nothing to shut
         // down gently. A thread that waits in a page fault can be killed; the userfaultfd dies with
         // the process.
-        self.handle.kill();
+        self.signal_all(libc::SIGKILL);
         if let Some(owner) = &self.owner {
             owner.kill();
         }
         if let Some(child) = &mut self.child {
             let _ = child.wait();
+        }
+        if let Some(terminal) = &self.terminal {
+            terminal.restore();
         }
         remove(&self.created);
     }

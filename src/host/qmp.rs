@@ -48,15 +48,19 @@ pub(crate) struct Qmp {
 impl Qmp {
     /// Connects to the socket that `-qmp unix:PATH,server=on` made.
     pub(crate) fn connect(path: &Path) -> Result<Qmp> {
-        let stream = UnixStream::connect(path).map_err(|error| {
-            Error::Host(format!(
-                "cannot connect to the QMP socket {}: {error}; start QEMU with \
-                 `-qmp unix:{},server=on,wait=off`",
-                path.display(),
-                path.display()
-            ))
-        })?;
+        let stream =
+            UnixStream::connect(path).map_err(|error| Qmp::cannot_connect(path, &error))?;
         Qmp::open(stream, &path.display().to_string())
+    }
+
+    /// What an error of connecting to this socket means.
+    pub(crate) fn cannot_connect(path: &Path, error: &io::Error) -> Error {
+        Error::Host(format!(
+            "cannot connect to the QMP socket {}: {error}; start QEMU with \
+             `-qmp unix:{},server=on,wait=off`",
+            path.display(),
+            path.display()
+        ))
     }
 
     fn on(stream: UnixStream) -> Qmp {

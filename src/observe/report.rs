@@ -1,19 +1,27 @@
 //! `--report FILE`: recordings written down, as figures or as a page.
 
 use std::fs::OpenOptions;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::page::Page;
 use super::pictures::{self, Timed};
 use super::recording::Recording;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::report::Completed;
 
 /// Before anything is moved: a report that could not be written would be missed afterwards.
 pub(crate) fn check_writable(path: &Path) -> Result<()> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
-    file.map(drop).context(|| format!("--report {}", path.display()))
+    let context = || format!("--report {}", path.display());
+    // A FIFO would keep us waiting for a reader, now or at the end.
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
+    let kind = options.open(path).and_then(|file| file.metadata()).context(context)?.file_type();
+    if kind.is_fifo() {
+        return Err(Error::Usage(format!("{} is a FIFO: name a file for the report", context())));
+    }
+    Ok(())
 }
 
 /// Writes the recordings of one migration's sides.

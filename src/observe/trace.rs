@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use tracing_subscriber::EnvFilter;
 
+use crate::print;
+
 static IS_ON: AtomicBool = AtomicBool::new(false);
 
 /// What `--verbose` stands for.
@@ -24,7 +26,7 @@ pub(crate) fn begin(verbose: bool) {
     let begun = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_thread_names(true)
-        .with_writer(std::io::stderr)
+        .with_writer(|| print::Stderr)
         .try_init();
     IS_ON.store(begun.is_ok(), Relaxed);
 }

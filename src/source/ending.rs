@@ -20,6 +20,12 @@ use crate::worker;
 /// How long a monitor may take to put back what has no effect on the guest.
 const TIDY_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a monitor may take to let its guest go on before that is remarked on.
+const RESUME_PATIENCE: Duration = Duration::from_secs(2);
+
+const WAITS_FOR_MONITOR: &str = "the guest is to go on here, and its monitor has not answered yet whether it does; \
+    another interrupt ends the waiting, and leaves the guest as it is";
+
 impl Migration {
     /// The destination has everything: says goodbye, after it is known what everything comes to where that
     /// is compared.
@@ -99,7 +105,7 @@ impl Migration {
         self.host.resume();
         if self.times.stopped.is_none() {
             // There is nothing of the guest's to undo, and nobody waits for long.
-            let _ = self.host_answers(Some(TIDY_PATIENCE), |answer| match answer {
+            let _ = self.host_answers(TIDY_PATIENCE, |answer| match answer {
                 Answer::Resumed(result) => Some(result),
                 _ => None,
             });
@@ -107,20 +113,36 @@ impl Migration {
             return error;
         }
         self.keep_stopped();
-        let resumed = self.host_answers(None, |answer| match answer {
-            Answer::Resumed(result) => Some(result),
-            _ => None,
-        });
-        match resumed {
-            Ok(Some(Err(resume))) => Error::Host(format!(
-                "{error}; and the guest could not be resumed here: {resume}; resume it by \
-                 hand with the monitor command `cont`"
-            )),
-            Ok(_) => {
-                self.forget_session();
-                error
+        // Whoever has interrupted knows what for; everybody else hears it when it takes long, or interrupts.
+        let mut is_told = matches!(error, Error::Interrupted(_));
+        let mut until = Some(Instant::now() + RESUME_PATIENCE);
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            match self.inbox.wait(&[], left) {
+                Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => {
+                    self.forget_session();
+                    return error;
+                }
+                Ok(Wake::Message(Note::Host(Answer::Resumed(Err(resume))))) => {
+                    return Error::Host(format!(
+                        "{error}; and the guest could not be resumed here: {resume}; resume it by \
+                         hand with the monitor command `cont`"
+                    ));
+                }
+                Ok(Wake::Timeout) => {
+                    (until, is_told) = (None, true);
+                    self.output.remark(WAITS_FOR_MONITOR);
+                }
+                // A program that embeds this has another way to end it, which no cancel is.
+                Ok(Wake::Signal) if self.inbox.is_embedded() => {}
+                Ok(Wake::Signal) if is_told => return self.left_to_monitor(&error),
+                Ok(Wake::Signal) => {
+                    (until, is_told) = (None, true);
+                    self.output.remark(WAITS_FOR_MONITOR);
+                }
+                Ok(_) => {}
+                Err(inbox) => return inbox,
             }
-            Err(inbox) => inbox,
         }
     }
 
@@ -130,7 +152,7 @@ impl Migration {
         if !self.puts_back {
             return;
         }
-        let answer = self.host_answers(Some(TIDY_PATIENCE), |answer| match answer {
+        let answer = self.host_answers(TIDY_PATIENCE, |answer| match answer {
             Answer::PutBack(result) => Some(result),
             _ => None,
         });
@@ -138,22 +160,22 @@ impl Migration {
         self.has_put_back(&answer.ok().flatten().unwrap_or_else(none));
     }
 
-    /// The monitor's next answer of a kind; none when it takes longer than that.
+    /// The monitor's next answer of a kind; none when it takes longer than that, or somebody interrupts.
     fn host_answers<T>(
         &self,
-        patience: Option<Duration>,
+        patience: Duration,
         kind: impl Fn(Answer) -> Option<T>,
     ) -> Result<Option<T>> {
-        let deadline = patience.map(|patience| Instant::now() + patience);
+        let deadline = Instant::now() + patience;
         loop {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            match self.inbox.wait(&[], left)? {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.inbox.wait(&[], Some(left))? {
                 Wake::Message(Note::Host(answer)) => {
                     if let Some(answer) = kind(answer) {
                         return Ok(Some(answer));
                     }
                 }
-                Wake::Timeout => return Ok(None),
+                Wake::Timeout | Wake::Signal => return Ok(None),
                 _ => {}
             }
         }
@@ -181,6 +203,20 @@ impl Migration {
             "the guest runs at the destination and waits for pages that were only here: do not start it here \
              again; {how}"
         )
+    }
+
+    /// Nobody waits any more for a monitor that does not answer. The session stays.
+    fn left_to_monitor(&self, error: &Error) -> Error {
+        let error = match error {
+            Error::Interrupted(_) => "interrupted".to_owned(),
+            other => other.to_string(),
+        };
+        let how = self.how_to_resume();
+        let how = how.map_or_else(String::new, |how| format!("; or, when it answers again: {how}"));
+        Error::Host(format!(
+            "{error}; but it has not answered, so that the guest may stand still here, or go on later: ask it \
+             with the monitor command `query-status`, and have the guest go on with `cont`{how}"
+        ))
     }
 
     /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if

@@ -182,6 +182,9 @@ impl From<Answer> for Note {
     }
 }
 
+/// What an interrupt means before the guest is stopped.
+const GOES_ON: &str = "the guest goes on here";
+
 /// Moves one guest away.
 ///
 /// # Errors
@@ -196,7 +199,10 @@ pub fn run(options: &Options) -> Result<()> {
     let bandwidth = Arc::new(Bandwidth::new(options.max_postcopy_bandwidth));
     let limit = options.postcopy.then(|| bandwidth.clone());
     let observer = Observer::start(&options.observe, Role::Source, limit, &output)?;
-    let (pass, migrated) = match Pass::load(&options.security, &options.uri).map(Arc::new) {
+    // Files may be FIFOs, which wait for who writes to them.
+    let (security, uri) = (options.security.clone(), options.uri.clone());
+    let loaded = inbox.wait_for_work(GOES_ON, None, move || Pass::load(&security, &uri));
+    let (pass, migrated) = match loaded.map(Arc::new) {
         Ok(pass) => {
             let migrated = migrate(options, socket, &pass, inbox, bandwidth, &observer);
             let migrated = migrated.map_err(|error| pass.explain(error));
@@ -225,7 +231,9 @@ fn migrate(
     observer: &Observer,
 ) -> Result<Completed> {
     let output = Output::new(options.json);
-    let Guest { mut host, ram, files } = guest(options, &output)?;
+    let (asked, said) = (options.clone(), output.clone());
+    let Guest { mut host, ram, files } =
+        inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
     let memory = Arc::new(memory.checked(options.checksum));
     memory.claim(false)?;
@@ -333,7 +341,7 @@ fn wait(
     limit: Option<Duration>,
 ) -> Result<bool> {
     // Nobody posts before there are workers.
-    inbox.wait_ready(fds, limit, "the guest goes on here")
+    inbox.wait_ready(fds, limit, GOES_ON)
 }
 
 /// Why a send or receive did not do what it had to.

@@ -16,6 +16,7 @@ use umem_wire::RegionId;
 use super::digest;
 use super::memory::SourceMemory;
 use crate::error::{Error, Result};
+use crate::progress;
 use crate::worker::Started;
 
 /// Holes punched at a time. The kernel does each on a thread of its own, which lanes compete with.
@@ -71,7 +72,9 @@ impl Releaser {
                     (_, other) => {
                         self.memory.digest_is_lost.store(true, Relaxed);
                         let why = super::outcome_text(other);
-                        eprintln!("umem: the guest's RAM here stays allocated: freeing it: {why}");
+                        progress::say(&format!(
+                            "umem: the guest's RAM here stays allocated: freeing it: {why}"
+                        ));
                         return Ok(());
                     }
                 }

@@ -61,6 +61,10 @@ pub struct Options {
     pub abandon: bool,
 }
 
+/// What an interrupt means while a monitor does not answer that is to have its guest run again.
+const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: ask it with \
+    the monitor command `query-status`, and try again with the same --resume";
+
 /// Goes on with a session whose process is gone, or ends it.
 ///
 /// # Errors
@@ -106,13 +110,25 @@ impl Taken {
     fn undo(self) -> Result<()> {
         let mut text = "no switchover had left: the guest goes on here";
         if let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) {
-            let mut qemu = Qemu::left(Qmp::connect(path)?, undo);
-            match qemu.is_ours()? {
-                true => qemu.resume()?,
-                false => {
-                    text = "no switchover had left, and nothing of this session is left in the guest's QEMU: it \
-                            was started anew, or all has been undone before"
+            let (path, undo) = (path.clone(), undo.clone());
+            let first = || {
+                self.output.remark(
+                    "the guest stands still here, and its monitor has not answered yet whether it goes on; \
+                     another interrupt ends the waiting",
+                );
+            };
+            let inbox = Inbox::<super::Note>::new()?;
+            let is_ours = inbox.wait_for_work(STANDS_STILL, Some(&first), move || {
+                let mut qemu = Qemu::left(Qmp::connect(&path)?, &undo);
+                let is_ours = qemu.is_ours()?;
+                if is_ours {
+                    qemu.resume()?;
                 }
+                Ok(is_ours)
+            })?;
+            if !is_ours {
+                text = "no switchover had left, and nothing of this session is left in the guest's QEMU: it \
+                        was started anew, or all has been undone before";
             }
         }
         self.output.event("undone", json!({ "session": self.keeper.session() }), text);
@@ -157,7 +173,9 @@ impl Taken {
             return Err(Error::Unsupported("it was one connection".into()));
         }
         let session = self.session()?;
-        let pass = Pass::load(&self.security, &self.uri)?;
+        let (security, uri) = (self.security.clone(), self.uri.clone());
+        let load = move || Pass::load(&security, &uri);
+        let pass = inbox.wait_for_work("the session stays as it was", None, load)?;
         let epoch = self.record.epoch + 1;
         self.keeper.edit(|record| record.epoch = epoch)?;
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
@@ -205,7 +223,10 @@ impl Taken {
         let Taken { keeper, record, uri, security, output } = self;
         let inbox = Inbox::new()?;
         let releases = session.capabilities.contains(Capabilities::ACKS);
-        let pass = Arc::new(Pass::load(&security, &uri)?);
+        let (named, to) = (security.clone(), uri.clone());
+        let load = move || Pass::load(&named, &to);
+        let pass = inbox.wait_for_work("the guest waits for another --resume", None, load)?;
+        let pass = Arc::new(pass);
         let bandwidth = Arc::new(Bandwidth::new(record.max_postcopy_bandwidth));
         let limit = record.postcopy.then(|| bandwidth.clone());
         let Options { resume, order, .. } = options;

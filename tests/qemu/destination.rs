@@ -1,6 +1,7 @@
 //! The destination's side of a move.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
@@ -30,7 +31,21 @@ impl Destination {
         uri: &str,
     ) -> Destination {
         let words = machine.command_line(scratch, Side::Destination);
-        let mut umem = Umem::start(incoming(&words, options, uri));
+        Destination::of(Umem::start(incoming(&words, options, uri)), machine, scratch)
+    }
+
+    /// In the foreground of a terminal, which is the standard input of both.
+    pub(super) fn start_at(
+        terminal: &impl AsFd,
+        machine: &Machine,
+        scratch: &Scratch,
+    ) -> Destination {
+        let words = machine.command_line(scratch, Side::Destination);
+        let umem = Umem::start_at(terminal, incoming(&words, &[], "tcp:127.0.0.1:0"));
+        Destination::of(umem, machine, scratch)
+    }
+
+    fn of(mut umem: Umem, machine: &Machine, scratch: &Scratch) -> Destination {
         let listening = umem.event("listening");
         let pid = listening["guest_pid"].as_u64().expect("a pid");
         let file = |ram: &Ram| machine.ram_file(scratch, Side::Destination, ram.id);

@@ -16,6 +16,7 @@ mod moving;
 mod refusals;
 #[path = "../support/mod.rs"]
 mod support;
+mod terminal;
 mod vhost_user;
 
 use support::{Machine, Qemu, Scratch, Serial, Umem};

@@ -22,6 +22,7 @@
 //! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
 //! started ends with it, also when it panics.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 mod arrival;

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -59,7 +59,15 @@ impl Umem {
                 command
             }
         };
-        Umem::start_command(command, inherited, arguments)
+        Umem::start_command(command, inherited, None, arguments)
+    }
+
+    /// `umem ARGUMENTS` in the foreground of a terminal, which is its standard input.
+    pub(crate) fn start_at<S: AsRef<OsStr>>(
+        terminal: &impl AsFd,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Umem {
+        Umem::start_command(Command::new(UMEM), None, Some(terminal.as_fd()), arguments)
     }
 
     /// Another program.
@@ -67,12 +75,13 @@ impl Umem {
         program: &Path,
         arguments: impl IntoIterator<Item = S>,
     ) -> Umem {
-        Umem::start_command(Command::new(program), None, arguments)
+        Umem::start_command(Command::new(program), None, None, arguments)
     }
 
     fn start_command<S: AsRef<OsStr>>(
         mut command: Command,
         inherited: Option<(i32, i32)>,
+        terminal: Option<BorrowedFd<'_>>,
         arguments: impl IntoIterator<Item = S>,
     ) -> Umem {
         // A file, because the guest's monitor has the same stderr and may live longer than umem.
@@ -100,6 +109,19 @@ impl Umem {
                     _ => Err(std::io::Error::last_os_error()),
                 });
             }
+        }
+        if let Some(terminal) = terminal {
+            command.stdin(terminal.try_clone_to_owned().expect("it is open"));
+            let take_terminal = || {
+                nix::unistd::setsid()?;
+                // SAFETY: numbers only; the standard input is the terminal.
+                match unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            };
+            // SAFETY: between fork and exec only setsid and ioctl run, which are async-signal-safe.
+            unsafe { command.pre_exec(take_terminal) };
         }
         // Where session files go that a test does not look at.
         let sessions = format!("{}/{}", env!("CARGO_TARGET_TMPDIR"), std::process::id());
@@ -144,6 +166,11 @@ impl Umem {
             }
             assert_ne!(event["event"], "failed", "before {name:?}: {event}");
         }
+    }
+
+    /// Waits until it says something.
+    pub(crate) fn line(&mut self) {
+        self.events.recv_timeout(DEADLINE).expect("a line on stdout");
     }
 
     /// Waits for the event `connected`: false when umem ends first.

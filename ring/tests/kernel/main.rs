@@ -3,6 +3,8 @@
 //! Nothing here sleeps. A wait has a limit only so that a lost completion fails the test instead of
 //! hanging it.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 mod cancel;
 mod chains;
 mod lifetime;

@@ -10,6 +10,7 @@ use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
 use crate::host::command::{Monitor, RamPath};
 use crate::inbox::{Inbox, Wake};
 use crate::memory::claim::{self, User};
+use crate::progress;
 
 /// A monitor maps its RAM within a second of its start; a machine under load gets this long.
 pub(super) const HANDOFF_TIMEOUT: Duration = Duration::from_secs(60);
@@ -144,7 +145,7 @@ impl<'a> Callers<'a> {
     }
 
     fn complain(&mut self, why: String) {
-        eprintln!("umem: ignored a connection to the hand-over socket: {why}");
+        progress::say(&format!("umem: ignored a connection to the hand-over socket: {why}"));
         self.complaint = Some(why);
     }
 

@@ -12,7 +12,6 @@ mod pattern;
 mod ram;
 mod threads;
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
 use crate::lane::bind_private;
+use crate::print;
 use crate::report::Latency;
 
 use pattern::Pattern;
@@ -119,8 +119,7 @@ pub fn run(options: &Options) -> Result<()> {
     if !options.incoming {
         machine.resume();
     }
-    println!("{{\"event\":\"ready\"}}");
-    let _ = std::io::stdout().flush();
+    print::out_line("{\"event\":\"ready\"}");
     monitor::serve(&listener, &machine, options)
 }
 

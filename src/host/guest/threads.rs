@@ -11,6 +11,7 @@ use super::pattern::{Fill, Pattern, Words, mix};
 use super::ram::GuestRam;
 use crate::error::Result;
 use crate::fault::uffd;
+use crate::print;
 use crate::report::{Latency, latency_histogram, record};
 
 /// Somebody is at work in the page.
@@ -256,7 +257,7 @@ impl Machine {
         let state = match self.ram.discard(first) {
             Ok(()) => DISCARDED,
             Err(errno) => {
-                eprintln!("umem guest: page {first} cannot be discarded: {errno}");
+                print::err_line(&format!("umem guest: page {first} cannot be discarded: {errno}"));
                 BAD
             }
         };
@@ -276,7 +277,9 @@ impl Machine {
             let cell = cell.load(Ordering::Relaxed);
             let wrong = self.ram.check(page, words(pattern, page, cell));
             if let Some((word, want, got)) = wrong {
-                eprintln!("umem guest: page {page} word {word} is {got:#x}, not {want:#x}");
+                print::err_line(&format!(
+                    "umem guest: page {page} word {word} is {got:#x}, not {want:#x}"
+                ));
                 guest_writes_lost += u64::from(cell & MOVES > 0 && cell & DISCARDED == 0);
             }
             if wrong.is_some() || cell & BAD != 0 {

@@ -1,5 +1,7 @@
 //! The fuzz targets' corpus, every input once: what fuzzing has reached stays as it was found to be.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -27,6 +27,12 @@
 //! | `code` | the guest's instructions, and what it and the monitor know of each other |
 //! | `machine` | KVM: a virtual machine with that memory, that code and some vCPUs |
 
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program of the tests, or a measurement"
+)]
+
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("the guest is a program for x86");
 

@@ -15,6 +15,12 @@
 //!
 //! Where the C library reports an error the answer is `errno N`. It ends with its input.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program of the tests, or a measurement"
+)]
+
 use std::ffi::{CString, c_int, c_void};
 use std::io::{BufRead, Write};
 use std::ptr::null_mut;

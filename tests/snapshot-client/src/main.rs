@@ -25,6 +25,12 @@
 //! | `memory` | the mappings, and their hand-over |
 //! | `check` | the order of the pages, what is expected of each, the threads |
 
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program of the tests, or a measurement"
+)]
+
 mod check;
 mod memory;
 

@@ -15,6 +15,8 @@
 //! exactly once, as what the source has. At the end of a broken one: both ends know a typed error
 //! or had finished, and the source may run exactly if it had not committed.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
+
 mod destination;
 mod lane;
 mod source;

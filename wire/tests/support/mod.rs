@@ -1,4 +1,6 @@
 //! What the tests of this folder share: random numbers from a seed, and frames to send.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 #![allow(dead_code, reason = "each test uses its part")]
 
 use umem_wire::*;

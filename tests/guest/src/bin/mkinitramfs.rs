@@ -2,6 +2,12 @@
 //! `newc` format (Linux, Documentation/driver-api/early-userspace/buffer-format.rst), together with
 //! the directories and the console that the kernel and the program expect.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program of the tests, or a measurement"
+)]
+
 use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fs, io};

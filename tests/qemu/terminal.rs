@@ -1,0 +1,129 @@
+//! A QEMU that `umem incoming` has started in a terminal: whose the terminal's signals are, and what is typed.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::pty::openpty;
+use nix::sys::signal::Signal;
+use nix::unistd::{Pid, getsid};
+
+use crate::destination::Destination;
+use crate::moving::Moving;
+use crate::support::{Cutter, Machine, Qemu, QemuVersion, Qmp, Scratch, wait_for};
+use crate::{boot, migrate};
+
+/// What Ctrl-C and Ctrl-\ send, unless a program has switched that off.
+const CTRL_C: u8 = 0x03;
+const CTRL_BACKSLASH: u8 = 0x1c;
+
+/// A terminal: the side that types, and the one that programs have.
+fn terminal() -> (File, OwnedFd) {
+    let pty = openpty(None, None).expect("a terminal");
+    // Who inherited the side that types would keep the terminal open.
+    fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
+    fcntl(&pty.slave, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
+    (File::from(pty.master), pty.slave)
+}
+
+/// Up to a guest that runs at the destination, whose other pages are held back.
+fn switched(source: Qemu, mut destination: Destination) -> (Moving, Cutter) {
+    let cutter = Cutter::to(&destination.uri);
+    let mut umem = migrate(&source, cutter.uri(), &["-p"]);
+    umem.event("running");
+    destination.umem.event("running");
+    (Moving { source, umem, destination }, cutter)
+}
+
+/// Each of them would end a QEMU that has it, and with it the guest.
+#[test]
+fn the_terminals_signals_and_its_end_are_no_end_of_a_guest_that_misses_memory() {
+    let scratch = Scratch::new();
+    let machine = Machine::linux(QemuVersion::V10_0);
+    let source = boot(&machine, &scratch);
+    let (mut keyboard, theirs) = terminal();
+    let destination = Destination::start_at(&theirs, &machine, &scratch);
+    drop(theirs);
+    let guest = Pid::from_raw(destination.guest_pid.try_into().expect("pids are small"));
+    assert_eq!(getsid(Some(guest)), Ok(guest), "a session of its own");
+    let (moving, cutter) = switched(source, destination);
+    let told = |count: usize| {
+        let told = moving.destination.umem.stderr().matches("so this goes on until").count();
+        (told == count).then_some(())
+    };
+    keyboard.write_all(&[CTRL_C]).expect("the terminal takes it");
+    wait_for("what Ctrl-C means", || told(1));
+    keyboard.write_all(&[CTRL_BACKSLASH]).expect("the terminal takes it");
+    wait_for("what Ctrl-\\ means", || told(2));
+    // The terminal's window is closed.
+    drop(keyboard);
+    wait_for("what a hang-up means", || told(3));
+    assert_eq!(Qmp::connect(&moving.destination.qmp).status(), "running");
+    cutter.let_pages_go();
+    moving.complete().end();
+}
+
+/// A QMP monitor in the terminal, to which Ctrl-C is a character like others, as `-nographic` has it. Not one
+/// for people: its prompt would be part of umem's next line.
+const MONITOR: [&str; 4] =
+    ["-chardev", "stdio,id=terminal,signal=off", "-mon", "chardev=terminal,mode=control"];
+
+#[test]
+fn a_monitor_in_the_terminal_is_typed_to_before_and_after() {
+    let scratch = Scratch::new();
+    let machine = Machine::linux(QemuVersion::V10_0);
+    let source = boot(&machine, &scratch);
+    let (mut keyboard, theirs) = terminal();
+    let extra = MONITOR.map(str::to_owned).to_vec();
+    let destination = Destination::start_at(&theirs, &Machine { extra, ..machine }, &scratch);
+    let (mut moving, cutter) = switched(source, destination);
+    keyboard.write_all(&[CTRL_C]).expect("the terminal takes it");
+    cutter.let_pages_go();
+    moving.umem.event("completed");
+    moving.destination.umem.event("completed");
+    moving.is_whole_at_the_destination();
+    assert!(!moving.destination.umem.stderr().contains("goes on until"), "it was no signal");
+    let quit = b"{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"quit\"}\n";
+    keyboard.write_all(quit).expect("the terminal takes it");
+    moving.destination.umem.succeeds();
+    moving.umem.succeeds();
+    moving.source.qmp.quit();
+}
+
+/// Ctrl-C in its terminal ends a QEMU whose guest is complete, as if it had been started there.
+#[test]
+fn ctrl_c_ends_a_guest_that_is_complete() {
+    let scratch = Scratch::new();
+    let machine = Machine::linux(QemuVersion::V10_0);
+    let source = boot(&machine, &scratch);
+    let (mut keyboard, theirs) = terminal();
+    let destination = Destination::start_at(&theirs, &machine, &scratch);
+    let umem = migrate(&source, &destination.uri, &["-p"]);
+    let mut moved = Moving { source, umem, destination }.complete();
+    keyboard.write_all(&[CTRL_C]).expect("the terminal takes it");
+    let stopping = moved.destination.umem.event("stopping");
+    assert_eq!(stopping["guest_pid"], moved.destination.guest_pid, "{stopping}");
+    moved.destination.umem.succeeds();
+    scratch.wait_until_gone("vm-destination");
+    moved.source.qmp.quit();
+}
+
+/// What it did not set back when it was killed: here the guest that was to come does not.
+#[test]
+fn the_terminal_is_as_it_was_when_a_monitor_in_it_is_ended() {
+    let scratch = Scratch::new();
+    let machine = Machine::bare(QemuVersion::V10_0);
+    let (_keyboard, theirs) = terminal();
+    let settings = || nix::sys::termios::tcgetattr(&theirs).expect("a terminal");
+    let before = settings();
+    let extra = MONITOR.map(str::to_owned).to_vec();
+    let mut destination = Destination::start_at(&theirs, &Machine { extra, ..machine }, &scratch);
+    wait_for("QEMU to set its terminal", || (settings() != before).then_some(()));
+    destination.umem.signal(Signal::SIGHUP);
+    let status = destination.umem.wait();
+    assert_eq!((status.code(), status.signal()), (Some(1), None));
+    assert!(destination.umem.stderr().contains("interrupted; no guest had arrived"));
+    assert_eq!(settings(), before);
+}

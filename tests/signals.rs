@@ -1,0 +1,450 @@
+//! Signals: which mean that umem is to stop, what becomes of the guest then, and what of those that are not umem's.
+
+mod support;
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
+use support::{Cutter, Guests, Qmp, Scratch, Umem, wait_for};
+
+/// Every signal that ends a process by default and is not a fault of its own, by number; two real-time ones.
+fn enders() -> Vec<i32> {
+    let named = [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGALRM,
+        libc::SIGTERM,
+        libc::SIGSTKFLT,
+        libc::SIGXCPU,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGIO,
+        libc::SIGPWR,
+    ];
+    named.into_iter().chain([libc::SIGRTMIN(), libc::SIGRTMAX()]).collect()
+}
+
+/// Any number, also those that have no name.
+fn send(umem: &Umem, signal: i32) {
+    let pid = i32::try_from(umem.pid()).expect("pids are small");
+    // SAFETY: numbers only; it is our child, and has not been waited for.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+/// What `umem incoming` says of the guest's process, the only child that it has.
+fn guest_of(incoming: &Umem) -> Pid {
+    let path = format!("/proc/{0}/task/{0}/children", incoming.pid());
+    let children = std::fs::read_to_string(path).expect("it runs");
+    Pid::from_raw(children.trim().parse().expect("one child"))
+}
+
+fn is_there(pid: Pid) -> bool {
+    kill(pid, None).is_ok()
+}
+
+/// Up to a guest that stands still at the source, as what is sent of it is held back.
+fn stopped(scratch: &Scratch, wrapper: &[&str]) -> (Guests, Umem, Cutter) {
+    let guests = Guests::quiet(scratch, &["--json"]);
+    let cutter = Cutter::to(guests.uri());
+    let qmp = scratch.path("source").display().to_string();
+    let words = ["migrate", "--json", "--qmp", &qmp, cutter.uri()];
+    let mut migrate = Umem::start_under(wrapper, words);
+    migrate.event("stopped");
+    (guests, migrate, cutter)
+}
+
+#[test]
+fn every_signal_gives_up_while_the_guest_is_still_the_sources() {
+    for signal in enders() {
+        let scratch = Scratch::new();
+        let (mut guests, migrate, _cutter) = stopped(&scratch, &[]);
+        send(&migrate, signal);
+        assert_eq!(migrate.fails(), "interrupted; the guest goes on here", "signal {signal}");
+        assert_eq!(Qmp::connect(&scratch.path("source")).status(), "running", "signal {signal}");
+        assert!(guests.source_runs());
+        let told = guests.incoming.fails();
+        assert!(told.contains("the source gave up"), "signal {signal}: {told}");
+    }
+}
+
+#[test]
+fn no_signal_ends_a_destination_whose_guest_misses_memory() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let cutter = Cutter::to(guests.uri());
+    let mut migrate = guests.migrate_to(cutter.uri(), &["--json", "-p"]);
+    migrate.event("running");
+    guests.incoming.event("running");
+    for (index, signal) in enders().into_iter().enumerate() {
+        for (umem, words) in
+            [(&guests.incoming, "so this goes on until"), (&migrate, "going on until it has them")]
+        {
+            send(umem, signal);
+            wait_for(format!("an answer to signal {signal}"), || {
+                (umem.stderr().matches(words).count() > index).then_some(())
+            });
+        }
+    }
+    cutter.let_pages_go();
+    guests.incoming.event("completed");
+    migrate.succeeds();
+    Qmp::connect(&scratch.path("destination")).quit();
+    guests.incoming.succeeds();
+}
+
+/// A pipe without a reader and a file that has grown too large are errors of a write; a hang-up is nothing to
+/// a umem that was started with nohup(1).
+#[test]
+fn what_is_ignored_stays_so() {
+    let scratch = Scratch::new();
+    let (mut guests, migrate, cutter) = stopped(&scratch, &["nohup"]);
+    for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGHUP] {
+        send(&migrate, signal);
+    }
+    cutter.let_pages_go();
+    guests.incoming.event("completed");
+    migrate.succeeds();
+    Qmp::connect(&scratch.path("destination")).quit();
+    guests.incoming.succeeds();
+}
+
+/// Up to a guest that is complete, and the umem that stays with it.
+fn complete(scratch: &Scratch) -> (Guests, Pid) {
+    let mut guests = Guests::quiet(scratch, &["--json"]);
+    guests.migrate(&["-p"]).succeeds();
+    guests.incoming.event("completed");
+    let guest = guest_of(&guests.incoming);
+    (guests, guest)
+}
+
+#[test]
+fn ctrl_c_stops_a_guest_that_is_complete() {
+    let scratch = Scratch::new();
+    let (mut guests, guest) = complete(&scratch);
+    guests.incoming.signal(Signal::SIGINT);
+    assert_eq!(guests.incoming.event("stopping")["guest_pid"], guest.as_raw());
+    // The guest's end by a signal is a failure; a QEMU would have ended in order.
+    let status = guests.incoming.wait();
+    assert_eq!((status.code(), status.signal()), (Some(1), None));
+    assert!(!is_there(guest));
+}
+
+#[test]
+fn every_other_signal_leaves_it_and_says_where_it_is() {
+    for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1] {
+        let scratch = Scratch::new();
+        let (mut guests, guest) = complete(&scratch);
+        send(&guests.incoming, signal);
+        assert_eq!(guests.incoming.event("left")["guest_pid"], guest.as_raw());
+        assert!(guests.incoming.wait().success());
+        assert!(guests.incoming.stderr().is_empty(), "{}", guests.incoming.stderr());
+        assert!(is_there(guest));
+        Qmp::connect(&scratch.path("destination")).quit();
+        scratch.wait_until_gone("--incoming");
+    }
+}
+
+/// One that does not act on what it is told is waited for, and not for ever.
+#[test]
+fn a_second_ctrl_c_leaves_a_guest_that_does_not_end() {
+    let scratch = Scratch::new();
+    let (mut guests, guest) = complete(&scratch);
+    kill(guest, Signal::SIGSTOP).expect("it runs");
+    guests.incoming.signal(Signal::SIGINT);
+    guests.incoming.event("stopping");
+    guests.incoming.signal(Signal::SIGINT);
+    assert_eq!(guests.incoming.event("left")["guest_pid"], guest.as_raw());
+    assert_eq!(guests.incoming.wait().code(), Some(1));
+    assert!(is_there(guest));
+}
+
+/// COMMAND may be a wrapper that stays: what it has started is stopped with it.
+#[test]
+fn ctrl_c_stops_what_a_wrapper_has_started() {
+    let scratch = Scratch::new();
+    let [ram, socket] = [scratch.ram("ram"), scratch.path("handoff")];
+    let [qmp, pid] = [scratch.path("source"), scratch.path("pid")];
+    let umem = env!("CARGO_BIN_EXE_umem");
+    let mut guest = Umem::start(
+        format!("guest --qmp {} --ram ram0={} --size 8 --threads 0", qmp.display(), ram.display())
+            .split(' '),
+    );
+    guest.event("ready");
+    let qmp_there = scratch.path("destination").display().to_string();
+    let wrapped = format!(
+        "{umem} guest --incoming --kind anonymous --qmp {qmp_there} --ram ram0 --handoff {0} --size 8 \
+         --threads 0 & echo $! >{1}; wait",
+        socket.display(),
+        pid.display()
+    );
+    let socket = socket.display().to_string();
+    let words =
+        ["incoming", "--json", "--handoff", &socket, "--qmp", &qmp_there, "tcp:127.0.0.1:0"];
+    let mut incoming = Umem::start(words.iter().copied().chain(["--", "sh", "-c", &wrapped]));
+    let uri = incoming.event("listening")["uri"].as_str().expect("an address").to_owned();
+    let qmp = qmp.display().to_string();
+    Umem::start(["migrate", "-p", "--json", "--qmp", &qmp, &uri]).succeeds();
+    incoming.event("completed");
+    let arrived = std::fs::read_to_string(&pid).expect("it was written before the guest came");
+    let arrived = Pid::from_raw(arrived.trim().parse().expect("a pid"));
+    incoming.signal(Signal::SIGINT);
+    incoming.event("stopping");
+    incoming.wait();
+    wait_for("the end of the wrapped guest", || (!is_there(arrived)).then_some(()));
+}
+
+/// Stands before a monitor, and keeps one command from it: to umem the monitor does not answer any more.
+struct Deaf {
+    socket: PathBuf,
+    /// Says when the command has come.
+    swallowed: Receiver<()>,
+}
+
+impl Deaf {
+    fn to(monitor: PathBuf, socket: PathBuf, command: &'static str) -> Deaf {
+        let listener = UnixListener::bind(&socket).expect("a new socket");
+        let (sender, swallowed) = channel();
+        std::thread::spawn(move || {
+            let (umem, _) = listener.accept().expect("umem connects");
+            let monitor = wait_for("the monitor", || UnixStream::connect(&monitor).ok());
+            let (answers, back) = (monitor.try_clone().unwrap(), umem.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut &answers, &mut &back));
+            relay(&umem, &monitor, command, &sender);
+        });
+        Deaf { socket, swallowed }
+    }
+
+    fn wait(&self) {
+        self.swallowed.recv_timeout(support::DEADLINE).expect("the command comes");
+    }
+}
+
+/// Commands, with the descriptors that come with them.
+fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallowed: &Sender<()>) {
+    loop {
+        let mut bytes = [0; 65536];
+        let mut space = nix::cmsg_space!([i32; 4]);
+        let mut buffers = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let received = recvmsg::<UnixAddr>(umem.as_raw_fd(), &mut buffers, Some(&mut space), flags);
+        let Ok(received) = received else { return };
+        let mut descriptors = Vec::new();
+        for message in received.cmsgs().expect("there is room") {
+            if let ControlMessageOwned::ScmRights(numbers) = message {
+                // SAFETY: the kernel has just made them for this process, and nobody else knows them.
+                let owned = numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+                descriptors.extend(owned);
+            }
+        }
+        let count = received.bytes;
+        if count == 0 {
+            return;
+        }
+        if String::from_utf8_lossy(&bytes[..count]).contains(&format!("\"execute\":\"{command}\""))
+        {
+            let _ = swallowed.send(());
+            continue;
+        }
+        let raw: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
+        let data = [IoSlice::new(&bytes[..count])];
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        if sendmsg::<UnixAddr>(monitor.as_raw_fd(), &data, rights, flags, None).is_err() {
+            return;
+        }
+    }
+}
+
+/// A migration whose guest's monitor at the source becomes deaf.
+fn to_the_deaf(scratch: &Scratch, command: &'static str) -> (Guests, Umem, Deaf, Cutter) {
+    let guests = Guests::quiet(scratch, &["--json"]);
+    let cutter = Cutter::to(guests.uri());
+    let deaf = Deaf::to(scratch.path("source"), scratch.path("deaf"), command);
+    let sessions = scratch.path("sessions").display().to_string();
+    let qmp = deaf.socket.display().to_string();
+    let words = ["migrate", "--json", "--session-dir", &sessions, "--qmp", &qmp, cutter.uri()];
+    let migrate = Umem::start(words);
+    (guests, migrate, deaf, cutter)
+}
+
+#[test]
+fn a_monitor_that_does_not_answer_is_waited_for_until_a_signal() {
+    for command in ["qmp_capabilities", "qom-list"] {
+        let scratch = Scratch::new();
+        let (_guests, mut migrate, deaf, _cutter) = to_the_deaf(&scratch, command);
+        deaf.wait();
+        migrate.signal(Signal::SIGTERM);
+        assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+    }
+}
+
+#[test]
+fn a_socket_that_never_greets_is_waited_for_until_a_signal() {
+    let scratch = Scratch::new();
+    let silent = scratch.path("silent");
+    let listener = UnixListener::bind(&silent).expect("a new socket");
+    let silent = silent.display().to_string();
+    let mut migrate = Umem::start(["migrate", "--json", "--qmp", &silent, "tcp:127.0.0.1:1"]);
+    let _connection = listener.accept().expect("umem connects");
+    migrate.signal(Signal::SIGINT);
+    assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+}
+
+/// The guest may stand still then: how it is asked, and how it goes on, is said, and works.
+#[test]
+fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signal() {
+    for command in ["stop", "cont"] {
+        let scratch = Scratch::new();
+        let (_guests, mut migrate, deaf, _cutter) = to_the_deaf(&scratch, command);
+        if command == "cont" {
+            migrate.event("stopped");
+        } else {
+            deaf.wait();
+        }
+        migrate.signal(Signal::SIGINT);
+        if command == "cont" {
+            deaf.wait();
+        } else {
+            wait_for("what it waits for", || {
+                migrate.stderr().contains("has not answered yet").then_some(())
+            });
+        }
+        migrate.signal(Signal::SIGINT);
+        assert_eq!(migrate.wait().code(), Some(1), "{command}: {}", migrate.stderr());
+        let stderr = migrate.stderr();
+        for part in ["it has not answered", "`query-status`", "umem migrate --resume "] {
+            assert!(stderr.contains(part), "{command}: {part:?} in {stderr}");
+        }
+        let (_, session) = stderr.split_once("umem migrate --resume ").expect("a command");
+        let session = session.split_whitespace().next().expect("a number").to_owned();
+        // To the monitor itself, which listens to one client after the other.
+        let resume = |qmp: &Path| {
+            let sessions = scratch.path("sessions");
+            let file = sessions.join(format!("{session}.source"));
+            let record = std::fs::read_to_string(&file).expect("it stays");
+            let deaf = deaf.socket.display().to_string();
+            std::fs::write(&file, record.replace(&deaf, &qmp.display().to_string())).unwrap();
+            let sessions = sessions.display().to_string();
+            Umem::start(["migrate", "--json", "--session-dir", &sessions, "--resume", &session])
+        };
+        let mut resumed = resume(&scratch.path("source"));
+        resumed.event("undone");
+        resumed.succeeds();
+        assert_eq!(Qmp::connect(&scratch.path("source")).status(), "running", "{command}");
+    }
+}
+
+/// The guest is the destination's, and does not run yet.
+#[test]
+fn a_destinations_monitor_that_hangs_is_left_at_the_second_signal() {
+    let scratch = Scratch::new();
+    let path = |name: &str| scratch.path(name).display().to_string();
+    let ram = |name: &str| format!("ram0={}", scratch.ram(name).display());
+    let (qmp, sessions) = (path("source"), path("sessions"));
+    let (ram_here, ram_there) = (ram("source"), ram("destination"));
+    let of_guest = |qmp: &str, ram: &str| {
+        ["guest", "--qmp", qmp, "--ram", ram, "--size", "8", "--threads", "0"].map(str::to_owned)
+    };
+    let mut guest = Umem::start(of_guest(&qmp, &ram_here));
+    guest.event("ready");
+    let deaf = Deaf::to(scratch.path("destination"), scratch.path("deaf"), "cont");
+    let there = path("destination");
+    let words = ["incoming", "--json", "--session-dir", &sessions, "--qmp", &path("deaf")]
+        .map(str::to_owned);
+    let words =
+        words.into_iter().chain(["--ram", &ram_there, "tcp:127.0.0.1:0", "--"].map(str::to_owned));
+    let words = words.chain([env!("CARGO_BIN_EXE_umem").to_owned()]);
+    let words = words.chain(of_guest(&there, &ram_there)).chain(["--incoming".to_owned()]);
+    let mut incoming = Umem::start(words);
+    let uri = incoming.event("listening")["uri"].as_str().expect("an address").to_owned();
+    let arrived = guest_of(&incoming);
+    let mut migrate =
+        Umem::start(["migrate", "--json", "-p", "--session-dir", &sessions, "--qmp", &qmp, &uri]);
+    deaf.wait();
+    incoming.signal(Signal::SIGTERM);
+    wait_for("what it waits for", || {
+        incoming.stderr().contains("has not answered `cont` yet").then_some(())
+    });
+    incoming.signal(Signal::SIGTERM);
+    assert_eq!(incoming.wait().code(), Some(1), "{}", incoming.stderr());
+    let stderr = incoming.stderr();
+    assert!(
+        stderr.contains("umem incoming --resume ") && stderr.contains("`query-status`"),
+        "{stderr}"
+    );
+    assert!(is_there(arrived), "the guest waits");
+    // The source has not been told that it is over.
+    migrate.event("recovering");
+    assert!(migrate.is_running());
+}
+
+#[test]
+fn a_fifo_that_nobody_writes_to_is_waited_for_until_a_signal() {
+    let scratch = Scratch::new();
+    let fifo = scratch.path("secret");
+    mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR).expect("a new name");
+    let fifo = fifo.display().to_string();
+    let waits = |umem: &Umem| {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", umem.pid())).ok()?;
+        let mut names = tasks
+            .flatten()
+            .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.any(|name| name.trim() == "umem-waiting").then_some(())
+    };
+    let migrate =
+        ["migrate", "--json", "--secret-file", &fifo, "--ram", "ram0=/none", "tcp:127.0.0.1:1"];
+    let incoming = ["incoming", "--json", "--secret-file", &fifo, "tcp:127.0.0.1:0", "--", "true"];
+    for (words, text) in [
+        (&migrate[..], "interrupted; the guest goes on here"),
+        (&incoming[..], "interrupted; no guest had arrived"),
+    ] {
+        let mut umem = Umem::start(words);
+        wait_for("the thread that reads", || waits(&umem));
+        umem.signal(Signal::SIGINT);
+        assert_eq!(umem.fails(), text);
+    }
+    let report = ["migrate", "--json", "--report", &fifo, "--ram", "ram0=/none", "tcp:127.0.0.1:1"];
+    let refused = Umem::start(report).fails();
+    assert!(refused.contains("--report"), "{refused}");
+}
+
+/// The other programs that move pages do not fall to a signal either.
+#[test]
+fn a_demo_and_a_bench_end_in_order_by_any_signal() {
+    for signal in [libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1] {
+        let slowly = ["demo", "--json", "--size", "64", "--max-postcopy-bandwidth", "1M"];
+        let mut demo = Umem::start(slowly);
+        demo.event("progress");
+        let path = format!("/proc/{0}/task/{0}/children", demo.pid());
+        let children = std::fs::read_to_string(path).expect("it runs");
+        let children: Vec<i32> =
+            children.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
+        assert!(children.len() > 1, "{children:?}");
+        send(&demo, signal);
+        assert_eq!(demo.fails(), "interrupted; the demo's processes have been ended");
+        assert!(!children.into_iter().any(|pid| is_there(Pid::from_raw(pid))));
+
+        let mut server = Umem::start(["bench", "server", "--json", "tcp:127.0.0.1:0"]);
+        let uri = server.event("listening")["uri"].as_str().expect("an address").to_owned();
+        let mut client = Umem::start(["bench", "client", "-t", "80000", "-i", "0.1", &uri]);
+        client.line();
+        send(&client, signal);
+        assert_eq!(client.wait().code(), Some(1), "{}", client.stderr());
+        assert!(client.stderr().contains("interrupted"), "{}", client.stderr());
+        server.event("tested");
+        send(&server, signal);
+        assert_eq!(server.wait().code(), Some(0), "{}", server.stderr());
+    }
+}
