@@ -21,7 +21,7 @@ use crate::worker;
 const TIDY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a monitor may take to let its guest go on before that is remarked on.
-const RESUME_PATIENCE: Duration = Duration::from_secs(2);
+const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 
 const WAITS_FOR_MONITOR: &str = "the guest is to go on here, and its monitor has not answered yet whether it does; \
     another interrupt ends the waiting, and leaves the guest as it is";
