@@ -100,9 +100,11 @@ fn nobody_lets_a_guest_run_that_is_about_to_be_given_away() {
         assert_eq!(source.qmp.status(), "finish-migrate");
         // Of the destination everything is as it was, whoever takes over there.
         let mut guest = Qmp::connect(&halted.destination.qmp);
-        let list = guest.execute("query-migrate-capabilities", json!({}));
-        let on = |item: &&Value| item["state"] == json!(true);
-        assert_eq!(list.as_array().expect("a list").iter().find(on), None);
+        wait_for("the destination's capabilities to be put back", || {
+            let list = guest.execute("query-migrate-capabilities", json!({}));
+            let is_off = |item: &Value| item["state"] == json!(false);
+            list.as_array().expect("a list").iter().all(is_off).then_some(())
+        });
 
         // Its end leaves the guest to go on, by itself unless umem had to have it stopped.
         let stopped = halted.umem.event("stopped");

@@ -1,6 +1,8 @@
 //! What is asked of a QEMU, by one that only writes it down.
 
 use super::*;
+use std::collections::BTreeMap;
+use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::SystemTime;
 
@@ -87,6 +89,159 @@ fn a_destination_is_told_not_to_run_before_its_state_comes() {
     let asked = qemu.join().unwrap();
     let at = |command: &str| asked.iter().position(|asked| asked == command).unwrap();
     assert!(at("stop") < at("migrate-incoming") && at("migrate-incoming") < at("cont"));
+}
+
+/// What becomes of a guest between the end of its migration and the last question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Meanwhile {
+    Nothing,
+    /// Another client lets it run.
+    Runs,
+    /// And has it stop again, so that its state alone does not tell.
+    RanAndMovedAgain,
+    /// The migration is not completed.
+    Fails,
+    /// Something comes after what looked like the state's end.
+    GoesOn,
+    /// Another client takes the claim away.
+    LosesClaim,
+}
+
+#[test]
+fn a_guest_that_another_client_lets_run_is_not_given_away() {
+    use Meanwhile::*;
+    for meanwhile in [Nothing, Runs, RanAndMovedAgain, Fails, GoesOn, LosesClaim] {
+        let (monitor, ours) = UnixStream::pair().unwrap();
+        let qemu = std::thread::spawn(move || hold(&monitor, meanwhile, true));
+        let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+        qmp.claim().unwrap();
+        SourceHost::stop(&mut qmp).unwrap();
+        assert_eq!(qmp.save_state().unwrap()[1..], DESCRIBED);
+        let answer = qmp.stands_still();
+        match meanwhile {
+            Nothing => {
+                answer.unwrap();
+                // And once more, for a switchover that has not come.
+                qmp.stands_still().unwrap();
+                SourceHost::put_back(&mut qmp).unwrap();
+            }
+            _ => {
+                assert!(answer.is_err(), "{meanwhile:?}");
+                SourceHost::resume(&mut qmp).unwrap();
+            }
+        }
+        drop(qmp);
+        let asked = qemu.join().unwrap();
+        let conts = asked.iter().filter(|command| *command == "cont").count();
+        // One that runs already, or goes on by itself, is not told to.
+        let told = matches!(meanwhile, RanAndMovedAgain | GoesOn);
+        assert_eq!(conts, usize::from(told), "{meanwhile:?}: {asked:?}");
+        assert!(!asked.contains(&"migrate_cancel".to_owned()));
+    }
+}
+
+/// A time that nobody can add to another.
+#[test]
+fn an_event_of_a_wild_time_stops_nothing() {
+    let (monitor, ours) = UnixStream::pair().unwrap();
+    let qemu = std::thread::spawn(move || hold(&monitor, Meanwhile::Nothing, false));
+    let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
+    assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
+    qmp.stands_still().unwrap();
+    drop(qmp);
+    qemu.join().unwrap();
+}
+
+/// A device state with its description.
+const DESCRIBED: [u8; 10] = [1, 2, 0, 6, 0, 0, 0, 2, b'{', b'}'];
+
+/// As a QEMU that waits for a word before its migration is completed.
+fn hold(monitor: &UnixStream, meanwhile: Meanwhile, is_sane: bool) -> Vec<String> {
+    let mut asked = Vec::new();
+    let mut out = monitor;
+    out.write_all(b"{\"QMP\":{}}\n").unwrap();
+    let mut line = Vec::new();
+    let (mut given, mut state, mut claim) = (None, None, None);
+    let (mut status, mut migration) = ("running", "none");
+    let mut capabilities = BTreeMap::from([("return-path".to_owned(), false)]);
+    while let Some(descriptor) = next_line(monitor, &mut line) {
+        given = descriptor.or(given);
+        let command: Value = serde_json::from_slice(&line).unwrap();
+        let arguments = &command["arguments"];
+        let command = command["execute"].as_str().unwrap();
+        asked.push(command.to_owned());
+        let value = match command {
+            "query-migrate-capabilities" => {
+                let list = capabilities.iter();
+                let list = list.map(|(name, on)| json!({ "capability": name, "state": on }));
+                json!(list.collect::<Vec<_>>())
+            }
+            "migrate-set-capabilities" => {
+                for item in arguments["capabilities"].as_array().unwrap() {
+                    let name = item["capability"].as_str().unwrap().to_owned();
+                    capabilities.insert(name, item["state"].as_bool().unwrap());
+                }
+                json!({})
+            }
+            "query-chardev" => match &claim {
+                Some(_) => json!([{ "label": "umem-mover", "filename": "unix:" }]),
+                None => json!([]),
+            },
+            "chardev-add" => {
+                claim = given.take();
+                json!({})
+            }
+            "chardev-remove" => {
+                claim = None;
+                json!({})
+            }
+            "query-status" => json!({ "status": status }),
+            "query-migrate" => json!({ "status": migration }),
+            "cont" => {
+                status = "running";
+                json!({})
+            }
+            "migrate" => {
+                match is_sane {
+                    true => say_stop(out),
+                    false => {
+                        let timestamp = json!({ "seconds": u64::MAX, "microseconds": u64::MAX });
+                        let event = json!({ "event": "STOP", "timestamp": timestamp });
+                        writeln!(out, "{event}").unwrap();
+                    }
+                }
+                let mut socket = UnixStream::from(given.take().unwrap());
+                socket.write_all(&DESCRIBED).unwrap();
+                (status, migration) = ("finish-migrate", "active");
+                state = Some(socket);
+                if meanwhile == Meanwhile::LosesClaim {
+                    claim = None;
+                }
+                json!({})
+            }
+            _ => json!({}),
+        };
+        writeln!(out, "{}", json!({ "return": value })).unwrap();
+        // From here on the word is waited for, which comes without a question.
+        if command == "query-status" && state.is_some() && migration == "active" {
+            let mut socket: UnixStream = state.take().unwrap();
+            let mut word = [0; 8];
+            let is_well = socket.read_exact(&mut word).is_ok() && meanwhile != Meanwhile::Fails;
+            if meanwhile == Meanwhile::GoesOn {
+                let _ = socket.write_all(&[0]);
+            }
+            (status, migration) =
+                if is_well { ("postmigrate", "completed") } else { ("running", "failed") };
+            match meanwhile {
+                Meanwhile::Runs => status = "running",
+                Meanwhile::RanAndMovedAgain => {
+                    writeln!(out, "{}", json!({ "event": "RESUME", "timestamp": {} })).unwrap();
+                }
+                _ => {}
+            }
+        }
+    }
+    asked
 }
 
 fn answer_late(monitor: &UnixStream) -> Vec<String> {
