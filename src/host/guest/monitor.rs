@@ -152,8 +152,8 @@ impl Client {
             "query-status" => {
                 let status = match (machine.is_running(), self.incoming) {
                     (true, _) => "running",
-                    (false, true) => "inmigrate",
-                    (false, false) => "paused",
+                    (false, true) if !machine.has_arrived() => "inmigrate",
+                    (false, _) => "paused",
                 };
                 Ok(json!({ "status": status }))
             }

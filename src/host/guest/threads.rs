@@ -119,6 +119,11 @@ impl Machine {
         }
     }
 
+    /// Its state has been loaded, if it was to arrive.
+    pub(crate) fn has_arrived(&self) -> bool {
+        self.arrived.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn is_running(&self) -> bool {
         self.run.lock().expect("no vCPU panics").running
     }
