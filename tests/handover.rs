@@ -157,8 +157,8 @@ fn a_guest_that_dies_before_anybody_comes_leaves_the_source_running() {
     assert_eq!(Qmp::connect(&scratch.path("source.qmp")).status(), "running");
 }
 
-/// Who connects and says nothing, says nonsense, or sends descriptors and no message, does not keep the guest's process
-/// from the hand-over socket, and does not end umem.
+/// Who connects and says nothing, half of something, no end of it, or sends descriptors and no message, does not keep
+/// the guest's process from the hand-over socket, and does not end umem.
 #[test]
 fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
     let scratch = Scratch::new();
@@ -167,23 +167,24 @@ fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
     let uri = uri(&mut incoming);
     let socket = scratch.path("handoff");
     let silent: Vec<_> = (0..20).map(|_| UnixStream::connect(&socket).unwrap()).collect();
-    let mut nonsense = UnixStream::connect(&socket).unwrap();
-    nonsense.write_all(b"GET / HTTP/1.1\r\n").unwrap();
     let mut half = UnixStream::connect(&socket).unwrap();
     half.write_all(b"[{\"size\":4096,").unwrap();
-    drop(half);
+    let mut endless = UnixStream::connect(&socket).unwrap();
+    // Until it is not listened to any more, as with the next two.
+    while endless.write_all(&[b' '; 4096]).is_ok() {}
     let giver = UnixStream::connect(&socket).unwrap();
     let file = std::fs::File::open("/dev/null").unwrap();
     let fds = [file.as_raw_fd(); 16];
     let rights = [ControlMessage::ScmRights(&fds)];
     let blank = [IoSlice::new(b" ")];
     let flags = MsgFlags::MSG_NOSIGNAL;
-    // Until it is not listened to any more.
     for _ in 0..1000 {
         if sendmsg::<()>(giver.as_raw_fd(), &blank, &rights, flags, None).is_err() {
             break;
         }
     }
+    let mut talker = UnixStream::connect(&socket).unwrap();
+    while talker.write_all(b"{\"preload\":1}\n").is_ok() {}
     let mut guest = Umem::start(waiting_guest(&scratch));
     guest.event("ready");
     let mut migrate = migrate(&scratch, &uri, &[]);
@@ -191,7 +192,7 @@ fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
     incoming.event("completed");
     migrate.succeeds();
     assert!(incoming.stderr().contains("ignored a connection to the hand-over socket"));
-    drop((silent, nonsense, giver));
+    drop((silent, half, giver));
     let mut qmp = Qmp::connect(&scratch.path("destination.qmp"));
     check(&mut qmp);
     qmp.quit();

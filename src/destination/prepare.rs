@@ -127,15 +127,15 @@ fn take_over_stranger(
 ) -> Result<Prepared> {
     let mut callers = Callers::new(listener);
     loop {
-        let left = callers.deadline().map(|at| at.saturating_duration_since(Instant::now()));
-        let woken = inbox.wait(&callers.fds(), left)?;
+        // Before their descriptors are counted.
         callers.forget_late(Instant::now());
-        let index = match woken {
+        let left = callers.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        let index = match inbox.wait(&callers.fds(), left)? {
             Wake::Signal => return Err(Error::Interrupted("no guest had come".into())),
             Wake::Ready(index) => index,
             Wake::Message(_) | Wake::Timeout => continue,
         };
-        let Some(first) = callers.answer(index, None)? else { continue };
+        let Some(first) = callers.answer(index)? else { continue };
         let mut monitor = Monitor::follow(first.pid)?;
         let (handoff, memory) = receive_memory(first, &mut monitor, inbox)?;
         let host = host(options, None, &monitor, inbox)?;

@@ -160,6 +160,11 @@ impl HandoffSocket {
         Ok(Some(messages))
     }
 
+    /// More has come than any message has: nobody's mistake.
+    pub(crate) fn is_flooded(&self) -> bool {
+        self.descriptors.len() > DESCRIPTORS_QUEUED_MAX || self.bytes.len() > MESSAGE_BYTES_MAX
+    }
+
     /// The first value that is whole, and where it ends.
     fn next_value(&self) -> Result<Option<(serde_json::Value, usize)>> {
         let mut values = serde_json::Deserializer::from_slice(&self.bytes).into_iter();

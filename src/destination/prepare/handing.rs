@@ -40,6 +40,10 @@ pub(super) struct Memory {
 /// dropped: a guest's process says it at once.
 const CALLERS_MAX: usize = 8;
 
+/// Reads of one of them, of 4 KiB at most: a message may come in pieces, with others before it. Whoever talks without
+/// end would be listened to before everybody else.
+const READS_MAX: usize = 64;
+
 /// How long such a connection may stay.
 const CALLER_TIMEOUT: Duration = HANDOFF_TIMEOUT;
 
@@ -56,6 +60,8 @@ struct Caller {
     handoff: HandoffSocket,
     pid: u32,
     deadline: Instant,
+    /// How often it has said something that hands nothing over.
+    reads: usize,
 }
 
 /// A process that has begun to hand its memory over.
@@ -89,8 +95,8 @@ impl<'a> Callers<'a> {
         }
     }
 
-    /// The first that hands something over. An error is of the process `ours`, which nobody can replace.
-    pub(super) fn answer(&mut self, index: usize, ours: Option<u32>) -> Result<Option<First>> {
+    /// The first that hands something over.
+    pub(super) fn answer(&mut self, index: usize) -> Result<Option<First>> {
         if index >= self.waiting.len() {
             self.accept()?;
             return Ok(None);
@@ -107,11 +113,18 @@ impl<'a> Callers<'a> {
                     let Caller { handoff, pid, .. } = caller;
                     return Ok(Some(First { handoff, pid, messages }));
                 }
-                self.waiting.insert(index, caller);
+                caller.reads += 1;
+                match caller.reads <= READS_MAX {
+                    true => self.waiting.insert(index, caller),
+                    false => self.drop_caller(&caller, "it talks and hands nothing over"),
+                }
             }
             Ok(None) => {}
-            Err(error) if ours == Some(caller.pid) => return Err(error),
-            Err(error) => self.drop_caller(&caller, &error.to_string()),
+            Err(error) if caller.handoff.is_flooded() => {
+                self.drop_caller(&caller, &error.to_string());
+            }
+            // A guest's process that umem does not understand: nobody waits for it to say it better.
+            Err(error) => return Err(error),
         }
         Ok(None)
     }
@@ -133,7 +146,7 @@ impl<'a> Callers<'a> {
                     self.drop_caller(&oldest, "others came before it had handed anything over");
                 }
                 let deadline = Instant::now() + CALLER_TIMEOUT;
-                self.waiting.push(Caller { handoff, pid, deadline });
+                self.waiting.push(Caller { handoff, pid, deadline, reads: 0 });
             }
             Err(why) => self.complain(why),
         }
@@ -183,7 +196,7 @@ pub(super) fn accept_memory(
             Wake::Ready(index) => index - 1,
             Wake::Message(_) | Wake::Timeout => continue,
         };
-        let Some(first) = callers.answer(index, Some(monitor.pid()))? else { continue };
+        let Some(first) = callers.answer(index)? else { continue };
         return receive_memory(first, monitor, inbox);
     }
 }
