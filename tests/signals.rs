@@ -274,7 +274,10 @@ fn to_the_deaf(scratch: &Scratch, command: &'static str) -> (Guests, Umem, Deaf,
     let deaf = Deaf::to(scratch.path("source"), scratch.path("deaf"), command);
     let sessions = scratch.path("sessions").display().to_string();
     let qmp = deaf.socket.display().to_string();
-    let words = ["migrate", "--json", "--session-dir", &sessions, "--qmp", &qmp, cutter.uri()];
+    // The process at the other end of the socket is this one, and has none of the guest's memory.
+    let ram = format!("ram0={}", scratch.ram("source").display());
+    let words = ["migrate", "--json", "--session-dir", &sessions, "--qmp", &qmp, "--ram", &ram];
+    let words = words.iter().copied().chain([cutter.uri()]);
     let migrate = Umem::start(words);
     (guests, migrate, deaf, cutter)
 }

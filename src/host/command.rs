@@ -4,13 +4,12 @@
 //! an open memory file, so that nothing has to be installed and nothing is left behind. A QEMU gets
 //! three more options: it waits for an incoming migration and has a monitor on an inherited socket.
 //!
-//! COMMAND leads a process group of its own, which is never in the foreground. So the terminal's signals
-//! (Ctrl-C, Ctrl-\, a hang-up) reach umem and not COMMAND: what becomes of them is umem's to decide.
-//!
-//! Where the standard input is a terminal COMMAND may want to read from it (`-nographic`, `-serial mon:stdio`),
-//! for which a background process is stopped. Then it leads a session of its own, as after setsid(2): reading
-//! from a terminal that does not control the process, or setting its modes, is no matter of job control. Only
-//! then, as the kernel also shares out processors by sessions (`sched_autogroup_enabled`).
+//! COMMAND leads a session of its own, as after setsid(2). The terminal's signals (Ctrl-C, Ctrl-\, a
+//! hang-up) reach umem and not COMMAND: what becomes of them is umem's to decide. The terminal stays usable
+//! as COMMAND's standard input, for `-nographic` or `-serial mon:stdio`: to a process whose terminal it does
+//! not control, reading from it or setting its modes is no matter of job control, so that neither SIGTTIN nor
+//! SIGTTOU comes. A process group alone would not do: when umem ends the kernel sends SIGHUP to one whose
+//! processes are stopped, and with it ends the guest.
 
 mod options;
 mod process;
@@ -27,7 +26,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::Pid;
 
 use crate::error::{Context, Error, Result};
 use crate::inbox::unblock_signals;
@@ -132,20 +130,15 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     }
     let raw: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     let terminal = Terminal::of_stdin();
-    let in_background = terminal::is_in_background();
-    if in_background {
+    if terminal::is_in_background() {
         // Without job control nothing would keep it from what is typed for somebody else.
         command.stdin(Stdio::null());
     }
-    let reads_terminal = terminal.is_some() && !in_background;
-    // SAFETY: between fork and exec only setsid, setpgid, fcntl, sigaction and sigprocmask run, all
+    // SAFETY: between fork and exec only setsid, fcntl, sigaction and sigprocmask run, all
     // async-signal-safe; the descriptors are open in the parent until spawn returns.
     unsafe {
         command.pre_exec(move || {
-            match reads_terminal {
-                true => nix::unistd::setsid().map(drop)?,
-                false => nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0))?,
-            }
+            nix::unistd::setsid()?;
             unblock_signals()?;
             raw.iter().try_for_each(|&fd| inherit(fd))
         });
