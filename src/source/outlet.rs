@@ -240,7 +240,7 @@ mod tests {
         let mut bytes = Vec::new();
         for piece in pieces {
             let mut copy = vec![0; piece.len()];
-            crate::memory::copy::copy_out(piece, 0, &mut copy);
+            crate::memory::copy::copy_out(piece, 0, &mut copy).unwrap();
             bytes.extend(copy);
         }
         bytes
