@@ -112,6 +112,11 @@ impl Link {
         self.hello.capabilities.contains(Capabilities::CHECKSUM)
     }
 
+    /// The source's digests count what this side's do.
+    pub(super) fn has_whole_digests(&self) -> bool {
+        self.hello.capabilities.contains(Capabilities::WHOLE_DIGESTS)
+    }
+
     /// For who may have to end the lanes.
     pub(super) fn severable(&self) -> Severable {
         self.sockets.clone()

@@ -509,6 +509,12 @@ impl LaneReader {
                 let first = sums::first_summed(range, shift);
                 self.guest.digests.add(range.region, first, &self.sums);
             }
+            if kind != RunKind::Data && self.receiver.is_checked() {
+                let shift = self.guest.region(range.region).unit_shift;
+                let first = sums::first_summed(range, shift);
+                let pages = sums::pages_summed(range, shift);
+                self.guest.digests.add_zeroes(range.region, first, pages);
+            }
             let last = if kind == RunKind::Data && std::mem::take(&mut self.is_given) {
                 self.guest.finish_given(range)?
             } else {

@@ -83,6 +83,7 @@ impl<'a> Migration<'a> {
     ) -> Result<(Migration<'a>, Reach)> {
         let Serving { link, lane, acks, lane_count, landing } = serving;
         let is_checked = link.is_checked();
+        let has_whole_digests = link.has_whole_digests();
         let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
         let (commands, queue) = channel();
         if link.recovers() {
@@ -139,7 +140,7 @@ impl<'a> Migration<'a> {
             times: Times::default(),
             landing,
             is_checked,
-            digests_are_known: true,
+            digests_are_known: has_whole_digests,
             source_digests: None,
             is_told_of_monitor: false,
             leaves_quietly: false,

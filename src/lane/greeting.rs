@@ -42,11 +42,14 @@ fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the other side closed it")
 }
 
+/// What a session with checksums asks for. The second is done without where the other side lacks it.
+const CHECKED: Capabilities = Capabilities::CHECKSUM.union(Capabilities::WHOLE_DIGESTS);
+
 /// What this side, a destination, can do; going on over new lanes only where it can be reached again,
 /// or told by somebody how.
 pub(crate) fn capabilities(recovers: bool) -> Capabilities {
     let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
-    Capabilities::ACKS.union(Capabilities::CHECKSUM).union(recovery)
+    Capabilities::ACKS.union(CHECKED).union(recovery)
 }
 
 /// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
@@ -94,7 +97,7 @@ impl Session {
 
     /// The same, with checksums or without.
     pub(crate) fn checked(self, checked: bool) -> Session {
-        let sums = if checked { Capabilities::CHECKSUM } else { Capabilities::NONE };
+        let sums = if checked { CHECKED } else { Capabilities::NONE };
         Session { capabilities: self.capabilities.union(sums), ..self }
     }
 

@@ -17,6 +17,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
+
 use crate::error::{Context, Error, Result};
 
 /// How long the kernel may take to end what a process that was killed had open.
@@ -45,7 +47,11 @@ pub(crate) fn check_path(name: &str, path: &Path, user: User) -> Result<()> {
     {
         return wrong(format!("lies in a directory {why}: name a file elsewhere, as in /dev/shm"));
     }
-    let metadata = match std::fs::symlink_metadata(path) {
+    let metadata = match is_of_process(path) {
+        true => std::fs::metadata(path),
+        false => std::fs::symlink_metadata(path),
+    };
+    let metadata = match metadata {
         Ok(metadata) => metadata,
         // Whoever opens it says why.
         Err(_) => return Ok(()),
@@ -58,6 +64,12 @@ pub(crate) fn check_path(name: &str, path: &Path, user: User) -> Result<()> {
         }
         Some(what) => wrong(what),
     }
+}
+
+/// Whether a path leads to what a process has open (`/proc/PID/fd/N`): a link that leads to that file and no other.
+fn is_of_process(path: &Path) -> bool {
+    let parent = path.parent().and_then(|parent| statfs(parent).ok());
+    parent.is_some_and(|found| found.filesystem_type() == PROC_SUPER_MAGIC)
 }
 
 /// The same of a file that is open, under whatever name.
@@ -185,7 +197,8 @@ pub(crate) fn take_for_guest(name: &str, file: BorrowedFd<'_>) -> Result<()> {
 /// Looks whether [`take_for_guest`] would work, and leaves the file as it was. Nothing may be there yet.
 pub(crate) fn check_unused(name: &str, path: &Path) -> Result<()> {
     let mut options = File::options();
-    options.read(true).write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let follow = if is_of_process(path) { 0 } else { libc::O_NOFOLLOW };
+    options.read(true).write(true).custom_flags(follow | libc::O_NONBLOCK);
     // What else there is to say of it whoever opens it says.
     let Ok(file) = options.open(path) else { return Ok(()) };
     take_for_guest(name, file.as_fd())

@@ -50,6 +50,11 @@ pub(crate) fn first_summed(range: PageRange, unit_shift: u8) -> u64 {
     range.first << (unit_shift - SUMMED_SHIFT)
 }
 
+/// How many pages of 4 KiB such a range has.
+pub(crate) fn pages_summed(range: PageRange, unit_shift: u8) -> u64 {
+    range.pages << (unit_shift - SUMMED_SHIFT)
+}
+
 /// What has been added up of each region.
 #[derive(Default)]
 pub(crate) struct Digests(Box<[AtomicU64]>);
@@ -62,6 +67,11 @@ impl Digests {
     /// Pages with these sums are to count, for good: from this one on, counted in 4 KiB.
     pub(crate) fn add(&self, region: RegionId, first: u64, sums: &[u32]) {
         self.add_digest(region, checksum::digest(first, sums));
+    }
+
+    /// The same for pages of zeroes and holes: so many from this one on, counted in 4 KiB.
+    pub(crate) fn add_zeroes(&self, region: RegionId, first: u64, pages: u64) {
+        self.add_digest(region, checksum::digest_of_zeroes(first, pages));
     }
 
     pub(crate) fn add_digest(&self, region: RegionId, digest: u64) {

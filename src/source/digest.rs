@@ -1,9 +1,9 @@
 //! What the guest's memory comes to at the source (`--checksum`), to be compared with what has landed.
 //!
 //! The files are as they were when the guest stopped, so that they are read once more at the end, by a few
-//! threads: whatever went wrong on the way, between a page's file and its sum included, shows. Holes and pages
-//! of zeroes add nothing and are skipped. What `--release-ram` frees on the way is added before it goes
-//! ([`release`](super::release)), and is a hole when the rest is read.
+//! threads: whatever went wrong on the way, between a page's file and its sum included, shows. Holes count as the
+//! pages of zeroes that they are, without being read. What `--release-ram` frees on the way is added before it goes
+//! ([`release`](super::release)), less the zeroes that it counts for when the rest is read.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -133,12 +133,18 @@ pub(super) fn of_part(ram: &RamFile, offset: u64, len: u64) -> Result<u64> {
     let (mut sums, mut digest) = (Vec::new(), 0u64);
     for page in (offset..offset + len).step_by(1 << ram.page_shift) {
         if holes.covers(ram, page)? {
+            digest = digest.wrapping_add(of_zeroes(page, page_bytes));
             continue;
         }
         sums::of_span(&ram.span(page, page_bytes), &mut sums).map_err(|Gone| ram.gone())?;
         digest = digest.wrapping_add(checksum::digest(page / SUMMED_BYTES as u64, &sums));
     }
     Ok(digest)
+}
+
+/// What a part of a file comes to that holds nothing.
+pub(super) fn of_zeroes(offset: u64, len: u64) -> u64 {
+    checksum::digest_of_zeroes(offset / SUMMED_BYTES as u64, len / SUMMED_BYTES as u64)
 }
 
 #[cfg(test)]
@@ -160,17 +166,20 @@ mod tests {
     }
 
     #[test]
-    fn data_counts_where_it_is_and_zeroes_and_holes_do_not() {
+    fn data_counts_where_it_is_and_holes_are_zeroes() {
         let sum = |byte| checksum::page_sum(&[byte; 4096]);
         let memory = memory(&[&[(5, 1), (9000, 2), (77, 0)], &[]]);
-        let expected =
-            checksum::digest(5, &[sum(1)]).wrapping_add(checksum::digest(9000, &[sum(2)]));
-        assert_eq!(all(&memory).unwrap(), [expected, 0]);
+        let zeroes = of_zeroes(0, 40 << 20);
+        let expected = [(5, 1), (9000, 2)].iter().fold(zeroes, |all, &(page, byte)| {
+            all.wrapping_add(checksum::digest(page, &[sum(byte)]))
+                .wrapping_sub(checksum::digest_of_zeroes(page, 1))
+        });
+        assert_eq!(all(&memory).unwrap(), [expected, zeroes]);
         let allocated = memory.regions[0].ram.allocated_bytes().unwrap();
         assert_eq!(allocated, 3 * 4096, "read no hole");
     }
 
-    /// What is freed is added before, and is a hole when the rest is read.
+    /// What is freed is added before, and counts as zeroes when the rest is read.
     #[test]
     fn what_has_been_freed_counts_once() {
         let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
@@ -179,7 +188,8 @@ mod tests {
         let memory = SourceMemory::new(vec![ram], true).checked(true);
         let ram = &memory.regions[0].ram;
         let whole = of_part(ram, 0, 3 * 4096).unwrap();
-        memory.digests.add_digest(RegionId(0), of_part(ram, 4096, 4096).unwrap());
+        let freed = of_part(ram, 4096, 4096).unwrap().wrapping_sub(of_zeroes(4096, 4096));
+        memory.digests.add_digest(RegionId(0), freed);
         ram.discard(4096, 4096).unwrap();
         assert_ne!(of_part(ram, 0, 3 * 4096).unwrap(), whole);
         assert_eq!(all(&memory).unwrap(), [whole]);

@@ -250,6 +250,7 @@ impl Migration {
         self.idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
         self.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
+        self.digest_as(&lane);
         self.start_demand(lane, receiver)?;
         self.link.is_up = true;
         self.link.watch_over(false);

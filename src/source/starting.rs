@@ -1,12 +1,13 @@
 //! How a migration begins at the source: its threads.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use umem_ring::Waker;
 use umem_wire::source::{Input, Phase};
-use umem_wire::{Frame, Receiver};
+use umem_wire::{Capabilities, Frame, Receiver};
 
 use super::bulk::BulkLane;
 use super::demand::{Command, DemandLane};
@@ -40,6 +41,7 @@ impl Migration {
         migration.idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
         migration.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
+        migration.digest_as(&lane);
         let receiver = Receiver::for_source(&table).checked(lane.is_checked());
         migration.start_demand(lane, receiver)?;
         if let Err(error) = migration.step(Input::SentRegions) {
@@ -48,6 +50,12 @@ impl Migration {
         }
         migration.send(&Frame::Regions(table));
         Ok(migration)
+    }
+
+    /// Says no digest to a destination that adds up less than this side, nor compares what it says.
+    pub(super) fn digest_as(&self, demand: &Lane) {
+        let is_whole = demand.capabilities.contains(Capabilities::WHOLE_DIGESTS);
+        self.memory.digest_is_lost.fetch_or(!is_whole, Relaxed);
     }
 
     /// Without lanes.

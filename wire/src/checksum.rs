@@ -45,11 +45,20 @@ pub fn page_sum(bytes: &[u8]) -> u32 {
 /// What a region's pages add to its digest, given their sums from the page with this number on, of
 /// [`SUMMED_BYTES`] each.
 ///
-/// A region's digest is the sum (modulo 2^64) of these over all of its pages, in any order, each once.
-/// Pages of zeroes add nothing, so that it is the same whether they were sent, left out or are holes.
+/// A region's digest is the sum (modulo 2^64) of these over all of its pages, in any order, each once. Pages of
+/// zeroes count as what they are, and holes as zeroes ([`digest_of_zeroes`]): the digest is the same whether they
+/// were sent as data, as zeroes or as holes, and another one where a page has not come at all.
+///
+/// Said only with [`Capabilities::WHOLE_DIGESTS`](crate::Capabilities::WHOLE_DIGESTS): before it zeroes added
+/// nothing.
 pub fn digest(first: u64, sums: &[u32]) -> u64 {
-    let pages = (first..).zip(sums).filter(|&(_, &sum)| sum != ZERO_SUM);
+    let pages = (first..).zip(sums);
     pages.fold(0, |digest, (page, &sum)| digest.wrapping_add(mixed(page, sum)))
+}
+
+/// The same of so many pages of zeroes, or holes.
+pub fn digest_of_zeroes(first: u64, pages: u64) -> u64 {
+    (first..first + pages).fold(0, |digest, page| digest.wrapping_add(mixed(page, ZERO_SUM)))
 }
 
 /// Spreads a page's number and its sum over 64 bits: the end of SplitMix64, twice.
@@ -232,6 +241,11 @@ mod tests {
         assert_eq!(digest(8, &[4]).wrapping_add(digest(5, &[1, 2])), whole);
         assert_ne!(digest(5, &[2, 1, ZERO_SUM, 4]), whole);
         assert_ne!(digest(6, &[1, 2, ZERO_SUM, 4]), whole);
-        assert_eq!(digest(0, &[ZERO_SUM; 9]), 0);
+        assert_eq!(digest(3, &[ZERO_SUM; 9]), digest_of_zeroes(3, 9));
+        assert_ne!(
+            digest_of_zeroes(0, 9),
+            digest_of_zeroes(0, 8),
+            "a page that has not come shows"
+        );
     }
 }

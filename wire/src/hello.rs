@@ -324,6 +324,10 @@ impl Capabilities {
     /// ([`checksum`](crate::checksum)). Without this only TCP's and TLS's own sums stand between.
     pub const CHECKSUM: Capabilities = Capabilities(4);
 
+    /// Digests of every page: zeroes and holes count, so that a page which never came shows. Only with
+    /// [`Capabilities::CHECKSUM`]; without this no digest is said, as the other end would add up less.
+    pub const WHOLE_DIGESTS: Capabilities = Capabilities(8);
+
     /// What either can do.
     pub const fn union(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 | other.0)

@@ -44,7 +44,7 @@
 //! | 25 | complete | both | demand | every page is cached; the source's answer is goodbye |
 //! | 26 | resume | ← | demand | where the destination stands, first on a lane that replaces a lost one |
 //! | 27 | have | ← | demand | which pages the destination has, behind resume |
-//! | 28 | digests | both | demand | what all pages come to, before complete, with [`Capabilities::CHECKSUM`] |
+//! | 28 | digests | both | demand | what all pages come to, before complete, with [`Capabilities::WHOLE_DIGESTS`] |
 //! | 32 | ping | both | any | please answer |
 //! | 33 | pong | both | any | the answer, with the ping's number |
 //! | 255 | error | both | any | the sender gives up: a code and a text |

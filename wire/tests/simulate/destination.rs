@@ -1,6 +1,6 @@
 //! The destination's end: the real phases and receivers, and pages that come once.
 
-use umem_wire::checksum::digest;
+use umem_wire::checksum::{digest, digest_of_zeroes};
 use umem_wire::*;
 
 use crate::lane::{LaneEnd, LanePipes, Pipe, events, send, sums};
@@ -321,14 +321,25 @@ impl Destination {
             Event::Zero(range) => {
                 self.move_pages(*range, Page::Missing, Page::Cached(Content::Zero));
                 self.totals.zero_bytes += self.bytes(*range);
+                self.count_zeroes(*range);
             }
             Event::Hole(range) => {
                 self.move_pages(*range, Page::Missing, Page::Cached(Content::Hole));
                 self.totals.hole_bytes += self.bytes(*range);
+                self.count_zeroes(*range);
             }
             Event::Digests(digests) => self.heard_digests = Some(digests.clone()),
             Event::Ping(number) => send(answers, &Frame::Pong(*number)),
             _ => {}
+        }
+    }
+
+    fn count_zeroes(&mut self, range: PageRange) {
+        if self.is_checked {
+            let landing = self.landing.as_ref().expect("pages come after the regions");
+            let (first, sums) = sums(landing, range);
+            let digests = &mut self.digests[usize::from(range.region.0)];
+            *digests = digests.wrapping_add(digest_of_zeroes(first, sums.len() as u64));
         }
     }
 

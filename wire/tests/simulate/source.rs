@@ -1,6 +1,6 @@
 //! The source's end: the real phases and receivers, and a made-up guest.
 
-use umem_wire::checksum::digest;
+use umem_wire::checksum::{digest, digest_of_zeroes};
 use umem_wire::*;
 
 use crate::lane::{LaneEnd, LanePipes, Pipe, events, send, sums};
@@ -227,10 +227,12 @@ impl Source {
     pub(super) fn digests(&self) -> Vec<u64> {
         let of = |(region, pages): (usize, &Vec<Content>)| {
             let region = RegionId(region as u16);
-            let data = (0..).zip(pages).filter(|&(_, &content)| content == Content::Data);
-            data.fold(0u64, |all, (first, _)| {
+            (0..).zip(pages).fold(0u64, |all, (first, &content)| {
                 let (first, sums) = sums(&self.regions, PageRange { region, first, pages: 1 });
-                all.wrapping_add(digest(first, &sums))
+                all.wrapping_add(match content {
+                    Content::Data => digest(first, &sums),
+                    Content::Zero | Content::Hole => digest_of_zeroes(first, sums.len() as u64),
+                })
             })
         };
         self.contents.iter().enumerate().map(of).collect()
