@@ -76,5 +76,9 @@ pub(crate) mod region {
         pub(crate) fn next_data(&self, _: u64) -> Result<Option<u64>> {
             unreachable!("of private memory alone")
         }
+
+        pub(crate) fn next_data_in(&self, _: std::ops::Range<u64>) -> Result<Option<u64>> {
+            unreachable!("of private memory alone")
+        }
     }
 }
