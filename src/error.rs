@@ -129,6 +129,10 @@ pub enum Error {
     #[error("the guest's monitor: {0}")]
     Host(String),
 
+    /// The guest's process has ended where the guest was to run: nothing can go on.
+    #[error("the guest's monitor: {0}")]
+    Ended(String),
+
     /// The preload object did not announce itself, or could not do its work.
     #[error("{0}")]
     Preload(String),
@@ -187,11 +191,26 @@ impl Error {
         Error::protocol(lane, error)
     }
 
+    /// What it means for guest memory that `what` failed like this: nothing but that there is no room, or more.
+    pub(crate) fn of_memory(what: String, error: io::Error) -> Error {
+        match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::ENOMEM) => Error::OutOfMemory(format!("{what}: {error}")),
+            _ => Error::System { what, source: error },
+        }
+    }
+
+    /// A session that recovers goes on after it, over other lanes: a lane is lost, or there is no room for what
+    /// has come on it, which comes again then.
+    pub(crate) fn ends_lanes(&self) -> bool {
+        matches!(self, Error::Lost { .. } | Error::OutOfMemory(_))
+    }
+
     /// What the peer is told when this error ends the migration.
     pub(crate) fn to_fault(&self) -> Fault {
         let code = match self {
             Error::Protocol { .. } => FaultCode::Protocol,
             Error::OutOfMemory(_) => FaultCode::OutOfMemory,
+            Error::Ended(_) => FaultCode::Ended,
             Error::Host(_) | Error::Preload(_) | Error::Unsupported(_) => FaultCode::HostFailed,
             Error::Interrupted(_) => FaultCode::Cancelled,
             Error::Ram { .. } => FaultCode::RegionMismatch,

@@ -340,3 +340,87 @@ fn only_later_lanes_of_the_same_session_come_in() {
     known.incoming.event("resumed");
     known.completes();
 }
+
+/// What there is no room for comes again when there is: nobody is killed, no session ends, both sides say so.
+#[test]
+fn a_destination_without_room_pauses_until_there_is_some() {
+    let checked: &[_] = &["--checksum"];
+    for (migrate, security) in [(&[][..], false), (checked, false), (&[], true)] {
+        let security = security.then(|| ["--secret-file", secret()]);
+        let room = Some(96);
+        let how = How { mib: 64, threads: 1, migrate, security, room, ..How::default() };
+        let mut moving = Move::switched(how);
+        let room = moving.room.take().unwrap();
+        room.take(80);
+        moving.cutter.let_pages_go();
+        is_short(&mut moving);
+        room.give_back();
+        let (source, destination) = moving.complete();
+        for report in [source, destination] {
+            assert!(report["recoveries"].as_u64() >= Some(1), "{report}");
+        }
+    }
+}
+
+/// A secret of a test that runs alone in its process.
+fn secret() -> &'static str {
+    let scratch = Scratch::new();
+    let path: &'static str = scratch.path("secret").display().to_string().leak();
+    write_private(path.as_ref(), "thirty-two bytes that nobody knows");
+    std::mem::forget(scratch);
+    path
+}
+
+/// Both sides say that there is no room, and go on.
+fn is_short(moving: &mut Move) {
+    let here = moving.incoming.event("short");
+    let reason = here["reason"].as_str().unwrap();
+    assert!(reason.contains("RAM ram0") && reason.contains("still to come"), "{here}");
+    assert!(here["missing_bytes"].as_u64() > Some(0), "{here}");
+    assert!(here["free_bytes"].as_u64() < Some(16 << 20), "{here}");
+    let there = moving.migrate.event("short");
+    assert!(there["reason"].as_str().unwrap().contains("RAM ram0"), "{there}");
+    assert!(moving.incoming.is_running() && moving.migrate.is_running());
+}
+
+/// There is too little room from the beginning, and whoever started this knows that it comes.
+#[test]
+fn a_guest_comes_to_where_room_is_made_while_it_moves() {
+    // One by one, or in the background.
+    for migrate in [&["-n"][..], &[]] {
+        let incoming: &[_] = &["--overcommit"];
+        let room = Some(24);
+        let mut moving =
+            Move::switched(How { mib: 64, threads: 2, incoming, migrate, room, ..How::default() });
+        let room = moving.room.take().unwrap();
+        moving.cutter.let_pages_go();
+        is_short(&mut moving);
+        room.resize(96);
+        moving.migrate.event("resumed");
+        if !migrate.is_empty() {
+            // From now on what nobody asks for, too.
+            moving.migrate.signal(Signal::SIGINT);
+        }
+        moving.complete();
+    }
+}
+
+/// Where there is no room for a guest it is refused, unless whoever started this knows better.
+#[test]
+fn a_guest_without_room_is_refused_before_it_stops() {
+    let mut moving = Move::start(How { mib: 64, threads: 1, room: Some(24), ..How::default() });
+    assert!(moving.incoming.fails().contains("--overcommit"));
+    let error = moving.migrate.fails();
+    assert!(error.contains("the destination gave up: RAM ram0 needs 64 MiB"), "{error}");
+    assert!(moving.guest.is_running());
+}
+
+/// Of private memory only what has not been touched is in the file: room comes by itself.
+#[test]
+fn private_memory_with_little_room_arrives() {
+    let (kind, room, incoming) = (Some("private"), Some(8), &["--postcopy-flags", "1"]);
+    let how = How { mib: 64, threads: 1, kind, room, incoming, ..How::default() };
+    let moving = Move::switched(how);
+    moving.cutter.let_pages_go();
+    moving.complete();
+}

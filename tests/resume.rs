@@ -188,7 +188,10 @@ fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_ca
     assert!(moving.scratch.processes("destination.qmp").len() == 1);
     moving.incoming = moving.resume("incoming");
     moving.incoming.event("recovering");
-    let Move { scratch, mut guest, mut incoming, migrate, .. } = moving;
+    let Move { scratch, mut guest, mut incoming, mut migrate, .. } = moving;
+    // It would say so if it could, and somebody does not want to wait for that.
+    migrate.event("telling");
+    migrate.signal(Signal::SIGINT);
     assert!(migrate.fails().contains("the connection to the destination was lost"));
     incoming.signal(Signal::SIGINT);
     let warned = || incoming.stderr().contains("interrupt again to end this one").then_some(());
@@ -199,6 +202,35 @@ fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_ca
     assert!(!scratch.ram("destination").exists());
     assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
     assert!(guest.is_running());
+}
+
+/// A source that has lost its lanes before the commit has its guest go on, and says so to a destination that has
+/// loaded it: that one does not wait for somebody to interrupt it.
+#[test]
+fn a_destination_that_has_loaded_a_guest_is_told_that_it_stays() {
+    for is_killed in [false, true] {
+        let mut moving = Move::loaded();
+        if is_killed {
+            moving.incoming.kill();
+        }
+        moving.cutter.cut(Ends::Both, false);
+        moving.cutter.limit_answers(None);
+        moving.migrate.event("telling");
+        assert_eq!(moving.status(), "running", "nobody waits for the other side");
+        if is_killed {
+            moving.incoming = moving.resume("incoming");
+        }
+        let Move { scratch, mut guest, incoming, migrate, .. } = moving;
+        let error = incoming.fails();
+        assert!(error.contains("the source gave up: interrupted; the guest goes on"), "{error}");
+        let error = migrate.fails();
+        assert!(error.contains("the connection to the destination was lost"), "{error}");
+        assert!(!error.contains("was not told"), "{error}");
+        scratch.wait_until_gone("destination.qmp");
+        assert!(!scratch.ram("destination").exists());
+        assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
+        assert!(guest.is_running());
+    }
 }
 
 #[test]

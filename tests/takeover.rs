@@ -286,3 +286,114 @@ fn lanes_with_a_secret_are_taken_over_by_who_knows_it() {
     let reasons = ["it does not know the secret", "the secret"];
     moving.goes_to_its_own_alone(&["--secret-file", other], reasons);
 }
+
+/// Bytes of the destination's answers up to its guest running, and of a word that everything has come.
+const RUNNING_BYTES: u64 = (HELLO_BYTES + (HEADER_BYTES + 1) + 2 * HEADER_BYTES) as u64;
+const COMPLETE_BYTES: u64 = (HEADER_BYTES + 40) as u64;
+
+impl Move {
+    /// Up to a moment around the goodbye, which differs from one number to the next: before the source has heard
+    /// that everything has come, when it has, or when it has said goodbye, and a little later each time.
+    fn around_goodbye(number: u32) -> Move {
+        let mut moving = Move::start(How { mib: 8, threads: 0, ..SMALL });
+        moving.session = text(&moving.migrate.event("resumable"), "session");
+        moving.migrate.event("running");
+        moving.incoming.event("running");
+        let complete = RUNNING_BYTES + COMPLETE_BYTES;
+        match number % 3 {
+            0 => {
+                moving.cutter.limit_answers(Some(0));
+                moving.cutter.let_pages_go();
+                moving.cutter.wait_for_answers(complete);
+            }
+            1 => {
+                moving.cutter.let_pages_go();
+                moving.cutter.wait_for_answers(complete);
+            }
+            _ => {
+                let said = moving.cutter.demand();
+                moving.cutter.let_pages_go();
+                moving.cutter.wait_for_demand(said + COMPLETE_BYTES);
+            }
+        }
+        for _ in 0..number * number {
+            std::thread::yield_now();
+        }
+        moving
+    }
+
+    /// Both sides end by themselves, whoever resumes; nothing is left, and the guest has everything.
+    fn has_parted(mut self, killed: Side) {
+        self.cutter.cut(Ends::Both, false);
+        self.cutter.limit_answers(None);
+        let command = if killed == Side::Source { "migrate" } else { "incoming" };
+        let mut resumed = self.resume(command);
+        // Where it was killed too late there is no session any more.
+        let status = resumed.wait().code();
+        let stderr = resumed.stderr();
+        let is_over = status == Some(2) && stderr.contains("no session");
+        assert!(status == Some(0) || is_over, "{status:?}: {stderr}");
+        if killed == Side::Destination {
+            assert_eq!(self.migrate.wait().code(), Some(0), "{}", self.migrate.stderr());
+        } else {
+            self.incoming.event("completed");
+        }
+        let verdict =
+            Qmp::connect(&self.scratch.path("destination.qmp")).execute("umem-verify", json!({}));
+        assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+        assert_eq!(verdict["registered"], false, "{verdict}");
+        Qmp::connect(&self.scratch.path("destination.qmp")).quit();
+        if killed == Side::Source {
+            assert_eq!(self.incoming.wait().code(), Some(0), "{}", self.incoming.stderr());
+        }
+        assert_eq!(self.session_files(), Vec::<String>::new(), "{stderr}");
+        Qmp::connect(&self.scratch.path("source.qmp")).quit();
+        self.guest.succeeds();
+    }
+}
+
+#[test]
+fn a_source_that_is_killed_around_its_goodbye_is_resumed_to_its_end() {
+    for number in 0..30 {
+        let mut moving = Move::around_goodbye(number);
+        moving.migrate.kill();
+        moving.has_parted(Side::Source);
+    }
+}
+
+#[test]
+fn a_destination_that_is_killed_around_the_goodbye_is_resumed_to_its_end() {
+    for number in 0..30 {
+        let mut moving = Move::around_goodbye(number);
+        moving.incoming.kill();
+        moving.has_parted(Side::Destination);
+    }
+}
+
+/// Whenever the guest's process dies, both sides say the same: all of its memory had come, or it is lost.
+#[test]
+fn a_guest_that_is_killed_while_its_pages_come_has_not_arrived_on_either_side() {
+    let mut lost = 0;
+    for number in 0..16 {
+        let kind = if number % 2 == 0 { Some("anonymous") } else { None };
+        let mut moving = Move::switched(How { mib: 8, threads: 0, kind, ..SMALL });
+        let guest = moving.arriving();
+        moving.cutter.let_pages_go();
+        let until = moving.cutter.passed() + number * (1 << 19);
+        wait_for("pages", || {
+            let has_ended = !moving.migrate.is_running();
+            (has_ended || moving.cutter.passed() >= until).then_some(())
+        });
+        kill(guest, Signal::SIGKILL).unwrap();
+        let here = moving.incoming.wait().code();
+        let there = moving.migrate.wait().code();
+        assert_eq!(here, Some(1), "it passes on that the guest was killed");
+        let (here, error) = (moving.incoming.stderr(), moving.migrate.stderr());
+        let is_lost = here.contains("the guest's process ended");
+        assert_eq!(there, Some(i32::from(is_lost)), "{here}{error}");
+        assert_eq!(error.contains("the guest's process ended"), is_lost, "{here}{error}");
+        assert_eq!(moving.session_files(), Vec::<String>::new(), "{here}{error}");
+        lost += u32::from(is_lost);
+    }
+    assert!(lost > 0);
+}

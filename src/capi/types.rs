@@ -164,7 +164,7 @@ impl From<&Error> for umem_status {
             Error::Connect { .. } => umem_status::UMEM_ERR_CONNECT,
             Error::Listen { .. } => umem_status::UMEM_ERR_LISTEN,
             Error::Ram { .. } | Error::Unsupported(_) => umem_status::UMEM_ERR_UNSUPPORTED,
-            Error::Host(_) | Error::Preload(_) => umem_status::UMEM_ERR_HOST,
+            Error::Host(_) | Error::Ended(_) | Error::Preload(_) => umem_status::UMEM_ERR_HOST,
             Error::OutOfMemory(_) => umem_status::UMEM_ERR_NO_MEMORY,
             Error::Damaged { .. } => umem_status::UMEM_ERR_DAMAGED,
             // Nothing behind this interface measures, or sends commands to another umem.

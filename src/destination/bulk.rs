@@ -99,7 +99,7 @@ impl BulkLane {
                     ),
                 };
                 match received {
-                    Err(error @ Error::Lost { .. }) => {
+                    Err(error) if error.ends_lanes() => {
                         if !acking {
                             reader.part(&self.lane.socket());
                         }

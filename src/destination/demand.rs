@@ -150,6 +150,9 @@ struct DemandThread {
     state: Option<Vec<u8>>,
     /// The buffer that is not in flight.
     spare: Option<Vec<u8>>,
+    /// The source has said goodbye, and may close the lane. A question that came behind that is answered at the
+    /// end, when it has been written down.
+    has_parted: bool,
     ending: bool,
 }
 
@@ -191,6 +194,7 @@ impl DemandLane {
             hearing: Hearing::new(),
             state: (!may_ask).then(Vec::new),
             spare: Some(Vec::with_capacity(4096)),
+            has_parted: false,
             ending: false,
         };
         let name = lane::lane_name(LaneRole::Demand, 0);
@@ -278,6 +282,9 @@ impl DemandThread {
         self.count_arrived(count as u64);
         wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;
         self.wanted = wanted;
+        if self.has_parted && received.as_ref().is_err_and(Error::ends_lanes) {
+            return Ok(());
+        }
         received.or_else(|error| self.lost(error))
     }
 
@@ -291,10 +298,14 @@ impl DemandThread {
 
     /// The lane cannot go on. In a session that recovers the thread does, without it.
     fn lost(&mut self, error: Error) -> Result<()> {
-        let (Error::Lost { .. }, true, Some(link)) = (&error, self.recovers, &mut self.link) else {
+        let (true, true, Some(link)) = (error.ends_lanes(), self.recovers, &mut self.link) else {
             return Err(error);
         };
         if !std::mem::replace(&mut link.is_lost, true) {
+            // The source hears why, if nothing else is on its way there; otherwise when it comes back.
+            if matches!(error, Error::OutOfMemory(_)) && self.spare.is_some() {
+                lane::tell(&link.socket, link.reader.is_checked(), &error);
+            }
             lane::sever(&link.socket);
             self.post.send(Note::Failed(error));
         }
@@ -368,7 +379,7 @@ impl DemandThread {
                 self.hearing.take(&event).map_err(violated)?;
                 match event {
                     Event::Stopped { .. } => self.may_ask = true,
-                    Event::Complete(_) => self.ending = true,
+                    Event::Complete(_) => self.has_parted = true,
                     Event::Load { .. } => {
                         let state = self.state.take().filter(|state| !state.is_empty());
                         let whole = state.map(|state| Note::Received(Event::DeviceState(state)));
@@ -489,7 +500,9 @@ impl DemandThread {
             self.ask.clear();
         }
         buffer.append(&mut self.outbox);
-        if let Some(number) = self.ping.take() {
+        if (!self.has_parted || self.ending)
+            && let Some(number) = self.ping.take()
+        {
             transmit::encode(&Frame::Pong(number), buffer);
         }
         if self.acks.is_due() {

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::latency::Latencies;
 use umem_ring::Waker;
-use umem_wire::Frame;
+use umem_wire::destination::Phase;
+use umem_wire::{FaultCode, Frame};
 
 use super::demand::Command;
 use super::side::GuestSide;
@@ -18,11 +19,23 @@ use crate::memory::sums::RegionDigest;
 use crate::report::{Completed, CpuTime};
 use crate::worker;
 
+/// How long a process may take to end whose memory is gone.
+const EXIT_PATIENCE: Duration = Duration::from_secs(5);
+
 impl Migration<'_> {
     pub(super) fn guest_exited(&self, side: &mut GuestSide) -> Error {
+        // Its memory may be gone a moment before it is known to have ended.
+        side.exits_within(EXIT_PATIENCE);
         let how = side.status().map_or_else(String::new, |status| format!(" ({status})"));
-        if self.phase.may_run() {
-            Error::Host(format!("the guest's process ended{how} before all of its memory had come"))
+        if matches!(self.phase, Phase::Completing) {
+            Error::Ended(format!(
+                "the guest's process ended{how} when all of its memory had come, before its source had said \
+                 goodbye"
+            ))
+        } else if self.phase.may_run() {
+            Error::Ended(format!(
+                "the guest's process ended{how} before all of its memory had come"
+            ))
         } else {
             Error::Host(format!("it exited{how} before the guest arrived"))
         }
@@ -48,7 +61,11 @@ impl Migration<'_> {
     /// the demand thread is the one that failed.
     pub(super) fn end(&mut self, error: Option<&Error>) -> Latencies {
         if let Some(error) = error.filter(|_| !self.leaves_quietly) {
-            self.send(&Frame::Error(error.to_fault()));
+            let mut fault = error.to_fault();
+            if self.guest_ends {
+                fault.code = FaultCode::Ended;
+            }
+            self.send(&Frame::Error(fault));
         }
         let _ = self.commands.send(Command::End);
         self.demand.wake();

@@ -30,6 +30,9 @@ const EVENTS_MAX: usize = 64;
 /// events, or after this long.
 pub(crate) const RETRY_INTERVAL: Duration = Duration::from_micros(200);
 
+/// The same where there is no memory to make it visible with: somebody has to make room first.
+pub(super) const SHORTAGE_INTERVAL: Duration = Duration::from_millis(100);
+
 /// What a message from another ring says about its page.
 pub(crate) const MESSAGE_CACHED: u32 = 0;
 /// To the demand thread: somebody waits for this page.
@@ -180,6 +183,7 @@ impl Faults {
                     self.fault(ring, address, now)?;
                 }
                 uffd::Event::Remove { start, end } => self.guest.discard(start, end)?,
+                uffd::Event::Unmap { start, end } => self.guest.unmapped(start, end)?,
                 uffd::Event::Fork => return Err(changed("has forked")),
                 uffd::Event::Remap => return Err(changed("has moved its memory")),
                 uffd::Event::Other { .. } => {}
@@ -221,12 +225,21 @@ impl Faults {
 
     fn show(&mut self, ring: &mut Ring, what: Again) -> Result<()> {
         let (shown, page) = match what {
-            Again::Came(page) => (self.guest.mark(page)?, Some(page)),
-            Again::At(address) => (self.guest.show_at(address)?, self.guest.find(address)),
+            Again::Came(page) => (self.guest.mark(page), Some(page)),
+            Again::At(address) => (self.guest.show_at(address), self.guest.find(address)),
         };
-        if !shown {
+        let interval = match shown {
+            Ok(true) => None,
+            Ok(false) => Some(RETRY_INTERVAL),
+            Err(Error::OutOfMemory(why)) => {
+                self.guest.cannot_show(&why);
+                Some(SHORTAGE_INTERVAL)
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(interval) = interval {
             self.again.push(what);
-            return self.arm_retry(ring);
+            return self.arm_retry(ring, interval);
         }
         page.into_iter().for_each(|page| self.goes_on(page));
         Ok(())
@@ -244,10 +257,10 @@ impl Faults {
         std::mem::take(&mut self.again).into_iter().try_for_each(|what| self.show(ring, what))
     }
 
-    fn arm_retry(&mut self, ring: &mut Ring) -> Result<()> {
+    fn arm_retry(&mut self, ring: &mut Ring, interval: Duration) -> Result<()> {
         if !self.retry_armed {
             self.retry_armed = true;
-            ring.submit(Op::timeout(RETRY_INTERVAL), self.retry_token)
+            ring.submit(Op::timeout(interval), self.retry_token)
                 .map_err(|rejected| Error::Ring(rejected.error))?;
         }
         Ok(())

@@ -32,7 +32,7 @@ mod takeover;
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use umem_wire::{PageRange, RegionId};
 
@@ -73,6 +73,9 @@ pub(crate) struct GuestMemory {
     lanes_are_down: AtomicBool,
     /// Bulk lanes bring records of TLS, which no page is received from in place.
     comes_in_records: AtomicBool,
+    unmapped_bytes: AtomicU64,
+    /// Why pages that have come cannot be made visible for want of memory, until somebody has heard of it.
+    shortage: Mutex<Option<String>>,
     /// Where another process may have to go on: what has come, for its report ([`Told`]).
     told: Option<Words>,
     pages_total: u64,
@@ -112,6 +115,8 @@ impl GuestMemory {
             touch: OnceLock::new(),
             lanes_are_down: AtomicBool::new(false),
             comes_in_records: AtomicBool::new(false),
+            unmapped_bytes: AtomicU64::new(0),
+            shortage: Mutex::new(None),
             told: None,
             pages_total,
         }
@@ -278,6 +283,27 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// The guest side has unmapped a range, as a monitor does with a DIMM that is unplugged: what is still to come of
+    /// it is received and thrown away.
+    pub(crate) fn unmapped(&self, start: u64, end: u64) -> Result<()> {
+        let parts = self.regions.iter().flat_map(|region| &region.parts);
+        let overlap = |part: &Part| {
+            end.min(part.address + part.bytes).saturating_sub(start.max(part.address))
+        };
+        self.unmapped_bytes.fetch_add(parts.map(overlap).sum(), SeqCst);
+        self.discard(start, end)
+    }
+
+    /// Bytes of the guest's memory that its side has unmapped meanwhile.
+    pub(crate) fn unmapped_bytes(&self) -> u64 {
+        self.unmapped_bytes.load(SeqCst)
+    }
+
+    /// Whether the guest's process has been found gone: what has come since then came to nothing.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.sources.iter().any(|source| source.uffd.is_gone())
+    }
+
     /// Private memory: the file has given back a range that the guest side has touched.
     pub(crate) fn released(&self, range: PageRange) -> Result<()> {
         let bytes = self.region(range.region).byte_offset(range.pages);
@@ -293,6 +319,31 @@ impl GuestMemory {
 
     pub(crate) fn lanes_are_down(&self) -> bool {
         self.lanes_are_down.load(SeqCst)
+    }
+
+    /// A page that has come cannot be made visible for want of memory; it is tried again.
+    pub(crate) fn cannot_show(&self, why: &str) {
+        let mut shortage = self.shortage.lock().unwrap_or_else(PoisonError::into_inner);
+        shortage.get_or_insert_with(|| why.to_owned());
+    }
+
+    /// Why that was so, once for all that has been tried since the last call.
+    pub(crate) fn take_shortage(&self) -> Option<String> {
+        self.shortage.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Up to so many bytes are still to come.
+    pub(crate) fn bytes_missing(&self) -> u64 {
+        let totals = self.counters.totals();
+        let done = totals.data_bytes + totals.zero_bytes + totals.hole_bytes;
+        self.total_bytes().saturating_sub(done)
+    }
+
+    /// The RAM file whose file system has the least room, if what is to come may not fit, and its bytes.
+    pub(crate) fn least_room(&self) -> Option<(&str, u64)> {
+        let files = self.regions.iter().filter_map(|region| region.file.as_ref());
+        let free = files.filter_map(|file| Some((file.name.as_str(), file.free_bytes().ok()??)));
+        free.min_by_key(|&(_, free)| free).filter(|&(_, free)| free < self.bytes_missing())
     }
 
     /// What was landing when the lanes were lost is missing again. No operation of theirs may be left.
@@ -382,6 +433,11 @@ impl GuestMemory {
     pub(crate) fn release_totals(&self) -> (u64, u64) {
         (self.release_bytes.load(SeqCst), self.spare_bytes_max.load(SeqCst))
     }
+}
+
+/// Why pages could not be put in place: perhaps only for want of memory, the guest side's own or its file's.
+fn failed(region: &GuestRegion, error: std::io::Error) -> Error {
+    Error::of_memory(what(region), error)
 }
 
 fn what(region: &GuestRegion) -> String {

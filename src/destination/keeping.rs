@@ -125,6 +125,14 @@ impl Migration<'_> {
         self.keeper.as_ref().map_or(Ok(()), |keeper| keeper.edit(change))
     }
 
+    /// The same where the guest is this side's: it goes on whether that can be written down or not, and what is
+    /// there says less than is so, which the source makes up for.
+    fn keep_if_possible(&self, change: impl FnOnce(&mut DestinationRecord)) {
+        if let Err(error) = self.keep_state(change) {
+            self.output.remark(&format!("{error}; going on"));
+        }
+    }
+
     /// Once the source hears of it, it may give its guest up: this one is kept from now on.
     pub(super) fn keep_loaded(&self, side: &mut GuestSide) -> Result<()> {
         let Mode { postcopy, background } = self.mode;
@@ -136,21 +144,21 @@ impl Migration<'_> {
     }
 
     /// The guest is this side's.
-    pub(super) fn keep_switched(&self, stopped_us: u64) -> Result<()> {
+    pub(super) fn keep_switched(&self, stopped_us: u64) {
         let switched_at = self.times.switched.map(since_boot);
-        self.keep_state(|record| {
+        self.keep_if_possible(|record| {
             record.state = DestinationState::Switched;
             (record.stopped_us, record.switched_at) = (stopped_us, switched_at);
-        })
+        });
     }
 
     /// It runs.
-    pub(super) fn keep_running(&self) -> Result<()> {
+    pub(super) fn keep_running(&self) {
         let running_at = self.times.running.map(since_boot);
-        self.keep_state(|record| {
+        self.keep_if_possible(|record| {
             record.state = DestinationState::Running;
             record.running_at = running_at;
-        })
+        });
     }
 
     /// It has all of its memory. What cannot be written now would be found again.
@@ -159,6 +167,11 @@ impl Migration<'_> {
         let _ = self.keep_state(|record| {
             (record.state, record.totals) = (DestinationState::Complete, totals);
         });
+    }
+
+    /// The source has said goodbye: nobody waits for it any more.
+    pub(super) fn keep_parted(&self) {
+        self.keep_if_possible(|record| record.state = DestinationState::Parted);
     }
 
     /// The source finds this side somewhere else from now on.
@@ -196,12 +209,31 @@ impl Migration<'_> {
         Some(Farewell::new(door, Word::Complete { standing, landing }, keeper))
     }
 
-    /// After a failure: the session stays if its guest does.
-    pub(super) fn keep_what_can_go_on(&self, side: &GuestSide) {
-        let has_guest = side.pid().is_some_and(|pid| began(pid).is_some());
-        if !self.phase.may_run() || !has_guest {
-            self.forget_session();
+    /// After a failure: whether the guest stays, and with it what another process needs to go on. From *loaded* on
+    /// the source may have given its guest up. Then only the source ends this one, or somebody who knows better.
+    pub(super) fn guest_stays(&self, error: &Error, side: &GuestSide) -> bool {
+        let is_there = side.process().is_some() && !side.has_exited() && !self.guest.is_gone();
+        match self.phase {
+            _ if !is_there => false,
+            Phase::Loaded { .. } => {
+                self.keeper.is_some()
+                    && !matches!(error, Error::Peer { .. } | Error::Interrupted(_))
+            }
+            _ => self.phase.may_run() && !side.ends_with_us(),
         }
+    }
+
+    /// Says how to go on with a guest that waits.
+    pub(super) fn explain_staying(&self, error: Error) -> Error {
+        let error = self.explain(error);
+        if let Some(how) = self.how_to_resume() {
+            let loaded = matches!(self.phase, Phase::Loaded { .. });
+            let pages = if loaded { "to run" } else { "for its pages" };
+            self.output.remark(&format!(
+                "the guest's process stays and waits {pages}; {how} goes on with it"
+            ));
+        }
+        error
     }
 }
 

@@ -35,8 +35,23 @@ pub(super) struct Link {
     pub(super) orders: u64,
     pub(super) was_interrupted: bool,
     pub(super) suspicion: Suspicion,
+    /// There was no room for what has come.
+    pub(super) shortage: Option<Shortage>,
+    /// When somebody was told last that pages cannot be made visible for want of memory.
+    pub(super) short_of_tables: Option<Instant>,
     pub(super) recoveries: u32,
     pub(super) disconnected: Duration,
+}
+
+/// There was no room for what had come: no lanes are taken until there may be.
+pub(super) struct Shortage {
+    /// For whoever comes meanwhile; none once lanes are taken again.
+    pub(super) refusal: Option<String>,
+    /// When to look for room next, and how long after that.
+    pub(super) until: Instant,
+    pub(super) pause: Duration,
+    /// Pages that had come by then.
+    pub(super) pages_done: u64,
 }
 
 pub(super) enum State {
@@ -98,6 +113,8 @@ impl Link {
             orders: 0,
             was_interrupted: false,
             suspicion: Suspicion::default(),
+            shortage: None,
+            short_of_tables: None,
             recoveries: 0,
             disconnected: Duration::ZERO,
         }
@@ -158,7 +175,9 @@ impl Link {
             State::Doubtful { until, .. } => Some(*until),
             State::Down { until, .. } => *until,
         };
-        let own = own.into_iter().chain(self.liveness.deadline());
+        let shortage = self.shortage.as_ref().filter(|shortage| shortage.refusal.is_some());
+        let room = shortage.map(|shortage| shortage.until);
+        let own = own.into_iter().chain(room).chain(self.liveness.deadline());
         own.chain(self.door.as_ref().and_then(Door::next_deadline)).min()
     }
 }

@@ -402,6 +402,8 @@ struct Migration<'a> {
     state_loaded: bool,
     all_cached: bool,
     all_released: bool,
+    /// After a failure: the guest's process ends, or has ended.
+    guest_ends: bool,
     commands: Sender<Command>,
     demand: Waker,
     /// Of the last demand lane.
@@ -435,10 +437,17 @@ impl<'a> Migration<'a> {
         let driven =
             self.until_completed(side).map_err(|error| worker::first_cause(self.inbox, error));
         self.progress.phase("ending");
+        let stays = driven.as_ref().err().is_some_and(|error| self.guest_stays(error, side));
+        self.guest_ends = !stays && self.phase.outlives_its_lanes();
         let latencies = self.end(driven.as_ref().err());
         if let Err(error) = driven {
-            self.keep_what_can_go_on(side);
-            return Err(self.explain(error));
+            if !stays {
+                self.forget_session();
+                return Err(self.explain(error));
+            }
+            // Where this fails its process ends, as its side is told by the same socket.
+            let _ = side.keep();
+            return Err(self.explain_staying(error));
         }
         side.release(self.inbox, &self.output)?;
         let farewell = self.part();
@@ -464,8 +473,7 @@ impl<'a> Migration<'a> {
                 Wake::Ready(index) if index >= of_guest => self.link.answer(index - of_guest)?,
                 Wake::Ready(index) => {
                     guest_ended = side.has_ended(index)?;
-                    // A guest that has all of its memory may end before we have heard of it.
-                    if guest_ended && self.guest.pages_missing() > 0 {
+                    if guest_ended && !self.may_have_ended(side) {
                         return Err(self.guest_exited(side));
                     }
                 }
@@ -476,6 +484,12 @@ impl<'a> Migration<'a> {
             self.progress.update();
         }
         Ok(())
+    }
+
+    /// A guest that has all of its memory may shut down before we have heard of it, or its source.
+    fn may_have_ended(&mut self, side: &mut GuestSide) -> bool {
+        let has_all = self.guest.pages_missing() == 0 && !self.guest.is_gone();
+        has_all && side.status().is_some_and(|status| status.success())
     }
 
     fn step(&mut self, input: Input<'_>) -> Result<()> {

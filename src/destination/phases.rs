@@ -28,19 +28,16 @@ impl Migration<'_> {
                     toucher.touch_the_rest();
                 }
                 self.loaded_if_done(side)?;
-                self.complete_if_done()
+                self.complete_if_done(side)
             }
             Note::AllReleased => {
                 self.all_released = true;
-                self.complete_if_done()
+                self.complete_if_done(side)
             }
             Note::BulkEnded => Ok(()),
-            Note::Failed(error @ Error::Lost { .. }) => self.lane_lost(error),
+            Note::Failed(error) if error.ends_lanes() => self.lane_lost(error),
             Note::Failed(error) => Err(error),
-            Note::Quiet => {
-                self.quiet();
-                Ok(())
-            }
+            Note::Quiet => self.quiet(),
             Note::Settled => self.settled(),
             Note::Pause => {
                 self.progress.watch().heard();
@@ -64,7 +61,7 @@ impl Migration<'_> {
             Note::Host(Answer::Prepared(result)) => result,
             Note::Host(Answer::Running(result)) => {
                 result?;
-                self.running()
+                self.running(side)
             }
             Note::Host(_) => Ok(()),
         }
@@ -100,9 +97,11 @@ impl Migration<'_> {
                 self.times.switched = Some(now);
                 self.times.downtime = Duration::from_micros(stopped_us);
                 self.times.stopped = now.checked_sub(self.times.downtime).or(Some(now));
-                self.keep_switched(stopped_us)?;
+                self.keep_switched(stopped_us);
                 self.host.run();
             }
+            // Before the question behind it is answered.
+            Event::Complete(_) => self.keep_parted(),
             Event::Digests(digests) if self.is_checked => self.source_digests = Some(digests),
             Event::Digests(_) => {
                 return Err(Error::protocol("demand lane", "digests that nobody asked for"));
@@ -112,13 +111,13 @@ impl Migration<'_> {
         Ok(())
     }
 
-    pub(super) fn running(&mut self) -> Result<()> {
+    pub(super) fn running(&mut self, side: &mut GuestSide) -> Result<()> {
         let now = Instant::now();
         self.awake = None;
         let since_switchover = self.times.switched.map_or(Duration::ZERO, |at| now - at);
         self.times.running = Some(now);
         self.times.downtime += since_switchover;
-        self.keep_running()?;
+        self.keep_running();
         self.step(Input::GuestRunning)?;
         let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Running { us_since_switchover });
@@ -130,7 +129,7 @@ impl Migration<'_> {
             &format!("the guest runs here; it stood still for {downtime_ms:.1} ms"),
         );
         self.progress.phase("filling");
-        self.complete_if_done()
+        self.complete_if_done(side)
     }
 
     /// Tells the source that the guest could run here. Without postcopy it could only once every
@@ -152,18 +151,39 @@ impl Migration<'_> {
 
     /// The end: every page is cached and the guest runs. It leaves its userfaultfds at once; the
     /// source hears of it and says goodbye.
-    fn complete_if_done(&mut self) -> Result<()> {
+    ///
+    /// Whether there still is a guest is asked before anybody is told that it is complete: pages of one whose process
+    /// is gone count as cached, as nobody misses them.
+    fn complete_if_done(&mut self, side: &mut GuestSide) -> Result<()> {
         let is_done = self.all_cached && self.all_released;
         if !is_done || !matches!(self.phase, Phase::Running { .. }) {
             return Ok(());
         }
         self.guest.unregister_all()?;
+        if self.guest.is_gone() || side.has_exited() {
+            return Err(self.guest_exited(side));
+        }
         self.guest.regions.iter().for_each(GuestRegion::end_move);
+        side.is_complete();
+        self.say_unmapped();
         self.keep_complete();
         self.step(Input::AllCached)?;
         let _ = self.commands.send(Command::Send(self.completion()));
         self.demand.wake();
         Ok(())
+    }
+
+    fn say_unmapped(&self) {
+        let bytes = self.guest.unmapped_bytes();
+        if bytes == 0 {
+            return;
+        }
+        let text = format!(
+            "{} MiB of the guest's memory were unmapped here while it came, as by an unplugged DIMM; what came of \
+             them was thrown away",
+            bytes >> 20
+        );
+        self.output.event("unmapped", json!({ "bytes": bytes }), &text);
     }
 
     /// What is said once everything is here.

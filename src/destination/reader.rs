@@ -80,6 +80,10 @@ pub(crate) struct LaneReader {
     is_verified: bool,
     /// Nothing more is taken from the lane.
     is_unreadable: bool,
+    /// There is no room for what has come: nothing more of the lane is looked at.
+    is_stuck: bool,
+    /// Bytes of the current run that have been copied in when that happened, behind those that have landed.
+    stuck_bytes: usize,
     /// Whoever reads this lane reads the guest's events too.
     may_give: bool,
     /// The current run is a page that has been given.
@@ -164,10 +168,17 @@ impl LaneReader {
             sums: Vec::new(),
             is_verified: false,
             is_unreadable: false,
+            is_stuck: false,
+            stuck_bytes: 0,
             may_give: false,
             is_given: false,
             given: Vec::new(),
         }
+    }
+
+    /// Both sides check what comes.
+    pub(crate) fn is_checked(&self) -> bool {
+        self.receiver.is_checked()
     }
 
     /// No operation of this lane is left, nor a run that has come and is not in place: after an error
@@ -188,7 +199,8 @@ impl LaneReader {
             return Ok(());
         };
         let region = self.guest.region(range.region);
-        let pages = (run.byte_offset >> region.unit_shift) - range.first;
+        let end = run.byte_offset + self.stuck_bytes as u64;
+        let pages = (end >> region.unit_shift) - range.first;
         if !region.is_copied() || pages == 0 {
             return Ok(());
         }
@@ -234,7 +246,8 @@ impl LaneReader {
         mut wake: impl FnMut(PageId),
         mut arrived: impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
-        self.take_ahead(ring, &mut wake, &mut arrived)
+        let begun = self.take_ahead(ring, &mut wake, &mut arrived);
+        self.noticed(begun)
     }
 
     /// Starts the next receive. Called once at the start; [`LaneReader::complete`] calls it then.
@@ -287,11 +300,31 @@ impl LaneReader {
         &mut self,
         ring: &mut Ring,
         completion: Completion,
+        wake: impl FnMut(PageId),
+        arrived: impl FnMut(Arrived) -> Result<()>,
+    ) -> Result<()> {
+        self.in_flight -= 1;
+        if self.is_stuck {
+            return Ok(());
+        }
+        let taken = self.take(ring, completion, wake, arrived);
+        self.noticed(taken)
+    }
+
+    /// What has come and has no room is not there, nor what is behind it.
+    fn noticed<T>(&mut self, result: Result<T>) -> Result<T> {
+        self.is_stuck |= matches!(result, Err(Error::OutOfMemory(_)));
+        result
+    }
+
+    fn take(
+        &mut self,
+        ring: &mut Ring,
+        completion: Completion,
         mut wake: impl FnMut(PageId),
         mut arrived: impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
         let outcome = completion.outcome;
-        self.in_flight -= 1;
         match (completion.token, completion.memory) {
             (TOKEN_CONTROL, Some(Memory::Bytes(bytes))) => {
                 if let Some(Held::Run { next, .. }) = &mut self.held {
@@ -408,12 +441,19 @@ impl LaneReader {
             first: run.byte_offset >> region.unit_shift,
             pages: run.bytes >> region.unit_shift,
         };
-        let done = self.guest.place(range, staging.as_slice(), 0)?;
+        let done = self.place_from(range, staging.as_slice(), 0)?;
         if done == staging.len() {
             return self.placed(staging, wake, arrived);
         }
         self.held = Some(Held::Run { range, staging, done, next: None });
         self.arm_retry(ring)
+    }
+
+    /// Copies in what comes after the first `done` bytes; how much is in place then.
+    fn place_from(&mut self, range: PageRange, bytes: &[u8], mut done: usize) -> Result<usize> {
+        let placed = self.guest.place(range, bytes, &mut done);
+        self.stuck_bytes = if placed.is_err() { done } else { 0 };
+        placed.map(|()| done)
     }
 
     fn placed(
@@ -453,7 +493,7 @@ impl LaneReader {
             }
             Some(Held::Room | Held::Ahead) => self.take_ahead(ring, wake, arrived),
             Some(Held::Run { range, staging, done, next }) => {
-                let done = self.guest.place(range, staging.as_slice(), done)?;
+                let done = self.place_from(range, staging.as_slice(), done)?;
                 if done < staging.len() {
                     self.held = Some(Held::Run { range, staging, done, next });
                     return self.arm_retry(ring);

@@ -31,7 +31,7 @@ use umem_wire::{Fault, FaultCode, Frame, LaneRole, Standing, transmit};
 
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
-use super::link::{Link, State};
+use super::link::{Link, Shortage, State};
 use super::{Migration, Note, millis, peer};
 use crate::error::{Error, Result};
 use crate::lane::{self, CAUSE_PATIENCE, Listener, lane_name};
@@ -44,6 +44,16 @@ use crate::uri::Uri;
 /// does not need either of them any more.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long after a shortage of memory room is looked for; each further one without a page that has come is
+/// twice as long, up to this.
+const ROOM_PAUSE_MIN: Duration = Duration::from_secs(1);
+const ROOM_PAUSE_MAX: Duration = Duration::from_secs(16);
+
+/// Room that is worth another attempt: a huge page, or what is missing.
+const ROOM_BYTES_MIN: u64 = 2 << 20;
+
+/// After so long without one a shortage is news again.
+const SHORTAGE_SILENCE: Duration = Duration::from_secs(10);
 /// Of a source that the guest still belongs to.
 fn silent(what: String) -> Error {
     Error::Lost { side: "source", lane: lane_name(LaneRole::Demand, 0), what }
@@ -60,6 +70,9 @@ impl Migration<'_> {
         }
         if !self.phase.outlives_its_lanes() {
             return Err(error);
+        }
+        if let Error::OutOfMemory(_) = &error {
+            return self.has_no_room(error);
         }
         let Error::Lost { lane, .. } = &error else { return Err(error) };
         let is_demand = *lane == lane_name(LaneRole::Demand, 0);
@@ -92,11 +105,19 @@ impl Migration<'_> {
     /// Looks after new lanes and after what has become due.
     pub(super) fn look_after_link(&mut self) -> Result<()> {
         let now = Instant::now();
+        self.look_for_room(now);
         if let Some(door) = &mut self.link.door {
-            door.set_refusal(match () {
-                () if self.link.is_paused => Some("the migration is paused here; resume it first"),
-                () if !self.phase.outlives_its_lanes() => Some("its lanes are not to be replaced"),
-                () => None,
+            let refused = |why: &'static str| Some((FaultCode::Refused, why.into()));
+            let shortage = self.link.shortage.as_ref().and_then(|s| s.refusal.clone());
+            door.set_refusal(match shortage {
+                _ if self.link.is_paused => {
+                    refused("the migration is paused here; resume it first")
+                }
+                _ if !self.phase.outlives_its_lanes() => {
+                    refused("its lanes are not to be replaced")
+                }
+                Some(why) => Some((FaultCode::OutOfMemory, why.into())),
+                None => None,
             });
             door.forget_late(now);
             if let Some(lanes) = door.whole() {
@@ -202,9 +223,10 @@ impl Migration<'_> {
         let done = counters.pages_done.load(SeqCst);
         let in_vain = self.link.suspicion.lost(why, done, counters, &self.output);
         self.link.is_paused |= in_vain.is_some();
-        let why = in_vain.as_deref().unwrap_or(why);
+        let short = self.link.shortage.as_ref().and_then(|shortage| shortage.refusal.clone());
+        let why = in_vain.or(short).unwrap_or_else(|| why.to_owned());
         let fields = json!({ "reason": why, "pages_missing": pages_missing });
-        self.announce(why, fields);
+        self.announce(&why, fields);
         Ok(())
     }
 
@@ -228,8 +250,77 @@ impl Migration<'_> {
     /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
     /// more. What they have said of their lanes is in the inbox, and must not be taken for news of the
     /// next ones.
-    pub(super) fn quiet(&self) {
+    pub(super) fn quiet(&mut self) -> Result<()> {
+        // The lane that had no room for a page was its own.
+        if let State::Doubtful { error, .. } = &self.link.state {
+            let why = error.to_string();
+            self.break_lanes(&why)?;
+        }
         self.inbox.post().send(Note::Settled);
+        Ok(())
+    }
+
+    /// There is no room for what has come, on one lane or on several of them. It comes again when there is.
+    fn has_no_room(&mut self, error: Error) -> Result<()> {
+        if !matches!(self.link.state, State::Up) {
+            return Ok(());
+        }
+        let pages_done = self.guest.counters.pages_done.load(SeqCst);
+        let last = self.link.shortage.take().filter(|last| last.pages_done == pages_done);
+        let pause = last.map_or(ROOM_PAUSE_MIN, |last| (2 * last.pause).min(ROOM_PAUSE_MAX));
+        let why = self.say_shortage(&error.to_string());
+        let (refusal, until) = (Some(why.clone()), Instant::now() + pause);
+        self.link.shortage = Some(Shortage { refusal, until, pause, pages_done });
+        // The source hears why before it loses its lanes.
+        let error = Error::OutOfMemory(why);
+        self.send(&Frame::Error(error.to_fault()));
+        self.link.state = State::Doubtful { error, until: Instant::now() + CAUSE_PATIENCE };
+        Ok(())
+    }
+
+    /// Says what lacks, how much of it, and what to do.
+    fn say_shortage(&self, what: &str) -> String {
+        let missing = self.guest.bytes_missing();
+        let room = self.guest.least_room();
+        let free = room.map_or_else(String::new, |(ram, free)| {
+            format!(", and the file system of RAM {ram} has room for {} MiB", free >> 20)
+        });
+        let why = format!("{what}; up to {} MiB are still to come{free}", missing >> 20);
+        let fields = json!({
+            "reason": why, "missing_bytes": missing, "free_bytes": room.map(|(_, free)| free),
+        });
+        let text = format!(
+            "{why}: make room at the destination (a tmpfs such as /dev/shm: `mount -o remount,size=…`; huge \
+             pages: `sysctl vm.nr_hugepages=…`; or raise the memory limit); the guest waits for pages that have \
+             no room, and umem goes on by itself when there is some, or at once with `umem control resume`"
+        );
+        self.output.event("short", fields, &text);
+        why
+    }
+
+    /// Lets the source in again when there may be room: where the file systems cannot say so, after a while.
+    fn look_for_room(&mut self, now: Instant) {
+        if let Some(why) = self.guest.take_shortage() {
+            let is_told = self.link.short_of_tables.replace(now);
+            if is_told.is_none_or(|at| now - at > SHORTAGE_SILENCE) {
+                self.say_shortage(&why);
+            }
+        }
+        let Some(shortage) = &mut self.link.shortage else { return };
+        if shortage.refusal.is_none() || shortage.until > now {
+            return;
+        }
+        // Less would be gone at once.
+        let wanted = ROOM_BYTES_MIN.min(self.guest.bytes_missing());
+        match self.guest.least_room() {
+            Some((_, free)) if free < wanted => shortage.until = now + shortage.pause,
+            _ => shortage.refusal = None,
+        }
+    }
+
+    /// By hand: lanes are taken whether there is room or not.
+    fn try_room(&mut self) {
+        self.link.shortage.iter_mut().for_each(|shortage| shortage.refusal = None);
     }
 
     pub(super) fn settled(&mut self) -> Result<()> {
@@ -312,6 +403,7 @@ impl Migration<'_> {
     /// meanwhile by somebody else: there are pages to be served.
     pub(super) fn resume(&mut self, uri: Option<Uri>) -> Result<()> {
         let order = self.link.next_order();
+        self.try_room();
         let Some(uri) = uri else {
             self.link.is_paused = false;
             return Ok(());
@@ -369,6 +461,7 @@ impl Migration<'_> {
     /// By hand: the source may come back here.
     pub(super) fn listen(&mut self, listener: Listener) {
         self.link.next_order();
+        self.try_room();
         let Link { guard, hello, certificate, .. } = &self.link;
         let certificate = certificate.clone();
         let door = Door::of_session(listener, guard.clone(), hello, certificate, &self.output);
@@ -383,6 +476,7 @@ impl Migration<'_> {
             return Ok(());
         }
         self.link.next_order();
+        self.try_room();
         let Link { guard, hello, certificate, .. } = &self.link;
         let certificate = certificate.clone();
         let door = Door::of_connections(sockets, guard.clone(), hello, certificate, &self.output);

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::json;
 
@@ -94,6 +95,28 @@ impl GuestSide {
         Ok(index == 0 || process.handoff.read()?.is_none())
     }
 
+    /// Whether the guest's process has ended, asked now.
+    pub(crate) fn has_exited(&self) -> bool {
+        self.exits_within(Duration::ZERO)
+    }
+
+    /// Whether it has, or does so in time.
+    pub(crate) fn exits_within(&self, patience: Duration) -> bool {
+        let mut fds = [PollFd::new(self.exited(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        poll(&mut fds, patience).is_ok_and(|ready| ready > 0)
+    }
+
+    /// It has all of its memory: its process stays, whatever happens to umem.
+    pub(crate) fn is_complete(&mut self) {
+        self.process_mut().into_iter().for_each(|process| process.monitor.release());
+    }
+
+    /// Its process ends with this one, as it would go on with zeroes.
+    pub(crate) fn ends_with_us(&self) -> bool {
+        self.process().is_some_and(|process| !process.monitor.is_released())
+    }
+
     /// How the guest's process has ended, where it is a child.
     pub(crate) fn status(&mut self) -> Option<ExitStatus> {
         self.process_mut()?.monitor.status().ok().flatten()
@@ -116,7 +139,10 @@ impl GuestSide {
     /// ourselves before it is ours, we still end it.
     pub(crate) fn hold(&mut self) -> Result<()> {
         match self.process_mut() {
-            Some(process) if process.keeps_sessions => process.handoff.keep(),
+            Some(process) if process.keeps_sessions => {
+                process.monitor.survive_panics();
+                process.handoff.keep()
+            }
             _ => Ok(()),
         }
     }

@@ -123,6 +123,7 @@ impl<'a> Migration<'a> {
             state_loaded: false,
             all_cached: false,
             all_released: !guest.has_private(),
+            guest_ends: false,
             commands,
             demand: reach.waker.clone(),
             demand_socket: None,

@@ -115,7 +115,11 @@ struct Guest {
 impl Taken {
     fn run(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
         let is_complete = self.record.state == DestinationState::Complete;
-        match self.find(inbox)? {
+        let found = self.find(inbox)?;
+        if self.record.state == DestinationState::Parted {
+            return self.let_go(found, inbox);
+        }
+        match found {
             Found::Waiting(guest) => self.go_on(options, inbox, *guest),
             Found::Complete | Found::Ended if is_complete => {
                 self.tell_of_completion(options, inbox)
@@ -131,6 +135,20 @@ impl Taken {
             }
             Found::Ended => self.tell_of_the_end(options, inbox),
         }
+    }
+
+    /// Both sides know that the guest has all of its memory; only its own process may have to let go.
+    fn let_go(&self, found: Found, inbox: &Inbox<Note>) -> Result<()> {
+        if let Found::Waiting(mut guest) = found {
+            guest.side.release(inbox, &self.output)?;
+        }
+        self.output.event(
+            "undone",
+            json!({ "session": self.keeper.session() }),
+            "the guest has all of its memory: there is nothing left to do",
+        );
+        self.keeper.remove();
+        Ok(())
     }
 
     /// Looks for the guest, and has everything handed over again.
@@ -226,7 +244,7 @@ impl Taken {
     fn host(&self, entrusted: Option<UnixStream>) -> Box<dyn DestinationHost> {
         let guest = &self.record.guest;
         let runs =
-            matches!(self.record.state, DestinationState::Running | DestinationState::Complete);
+            !matches!(self.record.state, DestinationState::Loaded | DestinationState::Switched);
         if !guest.has_monitor || runs {
             return Box::new(RunsItself);
         }
@@ -346,7 +364,7 @@ impl Taken {
     fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
         const WHAT: &str =
             "the guest's process ended while no umem served it, before all of its memory had come";
-        match self.farewell(options, inbox, Word::Failed(Error::Host(WHAT.into()))) {
+        match self.farewell(options, inbox, Word::Failed(Error::Ended(WHAT.into()))) {
             Ok(true) => {}
             Ok(false) => self.output.remark(
                 "the source did not come to hear that the guest has ended: end its umem, too",
@@ -359,7 +377,7 @@ impl Taken {
             let _ = std::fs::remove_file(path);
         }
         self.keeper.remove();
-        Err(Error::Host(WHAT.into()))
+        Err(Error::Ended(WHAT.into()))
     }
 
     /// Waits for the source, and tells it on its new lanes; false if it does not come.
@@ -455,7 +473,7 @@ impl Migration<'_> {
         self.phase = match record.state {
             DestinationState::Loaded => Phase::Loaded { mode },
             DestinationState::Switched => Phase::Switched { mode, stopped_us },
-            DestinationState::Running | DestinationState::Complete => {
+            DestinationState::Running | DestinationState::Complete | DestinationState::Parted => {
                 Phase::Running { mode, stopped_us }
             }
         };

@@ -15,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use serde::Deserialize;
 use umem_ring::{
@@ -23,7 +24,7 @@ use umem_ring::{
 use umem_wire::{PageRange, RegionId};
 
 use super::Note;
-use super::faults::RETRY_INTERVAL;
+use super::faults::{RETRY_INTERVAL, SHORTAGE_INTERVAL};
 use super::guest::{GuestMemory, GuestRegion};
 use crate::cores::Place;
 use crate::error::{Error, Result};
@@ -314,7 +315,15 @@ impl TouchState {
     /// Makes visible what has landed.
     fn show(&mut self, ring: &mut Ring) -> Result<()> {
         while let Some((range, kind)) = self.hidden.pop_front() {
-            let done = self.guest.show_private(range, kind)?;
+            let done = match self.guest.show_private(range, kind) {
+                // What has been shown of it is found to be so the next time.
+                Err(Error::OutOfMemory(why)) => {
+                    self.guest.cannot_show(&why);
+                    self.hidden.push_front((range, kind));
+                    return self.arm_retry(ring, SHORTAGE_INTERVAL);
+                }
+                shown => shown?,
+            };
             let shown = PageRange { pages: done, ..range };
             if done > 0 && kind == RunKind::Data {
                 self.push_ready(shown);
@@ -326,7 +335,7 @@ impl TouchState {
                 let rest =
                     PageRange { first: range.first + done, pages: range.pages - done, ..range };
                 self.hidden.push_front((rest, kind));
-                return self.arm_retry(ring);
+                return self.arm_retry(ring, RETRY_INTERVAL);
             }
         }
         Ok(())
@@ -440,6 +449,12 @@ impl TouchState {
                 Error::Preload(format!("the answer to a touch request is not understood: {text}"))
             };
             match serde_json::from_slice(&line).map_err(|_| strange())? {
+                // A part of it is not mapped any more: nobody misses it.
+                Answer::Failed { .. } if self.guest.unmapped_bytes() > 0 => {
+                    let asked = self.asked.pop_front().ok_or_else(strange)?;
+                    self.asked_bytes -= asked.len;
+                    self.touched.push_back(asked.range);
+                }
                 Answer::Failed { error, text } => {
                     return Err(Error::Preload(format!(
                         "the guest side could not touch its pages: {text} ({error})"
@@ -483,10 +498,10 @@ impl TouchState {
         }
     }
 
-    fn arm_retry(&mut self, ring: &mut Ring) -> Result<()> {
+    fn arm_retry(&mut self, ring: &mut Ring, interval: Duration) -> Result<()> {
         if !self.retry_armed {
             self.retry_armed = true;
-            ring.submit(Op::timeout(RETRY_INTERVAL), TOKEN_RETRY)
+            ring.submit(Op::timeout(interval), TOKEN_RETRY)
                 .map_err(|rejected| Error::Ring(rejected.error))?;
         }
         Ok(())

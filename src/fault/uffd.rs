@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use umem_ring::Span;
 
@@ -15,14 +16,21 @@ use super::open::{self, Faults};
 /// Bytes of one event as read from the descriptor.
 pub(crate) const MESSAGE_BYTES: usize = 32;
 
+const SMALL_PAGE: u64 = 4096;
+
+/// What is unregistered piece by piece where it cannot be as one.
+const STEP_BYTES: u64 = 2 << 20;
+
 /// What the kernel reports on a userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     /// A thread of the guest waits at this address (guest side's address space).
     /// `thread` is its number, or 0 where the userfaultfd was not told to report that.
     PageFault { address: u64, thread: u32 },
-    /// The guest side discarded a range (balloon, MADV_DONTNEED, MADV_REMOVE), or unmapped it.
+    /// The guest side discarded a range (balloon, MADV_DONTNEED, MADV_REMOVE).
     Remove { start: u64, end: u64 },
+    /// It unmapped one: what was to come there is of no use any more.
+    Unmap { start: u64, end: u64 },
     /// The guest side forked: the child has memory that nobody would fill.
     Fork,
     /// The guest side moved a mapping: pages would be put where the guest no longer has them.
@@ -46,7 +54,8 @@ impl Event {
                 let thread = bytes[24..28].try_into().expect("4 bytes");
                 Event::PageFault { address: word(16), thread: u32::from_ne_bytes(thread) }
             }
-            EVENT_REMOVE | EVENT_UNMAP => Event::Remove { start: word(8), end: word(16) },
+            EVENT_REMOVE => Event::Remove { start: word(8), end: word(16) },
+            EVENT_UNMAP => Event::Unmap { start: word(8), end: word(16) },
             EVENT_FORK => Event::Fork,
             EVENT_REMAP => Event::Remap,
             kind => Event::Other { kind },
@@ -119,11 +128,16 @@ pub(crate) enum Stop {
 
 /// A userfaultfd that belongs to the guest's address space. Addresses are the guest side's.
 #[derive(Clone)]
-pub(crate) struct Uffd(Arc<OwnedFd>);
+pub(crate) struct Uffd {
+    descriptor: Arc<OwnedFd>,
+    /// The kernel has said that the address space is gone. Nothing can be put in place then, nor is anything
+    /// missed; who counts pages as there asks before that is told to anybody.
+    is_gone: Arc<AtomicBool>,
+}
 
 impl Uffd {
     pub(crate) fn new(descriptor: OwnedFd) -> Uffd {
-        Uffd(Arc::new(descriptor))
+        Uffd { descriptor: Arc::new(descriptor), is_gone: Arc::default() }
     }
 
     /// A userfaultfd for memory of this process. It catches faults of user mode only, which any
@@ -148,28 +162,28 @@ impl Uffd {
     fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         let mut register = Register { range: Range { start, len }, mode, ioctls: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
-        unsafe { ioctl_register(self.0.as_raw_fd(), &mut register) }?;
+        unsafe { ioctl_register(self.descriptor.as_raw_fd(), &mut register) }?;
         Ok(())
     }
 
     pub(crate) fn descriptor(&self) -> Arc<OwnedFd> {
-        self.0.clone()
+        self.descriptor.clone()
     }
 
     /// Maps the page-cache pages of a file at `start..start + len` into the guest.
     pub(crate) fn map(&self, start: u64, len: u64) -> io::Result<Placed> {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
-        let result = unsafe { ioctl_continue(self.0.as_raw_fd(), &mut operation) };
-        placed(result, operation.done, len)
+        let result = unsafe { ioctl_continue(self.descriptor.as_raw_fd(), &mut operation) };
+        self.placed(result, operation.done, len)
     }
 
     /// Puts zeroes at `start..start + len`: of private memory without allocating it.
     pub(crate) fn zero(&self, start: u64, len: u64) -> io::Result<Placed> {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: as in map.
-        let result = unsafe { ioctl_zeropage(self.0.as_raw_fd(), &mut operation) };
-        placed(result, operation.done, len)
+        let result = unsafe { ioctl_zeropage(self.descriptor.as_raw_fd(), &mut operation) };
+        self.placed(result, operation.done, len)
     }
 
     /// Copies our bytes to fresh private pages of the guest at `start`; both are whole pages.
@@ -178,13 +192,13 @@ impl Uffd {
         let from = bytes.as_ptr().expose_provenance() as u64;
         let mut operation = CopyOperation { to: start, from, len, mode: 0, done: 0 };
         // SAFETY: the kernel reads our bytes, which are borrowed for the call, and checks the range.
-        let result = unsafe { ioctl_copy(self.0.as_raw_fd(), &mut operation) };
-        placed(result, operation.done, len)
+        let result = unsafe { ioctl_copy(self.descriptor.as_raw_fd(), &mut operation) };
+        self.placed(result, operation.done, len)
     }
 
     /// Takes events that are pending, as many as fit; 0 bytes when there are none. Needs O_NONBLOCK.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match nix::unistd::read(&*self.0, buffer) {
+        match nix::unistd::read(&*self.descriptor, buffer) {
             Ok(count) => Ok(count),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(0),
             Err(errno) => Err(errno.into()),
@@ -194,7 +208,8 @@ impl Uffd {
     /// The same, into memory that others may see.
     pub(crate) fn read_into(&self, span: &Span) -> io::Result<usize> {
         // SAFETY: the span is mapped and so long, and no reference to it exists.
-        let count = unsafe { libc::read(self.0.as_raw_fd(), span.as_ptr().cast(), span.len()) };
+        let count =
+            unsafe { libc::read(self.descriptor.as_raw_fd(), span.as_ptr().cast(), span.len()) };
         match usize::try_from(count) {
             Ok(count) => Ok(count),
             Err(_) => match io::Error::last_os_error() {
@@ -215,8 +230,8 @@ impl Uffd {
     /// for that, and a userfaultfd that waits cannot be polled.
     pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
         use nix::fcntl::{FcntlArg, OFlag, fcntl};
-        let flags = OFlag::from_bits_truncate(fcntl(&*self.0, FcntlArg::F_GETFL)?);
-        fcntl(&*self.0, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let flags = OFlag::from_bits_truncate(fcntl(&*self.descriptor, FcntlArg::F_GETFL)?);
+        fcntl(&*self.descriptor, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         Ok(())
     }
 
@@ -224,41 +239,68 @@ impl Uffd {
     pub(crate) fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = Range { start, len };
         // SAFETY: as in mark_cached.
-        unsafe { ioctl_wake(self.0.as_raw_fd(), &mut range) }?;
+        unsafe { ioctl_wake(self.descriptor.as_raw_fd(), &mut range) }?;
         Ok(())
     }
 
     /// Takes the range out of the userfaultfd for good and wakes its waiters. Calling it again for
-    /// a part of the same range does nothing.
+    /// a part of the same range does nothing, nor does it where the range is not mapped any more.
     pub(crate) fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = Range { start, len };
         // SAFETY: as in mark_cached.
-        match unsafe { ioctl_unregister(self.0.as_raw_fd(), &mut range) } {
-            // The guest's process is gone, and its mappings with it.
-            Err(nix::Error::ENOMEM | nix::Error::ESRCH) => Ok(()),
-            result => Ok(result.map(drop)?),
+        match unsafe { ioctl_unregister(self.descriptor.as_raw_fd(), &mut range) } {
+            Ok(_) => Ok(()),
+            Err(nix::Error::ESRCH) => {
+                self.is_gone.store(true, SeqCst);
+                Ok(())
+            }
+            // The guest's process is gone, and its mappings with it; or the kernel has no memory to split one.
+            Err(nix::Error::ENOMEM) => {
+                // Which of the two this says, whatever else.
+                let _ = self.map(start, SMALL_PAGE);
+                if self.is_gone() { Ok(()) } else { Err(nix::Error::ENOMEM.into()) }
+            }
+            // Nothing is mapped there, or in a part of it something that no userfaultfd takes.
+            Err(nix::Error::EINVAL) => {
+                let half = (len / 2).next_multiple_of(STEP_BYTES);
+                if half >= len {
+                    return Ok(());
+                }
+                self.unregister(start, half)?;
+                self.unregister(start + half, len - half)
+            }
+            Err(errno) => Err(errno.into()),
         }
     }
-}
 
-fn placed(result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
-    let stop = match result {
-        Ok(_) => return Ok(Placed { bytes: len, stop: None }),
-        // Some of it is done; what ended it shows at the next attempt.
-        Err(nix::Error::EAGAIN) if done > 0 => {
-            return Ok(Placed { bytes: done.unsigned_abs(), stop: None });
-        }
-        // The address space is being changed; the change's event is waiting to be read.
-        Err(nix::Error::EAGAIN) => Stop::Again,
-        // Somebody else placed it, e.g. two threads that finished at the same time.
-        Err(nix::Error::EEXIST) => Stop::Already,
-        Err(nix::Error::EFAULT) => Stop::NotPresent,
-        // No registered mapping at the address: its block has been unregistered already; or no
-        // address space.
-        Err(nix::Error::ENOENT | nix::Error::ESRCH) => Stop::Gone,
-        Err(errno) => return Err(errno.into()),
-    };
-    Ok(Placed { bytes: 0, stop: Some(stop) })
+    /// Whether the guest's address space has been found gone by any call so far.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.is_gone.load(SeqCst)
+    }
+
+    fn placed(&self, result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
+        let stop = match result {
+            Ok(_) => return Ok(Placed { bytes: len, stop: None }),
+            // Some of it is done; what ended it shows at the next attempt.
+            Err(nix::Error::EAGAIN) if done > 0 => {
+                return Ok(Placed { bytes: done.unsigned_abs(), stop: None });
+            }
+            // The address space is being changed; the change's event is waiting to be read.
+            Err(nix::Error::EAGAIN) => Stop::Again,
+            // Somebody else placed it, e.g. two threads that finished at the same time.
+            Err(nix::Error::EEXIST) => Stop::Already,
+            Err(nix::Error::EFAULT) => Stop::NotPresent,
+            // No registered mapping at the address: its block has been unregistered already.
+            Err(nix::Error::ENOENT) => Stop::Gone,
+            // No address space.
+            Err(nix::Error::ESRCH) => {
+                self.is_gone.store(true, SeqCst);
+                Stop::Gone
+            }
+            Err(errno) => return Err(errno.into()),
+        };
+        Ok(Placed { bytes: 0, stop: Some(stop) })
+    }
 }
 
 /// Userfaultfd-related state of the mappings of a process, from `/proc/PID/smaps`: true when any
@@ -296,10 +338,48 @@ mod tests {
         bytes[16..24].copy_from_slice(&0x3000u64.to_ne_bytes());
         assert_eq!(Event::decode(&bytes), Event::Remove { start: 0x1000, end: 0x3000 });
         bytes[0] = EVENT_UNMAP;
-        assert_eq!(Event::decode(&bytes), Event::Remove { start: 0x1000, end: 0x3000 });
+        assert_eq!(Event::decode(&bytes), Event::Unmap { start: 0x1000, end: 0x3000 });
         bytes[0] = EVENT_FORK;
         assert_eq!(Event::decode(&bytes), Event::Fork);
         bytes[0] = 0x77;
         assert_eq!(Event::decode(&bytes), Event::Other { kind: 0x77 });
+    }
+
+    /// As a monitor does with a DIMM that is unplugged.
+    #[test]
+    fn what_is_not_mapped_any_more_is_left_alone() {
+        use std::num::NonZeroUsize;
+
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+        const BYTES: u64 = 4 * STEP_BYTES;
+        let len = NonZeroUsize::new(BYTES as usize).unwrap();
+        let step = NonZeroUsize::new(STEP_BYTES as usize).unwrap();
+        let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(BYTES).unwrap();
+        let uffd = Uffd::for_this_process().unwrap();
+        // SAFETY: a fresh mapping at an address of the kernel's choice, which nothing refers to.
+        let start =
+            unsafe { mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0) };
+        let start = start.unwrap();
+        let address = start.as_ptr().expose_provenance() as u64;
+        uffd.register_shared(address, BYTES).unwrap();
+        // Something that no userfaultfd takes lies in the midst of it now.
+        let other = File::open("/proc/self/exe").unwrap();
+        let at = NonZeroUsize::new(address as usize + STEP_BYTES as usize).unwrap();
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        // SAFETY: it replaces a part of our own mapping.
+        unsafe { mmap(Some(at), step, ProtFlags::PROT_READ, flags, &other, 0) }.unwrap();
+        uffd.unregister(address, BYTES).unwrap();
+        // What is still there of it is registered no more: this does not wait.
+        for at in [0, 2 * STEP_BYTES, BYTES - 4096] {
+            // SAFETY: mapped, and its file is long enough.
+            let byte = unsafe { start.as_ptr().cast::<u8>().add(at as usize).read_volatile() };
+            assert_eq!(byte, 0);
+        }
+        // SAFETY: our own mappings, which nothing refers to.
+        unsafe { munmap(start, len.get()) }.unwrap();
+        uffd.unregister(address, BYTES).unwrap();
+        assert!(!uffd.is_gone(), "this process is there");
     }
 }

@@ -75,6 +75,8 @@ pub(crate) struct Monitor {
     owner: Option<ProcessHandle>,
     created: Vec<PathBuf>,
     released: bool,
+    /// It waits for a umem that takes over should this one panic: nobody has decided that it is to end then.
+    survives_panics: bool,
 }
 
 /// The sockets that a started monitor talks to us on.
@@ -156,7 +158,16 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     let pid = child.id();
     let handle = ProcessHandle::open(pid)?;
     let child = Some(child);
-    let monitor = Monitor { pid, child, handle, terminal, owner: None, created, released: false };
+    let monitor = Monitor {
+        pid,
+        child,
+        handle,
+        terminal,
+        owner: None,
+        created,
+        released: false,
+        survives_panics: false,
+    };
     Ok((monitor, Sockets { handoff, qmp }))
 }
 
@@ -226,6 +237,7 @@ impl Monitor {
             owner: None,
             created: Vec::new(),
             released: true,
+            survives_panics: false,
         })
     }
 
@@ -240,7 +252,16 @@ impl Monitor {
     ) -> Result<Monitor> {
         let handle = ProcessHandle::open(pid)?;
         let owner = owner.map(ProcessHandle::open).transpose()?;
-        Ok(Monitor { pid, child: None, handle, terminal: None, owner, created, released })
+        Ok(Monitor {
+            pid,
+            child: None,
+            handle,
+            terminal: None,
+            owner,
+            created,
+            released,
+            survives_panics: released,
+        })
     }
 
     /// RAM files that umem has made for it.
@@ -298,6 +319,15 @@ impl Monitor {
         }
     }
 
+    pub(crate) fn is_released(&self) -> bool {
+        self.released
+    }
+
+    /// Its side has been told to wait for whoever takes over, and there is a record for that one.
+    pub(crate) fn survive_panics(&mut self) {
+        self.survives_panics = true;
+    }
+
     /// Waits until the process ends, which must be a child; its exit status.
     pub(crate) fn wait(&mut self) -> Result<Option<ExitStatus>> {
         let wait = |child: &mut Child| child.wait().context(|| "waiting for the guest's monitor");
@@ -313,7 +343,7 @@ impl Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        if self.released {
+        if self.released || (self.survives_panics && std::thread::panicking()) {
             return;
         }
         // Its vCPUs have never run here, or would read zeroes from now on: there is nothing to shut
@@ -342,5 +372,50 @@ fn make_private(path: &Path) -> bool {
 fn remove(files: &[PathBuf]) {
     for path in files {
         let _ = std::fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    fn monitor(survives_panics: bool) -> Monitor {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id();
+        let handle = ProcessHandle::open(pid).unwrap();
+        let created = Vec::new();
+        let child = Some(child);
+        let (terminal, owner, released) = (None, None, false);
+        Monitor { pid, child, handle, terminal, owner, created, released, survives_panics }
+    }
+
+    /// A guest that somebody can take over is not ended by a panic, which nobody has decided.
+    #[test]
+    fn a_panic_ends_no_guest_that_waits_for_another_umem() {
+        for survives in [true, false] {
+            let mut monitor = monitor(false);
+            if survives {
+                monitor.survive_panics();
+            }
+            let (pid, handle) = (monitor.pid(), ProcessHandle::open(monitor.pid()).unwrap());
+            let panicked = catch_unwind(AssertUnwindSafe(move || {
+                let _monitor = monitor;
+                panic!("on purpose");
+            }));
+            assert!(panicked.is_err());
+            assert_eq!(began(pid).is_some(), survives, "{pid}");
+            handle.kill();
+        }
+    }
+
+    /// A decision to give up does.
+    #[test]
+    fn a_guest_that_nobody_has_released_ends_with_its_umem() {
+        let monitor = monitor(true);
+        let pid = monitor.pid();
+        drop(monitor);
+        assert_eq!(began(pid), None);
     }
 }

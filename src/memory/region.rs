@@ -470,7 +470,9 @@ impl RamFile {
             signed(offset),
             signed(1 << self.page_shift),
         )
-        .context(|| format!("allocating a page of RAM {}", self.name))
+        .map_err(|errno| {
+            Error::of_memory(format!("allocating a page of RAM {}", self.name), errno.into())
+        })
     }
 
     /// Gives memory back: the range reads as zeroes then.

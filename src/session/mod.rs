@@ -161,7 +161,8 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
     pub(crate) fn edit(&self, change: impl FnOnce(&mut R)) -> Result<()> {
         let mut kept = self.kept();
         change(&mut kept.record);
-        kept.write()
+        // What has ended is not written again.
+        if kept.is_removed { Ok(()) } else { kept.write() }
     }
 
     /// The migration has ended: nobody has to take over any more.

@@ -57,6 +57,8 @@ pub(crate) enum SourceState {
     Stopped,
     /// A switchover may have left: the guest may run at the destination, and never again here.
     Committed,
+    /// The destination has said that it has everything: nobody needs what is here.
+    Completed,
 }
 
 /// What umem has changed in the source's monitor.
@@ -133,6 +135,8 @@ pub(crate) enum DestinationState {
     Running,
     /// It has all of its memory. Its side may have to hear of it, and the source has to.
     Complete,
+    /// The source has said goodbye: nobody but its side may have to hear of it.
+    Parted,
 }
 
 /// What has come in all.

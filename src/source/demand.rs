@@ -69,6 +69,8 @@ pub(crate) enum Command {
     State(Vec<u8>),
     /// Send a ping of this number, whose pong is expected.
     Ping(u64),
+    /// Send these bytes, whole frames, and a ping of this number behind them at once.
+    SendAndPing(Vec<u8>, u64),
     /// There are no bulk lanes: send the background from here.
     Background,
     /// End, once what was to be sent has been.
@@ -219,6 +221,11 @@ impl DemandThread {
                     self.leaving = Leaving::Waits;
                 }
                 Command::Ping(number) => {
+                    self.hearing.asks(number);
+                    transmit::encode(&Frame::Ping(number), &mut self.outbox);
+                }
+                Command::SendAndPing(bytes, number) => {
+                    self.outbox.extend_from_slice(&bytes);
                     self.hearing.asks(number);
                     transmit::encode(&Frame::Ping(number), &mut self.outbox);
                 }

@@ -4,11 +4,13 @@
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use umem_ring::Waker;
 use umem_wire::source::Phase;
-use umem_wire::{Frame, PageSize, Totals};
+use umem_wire::{FaultCode, Frame, PageSize, Totals, transmit};
 
 use super::demand::Command;
+use super::parting::{Caller, GOODBYE_PING, is_nobody};
 use super::{Migration, Note, digest};
 use crate::error::{Error, Result};
 use crate::host::thread::Answer;
@@ -25,6 +27,14 @@ const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 
 const WAITS_FOR_MONITOR: &str = "the guest is to go on here, and its monitor has not answered yet whether it does; \
     another interrupt ends the waiting, and leaves the guest as it is";
+/// How long the destination may take to answer the goodbye. Nobody depends on that.
+const GOODBYE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long the goodbye is tried again: who resumes a destination that was killed is there by then.
+const GOODBYE_AGAIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a destination is tried that may have loaded the guest.
+const TELL_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Migration {
     /// The destination has everything: says goodbye, after it is known what everything comes to where that
@@ -33,12 +43,78 @@ impl Migration {
         if self.digesting.is_done() {
             // Before it is said that the destination has what was here.
             self.memory.check_files(self.digesting.are_compared())?;
-            self.send(&Frame::Complete(self.memory.counters.totals()));
+            self.say_goodbye();
             return Ok(());
         }
         self.end_release();
         self.progress.phase("comparing");
         digest::begin(self.memory.clone(), self.inbox.post())
+    }
+
+    /// Written down before it is said: whoever takes over then knows that nobody needs what is here, whether the
+    /// destination has heard the goodbye or not.
+    fn say_goodbye(&mut self) {
+        let goodbye = Frame::Complete(self.memory.counters.totals());
+        if self.link.keeper.is_none() {
+            return self.send(&goodbye);
+        }
+        self.keep_completed();
+        let mut bytes = Vec::new();
+        transmit::encode(&goodbye, &mut bytes);
+        self.command(Command::SendAndPing(bytes, GOODBYE_PING));
+        self.link.parting = Some(Instant::now() + GOODBYE_PATIENCE);
+    }
+
+    /// The lanes are lost: whether the goodbye has come is not known.
+    pub(super) fn parting_is_lost(&mut self) {
+        self.link.is_unheard |= self.link.parting.take().is_some();
+    }
+
+    /// Says goodbye again where it was lost: a destination that was killed over it, and one that cannot be reached
+    /// at this moment, would wait for it.
+    pub(super) fn part(&mut self) {
+        if !self.link.is_unheard {
+            return;
+        }
+        let Some(uri) = self.link.uri.clone() else { return };
+        let (session, pass) = (self.link.session, self.link.pass.clone());
+        let landing = self.memory.landing().clone();
+        let Migration { inbox, link, .. } = self;
+        let caller = Caller { uri: &uri, session, pass: &pass, inbox };
+        if let Err(error) =
+            caller.goodbye(&landing, &mut || link.next_epoch(), GOODBYE_AGAIN_PATIENCE)
+        {
+            tracing::debug!("the goodbye was not said again: {error}");
+        }
+    }
+
+    /// Before the commit: the guest goes on here, and a destination that may have loaded it is told so if its lanes
+    /// were lost. It would keep its guest for the case.
+    fn tell_that_it_stays(&mut self, error: &Error) {
+        let may_be_loaded = matches!(self.phase, Phase::Loading { .. } | Phase::Loaded { .. });
+        let Some(uri) = self.link.uri.clone() else { return };
+        if !may_be_loaded || !self.link.recovers() || !matches!(error, Error::Lost { .. }) {
+            return;
+        }
+        let text = format!("the guest goes on here; telling {uri}, where it may have been loaded");
+        self.output.event("telling", json!({ "uri": uri.to_string() }), &text);
+        let (session, pass) = (self.link.session, self.link.pass.clone());
+        let Migration { inbox, link, .. } = self;
+        let caller = Caller { uri: &uri, session, pass: &pass, inbox };
+        let why = Error::Interrupted(
+            "the guest goes on at the source, which had lost the connection".into(),
+        );
+        let told = caller.gave_up(&why, &mut || link.next_epoch(), TELL_PATIENCE);
+        // Where nobody listens nobody waits either.
+        if let Err(error) = told
+            && !is_nobody(&error)
+        {
+            let text = format!(
+                "the destination at {uri} was not told ({error}); if a umem waits there, interrupt it twice"
+            );
+            let fields = json!({ "uri": uri.to_string(), "reason": error.to_string() });
+            self.output.event("untold", fields, &text);
+        }
     }
 
     /// It is known now. That it cannot be changes nothing for the guest, which has moved, unless it is for the
@@ -78,12 +154,12 @@ impl Migration {
     }
 
     /// After a failure: resumes the guest where that is still right, and says how things stand.
-    pub(super) fn give_up(self, error: Error) -> Error {
+    pub(super) fn give_up(mut self, error: Error) -> Error {
         if !self.phase.may_run() && !self.link.is_not_given_away {
             let is_served = matches!(self.phase, Phase::Completed(_))
                 && matches!(error, Error::RamFailed { .. });
-            if matches!(error, Error::Peer { .. }) || is_served {
-                // The destination has ended it, or has every page: nothing could go on.
+            if matches!(error, Error::Peer { code: FaultCode::Ended, .. }) || is_served {
+                // Its guest has ended, or has every page: nothing could go on.
                 self.forget_session();
             }
             return match error {
@@ -121,6 +197,7 @@ impl Migration {
             match self.inbox.wait(&[], left) {
                 Ok(Wake::Message(Note::Host(Answer::Resumed(Ok(()))))) => {
                     self.forget_session();
+                    self.tell_that_it_stays(&error);
                     return error;
                 }
                 Ok(Wake::Message(Note::Host(Answer::Resumed(Err(resume))))) => {

@@ -43,6 +43,12 @@ pub(super) struct Link {
     pub(super) accounted: u64,
     /// It has said that the guest runs there.
     pub(super) heard_running: bool,
+    /// It has no room for pages, and that has been told.
+    pub(super) is_short: bool,
+    /// The goodbye has been said, and until then the destination may say that it has come.
+    pub(super) parting: Option<Instant>,
+    /// The lanes were lost before it said so.
+    pub(super) is_unheard: bool,
     /// Since when nobody answers, and whether that has been remarked on.
     pub(super) unanswered: Option<(Instant, bool)>,
     pub(super) recoveries: u32,
@@ -72,6 +78,9 @@ impl Link {
             suspicion: Suspicion::default(),
             accounted: 0,
             heard_running: false,
+            is_short: false,
+            parting: None,
+            is_unheard: false,
             unanswered: None,
             recoveries: 0,
             disconnected: Duration::ZERO,
@@ -104,11 +113,13 @@ impl Link {
         self.epoch = next
             .ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))?;
         let (epoch, uri) = (self.epoch, self.uri.as_ref().map(Uri::to_string));
+        // Where it cannot be written, as its file system is full, a process that takes over may be refused until
+        // its own numbers are higher.
         if let Some(keeper) = &self.keeper {
-            keeper.edit(|record| {
+            let _ = keeper.edit(|record| {
                 record.epoch = epoch;
                 record.uri = uri.unwrap_or_else(|| record.uri.clone());
-            })?;
+            });
         }
         Ok(epoch)
     }
@@ -148,7 +159,7 @@ impl Link {
     /// When `Migration::look_after_link` has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let doubt = self.doubt.as_ref().map(|&(_, until)| until);
-        doubt.into_iter().chain(self.liveness.deadline()).min()
+        doubt.into_iter().chain(self.parting).chain(self.liveness.deadline()).min()
     }
 
     /// From *ready* on, and each time there are lanes again. Once the guest is not ours any more only where its

@@ -15,6 +15,7 @@ mod link;
 pub(crate) mod memory;
 mod outlet;
 mod pace;
+mod parting;
 mod phases;
 mod recovery;
 mod release;
@@ -450,12 +451,13 @@ impl Migration {
         match driven {
             Ok(totals) => {
                 self.wait_put_back();
-                self.forget_session();
+                self.part();
                 let release_bytes = self.release_rest().unwrap_or_else(|error| {
                     let what = format!("the guest has moved, but its RAM here stays: {error}");
                     self.output.remark(&what);
                     0
                 });
+                self.forget_session();
                 Ok(Completed { release_bytes, ..self.report(totals) })
             }
             Err(error) => Err(self.give_up(error)),
@@ -464,9 +466,10 @@ impl Migration {
 
     fn until_completed(&mut self) -> Result<Totals> {
         loop {
-            if let (Phase::Completed(totals), true) = (&self.phase, self.digesting.is_done()) {
-                let totals = *totals;
-                return Ok(totals);
+            if let (Phase::Completed(totals), true, None) =
+                (&self.phase, self.digesting.is_done(), self.link.parting)
+            {
+                return Ok(*totals);
             }
             let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
             let interval = self.progress.interval();

@@ -10,6 +10,7 @@ use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, Frame, transmit};
 
 use super::demand::Command;
+use super::parting::GOODBYE_PING;
 use super::{Migration, peer};
 use crate::error::{Error, Result};
 use crate::host::thread::Answer;
@@ -19,7 +20,7 @@ use crate::session::Keeper;
 impl Migration {
     pub(super) fn received(&mut self, event: Event) -> Result<()> {
         if let Event::Error(fault) = event {
-            return Err(peer(fault));
+            return self.peer_failed(peer(fault));
         }
         self.step(Input::Received(&event))?;
         match event {
@@ -34,6 +35,7 @@ impl Migration {
             }
             Event::Loaded => self.prepare_to_commit()?,
             Event::Running { .. } => self.running(Instant::now())?,
+            Event::Pong(GOODBYE_PING) => self.link.parting = None,
             Event::Pong(number) => self.link.liveness.answered(number, Instant::now()),
             Event::Digests(digests) if self.memory.is_checked => self.digesting.heard(digests),
             Event::Digests(_) => {
@@ -215,6 +217,10 @@ impl Migration {
     pub(super) fn interrupted(&mut self) -> Result<()> {
         if self.phase.may_run() {
             return Err(Error::Interrupted("the guest goes on here".into()));
+        }
+        // Everything has been said.
+        if self.link.parting.take().is_some() {
+            return Ok(());
         }
         if !self.background && matches!(self.phase, Phase::Serving) {
             self.background = true;

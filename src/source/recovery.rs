@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use umem_wire::source::{Input, Phase};
-use umem_wire::{Event, LaneRole};
+use umem_wire::{Event, FaultCode, LaneRole};
 
 use super::demand::Command;
 use super::link::Link;
@@ -33,6 +33,7 @@ impl Migration {
     pub(super) fn lane_lost(&mut self, error: Error) -> Result<()> {
         if matches!(self.phase, Phase::Completed(_)) {
             // The destination has everything, and does without a goodbye.
+            self.parting_is_lost();
             return Ok(());
         }
         if !self.link.recovers || self.phase.may_run() {
@@ -46,9 +47,41 @@ impl Migration {
         Ok(())
     }
 
+    /// The destination has given up. After the switchover that is the end only if its guest has ended: otherwise
+    /// it, or a process that takes over from it, may still need what is here.
+    pub(super) fn peer_failed(&mut self, error: Error) -> Result<()> {
+        let Error::Peer { code, text, .. } = &error else { return Err(error) };
+        let can_go_on = self.link.recovers && !self.phase.may_run();
+        match code {
+            FaultCode::Ended => Err(error),
+            _ if !can_go_on => Err(error),
+            // Of lanes that are being taken down, or with nothing left to do.
+            _ if !self.link.is_up || matches!(self.phase, Phase::Completed(_)) => Ok(()),
+            FaultCode::OutOfMemory => {
+                let text = text.clone();
+                self.tell_shortage(&text);
+                self.recover(&format!("the destination pauses: {text}"))
+            }
+            _ => self.recover(&error.to_string()),
+        }
+    }
+
+    /// Says, once each time, that the destination has no room for the guest's pages.
+    pub(super) fn tell_shortage(&mut self, text: &str) {
+        if std::mem::replace(&mut self.link.is_short, true) {
+            return;
+        }
+        let sentence = format!(
+            "the destination has no room for the guest's pages: {text}; make room there: this side keeps the \
+             guest's memory and goes on by itself when there is some"
+        );
+        self.output.event("short", json!({ "reason": text }), &sentence);
+    }
+
     /// Acts on a bulk lane's loss of which the demand lane has said nothing, and on a destination that says
     /// nothing at all.
     pub(super) fn look_after_link(&mut self) -> Result<()> {
+        self.link.parting.take_if(|until| *until <= Instant::now());
         match self.link.liveness.due(Instant::now()) {
             Due::Nothing => {}
             Due::Ask(number) => self.command(Command::Ping(number)),
@@ -123,6 +156,7 @@ impl Migration {
         self.take_down()?;
         if matches!(self.phase, Phase::Completed(_)) {
             // The destination knows that it has everything; it does without a goodbye.
+            self.parting_is_lost();
             return Ok(());
         }
         let counters = &self.memory.counters;
@@ -253,6 +287,7 @@ impl Migration {
         self.digest_as(&lane);
         self.start_demand(lane, receiver)?;
         self.link.is_up = true;
+        self.link.is_short = false;
         self.link.watch_over(false);
         let disconnected_ms = since.elapsed().as_secs_f64() * 1e3;
         self.progress.phase("sending");

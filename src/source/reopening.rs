@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
 use serde_json::json;
-use umem_wire::{Event, Receiver, Standing, Target};
+use umem_wire::{Event, FaultCode, Receiver, Standing, Target};
 
 use super::embedded;
 use super::link::{Link, Way};
@@ -73,6 +73,9 @@ impl Migration {
                     }
                     Err(Failed::Migration(error)) => return Err(error),
                     Err(Failed::Attempt(error)) => {
+                        if let Error::Peer { code: FaultCode::OutOfMemory, text, .. } = &error {
+                            self.tell_shortage(text);
+                        }
                         self.remark_on_silence(&error);
                         // What was given is used up; an order that has come may be another way.
                         match was_given && !notes.iter().any(Note::is_order) {
@@ -226,7 +229,11 @@ impl Migration {
                         accounted.map_err(Failed::Migration)?;
                     }
                     (Event::Accounted, Some(standing)) => return Ok(standing),
-                    (Event::Error(fault), _) => return Err(Failed::Migration(peer(fault))),
+                    (Event::Error(fault), _) if fault.code == FaultCode::Ended => {
+                        return Err(Failed::Migration(peer(fault)));
+                    }
+                    // Whoever takes over from it there may still need what is here.
+                    (Event::Error(fault), _) => return Err(Failed::Attempt(peer(fault))),
                     // A ping is answered by nobody but the demand thread, which is not there yet.
                     (_, _) => {}
                 }

@@ -13,20 +13,19 @@
 //! taken to have done it. For the switchover that is the safe side, as the destination says whether it
 //! has come.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{MsgFlags, recv};
 use serde_json::json;
 use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
 
 use super::link::Link;
 use super::memory::SourceMemory;
+use super::parting::Caller;
 use super::{Migration, Order, Plan, Times, wait};
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
@@ -36,7 +35,7 @@ use crate::host::qmp::{Process, Qmp};
 use crate::host::thread::HostThread;
 use crate::host::{BeforeStop, SourceHost};
 use crate::inbox::Inbox;
-use crate::lane::{self, HELLO_TIMEOUT, Lane, Session};
+use crate::lane::{self, Lane, Session};
 use crate::liveness::STEP_TIMEOUT;
 use crate::memory::region::RamFile;
 use crate::memory::words::Words;
@@ -64,6 +63,8 @@ pub struct Options {
 /// What an interrupt means while a monitor does not answer that is to have its guest run again.
 const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: ask it with \
     the monitor command `query-status`, and try again with the same --resume";
+/// How long a destination is tried that needs nothing but a word.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Goes on with a session whose process is gone, or ends it.
 ///
@@ -86,6 +87,7 @@ pub fn run(options: &Options) -> Result<()> {
         )),
         (SourceState::Committed, false) => taken.go_on(options),
         (SourceState::Committed, true) => taken.abandon(),
+        (SourceState::Completed, _) => taken.part(),
     }
 }
 
@@ -144,27 +146,47 @@ impl Taken {
         Ok(())
     }
 
-    /// Opens all lanes, as it would to go on, and says that it does not.
+    /// Says that nothing will go on.
     fn tell_cancelled(&self) -> Result<()> {
-        let inbox = Inbox::new()?;
-        let lanes = self.open_lanes(&inbox)?;
+        let (inbox, pass) = (Inbox::new()?, Pass::load(&self.security, &self.uri)?);
+        let caller =
+            Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox: &inbox };
         let why = Error::Interrupted("the source's umem was killed before the switchover".into());
-        lane::tell(&lanes[0].socket(), lanes[0].is_checked(), &why);
-        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
-        // What it says meanwhile is read, as a connection that is closed over it would be reset.
-        let deadline = Instant::now() + HELLO_TIMEOUT;
-        let mut buffer = [0; 4096];
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if !wait(&[(lanes[0].as_fd(), PollFlags::POLLIN)], Some(left))? {
-                return Err(Error::Unsupported("it does not answer".into()));
-            }
-            let flags = MsgFlags::MSG_DONTWAIT;
-            match recv(lanes[0].as_fd().as_raw_fd(), &mut buffer, flags) {
-                Ok(1..) | Err(Errno::EAGAIN | Errno::EINTR) => {}
-                Ok(0) | Err(_) => return Ok(()),
+        caller.gave_up(&why, &mut || self.next_epoch(), PATIENCE)
+    }
+
+    /// The destination has everything, and may not have heard the goodbye.
+    fn part(self) -> Result<()> {
+        let (inbox, pass) = (Inbox::new()?, Pass::load(&self.security, &self.uri)?);
+        let caller =
+            Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox: &inbox };
+        let landing = landing(&self.record)?;
+        // Where nobody listens any more the goodbye has come, or nobody needs it.
+        let told = caller.goodbye(&landing, &mut || self.next_epoch(), PATIENCE).is_ok();
+        if self.record.capabilities & Capabilities::ACKS.0 != 0 {
+            let freed = self.record.ram.iter().try_for_each(|ram| open_again(ram, true)?.free());
+            if let Err(error) = freed {
+                let what = format!("the guest has moved, but its RAM here stays: {error}");
+                self.output.remark(&what);
             }
         }
+        self.keeper.remove();
+        self.output.event(
+            "undone",
+            json!({ "session": self.keeper.session(), "destination_knows": told }),
+            "the guest has all of its memory at its destination: there is nothing left to do here",
+        );
+        Ok(())
+    }
+
+    /// More than any that has been used.
+    fn next_epoch(&self) -> Result<u32> {
+        let mut epoch = 0;
+        self.keeper.edit(|record| {
+            record.epoch += 1;
+            epoch = record.epoch;
+        })?;
+        Ok(epoch)
     }
 
     /// All lanes of an attempt that is later than any before it, the demand lane first.
@@ -176,8 +198,7 @@ impl Taken {
         let (security, uri) = (self.security.clone(), self.uri.clone());
         let load = move || Pass::load(&security, &uri);
         let pass = inbox.wait_for_work("the session stays as it was", None, load)?;
-        let epoch = self.record.epoch + 1;
-        self.keeper.edit(|record| record.epoch = epoch)?;
+        let epoch = self.next_epoch()?;
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
         let open = |index| lane::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
         (0..=session.bulk_lanes).map(open).collect()
@@ -473,6 +494,14 @@ impl Migration {
         if let Some(keeper) = &self.link.keeper {
             // If it fails, whoever resumes asks both sides before anything is said to the destination.
             let _ = keeper.edit(|record| record.state = SourceState::Stopped);
+        }
+    }
+
+    /// The destination has everything, and nothing is left to do here but to say so. What cannot be written is
+    /// said by the destination again.
+    pub(super) fn keep_completed(&self) {
+        if let Some(keeper) = &self.link.keeper {
+            let _ = keeper.edit(|record| record.state = SourceState::Completed);
         }
     }
 

@@ -178,6 +178,11 @@ impl Cutter {
         self.wait_until(|state| state.demand[OUT] >= bytes);
     }
 
+    /// Bytes that have come from the source on the demand lane, passed on or not.
+    pub(crate) fn demand(&self) -> u64 {
+        self.lock().demand[OUT]
+    }
+
     /// Waits until so many bytes have come from the destination on the demand lane.
     pub(crate) fn wait_for_answers(&self, bytes: u64) {
         self.wait_until(|state| state.demand[BACK] >= bytes);

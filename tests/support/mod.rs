@@ -10,6 +10,7 @@
 //! - [`LaneToDestination`]: the other end of a `umem incoming`
 //! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
+//! - [`Room`]: a file system for RAM files with as much room as a test says
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //! - [`Cutter`]: a relay that breaks connections, or changes bits, at known bytes or when told to
 //! - [`Move`]: a guest on its way through a [`Cutter`]
@@ -41,6 +42,7 @@ mod process;
 mod qemu;
 mod qmp;
 mod random;
+mod room;
 pub(crate) mod sandbox;
 mod scratch;
 mod serial;
@@ -67,6 +69,7 @@ pub(crate) use {
     qemu::{Machine, Qemu, QemuVersion, Ram, Side},
     qmp::Qmp,
     random::{Random, seed, seeded},
+    room::Room,
     scratch::Scratch,
     serial::{Beat, Serial},
     source::LaneToDestination,

@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::arrival::{self, Arrival};
-use super::{Cutter, DEADLINE, HugeFile, Qmp, Scratch, Umem};
+use super::{Cutter, DEADLINE, HugeFile, Qmp, Room, Scratch, Umem};
 
 /// How often a wait looks whether both sides still run.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A guest that moves from one umem to another through a [`Cutter`].
 pub(crate) struct Move {
+    /// Where its RAM file lies at the destination, if that has a limit.
+    pub(crate) room: Option<Room>,
     pub(crate) scratch: Scratch,
     pub(crate) guest: Umem,
     pub(crate) incoming: Umem,
@@ -36,6 +38,8 @@ pub(crate) struct How {
     /// For both umem processes: a directory of certificates, or a secret.
     pub(crate) security: Option<[&'static str; 2]>,
     pub(crate) huge: bool,
+    /// So many MiB is all there is for its RAM file at the destination.
+    pub(crate) room: Option<u64>,
 }
 
 impl Move {
@@ -59,9 +63,11 @@ impl Move {
         let mut guest = Umem::start(arguments);
         guest.event("ready");
 
-        let ram = match &huge {
-            Some(huge) => format!("ram0={}", huge.path().display()),
-            None => format!("ram0={}", scratch.ram("destination").display()),
+        let room = how.room.map(|mib| Room::of(mib, &scratch.path("room")));
+        let ram = match (&huge, &room) {
+            (Some(huge), _) => format!("ram0={}", huge.path().display()),
+            (None, Some(room)) => format!("ram0={}", room.ram().display()),
+            (None, None) => format!("ram0={}", scratch.ram("destination").display()),
         };
         let arrival = Arrival {
             qmp: &destination_qmp,
@@ -79,7 +85,7 @@ impl Move {
         arguments.extend(how.migrate);
         arguments.extend(how.security.iter().flatten());
         let migrate = Umem::start(arguments);
-        Move { scratch, guest, incoming, migrate, cutter, mib: how.mib, _huge: huge }
+        Move { room, scratch, guest, incoming, migrate, cutter, mib: how.mib, _huge: huge }
     }
 
     /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter

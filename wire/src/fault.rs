@@ -60,11 +60,14 @@ pub enum FaultCode {
     /// What the source has of the guest's memory changed, or cannot be read. It may be mended: a destination
     /// whose guest may run waits for the source to come back, as after a lost connection.
     SourceMemory = 9,
+    /// A destination's guest has ended for good after the switchover: nothing can go on, and the source's pages
+    /// are needed no more. After the switchover any other code leaves that open, and the source keeps them.
+    Ended = 10,
 }
 
 impl FaultCode {
     /// Every code, in order of its number.
-    pub const ALL: [FaultCode; 9] = [
+    pub const ALL: [FaultCode; 10] = [
         FaultCode::Other,
         FaultCode::Protocol,
         FaultCode::RegionMismatch,
@@ -74,6 +77,7 @@ impl FaultCode {
         FaultCode::Cancelled,
         FaultCode::Refused,
         FaultCode::SourceMemory,
+        FaultCode::Ended,
     ];
 
     /// The number on the wire.
@@ -104,6 +108,7 @@ impl fmt::Display for FaultCode {
             FaultCode::Cancelled => "cancelled",
             FaultCode::Refused => "refused",
             FaultCode::SourceMemory => "the source's memory failed",
+            FaultCode::Ended => "guest ended",
         })
     }
 }
@@ -135,12 +140,12 @@ mod tests {
     #[test]
     fn codes_keep_their_numbers() {
         let numbers = FaultCode::ALL.map(FaultCode::number);
-        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
         for code in FaultCode::ALL {
             assert_eq!(FaultCode::from_number(code.number()), Some(code));
         }
         assert_eq!(FaultCode::from_number(0), None);
-        assert_eq!(FaultCode::from_number(9), Some(FaultCode::Other));
+        assert_eq!(FaultCode::from_number(11), Some(FaultCode::Other));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The door: where sources dial, and what becomes of a connection until its lane is one of a whole session.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -47,8 +48,11 @@ struct Known {
     /// The highest that a demand lane has had.
     epoch: u32,
     /// Why no lanes are wanted now, if they are not.
-    refusal: Option<&'static str>,
+    refusal: Option<Refusal>,
 }
+
+/// Why no lanes are wanted, as a source that dials hears it.
+pub(in crate::destination) type Refusal = (FaultCode, Cow<'static, str>);
 
 impl Known {
     fn new(hello: &Hello, certificate: Option<Vec<u8>>) -> Known {
@@ -168,8 +172,10 @@ impl Door {
     }
 
     /// Whether lanes of the session that has begun are wanted; if not, why.
-    pub(in crate::destination) fn set_refusal(&mut self, refusal: Option<&'static str>) {
-        self.known.iter_mut().for_each(|known| known.refusal = refusal);
+    pub(in crate::destination) fn set_refusal(&mut self, refusal: Option<Refusal>) {
+        if let Some(known) = &mut self.known {
+            known.refusal = refusal;
+        }
     }
 
     /// Whom to listen to; when one of these is ready [`answer`](Door::answer) takes its index.
@@ -255,12 +261,13 @@ impl Door {
     /// A lane that has said what it is for.
     fn greet(&mut self, opened: Opened) {
         let Opened { lane, hello, answer, certificate } = opened;
+        let refused = |why: &'static str| Err((FaultCode::Refused, Cow::Borrowed(why)));
         let may_come = match &mut self.known {
-            None if hello.epoch > 0 => Err("there is no migration here to go on with"),
+            None if hello.epoch > 0 => refused("there is no migration here to go on with"),
             None => Ok(()),
-            Some(known) if !known.is_of_session(&hello) => Err(ANOTHER),
-            Some(known) if known.certificate != certificate => Err(SOMEBODY_ELSE),
-            Some(Known { refusal: Some(why), .. }) => Err(*why),
+            Some(known) if !known.is_of_session(&hello) => refused(ANOTHER),
+            Some(known) if known.certificate != certificate => refused(SOMEBODY_ELSE),
+            Some(Known { refusal: Some(refusal), .. }) => Err(refusal.clone()),
             Some(known) if hello.role == LaneRole::Demand => {
                 // Lanes of a later attempt end those of one before it; they are refused afterwards.
                 let is_later = hello.epoch > known.epoch;
@@ -268,12 +275,12 @@ impl Door {
                     known.epoch = hello.epoch;
                     self.session = None;
                 }
-                if is_later { Ok(()) } else { Err("another attempt was later") }
+                if is_later { Ok(()) } else { refused("another attempt was later") }
             }
             Some(_) => Ok(()),
         };
-        if let Err(why) = may_come {
-            return lane::refuse(&lane, FaultCode::Refused, why);
+        if let Err((code, why)) = may_come {
+            return lane::refuse(&lane, code, &why);
         }
         let place = match &mut self.session {
             None if hello.role == LaneRole::Demand => None,

@@ -5,7 +5,9 @@
 
 use umem_wire::PageRange;
 
-use super::{COPIED_PAGE_BYTES_MAX, FaultSource, GuestMemory, GuestRegion, PageId, Part, what};
+use super::{
+    COPIED_PAGE_BYTES_MAX, FaultSource, GuestMemory, GuestRegion, PageId, Part, failed, what,
+};
 use crate::error::{Context, Error, Result};
 use crate::fault::uffd::{Placed, Stop, Uffd};
 use crate::memory::claims::RunKind;
@@ -20,13 +22,13 @@ static ZEROES: [u8; COPIED_PAGE_BYTES_MAX as usize] = [0; COPIED_PAGE_BYTES_MAX 
 
 impl GuestMemory {
     /// Anonymous memory: copies what has come of a run into place and marks it cached; the first
-    /// `done` bytes have been already. Returns how much is in place now: less than all of it when
-    /// events are pending, which have to be read before it can go on.
-    pub(crate) fn place(&self, range: PageRange, bytes: &[u8], done: usize) -> Result<usize> {
+    /// `done` bytes have been already. Moves `done` on to what is in place now, whatever happens: less than all of
+    /// it when events are pending, which have to be read before it can go on, or after an error.
+    pub(crate) fn place(&self, range: PageRange, bytes: &[u8], done: &mut usize) -> Result<()> {
         let region = self.region(range.region);
         let start = region.byte_offset(range.first);
         let end = start + bytes.len() as u64;
-        let mut at = start + done as u64;
+        let mut at = start + *done as u64;
         let within = |offset: u64| usize::try_from(offset - start).expect("a buffer's length");
         while at < end {
             let part = region.part_at(at);
@@ -47,13 +49,14 @@ impl GuestMemory {
                     copy_rest(region, part, source, offset, run.bytes)?
                 };
                 if !placed {
-                    return Ok(within(offset));
+                    return Ok(());
                 }
                 region.pages.finish(first, units, |_| Ok::<(), Error>(()))?;
+                *done = within(offset) + run.bytes.len();
             }
             at = to;
         }
-        Ok(bytes.len())
+        Ok(())
     }
 
     /// Makes a cached page visible to the guest and wakes whoever waits for it. False when events
@@ -92,7 +95,7 @@ impl GuestMemory {
         // allocate it between the two calls, so that the first one works the second time.
         for _ in 0..3 {
             if region.file.is_some() {
-                match uffd.map(address, len).context(|| what(region))?.stop {
+                match uffd.map(address, len).map_err(|error| failed(region, error))?.stop {
                     None => return Ok(true),
                     Some(Stop::Again) => return Ok(false),
                     Some(Stop::Already | Stop::Gone) => break,
@@ -132,7 +135,8 @@ impl GuestMemory {
                 let address = part.address + (at - part.offset);
                 let mut placed = Placed { bytes: 0, stop: Some(Stop::NotPresent) };
                 if kind == RunKind::Data {
-                    placed = source.uffd.map(address, to - at).context(|| what(region))?;
+                    let mapped = source.uffd.map(address, to - at);
+                    placed = mapped.map_err(|error| failed(region, error))?;
                 }
                 if placed.stop == Some(Stop::NotPresent) {
                     // Page by page where it was to be data: the one that was discarded.
@@ -155,10 +159,10 @@ impl GuestMemory {
 /// Zeroes at an address; UFFDIO_ZEROPAGE does not know the pages of hugetlb.
 fn zero(region: &GuestRegion, uffd: &Uffd, address: u64, len: u64) -> Result<Placed> {
     if region.page_shift == 12 {
-        return uffd.zero(address, len).context(|| what(region));
+        return uffd.zero(address, len).map_err(|error| failed(region, error));
     }
     let page = usize::try_from(region.page_bytes()).expect("64-bit Linux");
-    uffd.copy(address, &ZEROES[..page]).context(|| what(region))
+    uffd.copy(address, &ZEROES[..page]).map_err(|error| failed(region, error))
 }
 
 /// Copies whole pages to the guest. False when events are pending.
@@ -173,8 +177,8 @@ fn copy_in(
     let address = part.address + (offset - part.offset);
     let mut at = 0;
     while at < bytes.len() {
-        let placed =
-            source.uffd.copy(address + at as u64, &bytes[at..]).context(|| what(region))?;
+        let placed = source.uffd.copy(address + at as u64, &bytes[at..]);
+        let placed = placed.map_err(|error| failed(region, error))?;
         at += usize::try_from(placed.bytes).expect("a buffer's length");
         match placed.stop {
             None => {}
@@ -215,11 +219,12 @@ fn copy_rest(
         let (from, len) = (page << region.page_shift, count << region.page_shift);
         let at = usize::try_from(from).expect("a buffer's length");
         let len = usize::try_from(len).expect("a buffer's length");
-        if !copy_in(region, part, source, offset + from, &bytes[at..at + len])? {
+        let copied = copy_in(region, part, source, offset + from, &bytes[at..at + len]);
+        if !matches!(copied, Ok(true)) {
             for (page, count) in discarded.runs(true) {
                 region.fragments.add(unit, page, count);
             }
-            return Ok(false);
+            return copied;
         }
     }
     Ok(true)

@@ -62,7 +62,9 @@ impl GuestMemory {
             let mut bytes = [0; EVENTS_BYTES];
             events.copy(&mut bytes);
             for event in bytes.as_chunks::<MESSAGE_BYTES>().0 {
-                if let Event::Remove { start, end } = Event::decode(event) {
+                if let Event::Remove { start, end } | Event::Unmap { start, end } =
+                    Event::decode(event)
+                {
                     self.discard(start, end)?;
                 }
             }

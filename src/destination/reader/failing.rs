@@ -1,5 +1,9 @@
 //! What goes wrong with a lane, and where its pages land, in words.
 
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use umem_ring::Outcome;
 use umem_wire::{ReceiveError, RunTarget};
 
@@ -31,12 +35,28 @@ impl LaneReader {
     /// Why a receive did not bring what it had to.
     pub(super) fn failed(&self, outcome: Outcome) -> Error {
         match outcome {
-            Outcome::Short { .. } | Outcome::Done(_) => self.lost("the source closed it".into()),
             // The kernel could not put the bytes into the page: its file system is full.
-            Outcome::Failed(errno) if errno.raw() == libc::EFAULT => out_of_memory(),
+            Outcome::Short { .. } if self.is_open() => self.has_no_room(),
+            Outcome::Failed(errno) if errno.raw() == libc::EFAULT => self.has_no_room(),
+            Outcome::Short { .. } | Outcome::Done(_) => self.lost("the source closed it".into()),
             Outcome::Failed(errno) => self.lost(errno.to_string()),
             other => self.lost(format!("{other:?}")),
         }
+    }
+
+    /// Whether more may come: what ended a receive early was not the connection's end.
+    fn is_open(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(self.socket.as_raw_fd(), &mut [0], flags) {
+            Ok(count) => count > 0,
+            Err(errno) => errno == Errno::EAGAIN,
+        }
+    }
+
+    /// Of the current run.
+    fn has_no_room(&self) -> Error {
+        let ram = self.current.map(|range| self.guest.region(range.region).name.as_str());
+        out_of_memory(ram.unwrap_or("of the guest"))
     }
 
     /// TLS has nothing more for us.
@@ -59,15 +79,13 @@ pub(super) fn write(guest: &GuestMemory, bytes: &[u8], run: &RunTarget) -> Resul
 
 pub(super) fn not_written(ram: &str, error: std::io::Error) -> Error {
     match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(),
+        Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(ram),
         _ => Error::System { what: format!("writing RAM {ram}"), source: error },
     }
 }
 
-pub(super) fn out_of_memory() -> Error {
-    Error::OutOfMemory(
-        "no memory left for the guest's pages: the file system of its RAM file is full (or its \
-         memory limit is reached); the guest waits"
-            .into(),
-    )
+fn out_of_memory(ram: &str) -> Error {
+    Error::OutOfMemory(format!(
+        "no memory left for the pages of RAM {ram}: its file system is full, or a memory limit is reached"
+    ))
 }

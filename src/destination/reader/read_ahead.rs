@@ -123,7 +123,9 @@ impl LaneReader {
                             first: run.byte_offset >> region.unit_shift,
                             pages: pages as u64,
                         };
-                        *placed = self.guest.place(range, &bytes[..whole], *placed)?;
+                        let copied = self.guest.place(range, &bytes[..whole], placed);
+                        self.stuck_bytes = if copied.is_err() { *placed } else { 0 };
+                        copied?;
                         if *placed < whole {
                             self.held = Some(Held::Ahead);
                             return self.arm_retry(ring);

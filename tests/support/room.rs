@@ -1,0 +1,56 @@
+//! A file system for RAM files with as much room as a test says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sched::{CloneFlags, unshare};
+
+/// A tmpfs that this thread and the processes that it starts see, and nobody else.
+pub(crate) struct Room {
+    path: PathBuf,
+}
+
+impl Room {
+    /// Mounts one of so many MiB at `path`, a directory that is to be made.
+    pub(crate) fn of(mib: u64, path: &Path) -> Room {
+        fs::create_dir(path).expect("a directory");
+        unshare(CloneFlags::CLONE_NEWNS).expect("mounts of its own");
+        let here = path.display().to_string();
+        run("mount", &["--make-rprivate", "/"]);
+        run("mount", &["-t", "tmpfs", "-o", &format!("size={mib}m,mode=0700"), "none", &here]);
+        Room { path: path.to_owned() }
+    }
+
+    pub(crate) fn ram(&self) -> PathBuf {
+        self.path.join("ram")
+    }
+
+    /// Takes so many MiB for something else.
+    pub(crate) fn take(&self, mib: usize) {
+        fs::write(self.path.join("taken"), vec![0xa5; mib << 20]).expect("there is as much room");
+    }
+
+    /// Gives them back.
+    pub(crate) fn give_back(&self) {
+        fs::remove_file(self.path.join("taken")).expect("it has been taken");
+    }
+
+    /// Makes it so large.
+    pub(crate) fn resize(&self, mib: u64) {
+        let here = self.path.display().to_string();
+        run("mount", &["-o", &format!("remount,size={mib}m"), &here]);
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // Whoever still has files open there keeps them.
+        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status().expect("it starts");
+    assert!(status.success(), "{program} {arguments:?}: {status}");
+}
