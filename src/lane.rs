@@ -14,12 +14,14 @@ mod tests;
 mod tuning;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use nix::poll::PollFlags;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use umem_wire::{Capabilities, Frame, LaneRole, Seal, transmit};
 
@@ -72,7 +74,7 @@ impl Lane {
         setsockopt_raw(self.socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes)
     }
 
-    /// The same socket for blocking reads and writes.
+    /// The same socket for reads and writes, which wait where it blocks.
     pub(crate) fn blocking(&self) -> Result<File> {
         Ok(File::from(self.socket.try_clone().context(|| self.name.clone())?))
     }
@@ -109,7 +111,7 @@ impl Lane {
     pub(crate) fn say(&self, bytes: &[u8]) -> Result<()> {
         let what = || self.name.clone();
         let bytes = self.sealed(bytes).context(what)?;
-        self.blocking()?.write_all(&bytes).context(what)
+        send_all(&self.socket, &bytes).context(what)
     }
 
     /// Hears what there is, before a thread serves the lane, without waiting: no bytes at the end.
@@ -150,8 +152,14 @@ impl Lane {
         Lane { name, ..self }
     }
 
-    /// A lane with a connection of its own.
+    /// A lane with a connection of its own, which is ours: splice(2) waits for it, so it blocks from now on.
     pub(crate) fn new(socket: OwnedFd, name: String) -> Result<Lane> {
+        let flags = fcntl(&socket, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let flags = flags.context(|| name.clone())?;
+        if flags.contains(OFlag::O_NONBLOCK) {
+            let flags = FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK);
+            fcntl(&socket, flags).context(|| name.clone())?;
+        }
         let is_demand = name == lane_name(LaneRole::Demand, 0);
         let timeout_ms = if is_demand { DEMAND_TIMEOUT_MS } else { BACKGROUND_TIMEOUT_MS };
         let lane = Lane::tuned(socket, name, NOTSENT_LOWAT_BYTES, timeout_ms)?;
@@ -161,7 +169,8 @@ impl Lane {
         Ok(lane)
     }
 
-    /// The one lane of a connection that everything shares.
+    /// The one lane of a connection that everything shares. Others may have the socket, too (`fd:N`), so it stays
+    /// as it is, blocking or not: rings wait for it in either case.
     pub(crate) fn shared(socket: OwnedFd) -> Result<Lane> {
         let name = lane_name(LaneRole::Demand, 0);
         let lane = Lane::tuned(socket, name, SHARED_QUEUE_BYTES, BACKGROUND_TIMEOUT_MS)?;
@@ -190,6 +199,27 @@ impl AsFd for Lane {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Sends all of it, and waits for room, also where the socket does not block.
+pub(crate) fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> nix::Result<()> {
+    while !bytes.is_empty() {
+        match nix::sys::socket::send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::EAGAIN) => {
+                match poll(
+                    &mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)],
+                    PollTimeout::NONE,
+                ) {
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(errno) => return Err(errno),
+                }
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
 }
 
 /// Sends the reason why we give up on a lane that no ring serves (any more), and that is `checked` or not.

@@ -12,7 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, sockopt};
 
@@ -79,9 +79,6 @@ fn inherited(number: i32) -> Result<OwnedFd> {
     }
     let what = || format!("fd:{number}");
     fcntl(socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context(what)?;
-    // A ring does not wait on a socket that says it would rather not.
-    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL).context(what)?);
-    fcntl(socket, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)).context(what)?;
     if number > libc::STDERR_FILENO {
         // SAFETY: open, and inherited: nothing else in this process owns it.
         return Ok(unsafe { OwnedFd::from_raw_fd(number) });

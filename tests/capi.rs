@@ -159,6 +159,11 @@ fn a_program_has_both_sides_go_on_at_another_address() {
 }
 
 #[test]
+fn connections_that_are_reset_stay_the_programs() {
+    embed("reset");
+}
+
+#[test]
 fn what_cannot_be_is_refused_with_a_text() {
     embed("misuse");
 }

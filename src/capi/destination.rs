@@ -5,9 +5,9 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
-use super::side::{Side, address, descriptor, give_sockets, take_sockets, timeout};
+use super::side::{Side, address, descriptor, give_sockets, timeout};
 use super::types::{
-    c_text, given, guard, list, make, text, umem_event, umem_stats, umem_status, unmake,
+    c_text, given, guard, list, make, room, text, umem_event, umem_stats, umem_status, unmake,
 };
 use crate::embed::{Destination, DestinationSetup, Memory};
 use crate::error::Error;
@@ -53,8 +53,8 @@ pub unsafe extern "C" fn umem_destination_region(
     bytes: u64,
     fd: c_int,
 ) -> umem_status {
-    // SAFETY: the pointers are as the header says, and so is the memory; here and in every function
-    // below.
+    // SAFETY: the handle is NULL or has not been destroyed, `name` is NULL or ends in a zero byte, and
+    // nobody closes `fd` or unmaps the memory meanwhile.
     guard(|| unsafe {
         let name = text(name, "name")?;
         let start = NonNull::new(address).ok_or_else(|| Error::Usage("address is NULL".into()))?;
@@ -66,8 +66,8 @@ pub unsafe extern "C" fn umem_destination_region(
 
 /// Uses a userfaultfd of the program's own in place of one that umem makes. Every region must be
 /// registered with it before the start: for missing faults and, where it is MAP_SHARED, for minor
-/// faults. umem duplicates the descriptor and makes it non-blocking; nobody else reads it any more.
-/// The regions leave it at the end.
+/// faults. umem duplicates the descriptor and makes it non-blocking, until the handle is destroyed; nobody else
+/// reads it meanwhile. The regions leave it at the end.
 ///
 /// Make it without UFFD_USER_MODE_ONLY. Without UFFD_FEATURE_EVENT_REMOVE nobody may discard pages of
 /// the regions before the end.
@@ -78,7 +78,7 @@ pub unsafe extern "C" fn umem_destination_userfaultfd(
     destination: *const umem_destination,
     userfaultfd: c_int,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed, and nobody closes `userfaultfd` meanwhile.
     guard(|| unsafe {
         let userfaultfd = descriptor(userfaultfd, "userfaultfd")?;
         given(destination, "destination")?.side.set_up(|setup| setup.userfaultfd(userfaultfd))
@@ -95,7 +95,7 @@ pub unsafe extern "C" fn umem_destination_listen(
     uri: *const c_char,
     lanes_max: u16,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
         let uri = address(text(uri, "uri")?)?;
         given(destination, "destination")?.side.set_up(|setup| setup.listen(uri, lanes_max))
@@ -113,11 +113,13 @@ pub unsafe extern "C" fn umem_destination_connections(
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
+    // the caller's to give away.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
-        let set_up = |setup: &mut DestinationSetup| setup.connections(take_sockets(numbers)?);
-        given(destination, "destination")?.side.set_up(set_up)
+        given(destination, "destination")?
+            .side
+            .set_up(|setup| give_sockets(numbers, |sockets| setup.connections(sockets)))
     })
 }
 
@@ -129,7 +131,7 @@ pub unsafe extern "C" fn umem_destination_recover(
     destination: *const umem_destination,
     recovers: bool,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         given(destination, "destination")?.side.set_up(|setup| {
             setup.recover(recovers);
@@ -149,7 +151,7 @@ pub unsafe extern "C" fn umem_destination_recover(
 pub unsafe extern "C" fn umem_destination_start(
     destination: *const umem_destination,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         let handle = given(destination, "destination")?;
         handle.side.start(DestinationSetup::start)?;
@@ -165,7 +167,7 @@ pub unsafe extern "C" fn umem_destination_uri(
     destination: *const umem_destination,
 ) -> *const c_char {
     let mut uri = std::ptr::null();
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         let handle = given(destination, "destination")?;
         let uris = handle.uris.lock().unwrap_or_else(PoisonError::into_inner);
@@ -182,7 +184,7 @@ pub unsafe extern "C" fn umem_destination_uri(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_event_fd(destination: *const umem_destination) -> c_int {
     let mut number = -1;
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         number = given(destination, "destination")?.side.running()?.event_fd().as_raw_fd();
         Ok(())
@@ -196,11 +198,13 @@ pub unsafe extern "C" fn umem_destination_next_event(
     destination: *const umem_destination,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
+    // only written.
     guard(|| unsafe {
         let side = &given(destination, "destination")?.side;
-        given(event, "event")?;
-        side.take(side.running()?.next_event(), event)
+        let event = room(event, "event")?;
+        side.take(side.running()?.next_event(), event);
+        Ok(())
     })
 }
 
@@ -213,11 +217,13 @@ pub unsafe extern "C" fn umem_destination_wait(
     timeout_ms: c_int,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
+    // only written.
     guard(|| unsafe {
         let side = &given(destination, "destination")?.side;
-        given(event, "event")?;
-        side.take(side.running()?.wait(timeout(timeout_ms))?, event)
+        let event = room(event, "event")?;
+        side.take(side.running()?.wait(timeout(timeout_ms))?, event);
+        Ok(())
     })
 }
 
@@ -228,7 +234,7 @@ pub unsafe extern "C" fn umem_destination_wait(
 pub unsafe extern "C" fn umem_destination_loaded(
     destination: *const umem_destination,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(destination, "destination")?.side.running()?.loaded() })
 }
 
@@ -239,7 +245,7 @@ pub unsafe extern "C" fn umem_destination_loaded(
 pub unsafe extern "C" fn umem_destination_running(
     destination: *const umem_destination,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(destination, "destination")?.side.running()?.running() })
 }
 
@@ -252,7 +258,7 @@ pub unsafe extern "C" fn umem_destination_refuse(
     destination: *const umem_destination,
     why: *const c_char,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed, and `why` is NULL or ends in a zero byte.
     guard(|| unsafe {
         given(destination, "destination")?.side.running()?.refuse(text(why, "why")?)
     })
@@ -264,13 +270,11 @@ pub unsafe extern "C" fn umem_destination_stats(
     destination: *const umem_destination,
     stats: *mut umem_stats,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for one, and is
+    // only written.
     guard(|| unsafe {
         let now = given(destination, "destination")?.side.running()?.stats();
-        if stats.is_null() {
-            return Err(Error::Usage("stats is NULL".into()));
-        }
-        stats.write(now.into());
+        room(stats, "stats")?.write(now.into());
         Ok(())
     })
 }
@@ -281,7 +285,7 @@ pub unsafe extern "C" fn umem_destination_stats(
 pub unsafe extern "C" fn umem_destination_cancel(
     destination: *const umem_destination,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         given(destination, "destination")?.side.running()?.cancel();
         Ok(())
@@ -296,7 +300,7 @@ pub unsafe extern "C" fn umem_destination_cancel(
 pub unsafe extern "C" fn umem_destination_pause(
     destination: *const umem_destination,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(destination, "destination")?.side.running()?.pause() })
 }
 
@@ -310,7 +314,7 @@ pub unsafe extern "C" fn umem_destination_resume(
     destination: *const umem_destination,
     uri: *const c_char,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
         let handle = given(destination, "destination")?;
         let running = handle.side.running()?;
@@ -336,7 +340,8 @@ pub unsafe extern "C" fn umem_destination_reconnect(
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
+    // the caller's to give away.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         let running = given(destination, "destination")?.side.running()?;
@@ -356,7 +361,7 @@ pub unsafe extern "C" fn umem_destination_reconnect(
 pub unsafe extern "C" fn umem_destination_guest_has_stopped(
     destination: *const umem_destination,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(destination, "destination")?.side.running()?.guest_has_stopped() })
 }
 
@@ -366,6 +371,6 @@ pub unsafe extern "C" fn umem_destination_guest_has_stopped(
 /// second, while the other side is told; none of umem's threads is left then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_destroy(destination: *mut umem_destination) {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or came from _new, and the caller uses it no more.
     unsafe { unmake(destination) };
 }

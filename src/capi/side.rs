@@ -2,6 +2,7 @@
 
 use std::ffi::{CString, c_int};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -50,15 +51,14 @@ impl<S, R> Side<S, R> {
         })
     }
 
-    /// Fills `to`; what it points to stays until the next event is taken.
-    pub(super) fn take(&self, event: Option<Event>, to: *mut umem_event) -> Result<()> {
-        if to.is_null() {
-            return Err(Error::Usage("event is NULL".into()));
-        }
+    /// Fills `to`, which may hold anything; what the event points to stays until the next one is taken.
+    ///
+    /// # Safety
+    /// There is room for an event at `to`, which nobody else uses meanwhile.
+    pub(super) unsafe fn take(&self, event: Option<Event>, to: NonNull<umem_event>) {
         let event = event.map_or(umem_event::NONE, |event| self.describe(event));
-        // SAFETY: the caller's, for one event, as the header says.
+        // SAFETY: as the caller says; what was there is overwritten unread.
         unsafe { to.write(event) };
-        Ok(())
     }
 
     fn describe(&self, event: Event) -> umem_event {
@@ -152,47 +152,29 @@ pub(super) unsafe fn descriptor<'a>(number: c_int, what: &str) -> Result<Borrowe
     Ok(unsafe { BorrowedFd::borrow_raw(number) })
 }
 
-/// Sockets that become ours if they will do; if not they stay the caller's.
+/// Sockets that become ours if `use_them`, which gets duplicates, takes these. If anything fails, at whatever
+/// moment, they stay the caller's, open and with their flags: a peer may reset a connection between any two looks.
 ///
 /// # Safety
 /// They are the caller's to give away.
-pub(super) unsafe fn take_sockets(numbers: &[c_int]) -> Result<Vec<OwnedFd>> {
-    let sockets: Vec<BorrowedFd<'_>> = numbers
-        .iter()
-        // SAFETY: the caller's, for the length of this call.
-        .map(|&number| unsafe { descriptor(number, "a socket") })
-        .collect::<Result<_>>()?;
-    check_connections(&sockets)?;
-    // SAFETY: open, each named once, and given to us.
-    Ok(unsafe { owned(numbers) })
-}
-
-/// The same, but they become ours only if `use_them`, which gets duplicates, takes these.
-///
-/// # Safety
-/// As for [`take_sockets`].
 pub(super) unsafe fn give_sockets(
     numbers: &[c_int],
     use_them: impl FnOnce(Vec<OwnedFd>) -> Result<()>,
 ) -> Result<()> {
-    let duplicates = numbers
+    let sockets: Vec<BorrowedFd<'_>> = numbers
         .iter()
-        // SAFETY: the caller's, for the length of this call.
+        // SAFETY: the caller closes none of them before this call returns.
         .map(|&number| unsafe { descriptor(number, "a socket") })
-        .map(|socket| socket?.try_clone_to_owned().context(|| "duplicating a socket"))
-        .collect::<Result<Vec<_>>>()?;
-    if let Some(index) = (1..numbers.len()).find(|&i| numbers[..i].contains(&numbers[i])) {
-        return Err(Error::Usage(format!("connection {index} is given twice")));
-    }
+        .collect::<Result<_>>()?;
+    check_connections(&sockets)?;
+    let duplicates = sockets
+        .iter()
+        .map(|socket| socket.try_clone_to_owned().context(|| "duplicating a socket"))
+        .collect::<Result<_>>()?;
     use_them(duplicates)?;
-    // SAFETY: open, each named once, and given to us.
-    drop(unsafe { owned(numbers) });
+    for &number in numbers {
+        // SAFETY: open, named once (checked above), and given to us: `use_them` has taken the duplicates.
+        drop(unsafe { OwnedFd::from_raw_fd(number) });
+    }
     Ok(())
-}
-
-/// # Safety
-/// Open, each named once, and given to us.
-unsafe fn owned(numbers: &[c_int]) -> Vec<OwnedFd> {
-    // SAFETY: as the caller says.
-    numbers.iter().map(|&number| unsafe { OwnedFd::from_raw_fd(number) }).collect()
 }

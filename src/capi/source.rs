@@ -3,10 +3,11 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
 
-use super::side::{Side, address, descriptor, give_sockets, take_sockets, timeout};
-use super::types::{given, guard, list, make, text, umem_event, umem_stats, umem_status, unmake};
+use super::side::{Side, address, descriptor, give_sockets, timeout};
+use super::types::{
+    given, guard, list, make, room, text, umem_event, umem_stats, umem_status, unmake,
+};
 use crate::embed::{Source, SourceSetup};
-use crate::error::Error;
 
 /// The side that a guest leaves. One handle is for one migration.
 pub struct umem_source {
@@ -29,7 +30,8 @@ pub unsafe extern "C" fn umem_source_region(
     name: *const c_char,
     fd: c_int,
 ) -> umem_status {
-    // SAFETY: the pointers are as the header says; here and in every function below.
+    // SAFETY: the handle is NULL or has not been destroyed, `name` is NULL or ends in a zero byte, and
+    // nobody closes `fd` meanwhile.
     guard(|| unsafe {
         let (name, file) = (text(name, "name")?, descriptor(fd, "fd")?);
         given(source, "source")?.side.set_up(|setup| setup.region(name, file))
@@ -46,7 +48,7 @@ pub unsafe extern "C" fn umem_source_dial(
     uri: *const c_char,
     lanes: u16,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
         let uri = address(text(uri, "uri")?)?;
         given(source, "source")?.side.set_up(|setup| setup.dial(uri, lanes))
@@ -64,11 +66,13 @@ pub unsafe extern "C" fn umem_source_connections(
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
+    // the caller's to give away.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
-        let set_up = |setup: &mut SourceSetup| setup.connections(take_sockets(numbers)?);
-        given(source, "source")?.side.set_up(set_up)
+        given(source, "source")?
+            .side
+            .set_up(|setup| give_sockets(numbers, |sockets| setup.connections(sockets)))
     })
 }
 
@@ -79,7 +83,7 @@ pub unsafe extern "C" fn umem_source_postcopy(
     source: *const umem_source,
     postcopy: bool,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         given(source, "source")?.side.set_up(|setup| {
             setup.postcopy(postcopy);
@@ -96,7 +100,7 @@ pub unsafe extern "C" fn umem_source_recover(
     source: *const umem_source,
     recovers: bool,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         given(source, "source")?.side.set_up(|setup| {
             setup.recover(recovers);
@@ -116,7 +120,7 @@ pub unsafe extern "C" fn umem_source_checksum(
     source: *const umem_source,
     checksum: bool,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         given(source, "source")?.side.set_up(|setup| {
             setup.checksum(checksum);
@@ -131,7 +135,7 @@ pub unsafe extern "C" fn umem_source_checksum(
 /// or no descriptor. After an error the handle can only be destroyed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_start(source: *const umem_source) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(source, "source")?.side.start(SourceSetup::start) })
 }
 
@@ -140,7 +144,7 @@ pub unsafe extern "C" fn umem_source_start(source: *const umem_source) -> umem_s
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_event_fd(source: *const umem_source) -> c_int {
     let mut number = -1;
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         number = given(source, "source")?.side.running()?.event_fd().as_raw_fd();
         Ok(())
@@ -154,11 +158,13 @@ pub unsafe extern "C" fn umem_source_next_event(
     source: *const umem_source,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
+    // only written.
     guard(|| unsafe {
         let side = &given(source, "source")?.side;
-        given(event, "event")?;
-        side.take(side.running()?.next_event(), event)
+        let event = room(event, "event")?;
+        side.take(side.running()?.next_event(), event);
+        Ok(())
     })
 }
 
@@ -171,11 +177,13 @@ pub unsafe extern "C" fn umem_source_wait(
     timeout_ms: c_int,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
+    // only written.
     guard(|| unsafe {
         let side = &given(source, "source")?.side;
-        given(event, "event")?;
-        side.take(side.running()?.wait(timeout(timeout_ms))?, event)
+        let event = room(event, "event")?;
+        side.take(side.running()?.wait(timeout(timeout_ms))?, event);
+        Ok(())
     })
 }
 
@@ -184,7 +192,7 @@ pub unsafe extern "C" fn umem_source_wait(
 /// UMEM_ERR_USAGE: that is not asked, or has been answered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_stopped(source: *const umem_source) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(source, "source")?.side.running()?.stopped() })
 }
 
@@ -198,7 +206,8 @@ pub unsafe extern "C" fn umem_source_saved(
     state: *const c_void,
     bytes: usize,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `bytes` bytes lie at `state`, which nobody
+    // writes meanwhile.
     guard(|| unsafe {
         let state = list(state.cast::<u8>(), bytes, "state")?.to_vec();
         given(source, "source")?.side.running()?.saved(state)
@@ -214,7 +223,7 @@ pub unsafe extern "C" fn umem_source_refuse(
     source: *const umem_source,
     why: *const c_char,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed, and `why` is NULL or ends in a zero byte.
     guard(|| unsafe { given(source, "source")?.side.running()?.refuse(text(why, "why")?) })
 }
 
@@ -224,13 +233,11 @@ pub unsafe extern "C" fn umem_source_stats(
     source: *const umem_source,
     stats: *mut umem_stats,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for one, and is
+    // only written.
     guard(|| unsafe {
         let now = given(source, "source")?.side.running()?.stats();
-        if stats.is_null() {
-            return Err(Error::Usage("stats is NULL".into()));
-        }
-        stats.write(now.into());
+        room(stats, "stats")?.write(now.into());
         Ok(())
     })
 }
@@ -239,7 +246,7 @@ pub unsafe extern "C" fn umem_source_stats(
 /// after it, as the destination's guest needs its pages.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         given(source, "source")?.side.running()?.cancel();
         Ok(())
@@ -252,7 +259,7 @@ pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_
 /// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_pause(source: *const umem_source) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(source, "source")?.side.running()?.pause() })
 }
 
@@ -265,7 +272,7 @@ pub unsafe extern "C" fn umem_source_resume(
     source: *const umem_source,
     uri: *const c_char,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
         let source = given(source, "source")?.side.running()?;
         match uri.is_null() {
@@ -288,7 +295,8 @@ pub unsafe extern "C" fn umem_source_reconnect(
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
+    // the caller's to give away.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         let running = given(source, "source")?.side.running()?;
@@ -302,6 +310,6 @@ pub unsafe extern "C" fn umem_source_reconnect(
 /// other side is told; none of umem's threads is left then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_destroy(source: *mut umem_source) {
-    // SAFETY: as above.
+    // SAFETY: the handle is NULL or came from _new, and the caller uses it no more.
     unsafe { unmake(source) };
 }

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
 
 use crate::embed::{Guest, Stats};
 use crate::error::{Error, Result};
@@ -274,6 +275,11 @@ pub(super) unsafe fn unmake<T>(handle: *mut T) {
 pub(super) unsafe fn given<'a, T>(pointer: *const T, what: &str) -> Result<&'a T> {
     // SAFETY: as the caller says.
     unsafe { pointer.as_ref() }.ok_or_else(|| Error::Usage(format!("{what} is NULL")))
+}
+
+/// Where the caller wants a `T`. Nothing has to be there, so it is only written.
+pub(super) fn room<T>(pointer: *mut T, what: &str) -> Result<NonNull<T>> {
+    NonNull::new(pointer).ok_or_else(|| Error::Usage(format!("{what} is NULL")))
 }
 
 /// A text of the caller's.

@@ -270,7 +270,8 @@ fn read_regions(
             Ok(count) => count,
             Err(error) => match error.kind() {
                 ErrorKind::ConnectionReset => return Err(lost(demand, "the source closed it")),
-                ErrorKind::Interrupted => continue,
+                // A socket that was given to us may be one that does not block.
+                ErrorKind::Interrupted | ErrorKind::WouldBlock => continue,
                 _ => return Err(error).context(|| demand.name.clone()),
             },
         };

@@ -72,7 +72,7 @@ impl<T: Send + 'static> Handle<T> {
     }
 }
 
-/// Checks sockets that are to be lanes, the demand lane's first.
+/// Checks sockets that are to be lanes, the demand lane's first. They are as before afterwards.
 pub(crate) fn check_connections(sockets: &[impl AsFd]) -> Result<()> {
     let most = usize::from(LANES_MAX) + 1;
     if !(1..=most).contains(&sockets.len()) {
@@ -93,7 +93,6 @@ pub(crate) fn check_connections(sockets: &[impl AsFd]) -> Result<()> {
 }
 
 fn check_connection(socket: BorrowedFd<'_>) -> std::result::Result<(), String> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
     match getsockopt(&socket, sockopt::SockType) {
         Ok(SockType::Stream) => {}
         Ok(_) => return Err("is no stream socket".into()),
@@ -101,10 +100,6 @@ fn check_connection(socket: BorrowedFd<'_>) -> std::result::Result<(), String> {
     }
     getpeername::<SockaddrStorage>(socket.as_raw_fd())
         .map_err(|errno| format!("is not connected: {errno}"))?;
-    // A ring does not wait on a socket that says it would rather not.
-    let flags = fcntl(socket, FcntlArg::F_GETFL).map_err(|errno| errno.to_string())?;
-    let flags = OFlag::from_bits_retain(flags) - OFlag::O_NONBLOCK;
-    fcntl(socket, FcntlArg::F_SETFL(flags)).map_err(|errno| errno.to_string())?;
     Ok(())
 }
 

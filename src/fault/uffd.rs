@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use umem_ring::Span;
 
 use super::open::{self, Faults};
@@ -128,16 +129,44 @@ pub(crate) enum Stop {
 
 /// A userfaultfd that belongs to the guest's address space. Addresses are the guest side's.
 #[derive(Clone)]
-pub(crate) struct Uffd {
+pub(crate) struct Uffd(Arc<Open>);
+
+/// Others may have the same one open, in a program that embeds umem or has handed its memory over.
+struct Open {
     descriptor: Arc<OwnedFd>,
+    /// It waited when we got it, and will again when we are through with it.
+    waited: AtomicBool,
     /// The kernel has said that the address space is gone. Nothing can be put in place then, nor is anything
     /// missed; who counts pages as there asks before that is told to anybody.
-    is_gone: Arc<AtomicBool>,
+    is_gone: AtomicBool,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if self.waited.load(SeqCst) {
+            let _ = self.change_flags(|flags| flags - OFlag::O_NONBLOCK);
+        }
+    }
+}
+
+impl Open {
+    /// True if that has changed them.
+    fn change_flags(&self, change: impl FnOnce(OFlag) -> OFlag) -> nix::Result<bool> {
+        let before = OFlag::from_bits_retain(fcntl(&*self.descriptor, FcntlArg::F_GETFL)?);
+        let after = change(before);
+        if after == before {
+            return Ok(false);
+        }
+        fcntl(&*self.descriptor, FcntlArg::F_SETFL(after))?;
+        Ok(true)
+    }
 }
 
 impl Uffd {
     pub(crate) fn new(descriptor: OwnedFd) -> Uffd {
-        Uffd { descriptor: Arc::new(descriptor), is_gone: Arc::default() }
+        let descriptor = Arc::new(descriptor);
+        let (waited, is_gone) = (AtomicBool::new(false), AtomicBool::new(false));
+        Uffd(Arc::new(Open { descriptor, waited, is_gone }))
     }
 
     /// A userfaultfd for memory of this process. It catches faults of user mode only, which any
@@ -162,19 +191,19 @@ impl Uffd {
     fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         let mut register = Register { range: Range { start, len }, mode, ioctls: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
-        unsafe { ioctl_register(self.descriptor.as_raw_fd(), &mut register) }?;
+        unsafe { ioctl_register(self.0.descriptor.as_raw_fd(), &mut register) }?;
         Ok(())
     }
 
     pub(crate) fn descriptor(&self) -> Arc<OwnedFd> {
-        self.descriptor.clone()
+        self.0.descriptor.clone()
     }
 
     /// Maps the page-cache pages of a file at `start..start + len` into the guest.
     pub(crate) fn map(&self, start: u64, len: u64) -> io::Result<Placed> {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
-        let result = unsafe { ioctl_continue(self.descriptor.as_raw_fd(), &mut operation) };
+        let result = unsafe { ioctl_continue(self.0.descriptor.as_raw_fd(), &mut operation) };
         self.placed(result, operation.done, len)
     }
 
@@ -182,7 +211,7 @@ impl Uffd {
     pub(crate) fn zero(&self, start: u64, len: u64) -> io::Result<Placed> {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: as in map.
-        let result = unsafe { ioctl_zeropage(self.descriptor.as_raw_fd(), &mut operation) };
+        let result = unsafe { ioctl_zeropage(self.0.descriptor.as_raw_fd(), &mut operation) };
         self.placed(result, operation.done, len)
     }
 
@@ -192,13 +221,13 @@ impl Uffd {
         let from = bytes.as_ptr().expose_provenance() as u64;
         let mut operation = CopyOperation { to: start, from, len, mode: 0, done: 0 };
         // SAFETY: the kernel reads our bytes, which are borrowed for the call, and checks the range.
-        let result = unsafe { ioctl_copy(self.descriptor.as_raw_fd(), &mut operation) };
+        let result = unsafe { ioctl_copy(self.0.descriptor.as_raw_fd(), &mut operation) };
         self.placed(result, operation.done, len)
     }
 
     /// Takes events that are pending, as many as fit; 0 bytes when there are none. Needs O_NONBLOCK.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match nix::unistd::read(&*self.descriptor, buffer) {
+        match nix::unistd::read(&*self.0.descriptor, buffer) {
             Ok(count) => Ok(count),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(0),
             Err(errno) => Err(errno.into()),
@@ -209,7 +238,7 @@ impl Uffd {
     pub(crate) fn read_into(&self, span: &Span) -> io::Result<usize> {
         // SAFETY: the span is mapped and so long, and no reference to it exists.
         let count =
-            unsafe { libc::read(self.descriptor.as_raw_fd(), span.as_ptr().cast(), span.len()) };
+            unsafe { libc::read(self.0.descriptor.as_raw_fd(), span.as_ptr().cast(), span.len()) };
         match usize::try_from(count) {
             Ok(count) => Ok(count),
             Err(_) => match io::Error::last_os_error() {
@@ -226,12 +255,12 @@ impl Uffd {
         }
     }
 
-    /// Reads, and polls, fail rather than wait from now on: whoever handed it over may not have asked
-    /// for that, and a userfaultfd that waits cannot be polled.
+    /// Reads, and polls, fail rather than wait from now on, until nobody here has it any more: whoever handed it
+    /// over may not have asked for that, and a userfaultfd that waits cannot be polled.
     pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
-        use nix::fcntl::{FcntlArg, OFlag, fcntl};
-        let flags = OFlag::from_bits_truncate(fcntl(&*self.descriptor, FcntlArg::F_GETFL)?);
-        fcntl(&*self.descriptor, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        if self.0.change_flags(|flags| flags | OFlag::O_NONBLOCK)? {
+            self.0.waited.store(true, SeqCst);
+        }
         Ok(())
     }
 
@@ -239,7 +268,7 @@ impl Uffd {
     pub(crate) fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = Range { start, len };
         // SAFETY: as in mark_cached.
-        unsafe { ioctl_wake(self.descriptor.as_raw_fd(), &mut range) }?;
+        unsafe { ioctl_wake(self.0.descriptor.as_raw_fd(), &mut range) }?;
         Ok(())
     }
 
@@ -248,10 +277,10 @@ impl Uffd {
     pub(crate) fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = Range { start, len };
         // SAFETY: as in mark_cached.
-        match unsafe { ioctl_unregister(self.descriptor.as_raw_fd(), &mut range) } {
+        match unsafe { ioctl_unregister(self.0.descriptor.as_raw_fd(), &mut range) } {
             Ok(_) => Ok(()),
             Err(nix::Error::ESRCH) => {
-                self.is_gone.store(true, SeqCst);
+                self.0.is_gone.store(true, SeqCst);
                 Ok(())
             }
             // The guest's process is gone, and its mappings with it; or the kernel has no memory to split one.
@@ -275,7 +304,7 @@ impl Uffd {
 
     /// Whether the guest's address space has been found gone by any call so far.
     pub(crate) fn is_gone(&self) -> bool {
-        self.is_gone.load(SeqCst)
+        self.0.is_gone.load(SeqCst)
     }
 
     fn placed(&self, result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
@@ -294,7 +323,7 @@ impl Uffd {
             Err(nix::Error::ENOENT) => Stop::Gone,
             // No address space.
             Err(nix::Error::ESRCH) => {
-                self.is_gone.store(true, SeqCst);
+                self.0.is_gone.store(true, SeqCst);
                 Stop::Gone
             }
             Err(errno) => return Err(errno.into()),

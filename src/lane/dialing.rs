@@ -126,12 +126,58 @@ pub(crate) fn stays_local(uri: &Uri, wait: Wait<'_>) -> Result<bool> {
     })
 }
 
-/// True when a connection does not leave this machine, as for [`stays_local`].
-pub(crate) fn is_local(socket: &OwnedFd) -> bool {
-    let Ok(address) = getsockname::<SockaddrStorage>(socket.as_raw_fd()) else { return false };
-    match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-        (Some(address), _) => address.ip().is_loopback(),
-        (None, Some(address)) => address.ip().is_loopback(),
-        (None, None) => true,
+/// True when a connection does not leave this machine, as for [`stays_local`], or when a listener's do not.
+pub(crate) fn is_local(socket: &impl AsFd) -> bool {
+    let socket = socket.as_fd().as_raw_fd();
+    getsockname::<SockaddrStorage>(socket).is_ok_and(|address| is_this_machine(&address))
+}
+
+/// Only what is known not to leave it: other kinds of addresses lead anywhere, as those of AF_VSOCK to other virtual
+/// machines.
+fn is_this_machine(address: &SockaddrStorage) -> bool {
+    if let Some(address) = address.as_sockaddr_in() {
+        address.ip().is_loopback()
+    } else if let Some(address) = address.as_sockaddr_in6() {
+        address.ip().to_canonical().is_loopback()
+    } else if let Some(address) = address.as_vsock_addr() {
+        address.cid() == libc::VMADDR_CID_LOCAL
+    } else {
+        address.family() == Some(AddressFamily::Unix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, UdpSocket};
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{SockaddrLike, VsockAddr};
+
+    use super::*;
+
+    fn vsock(cid: u32) -> SockaddrStorage {
+        let address = VsockAddr::new(cid, 1);
+        // SAFETY: the address is there, and as long as it says.
+        unsafe { SockaddrStorage::from_raw(address.as_ptr(), Some(address.len())) }.unwrap()
+    }
+
+    #[test]
+    fn only_what_is_known_to_stay_is_local() {
+        assert!(is_this_machine(&vsock(libc::VMADDR_CID_LOCAL)));
+        for cid in [libc::VMADDR_CID_ANY, libc::VMADDR_CID_HYPERVISOR, libc::VMADDR_CID_HOST, 3] {
+            assert!(!is_this_machine(&vsock(cid)), "CID {cid} is another machine, or any");
+        }
+        for (address, local) in [
+            ("127.0.0.2:1", true),
+            ("192.0.2.1:1", false),
+            ("[::1]:1", true),
+            ("[::ffff:127.0.0.1]:1", true),
+            ("[::]:1", false),
+        ] {
+            let address: SocketAddr = address.parse().unwrap();
+            assert_eq!(is_this_machine(&SockaddrStorage::from(address)), local, "{address}");
+        }
+        assert!(is_local(&UnixStream::pair().unwrap().0));
+        assert!(!is_local(&UdpSocket::bind("0.0.0.0:0").unwrap()));
     }
 }

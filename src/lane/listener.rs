@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, socket,
 };
@@ -18,7 +18,13 @@ use crate::lookup;
 use crate::uri::Uri;
 
 /// Where a destination waits for lanes.
-pub(crate) enum Listener {
+pub(crate) struct Listener {
+    socket: Listening,
+    /// It blocked when it was inherited, and whoever else has it (such as systemd) may rely on that.
+    blocked: bool,
+}
+
+enum Listening {
     Tcp(TcpListener),
     /// With the path that is ours to remove.
     Unix(UnixListener, Option<PathBuf>),
@@ -58,59 +64,50 @@ impl Listener {
     /// Listens there, where `found` are the addresses that its name stands for.
     pub(crate) fn bind_found(uri: &Uri, found: &[SocketAddr]) -> Result<Listener> {
         let failed = |source| not_bound(uri, source);
-        let listener = match uri {
-            Uri::Tcp { .. } => Listener::Tcp(TcpListener::bind(found).map_err(failed)?),
+        let socket = match uri {
+            Uri::Tcp { .. } => Listening::Tcp(TcpListener::bind(found).map_err(failed)?),
             Uri::Unix { path } => {
-                Listener::Unix(bind_private(path).map_err(failed)?, Some(path.clone()))
+                Listening::Unix(bind_private(path).map_err(failed)?, Some(path.clone()))
             }
-            Uri::Fd { number } => Listener::inherited(*number)?,
+            Uri::Fd { number } => Listening::inherited(*number)?,
             Uri::Exec { .. } => unreachable!("nobody listens there"),
         };
-        // Who waits may have gone when it is accepted.
-        match &listener {
-            Listener::Tcp(listener) => {
-                // What it accepts has the same.
-                choose_congestion(listener);
-                listener.set_nonblocking(true)
-            }
-            Listener::Unix(listener, _) => listener.set_nonblocking(true),
+        if let Listening::Tcp(listener) = &socket {
+            // What it accepts has the same.
+            choose_congestion(listener);
         }
-        .map_err(failed)?;
+        let flags = fcntl(&socket, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let flags = flags.context(|| uri.to_string())?;
+        let is_inherited = matches!(uri, Uri::Fd { .. });
+        let blocked = is_inherited && !flags.contains(OFlag::O_NONBLOCK);
+        let listener = Listener { socket, blocked };
+        // Who waits may have gone when it is accepted.
+        listener.set_nonblocking(true).map_err(failed)?;
         Ok(listener)
     }
 
-    /// One that is bound already, as systemd hands it over; nothing that this process starts gets it.
-    fn inherited(number: i32) -> Result<Listener> {
-        let what = || format!("fd:{number}");
-        // SAFETY: it listens, so that it was open when this process started, and nothing else in it
-        // owns it.
-        let socket = unsafe { OwnedFd::from_raw_fd(number) };
-        fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context(what)?;
-        let address = getsockname::<SockaddrStorage>(number).context(what)?;
-        match address.family() {
-            Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Listener::Tcp(socket.into())),
-            Some(AddressFamily::Unix) => Ok(Listener::Unix(socket.into(), None)),
-            _ => Err(Error::Usage(format!(
-                "fd:{number} listens neither for TCP nor at a unix socket"
-            ))),
+    fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        match &self.socket {
+            Listening::Tcp(listener) => listener.set_nonblocking(nonblocking),
+            Listening::Unix(listener, _) => listener.set_nonblocking(nonblocking),
         }
     }
 
     /// The address with the port that the kernel chose, or that somebody else has bound.
     pub(crate) fn uri(&self, asked: &Uri) -> Uri {
-        match (self, asked) {
-            (Listener::Tcp(listener), Uri::Fd { .. }) => {
+        match (&self.socket, asked) {
+            (Listening::Tcp(listener), Uri::Fd { .. }) => {
                 listener.local_addr().map_or(asked.clone(), |address| Uri::Tcp {
                     host: address.ip().to_string(),
                     port: address.port(),
                 })
             }
-            (Listener::Unix(listener, _), Uri::Fd { .. }) => {
+            (Listening::Unix(listener, _), Uri::Fd { .. }) => {
                 let address = listener.local_addr().ok();
                 let path = address.as_ref().and_then(|address| address.as_pathname());
                 path.map_or(asked.clone(), |path| Uri::Unix { path: path.into() })
             }
-            (Listener::Tcp(listener), Uri::Tcp { host, port }) => {
+            (Listening::Tcp(listener), Uri::Tcp { host, port }) => {
                 let port = listener.local_addr().map_or(*port, |address| address.port());
                 Uri::Tcp { host: host.clone(), port }
             }
@@ -120,9 +117,9 @@ impl Listener {
 
     /// The next connection that waits, if it still does.
     pub(crate) fn accept(&self) -> Result<Option<OwnedFd>> {
-        let accepted = match self {
-            Listener::Tcp(listener) => listener.accept().map(|(socket, _)| socket.into()),
-            Listener::Unix(listener, _) => listener.accept().map(|(socket, _)| socket.into()),
+        let accepted = match &self.socket {
+            Listening::Tcp(listener) => listener.accept().map(|(socket, _)| socket.into()),
+            Listening::Unix(listener, _) => listener.accept().map(|(socket, _)| socket.into()),
         };
         match accepted {
             Ok(socket) => Ok(Some(socket)),
@@ -155,18 +152,46 @@ fn is_of_network(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|errno| ERRORS.contains(&errno))
 }
 
+impl Listening {
+    /// One that is bound already, as systemd hands it over; nothing that this process starts gets it.
+    fn inherited(number: i32) -> Result<Listening> {
+        let what = || format!("fd:{number}");
+        // SAFETY: it listens, so that it was open when this process started, and nothing else in it
+        // owns it.
+        let socket = unsafe { OwnedFd::from_raw_fd(number) };
+        fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context(what)?;
+        let address = getsockname::<SockaddrStorage>(number).context(what)?;
+        match address.family() {
+            Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Listening::Tcp(socket.into())),
+            Some(AddressFamily::Unix) => Ok(Listening::Unix(socket.into(), None)),
+            _ => Err(Error::Usage(format!(
+                "fd:{number} listens neither for TCP nor at a unix socket"
+            ))),
+        }
+    }
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsFd for Listening {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Listener::Tcp(listener) => listener.as_fd(),
-            Listener::Unix(listener, _) => listener.as_fd(),
+            Listening::Tcp(listener) => listener.as_fd(),
+            Listening::Unix(listener, _) => listener.as_fd(),
         }
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Listener::Unix(_, Some(path)) = self {
+        if self.blocked {
+            let _ = self.set_nonblocking(false);
+        }
+        if let Listening::Unix(_, Some(path)) = &self.socket {
             let _ = std::fs::remove_file(path);
         }
     }

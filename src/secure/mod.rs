@@ -138,10 +138,7 @@ impl WayIn<'_> {
     /// Only this machine's own processes get here.
     pub(crate) fn is_local(&self) -> bool {
         match self {
-            WayIn::Listener(Listener::Unix(..)) => true,
-            WayIn::Listener(Listener::Tcp(listener)) => {
-                listener.local_addr().is_ok_and(|address| address.ip().to_canonical().is_loopback())
-            }
+            WayIn::Listener(listener) => is_local(listener),
             WayIn::Connection(socket) => is_local(socket),
         }
     }

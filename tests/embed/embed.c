@@ -578,6 +578,7 @@ static void with_userfaultfd(const char *socket) {
     CHECK(ioctl(uffd, UFFDIO_REGISTER, &registration) == 0);
     listen_and_start(migration, "tcp:127.0.0.1:0");
     succeed(migration);
+    CHECK(!(fcntl(uffd, F_GETFL) & O_NONBLOCK)); /* as it was */
     close(uffd);
     close(file);
 }
@@ -693,10 +694,65 @@ static void wrong(umem_status status, umem_status expected, const char *hint) {
     CHECK(strstr(umem_last_error(), hint) && !strchr(umem_last_error(), '\n'));
 }
 
+/* A peer may reset a connection at any moment: this is what umem hears when it looks the `resets_at`-th time. */
+static int looks, resets_at;
+
+int getpeername(int socket, struct sockaddr *restrict address, socklen_t *restrict length) {
+    if (++looks == resets_at) {
+        errno = ENOTCONN;
+        return -1;
+    }
+    return (int)syscall(SYS_getpeername, socket, address, length);
+}
+
+/* What fails leaves the sockets the program's: open, the same ones, and with their flags. */
+static void reset(const char *socket) {
+    (void)socket;
+    int failures = 0;
+    for (int side = 0; side < 2; side++) {
+        for (resets_at = 1;; resets_at++) {
+            int here[LANES], there[LANES];
+            make_pairs(here, there, LANES);
+            struct stat before[LANES], after;
+            for (int index = 0; index < LANES; index++) {
+                CHECK(fcntl(here[index], F_SETFL, O_NONBLOCK) == 0);
+                CHECK(fstat(here[index], &before[index]) == 0);
+            }
+            umem_source *source = umem_source_new();
+            umem_destination *destination = umem_destination_new();
+            looks = 0;
+            umem_status status = side == 0
+                                     ? umem_source_connections(source, here, LANES)
+                                     : umem_destination_connections(destination, here, LANES);
+            bool has_been_reset = looks >= resets_at;
+            umem_source_destroy(source);
+            umem_destination_destroy(destination);
+            for (int index = 0; index < LANES; index++) {
+                if (status == UMEM_OK) {
+                    CHECK(fcntl(here[index], F_GETFD) == -1 && errno == EBADF);
+                } else {
+                    CHECK(fstat(here[index], &after) == 0 && after.st_ino == before[index].st_ino);
+                    CHECK(fcntl(here[index], F_GETFL) & O_NONBLOCK);
+                    CHECK(close(here[index]) == 0);
+                }
+                close(there[index]);
+            }
+            if (!has_been_reset)
+                break;
+            failures += status == UMEM_ERR_USAGE;
+        }
+    }
+    CHECK(failures >= 2 * LANES);
+    resets_at = 0;
+}
+
 static void misused(const char *socket) {
     CHECK(strcmp(umem_last_error(), "") == 0 && strchr(umem_version(), '.'));
+    /* Whatever has been there: umem reads nothing of it. */
     umem_event event;
     umem_stats stats;
+    memset(&event, 0xa5, sizeof event);
+    memset(&stats, 0xa5, sizeof stats);
     int pair[2];
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
     int empty = memory_file(), full = source_memory();
@@ -804,7 +860,7 @@ int main(int count, char **arguments) {
         {"shared", shared},       {"anonymous", anonymous}, {"userfaultfd", with_userfaultfd},
         {"precopy", precopy},     {"cancel", cancelled},    {"refuse", refused},
         {"lost", lost},           {"misuse", misused},    {"reconnect", reconnected},
-        {"elsewhere", moved_elsewhere}, {"checked", checked},
+        {"elsewhere", moved_elsewhere}, {"checked", checked}, {"reset", reset},
     };
     for (size_t index = 0; count == 3 && index < sizeof scenarios / sizeof *scenarios; index++) {
         if (strcmp(scenarios[index].name, arguments[1]) == 0) {
