@@ -25,9 +25,9 @@ use crate::{destination, observe, single};
             already: fd:N, an inherited stream socket, or exec:CMD, whose standard input and output \
             lead to the source (run by /bin/sh). A socket fd:N that listens, such as systemd's fd:3, \
             is listened at. COMMAND is a QEMU whose RAM is a \
-            memory-backend-file with share=on (--kind private: share=off), or another monitor that \
-            maps the files named with --ram. umem adds -incoming and a QMP socket to a QEMU's \
-            options itself. COMMAND runs out of reach of the terminal's \
+            memory-backend-file with share=on (--kind private: share=off), also by way of wrappers and \
+            scripts, or another monitor that maps the files named with --ram. umem adds -incoming and a QMP \
+            socket to a QEMU's options itself. COMMAND runs out of reach of the terminal's \
             signals, with the terminal as its standard input where umem has it. A signal before the \
             switchover gives the guest up, which stays at the source; while memory comes no signal \
             ends umem, nor the guest. Once the guest is complete Ctrl-C (SIGINT) has COMMAND \
@@ -57,7 +57,7 @@ pub(super) struct Incoming {
     /// does; COMMAND may be left out then
     #[argh(option)]
     handoff: Option<PathBuf>,
-    /// a RAM file of the guest, NAME=PATH; repeat for more (default: read from a QEMU's options)
+    /// a RAM file of the guest, NAME=PATH; repeat for more (default: a QEMU is asked for its own)
     #[argh(option)]
     ram: Vec<RamPath>,
     /// the monitor's QMP socket (default: one that umem gives a QEMU)

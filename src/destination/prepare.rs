@@ -2,6 +2,7 @@
 //! receive a guest.
 
 mod adopting;
+mod finding;
 mod handing;
 
 use std::os::unix::net::UnixStream;
@@ -12,18 +13,19 @@ use super::side::{GuestProcess, GuestSide};
 use super::{NO_GUEST, Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket};
+use crate::host::DestinationHost;
 use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
-use crate::host::qemu::{self, HOW_TO_START, Qemu};
+use crate::host::qemu::{self, Backend, Qemu};
 use crate::host::qmp::Qmp;
-use crate::host::{DestinationHost, command::is_qemu};
 use crate::inbox::{Inbox, Wake};
 use crate::memory::claim::{self, User};
 use crate::memory::kind::Kind;
 use crate::report::Output;
 
 pub(crate) use adopting::Adopted;
+use finding::find;
 pub(super) use handing::check_pieces;
-use handing::{Callers, HANDOFF_TIMEOUT, Memory, accept_memory, receive_memory, take_over};
+use handing::{Callers, HANDOFF_TIMEOUT, Memory, accept_memory, receive_memory};
 
 /// How often a QMP socket that is not there yet is tried.
 const QMP_INTERVAL: Duration = Duration::from_millis(20);
@@ -79,39 +81,38 @@ impl Expected<'_> {
     /// Starts it, if that is ours to do, and waits for its memory.
     pub(crate) fn prepare(self, inbox: &Inbox<Note>) -> Result<Prepared> {
         let options = self.options;
-        let [program, arguments @ ..] = options.command.as_slice() else {
+        if options.command.is_empty() {
             let listener = self.listener.expect("there is a COMMAND or a hand-over socket");
             return take_over_stranger(options, &listener, inbox);
-        };
-        let qemu = is_qemu(program);
-        let ram = match self.listener {
-            None => ram_files(options, program, arguments)?,
-            Some(_) => Vec::new(),
-        };
-        for RamPath { name, path } in &ram {
-            claim::check_path(name, path, User::Destination)?;
-            claim::check_unused(name, path)?;
+        }
+        if self.listener.is_none() {
+            for RamPath { name, path } in &options.ram {
+                claim::check_path(name, path, User::Destination)?;
+                claim::check_unused(name, path)?;
+            }
         }
         let start = Start {
             command: &options.command,
-            ram: &ram,
+            ram: if self.listener.is_none() { &options.ram } else { &[] },
             kind: options.kind,
             preload: options.preload.as_deref(),
             hands_over: self.listener.is_some(),
-            add_qmp: qemu && options.qmp.is_none(),
+            add_qmp: options.qmp.is_none(),
         };
         let (mut monitor, sockets) = command::start(&start)?;
         let Sockets { handoff, qmp } = sockets;
-        let (handoff, memory) = match (self.listener, handoff) {
-            (Some(listener), _) => accept_memory(&listener, &mut monitor, inbox)?,
+        let (handoff, memory, host) = match (self.listener, handoff) {
+            (Some(listener), _) => {
+                let (handoff, memory) = accept_memory(&listener, &mut monitor, inbox)?;
+                (handoff, memory, host(options, qmp, &monitor, inbox)?)
+            }
             (None, handoff) => {
                 let stream = handoff.expect("the preload object has a socket");
                 let mut handoff = HandoffSocket::new(stream);
-                let memory = take_over(&ram, &monitor, &mut handoff, inbox)?;
-                (handoff, memory)
+                let (memory, asked) = find(options, &mut monitor, &mut handoff, inbox)?;
+                (handoff, memory, asked.map(|(qemu, found)| checked(options, qemu, &found)))
             }
         };
-        let host = host(options, qmp, &monitor, inbox)?;
         let Memory { handed, knows_umem, keeps_sessions } = memory;
         let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);
         let side = GuestSide::Process(Box::new(process));
@@ -146,24 +147,6 @@ fn take_over_stranger(
     }
 }
 
-/// The guest's RAM files: as named, or as a QEMU's own options say. A QEMU's options are checked.
-fn ram_files(options: &Options, program: &str, arguments: &[String]) -> Result<Vec<RamPath>> {
-    let found =
-        if is_qemu(program) { command::ram_of_qemu(arguments, options.kind)? } else { Vec::new() };
-    match (options.ram.as_slice(), is_qemu(program)) {
-        ([], true) if found.is_empty() => Err(Error::Unsupported(format!(
-            "COMMAND has no RAM that can be filled from outside: {HOW_TO_START}, or name the files \
-             with --ram NAME=PATH"
-        ))),
-        ([], true) => Ok(found),
-        ([], false) => Err(Error::Usage(format!(
-            "{program} is no QEMU whose options could be read: name its RAM files with --ram \
-             NAME=PATH"
-        ))),
-        (named, _) => Ok(named.to_vec()),
-    }
-}
-
 /// Connects to the monitor where it speaks QMP, and checks that it waits for a guest we can bring.
 fn host(
     options: &Options,
@@ -180,16 +163,21 @@ fn host(
     // A monitor need not answer.
     let (qemu, found) = inbox.wait_for_work(NO_GUEST, None, move || {
         let mut qemu = Qemu::new(Qmp::open(stream, &name)?);
+        qemu.awaits_a_guest()?;
         let found = qemu.check(kind)?;
         Ok((qemu, found))
     })?;
+    Ok(Some(checked(options, qemu, &found)))
+}
+
+fn checked(options: &Options, qemu: Qemu, found: &[Backend]) -> Box<dyn DestinationHost> {
     // What becomes QEMU's own memory is copied there in small pages.
     if options.kind == Kind::Shared
-        && let Some(advice) = qemu::advice(&found, "source")
+        && let Some(advice) = qemu::advice(found, "source")
     {
         Output::new(options.json).remark(&advice);
     }
-    Ok(Some(Box::new(qemu)))
+    Box::new(qemu)
 }
 
 /// Waits until the monitor has made its socket: it may not be there yet, or be there and not listen

@@ -457,7 +457,7 @@ fn receive(
                     check_pieces(handed.len())?;
                 }
                 Message::Session(entrusted) => return Ok(Some((handed, entrusted))),
-                Message::Loaded | Message::Released => {}
+                Message::Loaded | Message::Qemu(_) | Message::Released => {}
             }
         }
     }

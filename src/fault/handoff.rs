@@ -8,7 +8,8 @@
 //! side discards shared memory with MADV_REMOVE alone until it is complete: the kernel reports no hole that is
 //! punched in the file, and MADV_DONTNEED as if it were a discard.
 //!
-//! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"error":CODE,…}`
+//! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"qemu":1,"monitor":true}` in a
+//! QEMU, with our end of a socket for its monitor, `{"error":CODE,…}`
 //! when it could not do its work and `{"released":N}` when it has closed its descriptors at the end.
 //!
 //! Who says `"umem":2` can keep a *session* for us ([`HandoffSocket::entrust`]): a socket that listens,
@@ -19,6 +20,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -54,6 +56,8 @@ pub(crate) struct Handed {
 pub(crate) enum Message {
     /// The preload object runs inside the guest's process.
     Loaded,
+    /// The process is a QEMU, which has the options that it needs; our end of its monitor, if it was to have one.
+    Qemu(Option<UnixStream>),
     /// Memory.
     Memory {
         pieces: Vec<Handed>,
@@ -98,6 +102,8 @@ struct PieceMessage {
     umem: Option<u64>,
     #[serde(default)]
     more: bool,
+    #[serde(default)]
+    created: bool,
 }
 
 #[derive(Deserialize)]
@@ -122,11 +128,18 @@ pub(crate) struct HandoffSocket {
     stream: UnixStream,
     bytes: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
+    /// Files that the guest's process has made, also where what it said next was an error.
+    created: Vec<PathBuf>,
 }
 
 impl HandoffSocket {
     pub(crate) fn new(stream: UnixStream) -> HandoffSocket {
-        HandoffSocket { stream, bytes: Vec::new(), descriptors: VecDeque::new() }
+        HandoffSocket {
+            stream,
+            bytes: Vec::new(),
+            descriptors: VecDeque::new(),
+            created: Vec::new(),
+        }
     }
 
     pub(crate) fn stream(&self) -> &UnixStream {
@@ -200,6 +213,21 @@ impl HandoffSocket {
         self.command(b"release\n")
     }
 
+    /// The files that the guest's process has made for its memory.
+    pub(crate) fn created(&self) -> &[PathBuf] {
+        &self.created
+    }
+
+    /// Tells the preload object what is mapped there, for whoever takes over.
+    pub(crate) fn name(&mut self, address: u64, name: &str) -> Result<()> {
+        self.command(format!("name {address} {name}\n").as_bytes())
+    }
+
+    /// Tells the preload object that no RAM is mapped there.
+    pub(crate) fn forget(&mut self, address: u64) -> Result<()> {
+        self.command(format!("forget {address}\n").as_bytes())
+    }
+
     /// A guest side that has ended needs no command; its end is noticed elsewhere.
     fn command(&mut self, line: &[u8]) -> Result<()> {
         match self.stream.write_all(line) {
@@ -258,6 +286,12 @@ impl HandoffSocket {
             return Err(explain(&error));
         } else if value.get("preload").is_some() {
             messages.push(Message::Loaded);
+        } else if value.get("qemu").is_some() {
+            let has_monitor = value["monitor"] == serde_json::Value::Bool(true);
+            if has_monitor && self.descriptors.is_empty() {
+                return Ok(false);
+            }
+            messages.push(Message::Qemu(has_monitor.then(|| self.descriptor().into())));
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
         } else if let Some(count) = value.get("session").and_then(serde_json::Value::as_u64) {
@@ -296,6 +330,9 @@ impl HandoffSocket {
                 Some(uffd) => (uffd.clone(), None),
                 None => (self.uffd()?, Some(File::from(self.descriptor()))),
             };
+            if piece.created {
+                self.created.extend(file.as_ref().and_then(name_of));
+            }
             handed.push(Handed {
                 name: piece.name.clone(),
                 kind,
@@ -324,6 +361,14 @@ impl HandoffSocket {
     fn descriptor(&mut self) -> OwnedFd {
         self.descriptors.pop_front().expect("counted before")
     }
+}
+
+/// A file's name here, if it leads to that file.
+fn name_of(file: &File) -> Option<PathBuf> {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+    let identity = |found: std::fs::Metadata| (found.dev(), found.ino());
+    let there = std::fs::metadata(&path).map(identity).ok()?;
+    (file.metadata().map(identity).ok()? == there).then_some(path)
 }
 
 impl PieceMessage {
@@ -424,6 +469,8 @@ fn explain(error: &ErrorMessage) -> Error {
              left from an earlier one; name a new file, or remove it if nobody uses it"
         ),
         "ram-locked" => format!("RAM {name}: {text}: name another file"),
+        // Of no RAM.
+        "options" => text.clone(),
         _ => format!("RAM {name}: {text} ({code})"),
     })
 }

@@ -1,8 +1,9 @@
 //! The monitor that `umem incoming URI -- COMMAND` starts.
 //!
 //! COMMAND runs with the preload object, which is part of this executable and reaches the child as
-//! an open memory file, so that nothing has to be installed and nothing is left behind. A QEMU gets
-//! three more options: it waits for an incoming migration and has a monitor on an inherited socket.
+//! an open memory file, so that nothing has to be installed and nothing is left behind. In a QEMU, however COMMAND
+//! comes to start it, the object adds the options that it needs: it waits for an incoming migration and has a monitor
+//! on a socket whose other end is sent to us.
 //!
 //! COMMAND leads a session of its own, as after setsid(2). The terminal's signals (Ctrl-C, Ctrl-\, a
 //! hang-up) reach umem and not COMMAND: what becomes of them is umem's to decide. The terminal stays usable
@@ -31,8 +32,7 @@ use crate::error::{Context, Error, Result};
 use crate::inbox::unblock_signals;
 use crate::memory::kind::Kind;
 
-use options::qemu_arguments;
-pub(crate) use options::{is_qemu, ram_of_qemu};
+use options::{is_qemu, qemu_arguments};
 pub(crate) use process::{ProcessHandle, Standstill, began, standstill};
 use terminal::Terminal;
 
@@ -83,7 +83,7 @@ pub(crate) struct Monitor {
 pub(crate) struct Sockets {
     /// The preload object's; none without it.
     pub(crate) handoff: Option<UnixStream>,
-    /// For a QEMU, unless the user gave a QMP socket of his own.
+    /// For a QEMU that hands over its memory itself, unless the user gave a QMP socket of his own.
     pub(crate) qmp: Option<UnixStream>,
 }
 
@@ -97,7 +97,7 @@ pub(crate) struct Start<'a> {
     pub(crate) preload: Option<&'a Path>,
     /// Without the preload object: the guest hands its memory over itself.
     pub(crate) hands_over: bool,
-    /// Add a QMP monitor on an inherited socket (a QEMU without `--qmp`).
+    /// Give a QEMU a monitor for us: there is no `--qmp`.
     pub(crate) add_qmp: bool,
 }
 
@@ -115,8 +115,12 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
         command
             .env("LD_PRELOAD", preload.for_child())
             .env("UMEM_PRELOAD_SOCKET", theirs.as_raw_fd().to_string())
-            .env("UMEM_PRELOAD_RAM", ram_list(start.ram))
-            .env("UMEM_PRELOAD_KIND", start.kind.name());
+            .env("UMEM_PRELOAD_QEMU", if start.add_qmp { "monitor" } else { "incoming" })
+            .env("UMEM_PRELOAD_KIND", start.kind.name())
+            .env_remove("UMEM_PRELOAD_RAM");
+        if !start.ram.is_empty() {
+            command.env("UMEM_PRELOAD_RAM", ram_list(start.ram));
+        }
         inherited.push(OwnedFd::from(theirs));
         if let Preload::BuiltIn(file) = preload {
             inherited.push(file);
@@ -124,7 +128,7 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
         handoff = Some(ours);
     }
     let mut qmp = None;
-    if start.add_qmp {
+    if start.add_qmp && start.hands_over && is_qemu(program) {
         let (ours, theirs) = UnixStream::pair().context(|| "socketpair")?;
         command.args(qemu_arguments(arguments, theirs.as_raw_fd()));
         inherited.push(theirs.into());
@@ -262,6 +266,13 @@ impl Monitor {
             released,
             survives_panics: released,
         })
+    }
+
+    /// A RAM file that is there because of us.
+    pub(crate) fn note_created(&mut self, path: PathBuf) {
+        if !self.created.contains(&path) {
+            self.created.push(path);
+        }
     }
 
     /// RAM files that umem has made for it.

@@ -167,7 +167,14 @@ impl RamFile {
 
     /// Takes over the RAM file that a guest handed to us, for landing pages in it.
     pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
-        let ram = RamFile::map(name, file, None, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let bytes = file.metadata().context(|| format!("RAM {name}"))?.len();
+        RamFile::from_handoff_part(name, file, bytes)
+    }
+
+    /// Likewise, of which the guest has the first `bytes`.
+    pub(crate) fn from_handoff_part(name: &str, file: File, bytes: u64) -> Result<RamFile> {
+        let ram =
+            RamFile::map(name, file, Some(bytes), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         if ram.has_huge_pages {
             // Only advice: a kernel without huge pages lands small ones. Where a file gets huge pages by advice
             // alone it stays with small ones, as most of its pages are written to it and not through the mapping.

@@ -31,7 +31,18 @@ impl Destination {
         uri: &str,
     ) -> Destination {
         let words = machine.command_line(scratch, Side::Destination);
-        Destination::of(Umem::start(incoming(&words, options, uri)), machine, scratch)
+        Destination::by(&words, machine, scratch, options, uri)
+    }
+
+    /// By way of these words, which come to start this machine's QEMU.
+    pub(super) fn by(
+        words: &[String],
+        machine: &Machine,
+        scratch: &Scratch,
+        options: &[&str],
+        uri: &str,
+    ) -> Destination {
+        Destination::of(Umem::start(incoming(words, options, uri)), machine, scratch)
     }
 
     /// In the foreground of a terminal, which is the standard input of both.

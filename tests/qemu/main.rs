@@ -5,6 +5,7 @@
 //! `tests/run`, which provides two versions of QEMU, a kernel and the guest.
 
 mod arrivals;
+mod asked;
 mod destination;
 mod discards;
 mod failures;

@@ -113,15 +113,16 @@ impl Found {
                 )));
             }
             bytes += piece.bytes;
-            if let (None, Some(opened)) = (&file, piece.file) {
-                let opened = RamFile::from_handoff(&name, opened)?;
-                // The preload object has it already: then it still has it, and nobody else.
-                opened.claim_for_guest()?;
-                file = Some(opened);
-            }
+            file = file.or(piece.file);
             let Handed { address, bytes, offset, uffd, .. } =
                 Handed { name: None, file: None, ..piece };
             parts.push((Part { offset, bytes, address, source: 0 }, uffd));
+        }
+        // A file may be longer than what the guest has mapped of it.
+        let file = file.map(|file| RamFile::from_handoff_part(&name, file, bytes)).transpose()?;
+        if let Some(file) = &file {
+            // The preload object has it already: then it still has it, and nobody else.
+            file.claim_for_guest()?;
         }
         if let Some(file) = file.as_ref().filter(|file| file.bytes != bytes) {
             return Err(Error::Unsupported(format!(

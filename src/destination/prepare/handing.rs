@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use crate::destination::Note;
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
-use crate::host::command::{Monitor, RamPath};
+use crate::host::command::Monitor;
 use crate::inbox::{Inbox, Wake};
-use crate::memory::claim::{self, User};
 use crate::progress;
 
 /// A monitor maps its RAM within a second of its start; a machine under load gets this long.
@@ -244,75 +243,21 @@ pub(super) fn receive_memory(
     }
 }
 
-/// Waits until each of the RAM files has been handed over.
-pub(super) fn take_over(
-    ram: &[RamPath],
-    monitor: &Monitor,
-    handoff: &mut HandoffSocket,
-    inbox: &Inbox<Note>,
-) -> Result<Memory> {
-    let mut missing: HashMap<&str, ()> = ram.iter().map(|ram| (ram.name.as_str(), ())).collect();
-    let (mut handed, mut all_keep_sessions) = (Vec::new(), true);
-    let mut loaded = false;
-    let deadline = Instant::now() + HANDOFF_TIMEOUT;
-    while !missing.is_empty() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let extra = [handoff.stream().as_fd(), monitor.exited()];
-        let messages = match inbox.wait(&extra, Some(left))? {
-            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
-            Wake::Timeout => return Err(never_handed_over(loaded, &missing)),
-            Wake::Ready(0) => handoff.read()?,
-            Wake::Ready(_) => return Err(exited(loaded, &missing)),
-            Wake::Message(_) => continue,
-        };
-        let Some(messages) = messages else {
-            return Err(closed(monitor, inbox, loaded, &missing)?);
-        };
-        for message in messages {
-            match message {
-                Message::Loaded => loaded = true,
-                Message::Memory { pieces, keeps_sessions, .. } => {
-                    all_keep_sessions &= keeps_sessions;
-                    for piece in pieces {
-                        let name = piece.name.as_deref().unwrap_or_default();
-                        // Whoever may have put another one in its place meanwhile.
-                        let path = ram.iter().find(|ram| ram.name == name).map(|ram| &ram.path);
-                        if let (Some(path), Some(file)) = (path, &piece.file) {
-                            claim::check_file(name, path, file, User::Destination)?;
-                        }
-                        if missing.remove(name).is_some() {
-                            handed.push(piece);
-                        }
-                    }
-                }
-                Message::Released | Message::Session(_) => {}
-            }
-        }
-    }
-    Ok(Memory { handed, knows_umem: true, keeps_sessions: all_keep_sessions })
-}
-
-/// Why the hand-over socket was closed: mostly because the process is ending, which shows a moment
-/// later.
-fn closed(
-    monitor: &Monitor,
-    inbox: &Inbox<Note>,
-    loaded: bool,
-    missing: &HashMap<&str, ()>,
-) -> Result<Error> {
+/// The hand-over socket was closed: mostly because the process is ending, which shows a moment later. Whether it has.
+pub(super) fn closed(monitor: &Monitor, inbox: &Inbox<Note>) -> Result<bool> {
     let deadline = Instant::now() + EXIT_TIMEOUT;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        return Ok(match inbox.wait(&[monitor.exited()], Some(left))? {
-            Wake::Signal => Error::Interrupted("no guest had arrived".into()),
-            Wake::Ready(_) => exited(loaded, missing),
-            Wake::Timeout => never_handed_over(loaded, missing),
+        return match inbox.wait(&[monitor.exited()], Some(left))? {
+            Wake::Signal => Err(Error::Interrupted("no guest had arrived".into())),
+            Wake::Ready(_) => Ok(true),
+            Wake::Timeout => Ok(false),
             Wake::Message(_) => continue,
-        });
+        };
     }
 }
 
-fn exited(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
+pub(super) fn exited(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
     if !loaded {
         return never_handed_over(loaded, missing);
     }
@@ -324,7 +269,7 @@ fn names(missing: &HashMap<&str, ()>) -> String {
     missing.keys().copied().collect::<Vec<_>>().join(", ")
 }
 
-fn never_handed_over(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
+pub(super) fn never_handed_over(loaded: bool, missing: &HashMap<&str, ()>) -> Error {
     let names = names(missing);
     Error::Preload(if loaded {
         format!(

@@ -34,6 +34,7 @@ pub(crate) struct Backend {
     pub(crate) bytes: u64,
     /// Where QEMU has mapped it, in its own address space. None where it does not say.
     pub(crate) address: Option<u64>,
+    pub(crate) is_shared: bool,
     /// What its address is a multiple of, bytes; 0 where that is left to QEMU, None where the monitor does not
     /// tell.
     align_bytes: Option<u64>,
@@ -95,6 +96,19 @@ impl Qemu {
         Ok(backends)
     }
 
+    /// Whether it has been started for a guest that comes.
+    pub(crate) fn awaits_a_guest(&mut self) -> Result<()> {
+        let status = self.qmp.execute("query-status", json!({}))?;
+        match status["status"].as_str() {
+            Some("inmigrate") => Ok(()),
+            other => Err(Error::Host(format!(
+                "it does not wait for a guest but is {}: start it with `-incoming defer`, which umem adds to a \
+                 QEMU that it starts under a name such as qemu-system-x86_64",
+                other.unwrap_or("of a state that it does not tell")
+            ))),
+        }
+    }
+
     /// None for one that holds the same on both sides.
     fn backend(
         &mut self,
@@ -150,7 +164,8 @@ impl Qemu {
         }
         let align_bytes = get("align")?.as_u64();
         let &Block { bytes, address, .. } = block;
-        Ok(Some(Backend { name, path: PathBuf::from(file), bytes, address, align_bytes }))
+        let path = PathBuf::from(file);
+        Ok(Some(Backend { name, path, bytes, address, is_shared, align_bytes }))
     }
 
     /// Opens the files that QEMU has mapped for these backends, which has to be on this host. Those that the user
@@ -392,6 +407,7 @@ mod tests {
             path: path.into(),
             bytes: 4096,
             address: None,
+            is_shared: true,
             align_bytes,
         };
         for (align_bytes, is_advised) in [
@@ -434,6 +450,7 @@ mod tests {
                 path,
                 bytes: 4096,
                 address: Some(0x7000),
+                is_shared: true,
                 align_bytes,
             };
             assert_eq!(qemu.backends(Kind::Shared).unwrap(), [expected], "{answer:?}");

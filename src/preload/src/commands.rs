@@ -186,6 +186,10 @@ impl Commands {
             _ => {
                 if let Some((address, length)) = parse_touch(line) {
                     self.touch(address, length);
+                } else if let Some((address, name)) = parse_name(line) {
+                    handover::rename(address, name);
+                } else if let Some(address) = parse_forget(line) {
+                    handover::forget(address);
                 }
             }
         }
@@ -216,4 +220,15 @@ fn parse_touch(line: &[u8]) -> Option<(usize, usize)> {
     let (address, length) =
         std::str::from_utf8(line).ok()?.strip_prefix("touch ")?.split_once(' ')?;
     Some((address.parse().ok()?, length.parse().ok()?))
+}
+
+/// `name ADDRESS NAME`
+fn parse_name(line: &[u8]) -> Option<(usize, &str)> {
+    let (address, name) = std::str::from_utf8(line).ok()?.strip_prefix("name ")?.split_once(' ')?;
+    Some((address.parse().ok()?, name))
+}
+
+/// `forget ADDRESS`
+fn parse_forget(line: &[u8]) -> Option<usize> {
+    std::str::from_utf8(line).ok()?.strip_prefix("forget ")?.parse().ok()
 }

@@ -8,15 +8,25 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Once, OnceLock};
 
-use crate::sys;
+use crate::{qemu, sys};
 
 const SOCKET: &str = "UMEM_PRELOAD_SOCKET";
 const RAM: &str = "UMEM_PRELOAD_RAM";
 const KIND: &str = "UMEM_PRELOAD_KIND";
+const QEMU: &str = "UMEM_PRELOAD_QEMU";
 
 static CONFIG: OnceLock<Config> = OnceLock::new();
 
-/// One line of `UMEM_PRELOAD_RAM`.
+/// What a QEMU gets in addition to its own options.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Adds {
+    /// It waits for a guest.
+    Incoming,
+    /// And has a monitor for umem.
+    Monitor,
+}
+
+/// One line of `UMEM_PRELOAD_RAM`, or what a QEMU maps as its RAM.
 #[derive(Clone)]
 pub(crate) struct RamFile {
     pub(crate) name: String,
@@ -46,6 +56,8 @@ pub(crate) struct Config {
     pub(crate) socket: i32,
     /// None for a kind that this object does not know.
     pub(crate) kind: Option<Kind>,
+    /// None where no program gets any.
+    pub(crate) adds: Option<Adds>,
     ram: Vec<RamFile>,
 }
 
@@ -59,8 +71,13 @@ pub(crate) fn read_environment() {
         Err(_) => Some(Kind::Shared),
         Ok(name) => [Kind::Shared, Kind::Private].into_iter().find(|kind| kind.as_str() == name),
     };
+    let adds = match std::env::var(QEMU).as_deref() {
+        Ok("monitor") => Some(Adds::Monitor),
+        Ok("incoming") => Some(Adds::Incoming),
+        _ => None,
+    };
     // Loaded twice into one process is possible (two paths to one object); the first one counts.
-    let _ = CONFIG.set(Config { socket, kind, ram });
+    let _ = CONFIG.set(Config { socket, kind, adds, ram });
 }
 
 /// None until the constructor has run: mappings made before are none of ours.
@@ -69,10 +86,15 @@ pub(crate) fn get() -> Option<&'static Config> {
 }
 
 impl Config {
+    /// RAM files are known by their paths. Otherwise they are what a QEMU maps in the way in which it maps its RAM.
+    pub(crate) fn has_names(&self) -> bool {
+        !self.ram.is_empty()
+    }
+
     /// The RAM file behind an open descriptor. The path is looked up each time, because QEMU makes
     /// the file itself, after we were loaded.
     pub(crate) fn ram_file(&self, descriptor: i32) -> Option<RamFile> {
-        if self.ram.is_empty() {
+        if self.ram.is_empty() && !qemu::is_here() {
             return None;
         }
         // SAFETY: the descriptor is the caller's and stays so: ManuallyDrop never closes it.
@@ -82,6 +104,13 @@ impl Config {
             return None;
         }
         let link = std::fs::read_link(format!("/proc/self/fd/{descriptor}")).ok();
+        if self.ram.is_empty() {
+            // A memory file, and one that was made without a name, are none that a migration leaves out.
+            let is_ram = opened.nlink() > 0 && sys::is_memory(descriptor);
+            return link
+                .filter(|_| is_ram)
+                .map(|path| RamFile { name: path.to_string_lossy().into_owned(), path });
+        }
         let is_same = |path: &Path| match std::fs::metadata(path) {
             Ok(named) => named.dev() == opened.dev() && named.ino() == opened.ino(),
             Err(_) => link.as_deref() == Some(path),
@@ -103,6 +132,7 @@ impl Config {
                 std::env::remove_var(SOCKET);
                 std::env::remove_var(RAM);
                 std::env::remove_var(KIND);
+                std::env::remove_var(QEMU);
                 match preload {
                     Some(others) => std::env::set_var("LD_PRELOAD", others),
                     None => std::env::remove_var("LD_PRELOAD"),

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::config::{self, Kind, RamFile};
 use crate::report::{self, Code, Failure};
 use crate::uffd::{self, Backing};
-use crate::{commands, sys, whole};
+use crate::{commands, made, sys, whole};
 
 /// What has been handed over and is not released yet. The userfaultfds in it are the duplicates
 /// that make the guest wait when umem dies: only [`release`] closes them.
@@ -32,7 +32,7 @@ struct Held {
     /// What the program itself has last said of forks: [`release`] leaves it so.
     wants_dont_fork: bool,
     /// What was said of it, for a umem that takes over.
-    message: String,
+    told: report::Handover,
     uffd: OwnedFd,
     file: OwnedFd,
     /// The program's own descriptor of the file.
@@ -58,6 +58,10 @@ pub(crate) unsafe fn map(
     };
     config.hide();
     let fail = |failure: &Failure| {
+        // The name that QEMU has just given it.
+        if made::is_made(descriptor) {
+            let _ = std::fs::remove_file(&ram.path);
+        }
         report::failure(config.socket, &ram.name, failure);
         sys::map_failed(failure.errno)
     };
@@ -280,11 +284,30 @@ fn identity_of(descriptor: c_int) -> Option<(u64, u64)> {
     metadata(descriptor).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
+/// What is mapped there is called so from now on.
+pub(crate) fn rename(address: usize, name: &str) {
+    for held in held().iter_mut().filter(|held| held.address == address) {
+        name.clone_into(&mut held.name);
+        name.clone_into(&mut held.told.ram.name);
+    }
+}
+
+/// What is mapped there is no RAM: umem has closed its userfaultfd, and with ours nothing is registered any more.
+pub(crate) fn forget(address: usize) {
+    let mut all = held();
+    let Some(index) = all.iter().position(|held| held.address == address) else { return };
+    let held = all.swap_remove(index);
+    sys::unlock_move(held.file.as_raw_fd());
+    if !held.wants_dont_fork {
+        advise_fork(held.address, held.length, sys::MADV_DOFORK);
+    }
+}
+
 /// Hands everything that is not released over once more, to a umem that takes over. Fails with an errno.
 pub(crate) fn again(socket: i32) -> Result<(), i32> {
     for held in held().iter() {
         let descriptors = [held.uffd.as_raw_fd(), held.file.as_raw_fd()];
-        report::send(socket, held.message.as_bytes(), &descriptors)?;
+        report::send(socket, report::handover_line(&held.told).as_bytes(), &descriptors)?;
     }
     Ok(())
 }
@@ -308,7 +331,7 @@ fn check_before(ram: &RamFile, kind: Kind, flags: c_int, descriptor: c_int) -> R
             "the memory backend maps its file shared, and the kind is private: set share=off",
         ));
     }
-    if held().iter().any(|held| held.name == ram.name) {
+    if held().iter().any(|held| held.name == ram.name || is_same(held, descriptor)) {
         return Err(Failure::new(
             Code::RamTwice,
             sys::EBUSY,
@@ -371,15 +394,17 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         ));
     }
 
-    let message = report::handover_line(&report::Handover {
-        ram,
+    let told = report::Handover {
+        ram: ram.clone(),
         kind,
         address,
         length,
         offset,
         page_size: backing.page_size,
         features,
-    });
+        created: made::is_made(descriptor),
+    };
+    let message = report::handover_line(&told);
     let file = sys::duplicate(descriptor)
         .map_err(|errno| Failure::new(Code::Send, errno, "the RAM file cannot be kept open"))?;
     // Held before it is sent: from the moment umem has it, ours must be the spare.
@@ -397,7 +422,7 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
             && sys::hugetlbfs_page_size(descriptor).is_none(),
         has_refused: false,
         wants_dont_fork: false,
-        message: message.clone(),
+        told,
         uffd,
         file,
         number: descriptor,
@@ -415,6 +440,11 @@ fn advise_fork(address: usize, length: usize, advice: c_int) -> c_int {
     // SAFETY: what a child inherits changes, and no content. Where the program has unmapped the range
     // meanwhile the kernel says so, and there is nothing to do.
     unsafe { sys::madvise(std::ptr::with_exposed_provenance_mut(address), length, advice) }
+}
+
+fn is_same(held: &Held, descriptor: c_int) -> bool {
+    let identity = |descriptor| metadata(descriptor).ok().map(|file| (file.dev(), file.ino()));
+    identity(descriptor).is_some_and(|file| identity(held.file.as_raw_fd()) == Some(file))
 }
 
 fn block_size_of(descriptor: c_int) -> u64 {

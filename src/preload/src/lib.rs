@@ -6,7 +6,8 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `UMEM_PRELOAD_SOCKET` | number of an inherited descriptor, one end of a unix stream socket pair |
-//! | `UMEM_PRELOAD_RAM` | `name=path`, one a line: the RAM files to wait for |
+//! | `UMEM_PRELOAD_RAM` | `name=path`, one a line: the RAM files to wait for; without it they are what a QEMU maps as its RAM |
+//! | `UMEM_PRELOAD_QEMU` | `incoming`: a QEMU gets the options to wait for a guest; `monitor`: and a monitor |
 //! | `UMEM_PRELOAD_KIND` | `shared` (also if it is not set) or `private`: how they have to be mapped |
 //!
 //! # What goes over the socket
@@ -21,11 +22,19 @@
 //! variables and the socket pass through programs until one maps a RAM file. From then on they are
 //! gone, so that nothing QEMU starts inherits them.
 //!
-//! When a named file is mapped writable, one `sendmsg` carries
+//! A QEMU, which is known by its name, says further, with umem's end of a socket for its monitor if it was to have one,
+//!
+//! ```text
+//! {"qemu":1,"monitor":true}
+//! ```
+//!
+//! When a named file is mapped writable, or a QEMU maps a file of tmpfs or hugetlbfs over memory that it has reserved,
+//! which is how it maps its RAM, one `sendmsg` carries
 //!
 //! ```text
 //! [{"name":"ram0","path":"/dev/shm/x","base_host_virt_addr":140737354133504,"size":268435456,
-//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2}]
+//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2,
+//!   "created":false}]
 //! ```
 //!
 //! (on one line; addresses and sizes in bytes, `features` as `UFFDIO_API` granted them) and exactly
@@ -46,6 +55,8 @@
 //! | command | answer | |
 //! |---|---|---|
 //! | `ping` | `{"pong":1}` | |
+//! | `name ADDRESS NAME` | | what is mapped there is called so from now on |
+//! | `forget ADDRESS` | | what is mapped there is no RAM: closes our userfaultfd of it |
 //! | `touch ADDRESS LENGTH` | `{"touched":ADDRESS,"size":LENGTH}` | makes these pages the guest's own |
 //! | `keep` | | the guest may run here from now on |
 //! | `session` | | with two or three descriptors: keeps them for a umem that takes over |
@@ -91,12 +102,14 @@ compile_error!("the preload object needs 64-bit Linux: it speaks its system call
 mod commands;
 mod config;
 mod handover;
+mod made;
+mod qemu;
 mod report;
 mod sys;
 mod uffd;
 mod whole;
 
-use std::ffi::{c_int, c_long, c_void};
+use std::ffi::{c_char, c_int, c_long, c_void};
 
 /// Run by the dynamic linker when the object has been loaded, before `main`.
 #[used]
@@ -260,5 +273,37 @@ fn ram_file(protection: c_int, flags: c_int, descriptor: c_int) -> Option<config
     if anonymous || descriptor < 0 || protection & sys::PROT_WRITE == 0 {
         return None;
     }
-    config::get()?.ram_file(descriptor)
+    let config = config::get()?;
+    if !config.has_names() {
+        // A QEMU maps its RAM over what it has reserved. Of the other kind it is none of ours, and umem learns of it
+        // when it asks for QEMU's RAM blocks.
+        let is_shared = flags & sys::MAP_SHARED != 0;
+        if flags & sys::MAP_FIXED == 0 || is_shared != (config.kind == Some(config::Kind::Shared)) {
+            return None;
+        }
+    }
+    config.ram_file(descriptor)
+}
+
+/// `open64` of the C library, by which a QEMU makes its RAM files: passed on, but a file that it makes on tmpfs or
+/// hugetlbfs is its owner's alone.
+///
+/// # Safety
+///
+/// As for `open(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn open64(path: *const c_char, flags: c_int, mode: c_int) -> c_int {
+    // SAFETY: the caller's own promises, passed on.
+    unsafe { made::open(path, flags, mode) }
+}
+
+/// `open` of the C library; the same function where `off_t` has 64 bits.
+///
+/// # Safety
+///
+/// As for `open(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: c_int) -> c_int {
+    // SAFETY: the caller's own promises, passed on.
+    unsafe { made::open(path, flags, mode) }
 }

@@ -31,6 +31,8 @@ pub(crate) enum Code {
     ShareOn,
     /// `UMEM_PRELOAD_KIND` names a kind that this object does not know.
     Kind,
+    /// A QEMU was started with options that umem has no use for.
+    Options,
     /// QEMU populates memory that was handed over; this one comes after the hand-over.
     Prealloc,
     /// QEMU locks memory that was handed over; this one too comes after the hand-over.
@@ -57,6 +59,7 @@ impl Code {
             Code::ShareOff => "share-off",
             Code::ShareOn => "share-on",
             Code::Kind => "kind",
+            Code::Options => "options",
             Code::Prealloc => "prealloc",
             Code::MemLock => "mem-lock",
             Code::Remap => "mremap",
@@ -80,14 +83,17 @@ impl Failure {
 }
 
 /// What the hand-over message says; addresses and sizes in bytes.
-pub(crate) struct Handover<'a> {
-    pub(crate) ram: &'a RamFile,
+#[derive(Clone)]
+pub(crate) struct Handover {
+    pub(crate) ram: RamFile,
     pub(crate) kind: Kind,
     pub(crate) address: usize,
     pub(crate) length: usize,
     pub(crate) offset: i64,
     pub(crate) page_size: usize,
     pub(crate) features: u64,
+    /// The file was made by this program.
+    pub(crate) created: bool,
 }
 
 pub(crate) fn hello(socket: i32) {
@@ -101,10 +107,17 @@ pub(crate) fn hello(socket: i32) {
     let _ = send(socket, line.as_bytes(), &[]);
 }
 
+/// This is a QEMU, and has these options.
+pub(crate) fn qemu(socket: i32, monitor: Option<i32>) -> Result<(), i32> {
+    let line = format!("{{\"qemu\":1,\"monitor\":{}}}\n", monitor.is_some());
+    send(socket, line.as_bytes(), monitor.as_slice())
+}
+
 pub(crate) fn handover_line(handover: &Handover) -> String {
     format!(
         "[{{\"name\":{},\"path\":{},\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\
-         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":2}}]\n",
+         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":2,\
+         \"created\":{}}}]\n",
         json_string(handover.ram.name.as_bytes()),
         json_string(handover.ram.path.as_os_str().as_bytes()),
         handover.address,
@@ -114,6 +127,7 @@ pub(crate) fn handover_line(handover: &Handover) -> String {
         handover.kind.as_str(),
         handover.features,
         std::process::id(),
+        handover.created,
     )
 }
 

@@ -10,6 +10,7 @@ pub(crate) const MAP_SHARED: c_int = 0x1;
 /// The bits of the flags that hold one of them, and the private one.
 pub(crate) const MAP_TYPE: c_int = 0xf;
 pub(crate) const MAP_PRIVATE: c_int = 0x2;
+pub(crate) const MAP_FIXED: c_int = 0x10;
 pub(crate) const MAP_ANONYMOUS: c_int = 0x20;
 pub(crate) const MAP_FAILED: *mut c_void = std::ptr::without_provenance_mut(usize::MAX);
 
@@ -38,6 +39,8 @@ pub(crate) const ENOSYS: c_int = 38;
 pub(crate) const EOPNOTSUPP: c_int = 95;
 
 const O_RDWR: c_int = 0o2;
+/// Makes a file that was not there.
+pub(crate) const O_NEW: c_int = 0o100 | 0o200;
 const O_NONBLOCK: c_int = 0o4000;
 const O_CLOEXEC: c_int = 0o2_000_000;
 /// What a userfaultfd is made with.
@@ -47,6 +50,9 @@ const F_SETFD: c_int = 2;
 const FD_CLOEXEC: c_int = 1;
 const SC_PAGESIZE: c_int = 30;
 const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
+const TMPFS_MAGIC: u32 = 0x0102_1994;
+const AT_FDCWD: c_int = -100;
+const RTLD_NEXT: *mut c_void = std::ptr::without_provenance_mut(usize::MAX);
 const SOL_SOCKET: c_int = 1;
 const SCM_RIGHTS: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
@@ -167,6 +173,9 @@ mod c {
         ) -> c_int;
         pub(super) fn getpid() -> c_int;
         pub(super) fn kill(pid: c_int, signal: c_int) -> c_int;
+        pub(super) fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void;
+        pub(super) fn _exit(status: c_int) -> !;
+        pub(super) fn openat(directory: c_int, path: *const c_char, flags: c_int, ...) -> c_int;
         pub(super) fn __errno_location() -> *mut c_int;
     }
 }
@@ -307,6 +316,36 @@ pub(crate) fn hugetlbfs_page_size(descriptor: c_int) -> Option<usize> {
     let result = unsafe { c::fstatfs(descriptor, &raw mut statfs) };
     let is_hugetlbfs = result == 0 && statfs.kind as u32 == HUGETLBFS_MAGIC;
     is_hugetlbfs.then_some(statfs.block_size as usize)
+}
+
+/// Whether a file is shared memory: on tmpfs or hugetlbfs.
+pub(crate) fn is_memory(descriptor: c_int) -> bool {
+    let mut statfs = Statfs { kind: 0, block_size: 0, rest: [0; 16] };
+    // SAFETY: the structure is at least as long as the C library's.
+    let result = unsafe { c::fstatfs(descriptor, &raw mut statfs) };
+    result == 0 && [HUGETLBFS_MAGIC, TMPFS_MAGIC].contains(&(statfs.kind as u32))
+}
+
+/// `open` without whoever has interposed it, and that is us.
+///
+/// # Safety
+///
+/// As for `open(2)`.
+pub(crate) unsafe fn open(path: *const c_char, flags: c_int, mode: c_int) -> c_int {
+    // SAFETY: the caller's promises.
+    unsafe { c::openat(AT_FDCWD, path, flags, mode) }
+}
+
+/// What comes behind us under this name, for the program.
+pub(crate) fn next_symbol(name: &CStr) -> Option<*mut c_void> {
+    // SAFETY: the name is a string; -1 means what comes behind this object.
+    let symbol = unsafe { c::dlsym(RTLD_NEXT, name.as_ptr()) };
+    (!symbol.is_null()).then_some(symbol)
+}
+
+pub(crate) fn exit(status: c_int) -> ! {
+    // SAFETY: ends the process at once.
+    unsafe { c::_exit(status) }
 }
 
 /// The first byte of a file at `offset` or behind it that is no hole; None if there is none.

@@ -1,0 +1,58 @@
+//! Files that this program makes: whose they are, and which of them are there because of us.
+
+use std::ffi::{CStr, OsStr, c_char, c_int};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use crate::{qemu, sys};
+
+/// Device and inode of those on tmpfs or hugetlbfs.
+static MADE: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+
+/// `open(2)`. `mode` is none where the flags make no file.
+///
+/// # Safety
+///
+/// As for `open(2)`.
+pub(crate) unsafe fn open(path: *const c_char, flags: c_int, mode: c_int) -> c_int {
+    // SAFETY: the caller's path is a string.
+    let is_ours = flags & sys::O_NEW == sys::O_NEW
+        && qemu::is_here()
+        && !path.is_null()
+        && unsafe { is_in_memory(CStr::from_ptr(path)) };
+    let mode = if is_ours { mode & 0o700 } else { mode };
+    // SAFETY: the caller's own promises, passed on.
+    let descriptor = unsafe { sys::open(path, flags, mode) };
+    if is_ours && let Some(identity) = identity(descriptor) {
+        MADE.lock().unwrap_or_else(PoisonError::into_inner).push(identity);
+    }
+    descriptor
+}
+
+/// This program has made the file.
+pub(crate) fn is_made(descriptor: c_int) -> bool {
+    let identity = identity(descriptor);
+    let made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    identity.is_some_and(|identity| made.contains(&identity))
+}
+
+/// The path's directory is on tmpfs or hugetlbfs.
+fn is_in_memory(path: &CStr) -> bool {
+    let path = Path::new(OsStr::from_bytes(path.to_bytes()));
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    std::fs::File::open(directory.unwrap_or(Path::new(".")))
+        .is_ok_and(|directory| sys::is_memory(directory.as_raw_fd()))
+}
+
+fn identity(descriptor: c_int) -> Option<(u64, u64)> {
+    if descriptor < 0 {
+        return None;
+    }
+    // SAFETY: the descriptor is the caller's and stays so: ManuallyDrop never closes it.
+    let file = ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(descriptor) });
+    file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}

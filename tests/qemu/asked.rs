@@ -1,0 +1,219 @@
+//! A destination's QEMU is asked which memory its guest has, however it came to be started; what it needs of umem is
+//! added wherever in a chain of wrappers it is, or its lack is told before a source comes.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+
+use crate::destination::Destination;
+use crate::found::{VERSIONS, arrives_at, mapped, on_a_disk, small};
+use crate::support::{Machine, Qemu, QemuVersion, Scratch, Side, Umem, wait_for};
+use crate::{incoming, says};
+
+const ANYWHERE: &str = "tcp:127.0.0.1:0";
+
+fn words(line: &str) -> Vec<String> {
+    line.split_ascii_whitespace().map(str::to_owned).collect()
+}
+
+/// A source that runs, and its memory.
+fn source(machine: &Machine, scratch: &Scratch) -> (Qemu, File) {
+    let source = machine.start(scratch);
+    let name = machine.ram_file(scratch, Side::Source, "ram0");
+    let memory = mapped(source.pid(), &name.display().to_string());
+    (source, memory)
+}
+
+#[test]
+fn a_qemu_behind_any_wrapper_gets_what_it_needs() {
+    let scratch = Scratch::new();
+    let machine = small(QemuVersion::V10_0);
+    let script = scratch.path("script");
+    // It does other things before, and is there afterwards.
+    let qemu = machine.command_line(&scratch, Side::Destination).join(" ");
+    let program = machine.version.program().display().to_string();
+    let text = format!("#!/bin/sh\n{program} -version >/dev/null\n{qemu}\nexit $?\n");
+    fs::write(&script, text).expect("a file");
+    fs::set_permissions(&script, Permissions::from_mode(0o755)).expect("it is there");
+    let script = script.display().to_string();
+    let given = machine.command_line(&scratch, Side::Destination);
+    for wrapped in [
+        [words("taskset 3"), given.clone()].concat(),
+        [words("nice -n 1 env A=B"), given.clone()].concat(),
+        [words("unshare -n --"), given.clone()].concat(),
+        [words("setpriv --no-new-privs"), given.clone()].concat(),
+        vec!["sh".into(), "-c".into(), format!("exec {qemu}")],
+        vec![script],
+    ] {
+        let (source, memory) = source(&machine, &scratch);
+        let destination = Destination::by(&wrapped, &machine, &scratch, &[], ANYWHERE);
+        arrives_at(destination, source, &[memory]);
+        for path in scratch.ram_files() {
+            fs::remove_file(path).expect("it is there");
+        }
+    }
+}
+
+/// Words that say in other ways what [`small`] says, without the memory.
+fn plain(machine: &Machine, scratch: &Scratch) -> Vec<String> {
+    let test = machine.socket(scratch, Side::Destination, "test");
+    let program = machine.version.program().display().to_string();
+    let line = format!(
+        "{program} -accel tcg -cpu max -nodefaults -display none -no-reboot -smp 2 -m 64M -serial null \
+         -qmp unix:{},server=on,wait=off",
+        test.display()
+    );
+    words(&line)
+}
+
+#[test]
+fn memory_is_found_however_it_is_configured() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let plain = plain(&machine, &scratch);
+        let ram = machine.ram_file(&scratch, Side::Destination, "ram0").display().to_string();
+        let config = scratch.path("config");
+        let text = format!(
+            "[machine]\n  type = \"q35\"\n  memory-backend = \"ram0\"\n[object \"ram0\"]\n  \
+             qom-type = \"memory-backend-file\"\n  size = \"64M\"\n  share = \"on\"\n  mem-path = \"{ram}\"\n"
+        );
+        fs::write(&config, text).expect("a file");
+        let json = format!(
+            "{{\"qom-type\":\"memory-backend-file\",\"id\":\"ram0\",\"size\":67108864,\"share\":true,\
+             \"mem-path\":\"{ram}\"}}"
+        );
+        let backend =
+            format!("qom-type=memory-backend-file,id=ram0,size=64M,share=yes,mem-path={ram}");
+        let q35 = "-machine type=q35,memory-backend=ram0";
+        for more in [
+            vec!["-readconfig".to_owned(), config.display().to_string()],
+            [words(q35), vec!["-object".into(), json]].concat(),
+            [words(q35), vec!["--object".into(), backend], words("-incoming defer")].concat(),
+        ] {
+            let (source, memory) = source(&machine, &scratch);
+            let all = [plain.clone(), more].concat();
+            let destination = Destination::by(&all, &machine, &scratch, &[], ANYWHERE);
+            let made = fs::metadata(&ram).expect("QEMU has made it");
+            assert_eq!(made.mode() & 0o777, 0o600, "others may read the guest's memory");
+            arrives_at(destination, source, &[memory]);
+            for path in scratch.ram_files() {
+                fs::remove_file(path).expect("it is there");
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_that_is_none_of_the_guests_is_let_go() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let mut machine = small(version);
+        let (source, memory) = source(&machine, &scratch);
+        let image = on_a_disk(&scratch);
+        let spare = scratch.ram("spare");
+        let more = format!(
+            "-object memory-backend-file,id=spare,size=8M,share=on,mem-path={} \
+             -object memory-backend-memfd,id=another,size=8M,share=on \
+             -object memory-backend-file,id=rom,size=16M,share=on,readonly=on,mem-path={}",
+            spare.display(),
+            image.display()
+        );
+        machine.extra = words(&more);
+        let destination = Destination::start(&machine, &scratch);
+        // Nothing of it is registered any more, so that nobody waits there.
+        wait_for("the end of the registration", || {
+            let smaps = fs::read_to_string(format!("/proc/{}/smaps", destination.guest_pid));
+            let smaps = smaps.expect("it runs");
+            let entry = smaps.split_once(&spare.display().to_string()).expect("it is mapped").1;
+            let flags = entry.lines().find(|line| line.starts_with("VmFlags:")).expect("flags");
+            let is_registered = flags.split(' ').any(|flag| flag == "um" || flag == "ui");
+            (!is_registered).then_some(())
+        });
+        arrives_at(destination, source, &[memory]);
+        fs::remove_file(image).expect("it is there");
+    }
+}
+
+#[test]
+fn a_disk_that_is_memory_to_the_guest_cannot_be_filled() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let mut machine = small(version);
+        let image = on_a_disk(&scratch);
+        let more = format!(
+            "-machine nvdimm=on -m 64M,slots=1,maxmem=1G \
+             -object memory-backend-file,id=nv,size=16M,share=on,mem-path={} -device nvdimm,memdev=nv",
+            image.display()
+        );
+        machine.extra = words(&more);
+        let given = machine.command_line(&scratch, Side::Destination);
+        let text = Umem::start(incoming(&given, &[], ANYWHERE)).fails();
+        says(&text, "RAM backend nv has its memory in");
+        says(&text, "files of tmpfs and hugetlbfs");
+        assert_eq!(scratch.ram_files(), Vec::<std::path::PathBuf>::new());
+        assert!(image.exists(), "somebody's disk has been removed");
+        fs::remove_file(image).expect("it is there");
+    }
+}
+
+#[test]
+fn a_file_longer_than_the_guests_memory_is_filled_as_far_as_it_is_the_guests() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let (source, memory) = source(&machine, &scratch);
+        let name = machine.ram_file(&scratch, Side::Destination, "ram0");
+        let file = File::options().write(true).create_new(true).mode(0o600).open(&name);
+        file.and_then(|file| file.set_len(80 << 20)).expect("shared memory has room");
+        let destination = Destination::start(&machine, &scratch);
+        arrives_at(destination, source, &[memory]);
+        assert_eq!(fs::metadata(&name).expect("it was not ours").len(), 80 << 20);
+    }
+}
+
+#[test]
+fn what_umem_cannot_ask_is_told_before_a_source_comes() {
+    let scratch = Scratch::new();
+    let machine = small(QemuVersion::V10_0);
+    let given = machine.command_line(&scratch, Side::Destination);
+    let fails = |given: &[String], options: &[&str]| {
+        let text = Umem::start(incoming(given, options, ANYWHERE)).fails();
+        assert_eq!(scratch.processes("destination"), []);
+        text
+    };
+
+    // A wrapper that does not pass the preload object on.
+    let wrapped = [words("env -u LD_PRELOAD"), given.clone(), words("-no-such-option")].concat();
+    let text = Umem::start(incoming(&wrapped, &[], ANYWHERE)).fails_as_misused();
+    says(&text, "started no QEMU that umem's preload object was loaded into");
+
+    // The monitor of another QEMU.
+    let other = Machine { name: "other", ..small(QemuVersion::V10_0) };
+    let mut running = other.start(&scratch);
+    let socket = running.socket.display().to_string();
+    let text = fails(&given, &["--qmp", &socket]);
+    says(&text, "it does not wait for a guest but is running");
+    let waiting = Machine { extra: words("-incoming defer"), name: "waiting", ..other };
+    let mut other = waiting.start(&scratch);
+    let socket = other.socket.display().to_string();
+    let text = fails(&given, &["--qmp", &socket]);
+    says(&text, "RAM backend ram0 has its memory in");
+    assert_eq!(running.qmp.status(), "running");
+
+    // Not all of the guest's memory, or more.
+    let ram = |name: &str, id: &str| {
+        format!("{name}={}", machine.ram_file(&scratch, Side::Destination, id).display())
+    };
+    let spare = format!(
+        "-object memory-backend-file,id=spare,size=8M,share=on,mem-path={}",
+        machine.ram_file(&scratch, Side::Destination, "spare").display()
+    );
+    let more = [given, words(&spare)].concat();
+    let text = fails(&more, &["--ram", &ram("spare", "spare")]);
+    says(&text, "RAM backend ram0");
+    says(&text, "is none of those that --ram names");
+    let both = ["--ram", &ram("ram0", "ram0"), "--ram", &ram("spare", "spare")];
+    let text = Umem::start(incoming(&more, &both, ANYWHERE)).fails_as_misused();
+    says(&text, "--ram spare names a file that is no RAM of the guest");
+    assert_eq!(other.qmp.status(), "inmigrate");
+}
