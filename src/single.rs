@@ -111,10 +111,10 @@ fn start(text: &str) -> Result<(OwnedFd, Running)> {
             Ok(unblock_signals()?)
         });
     }
-    let child = command.spawn().context(|| format!("starting /bin/sh for exec:{text}"))?;
+    let mut child = command.spawn().context(|| format!("starting /bin/sh for exec:{text}"))?;
     // With it goes our share in the other end, so that ours closes with the command.
     drop(command);
-    let handle = ProcessHandle::open(child.id())?;
+    let handle = ProcessHandle::of_child(&mut child)?;
     Ok((ours.into(), Running { text: text.into(), child, handle }))
 }
 

@@ -111,6 +111,84 @@ fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
 }
 
 /// The source's file has pages of 4 KiB, most of them with holes beside them: what moves is 2 MiB.
+/// Names of files are bytes, whatever they mean to others; session files have them as well.
+#[test]
+fn paths_of_ram_need_not_be_utf_8() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt;
+    let scratch = Scratch::new();
+    let named = |name: &str| {
+        let mut path = scratch.ram(name).into_os_string();
+        path.push(OsStr::from_bytes(b"-\xff\xc3\x28\xfe"));
+        let mut option = OsString::from("ram0=");
+        option.push(&path);
+        (path, option)
+    };
+    let (source, source_option) = named("source");
+    let (destination, destination_option) = named("destination");
+    write_snapshot(source.as_ref(), 8);
+    let qmp = scratch.path("guest.qmp").into_os_string();
+    let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
+    let arguments = [
+        words(&["incoming", "--json", "--ram"]),
+        vec![destination_option.clone()],
+        words(&["tcp:127.0.0.1:0", "--", env!("CARGO_BIN_EXE_umem"), "guest", "--incoming"]),
+        words(&["--threads", "0", "--size", "8", "--qmp"]),
+        vec![qmp, "--ram".into(), destination_option],
+    ];
+    let mut incoming = Umem::start(arguments.concat());
+    let uri = uri(&mut incoming);
+    let arguments =
+        [words(&["migrate", "-p", "--json", "--ram"]), vec![source_option], words(&[&uri])];
+    let mut migrate = Umem::start(arguments.concat());
+    migrate.event("completed");
+    incoming.event("completed");
+    migrate.succeeds();
+    assert!(bytes_of(source.as_ref()) == bytes_of(destination.as_ref()));
+
+    // Elsewhere what is not UTF-8 is refused, and no other file taken for it.
+    let report = [words(&["migrate", "--report"]), vec![source], words(&[&uri])];
+    let text = Umem::start(report.concat()).fails_as_misused();
+    assert!(text.contains("is not UTF-8"), "{text}");
+}
+
+/// Of hugetlbfs the kernel says that everything is data. What nobody has written there is a hole all the same, and
+/// reading it takes no huge page.
+#[test]
+fn holes_of_huge_pages_stay_holes() {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+    use std::os::unix::fs::MetadataExt;
+    for mode in [&["-p"][..], &[], &["--checksum"]] {
+        let scratch = Scratch::new();
+        let huge = HugeFile::with_room(4);
+        let file = File::options().read(true).write(true).open(huge.path()).unwrap();
+        file.set_len(8 << 20).unwrap();
+        let (length, flags) = (std::num::NonZeroUsize::new(8 << 20).unwrap(), MapFlags::MAP_SHARED);
+        // SAFETY: a mapping of our own, of which one byte is written while nobody else has it.
+        unsafe {
+            let start = mmap(None, length, ProtFlags::PROT_WRITE, flags, &file, 0).unwrap();
+            start.cast::<u8>().add((4 << 20) + 5000).write(7);
+            munmap(start, 8 << 20).unwrap();
+        }
+        let held = file.metadata().unwrap().blocks();
+        assert_eq!(held, 4096, "one huge page");
+
+        let mut incoming = incoming_to_idle_guest(&scratch, 8);
+        let uri = uri(&mut incoming);
+        let ram = format!("ram0={}", huge.path().display());
+        let arguments = [&["migrate", "--json", "--ram", &ram][..], mode, &[&uri]].concat();
+        let mut migrate = Umem::start(arguments);
+        let report = migrate.event("completed");
+        assert_eq!(report["hole_bytes"], 6 << 20, "{report}");
+        incoming.event("completed");
+        migrate.succeeds();
+        assert_eq!(file.metadata().unwrap().blocks(), held, "no hole was filled");
+        let mut there = vec![0; 8 << 20];
+        there[(4 << 20) + 5000] = 7;
+        assert!(bytes_of(&scratch.ram("destination")) == there);
+    }
+}
+
 #[test]
 fn small_pages_land_in_huge_ones() {
     let tls = ["--tls-creds"];

@@ -13,11 +13,13 @@ mod migrate;
 mod readme;
 mod values;
 
+use std::ffi::OsString;
+
 use argh::{ArgsInfo, FromArgs};
 
 use crate::error::Result;
 use crate::inbox::{Inbox, Wake};
-use crate::print;
+use crate::{os_text, print};
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -78,8 +80,15 @@ pub fn before_main() {
 
 /// Runs the command line; the value is the process's exit status.
 pub fn main() -> i32 {
-    let strings: Vec<String> =
-        std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let given: Vec<OsString> = std::env::args_os().collect();
+    if let Some(word) = not_utf8(&given) {
+        let word = word.display();
+        print::err_line(&format!(
+            "umem: {word} is not UTF-8, which only --ram and COMMAND need not be: rename it"
+        ));
+        return finish(2, false, false);
+    }
+    let strings: Vec<String> = given.iter().map(|word| os_text::encode(word)).collect();
     let words: Vec<&str> = strings.iter().map(String::as_str).collect();
     let json = words.contains(&"--json");
     let (name, rest) = words.split_first().map_or(("umem", &[][..]), |(_, rest)| ("umem", rest));
@@ -125,6 +134,16 @@ fn finish(status: i32, is_for_stdout: bool, reads_signals: bool) -> i32 {
         true
     });
     if status == 0 { 1 } else { status }
+}
+
+/// An argument that is not UTF-8 where that would be lost on the way: what takes a RAM file or a command
+/// [decodes](os_text::decode) it.
+fn not_utf8(words: &[OsString]) -> Option<&OsString> {
+    let command = words.iter().position(|word| word == "--").unwrap_or(words.len());
+    let options = &words[..command];
+    let takes = |at: usize| options[at - 1] == "--ram";
+    let at = (1..command).find(|&at| options[at].to_str().is_none() && !takes(at))?;
+    Some(&options[at])
 }
 
 /// Help on stdout; a wrong command line is one line on stderr that says where help is.

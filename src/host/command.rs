@@ -31,6 +31,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use crate::error::{Context, Error, Result};
 use crate::inbox::unblock_signals;
 use crate::memory::kind::Kind;
+use crate::os_text;
 
 use options::{is_qemu, qemu_arguments};
 pub(crate) use process::{ProcessHandle, Standstill, began, standstill};
@@ -54,7 +55,7 @@ impl std::str::FromStr for RamPath {
     fn from_str(text: &str) -> std::result::Result<RamPath, String> {
         match text.split_once('=') {
             Some((name, path)) if !name.is_empty() && !path.is_empty() => {
-                Ok(RamPath { name: name.into(), path: path.into() })
+                Ok(RamPath { name: name.into(), path: os_text::decode(path).into() })
             }
             _ => Err(format!("write NAME=PATH, such as ram0=/dev/shm/guest, not {text:?}")),
         }
@@ -105,8 +106,8 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     let [program, arguments @ ..] = start.command else {
         return Err(Error::Usage("no COMMAND after --".into()));
     };
-    let mut command = Command::new(program);
-    command.args(arguments);
+    let mut command = Command::new(os_text::decode(program));
+    command.args(arguments.iter().map(|word| os_text::decode(word)));
     let mut inherited = Vec::new();
     let mut handoff = None;
     if !start.hands_over {
@@ -151,7 +152,7 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     }
     let paths = start.ram.iter().map(|ram| ram.path.clone());
     let created: Vec<PathBuf> = paths.filter(|path| make_private(path)).collect();
-    let child = command.spawn().map_err(|error| {
+    let mut child = command.spawn().map_err(|error| {
         remove(&created);
         let program = program.to_owned();
         Error::Host(match error.kind() {
@@ -160,7 +161,7 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
         })
     })?;
     let pid = child.id();
-    let handle = ProcessHandle::open(pid)?;
+    let handle = ProcessHandle::of_child(&mut child).inspect_err(|_| remove(&created))?;
     let child = Some(child);
     let monitor = Monitor {
         pid,

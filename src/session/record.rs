@@ -9,6 +9,7 @@ use crate::error::{Context, Result};
 use crate::host::qemu::Changes;
 use crate::host::qmp::Process;
 use crate::memory::stamp::Stamp;
+use crate::os_text;
 use crate::secure::Security;
 
 /// Of the records below. A umem that takes over has to know it.
@@ -78,6 +79,7 @@ pub(crate) struct Undo {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RamRecord {
     pub(crate) name: String,
+    #[serde(with = "os_text::path")]
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
     /// By these two it is known to be the same file.
@@ -173,6 +175,7 @@ pub(crate) struct GuestRecord {
     /// The process whose memory it is, where that is another one.
     pub(crate) owner: Option<u32>,
     /// RAM files that umem has made for it.
+    #[serde(with = "os_text::paths")]
     pub(crate) created: Vec<PathBuf>,
     /// Where it listens for commands, if it was started with a socket of its own for that; otherwise its
     /// side has kept umem's end.

@@ -1,6 +1,7 @@
 //! Processes: a handle that stays on its process, and what proc(5) says of one.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::Child;
 
 use crate::error::{Error, Result};
 
@@ -8,6 +9,21 @@ use crate::error::{Error, Result};
 pub(crate) struct ProcessHandle(OwnedFd, u32);
 
 impl ProcessHandle {
+    /// Of a child. Without a handle nobody would end it, so it ends now.
+    pub(crate) fn of_child(child: &mut Child) -> Result<ProcessHandle> {
+        ProcessHandle::of_child_by(child, ProcessHandle::open)
+    }
+
+    fn of_child_by(
+        child: &mut Child,
+        open: impl FnOnce(u32) -> Result<ProcessHandle>,
+    ) -> Result<ProcessHandle> {
+        open(child.id()).inspect_err(|_| {
+            let _ = child.kill();
+            let _ = child.wait();
+        })
+    }
+
     /// Of a process that is known to be there: a child, or one that a child of ours waits for.
     pub(crate) fn open(pid: u32) -> Result<ProcessHandle> {
         // SAFETY: pidfd_open(2) takes a pid and flags; no memory is involved.
@@ -77,4 +93,23 @@ fn stat(pid: u32) -> Option<(char, String)> {
     // The name before it, in parentheses, may hold anything.
     let mut rest = stat.rsplit_once(')')?.1.trim_start().chars();
     Some((rest.next()?, rest.collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// A sandbox may have no pidfd_open(2).
+    #[test]
+    fn a_child_without_a_handle_is_ended() {
+        let mut child = Command::new("sleep").arg("1000").spawn().expect("a sleep");
+        let refused = |pid| Err(Error::Host(format!("no handle on {pid}")));
+        assert!(ProcessHandle::of_child_by(&mut child, refused).is_err());
+        assert!(stat(child.id()).is_none(), "it has ended, and has been waited for");
+        let mut child = Command::new("sleep").arg("1000").spawn().expect("a sleep");
+        ProcessHandle::of_child(&mut child).expect("a handle").kill();
+        child.wait().expect("it is ours");
+    }
 }

@@ -1,0 +1,105 @@
+//! Names of files that need not be UTF-8, as text: the parser of the command line and session files take nothing
+//! else.
+//!
+//! Each byte that is no part of UTF-8 becomes a character at the end of the last private use area, and so do the
+//! bytes of those characters themselves, should a name have them. So every name has a text, and every text leads
+//! back to its name.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+/// What stands for a byte: this and the byte, which is never ASCII.
+const ESCAPES: u32 = 0x10_ff00;
+
+pub(crate) fn encode(name: &OsStr) -> String {
+    let escape = |&byte: &u8| char::from_u32(ESCAPES + u32::from(byte)).expect("no surrogate");
+    let mut text = String::with_capacity(name.len());
+    for chunk in name.as_bytes().utf8_chunks() {
+        for character in chunk.valid().chars() {
+            match escaped(character) {
+                Some(_) => {
+                    text.extend(character.encode_utf8(&mut [0; 4]).as_bytes().iter().map(escape))
+                }
+                None => text.push(character),
+            }
+        }
+        text.extend(chunk.invalid().iter().map(escape));
+    }
+    text
+}
+
+pub(crate) fn decode(text: &str) -> OsString {
+    let mut name = Vec::with_capacity(text.len());
+    for character in text.chars() {
+        match escaped(character) {
+            Some(byte) => name.push(byte),
+            None => name.extend(character.encode_utf8(&mut [0; 4]).as_bytes()),
+        }
+    }
+    OsString::from_vec(name)
+}
+
+/// The byte that it stands for.
+fn escaped(character: char) -> Option<u8> {
+    let byte = u8::try_from(u32::from(character).checked_sub(ESCAPES)?).ok()?;
+    (!byte.is_ascii()).then_some(byte)
+}
+
+/// For serde: a path.
+pub(crate) mod path {
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&super::encode(path.as_os_str()))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        Ok(super::decode(&String::deserialize(from)?).into())
+    }
+}
+
+/// For serde: paths.
+pub(crate) mod paths {
+    use std::path::PathBuf;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(paths.iter().map(|path| super::encode(path.as_os_str())))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Vec<PathBuf>, D::Error> {
+        let texts = Vec::<String>::deserialize(from)?;
+        Ok(texts.iter().map(|text| super::decode(text).into()).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_comes_back() {
+        let lone = [
+            &b"/dev/shm/\xff\xfe \xc3"[..],
+            b"\x80",
+            b"\xed\xa0\x80",
+            b"plain",
+            "ä€😀".as_bytes(),
+            b"",
+        ];
+        for name in lone.map(OsStr::from_bytes) {
+            assert_eq!(decode(&encode(name)), name);
+        }
+        assert_eq!(encode(OsStr::new("/dev/shm/gäst")), "/dev/shm/gäst", "UTF-8 stays as it is");
+        // A name that looks like the text of another one.
+        let text = encode(OsStr::from_bytes(b"a\xffb"));
+        let looks_alike = OsStr::new(&text);
+        assert_eq!(decode(&encode(looks_alike)), looks_alike);
+        assert_ne!(encode(looks_alike), text);
+    }
+}
