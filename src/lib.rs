@@ -45,6 +45,7 @@ mod liveness;
 mod lookup;
 mod memory;
 pub mod observe;
+mod os_text;
 mod panics;
 mod print;
 mod priority;

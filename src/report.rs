@@ -44,7 +44,7 @@ impl Counters {
 
     /// Bytes of the guest that are where they belong.
     pub(crate) fn done_bytes(&self) -> u64 {
-        [&self.data_bytes, &self.zero_bytes, &self.hole_bytes].map(|c| c.load(Relaxed)).iter().sum()
+        self.totals().bytes()
     }
 
     pub(crate) fn add(counter: &AtomicU64, value: u64) {
@@ -68,7 +68,7 @@ impl Counters {
         self.hole_bytes.store(totals.hole_bytes, Relaxed);
         self.pages_demand.store(totals.pages_demand, Relaxed);
         self.pages_background.store(totals.pages_background, Relaxed);
-        self.pages_done.store(totals.pages_demand.saturating_add(totals.pages_background), Relaxed);
+        self.pages_done.store(totals.pages(), Relaxed);
     }
 
     /// How the pages left this process, in words.
@@ -405,5 +405,26 @@ impl Output {
     /// One line on stdout. That it cannot be written shows in the exit status, at the end.
     pub(crate) fn line(&self, text: &str) {
         print::out_line(text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The other side counts what it likes.
+    #[test]
+    fn totals_of_a_peer_are_summed_without_overflow() {
+        let counters = Counters::of([1 << 20].into_iter());
+        counters.set(&umem_wire::Totals {
+            data_bytes: u64::MAX,
+            zero_bytes: u64::MAX,
+            hole_bytes: 1,
+            pages_demand: u64::MAX,
+            pages_background: 1,
+        });
+        assert_eq!(counters.done_bytes(), u64::MAX);
+        assert_eq!(counters.totals().pages(), u64::MAX);
+        assert_eq!(counters.pages_done.load(Relaxed), u64::MAX);
     }
 }

@@ -97,6 +97,37 @@ fn a_socket_that_listens_is_inherited() {
         migrate.succeeds();
         moving.assert_arrived();
         assert!(kind == "tcp" || path.exists(), "a socket of somebody else's is removed");
+        drop(incoming);
+    }
+}
+
+fn does_not_block(socket: &dyn AsRawFd) -> bool {
+    // SAFETY: no memory is passed, and the socket is open.
+    let flags = unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFL) };
+    assert!(flags >= 0);
+    flags & libc::O_NONBLOCK != 0
+}
+
+/// Whoever has handed a socket over may have it still, and have its own way of waiting for it.
+#[test]
+fn an_inherited_socket_keeps_its_flags() {
+    for (mode, nonblocking) in [(&["-p"][..], true), (&[], true), (&["-p"], false)] {
+        let moving = Move::new(mode);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(nonblocking).unwrap();
+        theirs.set_nonblocking(nonblocking).unwrap();
+        let mut incoming = Umem::start_inheriting(&theirs, 9, moving.incoming("fd:9"));
+        incoming.event("listening");
+        let mut migrate = Umem::start_inheriting(&ours, 17, moving.migrate("fd:17"));
+        let report = migrate.event("completed");
+        assert_eq!(report["pages_background"], PAGES);
+        incoming.event("completed");
+        assert_eq!(does_not_block(&ours), nonblocking);
+        assert_eq!(does_not_block(&theirs), nonblocking);
+        migrate.succeeds();
+        assert_eq!(does_not_block(&ours), nonblocking);
+        assert_eq!(does_not_block(&theirs), nonblocking);
+        moving.assert_arrived();
     }
 }
 

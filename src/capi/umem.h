@@ -326,8 +326,8 @@ enum umem_status umem_destination_region(const struct umem_destination *destinat
 
 // Uses a userfaultfd of the program's own in place of one that umem makes. Every region must be
 // registered with it before the start: for missing faults and, where it is MAP_SHARED, for minor
-// faults. umem duplicates the descriptor and makes it non-blocking; nobody else reads it any more.
-// The regions leave it at the end.
+// faults. umem duplicates the descriptor and makes it non-blocking, until the handle is destroyed; nobody else
+// reads it meanwhile. The regions leave it at the end.
 //
 // Make it without UFFD_USER_MODE_ONLY. Without UFFD_FEATURE_EVENT_REMOVE nobody may discard pages of
 // the regions before the end.

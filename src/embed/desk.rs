@@ -313,10 +313,9 @@ impl Papers {
     fn stats(&self) -> Stats {
         let Some((counters, total_bytes)) = &self.counters else { return Stats::default() };
         let totals = counters.totals();
-        let done = totals.data_bytes + totals.zero_bytes + totals.hole_bytes;
         Stats {
             total_bytes: *total_bytes,
-            missing_bytes: total_bytes.saturating_sub(done),
+            missing_bytes: total_bytes.saturating_sub(totals.bytes()),
             data_bytes: totals.data_bytes,
             zero_bytes: totals.zero_bytes,
             hole_bytes: totals.hole_bytes,

@@ -46,7 +46,7 @@ impl SourceSetup {
     pub fn region(&mut self, name: &str, file: BorrowedFd<'_>) -> Result<()> {
         let named = |what: String| Error::Unsupported(format!("RAM {name}: {what}"));
         let file = file.try_clone_to_owned().context(|| format!("RAM {name}"))?;
-        let file = RamFile::of_source(name, File::from(file));
+        let file = RamFile::of_owner(name, File::from(file));
         self.files.push(file.map_err(|error| named(error.to_string()))?);
         Ok(())
     }

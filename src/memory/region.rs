@@ -6,6 +6,7 @@
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::IoSlice;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -18,9 +19,9 @@ use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 use umem_ring::{Fd, Span};
 
-use super::claim;
 use super::guarded::{self, Gone};
 use super::stamp::Stamp;
+use super::{claim, data};
 use crate::error::{Context, Error, Result};
 
 /// A file mapping, unmapped when its last holder (an operation in flight included) is gone.
@@ -55,6 +56,8 @@ pub(crate) struct RamFile {
     pub(crate) has_huge_pages: bool,
     /// It is on tmpfs, as a memfd is, or hugetlbfs.
     is_memory: bool,
+    /// Others may have the same open file, whose position is theirs.
+    is_shared: bool,
     file: File,
     mapping: Arc<Mapping>,
     /// What it was like when it was to change no more ([`fix`](RamFile::fix)).
@@ -165,6 +168,11 @@ impl RamFile {
         })
     }
 
+    /// The same of a descriptor that its owner goes on using.
+    pub(crate) fn of_owner(name: &str, file: File) -> Result<RamFile> {
+        Ok(RamFile { is_shared: true, ..RamFile::of_source(name, file)? })
+    }
+
     /// Takes over the RAM file that a guest handed to us, for landing pages in it.
     pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
         let bytes = file.metadata().context(|| format!("RAM {name}"))?.len();
@@ -175,6 +183,7 @@ impl RamFile {
     pub(crate) fn from_handoff_part(name: &str, file: File, bytes: u64) -> Result<RamFile> {
         let ram =
             RamFile::map(name, file, Some(bytes), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let ram = RamFile { is_shared: true, ..ram };
         if ram.has_huge_pages {
             // Only advice: a kernel without huge pages lands small ones. Where a file gets huge pages by advice
             // alone it stays with small ones, as most of its pages are written to it and not through the mapping.
@@ -218,6 +227,7 @@ impl RamFile {
             on_hugetlb,
             has_huge_pages,
             is_memory,
+            is_shared: false,
             file,
             mapping,
             stamp: OnceLock::new(),
@@ -337,19 +347,15 @@ impl RamFile {
         is_zero.map_err(|Gone| self.gone())
     }
 
-    /// Where the first data at or after `offset` begins; `None` when only a hole is left, or the file has become
-    /// shorter than that, which the kernel does not tell apart: [`check_length`](RamFile::check_length) does.
-    pub(crate) fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        let offset = i64::try_from(offset).expect("file offsets fit");
-        // SAFETY: lseek touches no memory; the file is open for as long as self lives.
-        let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, libc::SEEK_DATA) };
-        if let Ok(found) = u64::try_from(found) {
-            return Ok(Some(found).filter(|&found| found < self.bytes));
+    /// Where the first data in a range of the file begins; `None` when all of it is a hole, or the file has become
+    /// shorter than that, which the kernel does not tell apart: [`check_length`](RamFile::check_length) does. Of
+    /// hugetlbfs everything up to the data is read, so ask for no more than is wanted.
+    pub(crate) fn next_data_in(&self, range: Range<u64>) -> Result<Option<u64>> {
+        match self.on_hugetlb {
+            true => data::next_huge(&self.file, range, self.page_shift),
+            false => data::next(&self.file, range, self.is_shared),
         }
-        match std::io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            error => Err(self.failed(&format!("cannot be read: looking for its data: {error}"))),
-        }
+        .map_err(|error| self.failed(&format!("cannot be read: looking for its data: {error}")))
     }
 
     /// Maps a page that holds data, and with a huge page all that is mapped along with it.
@@ -380,7 +386,7 @@ impl RamFile {
     /// The same where a sandbox keeps mincore(2) from us: what the file has of the range, in memory or not.
     fn resident_by_seeking(&self, offset: u64, resident: &mut [u8]) -> Result<()> {
         for (page, is_there) in (offset..).step_by(4096).zip(resident) {
-            *is_there = u8::from(self.next_data(page)? == Some(page));
+            *is_there = u8::from(self.next_data_in(page..page + 4096)?.is_some());
         }
         Ok(())
     }

@@ -211,6 +211,7 @@ struct migration {
     umem_source *source;
     umem_destination *destination;
     struct guest *guest;
+    int source_file;
     pthread_t loader;
     bool is_loading;
     bool cancels;        /* when the guest is to stop */
@@ -423,11 +424,17 @@ static void finish(struct migration *migration) {
     free(migration);
 }
 
+/* Where the program reads its files, which is nobody else's affair. */
+#define POSITION 12345
+
 /* Both sides, not started, without a way between them. */
 static struct migration *new_migration(int source_file, int destination_file) {
     struct migration *migration = calloc(1, sizeof *migration);
     CHECK(migration);
     migration->guest = new_guest(destination_file);
+    migration->source_file = source_file;
+    CHECK(lseek(source_file, POSITION, SEEK_SET) == POSITION);
+    CHECK(destination_file < 0 || lseek(destination_file, POSITION, SEEK_SET) == POSITION);
     migration->source = umem_source_new();
     migration->destination = umem_destination_new();
     CHECK(migration->source && migration->destination);
@@ -477,6 +484,9 @@ static void succeed(struct migration *migration) {
     CHECK(migration->pauses ? of_link & SEEN(UMEM_EVENT_RESUMED) : of_link == 0);
     check_guest(migration->guest);
     CHECK(!is_registered(migration->guest->memory));
+    int destination_file = migration->guest->file;
+    CHECK(lseek(migration->source_file, 0, SEEK_CUR) == POSITION);
+    CHECK(destination_file < 0 || lseek(destination_file, 0, SEEK_CUR) == POSITION);
     finish(migration);
 }
 

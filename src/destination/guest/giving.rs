@@ -74,7 +74,7 @@ impl GuestMemory {
             && region.pages.get(id.page) == PageState::Landing
         {
             let offset = region.byte_offset(id.page);
-            if region.file().next_data(offset)? == Some(offset) {
+            if region.file().next_data_in(offset..offset + region.page_bytes())? == Some(offset) {
                 region.pages.finish(id.page, 1, |_| Ok::<(), Error>(()))?;
             }
         }

@@ -135,7 +135,7 @@ impl GuestRegion {
     /// What the file has of pages that have come, from `page` on, and how many are alike: one that it has
     /// not is of zeroes, or the guest's own already, which zeroes do not change.
     pub(super) fn kind_at(&self, page: u64, end: u64) -> Result<(RunKind, u64)> {
-        let data = self.file().next_data(self.byte_offset(page))?;
+        let data = self.file().next_data_in(self.byte_offset(page)..self.byte_offset(end))?;
         let next = data.map_or(end, |offset| (offset >> self.unit_shift).min(end));
         Ok(if next > page { (RunKind::Hole, next - page) } else { (RunKind::Data, 1) })
     }

@@ -58,6 +58,8 @@ const SCM_RIGHTS: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
 const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
 const SHUT_RDWR: c_int = 2;
+const SEEK_SET: c_int = 0;
+const SEEK_CUR: c_int = 1;
 const SEEK_DATA: c_int = 3;
 const SEEK_HOLE: c_int = 4;
 const F_DUPFD_CLOEXEC: c_int = 1030;
@@ -358,10 +360,16 @@ pub(crate) fn next_hole(descriptor: c_int, offset: u64) -> Option<u64> {
     seek(descriptor, offset, SEEK_HOLE)
 }
 
+/// The descriptor's own position, which is the monitor's, is put back.
 fn seek(descriptor: c_int, offset: u64, whence: c_int) -> Option<u64> {
     let offset = i64::try_from(offset).ok()?;
-    // SAFETY: no memory is passed. Nobody reads or writes at the descriptor's own position.
-    u64::try_from(unsafe { c::lseek(descriptor, offset, whence) }).ok()
+    // SAFETY: no memory is passed.
+    unsafe {
+        let position = c::lseek(descriptor, 0, SEEK_CUR);
+        let found = c::lseek(descriptor, offset, whence);
+        c::lseek(descriptor, position, SEEK_SET);
+        u64::try_from(found).ok()
+    }
 }
 
 pub(crate) fn page_size() -> usize {

@@ -151,6 +151,16 @@ pub struct Totals {
 }
 
 impl Totals {
+    /// Bytes of all pages, however they came. What a peer counts may be anything: the sum stays in range.
+    pub fn bytes(&self) -> u64 {
+        self.data_bytes.saturating_add(self.zero_bytes).saturating_add(self.hole_bytes)
+    }
+
+    /// Pages, whether somebody waited for them or not, in the same way.
+    pub fn pages(&self) -> u64 {
+        self.pages_demand.saturating_add(self.pages_background)
+    }
+
     pub(crate) fn encode(&self) -> [u8; TOTALS_BYTES] {
         let Totals { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background } = *self;
         let mut out = [0; TOTALS_BYTES];
