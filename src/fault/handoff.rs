@@ -9,7 +9,7 @@
 //! punched in the file, and MADV_DONTNEED as if it were a discard.
 //!
 //! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"qemu":1,"monitor":true}` in a
-//! QEMU, with our end of a socket for its monitor, `{"error":CODE,…}`
+//! QEMU, with our end of a socket for its monitor, `{"made":PATH,…}` of each RAM file that this makes, `{"error":CODE,…}`
 //! when it could not do its work and `{"released":N}` when it has closed its descriptors at the end.
 //!
 //! Who says `"umem":2` can keep a *session* for us ([`HandoffSocket::entrust`]): a socket that listens,
@@ -102,8 +102,13 @@ struct PieceMessage {
     umem: Option<u64>,
     #[serde(default)]
     more: bool,
-    #[serde(default)]
-    created: bool,
+}
+
+#[derive(Deserialize)]
+struct MadeMessage {
+    made: PathBuf,
+    device: u64,
+    inode: u64,
 }
 
 #[derive(Deserialize)]
@@ -292,6 +297,10 @@ impl HandoffSocket {
                 return Ok(false);
             }
             messages.push(Message::Qemu(has_monitor.then(|| self.descriptor().into())));
+        } else if value.get("made").is_some() {
+            let made: MadeMessage =
+                serde_json::from_value(value).map_err(|error| self.strange(&error.to_string()))?;
+            self.created.extend(made.path());
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
         } else if let Some(count) = value.get("session").and_then(serde_json::Value::as_u64) {
@@ -330,9 +339,6 @@ impl HandoffSocket {
                 Some(uffd) => (uffd.clone(), None),
                 None => (self.uffd()?, Some(File::from(self.descriptor()))),
             };
-            if piece.created {
-                self.created.extend(file.as_ref().and_then(name_of));
-            }
             handed.push(Handed {
                 name: piece.name.clone(),
                 kind,
@@ -363,12 +369,12 @@ impl HandoffSocket {
     }
 }
 
-/// A file's name here, if it leads to that file.
-fn name_of(file: &File) -> Option<PathBuf> {
-    let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
-    let identity = |found: std::fs::Metadata| (found.dev(), found.ino());
-    let there = std::fs::metadata(&path).map(identity).ok()?;
-    (file.metadata().map(identity).ok()? == there).then_some(path)
+impl MadeMessage {
+    /// The file's name, if it leads to that file here.
+    fn path(self) -> Option<PathBuf> {
+        let there = std::fs::symlink_metadata(&self.made).ok()?;
+        ((there.dev(), there.ino()) == (self.device, self.inode)).then_some(self.made)
+    }
 }
 
 impl PieceMessage {

@@ -72,7 +72,7 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
             "preallocates the guest's memory: start it without",
         ),
         (format!("{good} -mem-prealloc"), "preallocates the guest's memory: start it without"),
-        (format!("{good} -overcommit mem-lock=on"), "start QEMU without mem-lock=on"),
+        (format!("{good} -overcommit mem-lock=on"), "without mem-lock=on"),
         (
             format!("{good} -netdev type=vhost-user,id=n,chardev=c {given}"),
             "n, a netdev of type vhost-user, lets",

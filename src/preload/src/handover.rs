@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::config::{self, Kind, RamFile};
 use crate::report::{self, Code, Failure};
 use crate::uffd::{self, Backing};
-use crate::{commands, made, sys, whole};
+use crate::{commands, sys, whole};
 
 /// What has been handed over and is not released yet. The userfaultfds in it are the duplicates
 /// that make the guest wait when umem dies: only [`release`] closes them.
@@ -58,10 +58,6 @@ pub(crate) unsafe fn map(
     };
     config.hide();
     let fail = |failure: &Failure| {
-        // The name that QEMU has just given it.
-        if made::is_made(descriptor) {
-            let _ = std::fs::remove_file(&ram.path);
-        }
         report::failure(config.socket, &ram.name, failure);
         sys::map_failed(failure.errno)
     };
@@ -402,7 +398,6 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         offset,
         page_size: backing.page_size,
         features,
-        created: made::is_made(descriptor),
     };
     let message = report::handover_line(&told);
     let file = sys::duplicate(descriptor)

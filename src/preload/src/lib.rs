@@ -28,13 +28,18 @@
 //! {"qemu":1,"monitor":true}
 //! ```
 //!
+//! and of each file that it makes on tmpfs or hugetlbfs, which is its owner's alone,
+//!
+//! ```text
+//! {"made":"/dev/shm/x","device":27,"inode":16}
+//! ```
+//!
 //! When a named file is mapped writable, or a QEMU maps a file of tmpfs or hugetlbfs over memory that it has reserved,
 //! which is how it maps its RAM, one `sendmsg` carries
 //!
 //! ```text
 //! [{"name":"ram0","path":"/dev/shm/x","base_host_virt_addr":140737354133504,"size":268435456,
-//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2,
-//!   "created":false}]
+//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2}]
 //! ```
 //!
 //! (on one line; addresses and sizes in bytes, `features` as `UFFDIO_API` granted them) and exactly

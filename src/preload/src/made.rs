@@ -1,4 +1,4 @@
-//! Files that this program makes: whose they are, and which of them are there because of us.
+//! Files that a QEMU makes: whose they are, and which of them are there because of us.
 
 use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::mem::ManuallyDrop;
@@ -6,12 +6,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
-use crate::{qemu, sys};
-
-/// Device and inode of those on tmpfs or hugetlbfs.
-static MADE: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+use crate::{config, qemu, report, sys};
 
 /// `open(2)`. `mode` is none where the flags make no file.
 ///
@@ -28,16 +24,12 @@ pub(crate) unsafe fn open(path: *const c_char, flags: c_int, mode: c_int) -> c_i
     // SAFETY: the caller's own promises, passed on.
     let descriptor = unsafe { sys::open(path, flags, mode) };
     if is_ours && let Some(identity) = identity(descriptor) {
-        MADE.lock().unwrap_or_else(PoisonError::into_inner).push(identity);
+        let named = std::fs::read_link(format!("/proc/self/fd/{descriptor}"));
+        if let (Some(config), Ok(path)) = (config::get(), named) {
+            report::made(config.socket, &path, identity);
+        }
     }
     descriptor
-}
-
-/// This program has made the file.
-pub(crate) fn is_made(descriptor: c_int) -> bool {
-    let identity = identity(descriptor);
-    let made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-    identity.is_some_and(|identity| made.contains(&identity))
 }
 
 /// The path's directory is on tmpfs or hugetlbfs.

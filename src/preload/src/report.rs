@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use crate::config::{Kind, RamFile};
 use crate::sys;
@@ -92,8 +93,6 @@ pub(crate) struct Handover {
     pub(crate) offset: i64,
     pub(crate) page_size: usize,
     pub(crate) features: u64,
-    /// The file was made by this program.
-    pub(crate) created: bool,
 }
 
 pub(crate) fn hello(socket: i32) {
@@ -113,11 +112,21 @@ pub(crate) fn qemu(socket: i32, monitor: Option<i32>) -> Result<(), i32> {
     send(socket, line.as_bytes(), monitor.as_slice())
 }
 
+/// This QEMU has made a file, which nobody needs if the guest does not come.
+pub(crate) fn made(socket: i32, path: &Path, identity: (u64, u64)) {
+    let line = format!(
+        "{{\"made\":{},\"device\":{},\"inode\":{}}}\n",
+        json_string(path.as_os_str().as_bytes()),
+        identity.0,
+        identity.1,
+    );
+    let _ = send(socket, line.as_bytes(), &[]);
+}
+
 pub(crate) fn handover_line(handover: &Handover) -> String {
     format!(
         "[{{\"name\":{},\"path\":{},\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\
-         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":2,\
-         \"created\":{}}}]\n",
+         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":2}}]\n",
         json_string(handover.ram.name.as_bytes()),
         json_string(handover.ram.path.as_os_str().as_bytes()),
         handover.address,
@@ -127,7 +136,6 @@ pub(crate) fn handover_line(handover: &Handover) -> String {
         handover.kind.as_str(),
         handover.features,
         std::process::id(),
-        handover.created,
     )
 }
 
