@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::{Mutex, PoisonError};
 
 /// What is read of a huge page at first, as most have something there; and then at a time.
 const PROBE_BYTES: usize = 4096;
@@ -16,11 +17,17 @@ const READ_BYTES: usize = 64 << 10;
 
 /// The first data of the range; none where it is all hole. `is_shared`: others have the same open file.
 pub(super) fn next(file: &File, range: Range<u64>, is_shared: bool) -> io::Result<Option<u64>> {
-    let position = if is_shared { Some(seek(file, 0, libc::SEEK_CUR)?) } else { None };
-    let found = seek(file, range.start, libc::SEEK_DATA);
-    if let Some(position) = position {
+    // One thread at a time: another would take where we have been for what is to be put back.
+    static TURN: Mutex<()> = Mutex::new(());
+    let found = if is_shared {
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let position = seek(file, 0, libc::SEEK_CUR)?;
+        let found = seek(file, range.start, libc::SEEK_DATA);
         seek(file, position, libc::SEEK_SET)?;
-    }
+        found
+    } else {
+        seek(file, range.start, libc::SEEK_DATA)
+    };
     match found {
         Ok(found) => Ok(Some(found).filter(|&found| found < range.end)),
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
@@ -100,6 +107,22 @@ mod tests {
         assert_eq!(next(&shared, 48 << 10..64 << 10, true).unwrap(), None);
         assert_eq!(theirs.stream_position().unwrap(), 12345);
         assert_eq!(next(&shared, 20 << 10..64 << 10, true).unwrap(), Some(40 << 10));
+        assert_eq!(theirs.stream_position().unwrap(), 12345);
+    }
+
+    #[test]
+    fn threads_put_it_back_one_after_the_other() {
+        let mut theirs = file();
+        theirs.seek(SeekFrom::Start(12345)).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..10_000 {
+                        assert_eq!(next(&theirs, 0..64 << 10, true).unwrap(), Some(16 << 10));
+                    }
+                });
+            }
+        });
         assert_eq!(theirs.stream_position().unwrap(), 12345);
     }
 
