@@ -18,7 +18,7 @@ pub(crate) fn encode(name: &OsStr) -> String {
         for character in chunk.valid().chars() {
             match escaped(character) {
                 Some(_) => {
-                    text.extend(character.encode_utf8(&mut [0; 4]).as_bytes().iter().map(escape))
+                    text.extend(character.encode_utf8(&mut [0; 4]).as_bytes().iter().map(escape));
                 }
                 None => text.push(character),
             }

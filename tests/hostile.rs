@@ -475,11 +475,13 @@ fn a_source_that_does_not_go_on_is_given_up() {
             1 => Lanes::until_ready(&guests, guests.uri()),
             _ => Lanes::until_stopped(&guests),
         };
-        while answers {
-            match source.event() {
-                Event::Ping(number) => source.say(&Frame::Pong(number)),
-                Event::Error(_) => break,
-                other => panic!("{}", other.name()),
+        if answers {
+            loop {
+                match source.event() {
+                    Event::Ping(number) => source.say(&Frame::Pong(number)),
+                    Event::Error(_) => break,
+                    other => panic!("{}", other.name()),
+                }
             }
         }
         let said = guests.incoming.fails();
@@ -499,15 +501,10 @@ fn a_source_that_is_slow_is_waited_for() {
     let mut guests = Guests::quiet(&scratch, &["--json", "--step-timeout", STEP]);
     let mut source = Lanes::until_stopped(&guests);
     // A second for each: three times as long as a step may take while nothing moves.
-    let mut pages = 0;
-    for pings in 0.. {
-        let Event::Ping(number) = source.event() else { panic!("it gives up after {pings} pings") };
+    for page in 0..13 {
+        let Event::Ping(number) = source.event() else { panic!("it gives up after {page} pings") };
         source.say(&Frame::Pong(number));
-        source.say(&Frame::Hole(PageRange { region: RegionId(0), first: pages, pages: 1 }));
-        pages += 1;
-        if pings == 12 {
-            break;
-        }
+        source.say(&Frame::Hole(PageRange { region: RegionId(0), first: page, pages: 1 }));
     }
     assert!(guests.incoming.is_running());
 }

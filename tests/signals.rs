@@ -51,8 +51,13 @@ fn guest_of(incoming: &Umem) -> Pid {
 
 /// Whether a process runs. One that has ended may wait for a parent that looks.
 fn is_there(pid: Pid) -> bool {
+    !matches!(state(pid).chars().next(), None | Some('Z'))
+}
+
+/// As in `/proc/PID/stat`, with what follows there; empty where there is no such process.
+fn state(pid: Pid) -> String {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
+    stat.rsplit_once(") ").map_or_else(String::new, |(_, state)| state.to_owned())
 }
 
 /// Up to a guest that stands still at the source, as what is sent of it is held back.
@@ -163,6 +168,8 @@ fn a_second_ctrl_c_leaves_a_guest_that_does_not_end() {
     let scratch = Scratch::new();
     let (mut guests, guest) = complete(&scratch);
     kill(guest, Signal::SIGSTOP).expect("it runs");
+    // Of two signals that wait the one that ends it would come first.
+    wait_for("the guest's stop", || state(guest).starts_with('T').then_some(()));
     guests.incoming.signal(Signal::SIGINT);
     guests.incoming.event("stopping");
     guests.incoming.signal(Signal::SIGINT);

@@ -20,7 +20,7 @@ use crate::report::{Completed, CpuTime};
 use crate::worker;
 
 /// How long a process may take to end whose memory is gone.
-const EXIT_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const EXIT_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Migration<'_> {
     pub(super) fn guest_exited(&self, side: &mut GuestSide) -> Error {

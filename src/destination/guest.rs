@@ -304,6 +304,11 @@ impl GuestMemory {
         self.sources.iter().any(|source| source.uffd.is_gone())
     }
 
+    /// Whether it has ended without a page that counts as cached.
+    pub(crate) fn has_missed(&self) -> bool {
+        self.sources.iter().any(|source| source.uffd.has_missed())
+    }
+
     /// Private memory: the file has given back a range that the guest side has touched.
     pub(crate) fn released(&self, range: PageRange) -> Result<()> {
         let bytes = self.region(range.region).byte_offset(range.pages);

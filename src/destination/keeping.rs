@@ -229,9 +229,10 @@ impl Migration<'_> {
         if let Some(how) = self.how_to_resume() {
             let loaded = matches!(self.phase, Phase::Loaded { .. });
             let pages = if loaded { "to run" } else { "for its pages" };
-            self.output.remark(&format!(
-                "the guest's process stays and waits {pages}; {how} goes on with it"
-            ));
+            let session = self.keeper.as_ref().map(Keeper::session);
+            let text =
+                format!("the guest's process stays and waits {pages}; {how} goes on with it");
+            self.output.event("stays", json!({ "session": session }), &text);
         }
         error
     }

@@ -488,8 +488,13 @@ impl<'a> Migration<'a> {
 
     /// A guest that has all of its memory may shut down before we have heard of it, or its source.
     fn may_have_ended(&mut self, side: &mut GuestSide) -> bool {
-        let has_all = self.guest.pages_missing() == 0 && !self.guest.is_gone();
-        has_all && side.status().is_some_and(|status| status.success())
+        let has_all = self.guest.pages_missing() == 0 && !self.guest.has_missed();
+        // The status of a process that is not our child is not known.
+        let has_failed = match side.status() {
+            Some(status) => !status.success(),
+            None => side.process().is_some_and(|process| process.monitor.is_child()),
+        };
+        has_all && !has_failed
     }
 
     fn step(&mut self, input: Input<'_>) -> Result<()> {

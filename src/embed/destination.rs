@@ -75,7 +75,7 @@ impl DestinationSetup {
             Error::Usage(format!("RAM {name} of {} bytes: no memory is that large", memory.bytes))
         })?;
         let file = memory.file.map(|file| take_file(name, file)).transpose()?;
-        let mapped = file.as_ref().map(|(_, inode)| Mapped { inode: *inode, offset: 0 });
+        let mapped = file.as_ref().map(|(_, file)| Mapped { file: *file, offset: 0 });
         let area = Area { name: name.to_owned(), addresses: start..end, file: mapped };
         self.regions.push((area, file.map(|(file, _)| file)));
         Ok(())
@@ -185,8 +185,8 @@ fn take(shared: &Mutex<Option<Guarded>>) -> Option<Guarded> {
     shared.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// The file and its inode; it must hold nothing.
-fn take_file(name: &str, file: BorrowedFd<'_>) -> Result<(File, u64)> {
+/// The file with its device and inode; it must hold nothing.
+fn take_file(name: &str, file: BorrowedFd<'_>) -> Result<(File, (u64, u64))> {
     let what = || format!("RAM {name}");
     let file = File::from(file.try_clone_to_owned().context(what)?);
     let metadata = file.metadata().context(what)?;
@@ -196,7 +196,8 @@ fn take_file(name: &str, file: BorrowedFd<'_>) -> Result<(File, u64)> {
              fresh one, and do not touch the memory before it is registered"
         )));
     }
-    Ok((file, metadata.ino()))
+    let identity = (metadata.dev(), metadata.ino());
+    Ok((file, identity))
 }
 
 /// The regions as another process would hand them over.

@@ -56,7 +56,8 @@ pub(crate) struct Area {
 /// A file from one of its bytes on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mapped {
-    pub(crate) inode: u64,
+    /// The device and the inode: numbers of inodes repeat on other file systems.
+    pub(crate) file: (u64, u64),
     pub(crate) offset: u64,
 }
 
@@ -213,10 +214,10 @@ fn check(area: &Area, is_registered: bool) -> Result<Checked> {
         Some(file) => {
             let offset = mapping.addresses.start.wrapping_sub(area.addresses.start);
             let is_the_same =
-                mapping.inode == file.inode && mapping.offset == file.offset.wrapping_add(offset);
+                mapping.file == file.file && mapping.offset == file.offset.wrapping_add(offset);
             mapping.has("sh") && is_the_same
         }
-        None => !mapping.has("sh") && mapping.inode == 0,
+        None => !mapping.has("sh") && mapping.file == NO_FILE,
     };
     if !mappings.iter().all(is_as_said) {
         return Err(wrong(match area.file {
@@ -250,11 +251,14 @@ struct Mapping {
     addresses: Range<u64>,
     /// Where in its file the mapping begins, bytes.
     offset: u64,
-    /// Of its file; 0 where there is none.
-    inode: u64,
+    /// Device and inode of its file, or [`NO_FILE`].
+    file: (u64, u64),
     page_bytes: u64,
     flags: String,
 }
+
+/// What proc(5) says of memory of no file.
+const NO_FILE: (u64, u64) = (0, 0);
 
 impl Mapping {
     /// `START-END PERMISSIONS OFFSET DEVICE INODE …`, the first line of its entry.
@@ -264,8 +268,11 @@ impl Mapping {
         let (start, end) = words.next()?.split_once('-')?;
         let addresses = number(start)?..number(end)?;
         let offset = number(words.nth(1)?)?;
-        let inode = words.nth(1)?.parse().ok()?;
-        Some(Mapping { addresses, offset, inode, page_bytes: 4096, flags: String::new() })
+        let (major, minor) = words.next()?.split_once(':')?;
+        let part = |text| u32::from_str_radix(text, 16).ok();
+        let device = libc::makedev(part(major)?, part(minor)?);
+        let file = (device, words.next()?.parse().ok()?);
+        Some(Mapping { addresses, offset, file, page_bytes: 4096, flags: String::new() })
     }
 
     fn has(&self, flag: &str) -> bool {
@@ -321,6 +328,8 @@ fn is_populated(range: &Range<u64>) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
     use super::*;
 
     const SMAPS: &str = "\
@@ -342,13 +351,35 @@ VmFlags: rd wr ht
         assert_eq!(all.iter().map(|m| m.has("um")).collect::<Vec<_>>(), [true, false]);
         assert_eq!(all.iter().map(|m| m.has("dc")).collect::<Vec<_>>(), [false, true]);
         assert_eq!(
-            all.iter().map(|m| (m.offset, m.inode)).collect::<Vec<_>>(),
-            [(0, 5), (0x2000, 5)]
+            all.iter().map(|m| (m.offset, m.file)).collect::<Vec<_>>(),
+            [(0, (1, 5)), (0x2000, (1, 5))]
         );
         let huge = &of(0x20_0000..0x40_0000).unwrap()[0];
-        assert_eq!((huge.has("sh"), huge.inode, huge.page_bytes), (false, 0, 2 << 20));
+        assert_eq!((huge.has("sh"), huge.file, huge.page_bytes), (false, NO_FILE, 2 << 20));
         assert!(of(0x4000..0x6000).is_none(), "a gap after it");
         assert!(of(0x0..0x2000).is_none(), "a gap before it");
         assert!(of(0x20_0000..0x50_0000).is_none(), "nothing behind it");
+    }
+
+    #[test]
+    fn a_file_of_the_same_number_on_another_device_is_another_file() {
+        use std::os::unix::fs::MetadataExt;
+
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let metadata = file.as_file().metadata().unwrap();
+        let bytes = std::num::NonZeroUsize::new(8192).unwrap();
+        let (prot, flags) = (ProtFlags::PROT_READ, MapFlags::MAP_SHARED);
+        // SAFETY: a new mapping, which nothing refers to.
+        let address = unsafe { mmap(None, bytes, prot, flags, file.as_file(), 0) }.unwrap();
+        let start = address.as_ptr().expose_provenance() as u64;
+        for (device, is_it) in [(metadata.dev(), true), (metadata.dev() + 1, false)] {
+            let mapped = Mapped { file: (device, metadata.ino()), offset: 0 };
+            let addresses = start..start + 8192;
+            let area = Area { name: "ram0".into(), addresses, file: Some(mapped) };
+            assert_eq!(check(&area, false).is_ok(), is_it, "device {device}");
+        }
+        // SAFETY: the mapping made above, whole.
+        unsafe { munmap(address, bytes.get()) }.unwrap();
     }
 }

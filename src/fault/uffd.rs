@@ -139,6 +139,8 @@ struct Open {
     /// The kernel has said that the address space is gone. Nothing can be put in place then, nor is anything
     /// missed; who counts pages as there asks before that is told to anybody.
     is_gone: AtomicBool,
+    /// The same was said of a page that was to be put in place: the guest has ended without it.
+    has_missed: AtomicBool,
 }
 
 impl Drop for Open {
@@ -165,8 +167,8 @@ impl Open {
 impl Uffd {
     pub(crate) fn new(descriptor: OwnedFd) -> Uffd {
         let descriptor = Arc::new(descriptor);
-        let (waited, is_gone) = (AtomicBool::new(false), AtomicBool::new(false));
-        Uffd(Arc::new(Open { descriptor, waited, is_gone }))
+        let [waited, is_gone, has_missed] = [(); 3].map(|()| AtomicBool::new(false));
+        Uffd(Arc::new(Open { descriptor, waited, is_gone, has_missed }))
     }
 
     /// A userfaultfd for memory of this process. It catches faults of user mode only, which any
@@ -201,10 +203,15 @@ impl Uffd {
 
     /// Maps the page-cache pages of a file at `start..start + len` into the guest.
     pub(crate) fn map(&self, start: u64, len: u64) -> io::Result<Placed> {
+        let (result, done) = self.try_map(start, len);
+        self.placed(result, done, len)
+    }
+
+    fn try_map(&self, start: u64, len: u64) -> (nix::Result<i32>, i64) {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
         let result = unsafe { ioctl_continue(self.0.descriptor.as_raw_fd(), &mut operation) };
-        self.placed(result, operation.done, len)
+        (result, operation.done)
     }
 
     /// Puts zeroes at `start..start + len`: of private memory without allocating it.
@@ -286,8 +293,13 @@ impl Uffd {
             // The guest's process is gone, and its mappings with it; or the kernel has no memory to split one.
             Err(nix::Error::ENOMEM) => {
                 // Which of the two this says, whatever else.
-                let _ = self.map(start, SMALL_PAGE);
-                if self.is_gone() { Ok(()) } else { Err(nix::Error::ENOMEM.into()) }
+                match self.try_map(start, SMALL_PAGE).0 {
+                    Err(nix::Error::ESRCH) => {
+                        self.0.is_gone.store(true, SeqCst);
+                        Ok(())
+                    }
+                    _ => Err(nix::Error::ENOMEM.into()),
+                }
             }
             // Nothing is mapped there, or in a part of it something that no userfaultfd takes.
             Err(nix::Error::EINVAL) => {
@@ -307,6 +319,11 @@ impl Uffd {
         self.0.is_gone.load(SeqCst)
     }
 
+    /// Whether a page could not be put in place because the address space was gone.
+    pub(crate) fn has_missed(&self) -> bool {
+        self.0.has_missed.load(SeqCst)
+    }
+
     fn placed(&self, result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
         let stop = match result {
             Ok(_) => return Ok(Placed { bytes: len, stop: None }),
@@ -323,6 +340,7 @@ impl Uffd {
             Err(nix::Error::ENOENT) => Stop::Gone,
             // No address space.
             Err(nix::Error::ESRCH) => {
+                self.0.has_missed.store(true, SeqCst);
                 self.0.is_gone.store(true, SeqCst);
                 Stop::Gone
             }

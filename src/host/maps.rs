@@ -89,8 +89,14 @@ impl Maps {
     }
 
     /// Opens the file that is mapped, wherever its name leads by now, and a path that leads to it for as long as
-    /// the process lives at least.
-    pub(crate) fn open(&self, file: &MappedFile, to_write: bool) -> Result<(File, PathBuf)> {
+    /// the process lives at least. `told` is the path that the process itself names, used only if it leads to that
+    /// very file.
+    pub(crate) fn open(
+        &self,
+        file: &MappedFile,
+        told: &Path,
+        to_write: bool,
+    ) -> Result<(File, PathBuf)> {
         let failed = |what: String| {
             Error::Host(format!(
                 "the RAM file {} that process {} has mapped {what}",
@@ -108,7 +114,9 @@ impl Maps {
             let (start, end) = file.first;
             PathBuf::from(format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid))
         };
-        let way = held.or_else(|| named.clone()).unwrap_or_else(mapped);
+        let told = || Some(told.to_path_buf()).filter(|path| is_it(path));
+        // The last needs capabilities that an ordinary user does not have.
+        let way = held.or_else(|| named.clone()).or_else(told).unwrap_or_else(mapped);
         let opened = File::options().read(true).write(to_write).open(&way).map_err(|error| {
             failed(match error.kind() {
                 io::ErrorKind::PermissionDenied => format!(
@@ -212,7 +220,7 @@ mod tests {
         std::fs::rename(&other, &path).unwrap();
         let maps = Maps::of(std::process::id()).unwrap();
         let mapped = maps.file(ram.span(0, 4096).as_ptr() as u64, 4096).unwrap();
-        let (found, way) = maps.open(&mapped, false).unwrap();
+        let (found, way) = maps.open(&mapped, Path::new("/nonexistent"), false).unwrap();
         assert!(mapped.is(&found.metadata().unwrap()));
         assert!(way.starts_with("/proc"), "{}", way.display());
         assert_eq!(std::fs::read(way).unwrap(), [0xa5; 4096]);

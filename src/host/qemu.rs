@@ -45,6 +45,9 @@ pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-f
 /// What `getfd` calls the socket that carries the device state.
 const STATE_SOCKET: &str = "umem-state";
 
+/// How long a guest's run state may be behind the end of its migration: that takes the main loop's lock once.
+const SETTLES_WITHIN: Duration = Duration::from_secs(10);
+
 /// How often a migration's status is asked for while it ends, at first and then.
 const STATUS_INTERVAL_MIN: Duration = Duration::from_micros(50);
 const STATUS_INTERVAL: Duration = Duration::from_millis(1);
@@ -342,9 +345,10 @@ impl Qemu {
             Saving::Held(socket) => {
                 self.saving = Saving::Begun;
                 saving::finish(&socket)?;
-                let migration = self.wait_migrated()?;
+                self.wait_migrated()?;
                 self.saving = Saving::Over;
-                migration
+                self.wait_settled()?;
+                self.qmp.execute("query-migrate", json!({}))?
             }
             saving => {
                 self.saving = saving;
@@ -365,6 +369,22 @@ impl Qemu {
             return Err(is_not_ours((&status, &migration)));
         }
         self.given_away = Some((status, migration));
+        Ok(())
+    }
+
+    /// QEMU says that a migration has completed before it has written down what it came to, and before the guest's
+    /// run state says so, too.
+    fn wait_settled(&mut self) -> Result<()> {
+        let started = Instant::now();
+        while run_state::status(&mut self.qmp)? == "finish-migrate" {
+            if started.elapsed() > SETTLES_WITHIN {
+                let within = SETTLES_WITHIN.as_secs();
+                return Err(Error::Host(format!(
+                    "its migration has completed, and the guest is still in finish-migrate {within} s later"
+                )));
+            }
+            std::thread::sleep(STATUS_INTERVAL);
+        }
         Ok(())
     }
 

@@ -30,8 +30,10 @@ fn punch(path: &Path, offset: i64, length: i64) {
     fallocate(open(path), flags, offset, length).unwrap();
 }
 
-/// Each way in which a file stops being what it was.
-const CHANGES: [(&str, fn(&Path)); 6] = [
+type Change = fn(&Path);
+
+/// Each way in which a file stops being what it was, with what is said of it.
+const CHANGES: [(&str, Change); 6] = [
     ("truncated", |path| open(path).set_len(0).unwrap()),
     ("truncated", |path| open(path).set_len(BYTES / 2).unwrap()),
     ("has changed", |path| {

@@ -25,13 +25,16 @@ use crate::inbox::{Inbox, Wake};
 use crate::memory::claim::{self, User};
 use crate::memory::kind::Kind;
 
+/// A QEMU that was asked which memory it has, and its answer.
+type Asked = (Qemu, Vec<Backend>);
+
 /// Waits until COMMAND has mapped the guest's memory, and asks it which that is, where it is a QEMU or has a QMP socket.
 pub(super) fn find(
     options: &Options,
     monitor: &mut Monitor,
     handoff: &mut HandoffSocket,
     inbox: &Inbox<Note>,
-) -> Result<(Memory, Option<(Qemu, Vec<Backend>)>)> {
+) -> Result<(Memory, Option<Asked>)> {
     let mut coming = Coming::new(options);
     let waited = coming.wait(monitor, handoff, inbox);
     let asked = waited.and_then(|()| coming.ask(monitor, inbox));
@@ -184,11 +187,7 @@ impl<'a> Coming<'a> {
         }
     }
 
-    fn ask(
-        &mut self,
-        monitor: &mut Monitor,
-        inbox: &Inbox<Note>,
-    ) -> Result<Option<(Qemu, Vec<Backend>)>> {
+    fn ask(&mut self, monitor: &mut Monitor, inbox: &Inbox<Note>) -> Result<Option<Asked>> {
         let (stream, name) = match (self.qmp.take(), &self.options.qmp) {
             (Some(stream), _) => (stream, None),
             (None, Some(path)) => (connect(path, monitor, inbox)?, Some(path)),

@@ -2,7 +2,7 @@
 //!
 //! What a migration of QEMU's would carry is asked block by block; a backend whose block has no name is used by no
 //! device, and stays out of it. A file's name is what QEMU was told when it opened it, and may lead elsewhere by now:
-//! which file it is says the kernel ([`maps`](crate::host::maps)).
+//! which file it is says the kernel ([`crate::host::maps`]).
 //!
 //! It maps a file of tmpfs at a multiple of 4 KiB, unless its property `align` asks for more; of hugetlbfs it
 //! knows the size of the pages (`qemu_fd_getpagesize` in its util/mmap-alloc.c). The kernel makes and maps a huge
@@ -188,7 +188,7 @@ impl Qemu {
                     mapped.path.display()
                 )));
             }
-            let (file, path) = maps.open(&mapped, to_free)?;
+            let (file, path) = maps.open(&mapped, &backend.path, to_free)?;
             mapped.check(backend, &file, disks.contains(name))?;
             opened.push(RamOfQemu { name: name.clone(), bytes: *bytes, file, path });
         }

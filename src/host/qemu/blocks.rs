@@ -162,8 +162,11 @@ mod tests {
             region: region.into(),
             offset,
         };
-        let expected =
-            [range(0x10_0000, "ram-node0", 0x10_0000), range(0x800_0000, "ram-node1", 0)];
+        let expected = [
+            range(0x10_0000, "ram-node0", 0x10_0000),
+            range(0x800_0000, "ram-node1", 0),
+            range(0x1_0000_0000, "nv", 0),
+        ];
         assert_eq!(ranges_in(tree), expected);
         assert_eq!(
             host_address_in("Host virtual address for 0x0 (ram-node0) is 0x7f98fffff000\r\n"),

@@ -35,6 +35,7 @@ pub(crate) fn is_here() -> bool {
 /// # Safety
 ///
 /// Only for the program's entry, which has the words of the command line from the kernel.
+#[expect(unreachable_pub, reason = "the dynamic loader finds it by its name")]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn __libc_start_main(
     main: Main,

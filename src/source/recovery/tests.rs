@@ -155,6 +155,8 @@ fn a_pause_gives_up_every_lane_and_a_resume_goes_on_at_another_address() {
     let host = HostThread::<dyn SourceHost>::elsewhere(move |question| {
         answers.send(Note::Host(match question {
             Question::Stop => Answer::Stopped(Ok(None)),
+            Question::StandsStill => Answer::StandsStill(Ok(())),
+            Question::PutBack => Answer::PutBack(Ok(())),
             Question::Save => Answer::Saved(Ok(Vec::new())),
             _ => Answer::Resumed(Ok(())),
         }));
