@@ -489,7 +489,9 @@ impl<'a> Migration<'a> {
     /// A guest that has all of its memory may shut down before we have heard of it, or its source.
     fn may_have_ended(&mut self, side: &mut GuestSide) -> bool {
         let has_all = self.guest.pages_missing() == 0 && !self.guest.has_missed();
-        // The status of a process that is not our child is not known.
+        // Its socket and its memory may be gone a moment before it is known to have ended. The status of a process
+        // that is not our child is not known.
+        side.exits_within(ending::EXIT_PATIENCE);
         let has_failed = match side.status() {
             Some(status) => !status.success(),
             None => side.process().is_some_and(|process| process.monitor.is_child()),

@@ -8,7 +8,6 @@ use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Frame, transmit};
 
 use super::demand::Command;
-use super::ending::EXIT_PATIENCE;
 use super::guest::GuestRegion;
 use super::side::GuestSide;
 use super::{Migration, Note, millis};
@@ -161,12 +160,8 @@ impl Migration<'_> {
             return Ok(());
         }
         self.guest.unregister_all()?;
-        if self.guest.is_gone() || side.has_exited() {
-            // Its memory may be gone a moment before it is known to have ended.
-            side.exits_within(EXIT_PATIENCE);
-            if !self.may_have_ended(side) {
-                return Err(self.guest_exited(side));
-            }
+        if (self.guest.is_gone() || side.has_exited()) && !self.may_have_ended(side) {
+            return Err(self.guest_exited(side));
         }
         self.guest.regions.iter().for_each(GuestRegion::end_move);
         side.is_complete();
