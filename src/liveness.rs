@@ -130,6 +130,17 @@ pub(crate) enum Step {
     Over(Duration),
 }
 
+/// What is said of a step in which nothing has moved for too long.
+pub(crate) fn stood_still(limit: Duration, step: &str) -> String {
+    format!("nothing has moved for {} s while {step}", limit.as_secs_f64())
+}
+
+/// The same of a step whose limit is an option.
+pub(crate) fn stood_still_by_option(limit: Duration, step: &str) -> String {
+    let what = stood_still(limit, step);
+    format!("{what}; if its monitor needs longer, give a longer --step-timeout")
+}
+
 impl Steps {
     pub(crate) fn new(limit: Duration) -> Steps {
         Steps { limit, current: None, until: Instant::now() }

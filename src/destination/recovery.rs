@@ -35,7 +35,7 @@ use super::link::{Link, Shortage, State};
 use super::{Migration, Note, millis, peer};
 use crate::error::{Error, Result};
 use crate::lane::{self, CAUSE_PATIENCE, Listener, lane_name};
-use crate::liveness::{Due, Step};
+use crate::liveness::{Due, Step, stood_still_by_option};
 use crate::observe::watch::CUT;
 use crate::secure::WayIn;
 use crate::uri::Uri;
@@ -172,13 +172,7 @@ impl Migration<'_> {
                 self.link.liveness.moved(now);
                 Ok(())
             }
-            Step::Over(limit) => {
-                let (limit, step) = (limit.as_secs_f64(), self.phase.name());
-                Err(silent(format!(
-                    "nothing has moved for {limit} s while {step}; if its monitor needs longer, give a \
-                     longer --step-timeout"
-                )))
-            }
+            Step::Over(limit) => Err(silent(stood_still_by_option(limit, self.phase.name()))),
         }
     }
 

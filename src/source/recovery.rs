@@ -22,7 +22,7 @@ use super::{Migration, Note};
 use crate::error::{Error, Result};
 use crate::inbox::Wake;
 use crate::lane::{CAUSE_PATIENCE, lane_name};
-use crate::liveness::{Due, Step};
+use crate::liveness::{Due, Step, stood_still, stood_still_by_option};
 use crate::observe::watch::CUT;
 
 /// How long a destination may take to be ready: it has its guest's memory already, and compares regions.
@@ -115,12 +115,11 @@ impl Migration {
                 Ok(())
             }
             Step::Over(limit) => {
-                let (limit, step) = (limit.as_secs_f64(), self.phase.name());
-                let hint = match self.phase {
-                    Phase::Comparing => "",
-                    _ => "; if its monitor needs longer, give a longer --step-timeout",
+                let say = match self.phase {
+                    Phase::Comparing => stood_still,
+                    _ => stood_still_by_option,
                 };
-                Err(self.silent(format!("nothing has moved for {limit} s while {step}{hint}")))
+                Err(self.silent(say(limit, self.phase.name())))
             }
         }
     }
