@@ -321,13 +321,22 @@ impl Monitor {
     }
 
     /// Sends a signal to the process; where we have started it, to its whole process group.
+    ///
+    /// The group comes first: the process may end by the signal at once, and from the moment at which it is
+    /// waited for the group's number may be another's.
     fn signal_all(&mut self, signal: i32) {
-        self.handle.signal(signal);
-        let Some(child) = &mut self.child else { return };
-        // The group's number is the child's, which is nobody else's until the child has been waited for.
-        if let (Ok(None), Ok(group)) = (child.try_wait(), i32::try_from(self.pid)) {
-            // SAFETY: numbers only; the group is the one that the child has made.
-            unsafe { libc::killpg(group, signal) };
+        let mut leads_the_group = false;
+        if let (Some(child), Ok(group)) = (&mut self.child, i32::try_from(self.pid))
+            && matches!(child.try_wait(), Ok(None))
+        {
+            // SAFETY: numbers only; the child has not been waited for, so the number is still its group's.
+            leads_the_group = unsafe { libc::killpg(group, signal) } == 0
+                // SAFETY: as above.
+                && unsafe { libc::getpgid(group) } == group;
+        }
+        // Once only: to many programs a second signal means more than the first.
+        if !leads_the_group {
+            self.handle.signal(signal);
         }
     }
 
@@ -389,7 +398,11 @@ fn remove(files: &[PathBuf]) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
     use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::time::Duration;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     use super::*;
 
@@ -419,6 +432,33 @@ mod tests {
             assert!(panicked.is_err());
             assert_eq!(began(pid).is_some(), survives, "{pid}");
             handle.kill();
+        }
+    }
+
+    /// However soon the first of a process group ends by a signal, the others get it, too.
+    #[test]
+    fn signals_reach_the_whole_group() {
+        for signal in [libc::SIGTERM, libc::SIGKILL] {
+            for _ in 0..50 {
+                let script = "sleep 1000 & echo $!; wait";
+                let mut child = Command::new("sh")
+                    .args(["-c", script])
+                    .process_group(0)
+                    .stdout(Stdio::piped())
+                    .spawn()
+                    .unwrap();
+                let mut line = String::new();
+                BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+                let started = ProcessHandle::open(line.trim().parse().unwrap()).unwrap();
+                let mut monitor = Monitor { child: Some(child), ..monitor(true) };
+                monitor.pid = monitor.child.as_ref().unwrap().id();
+                monitor.handle = ProcessHandle::open(monitor.pid).unwrap();
+                monitor.signal_all(signal);
+                let mut ended = [PollFd::new(started.exited(), PollFlags::POLLIN)];
+                let patience = PollTimeout::try_from(Duration::from_secs(120)).unwrap();
+                assert_eq!(poll(&mut ended, patience), Ok(1), "signal {signal}");
+                drop(monitor);
+            }
         }
     }
 
