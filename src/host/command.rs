@@ -406,14 +406,20 @@ mod tests {
 
     use super::*;
 
-    fn monitor(survives_panics: bool) -> Monitor {
-        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+    fn started(mut command: Command, survives_panics: bool) -> Monitor {
+        let child = command.spawn().unwrap();
         let pid = child.id();
         let handle = ProcessHandle::open(pid).unwrap();
         let created = Vec::new();
         let child = Some(child);
         let (terminal, owner, released) = (None, None, false);
         Monitor { pid, child, handle, terminal, owner, created, released, survives_panics }
+    }
+
+    fn monitor(survives_panics: bool) -> Monitor {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        started(command, survives_panics)
     }
 
     /// A guest that somebody can take over is not ended by a panic, which nobody has decided.
@@ -441,18 +447,13 @@ mod tests {
         for signal in [libc::SIGTERM, libc::SIGKILL] {
             for _ in 0..50 {
                 let script = "sleep 1000 & echo $!; wait";
-                let mut child = Command::new("sh")
-                    .args(["-c", script])
-                    .process_group(0)
-                    .stdout(Stdio::piped())
-                    .spawn()
-                    .unwrap();
+                let mut child = Command::new("sh");
+                child.args(["-c", script]).process_group(0).stdout(Stdio::piped());
+                let mut monitor = started(child, false);
                 let mut line = String::new();
-                BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+                let stdout = monitor.child.as_mut().and_then(|child| child.stdout.take()).unwrap();
+                BufReader::new(stdout).read_line(&mut line).unwrap();
                 let started = ProcessHandle::open(line.trim().parse().unwrap()).unwrap();
-                let mut monitor = Monitor { child: Some(child), ..monitor(true) };
-                monitor.pid = monitor.child.as_ref().unwrap().id();
-                monitor.handle = ProcessHandle::open(monitor.pid).unwrap();
                 monitor.signal_all(signal);
                 let mut ended = [PollFd::new(started.exited(), PollFlags::POLLIN)];
                 let patience = PollTimeout::try_from(Duration::from_secs(120)).unwrap();
