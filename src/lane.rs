@@ -32,12 +32,15 @@ use crate::single;
 pub(crate) use dialing::{connect_to, dial, is_local, open, open_shared, stays_local};
 pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse, welcome};
 pub(crate) use hearing::Hearing;
-pub(crate) use listener::{Listener, bind_private, not_bound};
+pub(crate) use listener::{Listener, bind_private, connect_at_once, is_deserted, not_bound};
 pub(crate) use severing::{Severable, sever};
 use tuning::{BACKGROUND_TIMEOUT_MS, DEMAND_TIMEOUT_MS, NOTSENT_LOWAT_BYTES, go_first, tune};
 pub(crate) use tuning::{CONGESTION_CONTROL, SHARED_QUEUE_BYTES, setsockopt_raw};
 
 /// How long either side waits for the other's hello. A peer that says nothing is not umem.
+///
+/// Over a connection that is there already the other end may come into a umem's hands at any time, so that its first
+/// byte is waited for without a limit; from then on it has this long as well.
 pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a lost bulk lane leaves open whether the peer has given up: it says so on the demand lane

@@ -21,6 +21,7 @@
 
 #![warn(missing_docs)]
 
+mod accepting;
 mod bandwidth;
 mod bench;
 pub mod capi;

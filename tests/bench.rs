@@ -375,6 +375,17 @@ fn a_client_that_stands_still_loses_the_server_to_the_next() {
 }
 
 #[test]
+fn a_server_without_descriptors_serves_once_it_has_some() {
+    let server = Server::start(&[]);
+    let before = server.umem.limit_descriptors(3);
+    let stranger = server.connect();
+    server.umem.rests("umem");
+    server.umem.limit_descriptors(before);
+    drop(stranger);
+    check(&report(&server.uri, &["-n", "16M"]), 16 * MIB);
+}
+
+#[test]
 fn a_server_that_is_stopped_tells_its_client() {
     let mut server = Server::start(&[]);
     let client = Umem::start(["bench", "client", "-t", "80000", &server.uri]);

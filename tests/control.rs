@@ -283,6 +283,64 @@ fn umem_control_says_what_is_wrong() {
     other.join().unwrap();
 }
 
+/// A socket that is there already is looked at without waiting: nobody may ever accept there.
+#[test]
+fn a_socket_whose_queue_is_full_is_in_use() {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+    };
+    use std::os::fd::AsRawFd;
+    let scratch = Scratch::new();
+    let path = scratch.path("full");
+    let address = UnixAddr::new(&path).unwrap();
+    let new = |flags| socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+    let listener = new(SockFlag::empty());
+    bind(listener.as_raw_fd(), &address).unwrap();
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let waiting: Vec<_> = std::iter::repeat_with(|| new(SockFlag::SOCK_NONBLOCK))
+        .take_while(|socket| connect(socket.as_raw_fd(), &address).is_ok())
+        .collect();
+    assert!(!waiting.is_empty());
+    let socket = path.display().to_string();
+    let error =
+        Umem::start(["migrate", "--control", &socket, "--ram", "a=/b", "tcp:127.0.0.1:1"]).fails();
+    assert!(error.contains("another process has it"), "{error}");
+}
+
+/// A socket's other end may be anybody: what it says is text, whatever it holds, and has to come in time.
+#[test]
+fn what_a_stranger_says_is_no_command_to_a_terminal() {
+    let scratch = Scratch::new();
+    let path = scratch.path("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let liar = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let said = "{\"umem\":{}}\n{\"error\":{\"desc\":\"\\u001b[2J\\u009bm\\ntwo\"}}\n";
+        stream.write_all(said.as_bytes()).unwrap();
+        // Until it has read all of that.
+        let mut lines = BufReader::new(stream);
+        lines.read_line(&mut String::new()).unwrap();
+    });
+    let error = Umem::start(["control", &path.display().to_string(), "status"]).fails();
+    assert_eq!(error, "\\u{1b}[2J\\u{9b}m two");
+    liar.join().unwrap();
+}
+
+/// There is nobody to drop: whoever comes waits, and the thread that cannot accept does not run on and on.
+#[test]
+fn who_comes_while_there_are_no_descriptors_is_answered_once_there_are() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("control");
+    let guests = Guests::quiet(&scratch, &["--json", "--control", socket.to_str().unwrap()]);
+    let before = guests.incoming.limit_descriptors(3);
+    let waiting = UnixStream::connect(&socket).unwrap();
+    guests.incoming.rests("umem-control");
+    guests.incoming.limit_descriptors(before);
+    let mut greeting = String::new();
+    BufReader::new(waiting).read_line(&mut greeting).unwrap();
+    assert!(greeting.starts_with("{\"umem\":"), "{greeting}");
+}
+
 /// Clients that say nothing, half a line, or read no answer: whoever comes next is served.
 #[test]
 fn the_silent_keep_nobody_from_the_control_socket() {

@@ -172,15 +172,18 @@ fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
     let mut endless = UnixStream::connect(&socket).unwrap();
     // Until it is not listened to any more, as with the next two.
     while endless.write_all(&[b' '; 4096]).is_ok() {}
-    let giver = UnixStream::connect(&socket).unwrap();
     let file = std::fs::File::open("/dev/null").unwrap();
-    let fds = [file.as_raw_fd(); 16];
-    let rights = [ControlMessage::ScmRights(&fds)];
     let blank = [IoSlice::new(b" ")];
     let flags = MsgFlags::MSG_NOSIGNAL;
-    for _ in 0..1000 {
-        if sendmsg::<()>(giver.as_raw_fd(), &blank, &rights, flags, None).is_err() {
-            break;
+    // As many as a guest's process sends, and as many as there can be.
+    for count in [16, 253] {
+        let giver = UnixStream::connect(&socket).unwrap();
+        let fds = vec![file.as_raw_fd(); count];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        for _ in 0..1000 {
+            if sendmsg::<()>(giver.as_raw_fd(), &blank, &rights, flags, None).is_err() {
+                break;
+            }
         }
     }
     let mut talker = UnixStream::connect(&socket).unwrap();
@@ -192,7 +195,7 @@ fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
     incoming.event("completed");
     migrate.succeeds();
     assert!(incoming.stderr().contains("ignored a connection to the hand-over socket"));
-    drop((silent, half, giver));
+    drop((silent, half));
     let mut qmp = Qmp::connect(&scratch.path("destination.qmp"));
     check(&mut qmp);
     qmp.quit();

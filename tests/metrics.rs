@@ -183,6 +183,22 @@ fn an_address_that_is_taken_is_refused_at_once() {
         .fails_as_misused();
 }
 
+/// There is nobody to drop: whoever asks waits, and the thread that cannot accept does not run on and on.
+#[test]
+fn who_asks_for_metrics_while_there_are_no_descriptors_is_answered_once_there_are() {
+    let scratch = Scratch::new();
+    let guests = Guests::with_metrics(&scratch);
+    let address = guests.metrics.clone().unwrap();
+    let before = guests.incoming.limit_descriptors(3);
+    let mut stream = TcpStream::connect(&address).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    guests.incoming.rests("umem-metrics");
+    guests.incoming.limit_descriptors(before);
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
+}
+
 /// Clients that ask nothing, ask half, or do not read: others are answered meanwhile, and there are never many.
 #[test]
 fn the_silent_keep_nobody_from_metrics() {

@@ -125,6 +125,20 @@ fn goes_on(mut moving: Move) -> (Value, Value) {
     moving.complete()
 }
 
+/// The source's new connections wait, whoever listens there does nothing else meanwhile than wait, and nothing ends.
+#[test]
+fn a_destination_without_descriptors_takes_new_lanes_once_it_has_some() {
+    let mut moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
+    let before = moving.incoming.limit_descriptors(3);
+    moving.cutter.cut(Ends::Both, false);
+    moving.incoming.event("recovering");
+    moving.migrate.event("recovering");
+    moving.incoming.rests("umem");
+    assert!(moving.incoming.is_running(), "{}", moving.incoming.stderr());
+    moving.incoming.limit_descriptors(before);
+    goes_on(moving);
+}
+
 /// Something in between keeps the source's ends of connections that the destination has lost, and the kernel
 /// there answers for it, until something is sent. The source has nothing to send, and asks.
 #[test]

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use support::killed::{How, Move, Side, text};
-use support::{Authority, Ends, Qmp, Scratch, Umem, wait_for, write_private};
+use support::{Authority, Ends, Qmp, Scratch, Umem, limit_descriptors, wait_for, write_private};
 use umem_wire::{HEADER_BYTES, HELLO_BYTES};
 
 const SMALL: How = How {
@@ -22,6 +22,7 @@ const SMALL: How = How {
     arriving: &[],
     migrate: &[],
     security: None,
+    panics: ["", ""],
 };
 
 /// Nobody listens there, and nobody ever will: port 1 is the kernel's to give to nobody.
@@ -248,6 +249,25 @@ impl Move {
         }
         self.complete();
     }
+}
+
+/// Its thread that waits for another umem gets no descriptor for the connection, and tries again.
+#[test]
+fn a_guest_without_descriptors_is_taken_over_once_it_has_some() {
+    let mut moving = Move::switched(SMALL);
+    let guest = u32::try_from(moving.arriving().as_raw()).unwrap();
+    moving.incoming.kill();
+    let before = limit_descriptors(guest, 3);
+    moving.incoming = moving.resume("incoming");
+    // It has connected: what the guest's side does next is to accept it.
+    wait_for("a connection", || {
+        let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+        let waits = |line: &&str| line.contains(&moving.session) && line.contains(" 0001 02 ");
+        sockets.lines().any(|line| waits(&line)).then_some(())
+    });
+    limit_descriptors(guest, before);
+    moving.incoming.event("listening");
+    moving.complete();
 }
 
 #[test]

@@ -28,10 +28,17 @@ impl Lobby {
     /// Lets somebody in; when it is full whoever has waited longest has to go.
     pub(super) fn admit(&mut self, socket: OwnedFd) {
         if self.waiting.len() == LOBBY_MAX {
-            self.waiting.remove(0);
+            self.show_out();
         }
         let deadline = Instant::now() + HELLO_TIMEOUT;
         self.waiting.push(Waiting { socket, line: Line::default(), deadline });
+    }
+
+    /// Shows out whoever has waited longest: false if nobody waits.
+    pub(super) fn show_out(&mut self) -> bool {
+        let is_somebody = !self.waiting.is_empty();
+        self.waiting.drain(..usize::from(is_somebody));
+        is_somebody
     }
 
     /// Shows out those whose time is up.

@@ -10,6 +10,7 @@ use super::protocol::{Control, Counts, Direction, End, Measured, Message, Reques
 use super::side::Note;
 use super::sides::{Sides, prepare};
 use super::{lanes, report};
+use crate::accepting::Accepted;
 use crate::cores::Role;
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
@@ -104,21 +105,26 @@ impl Desk {
     fn wait(&mut self, control: Option<&Control>, deadline: Option<Instant>) -> Result<Happened> {
         loop {
             self.lobby.expire();
-            let until = [deadline, self.lobby.deadline()].into_iter().flatten().min();
+            let until = [deadline, self.lobby.deadline(), self.listener.deadline()];
+            let until = until.into_iter().flatten().min();
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             let first = usize::from(control.is_some());
             // In the order of importance: a crowd at the door does not keep a test waiting.
             let mut sockets: Vec<_> = control.iter().map(|control| control.as_fd()).collect();
             sockets.extend(self.lobby.sockets());
-            sockets.push(self.listener.as_fd());
-            let door = sockets.len() - 1;
+            let door = sockets.len();
+            sockets.extend(self.listener.interest());
             match self.inbox.wait(&sockets, left)? {
                 Wake::Message(note) => return Ok(Happened::Note(note)),
                 Wake::Signal => return Ok(Happened::Signal),
                 Wake::Ready(index) if index < first => return Ok(Happened::Control),
                 Wake::Ready(index) if index == door => {
-                    if let Some(socket) = self.listener.accept()? {
-                        self.lobby.admit(socket);
+                    match self.listener.accept()? {
+                        Accepted::One(socket) => self.lobby.admit(socket),
+                        Accepted::Gone => {}
+                        // Whoever has waited longest has to go; where nobody waits there is only time.
+                        Accepted::NoRoom(_) if self.lobby.show_out() => {}
+                        Accepted::NoRoom(_) => self.listener.leave(),
                     }
                 }
                 Wake::Ready(index) => {

@@ -271,7 +271,7 @@ fn short(path: &Path) -> std::io::Result<(std::fs::File, PathBuf)> {
 
 pub(super) fn connect(path: &Path) -> std::io::Result<UnixStream> {
     let (_directory, short) = short(path)?;
-    UnixStream::connect(short)
+    lane::connect_at_once(&short)
 }
 
 fn listen(path: &Path) -> std::io::Result<UnixListener> {

@@ -31,6 +31,7 @@ use nix::sys::socket::{
 use serde::Deserialize;
 
 use super::uffd::Uffd;
+use crate::accepting::Accepted;
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
 
@@ -122,8 +123,12 @@ struct ErrorMessage {
 
 /// A message longer than this is not one of ours.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
-/// Descriptors that may come with one read: two for each of a few regions.
-const DESCRIPTORS_MAX: usize = 16;
+/// Descriptors that can come with one read (the kernel's SCM_MAX_FD): with room for fewer a stranger who sends more
+/// would leave some open here that nobody owns.
+const DESCRIPTORS_MAX: usize = 253;
+
+/// Files that a guest's process may make for its memory: one a backend, of which a guest has a few.
+const CREATED_MAX: usize = 1024;
 
 /// Descriptors that may wait for their message.
 const DESCRIPTORS_QUEUED_MAX: usize = 256;
@@ -300,7 +305,12 @@ impl HandoffSocket {
         } else if value.get("made").is_some() {
             let made: MadeMessage =
                 serde_json::from_value(value).map_err(|error| self.strange(&error.to_string()))?;
-            self.created.extend(made.path());
+            if let Some(path) = made.path().filter(|path| !self.created.contains(path)) {
+                if self.created.len() == CREATED_MAX {
+                    return Err(self.strange("it makes files without an end"));
+                }
+                self.created.push(path);
+            }
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
         } else if let Some(count) = value.get("session").and_then(serde_json::Value::as_u64) {
@@ -420,24 +430,23 @@ impl HandoffListener {
         Ok(HandoffListener { listener, path: path.into() })
     }
 
-    /// Accepts the guest's process, which must be this user's own (or we root); its pid.
-    pub(crate) fn accept(&self) -> Result<std::result::Result<(HandoffSocket, u32), String>> {
-        let stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) => match error.kind() {
-                io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {
-                    return Ok(Err(error.to_string()));
-                }
-                _ => return Err(error).context(|| "accepting the guest's process"),
-            },
-        };
+    /// The next connection that waits, as [`who`](HandoffListener::who) takes it.
+    pub(crate) fn accept(&self) -> Result<Accepted<UnixStream>> {
+        let accepted = self.listener.accept().map(|(stream, _)| stream);
+        Accepted::of(accepted).context(|| "accepting the guest's process")
+    }
+
+    /// The guest's process, which must be this user's own (or we root), and its pid; or why it is not.
+    pub(crate) fn who(
+        stream: UnixStream,
+    ) -> Result<std::result::Result<(HandoffSocket, u32), String>> {
         let peer = getsockopt(&stream, sockopt::PeerCredentials)
             .context(|| "asking who hands memory over")?;
         let own = nix::unistd::geteuid();
         if !own.is_root() && peer.uid() != own.as_raw() {
             return Ok(Err(format!("process {} is of user {}", peer.pid(), peer.uid())));
         }
-        let pid = u32::try_from(peer.pid()).expect("pids are positive");
+        let pid = u32::try_from(peer.pid()).unwrap_or_default();
         Ok(Ok((HandoffSocket::new(stream), pid)))
     }
 }

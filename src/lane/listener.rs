@@ -1,27 +1,35 @@
 //! Where a destination waits for lanes.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, socket,
 };
 
 use super::Wait;
 use super::tuning::choose_congestion;
+use crate::accepting::{Accepted, Room};
 use crate::error::{Context, Error, Result};
 use crate::lookup;
 use crate::uri::Uri;
+
+/// How long a name's resolver may take whom nobody could stop waiting for it.
+const LOOKUP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where a destination waits for lanes.
 pub(crate) struct Listener {
     socket: Listening,
     /// It blocked when it was inherited, and whoever else has it (such as systemd) may rely on that.
     blocked: bool,
+    room: Room,
 }
 
 enum Listening {
@@ -31,13 +39,18 @@ enum Listening {
 }
 
 impl Listener {
-    /// Listens there. A name is looked up, which may take as long as the resolver likes: that is for a
-    /// thread that has nothing else to do.
+    /// Listens there, for a caller that nobody can interrupt: a resolver has [`LOOKUP_PATIENCE`].
     pub(crate) fn bind(uri: &Uri) -> Result<Listener> {
-        let Uri::Tcp { host, port } = uri else { return Listener::bind_found(uri, &[]) };
-        let found = (own_host(host), *port).to_socket_addrs();
-        let found: Vec<SocketAddr> = found.map_err(|error| not_bound(uri, error))?.collect();
-        Listener::bind_found(uri, &found)
+        let deadline = Instant::now() + LOOKUP_PATIENCE;
+        Listener::bind_waiting(uri, &|fds, _| {
+            let mut fds: Vec<_> = fds.iter().map(|&(fd, flags)| PollFd::new(fd, flags)).collect();
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+                Ok(0) => Err(not_bound(uri, io::ErrorKind::TimedOut.into())),
+                Ok(_) | Err(Errno::EINTR) => Ok(true),
+                Err(errno) => Err(errno).context(|| "poll"),
+            }
+        })
     }
 
     /// The same for a thread that is waited for: it gives up when `wait` does.
@@ -80,7 +93,7 @@ impl Listener {
         let flags = flags.context(|| uri.to_string())?;
         let is_inherited = matches!(uri, Uri::Fd { .. });
         let blocked = is_inherited && !flags.contains(OFlag::O_NONBLOCK);
-        let listener = Listener { socket, blocked };
+        let listener = Listener { socket, blocked, room: Room::default() };
         // Who waits may have gone when it is accepted.
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(listener)
@@ -115,41 +128,30 @@ impl Listener {
         }
     }
 
-    /// The next connection that waits, if it still does.
-    pub(crate) fn accept(&self) -> Result<Option<OwnedFd>> {
+    /// The next connection that waits. Where there is no room for it the caller may make some, or has to
+    /// [`leave`](Listener::leave) the listener alone.
+    pub(crate) fn accept(&self) -> Result<Accepted<OwnedFd>> {
         let accepted = match &self.socket {
             Listening::Tcp(listener) => listener.accept().map(|(socket, _)| socket.into()),
             Listening::Unix(listener, _) => listener.accept().map(|(socket, _)| socket.into()),
         };
-        match accepted {
-            Ok(socket) => Ok(Some(socket)),
-            Err(error) => match error.kind() {
-                // Who dialled has gone again.
-                io::ErrorKind::WouldBlock
-                | io::ErrorKind::ConnectionAborted
-                | io::ErrorKind::ConnectionReset
-                | io::ErrorKind::Interrupted => Ok(None),
-                _ if is_of_network(&error) => Ok(None),
-                _ => Err(error).context(|| "accepting a lane"),
-            },
-        }
+        Accepted::of(accepted).context(|| "accepting a lane")
     }
-}
 
-/// What has become of a connection before it was accepted, which accept(2) says.
-fn is_of_network(error: &io::Error) -> bool {
-    const ERRORS: [i32; 9] = [
-        libc::EPROTO,
-        libc::EPERM,
-        libc::ENETDOWN,
-        libc::ENOPROTOOPT,
-        libc::EHOSTDOWN,
-        libc::ENONET,
-        libc::EHOSTUNREACH,
-        libc::EOPNOTSUPP,
-        libc::ENETUNREACH,
-    ];
-    error.raw_os_error().is_some_and(|errno| ERRORS.contains(&errno))
+    /// There is no room for one more connection: nobody listens for a while.
+    pub(crate) fn leave(&mut self) {
+        self.room.lacked(Instant::now());
+    }
+
+    /// What to poll, unless it has been left alone.
+    pub(crate) fn interest(&self) -> Option<BorrowedFd<'_>> {
+        self.deadline().is_none().then(|| self.as_fd())
+    }
+
+    /// Until when it has been left alone.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.room.deadline(Instant::now())
+    }
 }
 
 impl Listening {
@@ -209,6 +211,21 @@ pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&socket, Backlog::MAXCONN)?;
     Ok(socket.into())
+}
+
+/// Connects to a unix socket without waiting: [`io::ErrorKind::WouldBlock`] where its queue of connections is full.
+pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// Nobody listens at this socket any more: its process was killed.
+pub(crate) fn is_deserted(path: &Path) -> bool {
+    connect_at_once(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Every address of this machine, where none is named.

@@ -17,21 +17,20 @@
 //! umem left behind which was killed is replaced; one that is in use is not.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::poll::PollFlags;
 use serde_json::{Value, json};
 
+use super::visitors::{self, Entrance, Visitor};
 use super::watch::{LinkOrder, Watch};
-use crate::error::{Context, Error, Result};
-use crate::lane::bind_private;
+use crate::error::{Error, Result};
+use crate::lane::{bind_private, is_deserted};
 use crate::uri::Uri;
 
 /// Connections at a time. When there are more, the one goes that has said nothing for the longest time.
@@ -59,39 +58,24 @@ const COMMANDS: [(&str, &str); 6] = [
 /// Answers until it is dropped; the socket is removed then.
 pub(crate) struct Server {
     path: PathBuf,
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    visitors: Option<visitors::Server>,
 }
 
 impl Server {
     pub(crate) fn start(path: &Path, watch: Arc<Watch>) -> Result<Server> {
         let listener = bind(path)?;
         // From here on the socket is ours to remove.
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let stop = EventFd::from_flags(flags).map(Arc::new);
-        let mut server = match stop {
-            Ok(stop) => Server { path: path.into(), stop, thread: None },
-            Err(errno) => {
-                let _ = std::fs::remove_file(path);
-                return Err(errno).context(|| "eventfd");
-            }
-        };
-        let told = server.stop.clone();
-        let thread = std::thread::Builder::new()
-            .name("umem-control".into())
-            .spawn(move || serve(&listener, &told, &watch))
-            .context(|| "starting thread umem-control")?;
-        server.thread = Some(thread);
+        let mut server = Server { path: path.into(), visitors: None };
+        let socket = Socket { listener, watch };
+        server.visitors = Some(visitors::Server::start("umem-control", socket)?);
         Ok(server)
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        // Nobody is answered any more when it goes.
+        drop(self.visitors.take());
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -122,12 +106,34 @@ fn bind(path: &Path) -> Result<UnixListener> {
 
 fn is_stale(path: &Path) -> bool {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    is_socket && UnixStream::connect(path).is_err_and(refused)
+    is_socket && is_deserted(path)
+}
+
+struct Socket {
+    listener: UnixListener,
+    watch: Arc<Watch>,
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Entrance for Socket {
+    type Visitor = Client;
+    const VISITORS_MAX: usize = CLIENTS_MAX;
+
+    /// A new client, greeted.
+    fn accept(&self) -> io::Result<Option<Client>> {
+        let (stream, _) = self.listener.accept()?;
+        Ok(Client::greeted(stream, self.watch.clone()).ok())
+    }
 }
 
 struct Client {
     stream: UnixStream,
+    watch: Arc<Watch>,
     /// What has come and is not answered: the beginning of a line, or several.
     input: Vec<u8>,
     /// What has not left.
@@ -138,68 +144,46 @@ struct Client {
     heard: Instant,
 }
 
-/// Answers everybody; nobody waits for anybody else.
-fn serve(listener: &UnixListener, stop: &EventFd, watch: &Watch) {
-    let mut clients: Vec<Client> = Vec::new();
-    loop {
-        let mut fds = vec![
-            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-        ];
-        fds.extend(clients.iter().map(Client::interest));
-        let next = clients.iter().filter_map(|client| client.deadline).min();
-        let left = next.map(|at| at.saturating_duration_since(Instant::now()).as_millis() + 1);
-        let timeout = left.map_or(PollTimeout::NONE, |left| {
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        });
-        // Interrupted or not, the loop looks again.
-        let _ = poll(&mut fds, timeout);
-        let ready: Vec<bool> =
-            fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
-        drop(fds);
-        if stop.read().is_ok() {
-            return;
-        }
-        let (now, mut index) = (Instant::now(), 1);
-        clients.retain_mut(|client| {
-            index += 1;
-            let is_late = client.deadline.is_some_and(|deadline| deadline <= now);
-            !is_late && (!ready[index] || client.serve(watch).is_ok())
-        });
-        if ready[1]
-            && let Some(client) = accept(listener, watch)
-        {
-            if clients.len() == CLIENTS_MAX
-                && let Some(quietest) = (0..CLIENTS_MAX).min_by_key(|&index| clients[index].heard)
-            {
-                clients.remove(quietest);
-            }
-            clients.push(client);
-        }
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 
-/// A new client, greeted; none if it has gone again.
-fn accept(listener: &UnixListener, watch: &Watch) -> Option<Client> {
-    let (stream, _) = listener.accept().ok()?;
-    stream.set_nonblocking(true).ok()?;
-    let (input, output, heard) = (Vec::new(), Vec::new(), Instant::now());
-    let mut client = Client { stream, input, output, deadline: None, heard };
-    let greeting = json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "role": watch.role().name(),
-        "pid": std::process::id(),
-    });
-    client.say(&json!({ "umem": greeting }));
-    client.send().ok()?;
-    Some(client)
+impl Visitor for Client {
+    /// Nothing is read before all answers have left.
+    fn flags(&self) -> PollFlags {
+        if self.output.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// The one that has said nothing for the longest time goes first.
+    fn rank(&self) -> Instant {
+        self.heard
+    }
+
+    fn go_on(&mut self) -> bool {
+        self.serve().is_ok()
+    }
 }
 
 impl Client {
-    /// Nothing is read before all answers have left.
-    fn interest(&self) -> PollFd<'_> {
-        let flags = if self.output.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT };
-        PollFd::new(self.stream.as_fd(), flags)
+    /// An error: it has gone again.
+    fn greeted(stream: UnixStream, watch: Arc<Watch>) -> io::Result<Client> {
+        stream.set_nonblocking(true)?;
+        let (input, output, heard) = (Vec::new(), Vec::new(), Instant::now());
+        let greeting = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "role": watch.role().name(),
+            "pid": std::process::id(),
+        });
+        let mut client = Client { stream, watch, input, output, deadline: None, heard };
+        client.say(&json!({ "umem": greeting }));
+        client.send()?;
+        Ok(client)
     }
 
     fn say(&mut self, object: &Value) {
@@ -207,7 +191,7 @@ impl Client {
     }
 
     /// Takes what has come, or sends what has not left; an error is its end.
-    fn serve(&mut self, watch: &Watch) -> io::Result<()> {
+    fn serve(&mut self) -> io::Result<()> {
         if self.output.is_empty() {
             let mut buffer = [0; 4096];
             match self.stream.read(&mut buffer) {
@@ -217,14 +201,14 @@ impl Client {
             }
         }
         self.send()?;
-        while self.output.is_empty() && self.answer_next(watch)? {
+        while self.output.is_empty() && self.answer_next()? {
             self.send()?;
         }
         Ok(())
     }
 
     /// Answers the next line, if there is a whole one.
-    fn answer_next(&mut self, watch: &Watch) -> io::Result<bool> {
+    fn answer_next(&mut self) -> io::Result<bool> {
         let Some(end) = self.input.iter().position(|&byte| byte == b'\n') else {
             if self.input.len() > LINE_BYTES_MAX {
                 self.say(&failure(&format!("a command has at most {LINE_BYTES_MAX} bytes")));
@@ -236,7 +220,7 @@ impl Client {
         let line: Vec<u8> = self.input.drain(..=end).collect();
         if !line.trim_ascii().is_empty() {
             self.heard = Instant::now();
-            self.say(&answer(&line, watch));
+            self.say(&answer(&line, &self.watch));
         }
         Ok(true)
     }
@@ -254,6 +238,25 @@ impl Client {
         }
         self.deadline = None;
         Ok(())
+    }
+}
+
+/// Has a client say this, and read what it is answered; no more is kept of it than a command has.
+#[cfg(feature = "fuzz")]
+pub(crate) fn fuzz(input: &[u8], watch: Arc<Watch>) {
+    let (mut ours, theirs) = UnixStream::pair().expect("a socket pair");
+    ours.set_nonblocking(true).expect("a socket");
+    let mut client = Client::greeted(theirs, watch).expect("there is room");
+    let (mut rest, mut answers) = (input, [0; 4096]);
+    loop {
+        let written = ours.write(&rest[..rest.len().min(1000)]).unwrap_or(0);
+        rest = &rest[written..];
+        let goes_on = client.go_on();
+        let read = ours.read(&mut answers).unwrap_or(0);
+        assert!(client.input.len() <= LINE_BYTES_MAX + 4096);
+        if !goes_on || (written == 0 && read == 0) {
+            return;
+        }
     }
 }
 
@@ -350,9 +353,9 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let mut stream = UnixStream::connect(path).map_err(|error| {
         host(format!("{error}; is it the --control socket of an umem that runs?"))
     })?;
-    let lines = stream.try_clone().and_then(|stream| {
-        stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
-        Ok(io::BufReader::new(stream.take(ANSWERS_BYTES_MAX)))
+    let lines = stream.try_clone().map(|stream| {
+        let patient = Patient { stream, until: Instant::now() + ANSWER_PATIENCE };
+        io::BufReader::new(patient.take(ANSWERS_BYTES_MAX))
     });
     let mut lines = io::BufRead::lines(lines.map_err(|error| host(error.to_string()))?);
     let mut next = || -> Result<Value> {
@@ -371,10 +374,27 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     }
 }
 
+/// Reads until then, however often something comes.
+struct Patient {
+    stream: UnixStream,
+    until: Instant,
+}
+
+impl Read for Patient {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(into)
+    }
+}
+
 /// The greeting and an answer.
 const ANSWERS_BYTES_MAX: u64 = 1 << 20;
 
-/// Commands are answered at once.
+/// Both together: commands are answered at once.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 #[cfg(test)]

@@ -1,24 +1,23 @@
 //! `--metrics ADDRESS`: the state of a migration in Prometheus' text format, over HTTP.
 //!
-//! A thread of its own answers everybody at once: who is slow is cut off, and holds up neither others who ask nor
-//! what moves pages.
+//! A thread of its own answers everybody at once ([`visitors`]): a slow client is cut off, and holds up neither other
+//! clients nor what moves pages.
 
 use std::fmt::Write as _;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::poll::PollFlags;
 use serde_json::json;
 
+use super::visitors::{self, Entrance, Visitor};
 use super::watch::{Status, Watch};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::report::{CpuTime, Output};
 
 /// The most that is read of a request: its line, and the headers that clients send.
@@ -50,8 +49,7 @@ impl FromStr for Address {
 
 /// Serves until it is dropped.
 pub(crate) struct Server {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _visitors: visitors::Server,
 }
 
 impl Server {
@@ -66,29 +64,40 @@ impl Server {
         listener.set_nonblocking(true).map_err(failed)?;
         let url = format!("http://{}/metrics", listener.local_addr().map_err(failed)?);
         output.event("metrics", json!({ "url": url }), &format!("metrics at {url}"));
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let stop = Arc::new(EventFd::from_flags(flags).context(|| "eventfd")?);
-        let told = stop.clone();
-        let thread = std::thread::Builder::new()
-            .name("umem-metrics".into())
-            .spawn(move || serve(&listener, &told, &watch))
-            .context(|| "starting thread umem-metrics")?;
-        Ok(Server { stop, thread: Some(thread) })
+        let page = Page { listener, watch };
+        Ok(Server { _visitors: visitors::Server::start("umem-metrics", page)? })
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+struct Page {
+    listener: TcpListener,
+    watch: Arc<Watch>,
+}
+
+impl AsFd for Page {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Entrance for Page {
+    type Visitor = Client;
+    const VISITORS_MAX: usize = CLIENTS_MAX;
+
+    fn accept(&self) -> io::Result<Option<Client>> {
+        let (stream, _) = self.listener.accept()?;
+        if stream.set_nonblocking(true).is_err() {
+            return Ok(None);
         }
+        let (watch, deadline) = (self.watch.clone(), Instant::now() + PATIENCE);
+        Ok(Some(Client { stream, watch, request: Vec::new(), answer: None, deadline }))
     }
 }
 
 /// Somebody who asks, or is to.
 struct Client {
     stream: TcpStream,
+    watch: Arc<Watch>,
     /// What has come of the request.
     request: Vec<u8>,
     /// What is left of the answer, once there is one.
@@ -97,60 +106,35 @@ struct Client {
     deadline: Instant,
 }
 
-/// Answers everybody; nobody waits for anybody else.
-fn serve(listener: &TcpListener, stop: &EventFd, watch: &Watch) {
-    // The oldest first.
-    let mut clients: Vec<Client> = Vec::new();
-    loop {
-        let mut fds = vec![
-            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-        ];
-        fds.extend(clients.iter().map(Client::interest));
-        let oldest = clients.first().map(|client| client.deadline);
-        let left = oldest.map(|at| at.saturating_duration_since(Instant::now()).as_millis() + 1);
-        let timeout = left.map_or(PollTimeout::NONE, |left| {
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        });
-        // Interrupted or not, the loop looks again.
-        let _ = poll(&mut fds, timeout);
-        let ready: Vec<bool> =
-            fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty())).collect();
-        drop(fds);
-        if stop.read().is_ok() {
-            return;
-        }
-        let (now, mut index) = (Instant::now(), 1);
-        clients.retain_mut(|client| {
-            index += 1;
-            // Who has gone or is too slow needs no answer.
-            client.deadline > now && (!ready[index] || client.go_on(watch).unwrap_or(false))
-        });
-        if !ready[1] {
-            continue;
-        }
-        let accepted = listener.accept();
-        let is_full = clients.len() == CLIENTS_MAX || accepted.as_ref().is_err_and(lacks_room);
-        if is_full && !clients.is_empty() {
-            clients.remove(0);
-        }
-        if let Ok((stream, _)) = accepted
-            && stream.set_nonblocking(true).is_ok()
-        {
-            let (request, answer, deadline) = (Vec::new(), None, now + PATIENCE);
-            clients.push(Client { stream, request, answer, deadline });
-        }
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+impl Visitor for Client {
+    fn flags(&self) -> PollFlags {
+        if self.answer.is_some() { PollFlags::POLLOUT } else { PollFlags::POLLIN }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        Some(self.deadline)
+    }
+
+    /// The oldest goes first.
+    fn rank(&self) -> Instant {
+        self.deadline
+    }
+
+    fn go_on(&mut self) -> bool {
+        // A client that has gone needs no answer.
+        self.read_or_write().unwrap_or(false)
     }
 }
 
 impl Client {
-    fn interest(&self) -> PollFd<'_> {
-        let flags = if self.answer.is_some() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
-        PollFd::new(self.stream.as_fd(), flags)
-    }
-
     /// Reads or writes what is possible at once. False: it is over.
-    fn go_on(&mut self, watch: &Watch) -> std::io::Result<bool> {
+    fn read_or_write(&mut self) -> io::Result<bool> {
         if self.answer.is_none() {
             let mut buffer = [0; 1024];
             match self.stream.read(&mut buffer) {
@@ -161,7 +145,7 @@ impl Client {
             if !self.request.windows(4).any(|end| end == b"\r\n\r\n") {
                 return Ok(self.request.len() <= REQUEST_BYTES_MAX);
             }
-            self.answer = Some(answer(&self.request, watch));
+            self.answer = Some(answer(&self.request, &self.watch));
         }
         let answer = self.answer.get_or_insert_default();
         while !answer.is_empty() {
@@ -174,15 +158,8 @@ impl Client {
     }
 }
 
-/// It is not that somebody has gone again.
-fn lacks_room(error: &std::io::Error) -> bool {
-    [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM]
-        .iter()
-        .any(|&errno| error.raw_os_error() == Some(errno))
-}
-
 /// Nothing was wrong but that it would have had to wait.
-fn may_go_on(error: std::io::Error) -> std::io::Result<bool> {
+fn may_go_on(error: io::Error) -> io::Result<bool> {
     match error.kind() {
         ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(true),
         _ => Err(error),
@@ -190,7 +167,7 @@ fn may_go_on(error: std::io::Error) -> std::io::Result<bool> {
 }
 
 /// What is answered to a request whose end has come.
-fn answer(request: &[u8], watch: &Watch) -> Vec<u8> {
+pub(crate) fn answer(request: &[u8], watch: &Watch) -> Vec<u8> {
     let line = request.split(|&byte| byte == b'\r').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
     let mut words = line.split(' ');

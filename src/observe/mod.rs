@@ -8,6 +8,8 @@
 //! - [`metrics`]: `--metrics ADDRESS`, for Prometheus
 //! - [`control`]: `--control SOCKET`, commands in lines of JSON
 //! - [`trace`]: `--verbose` and RUST_LOG
+//!
+//! [`visitors`] listens to the clients of the two servers.
 
 pub(crate) mod bench;
 pub(crate) mod control;
@@ -20,6 +22,7 @@ pub mod recording;
 mod report;
 pub mod svg;
 pub(crate) mod trace;
+mod visitors;
 pub(crate) mod watch;
 
 use std::path::PathBuf;

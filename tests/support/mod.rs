@@ -74,7 +74,7 @@ pub(crate) use {
     serial::{Beat, Serial},
     source::LaneToDestination,
     tap::Tap,
-    umem::Umem,
+    umem::{Umem, limit_descriptors},
 };
 
 /// When a wait is given up: long after what it waits for should have happened, on any machine.

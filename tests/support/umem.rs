@@ -16,6 +16,21 @@ use super::{DEADLINE, process::Process};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
+/// [`Umem::limit_descriptors`] of any process.
+pub(crate) fn limit_descriptors(pid: u32, below: u64) -> u64 {
+    let pid = i32::try_from(pid).expect("pids are small");
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: asks only; `limit` outlives the call.
+    let asked =
+        unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) };
+    let before = std::mem::replace(&mut limit.rlim_cur, below);
+    // SAFETY: `limit` is a limit that was filled in above, and outlives the call.
+    let set =
+        unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+    assert_eq!((asked, set), (0, 0), "{}", std::io::Error::last_os_error());
+    before
+}
+
 /// A running `umem`, ended when it is dropped. Or another program whose lines on stdout are events.
 pub(crate) struct Umem {
     process: Process,
@@ -193,6 +208,29 @@ impl Umem {
 
     pub(crate) fn signal(&mut self, signal: Signal) {
         self.process.signal(signal);
+    }
+
+    /// Has it open no descriptor of this number or a higher one from now on; what the limit was before.
+    pub(crate) fn limit_descriptors(&self, below: u64) -> u64 {
+        limit_descriptors(self.pid(), below)
+    }
+
+    /// Waits until a thread of this name has gone to sleep a few times more, which one that is busy never does.
+    pub(crate) fn rests(&self, thread: &str) {
+        let sleeps = || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
+            let read = |task: &std::fs::DirEntry, file: &str| {
+                std::fs::read_to_string(task.path().join(file)).unwrap_or_default()
+            };
+            let mut tasks = tasks.flatten();
+            let task = tasks.find(|task| read(task, "comm").trim() == thread).expect("the thread");
+            let status = read(&task, "status");
+            let count =
+                status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            count.expect("a line").trim().parse::<u64>().expect("a number")
+        };
+        let before = sleeps();
+        super::wait_for(format!("{thread} to rest"), || (sleeps() > before + 3).then_some(()));
     }
 
     /// Ends it without a chance to tidy up.

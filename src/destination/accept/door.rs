@@ -13,6 +13,7 @@ use umem_wire::limits::LANES_MAX;
 use umem_wire::{FaultCode, Hello, LaneRole};
 
 use super::{Lanes, Terms, lost};
+use crate::accepting::Accepted;
 use crate::error::Result;
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener};
 use crate::report::Output;
@@ -69,7 +70,7 @@ impl Known {
 /// A connection that has not said who it is.
 struct Pending {
     opening: Opening,
-    /// None for one that was given, whose other end may come into the source's hands at any time.
+    /// None for one that was given and has said nothing: its other end may come into the source's hands at any time.
     deadline: Option<Instant>,
 }
 
@@ -189,8 +190,9 @@ impl Door {
             session.map(|session| (Who::Session, (session.demand.as_fd(), PollFlags::POLLIN)));
         let pending = self.pending.iter().enumerate();
         let pending = pending.map(|(i, p)| (Who::Pending(i), p.opening.interest()));
-        let listener = self.listener.iter();
-        let stranger = listener.map(|l| (Who::Stranger, (l.as_fd(), PollFlags::POLLIN)));
+        // The last, so that nobody else's index depends on whether it is listened to.
+        let listener = self.listener.iter().filter_map(Listener::interest);
+        let stranger = listener.map(|fd| (Who::Stranger, (fd, PollFlags::POLLIN)));
         session.chain(pending).chain(stranger).collect()
     }
 
@@ -212,20 +214,25 @@ impl Door {
 
     pub(in crate::destination) fn next_deadline(&self) -> Option<Instant> {
         let session = self.session.iter().map(|session| session.deadline);
-        self.pending.iter().filter_map(|pending| pending.deadline).chain(session).min()
+        let listener = self.listener.iter().filter_map(Listener::deadline);
+        let pending = self.pending.iter().filter_map(|pending| pending.deadline);
+        pending.chain(session).chain(listener).min()
     }
 
     fn knock(&mut self) -> Result<()> {
-        let accepted = match self.listener.as_ref().map_or(Ok(None), Listener::accept) {
-            // There is no room for one more: somebody who has had time has to go.
-            Err(error) if !self.pending.is_empty() => {
-                self.pending.pop_front();
-                self.ignored(&format!("it had not said who it is: {error}"));
+        let Some(listener) = &mut self.listener else { return Ok(()) };
+        let socket = match listener.accept()? {
+            Accepted::One(socket) => socket,
+            Accepted::Gone => return Ok(()),
+            // Somebody who has had time has to go; where nobody has come yet there is only time.
+            Accepted::NoRoom(error) => {
+                match self.pending.pop_front() {
+                    Some(_) => self.ignored(&format!("it had not said who it is: {error}")),
+                    None => listener.leave(),
+                }
                 return Ok(());
             }
-            accepted => accepted?,
         };
-        let Some(socket) = accepted else { return Ok(()) };
         if self.pending.len() == PENDING_MAX {
             self.pending.pop_front();
             self.ignored("others came before it had said who it is");
@@ -251,6 +258,8 @@ impl Door {
         let Pending { opening, deadline } = self.pending.remove(index).expect("it is there");
         match opening.advance(&self.guard) {
             Ok(Progress::Waits(opening)) => {
+                let now_has = || Instant::now() + HELLO_TIMEOUT;
+                let deadline = deadline.or_else(|| opening.has_begun().then(now_has));
                 self.pending.insert(index, Pending { opening, deadline });
             }
             Ok(Progress::Opened(opened)) => self.greet(opened),

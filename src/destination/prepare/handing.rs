@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use crate::accepting::{Accepted, Room};
 use crate::destination::Note;
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
@@ -53,6 +54,7 @@ pub(super) struct Callers<'a> {
     waiting: Vec<Caller>,
     /// What the last one that was dropped had done.
     complaint: Option<String>,
+    room: Room,
 }
 
 struct Caller {
@@ -73,18 +75,22 @@ pub(super) struct First {
 
 impl<'a> Callers<'a> {
     pub(super) fn new(listener: &'a HandoffListener) -> Callers<'a> {
-        Callers { listener, waiting: Vec::new(), complaint: None }
+        let (waiting, complaint) = (Vec::new(), None);
+        Callers { listener, waiting, complaint, room: Room::default() }
     }
 
     /// Whom to listen to; when one of these is ready [`answer`](Callers::answer) takes its index.
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let waiting = self.waiting.iter().map(|caller| caller.handoff.stream().as_fd());
-        waiting.chain([self.listener.as_fd()]).collect()
+        // The last, so that nobody else's index depends on whether it is listened to.
+        let listener = self.room.deadline(Instant::now()).is_none().then(|| self.listener.as_fd());
+        waiting.chain(listener).collect()
     }
 
     /// When [`forget_late`](Callers::forget_late) has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.waiting.first().map(|caller| caller.deadline)
+        let caller = self.waiting.first().map(|caller| caller.deadline);
+        caller.into_iter().chain(self.room.deadline(Instant::now())).min()
     }
 
     pub(super) fn forget_late(&mut self, now: Instant) {
@@ -129,16 +135,21 @@ impl<'a> Callers<'a> {
     }
 
     fn accept(&mut self) -> Result<()> {
-        let accepted = match self.listener.accept() {
-            // There is no room for one more.
-            Err(error) if !self.waiting.is_empty() => {
-                let oldest = self.waiting.remove(0);
-                self.drop_caller(&oldest, &error.to_string());
+        let stream = match self.listener.accept()? {
+            Accepted::One(stream) => stream,
+            Accepted::Gone => return Ok(()),
+            Accepted::NoRoom(error) => {
+                match self.waiting.is_empty() {
+                    true => self.room.lacked(Instant::now()),
+                    false => {
+                        let oldest = self.waiting.remove(0);
+                        self.drop_caller(&oldest, &error.to_string());
+                    }
+                }
                 return Ok(());
             }
-            accepted => accepted?,
         };
-        match accepted {
+        match HandoffListener::who(stream)? {
             Ok((handoff, pid)) => {
                 if self.waiting.len() == CALLERS_MAX {
                     let oldest = self.waiting.remove(0);
@@ -185,6 +196,8 @@ pub(super) fn accept_memory(
         }
         let mut fds = vec![monitor.exited()];
         fds.extend(callers.fds());
+        let next = callers.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        let left = next.map_or(left, |next| next.min(left));
         let index = match inbox.wait(&fds, Some(left))? {
             Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
             Wake::Ready(0) => {

@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
+use crate::accepting::{Accepted, ROOM_INTERVAL};
 use crate::error::{Context, Error, Result};
 use crate::fault::open::{self, Faults};
 
@@ -227,9 +228,15 @@ impl Held {
     /// Hands over again to each umem that connects: the one before it is gone then.
     fn accept(self: &Arc<Held>, session: &Session) {
         loop {
-            let stream = match session.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            let accepted = session.listener.accept().map(|(stream, _)| stream);
+            let stream = match Accepted::of(accepted) {
+                Ok(Accepted::One(stream)) => stream,
+                Ok(Accepted::Gone) => continue,
+                // Who takes over waits meanwhile.
+                Ok(Accepted::NoRoom(_)) => {
+                    std::thread::sleep(ROOM_INTERVAL);
+                    continue;
+                }
                 // Released.
                 Err(_) => return,
             };

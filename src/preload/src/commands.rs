@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::{handover, report, sys};
 
@@ -18,6 +20,9 @@ const RECEIVE_SIZE: usize = 8 << 10;
 
 /// Answers are collected up to this size, and sent at the latest when what was received is done.
 const ANSWERS_SIZE_MAX: usize = 8 << 10;
+
+/// How often it is tried whether there is room for the connection of a umem that takes over.
+const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// umem has said `keep`: whatever becomes of it, this process stays.
 static KEEPS: AtomicBool = AtomicBool::new(false);
@@ -83,9 +88,16 @@ fn accept(session: &Session) {
     loop {
         let socket = match sys::accept(session.listener.as_raw_fd()) {
             Ok(socket) => socket,
-            Err(sys::EINTR) => continue,
-            // Released.
-            Err(_) => return,
+            // Released: nobody listens there any more.
+            Err(sys::EINVAL) => return,
+            Err(errno) => {
+                // Mostly the program has no descriptor left, and may have one later, which no event tells. A umem
+                // that takes over waits meanwhile.
+                if errno != sys::EINTR {
+                    std::thread::sleep(ACCEPT_INTERVAL);
+                }
+                continue;
+            }
         };
         let kept: Vec<i32> = session.kept.iter().map(AsRawFd::as_raw_fd).collect();
         let line = format!("{{\"session\":{}}}\n", kept.len());
@@ -110,6 +122,16 @@ fn release() -> usize {
 /// Until `release` or until umem is gone. A guest that may have run here stays then, everything open,
 /// and waits; one that was still to come never will, and its process ends.
 fn serve(socket: i32) {
+    if catch_unwind(|| carry_out_all(socket)).is_err() {
+        // To umem that is the end of this side; the guest's memory stays held.
+        sys::shut_down(socket);
+    }
+    if !guest_may_run() {
+        sys::kill_this_process();
+    }
+}
+
+fn carry_out_all(socket: i32) {
     let mut commands = Commands {
         line: Vec::with_capacity(LINE_SIZE_MAX),
         answers: String::new(),
@@ -123,13 +145,12 @@ fn serve(socket: i32) {
             Ok(0) | Err(_) => break,
         };
         HAS_BEGUN.store(true, Ordering::Relaxed);
+        // No command has more.
+        commands.descriptors.truncate(sys::DESCRIPTORS_MAX);
         let end = commands.carry_out(socket, received);
         if commands.send_answers(socket).is_err() || end == End::Released {
             break;
         }
-    }
-    if !guest_may_run() {
-        sys::kill_this_process();
     }
 }
 

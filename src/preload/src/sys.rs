@@ -120,7 +120,7 @@ struct Rights {
     descriptors: [c_int; DESCRIPTORS_MAX],
 }
 
-const DESCRIPTORS_MAX: usize = 3;
+pub(crate) const DESCRIPTORS_MAX: usize = 3;
 const RIGHTS_HEADER_SIZE: usize = std::mem::offset_of!(Rights, descriptors);
 
 /// `struct statfs` of 64-bit Linux; only its head is of interest.

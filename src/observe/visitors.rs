@@ -1,0 +1,237 @@
+//! Who asks from outside: the thread that listens to all who have connected at once.
+//!
+//! Nobody waits for anybody else: a visitor is polled for what it lacks, has a deadline where it holds something up,
+//! and is one of few. One whose request makes this process panic loses its connection, and nobody else's.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::accepting::{Accepted, Room};
+use crate::error::{Context, Result};
+use crate::panics;
+
+/// A connection, with what has come and what is to leave.
+pub(super) trait Visitor: AsFd {
+    /// What it waits for.
+    fn flags(&self) -> PollFlags;
+
+    /// When it is cut off, if it does not go on.
+    fn deadline(&self) -> Option<Instant>;
+
+    /// Where there are too many the one with the earliest of these goes.
+    fn rank(&self) -> Instant;
+
+    /// Reads or writes what is possible at once. False: it is over.
+    fn go_on(&mut self) -> bool;
+}
+
+/// Where visitors come from.
+pub(super) trait Entrance: AsFd + Send + 'static {
+    type Visitor: Visitor;
+
+    /// Visitors at a time.
+    const VISITORS_MAX: usize;
+
+    /// The next one that waits, without waiting; none if it has gone again.
+    fn accept(&self) -> io::Result<Option<Self::Visitor>>;
+}
+
+/// Listens until it is dropped.
+pub(super) struct Server {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Listens at `entrance` in a thread of this name.
+    pub(super) fn start(name: &str, entrance: impl Entrance) -> Result<Server> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let stop = Arc::new(EventFd::from_flags(flags).context(|| "eventfd")?);
+        let told = stop.clone();
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || listen(&entrance, &told))
+            .context(|| format!("starting thread {name}"))?;
+        Ok(Server { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn listen<E: Entrance>(entrance: &E, stop: &EventFd) {
+    let mut visitors: Vec<E::Visitor> = Vec::new();
+    let mut room = Room::default();
+    loop {
+        let waits = room.deadline(Instant::now());
+        // One of which nothing is asked is not polled: it would be ready for as long as somebody waits there.
+        let at_entrance = if waits.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
+        let mut fds = vec![
+            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+            PollFd::new(entrance.as_fd(), at_entrance),
+        ];
+        fds.extend(visitors.iter().map(|visitor| PollFd::new(visitor.as_fd(), visitor.flags())));
+        let next = visitors.iter().filter_map(Visitor::deadline).chain(waits).min();
+        let left = next.map(|at| at.saturating_duration_since(Instant::now()).as_millis() + 1);
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        // Interrupted or not, the loop looks again.
+        let _ = poll(&mut fds, timeout);
+        let mut ready = fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
+        let (is_over, has_guest) = (ready.next() == Some(true), ready.next() == Some(true));
+        let ready: Vec<bool> = ready.collect();
+        if is_over {
+            return;
+        }
+        let (now, mut ready) = (Instant::now(), ready.into_iter());
+        visitors.retain_mut(|visitor| {
+            let is_ready = ready.next() == Some(true);
+            let is_late = visitor.deadline().is_some_and(|deadline| deadline <= now);
+            !is_late && (!is_ready || guarded(|| served(visitor)).unwrap_or(false))
+        });
+        if !has_guest || waits.is_some() {
+            continue;
+        }
+        match guarded(|| Accepted::of(entrance.accept())) {
+            Some(Ok(Accepted::One(Some(visitor)))) => {
+                if visitors.len() == E::VISITORS_MAX {
+                    remove_first(&mut visitors);
+                }
+                visitors.push(visitor);
+            }
+            Some(Ok(Accepted::One(None) | Accepted::Gone)) => {}
+            // Somebody who has had time has to go; where nobody has come yet there is only time.
+            Some(Ok(Accepted::NoRoom(_))) if remove_first(&mut visitors) => {}
+            Some(Ok(Accepted::NoRoom(_)) | Err(_)) | None => room.lacked(Instant::now()),
+        }
+    }
+}
+
+fn served(visitor: &mut impl Visitor) -> bool {
+    panics::point(format_args!("visitor"));
+    visitor.go_on()
+}
+
+/// Drops the one that has to go first: false if there is none.
+fn remove_first<V: Visitor>(visitors: &mut Vec<V>) -> bool {
+    let first = (0..).zip(visitors.iter()).min_by_key(|(_, visitor)| visitor.rank());
+    let Some((index, _)) = first else { return false };
+    visitors.remove(index);
+    true
+}
+
+/// None where it panics.
+fn guarded<T>(call: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(call)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::BorrowedFd;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+
+    /// Answers each byte with itself; one of it panics.
+    struct Echo(UnixStream);
+
+    impl AsFd for Echo {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+    }
+
+    impl Visitor for Echo {
+        fn flags(&self) -> PollFlags {
+            PollFlags::POLLIN
+        }
+
+        fn deadline(&self) -> Option<Instant> {
+            None
+        }
+
+        fn rank(&self) -> Instant {
+            Instant::now()
+        }
+
+        fn go_on(&mut self) -> bool {
+            let mut byte = [0];
+            assert!(self.0.read(&mut byte).is_ok_and(|count| count == 1 && byte != [b'!']));
+            self.0.write_all(&byte).is_ok()
+        }
+    }
+
+    /// A listener that is ready for ever, has no room `lacks` times, and then panics once.
+    struct Crowded {
+        ready: EventFd,
+        lacks: AtomicI32,
+        tried: Sender<Instant>,
+        waiting: Mutex<Vec<UnixStream>>,
+    }
+
+    impl AsFd for Crowded {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.ready.as_fd()
+        }
+    }
+
+    impl Entrance for Crowded {
+        type Visitor = Echo;
+        const VISITORS_MAX: usize = 2;
+
+        fn accept(&self) -> io::Result<Option<Echo>> {
+            self.tried.send(Instant::now()).unwrap();
+            match self.lacks.fetch_sub(1, SeqCst) {
+                1.. => return Err(io::Error::from_raw_os_error(libc::EMFILE)),
+                0 => panic!("the listener panics once"),
+                _ => {}
+            }
+            let next = self.waiting.lock().unwrap().pop();
+            if next.is_none() {
+                let _ = self.ready.read();
+            }
+            Ok(next.map(Echo))
+        }
+    }
+
+    #[test]
+    fn no_lack_of_room_and_no_panic_ends_who_listens_or_keeps_it_busy() {
+        let (tried, tries) = channel();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let (mut panics, other) = UnixStream::pair().unwrap();
+        let ready = EventFd::from_value_and_flags(1, EfdFlags::EFD_NONBLOCK).unwrap();
+        let waiting = Mutex::new(vec![theirs, other]);
+        let crowded = Crowded { ready, lacks: AtomicI32::new(3), tried, waiting };
+        let server = Server::start("umem-test", crowded).unwrap();
+        let tries: Vec<Instant> = (0..6).map(|_| tries.recv().unwrap()).collect();
+        // Three without room and one that panics, each followed by a rest.
+        for pair in tries.windows(2).take(4) {
+            assert!(pair[1] - pair[0] >= crate::accepting::ROOM_INTERVAL, "{tries:?}");
+        }
+        panics.write_all(b"!").unwrap();
+        assert_eq!(panics.read(&mut [0]).unwrap(), 0, "it is cut off");
+        ours.write_all(b"a").unwrap();
+        let mut byte = [0];
+        ours.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, *b"a");
+        drop(server);
+    }
+}
