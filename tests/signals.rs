@@ -2,12 +2,14 @@
 
 mod support;
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, channel};
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
@@ -218,20 +220,56 @@ struct Deaf {
     socket: PathBuf,
     /// Says when the command has come.
     swallowed: Receiver<()>,
+    /// Of the events that it says instead of an answer.
+    said_bytes: Arc<AtomicU64>,
 }
 
+/// What a monitor does instead of answering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    Silent,
+    /// It tells of events, without an end.
+    Talks,
+}
+
+/// What such a monitor says at least before anybody looks.
+const TALK_BYTES: u64 = 32 << 20;
+
 impl Deaf {
-    fn to(monitor: PathBuf, socket: PathBuf, command: &'static str) -> Deaf {
+    fn to(monitor: PathBuf, socket: PathBuf, command: &'static str, manner: Manner) -> Deaf {
         let listener = UnixListener::bind(&socket).expect("a new socket");
         let (sender, swallowed) = channel();
+        let said_bytes = Arc::new(AtomicU64::new(0));
+        let said = said_bytes.clone();
         std::thread::spawn(move || {
             let (umem, _) = listener.accept().expect("umem connects");
             let monitor = wait_for("the monitor", || UnixStream::connect(&monitor).ok());
             let (answers, back) = (monitor.try_clone().unwrap(), umem.try_clone().unwrap());
             std::thread::spawn(move || std::io::copy(&mut &answers, &mut &back));
-            relay(&umem, &monitor, command, &sender);
+            let back = umem.try_clone().unwrap();
+            let swallow = move || {
+                let _ = sender.send(());
+                if manner == Manner::Silent {
+                    return;
+                }
+                let (mut back, said) = (back.try_clone().unwrap(), said.clone());
+                std::thread::spawn(move || talk(&mut back, &said));
+            };
+            relay(&umem, &monitor, command, &swallow);
         });
-        Deaf { socket, swallowed }
+        Deaf { socket, swallowed, said_bytes }
+    }
+
+    /// Waits until it has told of many events, if it does, and looks whether umem has kept them.
+    fn has_talked(&self, umem: &Umem, manner: Manner) {
+        if manner == Manner::Silent {
+            return;
+        }
+        wait_for("many events", || (self.said_bytes.load(SeqCst) > TALK_BYTES).then_some(()));
+        let status = std::fs::read_to_string(format!("/proc/{}/status", umem.pid())).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a line");
+        let peak: u64 = peak.trim().trim_end_matches(" kB").parse().expect("a number");
+        assert!(peak << 10 < TALK_BYTES * 2, "{peak} kB");
     }
 
     fn wait(&self) {
@@ -239,8 +277,16 @@ impl Deaf {
     }
 }
 
+fn talk(back: &mut UnixStream, said: &AtomicU64) {
+    let event =
+        format!("{{\"event\":\"RESUME\",\"data\":{{\"why\":\"{}\"}}}}\n", "x".repeat(60000));
+    while back.write_all(event.as_bytes()).is_ok() {
+        said.fetch_add(event.len() as u64, SeqCst);
+    }
+}
+
 /// Commands, with the descriptors that come with them.
-fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallowed: &Sender<()>) {
+fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallow: &dyn Fn()) {
     loop {
         let mut bytes = [0; 65536];
         let mut space = nix::cmsg_space!([i32; 4]);
@@ -262,7 +308,7 @@ fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallowed: &Sen
         }
         if String::from_utf8_lossy(&bytes[..count]).contains(&format!("\"execute\":\"{command}\""))
         {
-            let _ = swallowed.send(());
+            swallow();
             continue;
         }
         let raw: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
@@ -277,10 +323,14 @@ fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallowed: &Sen
 }
 
 /// A migration whose guest's monitor at the source becomes deaf.
-fn to_the_deaf(scratch: &Scratch, command: &'static str) -> (Guests, Umem, Deaf, Cutter) {
+fn to_the_deaf(
+    scratch: &Scratch,
+    command: &'static str,
+    manner: Manner,
+) -> (Guests, Umem, Deaf, Cutter) {
     let guests = Guests::quiet(scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
-    let deaf = Deaf::to(scratch.path("source"), scratch.path("deaf"), command);
+    let deaf = Deaf::to(scratch.path("source"), scratch.path("deaf"), command, manner);
     let sessions = scratch.path("sessions").display().to_string();
     let qmp = deaf.socket.display().to_string();
     // The process at the other end of the socket is this one, and has none of the guest's memory.
@@ -293,10 +343,16 @@ fn to_the_deaf(scratch: &Scratch, command: &'static str) -> (Guests, Umem, Deaf,
 
 #[test]
 fn a_monitor_that_does_not_answer_is_waited_for_until_a_signal() {
-    for command in ["qmp_capabilities", "qom-list"] {
+    for (command, manner) in [
+        ("qmp_capabilities", Manner::Silent),
+        ("qom-list", Manner::Silent),
+        ("qmp_capabilities", Manner::Talks),
+        ("qom-list", Manner::Talks),
+    ] {
         let scratch = Scratch::new();
-        let (_guests, mut migrate, deaf, _cutter) = to_the_deaf(&scratch, command);
+        let (_guests, mut migrate, deaf, _cutter) = to_the_deaf(&scratch, command, manner);
         deaf.wait();
+        deaf.has_talked(&migrate, manner);
         migrate.signal(Signal::SIGTERM);
         assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
     }
@@ -317,9 +373,14 @@ fn a_socket_that_never_greets_is_waited_for_until_a_signal() {
 /// The guest may stand still then: how it is asked, and how it goes on, is said, and works.
 #[test]
 fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signal() {
-    for command in ["migrate", "cont"] {
+    for (command, manner) in [
+        ("migrate", Manner::Silent),
+        ("cont", Manner::Silent),
+        ("migrate", Manner::Talks),
+        ("cont", Manner::Talks),
+    ] {
         let scratch = Scratch::new();
-        let (_guests, mut migrate, deaf, _cutter) = to_the_deaf(&scratch, command);
+        let (_guests, mut migrate, deaf, _cutter) = to_the_deaf(&scratch, command, manner);
         if command == "cont" {
             migrate.event("stopped");
         } else {
@@ -330,6 +391,7 @@ fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signa
         if command == "cont" {
             deaf.wait();
         }
+        deaf.has_talked(&migrate, manner);
         migrate.signal(Signal::SIGTERM);
         assert_eq!(migrate.wait().code(), Some(1), "{command}: {}", migrate.stderr());
         let stderr = migrate.stderr();
@@ -358,6 +420,10 @@ fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signa
 /// The guest is the destination's, and does not run yet.
 #[test]
 fn a_destinations_monitor_that_hangs_is_left_at_the_second_signal() {
+    [Manner::Silent, Manner::Talks].into_iter().for_each(a_destinations_monitor_is_left);
+}
+
+fn a_destinations_monitor_is_left(manner: Manner) {
     let scratch = Scratch::new();
     let path = |name: &str| scratch.path(name).display().to_string();
     let ram = |name: &str| format!("ram0={}", scratch.ram(name).display());
@@ -368,7 +434,8 @@ fn a_destinations_monitor_that_hangs_is_left_at_the_second_signal() {
     };
     let mut guest = Umem::start(of_guest(&qmp, &ram_here));
     guest.event("ready");
-    let deaf = Deaf::to(scratch.path("destination"), scratch.path("deaf"), "cont");
+    let [there, deaf] = ["destination", "deaf"].map(|name| scratch.path(name));
+    let deaf = Deaf::to(there, deaf, "cont", manner);
     let there = path("destination");
     let words = ["incoming", "--json", "--session-dir", &sessions, "--qmp", &path("deaf")]
         .map(str::to_owned);
@@ -382,6 +449,7 @@ fn a_destinations_monitor_that_hangs_is_left_at_the_second_signal() {
     let mut migrate =
         Umem::start(["migrate", "--json", "-p", "--session-dir", &sessions, "--qmp", &qmp, &uri]);
     deaf.wait();
+    deaf.has_talked(&incoming, manner);
     incoming.signal(Signal::SIGTERM);
     wait_for("what it waits for", || {
         incoming.stderr().contains("has not answered `cont` yet").then_some(())

@@ -1,10 +1,10 @@
 //! A QMP client: one JSON object a line, as `docs/interop/qmp-spec` of QEMU describes it.
 
-use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg};
@@ -18,7 +18,7 @@ use crate::error::{Context, Error, Result};
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes of an answer at most. Those to what umem asks have a few thousand.
-const LINE_BYTES_MAX: u64 = 1 << 20;
+const LINE_BYTES_MAX: usize = 1 << 20;
 
 /// A process that listens on a QMP socket, or has made it for a monitor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +38,10 @@ impl Process {
 /// A connected client in command mode.
 pub(crate) struct Qmp {
     reader: BufReader<UnixStream>,
-    line: String,
+    /// What was read last.
+    line: Vec<u8>,
+    /// The most that an answer may take, with all events before it. Without a limit whoever asks is interrupted.
+    patience: Option<Duration>,
     /// Of the last STOP event: since when its guest stands still.
     stopped_at: Option<SystemTime>,
     /// A RESUME event has come: the guest has run, by whomever it was let run.
@@ -66,7 +69,8 @@ impl Qmp {
     fn on(stream: UnixStream) -> Qmp {
         Qmp {
             reader: BufReader::new(stream),
-            line: String::new(),
+            line: Vec::new(),
+            patience: None,
             stopped_at: None,
             has_run: false,
         }
@@ -74,16 +78,14 @@ impl Qmp {
 
     /// Waits for the greeting on a connected socket and enters command mode.
     pub(crate) fn open(stream: UnixStream, name: &str) -> Result<Qmp> {
-        stream.set_read_timeout(Some(GREETING_TIMEOUT)).context(|| "the QMP socket")?;
         let mut qmp = Qmp::on(stream);
-        let greeting = qmp.read();
+        let greeting = qmp.read(Some(Instant::now() + GREETING_TIMEOUT));
         if !greeting.as_ref().is_ok_and(|object| object.get("QMP").is_some()) {
             return Err(Error::Host(format!(
                 "{name} does not greet as a QMP socket does; if another program is connected to \
                  it, give umem a socket of its own with another -qmp option"
             )));
         }
-        qmp.reader.get_ref().set_read_timeout(None).context(|| "the QMP socket")?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
@@ -97,19 +99,18 @@ impl Qmp {
         let text = format!("{}\n", json!({ "execute": "query-status", "id": id }));
         qmp.reader.get_mut().write_all(text.as_bytes()).map_err(gone)?;
         loop {
+            qmp.read_line(None)?;
             // The rest of a line is not JSON.
-            match qmp.read() {
+            match serde_json::from_slice::<Value>(&qmp.line) {
                 Ok(answer) if answer["id"] == json!(id) => return Ok(qmp),
-                Ok(_) => {}
-                Err(error) if qmp.line.is_empty() => return Err(error),
-                Err(_) => {}
+                Ok(_) | Err(_) => {}
             }
         }
     }
 
     /// An answer that takes longer is an error from now on.
-    pub(crate) fn answer_within(&self, patience: Duration) -> Result<()> {
-        self.reader.get_ref().set_read_timeout(Some(patience)).context(|| "the QMP socket")
+    pub(crate) fn answer_within(&mut self, patience: Duration) {
+        self.patience = Some(patience);
     }
 
     /// The process at the other end, if it is seen from here.
@@ -193,9 +194,11 @@ impl Qmp {
         std::mem::take(&mut self.has_run)
     }
 
+    /// Nothing is kept of events but what [`Qmp::stopped_at`] and [`Qmp::has_run`] tell, however many come.
     fn answer(&mut self) -> Result<std::result::Result<Value, String>> {
+        let until = self.patience.map(|patience| Instant::now() + patience);
         loop {
-            let mut object = self.read()?;
+            let mut object = self.read(until)?;
             if let Some(value) = object.get_mut("return") {
                 return Ok(Ok(value.take()));
             }
@@ -210,18 +213,46 @@ impl Qmp {
         }
     }
 
-    fn read(&mut self) -> Result<Value> {
-        self.line.clear();
-        let mut limited = self.reader.by_ref().take(LINE_BYTES_MAX);
-        let count = limited.read_line(&mut self.line).map_err(gone)?;
-        if count == 0 {
-            return Err(gone(io::ErrorKind::UnexpectedEof.into()));
-        }
-        if count as u64 == LINE_BYTES_MAX && !self.line.ends_with('\n') {
-            return Err(Error::Host("its QMP answer has no end; is it a monitor at all?".into()));
-        }
-        serde_json::from_str(&self.line)
+    fn read(&mut self, until: Option<Instant>) -> Result<Value> {
+        self.read_line(until)?;
+        serde_json::from_slice(&self.line)
             .map_err(|error| Error::Host(format!("its QMP answer is not JSON: {error}")))
+    }
+
+    /// Reads a line, or what there is before the end, until then: pieces of it do not make that later.
+    fn read_line(&mut self, until: Option<Instant>) -> Result<()> {
+        self.line.clear();
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(Error::Host("it has not answered in time at its QMP socket".into()));
+            }
+            self.reader.get_ref().set_read_timeout(left).map_err(gone)?;
+            let some = match self.reader.fill_buf() {
+                Ok(some) => some,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => continue,
+                    _ => return Err(gone(error)),
+                },
+            };
+            if some.is_empty() {
+                return match self.line.is_empty() {
+                    true => Err(gone(io::ErrorKind::UnexpectedEof.into())),
+                    false => Ok(()),
+                };
+            }
+            let end = some.iter().position(|&byte| byte == b'\n');
+            let count = end.map_or(some.len(), |end| end + 1);
+            if self.line.len() + count > LINE_BYTES_MAX {
+                let text = "its QMP answer has no end; is it a monitor at all?";
+                return Err(Error::Host(text.into()));
+            }
+            self.line.extend_from_slice(&some[..count]);
+            self.reader.consume(count);
+            if end.is_some() {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -270,14 +301,43 @@ mod tests {
         }
     }
 
+    /// Greets, answers the first command, and then writes this for as long as somebody listens.
+    fn floods(mut monitor: UnixStream, what: &'static [u8]) -> std::thread::JoinHandle<()> {
+        std::thread::spawn(move || {
+            monitor.write_all(b"{\"QMP\":{}}\n{\"return\":{}}\n").unwrap();
+            while monitor.write_all(what).is_ok() {}
+        })
+    }
+
+    #[test]
+    fn events_without_an_end_do_not_make_an_answer_later_than_it_may_be() {
+        let (monitor, ours) = UnixStream::pair().unwrap();
+        let writer = floods(monitor, b"{\"event\":\"RESUME\"}\n");
+        let mut qmp = Qmp::open(ours, "it").unwrap();
+        qmp.answer_within(Duration::from_millis(50));
+        let error = qmp.execute("query-status", json!({})).unwrap_err();
+        assert!(error.to_string().contains("has not answered in time"), "{error}");
+        assert!(qmp.has_run() && qmp.line.capacity() < 4096);
+        drop(qmp);
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn a_greeting_in_pieces_has_the_time_of_one() {
+        let (mut monitor, ours) = UnixStream::pair().unwrap();
+        let writer = std::thread::spawn(move || while monitor.write_all(b" ").is_ok() {});
+        let mut qmp = Qmp::on(ours);
+        let until = Instant::now() + Duration::from_millis(50);
+        // It is over by then, or has no end.
+        assert!(qmp.read(Some(until)).is_err());
+        drop(qmp);
+        writer.join().unwrap();
+    }
+
     #[test]
     fn an_answer_without_an_end_is_not_collected_for_ever() {
-        let (mut monitor, ours) = UnixStream::pair().unwrap();
-        let writer = std::thread::spawn(move || {
-            monitor.write_all(b"{\"QMP\":{}}\n{\"return\":{}}\n").unwrap();
-            // Until nobody listens any more.
-            while monitor.write_all(&[b'x'; 4096]).is_ok() {}
-        });
+        let (monitor, ours) = UnixStream::pair().unwrap();
+        let writer = floods(monitor, &[b'x'; 4096]);
         let mut qmp = Qmp::open(ours, "it").unwrap();
         let error = qmp.execute("query-status", json!({})).unwrap_err();
         assert!(error.to_string().contains("has no end"), "{error}");
