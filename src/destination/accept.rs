@@ -16,7 +16,7 @@ use super::{Note, peer};
 use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, Lane, Listener, Severable};
+use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
 use crate::report::Output;
 use crate::secure::{Guard, Opened, Opening, Progress, WayIn};
 use crate::uri::Uri;
@@ -170,9 +170,10 @@ fn accept_single(
         Error::Lost { side: "source", lane, what: format!("no source: {why}") }
     };
     let mut opening = Opening::new(Lane::shared(socket)?, guard).map_err(refused)?;
+    let mut deadline = None;
     let opened = loop {
         let fds = [opening.interest(), (prepared.side.exited(), PollFlags::POLLIN)];
-        match inbox.wait_for(&fds, None)? {
+        match inbox.wait_for(&fds, left(deadline, &refused)?)? {
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => {}
             Wake::Ready(_) => return Err(exited()),
@@ -181,6 +182,9 @@ fn accept_single(
         match opening.advance(guard).map_err(refused)? {
             Progress::Opened(opened) => break opened,
             Progress::Waits(again) => opening = again,
+        }
+        if opening.has_begun() {
+            deadline.get_or_insert(Instant::now() + HELLO_TIMEOUT);
         }
     };
     let Opened { lane: demand, hello, answer, certificate } = opened;
@@ -196,6 +200,21 @@ fn accept_single(
     }
     lane::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
     Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
+}
+
+/// How long a source that has begun to say who it is may still take; no limit before that.
+pub(super) fn left(
+    deadline: Option<Instant>,
+    late: &dyn Fn(String) -> Error,
+) -> Result<Option<Duration>> {
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    match left {
+        Some(Duration::ZERO) => {
+            let seconds = HELLO_TIMEOUT.as_secs();
+            Err(late(format!("it has not said who it is within {seconds} s")))
+        }
+        left => Ok(left),
+    }
 }
 
 fn interrupted() -> Error {

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use umem_wire::{FaultCode, Hello, LaneRole};
 
@@ -15,7 +16,7 @@ use crate::fault::handoff::Handed;
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HelloBytes, Lane, Listener};
+use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
 use crate::liveness::STEP_TIMEOUT;
 use crate::observe::watch::{Role, Watch};
 use crate::report::Completed;
@@ -118,7 +119,9 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
     for (index, socket) in (0..).zip(sockets) {
         let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
         let mut lane = Lane::new(socket, lane::lane_name(role, index))?;
-        let hello = hear(&lane, inbox)?;
+        // Who has come says all of them.
+        let deadline = first.as_ref().map(|_| Instant::now() + HELLO_TIMEOUT);
+        let hello = hear(&lane, inbox, deadline)?;
         let session = first.as_ref().map_or(hello.session, |first| first.session);
         let is_expected = hello.role == role
             && hello.index == index
@@ -144,11 +147,17 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
     Ok(Lanes { demand, bulk, hello, certificate: None, door: None })
 }
 
-/// What the source says that a connection is for.
-fn hear(lane: &Lane, inbox: &Inbox<Note>) -> Result<Hello> {
+/// What the source says that a connection is for: until then, or, without a limit, for [`HELLO_TIMEOUT`] from its first
+/// byte on.
+fn hear(lane: &Lane, inbox: &Inbox<Note>, mut deadline: Option<Instant>) -> Result<Hello> {
     let mut bytes = HelloBytes::new();
+    let lost = |why: String| Error::Lost {
+        side: "source",
+        lane: lane.name.clone(),
+        what: format!("no source: {why}"),
+    };
     loop {
-        match inbox.wait(&[lane.as_fd()], None)? {
+        match inbox.wait(&[lane.as_fd()], accept::left(deadline, &lost)?)? {
             Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
             Wake::Ready(_) => {}
             // Nobody posts before there are workers.
@@ -160,13 +169,10 @@ fn hear(lane: &Lane, inbox: &Inbox<Note>) -> Result<Hello> {
                 let hello = Hello::decode(&bytes);
                 return hello.map_err(|error| Error::protocol(&lane.name, error));
             }
-            Err(error) => {
-                return Err(Error::Lost {
-                    side: "source",
-                    lane: lane.name.clone(),
-                    what: format!("no source: {error}"),
-                });
-            }
+            Err(error) => return Err(lost(error.to_string())),
+        }
+        if bytes.has_begun() {
+            deadline.get_or_insert(Instant::now() + HELLO_TIMEOUT);
         }
     }
 }

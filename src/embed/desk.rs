@@ -49,6 +49,8 @@ struct Papers {
     lanes: Severable,
     /// While lanes can be given up and opened again: how many connections that takes.
     orders: Option<(u16, Orders)>,
+    /// The last event is there, and says so.
+    has_failed: bool,
     has_ended: bool,
 }
 
@@ -166,6 +168,17 @@ impl Desk {
             };
             let reason = || fields["reason"].as_str().unwrap_or_default().to_owned();
             let event = match name {
+                // The guest is to go on now, and not when the destination has been told so, for which it is dialled
+                // for a while.
+                "telling" => {
+                    let text = |field: &str| fields[field].as_str().unwrap_or_default().to_owned();
+                    let error = Error::Lost {
+                        side: "destination",
+                        lane: text("lane"),
+                        what: text("reason"),
+                    };
+                    return desk.fail(&mut desk.papers(), error);
+                }
                 // The destination's program has said so itself.
                 "running" if role == Role::Source => {
                     Event::Running { downtime: duration("downtime_ms") }
@@ -186,19 +199,26 @@ impl Desk {
         papers.run_asked && (papers.counters.is_none() || missing > 0)
     }
 
-    /// The last event.
-    pub(crate) fn end(&self, result: Result<Completed>) {
-        let mut papers = self.papers();
+    /// The last event, if it has failed.
+    fn fail(&self, papers: &mut Papers, error: Error) {
+        if std::mem::replace(&mut papers.has_failed, true) {
+            return;
+        }
         let is_committed = papers.run_asked || (papers.stop_asked && !papers.resume_asked);
         let guest = if is_committed { Guest::AtDestination } else { Guest::AtSource };
+        self.put(papers, Event::Failed(Failure { error, guest }));
+    }
+
+    /// Nothing of it runs any more: the last event, unless that has come.
+    pub(crate) fn end(&self, result: Result<Completed>) {
+        let mut papers = self.papers();
         papers.open = None;
         papers.answers = None;
         papers.orders = None;
-        let event = match result {
-            Ok(report) => Event::Completed(Box::new(report)),
-            Err(error) => Event::Failed(Failure { error, guest }),
-        };
-        self.put(&mut papers, event);
+        match result {
+            Ok(report) => self.put(&mut papers, Event::Completed(Box::new(report))),
+            Err(error) => self.fail(&mut papers, error),
+        }
         papers.has_ended = true;
         self.ended.notify_all();
     }
@@ -406,6 +426,20 @@ mod tests {
         };
         assert_eq!((disconnected.as_millis(), reason.as_str()), (1500, "why"));
         assert!(!is_readable(&desk));
+    }
+
+    #[test]
+    fn a_guest_goes_on_before_the_destination_is_told_that_it_does() {
+        let desk = Arc::new(desk().0);
+        let Output::Host(tell) = desk.output(Role::Source) else { unreachable!() };
+        desk.ask(Question::Stop);
+        desk.ask(Question::Resume);
+        tell("telling", &serde_json::json!({ "lane": "demand lane", "reason": "why" }));
+        desk.end(Err(Error::Interrupted("said already".into())));
+        let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
+        let [Event::Stop, Event::Failed(failure)] = &events[..] else { panic!("{events:?}") };
+        assert_eq!(failure.guest, Guest::AtSource);
+        assert!(failure.error.to_string().contains("demand lane: why"), "{}", failure.error);
     }
 
     #[test]

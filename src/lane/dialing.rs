@@ -41,7 +41,7 @@ pub(crate) fn connect_to(uri: &Uri, wait: Wait<'_>) -> Result<OwnedFd> {
 }
 
 /// Opens the one lane of a connection that is there already. Who is at its other end may have to be
-/// started first, so that the answer is waited for without a limit.
+/// started first, so that the beginning of the answer is waited for without a limit.
 pub(crate) fn open_shared(
     socket: OwnedFd,
     hello: &Hello,
@@ -51,10 +51,12 @@ pub(crate) fn open_shared(
     introduce(Lane::shared(socket)?, hello, pass, None, wait)
 }
 
-/// Opens one of several lanes on a connection that is there already, as [`open_shared`] does.
+/// Opens one of several lanes on a connection that is there already: the first one as [`open_shared`] does, the
+/// others are answered as soon as it has been.
 pub(crate) fn open(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
     let lane = Lane::new(socket, lane_name(hello.role, hello.index))?;
-    introduce(lane, hello, &Pass::default(), None, wait)
+    let limit = (hello.index > 0).then_some(HELLO_TIMEOUT);
+    introduce(lane, hello, &Pass::default(), limit, wait)
 }
 
 /// Tries each address that the name has; a dead one costs [`HELLO_TIMEOUT`].

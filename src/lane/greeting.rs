@@ -22,6 +22,11 @@ impl HelloBytes {
         HelloBytes { bytes: [0; HELLO_BYTES], filled: 0 }
     }
 
+    /// Some of it has come.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.filled > 0
+    }
+
     /// Reads what there is, without waiting; all of it once it is whole.
     pub(crate) fn read(&mut self, lane: &Lane) -> io::Result<Option<[u8; HELLO_BYTES]>> {
         let rest = &mut self.bytes[self.filled..];

@@ -1,6 +1,7 @@
 //! A connection that a source has made, up to the welcome: TLS and proofs of the secret, if there are to
 //! be any, and the hello behind them. Signals end every wait.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, Nonce, Welcome};
 
 use super::{Challenge, Pass};
 use crate::error::{Error, Result};
-use crate::lane::{HelloBytes, Lane, Wait};
+use crate::lane::{HELLO_TIMEOUT, HelloBytes, Lane, Wait};
 
 /// Makes a connection a lane: TLS and proofs of the secret, if there are to be any, hello and welcome.
 pub(crate) fn introduce(
@@ -23,7 +24,9 @@ pub(crate) fn introduce(
     wait: Wait<'_>,
 ) -> Result<Lane> {
     let mut lane = pass.wrap(lane, hello.role, limit, wait)?.assign(hello.role, hello.index);
-    let deadline = limit.map(|limit| Instant::now() + limit);
+    // Who has spoken TLS is there.
+    let limit = limit.or(pass.has_tls().then_some(HELLO_TIMEOUT));
+    let deadline = Cell::new(limit.map(|limit| Instant::now() + limit));
     lane.capabilities = Greeting { lane: &lane, deadline, wait }.run(hello, pass.challenge()?)?;
     Ok(lane)
 }
@@ -31,7 +34,8 @@ pub(crate) fn introduce(
 /// A hello on its way, and the answer to it.
 struct Greeting<'a> {
     lane: &'a Lane,
-    deadline: Option<Instant>,
+    /// None until the other side has said something, where that may take as long as it likes.
+    deadline: Cell<Option<Instant>>,
     wait: Wait<'a>,
 }
 
@@ -99,7 +103,11 @@ impl Greeting<'_> {
     fn hear(&self) -> Result<[u8; HELLO_BYTES]> {
         let mut answer = HelloBytes::new();
         loop {
-            match answer.read(self.lane) {
+            let read = answer.read(self.lane);
+            if answer.has_begun() && self.deadline.get().is_none() {
+                self.deadline.set(Some(Instant::now() + HELLO_TIMEOUT));
+            }
+            match read {
                 Ok(Some(bytes)) => return Ok(bytes),
                 Ok(None) => self.wait(PollFlags::POLLIN)?,
                 Err(error) => return Err(self.lost(&error)),
@@ -108,7 +116,7 @@ impl Greeting<'_> {
     }
 
     fn wait(&self, flags: PollFlags) -> Result<()> {
-        let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        let left = self.deadline.get().map(|at| at.saturating_duration_since(Instant::now()));
         match (self.wait)(&[(self.lane.as_fd(), flags)], left)? {
             true => Ok(()),
             false => Err(self.lost(&io::ErrorKind::TimedOut.into())),

@@ -34,7 +34,7 @@ use serde_json::json;
 use umem_wire::LaneRole;
 
 use crate::error::{Error, Result};
-use crate::lane::{Lane, Listener, Wait, is_local};
+use crate::lane::{HELLO_TIMEOUT, Lane, Listener, Wait, is_local};
 use crate::uri::Uri;
 
 pub(crate) use channel::Channel;
@@ -194,8 +194,11 @@ impl Pass {
         let session = Session::client(tls.config.clone(), tls.name.clone())
             .map_err(|error| failed(explain::failure(&error)))?;
         let mut handshake = Handshake::new(lane.socket(), session);
-        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut deadline = limit.map(|limit| Instant::now() + limit);
         while !handshake.advance().map_err(failed)? {
+            if handshake.has_begun() {
+                deadline.get_or_insert(Instant::now() + HELLO_TIMEOUT);
+            }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if !wait(&[handshake.interest()], left)? {
                 let what = "it does not answer in TLS; was it started with --tls-creds?";

@@ -67,6 +67,15 @@ impl Opening {
         }
     }
 
+    /// The other side has said something.
+    pub(crate) fn has_begun(&self) -> bool {
+        match &self.stage {
+            Stage::Tls(handshake) => handshake.has_begun(),
+            Stage::First(bytes) => self.certificate.is_some() || bytes.has_begun(),
+            Stage::Proof(..) => true,
+        }
+    }
+
     /// Goes on without waiting. An error says why it is not let in; it has been told.
     pub(crate) fn advance(mut self, guard: &Guard) -> Result<Progress, String> {
         loop {

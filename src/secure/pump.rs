@@ -31,7 +31,7 @@ use super::channel::Channel;
 use super::records::Outgoing;
 use crate::error::{Context, Error, Result};
 use crate::lane::{self, Lane};
-use crate::priority;
+use crate::{panics, priority};
 
 /// Bytes that are taken from a lane and encrypted at once: eight records, which fit a processor's second
 /// cache beside their plaintext.
@@ -130,7 +130,7 @@ impl Pumps {
     fn start(&self, lane: Lane, mut channel: Channel, fate: Arc<Fate>) -> Result<Lane> {
         let (ours, theirs) = pair(lane.queue_bytes).context(|| "socketpair")?;
         channel.widen(CHUNK_BYTES);
-        let mut pump = Pump {
+        let pump = Pump {
             connection: lane.socket(),
             lane: theirs,
             chunk: vec![0; CHUNK_BYTES],
@@ -151,7 +151,7 @@ impl Pumps {
         cut_oldest(&pumps);
         let thread = std::thread::Builder::new()
             .name("umem-tls".into())
-            .spawn(move || pump.run())
+            .spawn(move || pump.run_to_its_end())
             .context(|| "starting thread umem-tls")?;
         let lane = lane.behind(ours, fate.clone());
         let running = Running { fate, thread, connection, lane: Arc::downgrade(&lane.socket()) };
@@ -253,8 +253,22 @@ struct Pump {
 }
 
 impl Pump {
+    /// One that panics loses its connection, as any other cause would have it.
+    fn run_to_its_end(mut self) {
+        let fate = self.fate.clone();
+        let run = panics::caught(|| {
+            self.run();
+            Ok(())
+        });
+        if let Err(panic) = run {
+            let _ = fate.cause.set(panic.to_string());
+        }
+        // Both ends show it only now.
+    }
+
     fn run(&mut self) {
         loop {
+            panics::point(format_args!("tls"));
             self.take_role();
             let sent = self.take_from_lane() | self.send();
             let received = self.receive() | self.give_to_lane();

@@ -317,6 +317,11 @@ impl Handshake {
         }
     }
 
+    /// Something has come of it.
+    pub(super) fn has_begun(&self) -> bool {
+        !self.began.is_empty()
+    }
+
     /// The other side does not know of TLS.
     pub(super) fn is_plain(&self) -> bool {
         self.began == PLAIN

@@ -105,7 +105,8 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     report.check_digests().map(|()| report)
 }
 
-/// Opens all lanes on connections that are there already; a single one is for all.
+/// Opens all lanes on connections that are there already; a single one is for all. The first answer may take as long
+/// as the destination's program does.
 pub(super) fn open_over(
     sockets: Vec<OwnedFd>,
     session: &Session,
