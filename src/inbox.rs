@@ -13,7 +13,6 @@
 //!   which are always somebody's wish.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, OnceLock};
@@ -351,8 +350,11 @@ impl<T> Inbox<T> {
         std::thread::Builder::new()
             .name(format!("{}waiting", panics::THREAD_PREFIX))
             .spawn(move || {
-                let result = catch_unwind(AssertUnwindSafe(work));
-                let _ = sender.send(result.unwrap_or_else(|panic| Err(panics::error(&*panic))));
+                let result = panics::caught(|| {
+                    panics::point(format_args!("waiting"));
+                    work()
+                });
+                let _ = sender.send(result);
                 let _ = ring.write(1);
             })
             .context(|| "starting a thread")?;

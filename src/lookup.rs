@@ -11,6 +11,7 @@ use nix::poll::PollFlags;
 
 use crate::error::{Context, Result};
 use crate::lane::Wait;
+use crate::panics;
 
 /// What the thread is called: it shows in /proc while a resolver does not answer.
 const THREAD: &str = "umem-lookup";
@@ -66,7 +67,7 @@ pub(crate) fn addresses(
 }
 
 /// The same for who goes on with something else: `tell` gets them, in another thread unless `host` is an
-/// address itself. It is not called where the resolver's code panics.
+/// address itself.
 ///
 /// # Errors
 /// No such thread could be started.
@@ -88,9 +89,12 @@ pub(crate) fn begin(
     std::thread::Builder::new()
         .name(THREAD.into())
         .spawn(move || {
-            let found = (name.as_str(), port).to_socket_addrs().map(Iterator::collect);
+            let found = panics::caught(|| {
+                panics::point(format_args!("lookup"));
+                Ok((name.as_str(), port).to_socket_addrs().map(Iterator::collect))
+            });
             drop(one);
-            tell(found);
+            tell(found.unwrap_or_else(|panic| Err(io::Error::other(panic))));
         })
         .context(|| format!("starting thread {THREAD}"))?;
     Ok(())

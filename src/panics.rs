@@ -1,16 +1,22 @@
 //! What becomes of a panic: an error with its message.
 //!
-//! A program of its own prints it as well, as every Rust program does. As a part of another program
-//! umem prints nothing: [`keep_quiet`] then makes the panics of its threads, and of the calls into it,
+//! A program of its own prints it as well, as every Rust program does, but never waits for whoever reads that
+//! ([`print_at_once`]). As a part of another program umem prints nothing: [`keep_quiet`] then makes the panics of its threads, and of the calls into it,
 //! end in the error alone. A panic hook is the whole process's; those of all other threads still go to
 //! the hook that was there before.
 
 use std::any::Any;
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(debug_assertions)]
+use std::path::PathBuf;
 use std::sync::Once;
+#[cfg(debug_assertions)]
+use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
+use crate::print;
 
 /// What the names of umem's threads begin with.
 pub(crate) const THREAD_PREFIX: &str = "umem-";
@@ -40,6 +46,44 @@ fn message(payload: &(dyn Any + Send)) -> &str {
 pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| Err(error(&*payload)))
 }
+
+/// From here on panics are printed as everything else is: the standard library would wait for a standard error that
+/// nobody reads, and the thread that has panicked would tell nobody that it has.
+pub(crate) fn print_at_once() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("without a name");
+        let trace = match Backtrace::capture() {
+            trace if trace.status() == BacktraceStatus::Captured => format!("\n{trace}"),
+            _ => String::new(),
+        };
+        print::err_line(&format!("thread {name:?} {panic}{trace}"));
+    }));
+}
+
+/// A place at which a test has a thread panic, as [`PANIC_VARIABLE`] says. Only builds with debug assertions, as tests
+/// are, have any.
+#[cfg(debug_assertions)]
+pub(crate) fn point(place: std::fmt::Arguments<'_>) {
+    static WANTED: OnceLock<Option<(String, PathBuf)>> = OnceLock::new();
+    let read = || {
+        let given = std::env::var(PANIC_VARIABLE).ok()?;
+        let (place, file) = given.split_once('=')?;
+        Some((place.to_owned(), file.into()))
+    };
+    let Some((wanted, file)) = WANTED.get_or_init(read) else { return };
+    // Whoever removes it panics, and nobody after that.
+    if place.to_string() == *wanted && std::fs::remove_file(file).is_ok() {
+        panic!("as a test wants it, at {place}");
+    }
+}
+
+#[cfg(not(debug_assertions))]
+pub(crate) fn point(_: std::fmt::Arguments<'_>) {}
+
+/// `PLACE=FILE`: whoever comes by that place while the file is there removes it and panics.
+#[cfg(debug_assertions)]
+const PANIC_VARIABLE: &str = "UMEM_TEST_PANIC";
 
 /// From here on umem's own panics are not printed.
 pub(crate) fn keep_quiet() {

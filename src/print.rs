@@ -5,9 +5,13 @@
 //! terminal is stopped) gets a thread that waits for it; there is room for [`WAITING_BYTES_MAX`], and what does not
 //! fit is lost. [`finish`] waits for the rest at the end, and says what could not be written.
 
+use std::borrow::Cow;
+use std::cell::Cell;
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,7 +20,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::write;
 
-use crate::panics::THREAD_PREFIX;
+use crate::panics::{self, THREAD_PREFIX};
 
 /// What may wait for a stream that takes nothing, bytes.
 const WAITING_BYTES_MAX: usize = 1 << 20;
@@ -32,6 +36,11 @@ static STDERR: Stream = Stream::new(libc::STDERR_FILENO);
 
 /// The standard library opens /dev/null in the place of a stream that is closed when a program begins.
 static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    /// This thread is about to write something.
+    static IS_PUTTING: Cell<bool> = const { Cell::new(false) };
+}
 
 /// To be called before the standard library begins, so that it does nothing but a system call.
 pub(crate) fn look_at_stdout() {
@@ -49,14 +58,27 @@ pub(crate) fn out(text: &str) {
     STDOUT.put(text.as_bytes());
 }
 
-/// A line on the standard output.
+/// A line on the standard output, [`visible`].
 pub(crate) fn out_line(text: &str) {
-    out(&format!("{text}\n"));
+    out(&format!("{}\n", visible(text)));
 }
 
-/// A line on the standard error.
+/// A line on the standard error, [`visible`].
 pub(crate) fn err_line(text: &str) {
-    STDERR.put(format!("{text}\n").as_bytes());
+    STDERR.put(format!("{}\n", visible(text)).as_bytes());
+}
+
+/// The text as nothing but text: what monitors, peers and files say may hold sequences that a terminal would obey.
+fn visible(text: &str) -> Cow<'_, str> {
+    let obeys = |character: char| character.is_control() && character != '\n' && character != '\t';
+    if !text.contains(obeys) {
+        return text.into();
+    }
+    let escape = |character: char| match obeys(character) {
+        true => character.escape_unicode().to_string(),
+        false => character.to_string(),
+    };
+    text.chars().map(escape).collect::<String>().into()
 }
 
 /// Whether the standard error takes something at once.
@@ -157,6 +179,15 @@ impl Stream {
     }
 
     fn put(&'static self, bytes: &[u8]) {
+        // A panic in here would have the panic's own message wait for this thread's lock.
+        if IS_PUTTING.replace(true) {
+            return;
+        }
+        self.put_or_wait(bytes);
+        IS_PUTTING.set(false);
+    }
+
+    fn put_or_wait(&'static self, bytes: &[u8]) {
         let mut state = self.state();
         let mut rest = bytes;
         if !state.is_behind() {
@@ -178,7 +209,7 @@ impl Stream {
         }
         if !state.has_thread {
             let thread = std::thread::Builder::new().name(format!("{THREAD_PREFIX}print"));
-            match thread.spawn(|| self.write_on()) {
+            match thread.spawn(|| self.write_or_fail()) {
                 Ok(_) => state.has_thread = true,
                 Err(error) => return state.fail(error),
             }
@@ -188,8 +219,17 @@ impl Stream {
         self.more.notify_one();
     }
 
+    /// Writes what waits, for as long as the process lives. After a panic nothing waits for it any more.
+    fn write_or_fail(&self) {
+        let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.write_on()));
+        let mut state = self.state();
+        state.fail(panics::error(&*panic));
+        (state.is_writing, state.has_thread, state.waiting_bytes) = (false, false, 0);
+        state.waiting.clear();
+    }
+
     /// Writes what waits, for as long as the process lives.
-    fn write_on(&self) {
+    fn write_on(&self) -> Infallible {
         let mut state = self.state();
         loop {
             let Some(bytes) = state.waiting.pop_front() else {
@@ -198,6 +238,7 @@ impl Stream {
             };
             state.is_writing = true;
             drop(state);
+            panics::point(format_args!("print"));
             let written = self.write_all(&bytes);
             state = self.state();
             state.is_writing = false;

@@ -395,7 +395,8 @@ impl Output {
 
     /// The one line that an error ends in.
     pub(crate) fn failed(&self, error: &Error) {
-        self.remark(&error.to_string());
+        // What monitors and commands say may have lines of its own.
+        self.remark(&error.to_string().lines().collect::<Vec<_>>().join(" "));
         if matches!(self, Output::Json) {
             let object = serde_json::json!({ "event": "failed", "error": error.to_string() });
             self.line(&object.to_string());

@@ -39,12 +39,19 @@ pub(crate) fn start<N: Failure, S: Send + 'static, T: Send + 'static>(
         .name(name.to_owned())
         .spawn(move || {
             tracing::debug!("begins");
-            let result = run(&post, || body(Started(sender)));
+            let result = run(&post, || {
+                panics::point(format_args!("beginning of {}", current_name()));
+                body(Started(sender))
+            });
             tracing::debug!("ends");
             result
         })
         .context(|| format!("starting thread {name}"))?;
     Ok((started_or_failed(&receiver, inbox)?, thread))
+}
+
+fn current_name() -> String {
+    std::thread::current().name().unwrap_or_default().to_owned()
 }
 
 /// What a worker says once, when it can be reached.

@@ -17,6 +17,7 @@ use crate::cores::Place;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::{self, Lane};
+use crate::panics;
 use crate::priority::{self, Courtesy};
 use crate::report::Counters;
 use crate::worker::Started;
@@ -77,6 +78,7 @@ impl BulkLane {
         let mut seal = Seal::new(self.lane.is_checked());
         let mut courtesy = Courtesy::default();
         loop {
+            panics::point(format_args!("bulk"));
             while let Some(completion) = ring.next() {
                 let received = match completion.token {
                     TOKEN_WAKE => {

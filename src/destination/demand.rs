@@ -36,6 +36,7 @@ use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
 use crate::lane::{self, Hearing, Lane};
+use crate::panics;
 use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
@@ -219,6 +220,7 @@ impl DemandThread {
         }
         loop {
             ring.enter(Wait::One)?;
+            panics::point(format_args!("demand"));
             while let Some(completion) = ring.next() {
                 self.completed(&mut ring, completion)?;
             }

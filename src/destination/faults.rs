@@ -20,6 +20,7 @@ use crate::fault::uffd::{self, MESSAGE_BYTES};
 use crate::memory::pages::Fault;
 use crate::memory::words::EVENTS_BYTES;
 use crate::observe::faults::FaultCounts;
+use crate::panics;
 use crate::priority;
 use crate::worker::Started;
 
@@ -330,6 +331,7 @@ impl FaultThread {
         faults.arm(&mut ring)?;
         loop {
             ring.enter(Wait::One)?;
+            panics::point(format_args!("faults"));
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => return Ok(faults.into_latencies()),

@@ -56,6 +56,7 @@ use crate::liveness::Steps;
 use crate::memory::kind::Kind;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
+use crate::panics;
 use crate::progress::Progress;
 use crate::report::{Completed, Output};
 use crate::secure::{Guard, Security};
@@ -434,8 +435,9 @@ impl<'a> Migration<'a> {
     /// Runs the phases to their end. After an error before the switchover the source is told, so
     /// that its guest goes on there.
     fn drive(mut self, side: &mut GuestSide) -> Result<(Completed, Option<Farewell>)> {
-        let driven =
-            self.until_completed(side).map_err(|error| worker::first_cause(self.inbox, error));
+        // What is to become of the guest after a panic is decided as after any other failure.
+        let driven = panics::caught(|| self.until_completed(side))
+            .map_err(|error| worker::first_cause(self.inbox, error));
         self.progress.phase("ending");
         let stays = driven.as_ref().err().is_some_and(|error| self.guest_stays(error, side));
         self.guest_ends = !stays && self.phase.outlives_its_lanes();
@@ -467,6 +469,7 @@ impl<'a> Migration<'a> {
                 .collect();
             let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
             let interval = self.progress.interval();
+            panics::point(format_args!("control {}", self.phase.name()));
             match self.inbox.wait_for(&fds, Some(due.map_or(interval, |due| due.min(interval))))? {
                 Wake::Timeout => {}
                 Wake::Signal => self.interrupted()?,
@@ -500,8 +503,8 @@ impl<'a> Migration<'a> {
     }
 
     fn step(&mut self, input: Input<'_>) -> Result<()> {
-        let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_have_run: false });
-        match phase.step(input) {
+        // A copy steps, so that after a panic the phase is still known, on which the guest's fate depends.
+        match self.phase.clone().step(input) {
             Ok(phase) => {
                 self.progress.watch().entered(phase.name());
                 self.phase = phase;

@@ -44,7 +44,7 @@ use crate::host::qmp::Qmp;
 use crate::host::thread::HostThread;
 use crate::host::{DestinationHost, RunsItself};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::Listener;
+use crate::lane::{Listener, is_deserted};
 use crate::liveness::STEP_TIMEOUT;
 use crate::memory::words::State;
 use crate::observe::Observer;
@@ -187,7 +187,7 @@ impl Taken {
         let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
         let host =
             HostThread::<dyn DestinationHost>::start(self.host(entrusted.qmp), inbox.post())?;
-        let landing = self.landing()?;
+        let landing = landing(&self.record)?;
         let mut prepared = Prepared::again(side, handed);
         let Adopted { regions, sources, landing } = prepared.adopt(&landing)?;
         let mut memory = GuestMemory::new(regions, sources);
@@ -249,17 +249,6 @@ impl Taken {
             return Box::new(RunsItself);
         }
         Box::new(WaitingMonitor { path: guest.qmp.clone(), entrusted, runs: guest.runs })
-    }
-
-    fn landing(&self) -> Result<RegionTable> {
-        let strange = |what: String| Error::Environment(format!("the session file: {what}"));
-        let region = |region: &RegionRecord| {
-            let page_size = PageSize::from_shift(region.unit_shift);
-            let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
-            Ok(Region { name: region.name.clone(), bytes: region.bytes, page_size })
-        };
-        let regions = self.record.regions.iter().map(region).collect::<Result<Vec<_>>>()?;
-        RegionTable::new(regions).map_err(|error| strange(error.to_string()))
     }
 
     /// As if it were the one of the session's first demand lane.
@@ -346,7 +335,7 @@ impl Taken {
             running: Some(u64::try_from(ran_after.as_micros()).unwrap_or(u64::MAX)),
             totals: record.totals.into(),
         };
-        let word = Word::Complete { standing, landing: self.landing()? };
+        let word = Word::Complete { standing, landing: landing(&self.record)? };
         self.output.remark("the guest has all of its memory; waiting for the source to tell it so");
         let told = self.farewell(options, inbox, word)?;
         self.output.event(
@@ -388,6 +377,18 @@ impl Taken {
     }
 }
 
+/// The regions in the order of the source's table, with their landing units.
+pub(crate) fn landing(record: &DestinationRecord) -> Result<RegionTable> {
+    let strange = |what: String| Error::Environment(format!("the session file: {what}"));
+    let region = |region: &RegionRecord| {
+        let page_size = PageSize::from_shift(region.unit_shift);
+        let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
+        Ok(Region { name: region.name.clone(), bytes: region.bytes, page_size })
+    };
+    let regions = record.regions.iter().map(region).collect::<Result<Vec<_>>>()?;
+    RegionTable::new(regions).map_err(|error| strange(error.to_string()))
+}
+
 /// A monitor that is spoken to when there is something to say, and its guest's faults are served: it may
 /// wait for a page itself, and answer nobody until then.
 struct WaitingMonitor {
@@ -421,9 +422,7 @@ impl DestinationHost for WaitingMonitor {
 /// A unix socket's file outlives a process that was killed.
 fn remove_stale(uri: &Uri) {
     let Uri::Unix { path } = uri else { return };
-    let refused =
-        UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
-    if refused {
+    if is_deserted(path) {
         let _ = std::fs::remove_file(path);
     }
 }

@@ -31,6 +31,7 @@ use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::memory::block_pages;
 use crate::memory::claims::RunKind;
+use crate::panics;
 use crate::worker::Started;
 
 const TOKEN_RECEIVED: u64 = 0;
@@ -285,6 +286,7 @@ impl TouchThread {
         thread.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
         loop {
             ring.enter(Wait::One)?;
+            panics::point(format_args!("touch"));
             while let Some(completion) = ring.next() {
                 thread.completed(&mut ring, completion)?;
             }

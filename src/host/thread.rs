@@ -65,7 +65,10 @@ impl<H: ?Sized> HostThread<H> {
             .spawn(move || {
                 for question in queue {
                     let failed = question.failed();
-                    let answered = catch_unwind(AssertUnwindSafe(|| answer(question)));
+                    let answered = catch_unwind(AssertUnwindSafe(|| {
+                        panics::point(format_args!("host"));
+                        answer(question)
+                    }));
                     let answered =
                         answered.unwrap_or_else(|payload| failed(panics::error(&*payload)));
                     post.send(answered.into());

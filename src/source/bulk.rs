@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::inbox::Post;
 use crate::lane::Lane;
 use crate::memory::claims::Run;
+use crate::panics;
 use crate::priority::{self, Courtesy};
 use crate::report::Counters;
 use crate::secure::Channel;
@@ -148,6 +149,7 @@ impl BulkLane {
         let mut has_told = false;
         let mut courtesy = Courtesy::default();
         loop {
+            panics::point(format_args!("bulk"));
             thread.advance(&mut ring)?;
             if thread.lane_end_sent && thread.in_flight == 0 {
                 if !std::mem::replace(&mut has_told, true) {

@@ -27,6 +27,7 @@ use crate::inbox::Post;
 use crate::lane::{Hearing, Lane, SHARED_QUEUE_BYTES};
 use crate::memory::claims::Run;
 use crate::memory::sequences::Detector;
+use crate::panics;
 use crate::priority;
 use crate::report::Counters;
 use crate::worker::Started;
@@ -193,6 +194,7 @@ impl DemandThread {
         self.receive(&mut ring, Bytes::with_capacity(RECEIVE_BYTES))?;
         loop {
             ring.enter(Wait::One)?;
+            panics::point(format_args!("demand"));
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => self.take_commands(),

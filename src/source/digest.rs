@@ -20,6 +20,7 @@ use crate::inbox::Post;
 use crate::memory::guarded::Gone;
 use crate::memory::region::RamFile;
 use crate::memory::sums::{self, RegionDigest};
+use crate::panics;
 
 /// Threads that read: more than these are more than the memory of most machines gives.
 const THREADS_MAX: usize = 8;
@@ -79,10 +80,12 @@ impl Digesting {
 pub(super) fn begin(memory: Arc<SourceMemory>, post: Post<Note>) -> Result<()> {
     let read = move || {
         let is_known = !memory.digest_is_lost.load(Relaxed);
-        post.send(match all(&memory) {
-            Ok(digests) => Note::Digested(Ok(is_known.then_some(digests))),
-            Err(error) => Note::Digested(Err(error)),
+        let digests = panics::caught(|| {
+            panics::point(format_args!("digest"));
+            all(&memory)
         });
+        // Whatever became of it: somebody waits for the note.
+        post.send(Note::Digested(digests.map(|digests| is_known.then_some(digests))));
     };
     let thread = std::thread::Builder::new().name("umem-digest".into()).spawn(read);
     thread.map(drop).context(|| "starting thread umem-digest")
@@ -95,9 +98,9 @@ fn all(memory: &SourceMemory) -> Result<Vec<u64>> {
         std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX);
     std::thread::scope(|scope| {
         let works: Vec<_> = (0..threads).map(|_| scope.spawn(|| some(memory, &next))).collect();
-        works.into_iter().try_for_each(|work| {
-            work.join().unwrap_or_else(|panic| Err(crate::panics::error(&*panic)))
-        })
+        works
+            .into_iter()
+            .try_for_each(|work| work.join().unwrap_or_else(|panic| Err(panics::error(&*panic))))
     })?;
     Ok(memory.digests.get())
 }

@@ -93,11 +93,13 @@ impl Migration {
     fn tell_that_it_stays(&mut self, error: &Error) {
         let may_be_loaded = matches!(self.phase, Phase::Loading { .. } | Phase::Loaded { .. });
         let Some(uri) = self.link.uri.clone() else { return };
-        if !may_be_loaded || !self.link.recovers() || !matches!(error, Error::Lost { .. }) {
+        let Error::Lost { lane, what, .. } = error else { return };
+        if !may_be_loaded || !self.link.recovers() {
             return;
         }
         let text = format!("the guest goes on here; telling {uri}, where it may have been loaded");
-        self.output.event("telling", json!({ "uri": uri.to_string() }), &text);
+        let fields = json!({ "uri": uri.to_string(), "lane": lane, "reason": what });
+        self.output.event("telling", fields, &text);
         let (session, pass) = (self.link.session, self.link.pass.clone());
         let Migration { inbox, link, .. } = self;
         let caller = Caller { uri: &uri, session, pass: &pass, inbox };
@@ -298,8 +300,14 @@ impl Migration {
 
     /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
     /// the demand thread is the one that failed.
+    ///
+    /// A panic after the commit is told as a kill would be: by the lanes' end. The destination then waits for who
+    /// takes this session over, and does not give up as well.
     pub(super) fn end(&mut self, error: Option<&Error>) {
-        if let Some(error) = error {
+        let is_resumable = !self.phase.may_run() && self.link.recovers();
+        let is_kept = is_resumable && self.link.keeper.is_some();
+        let told = error.filter(|error| !(is_kept && matches!(error, Error::Internal(_))));
+        if let Some(error) = told {
             self.send(&Frame::Error(error.to_fault()));
         }
         self.command(Command::End);
@@ -312,7 +320,7 @@ impl Migration {
         let sever = || self.link.sockets.sever();
         let demand = self.demand_thread.take();
         let demand = demand.map(|thread| worker::part(thread, error.is_some(), sever));
-        if let (Some(Ok(None) | Err(_)), Some(reach), Some(error)) = (demand, &self.reach, error) {
+        if let (Some(Ok(None) | Err(_)), Some(reach), Some(error)) = (demand, &self.reach, told) {
             lane::tell(&reach.socket, self.memory.is_checked, error);
         }
     }

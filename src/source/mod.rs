@@ -447,8 +447,13 @@ impl Migration {
         let driven = begun
             .and_then(|()| panics::caught(|| self.until_completed()))
             .map_err(|error| worker::first_cause(&self.inbox, error));
-        self.end(driven.as_ref().err());
-        match driven {
+        // Also if the ending panics: a guest that is to go on here does.
+        let ended = panics::caught(|| {
+            panics::point(format_args!("ending"));
+            self.end(driven.as_ref().err());
+            Ok(())
+        });
+        match driven.and_then(|totals| ended.map(|()| totals)) {
             Ok(totals) => {
                 self.wait_put_back();
                 self.part();
@@ -473,6 +478,7 @@ impl Migration {
             }
             let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
             let interval = self.progress.interval();
+            panics::point(format_args!("control {}", self.phase.name()));
             match self.inbox.wait(&[], Some(due.map_or(interval, |due| due.min(interval))))? {
                 Wake::Timeout | Wake::Ready(_) => {}
                 Wake::Signal => self.interrupted()?,

@@ -16,6 +16,7 @@ use umem_wire::RegionId;
 use super::digest;
 use super::memory::SourceMemory;
 use crate::error::{Error, Result};
+use crate::panics;
 use crate::progress;
 use crate::worker::Started;
 
@@ -47,6 +48,7 @@ impl Releaser {
         let mut queue = VecDeque::new();
         let mut releasing: [Option<Releasing>; RELEASES_MAX] = Default::default();
         loop {
+            panics::point(format_args!("release"));
             while let Some(slot) = releasing.iter().position(Option::is_none)
                 && let Some((region, offset, len)) = self.next(&mut queue)
             {

@@ -181,12 +181,12 @@ impl Taken {
 
     /// More than any that has been used.
     fn next_epoch(&self) -> Result<u32> {
-        let mut epoch = 0;
+        let mut next = None;
         self.keeper.edit(|record| {
-            record.epoch += 1;
-            epoch = record.epoch;
+            next = record.epoch.checked_add(1);
+            record.epoch = next.unwrap_or(record.epoch);
         })?;
-        Ok(epoch)
+        next.ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))
     }
 
     /// All lanes of an attempt that is later than any before it, the demand lane first.

@@ -30,12 +30,14 @@ pub(super) struct Arrival<'a> {
     pub(super) arriving: &'a [&'a str],
     /// For `umem incoming`, and `umem migrate` too: a directory of certificates, or a secret.
     pub(super) security: Option<[&'a str; 2]>,
+    /// Becomes `umem incoming` by exec.
+    pub(super) wrapper: &'a [&'a str],
 }
 
 impl Arrival<'_> {
     /// A `umem incoming` that listens, and the relay that leads to it.
     pub(super) fn start(&self) -> (Umem, Cutter) {
-        let mut incoming = Umem::start(self.arguments());
+        let mut incoming = Umem::start_under(self.wrapper, self.arguments());
         let listening = incoming.event("listening");
         let cutter = Cutter::to(listening["uri"].as_str().expect("an address"));
         if self.security.is_some() {

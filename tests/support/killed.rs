@@ -34,7 +34,12 @@ pub(crate) struct How {
     pub(crate) migrate: &'static [&'static str],
     /// For both umem processes: a directory of certificates, or a secret.
     pub(crate) security: Option<[&'static str; 2]>,
+    /// Where the source's and the destination's umem panic, once [`Move::panics`] says so; nowhere where that is empty.
+    pub(crate) panics: [&'static str; 2],
 }
+
+/// While this file is there somebody is to panic.
+pub(crate) const PANIC: &str = "panic";
 
 /// Whom to kill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +66,13 @@ impl Move {
 
     /// Up to the start of `umem migrate`.
     pub(crate) fn start(how: How) -> Move {
+        Move::start_with(how, |_| {})
+    }
+
+    /// The same; `prepare` has its say before anything of umem's runs.
+    pub(crate) fn start_with(how: How, prepare: impl FnOnce(&Scratch)) -> Move {
         let scratch = Scratch::new();
+        prepare(&scratch);
         let [mib, threads] = [how.mib.to_string(), how.threads.to_string()];
         let qmp = scratch.path("source.qmp").display().to_string();
         let ram = format!("ram0={}", scratch.ram("source").display());
@@ -86,6 +97,11 @@ impl Move {
             [source, destination].map(|name| path(&format!("{name}.qmp")));
         let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
         let sessions = path("sessions");
+        let wrapper = |side: usize| {
+            let variable = "UMEM_TEST_PANIC";
+            ["env".into(), format!("{variable}={}={}", how.panics[side], path(PANIC))]
+        };
+        let [wrapper_here, wrapper_there]: [[String; 2]; 2] = [0, 1].map(wrapper);
         let arrival = Arrival {
             qmp: &destination_qmp,
             ram: &format!("ram0={}", scratch.ram(destination).display()),
@@ -95,6 +111,7 @@ impl Move {
             incoming: &[&["--session-dir", &sessions], how.incoming].concat(),
             arriving: how.arriving,
             security: how.security,
+            wrapper: &wrapper_there.each_ref().map(String::as_str),
         };
         let (incoming, cutter) = arrival.start();
         let mut arguments = vec!["migrate", "-p", "--json", "--session-dir", &sessions];
@@ -103,9 +120,19 @@ impl Move {
         arguments.extend(["--qmp", &source_qmp, cutter.uri()]);
         arguments.extend(how.migrate);
         arguments.extend(how.security.iter().flatten());
-        let migrate = Umem::start(arguments);
+        let wrapper = wrapper_here.each_ref().map(String::as_str);
+        let migrate = Umem::start_under(&wrapper, arguments);
         let (session, names) = (String::new(), [source, destination]);
         Move { scratch, guest, incoming, migrate, cutter, how, session, names }
+    }
+
+    /// Has whoever comes to the place of [`How::panics`] panic, and waits until that has happened. All pages are
+    /// let go, so that somebody does.
+    pub(crate) fn panics(&self) {
+        let file = self.scratch.path(PANIC);
+        std::fs::write(&file, "").expect("a file");
+        self.cutter.let_pages_go();
+        super::wait_for("the panic", || (!file.exists()).then_some(()));
     }
 
     pub(crate) fn sessions(&self) -> PathBuf {

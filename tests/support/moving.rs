@@ -78,6 +78,7 @@ impl Move {
             incoming: how.incoming,
             arriving: how.arriving,
             security: how.security,
+            wrapper: &[],
         };
         let (incoming, cutter) = arrival.start();
         prepare(&cutter);

@@ -1,0 +1,174 @@
+//! Panics of umem's threads: the guest runs on at one side, and whoever waits is told.
+//!
+//! Builds with debug assertions have places at which a test can have a thread panic (`src/panics.rs`). ARCHITECTURE.md
+//! has the table of what each means.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use support::killed::{How, Move};
+use support::{Authority, Guests, Qmp, Scratch, Umem};
+
+/// A file that has a umem panic at this place, and the wrapper that says so.
+fn panic_at(scratch: &Scratch, place: &str) -> (PathBuf, String) {
+    let file = scratch.path("panic");
+    std::fs::write(&file, "").expect("a file");
+    let variable = format!("UMEM_TEST_PANIC={place}={}", file.display());
+    (file, variable)
+}
+
+/// It has panicked there, and says so as an error.
+fn has_panicked(mut umem: Umem, place: &str) {
+    let status = umem.wait();
+    let stderr = umem.stderr();
+    assert_eq!(status.code(), Some(1), "{place}: {stderr}");
+    let text = format!("as a test wants it, at {place}");
+    assert!(stderr.contains("panicked at") && stderr.contains(&text), "{place}: {stderr}");
+    assert!(stderr.lines().any(|line| line.starts_with("umem: ")), "{place}: {stderr}");
+}
+
+#[test]
+fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
+    const POSTCOPY: &[&str] = &["-p"];
+    for (place, options) in [
+        ("waiting", POSTCOPY),
+        ("host", POSTCOPY),
+        ("demand", POSTCOPY),
+        ("beginning of umem-demand", POSTCOPY),
+        ("control comparing regions", POSTCOPY),
+        ("control ready", POSTCOPY),
+        ("control sending pages before the switchover", &[]),
+        ("bulk", &[]),
+        ("control sending device state", POSTCOPY),
+        ("control the destination loads device state", POSTCOPY),
+        ("control about to switch over", POSTCOPY),
+    ] {
+        let scratch = Scratch::new();
+        let mut guests = Guests::quiet(&scratch, &["--json"]);
+        let (file, variable) = panic_at(&scratch, place);
+        let qmp = guests.qmp().display().to_string();
+        let words = [&["migrate", "--json", "--qmp", &qmp], options, &[guests.uri()]].concat();
+        has_panicked(Umem::start_under(&["env", &variable], words), place);
+        assert!(!file.exists(), "{place}");
+        assert_eq!(Qmp::connect(&scratch.path("source")).status(), "running", "{place}");
+        assert!(guests.source_runs(), "{place}");
+        if place != "waiting" {
+            assert_eq!(guests.incoming.wait().code(), Some(1), "{place}");
+        }
+    }
+}
+
+#[test]
+fn a_panic_at_a_destination_before_the_commit_leaves_the_guest_running_at_the_source() {
+    for place in [
+        "host",
+        "demand",
+        "beginning of umem-demand",
+        "control ready",
+        "control receiving device state",
+        "control loading device state",
+    ] {
+        let how = How { mib: 16, threads: 1, panics: ["", place], ..How::default() };
+        let mut moving = Move::start_with(how, |scratch| {
+            std::fs::write(scratch.path("panic"), "").expect("a file");
+        });
+        assert_eq!(moving.migrate.wait().code(), Some(1), "{place}: {}", moving.migrate.stderr());
+        has_panicked(moving.incoming, place);
+        assert_eq!(Qmp::connect(&moving.scratch.path("source.qmp")).status(), "running", "{place}");
+        assert!(moving.guest.is_running(), "{place}");
+        let there = moving.scratch.path("destination.qmp");
+        assert!(UnixStream::connect(there).is_err(), "{place}: the guest there has ended");
+    }
+}
+
+/// Pages come slowly enough for that, and go on once the cutter lets them.
+#[test]
+fn a_side_that_panics_after_the_commit_is_taken_over_from() {
+    for [source, destination] in [
+        ["control serving pages", ""],
+        ["demand", ""],
+        ["bulk", ""],
+        ["", "control receiving pages"],
+        ["", "demand"],
+        ["", "bulk"],
+    ] {
+        let panics = [source, destination];
+        let mut moving = Move::switched(How { mib: 16, threads: 1, panics, ..How::default() });
+        moving.panics();
+        let (place, command) = match source {
+            "" => (destination, "incoming"),
+            place => (place, "migrate"),
+        };
+        let side = if source.is_empty() { &mut moving.incoming } else { &mut moving.migrate };
+        let status = side.wait();
+        let stderr = side.stderr();
+        assert_eq!(status.code(), Some(1), "{place}: {stderr}");
+        assert!(stderr.contains(&format!("as a test wants it, at {place}")), "{stderr}");
+        let resumed = moving.resume(command);
+        match source.is_empty() {
+            true => moving.incoming = resumed,
+            false => moving.migrate = resumed,
+        }
+        moving.complete();
+    }
+}
+
+/// Threads that only compare, free, or stand before a connection: the migration goes on by itself.
+#[test]
+fn a_panic_of_a_thread_that_others_can_do_without_ends_nothing() {
+    let scratch = Scratch::new();
+    let credentials = Authority::new("ours").credentials(&scratch, "own", "127.0.0.1");
+    let credentials: &'static str = credentials.display().to_string().leak();
+    for (panics, migrate, security) in [
+        (["digest", ""], &["--checksum"][..], None),
+        (["tls", ""], &[], Some(["--tls-creds", credentials])),
+        (["", "tls"], &[], Some(["--tls-creds", credentials])),
+    ] {
+        let how = How { mib: 16, threads: 1, panics, migrate, security, ..How::default() };
+        let moving = Move::switched(how);
+        if panics[0] == "digest" {
+            std::fs::write(moving.scratch.path("panic"), "").expect("a file");
+        } else {
+            moving.panics();
+        }
+        let panic = moving.scratch.path("panic");
+        let (source, _) = moving.complete();
+        assert!(!panic.exists(), "{panics:?}");
+        if panics[0] == "digest" {
+            assert_eq!(source["digests"], serde_json::json!([]), "{source}");
+        } else {
+            assert!(source["recoveries"].as_u64() > Some(0), "{source}");
+        }
+    }
+}
+
+/// It loses its connection, and nobody else's.
+#[test]
+fn a_panic_over_what_a_client_asks_ends_that_client_alone() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("control");
+    let (file, variable) = panic_at(&scratch, "visitor");
+    let words = ["incoming", "--json", "--control", socket.to_str().unwrap()];
+    let guest = ["tcp:127.0.0.1:0", "--handoff", scratch.path("handoff").to_str().unwrap()]
+        .map(str::to_owned);
+    let words = words.iter().map(|&word| word.to_owned()).chain(guest);
+    let mut incoming = Umem::start_under(&["env", &variable], words);
+    incoming.event("listening");
+    let ask = || {
+        let mut stream = BufReader::new(UnixStream::connect(&socket).expect("it listens"));
+        stream.get_mut().write_all(b"{\"execute\":\"status\"}\n").expect("it listens");
+        let mut answers = String::new();
+        // Or it closes, or resets.
+        for _ in 0..2 {
+            let _ = stream.read_line(&mut answers);
+        }
+        answers
+    };
+    assert!(!ask().contains("return"));
+    assert!(!file.exists());
+    assert!(ask().contains("return"));
+    assert!(incoming.is_running());
+}
