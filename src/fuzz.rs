@@ -7,8 +7,14 @@ use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use crate::bandwidth::Bandwidth;
+use crate::destination::takeover::landing;
 use crate::fault::handoff::{HandoffSocket, Message};
+use crate::host::maps::Maps;
 use crate::host::qmp::Qmp;
+use crate::observe::watch::{Role, Watch};
+use crate::observe::{control, metrics};
+use crate::session::{self, DestinationRecord, SourceRecord};
 
 /// Hands these pieces over, descriptors with the first, and closes the socket. Returns what is understood,
 /// in words.
@@ -73,4 +79,41 @@ pub fn qmp(replies: &[u8]) {
     let _ = qmp.property("/machine", "type");
     let _ = qmp.children("/objects");
     let _ = qmp.execute("query-status", serde_json::json!({}));
+}
+
+/// Looks for a range of memory in what a process's `maps` says.
+pub fn maps(text: &[u8], address: u64, bytes: u64) {
+    let maps = Maps::read(1, text);
+    if let Some(file) = maps.file(address, bytes) {
+        assert!(bytes > 0 && file.inode > 0);
+    }
+}
+
+/// Reads a session file as who takes over does, of either side.
+pub fn session(text: &[u8]) {
+    if let Ok(record) = serde_json::from_slice::<SourceRecord>(text) {
+        let _ = session::check(&record);
+        let _ = record.uri.parse::<crate::Uri>();
+    }
+    if let Ok(record) = serde_json::from_slice::<DestinationRecord>(text)
+        && session::check(&record).is_ok()
+    {
+        let _ = landing(&record);
+        let _ = record.certificate.as_deref().map(session::unhex);
+    }
+}
+
+/// Sends this to a control socket, and takes what is answered.
+pub fn control(input: &[u8]) {
+    control::fuzz(input, watch());
+}
+
+/// Asks for metrics with this request.
+pub fn metrics(request: &[u8]) {
+    let answer = metrics::answer(request, &watch());
+    assert!(answer.starts_with(b"HTTP/1.0 "));
+}
+
+fn watch() -> std::sync::Arc<Watch> {
+    Watch::new(Role::Source, false, Some(std::sync::Arc::new(Bandwidth::new(None))))
 }

@@ -267,19 +267,20 @@ pub(crate) struct Counts {
 
 impl Counts {
     pub(super) fn pages(&self) -> u64 {
-        (self.bytes + self.zero_bytes) / super::pages::PAGE_BYTES
+        self.bytes.saturating_add(self.zero_bytes) / super::pages::PAGE_BYTES
     }
 }
 
 impl std::ops::Add for Counts {
     type Output = Counts;
 
+    /// The other side may say any numbers.
     fn add(self, other: Counts) -> Counts {
         Counts {
-            bytes: self.bytes + other.bytes,
-            zero_bytes: self.zero_bytes + other.zero_bytes,
-            zero_copied_bytes: self.zero_copied_bytes + other.zero_copied_bytes,
-            copied_bytes: self.copied_bytes + other.copied_bytes,
+            bytes: self.bytes.saturating_add(other.bytes),
+            zero_bytes: self.zero_bytes.saturating_add(other.zero_bytes),
+            zero_copied_bytes: self.zero_copied_bytes.saturating_add(other.zero_copied_bytes),
+            copied_bytes: self.copied_bytes.saturating_add(other.copied_bytes),
         }
     }
 }

@@ -165,7 +165,7 @@ impl Report {
                 "end": times.1,
                 "seconds": seconds,
                 "bytes": moved.bytes,
-                "bits_per_second": rate(moved.bytes * 8, seconds),
+                "bits_per_second": rate(moved.bytes, seconds) * 8.0,
                 "retransmits": again,
                 "omitted": tick.omitted,
                 "sender": direction == Direction::Forward,
@@ -232,7 +232,8 @@ impl Report {
             "sender_tcp_congestion": results[0].sent.congestion,
             "receiver_tcp_congestion": results[0].received.congestion,
         });
-        let all_bytes: u64 = results.iter().map(|result| result.received.counts.bytes).sum();
+        let bytes = results.iter().map(|result| result.received.counts.bytes);
+        let all_bytes = bytes.fold(0, u64::saturating_add);
         for result in results {
             for (name, side) in [("sum_sent", result.sent), ("sum_received", result.received)] {
                 end[named(name, test, result.direction)] = result.sum(side, name == "sum_sent");
@@ -328,7 +329,7 @@ impl<'a> Outcome<'a> {
             "end": side.seconds,
             "seconds": side.seconds,
             "bytes": side.counts.bytes,
-            "bits_per_second": rate(side.counts.bytes * 8, side.seconds),
+            "bits_per_second": rate(side.counts.bytes, side.seconds) * 8.0,
             "sender": self.direction == Direction::Forward,
         });
         if is_sent {
@@ -371,7 +372,7 @@ pub(super) fn served(test: &Test, measured: &[Measured]) -> String {
             if *direction == Direction::Reverse { "sent" } else { "received" },
             measured.counts.bytes as f64 / 1e9,
             measured.seconds,
-            rate(measured.counts.bytes * 8, measured.seconds) / 1e9,
+            rate(measured.counts.bytes, measured.seconds) * 8.0 / 1e9,
         )
     };
     test.directions().iter().zip(measured).map(sentence).collect::<Vec<_>>().join("; ")
@@ -408,7 +409,7 @@ fn row(times: (f64, f64), moved: &Counts, again: Option<u64>, note: &str) -> Str
         times.0,
         times.1,
         moved.bytes as f64 / 1e9,
-        rate(moved.bytes * 8, seconds) / 1e9,
+        rate(moved.bytes, seconds) * 8.0 / 1e9,
         again.map_or_else(|| "-".into(), |again| again.to_string()),
         rate(moved.pages(), seconds),
     );
@@ -432,7 +433,7 @@ fn cpu_s_per_gb(one: &Measured, other: &Measured, bytes: u64) -> f64 {
 
 /// Of the bytes that were sent, those not copied; none where the way does not tell.
 fn zero_copy_share(sent: &Counts) -> Option<f64> {
-    let all = sent.zero_copied_bytes + sent.copied_bytes;
+    let all = sent.zero_copied_bytes.saturating_add(sent.copied_bytes);
     (all > 0).then(|| sent.zero_copied_bytes as f64 / all as f64)
 }
 

@@ -48,9 +48,13 @@ pub(crate) struct Maps {
 impl Maps {
     pub(crate) fn of(pid: u32) -> io::Result<Maps> {
         // Names may be of any bytes.
-        let bytes = std::fs::read(format!("/proc/{pid}/maps"))?;
-        let text = String::from_utf8_lossy(&bytes);
-        Ok(Maps { pid, mappings: text.lines().filter_map(mapping).collect() })
+        Ok(Maps::read(pid, &std::fs::read(format!("/proc/{pid}/maps"))?))
+    }
+
+    /// What its file in /proc says.
+    pub(crate) fn read(pid: u32, bytes: &[u8]) -> Maps {
+        let text = String::from_utf8_lossy(bytes);
+        Maps { pid, mappings: text.lines().filter_map(mapping).collect() }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -65,7 +69,7 @@ impl Maps {
         let mut is_writable = first.is_writable;
         while reached < end {
             let next = self.at(reached)?;
-            let follows = next.offset == first.offset + (next.start - first.start);
+            let follows = Some(next.offset) == first.offset_of(next.start);
             let is_same = (next.device, next.inode) == (first.device, first.inode);
             if !follows || !is_same || next.is_shared != first.is_shared {
                 return None;
@@ -76,7 +80,7 @@ impl Maps {
         Some(MappedFile {
             device: first.device,
             inode: first.inode,
-            offset: first.offset + (address - first.start),
+            offset: first.offset_of(address)?,
             is_shared: first.is_shared,
             is_writable,
             path: first.path.clone(),
@@ -132,6 +136,13 @@ impl Maps {
             return Err(failed(format!("is not the one that {} opens", way.display())));
         }
         Ok((opened, named.unwrap_or(way)))
+    }
+}
+
+impl Mapping {
+    /// Where in its file this address is.
+    fn offset_of(&self, address: u64) -> Option<u64> {
+        self.offset.checked_add(address.checked_sub(self.start)?)
     }
 }
 

@@ -24,9 +24,9 @@ mod record;
 mod resume;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::Flock;
@@ -44,6 +44,8 @@ pub(crate) use record::{
     SourceRecord, SourceState, TotalsRecord, Undo, VERSION, absolute,
 };
 pub use resume::Options as ResumeOptions;
+#[cfg(feature = "fuzz")]
+pub(crate) use resume::check;
 
 /// A session's number as it is written.
 pub(crate) fn name(session: SessionId) -> String {
@@ -65,6 +67,23 @@ pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
 /// The number that [`name`] has written.
 pub(crate) fn parse(name: &str) -> Option<SessionId> {
     unhex(name)?.try_into().ok().map(SessionId)
+}
+
+/// Bytes of a record at most. One of a guest with many regions has a few ten thousand.
+const RECORD_BYTES_MAX: u64 = 4 << 20;
+
+/// Reads a record. It waits for nobody, whatever lies there in its place.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let mut bytes = Vec::new();
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    file.take(RECORD_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > RECORD_BYTES_MAX {
+        return Err(io::Error::other(format!("it has more than {RECORD_BYTES_MAX} bytes")));
+    }
+    Ok(bytes)
 }
 
 /// A record that lies in a file of its own while a session needs it. Clones share it.
@@ -114,8 +133,8 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
         let lock = directory.lock(&session, role)?;
         let path = directory.path(&session, role.name());
         let what = || format!("the session file {}", path.display());
-        let text = fs::read_to_string(&path).context(what)?;
-        let record: R = serde_json::from_str(&text).map_err(|error| {
+        let text = read(&path).context(what)?;
+        let record: R = serde_json::from_slice(&text).map_err(|error| {
             Error::Environment(format!("{} is not one of this umem's: {error}", what()))
         })?;
         Ok((Keeper::of(record.clone(), directory, session, role, true, lock), record))
@@ -261,6 +280,26 @@ mod tests {
         keeper.remove();
         drop(keeper);
         assert_eq!(files(&directory), 0);
+    }
+
+    #[test]
+    fn what_is_no_record_is_refused_and_not_waited_for() {
+        let (_scratch, directory) = directory();
+        let path = directory.path(&name(ID), Role::Source.name());
+        let refused = || {
+            let taken = Keeper::<Record>::take_over(&directory, "ab", Role::Source);
+            let error = taken.err().unwrap().to_string();
+            fs::remove_file(&path).unwrap();
+            error
+        };
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        assert!(refused().contains("no regular file"));
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert!(refused().contains("no regular file"));
+        File::create(&path).unwrap().set_len(RECORD_BYTES_MAX + 1).unwrap();
+        assert!(refused().contains("more than"));
+        fs::write(&path, b"\xff").unwrap();
+        assert!(refused().contains("is not one of this umem's"));
     }
 
     #[test]

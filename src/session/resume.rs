@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use umem_wire::limits::LANES_MAX;
+
 use super::{DestinationRecord, Directory, Keeper, SourceRecord, VERSION};
 use crate::error::{Error, Result};
 use crate::idle::IdleCores;
@@ -40,6 +42,9 @@ pub(crate) trait Record: Clone + Serialize + DeserializeOwned {
 
     fn version(&self) -> u32;
 
+    /// Of its session.
+    fn bulk_lanes(&self) -> u16;
+
     /// How its lanes were secured.
     fn security(&self) -> Security;
 }
@@ -49,6 +54,10 @@ impl Record for SourceRecord {
 
     fn version(&self) -> u32 {
         self.version
+    }
+
+    fn bulk_lanes(&self) -> u16 {
+        self.bulk_lanes
     }
 
     fn security(&self) -> Security {
@@ -61,6 +70,10 @@ impl Record for DestinationRecord {
 
     fn version(&self) -> u32 {
         self.version
+    }
+
+    fn bulk_lanes(&self) -> u16 {
+        self.bulk_lanes
     }
 
     fn security(&self) -> Security {
@@ -76,7 +89,7 @@ impl Options {
     pub(crate) fn take_over<R: Record>(&self) -> Result<(Keeper<R>, R)> {
         let directory = Directory::find(self.session_dir.as_deref())?.ok_or_else(no_directory)?;
         let (keeper, record) = Keeper::<R>::take_over(&directory, &self.session, R::ROLE)?;
-        check_version(record.version())?;
+        check(&record)?;
         Ok((keeper, record))
     }
 
@@ -95,8 +108,14 @@ fn no_directory() -> Error {
     )
 }
 
-/// A record of another umem is not guessed at.
-fn check_version(version: u32) -> Result<()> {
+/// A record of another umem is not guessed at, nor is one that no umem writes.
+pub(crate) fn check(record: &impl Record) -> Result<()> {
+    let (version, lanes) = (record.version(), record.bulk_lanes());
+    if version == VERSION && lanes > LANES_MAX {
+        return Err(Error::Environment(format!(
+            "the session file has {lanes} bulk lanes, and there are {LANES_MAX} at most: it is damaged"
+        )));
+    }
     if version == VERSION {
         return Ok(());
     }

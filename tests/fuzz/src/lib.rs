@@ -33,6 +33,10 @@ pub const TARGETS: &[Target] = &[
     Target { name: "handoff", run: handoff::run },
     Target { name: "uri", run: text::uri },
     Target { name: "qmp", run: text::qmp },
+    Target { name: "maps", run: text::maps },
+    Target { name: "session", run: text::session },
+    Target { name: "control", run: text::control },
+    Target { name: "metrics", run: text::metrics },
 ];
 
 /// Tries one input with the target of this name.

@@ -30,6 +30,69 @@ fn every_input_of_the_corpus_holds() {
     }
 }
 
+/// Spoilt copies of the corpus, the same each time: what a fuzzer would try first. `UMEM_FUZZ_RUNS` of each input.
+#[test]
+fn inputs_like_those_of_the_corpus_hold() {
+    let runs = std::env::var("UMEM_FUZZ_RUNS").map_or(20, |runs| runs.parse().expect("a number"));
+    for target in TARGETS {
+        let folder = fuzz().join("corpus").join(target.name);
+        let inputs: Vec<Vec<u8>> =
+            names(&folder).iter().map(|name| fs::read(folder.join(name)).unwrap()).collect();
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        for input in &inputs {
+            for run in 0..runs {
+                let spoilt = random.spoil(input, &inputs);
+                // Shown where it panics.
+                println!("{} {run} {:?}", target.name, String::from_utf8_lossy(&spoilt));
+                (target.run)(&spoilt);
+            }
+        }
+    }
+}
+
+/// Numbers that are the same each time (xorshift64).
+struct Random(u64);
+
+impl Random {
+    /// Below `below`; 0 where that is 0.
+    fn number(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % below.max(1) as u64) as usize
+    }
+
+    /// A copy with a few changes; `others` give parts to it.
+    fn spoil(&mut self, input: &[u8], others: &[Vec<u8>]) -> Vec<u8> {
+        const TEXTS: [&[u8]; 8] =
+            [b"-1", b"18446744073709551615", b"1e308", b"null", b"[[", b"\\u0000", b"\xff", b"\n"];
+        let mut bytes = input.to_vec();
+        for _ in 0..=self.number(4) {
+            let at = self.number(bytes.len());
+            match self.number(5) {
+                0 if !bytes.is_empty() => bytes[at] ^= 1 << self.number(8),
+                1 => bytes.truncate(at),
+                2 => {
+                    let text = TEXTS[self.number(TEXTS.len())];
+                    let end = (at + self.number(12)).min(bytes.len());
+                    bytes.splice(at..end, text.iter().copied());
+                }
+                3 => {
+                    let end = (at + self.number(64)).min(bytes.len());
+                    let part = bytes[at..end].to_vec();
+                    bytes.splice(at..at, part);
+                }
+                _ => {
+                    let other = &others[self.number(others.len())];
+                    let from = self.number(other.len());
+                    bytes.splice(at.., other[from..].iter().copied());
+                }
+            }
+        }
+        bytes
+    }
+}
+
 /// A target without a binary would never be fuzzed, and a folder without a target never be replayed.
 #[test]
 fn targets_binaries_and_folders_are_the_same() {
