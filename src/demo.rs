@@ -217,7 +217,7 @@ impl Demo<'_> {
         // Private memory ends as the guest's own, and nothing stays in its file. Only what the guest
         // discards is the file's again, where reading it makes pages of zeroes.
         let is_released =
-            self.options.kind != Kind::Private || self.options.discard || file_bytes == Some(0);
+            !self.options.kind.needs_touch() || self.options.discard || file_bytes == Some(0);
         let good = verdict.bad_pages == 0
             && verdict.guest_writes_lost == 0
             && !verdict.registered

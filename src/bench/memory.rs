@@ -173,11 +173,11 @@ impl Landing {
         for (region, mapping) in self.guest.regions.iter().zip(&self.mappings) {
             for page in 0..region.bytes / PAGE_BYTES {
                 let offset = page * PAGE_BYTES;
-                if region.pages.get(offset >> region.unit_shift) != PageState::Cached {
+                if region.pages.get(offset >> region.unit_shift()) != PageState::Cached {
                     continue;
                 }
                 page_bytes(page, zero_percent, &mut expected);
-                if region.is_copied() {
+                if region.memory.is_copied_in() {
                     mapping.read(offset, &mut found);
                 } else {
                     found = region.file().read(offset, PAGE_BYTES)?;
@@ -201,7 +201,7 @@ impl Landing {
     /// Gives a region's memory back. Every page of it has come.
     pub(super) fn release(&self, region: usize) -> Result<()> {
         let guest = &self.guest.regions[region];
-        if !guest.is_copied() {
+        if !guest.memory.is_copied_in() {
             return guest.file().discard(0, guest.bytes);
         }
         let mapping = &self.mappings[region];

@@ -82,12 +82,12 @@ pub(super) struct Demo {
 
 impl Demo {
     pub(super) fn run(self) -> Result<i32> {
-        if self.kind != Kind::Anonymous && (self.shards != 1 || self.huge) {
+        if self.kind.lands_in_file() && (self.shards != 1 || self.huge) {
             return Err(Error::Usage(
                 "--shards and --huge are for anonymous memory: add --kind anonymous".into(),
             ));
         }
-        if self.kind != Kind::Private && self.postcopy_flags.is_some_and(|flags| flags.0 != 0) {
+        if !self.kind.needs_touch() && self.postcopy_flags.is_some_and(|flags| flags.0 != 0) {
             return Err(Error::Usage(
                 "--postcopy-flags 1 asks for touches, which private memory alone needs: add --kind \
                  private"

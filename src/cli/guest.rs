@@ -79,10 +79,10 @@ impl Guest {
     /// What its RAM is, if the options that say so agree.
     fn memory(&self) -> Result<Memory> {
         let usage = |text: &str| Err(Error::Usage(text.into()));
-        if !self.incoming && (self.kind != Kind::Shared || self.discard) {
+        if !self.incoming && (self.kind != Kind::default() || self.discard) {
             return usage("--kind and --discard are for a guest that waits: add --incoming");
         }
-        if self.kind != Kind::Anonymous {
+        if self.kind.lands_in_file() {
             if self.handoff.is_some() || self.huge || self.shards != 1 {
                 return usage(
                     "--handoff, --huge and --shards are for anonymous memory: add --kind anonymous",

@@ -156,21 +156,21 @@ impl Incoming {
             true => several_lanes(self.lanes, 16)?,
             false => lanes_to(&uri, self.lanes, 16)?,
         };
-        if self.kind == Kind::Anonymous && self.handoff.is_none() {
+        if self.kind.comes_from_owner() == Some(true) && self.handoff.is_none() {
             return Err(Error::Usage(
                 "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \
                  owner has to hand it over itself"
                     .into(),
             ));
         }
-        if self.kind == Kind::Private && self.handoff.is_some() {
+        if self.kind.comes_from_owner() == Some(false) && self.handoff.is_some() {
             return Err(Error::Usage(
                 "--kind private is for memory that COMMAND maps under umem's eyes: leave out \
                  --handoff"
                     .into(),
             ));
         }
-        if self.postcopy_flags.0 != 0 && self.kind != Kind::Private {
+        if self.postcopy_flags.0 != 0 && !self.kind.needs_touch() {
             return Err(Error::Usage(
                 "--postcopy-flags 1 asks for touches, which only --kind private has a use for"
                     .into(),

@@ -28,14 +28,14 @@ pub(crate) struct Ahead {
 impl Ahead {
     /// None if the guest's pages are too large to wait whole in a buffer of `bytes`.
     pub(super) fn new(guest: &GuestMemory, bytes: usize) -> Option<Ahead> {
-        let is_small = guest.regions.iter().all(|region| region.unit_shift <= AHEAD_SHIFT_MAX);
+        let is_small = guest.regions.iter().all(|region| region.unit_shift() <= AHEAD_SHIFT_MAX);
         is_small.then(|| Ahead { channel: Channel::clear(bytes), placed: 0 })
     }
 
     /// A bulk lane of TLS. Large pages do not wait whole, but where they are copied in.
     pub(super) fn secured(guest: &GuestMemory, mut channel: Channel) -> Ahead {
-        let copied = guest.regions.iter().filter(|region| region.is_copied());
-        let largest = copied.map(|region| 1 << region.unit_shift).max().unwrap_or(0);
+        let copied = guest.regions.iter().filter(|region| region.memory.is_copied_in());
+        let largest = copied.map(|region| 1 << region.unit_shift()).max().unwrap_or(0);
         channel.widen(AHEAD_BULK_BYTES.max(largest.min(STAGING_BYTES) + HEADER_BYTES));
         Ahead { channel, placed: 0 }
     }

@@ -105,9 +105,9 @@ impl Migration<'_> {
         };
         let moving_s = seconds(self.times.first_page, self.times.cached);
         let page_shift =
-            self.guest.regions.iter().map(|region| region.unit_shift).min().unwrap_or(12);
+            self.guest.regions.iter().map(|region| region.unit_shift()).min().unwrap_or(12);
         let kinds: BTreeSet<&str> =
-            self.guest.regions.iter().map(|region| region.kind.name()).collect();
+            self.guest.regions.iter().map(|region| region.memory.kind.name()).collect();
         let (release_bytes, spare_bytes_max) = self.guest.release_totals();
         let mut report = Completed {
             event: "completed".into(),

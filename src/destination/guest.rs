@@ -39,7 +39,6 @@ use umem_wire::{PageRange, RegionId};
 use super::touch::TouchQueue;
 use crate::error::{Context, Error, Result};
 use crate::memory::claims::RunKind;
-use crate::memory::kind::Kind;
 use crate::memory::pages::PageState;
 use crate::memory::sums::Digests;
 use crate::memory::words::Words;
@@ -102,7 +101,7 @@ impl PageId {
 
 impl GuestMemory {
     pub(crate) fn new(regions: Vec<GuestRegion>, sources: Vec<FaultSource>) -> GuestMemory {
-        let pages_total = regions.iter().map(|region| region.bytes >> region.unit_shift).sum();
+        let pages_total = regions.iter().map(|region| region.bytes >> region.unit_shift()).sum();
         let counters = Arc::new(Counters::of(regions.iter().map(|region| region.bytes)));
         GuestMemory {
             digests: Digests::of(regions.len()),
@@ -162,7 +161,7 @@ impl GuestMemory {
     pub(crate) fn find(&self, address: u64) -> Option<PageId> {
         let (index, offset) = self.locate(address)?;
         let region = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
-        Some(PageId { region, page: offset >> self.regions[index].unit_shift })
+        Some(PageId { region, page: offset >> self.regions[index].unit_shift() })
     }
 
     /// Missing → Landing, before a byte of the range is received. A page that has come before is
@@ -183,7 +182,7 @@ impl GuestMemory {
         wake: impl FnMut(PageId),
     ) -> Result<bool> {
         let region = self.region(range.region);
-        if region.file.is_some() {
+        if region.memory.kind.lands_in_file() {
             self.finish_in_file(region, range)?;
         } else if kind != RunKind::Data {
             region.pages.finish(range.first, range.pages, |_| Ok::<(), Error>(()))?;
@@ -206,10 +205,10 @@ impl GuestMemory {
         let region = self.region(range.region);
         self.count(region, range, kind);
         region.pages.each_wanted(range.first, range.pages, |page| {
-            self.counters.map.was_demanded(range.region.0, page, region.unit_shift, kind);
+            self.counters.map.was_demanded(range.region.0, page, region.unit_shift(), kind);
             wake(PageId { region: range.region, page });
         });
-        if region.kind == Kind::Private {
+        if region.memory.kind.needs_touch() {
             if kind == RunKind::Data {
                 let bytes = region.byte_offset(range.pages);
                 let spare = self.spare_bytes.fetch_add(bytes, SeqCst) + bytes;
@@ -227,8 +226,8 @@ impl GuestMemory {
     fn finish_in_file(&self, region: &GuestRegion, range: PageRange) -> Result<()> {
         let start = region.byte_offset(range.first);
         for (part, address, len) in region.pieces(start..start + region.byte_offset(range.pages)) {
-            let first = (part.offset + (address - part.address)) >> region.unit_shift;
-            let pages = len >> region.unit_shift;
+            let first = (part.offset + (address - part.address)) >> region.unit_shift();
+            let pages = len >> region.unit_shift();
             let _gate = self.sources[part.source].open_gate();
             region.finish_in_file(first, pages)?;
         }
@@ -261,7 +260,7 @@ impl GuestMemory {
             RunKind::Zero => self.tell(Told::ZeroBytes, region.byte_offset(range.pages)),
             RunKind::Hole => self.tell(Told::HoleBytes, region.byte_offset(range.pages)),
         }
-        self.counters.map.count(range, region.unit_shift, kind, false);
+        self.counters.map.count(range, region.unit_shift(), kind, false);
     }
 
     /// The guest side has discarded a range of its addresses: what has not come of it yet is to read
@@ -274,7 +273,7 @@ impl GuestMemory {
                 if from < to {
                     let offset = part.offset + (from - part.address);
                     region.discard(offset..offset + (to - from));
-                    if region.kind == Kind::Private {
+                    if region.memory.kind.keeps_discarded() {
                         region.file().discard(offset, to - from)?;
                     }
                 }
@@ -375,7 +374,7 @@ impl GuestMemory {
     pub(crate) fn each_unanswered(&self, mut ask: impl FnMut(RegionId, u64)) {
         for (index, region) in self.regions.iter().enumerate() {
             let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
-            region.pages.each_wanted(0, region.bytes >> region.unit_shift, |page| {
+            region.pages.each_wanted(0, region.bytes >> region.unit_shift(), |page| {
                 if region.pages.get(page) != PageState::Cached {
                     ask(id, page);
                 }
@@ -394,8 +393,8 @@ impl GuestMemory {
         assert!(self.touch.set(queue).is_ok(), "there is one toucher");
     }
 
-    pub(crate) fn has_private(&self) -> bool {
-        self.regions.iter().any(|region| region.kind == Kind::Private)
+    pub(crate) fn needs_touch(&self) -> bool {
+        self.regions.iter().any(|region| region.memory.kind.needs_touch())
     }
 
     /// At the end: the whole guest leaves its userfaultfds.
@@ -418,10 +417,10 @@ impl GuestMemory {
 
     /// For the report: how background pages came into place, in words.
     pub(crate) fn how_pages_landed(&self) -> &'static str {
-        if self.regions.iter().any(GuestRegion::is_copied) {
+        if self.regions.iter().any(|region| region.memory.is_copied_in()) {
             return "none: copied from a buffer";
         }
-        let huge = self.regions.iter().filter(|region| region.file().has_huge_pages).count();
+        let huge = self.regions.iter().filter(|region| region.memory.is_received_into()).count();
         match huge {
             _ if self.comes_in_records.load(Relaxed) => "none: written from a buffer",
             0 => "none: written from a buffer",

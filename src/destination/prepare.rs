@@ -19,7 +19,6 @@ use crate::host::qemu::{self, Backend, Qemu};
 use crate::host::qmp::Qmp;
 use crate::inbox::{Inbox, Wake};
 use crate::memory::claim::{self, User};
-use crate::memory::kind::Kind;
 use crate::report::Output;
 
 pub(crate) use adopting::Adopted;
@@ -172,7 +171,7 @@ fn host(
 
 fn checked(options: &Options, qemu: Qemu, found: &[Backend]) -> Box<dyn DestinationHost> {
     // What becomes QEMU's own memory is copied there in small pages.
-    if options.kind == Kind::Shared
+    if options.kind.is_mapped_shared()
         && let Some(advice) = qemu::advice(found, "source")
     {
         Output::new(options.json).remark(&advice);

@@ -126,7 +126,7 @@ impl LaneReader {
         let receiver = Receiver::for_destination(LaneRole::Bulk);
         let mut receiver = receiver.checked(lane.is_checked());
         receiver.set_regions(regions);
-        let is_small = guest.regions.iter().all(|region| !region.has_huge_pages());
+        let is_small = guest.regions.iter().all(|region| !region.memory.is_received_into());
         let ahead = match lane.take_channel() {
             Some(channel) => {
                 guest.bring_in_records();
@@ -135,7 +135,7 @@ impl LaneReader {
             None if is_small => before.or_else(|| Ahead::new(&guest, AHEAD_BULK_BYTES)),
             None => before,
         };
-        let is_copied = guest.regions.iter().any(|region| region.is_copied());
+        let is_copied = guest.regions.iter().any(|region| region.memory.is_copied_in());
         let goes_unseen = is_small && !is_copied && !receiver.is_checked();
         let is_clear = ahead.as_ref().is_some_and(|ahead| !ahead.channel.has_tls());
         let piped = (goes_unseen && is_clear).then(Piped::new).flatten();
@@ -200,8 +200,8 @@ impl LaneReader {
         };
         let region = self.guest.region(range.region);
         let end = run.byte_offset + self.stuck_bytes as u64;
-        let pages = (end >> region.unit_shift) - range.first;
-        if !region.is_copied() || pages == 0 {
+        let pages = (end >> region.unit_shift()) - range.first;
+        if !region.memory.is_copied_in() || pages == 0 {
             return Ok(());
         }
         let range = PageRange { pages, ..range };
@@ -265,13 +265,13 @@ impl LaneReader {
             Target::Run(run) => {
                 let region = self.guest.region(run.region);
                 // A run of several pages is background on whatever lane.
-                let nobody_waits = self.is_bulk || run.bytes > 1 << region.unit_shift;
+                let nobody_waits = self.is_bulk || run.bytes > 1 << region.unit_shift();
                 if nobody_waits && !self.guest.has_room() {
                     self.held = Some(Held::Room);
                     return self.arm_retry(ring);
                 }
-                let is_small = !region.is_copied() && !region.file().has_huge_pages;
-                let pages = if region.is_copied() || (is_small && nobody_waits) {
+                let is_small = !region.memory.is_copied_in() && !region.memory.is_received_into();
+                let pages = if region.memory.is_copied_in() || (is_small && nobody_waits) {
                     let len = usize::try_from(run.bytes).expect("a run is at most 2 MiB");
                     let staging = self.staging.take();
                     let staging = staging.unwrap_or_else(|| Bytes::with_capacity(STAGING_BYTES));
@@ -432,14 +432,14 @@ impl LaneReader {
             unreachable!("a run that has been received is the current one")
         };
         let region = self.guest.region(run.region);
-        if !region.is_copied() {
+        if !region.memory.is_copied_in() {
             write(&self.guest, staging.as_slice(), &run)?;
             return self.placed(staging, wake, arrived);
         }
         let range = PageRange {
             region: run.region,
-            first: run.byte_offset >> region.unit_shift,
-            pages: run.bytes >> region.unit_shift,
+            first: run.byte_offset >> region.unit_shift(),
+            pages: run.bytes >> region.unit_shift(),
         };
         let done = self.place_from(range, staging.as_slice(), 0)?;
         if done == staging.len() {
@@ -545,12 +545,12 @@ impl LaneReader {
             }
             // Before the pages count as here: with the last of them the digests are read.
             if kind == RunKind::Data && std::mem::take(&mut self.is_verified) {
-                let shift = self.guest.region(range.region).unit_shift;
+                let shift = self.guest.region(range.region).unit_shift();
                 let first = sums::first_summed(range, shift);
                 self.guest.digests.add(range.region, first, &self.sums);
             }
             if kind != RunKind::Data && self.receiver.is_checked() {
-                let shift = self.guest.region(range.region).unit_shift;
+                let shift = self.guest.region(range.region).unit_shift();
                 let first = sums::first_summed(range, shift);
                 let pages = sums::pages_summed(range, shift);
                 self.guest.digests.add_zeroes(range.region, first, pages);

@@ -122,7 +122,7 @@ impl<'a> Migration<'a> {
             runs: true,
             state_loaded: false,
             all_cached: false,
-            all_released: !guest.has_private(),
+            all_released: !guest.needs_touch(),
             guest_ends: false,
             commands,
             demand: reach.waker.clone(),
@@ -192,7 +192,7 @@ impl<'a> Migration<'a> {
     }
 
     pub(super) fn start_toucher(&mut self, eager: bool, side: &GuestSide) -> Result<()> {
-        if !self.guest.has_private() {
+        if !self.guest.needs_touch() {
             return Ok(());
         }
         let process = side.process().expect("our own memory is shared or anonymous");

@@ -207,7 +207,7 @@ struct Later {
 impl Later {
     fn new(guest: &GuestMemory) -> Later {
         let words = |region: &GuestRegion| {
-            let pages = region.bytes >> region.unit_shift;
+            let pages = region.bytes >> region.unit_shift();
             vec![0; usize::try_from(pages.div_ceil(64)).expect("page state is in memory")]
         };
         Later { bits: guest.regions.iter().map(words).collect(), region: 0, page: 0 }
@@ -223,7 +223,7 @@ impl Later {
     /// The next run, which is of one block; every page is given once.
     fn take(&mut self, guest: &GuestMemory) -> Option<PageRange> {
         while let Some(bits) = self.bits.get_mut(self.region) {
-            let shift = guest.regions[self.region].unit_shift;
+            let shift = guest.regions[self.region].unit_shift();
             let block_pages = block_pages(shift);
             let end = guest.regions[self.region].bytes >> shift;
             let is_set = |page: u64| bits[index(page / 64)] >> (page % 64) & 1 == 1;
@@ -259,8 +259,8 @@ impl TouchThread {
             .guest
             .regions
             .iter()
-            .filter(|region| region.kind == crate::memory::kind::Kind::Private)
-            .map(|region| region.bytes >> region.unit_shift)
+            .filter(|region| region.memory.kind.needs_touch())
+            .map(|region| region.bytes >> region.unit_shift())
             .sum();
         let later = if self.eager { Later::default() } else { Later::new(&self.guest) };
         let mut thread = TouchState {
@@ -349,7 +349,7 @@ impl TouchState {
             self.later.add(range);
             return;
         }
-        let shift = self.guest.region(range.region).unit_shift;
+        let shift = self.guest.region(range.region).unit_shift();
         let pages_max = block_pages(shift);
         if let Some(last) = self.ready.back_mut()
             && last.region == range.region
@@ -377,7 +377,7 @@ impl TouchState {
             let end = start + region.byte_offset(range.pages);
             let mut first = range.first;
             for (_, address, len) in region.pieces(start..end) {
-                let pages = len >> region.unit_shift;
+                let pages = len >> region.unit_shift();
                 let piece = PageRange { first, pages, ..range };
                 first += pages;
                 self.commands.extend_from_slice(format!("touch {address} {len}\n").as_bytes());

@@ -17,7 +17,6 @@ use crate::fault::handoff::Handed;
 use crate::fault::own::{Area, Guarded, Mapped};
 use crate::host::thread::Answer;
 use crate::lane::Listener;
-use crate::memory::kind::Kind;
 use crate::uri::Uri;
 
 /// Memory of this process that is to be a region of the guest.
@@ -207,7 +206,7 @@ fn hand_over(guarded: &Guarded, files: Vec<Option<File>>) -> Vec<Handed> {
         .zip(files)
         .map(|((area, page_bytes), file)| Handed {
             name: Some(area.name.clone()),
-            kind: if file.is_some() { Kind::Shared } else { Kind::Anonymous },
+            kind: area.kind(),
             address: area.addresses.start,
             bytes: area.bytes(),
             offset: 0,

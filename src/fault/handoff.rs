@@ -337,11 +337,11 @@ impl HandoffSocket {
             None => Kind::Anonymous,
             Some(kind) => kind.parse().map_err(|error: String| self.strange(&error))?,
         };
-        let descriptors = if kind == Kind::Anonymous { 1 } else { 2 * pieces.len() };
+        let descriptors = if kind.lands_in_file() { 2 * pieces.len() } else { 1 };
         if self.descriptors.len() < descriptors {
             return Ok(None);
         }
-        let shared = (kind == Kind::Anonymous).then(|| self.uffd()).transpose()?;
+        let shared = (!kind.lands_in_file()).then(|| self.uffd()).transpose()?;
         let mut handed = Vec::new();
         for piece in pieces {
             let page_shift = piece.page_shift().map_err(|error| self.strange(error))?;
@@ -363,7 +363,7 @@ impl HandoffSocket {
         let more = pieces.iter().any(|piece| piece.more);
         // The preload object, which hands over files, always does.
         let knows = |version| pieces.iter().all(|piece| piece.umem >= Some(version));
-        let knows_umem = kind != Kind::Anonymous || knows(1);
+        let knows_umem = kind.lands_in_file() || knows(1);
         let keeps_sessions = knows(2);
         Ok(Some(Message::Memory { pieces: handed, more, knows_umem, keeps_sessions }))
     }

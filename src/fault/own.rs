@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use super::open::{self, DEVICE, Faults};
 use super::uffd::Uffd;
 use crate::error::{Context, Error, Result};
+use crate::memory::kind::Kind;
 
 const FEATURES: [(u64, &str); 6] = [
     (open::EVENT_REMOVE, "EVENT_REMOVE"),
@@ -148,6 +149,11 @@ impl Area {
         self.addresses.end - self.addresses.start
     }
 
+    /// How its owner maps it.
+    pub(crate) fn kind(&self) -> Kind {
+        if self.file.is_some() { Kind::Shared } else { Kind::Anonymous }
+    }
+
     fn advise(&self, advice: libc::c_int) -> io::Result<()> {
         let address = usize::try_from(self.addresses.start).expect("64-bit Linux");
         let start = std::ptr::with_exposed_provenance_mut(address);
@@ -188,7 +194,8 @@ fn make() -> Result<OwnedFd> {
 }
 
 fn register(uffd: &OwnedFd, area: &Area) -> Result<()> {
-    let mode = if area.file.is_some() { MODE_MISSING | MODE_MINOR } else { MODE_MISSING };
+    let minor = if area.kind().lands_in_file() { MODE_MINOR } else { 0 };
+    let mode = MODE_MISSING | minor;
     let start = area.addresses.start;
     let mut register = Register { start, len: area.bytes(), mode, ioctls: 0 };
     // SAFETY: the structure is the one that the ioctl takes, alive for the call.
@@ -225,7 +232,7 @@ fn check(area: &Area, is_registered: bool) -> Result<Checked> {
             None => "it is not mapped MAP_PRIVATE | MAP_ANONYMOUS; memory of a file needs the file",
         }));
     }
-    let modes: &[&str] = if area.file.is_some() { &["um", "ui"] } else { &["um"] };
+    let modes: &[&str] = if area.kind().lands_in_file() { &["um", "ui"] } else { &["um"] };
     if is_registered && !modes.iter().all(|mode| mappings.iter().all(|m| m.has(mode))) {
         return Err(wrong(
             "it is not registered with the userfaultfd that was given: register it first, for \
@@ -237,7 +244,8 @@ fn check(area: &Area, is_registered: bool) -> Result<Checked> {
     if !is_whole(area.addresses.start) || !is_whole(area.addresses.end) {
         return Err(wrong("its address and size must be multiples of its page size"));
     }
-    if area.file.is_none() && is_populated(&area.addresses).context(|| "/proc/self/pagemap")? {
+    let is_anonymous = !area.kind().lands_in_file();
+    if is_anonymous && is_populated(&area.addresses).context(|| "/proc/self/pagemap")? {
         return Err(wrong(
             "it has contents already, which no fault would ever replace: discard them with \
              madvise(MADV_DONTNEED), and do not touch it before it is registered",

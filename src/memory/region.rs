@@ -20,6 +20,7 @@ use nix::unistd::Pid;
 use umem_ring::{Fd, Span};
 
 use super::guarded::{self, Gone};
+use super::kind::Backing;
 use super::stamp::Stamp;
 use super::{claim, data};
 use crate::error::{Context, Error, Result};
@@ -51,9 +52,7 @@ pub(crate) struct RamFile {
     pub(crate) bytes: u64,
     /// log2 of the page size: 12 (tmpfs, files) or what hugetlbfs gives.
     pub(crate) page_shift: u8,
-    pub(crate) on_hugetlb: bool,
-    /// Its memory comes in huge pages: from hugetlbfs, or from a tmpfs that makes them.
-    pub(crate) has_huge_pages: bool,
+    pub(crate) backing: Backing,
     /// It is on tmpfs, as a memfd is, or hugetlbfs.
     is_memory: bool,
     /// Others may have the same open file, whose position is theirs.
@@ -184,7 +183,7 @@ impl RamFile {
         let ram =
             RamFile::map(name, file, Some(bytes), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         let ram = RamFile { is_shared: true, ..ram };
-        if ram.has_huge_pages {
+        if ram.backing.has_huge_pages() {
             // Only advice: a kernel without huge pages lands small ones. Where a file gets huge pages by advice
             // alone it stays with small ones, as most of its pages are written to it and not through the mapping.
             // SAFETY: the range is our own mapping; the advice changes no content.
@@ -218,14 +217,17 @@ impl RamFile {
             .cast::<u8>();
         let page_shift = u8::try_from(page_bytes.trailing_zeros()).expect("at most 64");
         let mapping = Arc::new(Mapping { start, len, process: Pid::this() });
-        // A tmpfs gives the size of its huge pages here when it makes them.
-        let has_huge_pages = metadata.blksize() >= super::BLOCK_BYTES;
+        let backing = match on_hugetlb {
+            true => Backing::Hugetlb,
+            // A tmpfs gives the size of its huge pages here when it makes them.
+            false if metadata.blksize() >= super::BLOCK_BYTES => Backing::Huge,
+            false => Backing::Small,
+        };
         Ok(RamFile {
             name: name.into(),
             bytes,
             page_shift,
-            on_hugetlb,
-            has_huge_pages,
+            backing,
             is_memory,
             is_shared: false,
             file,
@@ -351,9 +353,9 @@ impl RamFile {
     /// shorter than that, which the kernel does not tell apart: [`check_length`](RamFile::check_length) does. Of
     /// hugetlbfs everything up to the data is read, so ask for no more than is wanted.
     pub(crate) fn next_data_in(&self, range: Range<u64>) -> Result<Option<u64>> {
-        match self.on_hugetlb {
-            true => data::next_huge(&self.file, range, self.page_shift),
-            false => data::next(&self.file, range, self.is_shared),
+        match self.backing {
+            Backing::Hugetlb => data::next_huge(&self.file, range, self.page_shift),
+            Backing::Small | Backing::Huge => data::next(&self.file, range, self.is_shared),
         }
         .map_err(|error| self.failed(&format!("cannot be read: looking for its data: {error}")))
     }
@@ -420,13 +422,13 @@ impl RamFile {
     /// takes the file's lock, which a bulk thread holds for as long as it writes: a page that is waited for does
     /// not wait for that.
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
-        if self.on_hugetlb {
+        if self.backing == Backing::Hugetlb {
             return match self.copy_in(bytes, offset) {
                 Err(error) if is_forbidden(&error) => self.copy_in_by_pipe(bytes, offset),
                 other => other,
             };
         }
-        if self.has_huge_pages || bytes.len() <= FEW_BYTES {
+        if self.backing.has_huge_pages() || bytes.len() <= FEW_BYTES {
             match self.copy_in(bytes, offset) {
                 // Not in this container.
                 Err(error) if is_forbidden(&error) => {}

@@ -22,7 +22,8 @@ impl GuestMemory {
     pub(crate) fn give(&self, id: PageId, bytes: &[u8]) -> Result<Option<Instant>> {
         let region = self.region(id.region);
         let is_plain = || region.is_plain(id.page) && region.pages.is_wanted(id.page);
-        if !region.can_be_given() || bytes.len() as u64 != region.page_bytes() || !is_plain() {
+        if !region.memory.can_be_given() || bytes.len() as u64 != region.page_bytes() || !is_plain()
+        {
             return Ok(None);
         }
         let began = Instant::now();
@@ -69,8 +70,8 @@ impl GuestMemory {
             return Ok(());
         };
         if let Some(region) = self.regions.get(usize::from(id.region.0))
-            && id.page < region.bytes >> region.unit_shift
-            && region.can_be_given()
+            && id.page < region.bytes >> region.unit_shift()
+            && region.memory.can_be_given()
             && region.pages.get(id.page) == PageState::Landing
         {
             let offset = region.byte_offset(id.page);

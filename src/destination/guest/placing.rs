@@ -32,17 +32,17 @@ impl GuestMemory {
         let within = |offset: u64| usize::try_from(offset - start).expect("a buffer's length");
         while at < end {
             let part = region.part_at(at);
-            let len = GATE_BYTES_MAX.max(1 << region.unit_shift);
+            let len = GATE_BYTES_MAX.max(1 << region.unit_shift());
             let to = end.min(part.offset + part.bytes).min(at + len);
             let source = &self.sources[part.source];
             let _gate = source.open_gate();
             let chunk = &bytes[within(at)..within(to)];
-            let unit_bytes = 1 << region.unit_shift;
-            let first = at >> region.unit_shift;
+            let unit_bytes = 1 << region.unit_shift();
+            let first = at >> region.unit_shift();
             for run in runs(chunk, unit_bytes, |unit| region.is_plain(first + unit)) {
                 let offset = at + run.start as u64;
                 let (first, units) =
-                    (offset >> region.unit_shift, (run.bytes.len() / unit_bytes) as u64);
+                    (offset >> region.unit_shift(), (run.bytes.len() / unit_bytes) as u64);
                 let placed = if run.is_plain {
                     copy_in(region, part, source, offset, run.bytes)?
                 } else {
@@ -65,7 +65,7 @@ impl GuestMemory {
         let region = self.region(id.region);
         debug_assert_eq!(region.pages.get(id.page), PageState::Cached);
         let offset = region.byte_offset(id.page);
-        if region.unit_is_page() {
+        if region.memory.unit_is_page() {
             return self.show(region, offset);
         }
         // Whoever waits faults again, and is shown the one page that it needs.
@@ -73,7 +73,7 @@ impl GuestMemory {
         let address = part.address + (offset - part.offset);
         self.sources[part.source]
             .uffd
-            .wake(address, 1 << region.unit_shift)
+            .wake(address, 1 << region.unit_shift())
             .context(|| what(region))?;
         Ok(true)
     }
@@ -94,7 +94,7 @@ impl GuestMemory {
         // A page of zeroes is in no file yet; a neighbour that lands in the same huge page may
         // allocate it between the two calls, so that the first one works the second time.
         for _ in 0..3 {
-            if region.file.is_some() {
+            if region.memory.kind.lands_in_file() {
                 match uffd.map(address, len).map_err(|error| failed(region, error))?.stop {
                     None => return Ok(true),
                     Some(Stop::Again) => return Ok(false),
@@ -102,8 +102,8 @@ impl GuestMemory {
                     Some(Stop::NotPresent) => {}
                 }
             }
-            if let Some(file) = region.file.as_ref().filter(|file| file.on_hugetlb) {
-                file.allocate_page(offset)?;
+            if region.memory.allocates_in_file() {
+                region.file().allocate_page(offset)?;
                 continue;
             }
             match zero(region, uffd, address, len)?.stop {
@@ -125,7 +125,7 @@ impl GuestMemory {
         let region = self.region(range.region);
         let mut at = region.byte_offset(range.first);
         let end = at + region.byte_offset(range.pages);
-        let done = |at: u64| (at >> region.unit_shift) - range.first;
+        let done = |at: u64| (at >> region.unit_shift()) - range.first;
         while at < end {
             let part = region.part_at(at);
             let source = &self.sources[part.source];
@@ -158,7 +158,7 @@ impl GuestMemory {
 
 /// Zeroes at an address; UFFDIO_ZEROPAGE does not know the pages of hugetlb.
 fn zero(region: &GuestRegion, uffd: &Uffd, address: u64, len: u64) -> Result<Placed> {
-    if region.page_shift == 12 {
+    if region.memory.has_zero_page() {
         return uffd.zero(address, len).map_err(|error| failed(region, error));
     }
     let page = usize::try_from(region.page_bytes()).expect("64-bit Linux");
@@ -208,7 +208,7 @@ fn copy_rest(
     offset: u64,
     bytes: &[u8],
 ) -> Result<bool> {
-    let unit = offset >> region.unit_shift;
+    let unit = offset >> region.unit_shift();
     if region.pages.get(unit) == PageState::Discarded {
         return Ok(true);
     }
@@ -216,7 +216,7 @@ fn copy_rest(
         return copy_in(region, part, source, offset, bytes);
     };
     for (page, count) in discarded.runs(false) {
-        let (from, len) = (page << region.page_shift, count << region.page_shift);
+        let (from, len) = (page << region.page_shift(), count << region.page_shift());
         let at = usize::try_from(from).expect("a buffer's length");
         let len = usize::try_from(len).expect("a buffer's length");
         let copied = copy_in(region, part, source, offset + from, &bytes[at..at + len]);

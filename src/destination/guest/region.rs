@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::memory::blocks::Blocks;
 use crate::memory::claims::RunKind;
 use crate::memory::fragments::Fragments;
-use crate::memory::kind::Kind;
+use crate::memory::kind::{Backing, Kind, RegionMemory};
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::region::RamFile;
 
@@ -25,12 +25,10 @@ pub(crate) struct Part {
 /// One region: its file, where the guest has it, and what of it has come.
 pub(crate) struct GuestRegion {
     pub(crate) name: String,
-    pub(crate) kind: Kind,
     pub(crate) bytes: u64,
-    /// log2 of what lands as one: the larger of both sides' page sizes. All page numbers count these.
-    pub(crate) unit_shift: u8,
-    /// log2 of the size of the guest's pages here.
-    pub(super) page_shift: u8,
+    /// What it is, and so what can be done with it. Its unit, the larger of both sides' page sizes, lands as one: all
+    /// page numbers count units.
+    pub(crate) memory: RegionMemory,
     pub(super) file: Option<RamFile>,
     /// In the order of their offsets; together they are the region.
     pub(super) parts: Vec<Part>,
@@ -46,7 +44,7 @@ pub(crate) struct RegionSetup {
     pub(crate) bytes: u64,
     pub(crate) unit_shift: u8,
     pub(crate) page_shift: u8,
-    /// None for anonymous memory.
+    /// None for memory that has none ([`Kind::lands_in_file`]).
     pub(crate) file: Option<RamFile>,
     /// Sorted, without gaps, each of whole units.
     pub(crate) parts: Vec<Part>,
@@ -55,13 +53,15 @@ pub(crate) struct RegionSetup {
 impl GuestRegion {
     pub(crate) fn new(setup: RegionSetup) -> GuestRegion {
         let RegionSetup { name, kind, bytes, unit_shift, page_shift, file, parts } = setup;
+        assert_eq!(file.is_some(), kind.lands_in_file(), "RAM {name} is {kind}");
+        let backing = file.as_ref().map_or(Backing::of_pages(page_shift), |file| file.backing);
+        let memory = RegionMemory { kind, backing, page_shift, unit_shift };
+        memory.assert_possible();
         let units = bytes >> unit_shift;
         GuestRegion {
             name,
-            kind,
             bytes,
-            unit_shift,
-            page_shift,
+            memory,
             file,
             parts,
             pages: PageStates::new(units),
@@ -71,7 +71,7 @@ impl GuestRegion {
     }
 
     pub(crate) fn byte_offset(&self, page: u64) -> u64 {
-        page << self.unit_shift
+        page << self.unit_shift()
     }
 
     /// The file that pages land in.
@@ -87,29 +87,18 @@ impl GuestRegion {
         self.file.iter().for_each(RamFile::end_move);
     }
 
-    /// Pages of this region come into place by way of a buffer, whatever lane brings them.
-    pub(crate) fn is_copied(&self) -> bool {
-        self.kind == Kind::Anonymous
+    /// log2 of what lands as one. All page numbers count these.
+    pub(crate) fn unit_shift(&self) -> u8 {
+        self.memory.unit_shift
     }
 
-    /// Its memory comes in huge pages, which can be received into.
-    pub(crate) fn has_huge_pages(&self) -> bool {
-        self.file.as_ref().is_some_and(|file| file.has_huge_pages)
-    }
-
-    /// Its pages are small, and UFFDIO_COPY makes one in the file and shows it, both at once.
-    pub(super) fn can_be_given(&self) -> bool {
-        let is_small = self.page_shift == 12 && self.unit_is_page();
-        let file = self.file.as_ref().filter(|file| !file.on_hugetlb && !file.has_huge_pages);
-        self.kind == Kind::Shared && is_small && file.is_some()
+    /// log2 of the size of the guest's pages here.
+    pub(super) fn page_shift(&self) -> u8 {
+        self.memory.page_shift
     }
 
     pub(super) fn page_bytes(&self) -> u64 {
-        1 << self.page_shift
-    }
-
-    pub(super) fn unit_is_page(&self) -> bool {
-        self.unit_shift == self.page_shift
+        1 << self.page_shift()
     }
 
     /// The part that a byte of the region is in.
@@ -136,36 +125,36 @@ impl GuestRegion {
     /// not is of zeroes, or the guest's own already, which zeroes do not change.
     pub(super) fn kind_at(&self, page: u64, end: u64) -> Result<(RunKind, u64)> {
         let data = self.file().next_data_in(self.byte_offset(page)..self.byte_offset(end))?;
-        let next = data.map_or(end, |offset| (offset >> self.unit_shift).min(end));
+        let next = data.map_or(end, |offset| (offset >> self.unit_shift()).min(end));
         Ok(if next > page { (RunKind::Hole, next - page) } else { (RunKind::Data, 1) })
     }
 
     /// Nothing of the unit has been discarded.
     pub(super) fn is_plain(&self, unit: u64) -> bool {
         self.pages.get(unit) == PageState::Landing
-            && (self.unit_is_page() || !self.fragments.any_in(unit, 1))
+            && (self.memory.unit_is_page() || !self.fragments.any_in(unit, 1))
     }
 
     /// Bytes of the region have been discarded by the guest.
     pub(super) fn discard(&self, bytes: Range<u64>) {
-        let unit_bytes = 1u64 << self.unit_shift;
+        let unit_bytes = 1u64 << self.unit_shift();
         let whole = bytes.start.next_multiple_of(unit_bytes)..bytes.end / unit_bytes * unit_bytes;
         if whole.start < whole.end {
             self.pages.discard(
-                whole.start >> self.unit_shift,
-                (whole.end - whole.start) >> self.unit_shift,
+                whole.start >> self.unit_shift(),
+                (whole.end - whole.start) >> self.unit_shift(),
             );
         }
-        if self.unit_is_page() {
+        if self.memory.unit_is_page() {
             return;
         }
         let head = bytes.start..bytes.end.min(whole.start);
         let tail = bytes.start.max(whole.end).max(head.end)..bytes.end;
         for rest in [head, tail] {
             if rest.start < rest.end {
-                let unit = rest.start >> self.unit_shift;
-                let first = (rest.start - self.byte_offset(unit)) >> self.page_shift;
-                self.fragments.add(unit, first, (rest.end - rest.start) >> self.page_shift);
+                let unit = rest.start >> self.unit_shift();
+                let first = (rest.start - self.byte_offset(unit)) >> self.page_shift();
+                self.fragments.add(unit, first, (rest.end - rest.start) >> self.page_shift());
                 // What has come already is the kernel's to discard.
                 if self.pages.get(unit) == PageState::Cached {
                     self.fragments.take(unit);
@@ -177,7 +166,7 @@ impl GuestRegion {
     /// Landing → Cached for pages whose bytes are in the file. Of what has been discarded meanwhile the bytes are
     /// given back first. The gate of the part that they lie in is held open.
     pub(super) fn finish_in_file(&self, first: u64, pages: u64) -> Result<()> {
-        let unit_bytes = 1 << self.unit_shift;
+        let unit_bytes = 1 << self.unit_shift();
         self.discard_fragments(first, pages)?;
         self.pages
             .finish(first, pages, |page| self.file().discard(self.byte_offset(page), unit_bytes))
@@ -185,14 +174,14 @@ impl GuestRegion {
 
     /// Gives back what has landed in the file for discarded parts of units.
     fn discard_fragments(&self, first: u64, units: u64) -> Result<()> {
-        if self.unit_is_page() || !self.fragments.any_in(first, units) {
+        if self.memory.unit_is_page() || !self.fragments.any_in(first, units) {
             return Ok(());
         }
         for unit in first..first + units {
             let Some(discarded) = self.fragments.take(unit) else { continue };
             for (page, count) in discarded.runs(true) {
-                let offset = self.byte_offset(unit) + (page << self.page_shift);
-                self.file().discard(offset, count << self.page_shift)?;
+                let offset = self.byte_offset(unit) + (page << self.page_shift());
+                self.file().discard(offset, count << self.page_shift())?;
             }
         }
         Ok(())

@@ -9,7 +9,6 @@ use super::{GuestMemory, GuestRegion, what};
 use crate::error::{Context, Error, Result};
 use crate::fault::uffd::{Event, MESSAGE_BYTES};
 use crate::memory::claims::RunKind;
-use crate::memory::kind::Kind;
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::words::{COUNTERS, EVENTS_BYTES, Extent, State};
 
@@ -29,8 +28,8 @@ impl GuestMemory {
     /// What a memory file for the states has to hold of each region.
     pub(crate) fn extents(&self) -> Vec<Extent> {
         let extent = |region: &GuestRegion| Extent {
-            pages: region.bytes >> region.unit_shift,
-            parts_per_page: 1 << (region.unit_shift - region.page_shift),
+            pages: region.bytes >> region.unit_shift(),
+            parts_per_page: 1 << (region.unit_shift() - region.page_shift()),
         };
         self.regions.iter().map(extent).collect()
     }
@@ -40,7 +39,7 @@ impl GuestMemory {
     pub(crate) fn share(&mut self, state: &State) {
         for (index, region) in self.regions.iter_mut().enumerate() {
             let words = state.region(index);
-            region.pages = PageStates::over(words.states, region.bytes >> region.unit_shift);
+            region.pages = PageStates::over(words.states, region.bytes >> region.unit_shift());
             if let Some(parts) = words.parts {
                 let pages = &region.pages;
                 region.fragments.share(parts, |unit| pages.get(unit) == PageState::Cached);
@@ -77,7 +76,7 @@ impl GuestMemory {
                 pages_done += pages;
                 let range = PageRange { region: id, first, pages };
                 // Private memory is complete when it has been released (again).
-                if region.kind == Kind::Private { Ok(()) } else { self.complete(range) }
+                if region.memory.kind.needs_touch() { Ok(()) } else { self.complete(range) }
             })?;
         }
         self.counters.pages_done.store(pages_done, SeqCst);
@@ -118,7 +117,7 @@ impl GuestMemory {
     /// of that. The toucher runs.
     pub(crate) fn touch_again(&self) -> Result<()> {
         for (index, region) in self.regions.iter().enumerate() {
-            if region.kind != Kind::Private {
+            if !region.memory.kind.needs_touch() {
                 continue;
             }
             let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));

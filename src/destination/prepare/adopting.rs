@@ -13,7 +13,7 @@ use crate::destination::guest::{
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
 use crate::fault::uffd::Uffd;
-use crate::memory::kind::Kind;
+use crate::memory::kind::{Backing, Kind};
 use crate::memory::region::RamFile;
 
 /// What [`Prepared::adopt`] makes of the guest's memory.
@@ -132,13 +132,17 @@ impl Found {
             )));
         }
         let page_shift = file.as_ref().map_or(page_shift, |file| file.page_shift);
-        if kind == Kind::Private && page_shift != 12 {
+        if kind.needs_touch() && page_shift != 12 {
             return Err(Error::Unsupported(format!(
                 "RAM {name}: --kind private needs a file of 4 KiB pages, on tmpfs; use --kind \
                  shared, or anonymous memory, for hugetlbfs"
             )));
         }
         Ok(Found { name, kind, bytes, page_shift, unit_shift: page_shift, file, parts })
+    }
+
+    fn backing(&self) -> Backing {
+        self.file.as_ref().map_or(Backing::of_pages(self.page_shift), |file| file.backing)
     }
 
     fn set_unit(&mut self, unit: PageSize) -> Result<()> {
@@ -153,7 +157,7 @@ impl Found {
                 self.name
             )));
         }
-        if self.kind == Kind::Anonymous && unit.bytes() > COPIED_PAGE_BYTES_MAX {
+        if !self.kind.lands_in_file() && unit.bytes() > COPIED_PAGE_BYTES_MAX {
             return Err(Error::Unsupported(format!(
                 "RAM {} has pages of {unit}: anonymous memory can be filled with pages of 4 KiB and \
                  2 MiB",
@@ -193,7 +197,7 @@ const WITHOUT_ROOM: &str = "take the guest all the same with `umem incoming --ov
 fn check_space(regions: &[Found]) -> Result<()> {
     for (region, file) in regions.iter().filter_map(|r| Some((r, r.file.as_ref()?))) {
         // A private file holds little of its region at a time.
-        if region.kind == Kind::Private {
+        if region.kind.needs_touch() {
             continue;
         }
         let free = file.free_bytes()?;
@@ -208,10 +212,7 @@ fn check_space(regions: &[Found]) -> Result<()> {
             )));
         }
     }
-    let is_hugetlb = |r: &&Found| match &r.file {
-        Some(file) => file.on_hugetlb,
-        None => r.page_shift != 12,
-    };
+    let is_hugetlb = |region: &&Found| region.backing() == Backing::Hugetlb;
     let needed: u64 = regions.iter().filter(|r| !is_hugetlb(r)).map(|r| r.bytes).sum();
     let available = available_bytes();
     if let Some(available) = available.filter(|&available| available < needed) {

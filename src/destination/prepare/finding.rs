@@ -23,7 +23,6 @@ use crate::host::qemu::{Backend, Qemu};
 use crate::host::qmp::Qmp;
 use crate::inbox::{Inbox, Wake};
 use crate::memory::claim::{self, User};
-use crate::memory::kind::Kind;
 
 /// A QEMU that was asked which memory it has, and its answer.
 type Asked = (Qemu, Vec<Backend>);
@@ -290,7 +289,7 @@ fn assign(
 
 fn not_handed_over(options: &Options, backend: &Backend) -> Error {
     let (name, path) = (&backend.name, backend.path.display());
-    if options.kind == Kind::Private && backend.is_shared {
+    if options.kind.needs_touch() && backend.is_shared {
         return Error::Unsupported(format!(
             "RAM backend {name} has share=on, and --kind private is for memory that becomes the guest's own: give it \
              share=off, or leave out --kind"

@@ -71,13 +71,13 @@ impl LaneReader {
                 Target::Run(run) => {
                     let region = self.guest.region(run.region);
                     // A run of several pages is background on whatever lane.
-                    let nobody_waits = self.is_bulk || run.bytes > 1 << region.unit_shift;
+                    let nobody_waits = self.is_bulk || run.bytes > 1 << region.unit_shift();
                     if nobody_waits && !self.guest.has_room() {
                         self.held = Some(Held::Room);
                         return self.arm_retry(ring);
                     }
                     let there = usize::try_from(run.bytes).expect("64-bit Linux");
-                    if !region.is_copied() && region.unit_shift > AHEAD_SHIFT_MAX {
+                    if !region.memory.is_copied_in() && region.unit_shift() > AHEAD_SHIFT_MAX {
                         let there = bytes.len().min(there - *placed);
                         if there == 0 {
                             break;
@@ -112,15 +112,15 @@ impl LaneReader {
                         self.is_verified = true;
                         continue;
                     }
-                    let pages = there.min(bytes.len()) >> region.unit_shift;
+                    let pages = there.min(bytes.len()) >> region.unit_shift();
                     if pages == 0 {
                         break;
                     }
-                    let whole = pages << region.unit_shift;
-                    if region.is_copied() {
+                    let whole = pages << region.unit_shift();
+                    if region.memory.is_copied_in() {
                         let range = PageRange {
                             region: run.region,
-                            first: run.byte_offset >> region.unit_shift,
+                            first: run.byte_offset >> region.unit_shift(),
                             pages: pages as u64,
                         };
                         let copied = self.guest.place(range, &bytes[..whole], placed);
@@ -132,7 +132,7 @@ impl LaneReader {
                         }
                         *placed = 0;
                     } else {
-                        let page = run.byte_offset >> region.unit_shift;
+                        let page = run.byte_offset >> region.unit_shift();
                         let page = PageId { region: run.region, page };
                         // All of the run, not what is left of one: the others of its pages are not given.
                         let is_one = self.current.is_some_and(|run| run.pages == 1);

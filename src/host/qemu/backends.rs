@@ -148,7 +148,7 @@ impl Qemu {
             )));
         }
         // Of private memory the preload object has seen that it is mapped so.
-        if wanted == Kind::Shared && !is_shared {
+        if wanted.is_mapped_shared() && !is_shared {
             return Err(Error::Unsupported(format!(
                 "RAM backend {name} has share=off: its file does not hold what the guest writes; \
                  add share=on to its -object option"

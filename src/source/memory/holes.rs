@@ -30,7 +30,7 @@ impl Holes {
         (self.start, self.until) = (start, 0);
         // Of a huge page that is mapped the kernel knows at once that all of it is there; of one that is not it
         // looks up each 4 KiB, which took 7 % of a lane's thread at 40 Gbit/s. Data is going to be read anyway.
-        if ram.has_huge_pages
+        if ram.backing.has_huge_pages()
             && let Some(data) = ram.next_data_in(start..start + len)?
         {
             ram.map_in(data)?;

@@ -38,21 +38,21 @@ pub(crate) mod words {
 
 pub(crate) mod region {
     use crate::error::Result;
+    use crate::memory::kind::Backing;
     use crate::sync::AtomicU32;
     use crate::sync::Ordering::SeqCst;
 
     /// A RAM file of a few pages of 4 KiB, of each of which it is known whether it is of zeroes. The kernel locks
     /// a page for what is done to it.
     pub(crate) struct RamFile {
-        pub(crate) on_hugetlb: bool,
-        pub(crate) has_huge_pages: bool,
+        pub(crate) backing: Backing,
         pages: Vec<AtomicU32>,
     }
 
     impl RamFile {
         pub(crate) fn of_zeroes(pages: u64) -> RamFile {
             let pages = (0..pages).map(|_| AtomicU32::new(0)).collect();
-            RamFile { on_hugetlb: false, has_huge_pages: false, pages }
+            RamFile { backing: Backing::Small, pages }
         }
 
         pub(crate) fn write(&self, page: usize) {
