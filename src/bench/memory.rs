@@ -143,11 +143,8 @@ impl Landing {
             let name = name(index);
             let (mapping, file) = mapped(place, bytes)?;
             let address = mapping.start.as_ptr().expose_provenance() as u64;
-            let registered = match place.kind {
-                MemoryKind::Shared => uffd.register_shared(address, bytes),
-                MemoryKind::Anonymous => uffd.register_anonymous(address, bytes),
-            };
-            registered.context(|| "registering memory with userfaultfd")?;
+            uffd.register(address, bytes, place.kind.into())
+                .context(|| "registering memory with userfaultfd")?;
             mappings.push(mapping);
             guest_regions.push(GuestRegion::new(RegionSetup {
                 name: name.clone(),
@@ -324,7 +321,8 @@ fn fill(place: Place, bytes: u64) -> Result<()> {
     let mapping = Mapping::anonymous(bytes, place.pages)?;
     let start = mapping.start.as_ptr().expose_provenance() as u64;
     let uffd = Uffd::for_this_process().context(|| "userfaultfd")?;
-    uffd.register_anonymous(start, bytes).context(|| "registering memory with userfaultfd")?;
+    uffd.register(start, bytes, place.kind.into())
+        .context(|| "registering memory with userfaultfd")?;
     for offset in (0..bytes).step_by(step) {
         let mut done = 0;
         while done < step {

@@ -1,8 +1,11 @@
-//! Opening a userfaultfd for this process's own memory.
+//! Opening a userfaultfd for this process's own memory, and registering memory with it.
 
 use std::fs::OpenOptions;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use crate::memory::kind::Kind;
 
 /// The file whose permissions are the modern way to allow userfaultfd (Linux 6.1).
 pub(crate) const DEVICE: &str = "/dev/userfaultfd";
@@ -81,3 +84,31 @@ struct Api {
 }
 
 nix::ioctl_readwrite!(ioctl_api, 0xaa, 0x3f, Api);
+
+/// Registers addresses of this process: for missing faults, and for minor ones where pages land in a file.
+///
+/// # Errors
+/// EINVAL for memory that userfaultfd does not know, EBUSY for what another userfaultfd has.
+pub(crate) fn register(uffd: &OwnedFd, addresses: &Range<u64>, kind: Kind) -> io::Result<()> {
+    let minor = if kind.lands_in_file() { MODE_MINOR } else { 0 };
+    let len = addresses.end - addresses.start;
+    let mut register =
+        Register { start: addresses.start, len, mode: MODE_MISSING | minor, ioctls: 0 };
+    // SAFETY: the structure is the one that the ioctl takes, alive for the call; the kernel checks the range.
+    unsafe { ioctl_register(uffd.as_raw_fd(), &mut register) }?;
+    Ok(())
+}
+
+const MODE_MISSING: u64 = 1 << 0;
+const MODE_MINOR: u64 = 1 << 2;
+
+/// `struct uffdio_register`.
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+nix::ioctl_readwrite!(ioctl_register, 0xaa, 0x00, Register);

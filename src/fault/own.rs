@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -25,24 +25,10 @@ const FEATURES: [(u64, &str); 6] = [
     (open::MINOR_SHMEM, "MINOR_SHMEM (Linux 5.14)"),
 ];
 
-const MODE_MISSING: u64 = 1 << 0;
-const MODE_MINOR: u64 = 1 << 2;
-
 /// Present in memory, or swapped out (`Documentation/admin-guide/mm/pagemap.rst`).
 const PAGEMAP_POPULATED: u64 = 1 << 63 | 1 << 62;
 /// Entries of the page map read at a time.
 const PAGEMAP_ENTRIES: usize = 8192;
-
-/// `struct uffdio_register`.
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-nix::ioctl_readwrite!(ioctl_register, 0xaa, 0x00, Register);
 
 /// A piece of this process's memory that is to be filled.
 #[derive(Clone, Debug)]
@@ -194,17 +180,11 @@ fn make() -> Result<OwnedFd> {
 }
 
 fn register(uffd: &OwnedFd, area: &Area) -> Result<()> {
-    let minor = if area.kind().lands_in_file() { MODE_MINOR } else { 0 };
-    let mode = MODE_MISSING | minor;
-    let start = area.addresses.start;
-    let mut register = Register { start, len: area.bytes(), mode, ioctls: 0 };
-    // SAFETY: the structure is the one that the ioctl takes, alive for the call.
-    unsafe { ioctl_register(uffd.as_raw_fd(), &mut register) }.map_err(|errno| {
+    open::register(uffd, &area.addresses, area.kind()).map_err(|error| {
         Error::Unsupported(format!(
-            "RAM {} cannot be registered with userfaultfd: {}; shared memory must be of a memfd, of \
+            "RAM {} cannot be registered with userfaultfd: {error}; shared memory must be of a memfd, of \
              tmpfs or of hugetlbfs, and no other userfaultfd may have it",
-            area.name,
-            io::Error::from(errno)
+            area.name
         ))
     })?;
     Ok(())

@@ -13,6 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use umem_ring::Span;
 
 use super::open::{self, Faults};
+use crate::memory::kind::Kind;
 
 /// Bytes of one event as read from the descriptor.
 pub(crate) const MESSAGE_BYTES: usize = 32;
@@ -88,17 +89,6 @@ struct CopyOperation {
     done: i64,
 }
 
-#[repr(C)]
-struct Register {
-    range: Range,
-    mode: u64,
-    ioctls: u64,
-}
-
-const MODE_MISSING: u64 = 1 << 0;
-const MODE_MINOR: u64 = 1 << 2;
-
-nix::ioctl_readwrite!(ioctl_register, 0xaa, 0x00, Register);
 nix::ioctl_read!(ioctl_unregister, 0xaa, 0x01, Range);
 nix::ioctl_read!(ioctl_wake, 0xaa, 0x02, Range);
 nix::ioctl_readwrite!(ioctl_copy, 0xaa, 0x03, CopyOperation);
@@ -180,21 +170,9 @@ impl Uffd {
         Ok(Uffd::new(uffd))
     }
 
-    /// Registers a mapping of shared memory for missing and minor faults.
-    pub(crate) fn register_shared(&self, start: u64, len: u64) -> io::Result<()> {
-        self.register(start, len, MODE_MISSING | MODE_MINOR)
-    }
-
-    /// Registers a mapping of anonymous memory, small pages or hugetlb's, for missing faults.
-    pub(crate) fn register_anonymous(&self, start: u64, len: u64) -> io::Result<()> {
-        self.register(start, len, MODE_MISSING)
-    }
-
-    fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
-        let mut register = Register { range: Range { start, len }, mode, ioctls: 0 };
-        // SAFETY: the struct is the ioctl's own and outlives the call; the kernel checks the range.
-        unsafe { ioctl_register(self.0.descriptor.as_raw_fd(), &mut register) }?;
-        Ok(())
+    /// Registers a mapping of this process, of this kind of memory.
+    pub(crate) fn register(&self, start: u64, len: u64, kind: Kind) -> io::Result<()> {
+        open::register(&self.0.descriptor, &(start..start + len), kind)
     }
 
     pub(crate) fn descriptor(&self) -> Arc<OwnedFd> {
@@ -410,7 +388,7 @@ mod tests {
             unsafe { mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0) };
         let start = start.unwrap();
         let address = start.as_ptr().expose_provenance() as u64;
-        uffd.register_shared(address, BYTES).unwrap();
+        uffd.register(address, BYTES, Kind::Shared).unwrap();
         // Something that no userfaultfd takes lies in the midst of it now.
         let other = File::open("/proc/self/exe").unwrap();
         let at = NonZeroUsize::new(address as usize + STEP_BYTES as usize).unwrap();

@@ -36,7 +36,7 @@ impl Guest {
         let mapping = RamFile::from_handoff("guest", file.try_clone().unwrap()).unwrap();
         let uffd = Uffd::for_this_process().unwrap();
         let address = mapping.span(0, PAGES << 12).as_ptr().expose_provenance() as u64;
-        uffd.register_shared(address, PAGES << 12).unwrap();
+        uffd.register(address, PAGES << 12, Kind::Shared).unwrap();
         let region = GuestRegion::new(RegionSetup {
             name: "ram".into(),
             kind: Kind::Shared,

@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 use crate::accepting::{Accepted, ROOM_INTERVAL};
 use crate::error::{Context, Error, Result};
 use crate::fault::open::{self, Faults};
+use crate::memory::kind::Kind;
 
 use commands::serve;
 
@@ -149,14 +150,8 @@ fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
     open::handshake(&uffd, features).context(
         || "this kernel's userfaultfd lacks EVENT_REMOVE, THREAD_ID or MISSING_HUGETLBFS",
     )?;
-    let mut register = uffd::Register {
-        start: memory.area().start + shard.start,
-        length: shard.end - shard.start,
-        mode: uffd::MODE_MISSING,
-        ioctls: 0,
-    };
-    // SAFETY: the structure is the one that the ioctl takes, alive for the call.
-    unsafe { uffd::register(uffd.as_raw_fd(), &mut register) }
+    let start = memory.area().start;
+    open::register(&uffd, &(start + shard.start..start + shard.end), Kind::Anonymous)
         .context(|| format!("registering RAM {} with userfaultfd", memory.name))?;
     Ok(uffd)
 }
@@ -170,22 +165,6 @@ fn create() -> Result<OwnedFd> {
              /dev/userfaultfd, or set `sysctl vm.unprivileged_userfaultfd=1`; `umem doctor` says more"
         ))),
     }
-}
-
-mod uffd {
-    //! As far as needed here; numbers and layouts are those of `linux/userfaultfd.h`.
-
-    pub(super) const MODE_MISSING: u64 = 1 << 0;
-
-    #[repr(C)]
-    pub(super) struct Register {
-        pub(super) start: u64,
-        pub(super) length: u64,
-        pub(super) mode: u64,
-        pub(super) ioctls: u64,
-    }
-
-    nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
 }
 
 /// What has been handed over.
