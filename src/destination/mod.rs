@@ -19,7 +19,6 @@ mod keeping;
 mod latency;
 mod link;
 mod phases;
-mod piped;
 mod prepare;
 pub(crate) mod reader;
 mod recovery;

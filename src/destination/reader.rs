@@ -11,7 +11,7 @@
 //! process has a mapping of anonymous memory; a page that a vCPU waits for is given to the guest from there.
 //! The demand lane is read ahead too whatever the pages are, if they are not too large: an answer and its header
 //! take one receive. What is left of a long run, beyond what has been read ahead, goes through a pipe into the
-//! file (`piped.rs`), which spares the way through the buffer.
+//! file (`pipe.rs`), which spares the way through the buffer.
 //!
 //! A bulk lane of TLS is read ahead whatever the pages are: records are decrypted in the buffer that they were
 //! received into, while it is in the cache, and their contents go the same way on. Of a huge page what is
@@ -25,6 +25,7 @@
 //! and nothing further is taken from the lane meanwhile: the thread goes on with what else it does.
 
 mod failing;
+mod pipe;
 mod read_ahead;
 
 use std::os::fd::OwnedFd;
@@ -37,13 +38,13 @@ use umem_wire::{Event, HEADER_BYTES, LaneRole, PageRange, Receiver, RegionTable,
 use super::ahead::{AHEAD_BULK_BYTES, AHEAD_DEMAND_BYTES, Ahead};
 use super::faults::RETRY_INTERVAL;
 use super::guest::{GuestMemory, PageId};
-use super::piped::Piped;
 use crate::error::{Error, Result};
 use crate::lane::Lane;
 use crate::memory::claims::RunKind;
 use crate::memory::guarded::Gone;
 use crate::memory::sums;
 use failing::write;
+use pipe::Piped;
 
 /// Completion tokens of the reader; the threads' own tokens start above.
 pub(crate) const TOKEN_CONTROL: u64 = 0;

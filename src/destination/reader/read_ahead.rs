@@ -4,10 +4,10 @@ use umem_ring::{Op, Outcome, Ring};
 use umem_wire::{PageRange, RunTarget, Target};
 
 use super::failing::{not_written, write};
+use super::pipe::{Piped, Stage, Stuck};
 use super::{Arrived, Given, Held, LaneReader, TOKEN_AHEAD, TOKEN_READABLE};
 use crate::destination::ahead::{AHEAD_SHIFT_MAX, Ahead};
 use crate::destination::guest::PageId;
-use crate::destination::piped::{Piped, Stage, Stuck};
 use crate::error::{Error, Result};
 use crate::memory::sums;
 

@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 const WORTHWHILE_BYTES: u64 = 64 << 10;
 
 /// What one turn moves at most: as much as a receive that reads ahead.
-const TURN_BYTES: usize = super::ahead::AHEAD_BULK_BYTES;
+const TURN_BYTES: usize = crate::destination::ahead::AHEAD_BULK_BYTES;
 
 /// The pipe's size. It is counted in pages, and a slot takes whatever piece of a packet has come, which may be
 /// less than one: this leaves room for a turn of packets of 1 KiB. Who has no privileges may have as much
