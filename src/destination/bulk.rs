@@ -8,7 +8,6 @@ use umem_wire::{Event, RegionTable, Seal};
 
 use super::Note;
 use super::acks::Acks;
-use super::ahead::Ahead;
 use super::faults::{self, Servers};
 use super::guest::{GuestMemory, PageId};
 use super::reader::{Arrived, LaneReader, TOKEN_FREE};
@@ -20,6 +19,7 @@ use crate::lane::{self, Lane};
 use crate::panics;
 use crate::priority::{self, Courtesy};
 use crate::report::Counters;
+use crate::secure::Channel;
 use crate::worker::Started;
 
 /// How long the other end of a lane of TLS that has ended may take to close it.
@@ -38,7 +38,7 @@ pub(crate) struct BulkLane {
     /// Who wakes vCPUs.
     pub(crate) servers: Servers,
     /// What another one has read of the lane beyond its own end, where they follow each other.
-    pub(crate) ahead: Option<Ahead>,
+    pub(crate) ahead: Option<Channel>,
     pub(crate) post: Post<Note>,
 }
 
@@ -50,7 +50,7 @@ impl BulkLane {
         let (post, socket) = (self.post.clone(), self.lane.socket());
         let ahead = self.pass(started)?;
         post.send(Note::BulkEnded);
-        if let Some(Ahead { mut channel, .. }) = ahead {
+        if let Some(mut channel) = ahead {
             channel.part(&socket);
             channel.linger(&socket, LINGER);
         }
@@ -58,7 +58,7 @@ impl BulkLane {
     }
 
     /// The same; returns what has been read of the lane beyond its end.
-    pub(crate) fn pass(mut self, started: Started<Waker>) -> Result<Option<Ahead>> {
+    pub(crate) fn pass(mut self, started: Started<Waker>) -> Result<Option<Channel>> {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
             core: self.core.enter(),

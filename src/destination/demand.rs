@@ -275,11 +275,10 @@ impl DemandThread {
             |arrived| self.arrived(&guest, arrived),
         );
         // What has come is shown, whatever happened then.
-        let given = link.reader.take_given();
-        let count = given.len() + wanted.len();
-        for Given { page, arrived } in given {
+        let given = link.reader.take_given(|Given { page, arrived }| {
             self.faults.iter_mut().for_each(|faults| faults.given(page, arrived));
-        }
+        });
+        let count = given + wanted.len();
         self.link = Some(link);
         self.count_arrived(count as u64);
         wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;

@@ -23,7 +23,7 @@
 //! ([`mark`](GuestMemory::mark), [`give`](GuestMemory::give)).
 
 #[cfg(test)]
-mod fixture;
+pub(super) mod fixture;
 mod gate;
 mod giving;
 mod placing;

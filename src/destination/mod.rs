@@ -7,7 +7,6 @@
 
 mod accept;
 pub(crate) mod acks;
-mod ahead;
 pub(crate) mod bulk;
 pub(crate) mod demand;
 pub(crate) mod embedded;

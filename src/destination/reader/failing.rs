@@ -5,18 +5,17 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use umem_ring::Outcome;
-use umem_wire::{ReceiveError, RunTarget};
+use umem_wire::ReceiveError;
 
-use super::LaneReader;
-use crate::destination::guest::GuestMemory;
-use crate::error::{Error, Result};
+use super::lane_core::{Current, Health, LaneCore};
+use crate::error::Error;
 use crate::report::Counters;
 
-impl LaneReader {
+impl LaneCore {
     /// What has come cannot be read, or is not what was sent. The latter is counted, once a lane.
     pub(super) fn unreadable(&mut self, error: &ReceiveError) -> Error {
-        let is_first = !std::mem::replace(&mut self.is_unreadable, true);
-        if is_first && error.is_corruption() {
+        let before = std::mem::replace(&mut self.health, Health::Unreadable);
+        if before != Health::Unreadable && error.is_corruption() {
             Counters::add(&self.guest.counters.checksum_errors, 1);
         }
         match error {
@@ -55,13 +54,13 @@ impl LaneReader {
 
     /// Of the current run.
     fn has_no_room(&self) -> Error {
-        let ram = self.current.map(|range| self.guest.region(range.region).name.as_str());
+        let region = |current: &Current| self.guest.region(current.range.region);
+        let ram = self.current.as_ref().map(|current| region(current).name.as_str());
         out_of_memory(ram.unwrap_or("of the guest"))
     }
 
     /// TLS has nothing more for us.
-    pub(super) fn ended(&self) -> Error {
-        let cause = self.ahead.as_ref().and_then(|ahead| ahead.channel.cause());
+    pub(super) fn ended(&self, cause: Option<String>) -> Error {
         let cause = cause.map(|cause| format!(" (TLS: {cause})")).unwrap_or_default();
         self.lost(format!("the source closed it{cause}"))
     }
@@ -69,12 +68,6 @@ impl LaneReader {
     pub(super) fn lost(&self, what: String) -> Error {
         Error::Lost { side: "source", lane: self.name.clone(), what }
     }
-}
-
-/// Writes bytes of a run to its file.
-pub(super) fn write(guest: &GuestMemory, bytes: &[u8], run: &RunTarget) -> Result<()> {
-    let ram = guest.region(run.region).file();
-    ram.write_at(bytes, run.byte_offset).map_err(|error| not_written(&ram.name, error))
 }
 
 pub(super) fn not_written(ram: &str, error: std::io::Error) -> Error {

@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 const WORTHWHILE_BYTES: u64 = 64 << 10;
 
 /// What one turn moves at most: as much as a receive that reads ahead.
-const TURN_BYTES: usize = crate::destination::ahead::AHEAD_BULK_BYTES;
+const TURN_BYTES: usize = super::buffer::AHEAD_BULK_BYTES;
 
 /// The pipe's size. It is counted in pages, and a slot takes whatever piece of a packet has come, which may be
 /// less than one: this leaves room for a turn of packets of 1 KiB. Who has no privileges may have as much
@@ -22,7 +22,7 @@ const PIPE_BYTES: i32 = 1 << 20;
 
 /// A lane's pipe. It is empty between turns.
 #[derive(Debug)]
-pub(super) struct Piped {
+pub(super) struct Pipe {
     output: OwnedFd,
     input: OwnedFd,
     stage: Stage,
@@ -53,13 +53,13 @@ pub(super) enum Stuck {
     File(Errno),
 }
 
-impl Piped {
+impl Pipe {
     /// None where there is no pipe to be had.
-    pub(super) fn new() -> Option<Piped> {
+    pub(super) fn new() -> Option<Pipe> {
         let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC).ok()?;
         // A smaller one does as well, in more turns.
         let _ = fcntl(&input, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
-        Some(Piped { output, input, stage: Stage::Off, is_unable: false })
+        Some(Pipe { output, input, stage: Stage::Off, is_unable: false })
     }
 
     pub(super) fn stage(&self) -> Stage {
@@ -153,13 +153,13 @@ mod tests {
 
     #[test]
     fn bytes_go_where_they_belong_and_nowhere_else() {
-        let (piped, file) = (Piped::new().unwrap(), file(1 << 20));
+        let (pipe, file) = (Pipe::new().unwrap(), file(1 << 20));
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let bytes: Vec<u8> = (0..50_000u32).map(|at| at as u8 | 1).collect();
         ours.write_all(&bytes).unwrap();
         let mut at = 0;
         while at < 30_000 {
-            at += piped.carry(&theirs, &file, 4096 + at as u64, 30_000 - at as u64).unwrap();
+            at += pipe.carry(&theirs, &file, 4096 + at as u64, 30_000 - at as u64).unwrap();
         }
         assert_eq!(at, 30_000);
         let mut there = vec![0; 40_000];
@@ -168,42 +168,42 @@ mod tests {
         assert!(there[30_000..].iter().all(|&byte| byte == 0), "no more than was asked for");
         drop(ours);
         while at < bytes.len() {
-            at += piped.carry(&theirs, &file, 4096 + at as u64, u64::MAX).unwrap();
+            at += pipe.carry(&theirs, &file, 4096 + at as u64, u64::MAX).unwrap();
         }
-        assert_eq!(piped.carry(&theirs, &file, 0, u64::MAX), Ok(0), "the end");
+        assert_eq!(pipe.carry(&theirs, &file, 0, u64::MAX), Ok(0), "the end");
     }
 
     #[test]
     fn who_is_to_blame_is_told() {
-        let (piped, file) = (Piped::new().unwrap(), file(8192));
+        let (pipe, file) = (Pipe::new().unwrap(), file(8192));
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(&[0xa5; 4096]).unwrap();
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
-        assert_eq!(piped.carry(&theirs, &file, 0, 4096), Err(Stuck::File(Errno::EPERM)));
+        assert_eq!(pipe.carry(&theirs, &file, 0, 4096), Err(Stuck::File(Errno::EPERM)));
 
         let device = File::open("/dev/cpu_dma_latency").or_else(|_| File::open("/proc/self/mem"));
-        let unable = Piped::new().unwrap().carry(device.unwrap(), &file, 0, 4096);
+        let unable = Pipe::new().unwrap().carry(device.unwrap(), &file, 0, 4096);
         assert_eq!(unable, Err(Stuck::Unable));
     }
 
     #[test]
     fn only_long_runs_take_it_and_then_to_their_end() {
-        let mut piped = Piped::new().unwrap();
-        assert!(!piped.takes(WORTHWHILE_BYTES - 1, 0));
-        assert!(!piped.takes(WORTHWHILE_BYTES + 10, 11));
-        assert!(piped.takes(WORTHWHILE_BYTES + 10, 10));
-        assert!(piped.takes(4096, 0), "it has begun");
-        piped.run_ended();
-        assert_eq!(piped.stage(), Stage::Header);
-        assert!(!piped.takes(4096, 0), "a short one behind it");
-        assert_eq!(piped.stage(), Stage::Off);
+        let mut pipe = Pipe::new().unwrap();
+        assert!(!pipe.takes(WORTHWHILE_BYTES - 1, 0));
+        assert!(!pipe.takes(WORTHWHILE_BYTES + 10, 11));
+        assert!(pipe.takes(WORTHWHILE_BYTES + 10, 10));
+        assert!(pipe.takes(4096, 0), "it has begun");
+        pipe.run_ended();
+        assert_eq!(pipe.stage(), Stage::Header);
+        assert!(!pipe.takes(4096, 0), "a short one behind it");
+        assert_eq!(pipe.stage(), Stage::Off);
 
-        assert!(piped.takes(2 * WORTHWHILE_BYTES, 0));
-        piped.give_up();
-        assert_eq!(piped.stage(), Stage::Off, "it is read ahead");
-        assert!(piped.takes(4096, 100), "what has begun may not be of whole pages");
-        piped.run_ended();
-        assert!(!piped.takes(2 * WORTHWHILE_BYTES, 0), "and is the last one");
-        assert_eq!(piped.stage(), Stage::Off);
+        assert!(pipe.takes(2 * WORTHWHILE_BYTES, 0));
+        pipe.give_up();
+        assert_eq!(pipe.stage(), Stage::Off, "it is read ahead");
+        assert!(pipe.takes(4096, 100), "what has begun may not be of whole pages");
+        pipe.run_ended();
+        assert!(!pipe.takes(2 * WORTHWHILE_BYTES, 0), "and is the last one");
+        assert_eq!(pipe.stage(), Stage::Off);
     }
 }
