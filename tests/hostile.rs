@@ -2,7 +2,7 @@
 //! memory, what nobody can have is refused, and the migration that is going on is none the worse for it.
 //!
 //! What cannot be read at all is `wire/tests/hostile.rs`'s matter, who is let in `secure.rs`'s, and what comes
-//! at the wrong time `transport.rs`'s.
+//! at the wrong time `peers.rs`'s.
 
 mod support;
 

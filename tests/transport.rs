@@ -1,82 +1,34 @@
-//! Both umem processes with guests and peers made for the occasion: what lands where, what is not
-//! allocated, what a broken or hostile peer gets to hear.
+//! Both umem processes with guests and sources made for the occasion: what lands where, and what is not allocated.
+//!
+//! What a broken or hostile peer hears is in `peers.rs`.
 
 mod support;
 
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Write};
-use std::net::TcpStream;
-use std::os::fd::AsRawFd;
+use std::io::{IoSliceMut, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::signal::Signal;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use support::{Authority, HugeFile, Scratch, Umem, wait_for};
-use umem_wire::{
-    Event, Frame, HEADER_BYTES, HELLO_BYTES, Hello, LaneRole, PROTOCOL, PageRange, PageSize,
-    Receiver, Region, RegionId, RegionTable, SessionId, Target, Welcome, transmit,
+use support::peer::{Peer, range};
+use support::waiting::{
+    bytes_of, incoming_to_idle_guest, incoming_to_loading_guest, uri_of, write_snapshot,
 };
+use support::{Authority, HugeFile, Scratch, Umem, wait_for};
+use umem_wire::{Event, Frame, HEADER_BYTES, RegionId, transmit};
 
 const PAGE: u64 = 4096;
-
-/// A guest that maps its RAM and never touches it, behind `umem incoming`.
-fn incoming_to_idle_guest(scratch: &Scratch, mib: u64) -> Umem {
-    let ram = format!("ram0={}", scratch.ram("destination").display());
-    let qmp = scratch.path("guest.qmp");
-    let mib = mib.to_string();
-    let guest = [env!("CARGO_BIN_EXE_umem"), "guest", "--incoming", "--threads", "0"];
-    let mut arguments = vec!["incoming", "--json", "--ram", &ram, "tcp:127.0.0.1:0", "--"];
-    arguments.extend(guest);
-    arguments.extend(["--ram", &ram, "--size", &mib, "--qmp", qmp.to_str().unwrap()]);
-    Umem::start(arguments)
-}
-
-/// A guest that reads page 0 while its device state is loaded, behind `umem incoming`.
-fn incoming_to_loading_guest(scratch: &Scratch, mib: u64) -> Umem {
-    let ram = format!("ram0={}", scratch.ram("destination").display());
-    let qmp = scratch.path("guest.qmp").display().to_string();
-    let mib = mib.to_string();
-    let mut arguments = vec!["incoming", "--json", "--ram", &ram, "--qmp", &qmp];
-    arguments.extend(["tcp:127.0.0.1:0", "--", env!("CARGO_BIN_EXE_umem"), "guest"]);
-    arguments.extend(["--incoming", "--threads", "0"]);
-    arguments.extend(["--ram", &ram, "--size", &mib, "--qmp", &qmp]);
-    Umem::start(arguments)
-}
 
 /// Such a guest of 8 MiB, and its source with so many bulk lanes: the guest is loaded, and waits for page 0.
 fn loading(scratch: &Scratch, bulk_lanes: u16) -> (Umem, Peer) {
     let mut incoming = incoming_to_loading_guest(scratch, 8);
-    let mut peer = Peer::dial(&uri(&mut incoming), bulk_lanes);
+    let mut peer = Peer::dial(&uri_of(&mut incoming), bulk_lanes);
     peer.until_stopped(8, true);
     peer.load();
     assert_eq!(peer.event(), Some(Event::Request(vec![(RegionId(0), 0)])));
     (incoming, peer)
-}
-
-/// Where it listens.
-fn uri(incoming: &mut Umem) -> String {
-    incoming.event("listening")["uri"].as_str().unwrap().to_owned()
-}
-
-/// A snapshot: data in two pages of three, zeroes written in every 16th, and holes.
-fn write_snapshot(path: &Path, mib: u64) -> u64 {
-    let file = File::create(path).unwrap();
-    file.set_len(mib << 20).unwrap();
-    let mut data_pages = 0;
-    for page in (0..mib * 256).filter(|page| page % 3 != 0) {
-        let is_zero = page % 16 == 1;
-        let bytes: Vec<u8> =
-            (0..PAGE).map(|at| if is_zero { 0 } else { (page * 31 + at) as u8 | 1 }).collect();
-        file.write_all_at(&bytes, page * PAGE).unwrap();
-        data_pages += u64::from(!is_zero);
-    }
-    data_pages
-}
-
-fn bytes_of(path: &Path) -> Vec<u8> {
-    std::fs::read(path).unwrap()
 }
 
 #[test]
@@ -86,7 +38,7 @@ fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
         let source = scratch.ram("source");
         let data_pages = write_snapshot(&source, 24);
         let mut incoming = incoming_to_idle_guest(&scratch, 24);
-        let uri = uri(&mut incoming);
+        let uri = uri_of(&mut incoming);
         let ram = format!("ram0={}", source.display());
         let mut arguments = vec!["migrate", "--json", "--ram", &ram, &uri];
         arguments.extend(mode);
@@ -110,7 +62,6 @@ fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
     }
 }
 
-/// The source's file has pages of 4 KiB, most of them with holes beside them: what moves is 2 MiB.
 /// Names of files are bytes, whatever they mean to others; session files have them as well.
 #[test]
 fn paths_of_ram_need_not_be_utf_8() {
@@ -137,7 +88,7 @@ fn paths_of_ram_need_not_be_utf_8() {
         vec![qmp, "--ram".into(), destination_option],
     ];
     let mut incoming = Umem::start(arguments.concat());
-    let uri = uri(&mut incoming);
+    let uri = uri_of(&mut incoming);
     let arguments =
         [words(&["migrate", "-p", "--json", "--ram"]), vec![source_option], words(&[&uri])];
     let mut migrate = Umem::start(arguments.concat());
@@ -174,7 +125,7 @@ fn holes_of_huge_pages_stay_holes() {
         assert_eq!(held, 4096, "one huge page");
 
         let mut incoming = incoming_to_idle_guest(&scratch, 8);
-        let uri = uri(&mut incoming);
+        let uri = uri_of(&mut incoming);
         let ram = format!("ram0={}", huge.path().display());
         let arguments = [&["migrate", "--json", "--ram", &ram][..], mode, &[&uri]].concat();
         let mut migrate = Umem::start(arguments);
@@ -189,6 +140,7 @@ fn holes_of_huge_pages_stay_holes() {
     }
 }
 
+/// The source's file has pages of 4 KiB, most of them with holes beside them: what moves is 2 MiB.
 #[test]
 fn small_pages_land_in_huge_ones() {
     let tls = ["--tls-creds"];
@@ -222,7 +174,7 @@ fn small_pages_land_in_huge_ones() {
         arguments.extend(["--incoming", "--threads", "0"]);
         arguments.extend(["--ram", &ram, "--size", "8", "--qmp", &qmp]);
         let mut incoming = Umem::start(arguments);
-        let uri = uri(&mut incoming);
+        let uri = uri_of(&mut incoming);
         let ram = format!("ram0={}", source.display());
         let mut arguments = vec!["migrate", "--json", "--ram", &ram, &uri];
         arguments.extend(mode);
@@ -251,7 +203,7 @@ fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
-    let uri = uri(&mut incoming);
+    let uri = uri_of(&mut incoming);
     let ram = format!("ram0={}", source.display());
     let mut migrate = Umem::start(["migrate", "-p", "-n", "--json", "--ram", &ram, &uri]);
     migrate.event("running");
@@ -268,7 +220,7 @@ fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
 fn interrupting_before_the_switchover_leaves_nothing_behind() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
-    uri(&mut incoming);
+    uri_of(&mut incoming);
     assert!(scratch.ram("destination").exists());
     incoming.signal(Signal::SIGINT);
     let error = incoming.fails();
@@ -289,151 +241,12 @@ fn a_guest_that_dies_is_noticed() {
     assert!(!scratch.ram("destination").exists());
 }
 
-/// A source of the test's own: speaks the protocol as it is told to.
-struct Peer {
-    lanes: Vec<TcpStream>,
-    receiver: Receiver,
-}
-
-impl Peer {
-    fn dial(uri: &str, bulk_lanes: u16) -> Peer {
-        let address = uri.strip_prefix("tcp:").unwrap();
-        let lanes = (0..=bulk_lanes)
-            .map(|index| {
-                let mut lane = TcpStream::connect(address).unwrap();
-                lane.write_all(&hello(index, bulk_lanes).encode()).unwrap();
-                let mut welcome = [0; HELLO_BYTES];
-                lane.read_exact(&mut welcome).unwrap();
-                Welcome::decode(&welcome).unwrap().check(&hello(index, bulk_lanes)).unwrap();
-                lane
-            })
-            .collect();
-        Peer { lanes, receiver: Receiver::for_source(&table(1)) }
-    }
-
-    fn send(&mut self, lane: usize, frame: &Frame, body: &[u8]) {
-        let mut bytes = Vec::new();
-        transmit::encode(frame, &mut bytes);
-        bytes.extend_from_slice(body);
-        // A peer that has given up already has closed the lane.
-        let _ = self.lanes[lane].write_all(&bytes);
-    }
-
-    /// The next event on the demand lane; none when it was closed.
-    fn event(&mut self) -> Option<Event> {
-        loop {
-            if let Some(event) = self.receiver.poll_event() {
-                return Some(event);
-            }
-            let Target::Control { exact } = self.receiver.next_target() else { unreachable!() };
-            let mut bytes = vec![0; exact];
-            let count = self.lanes[0].read(&mut bytes).unwrap_or(0);
-            if count == 0 {
-                return None;
-            }
-            self.receiver.control(&bytes[..count]).unwrap();
-        }
-    }
-
-    /// Regions compared, the guest stopped: pages may come.
-    fn until_stopped(&mut self, mib: u64, postcopy: bool) {
-        let table = table(mib);
-        self.receiver = Receiver::for_source(&table);
-        self.send(0, &Frame::Regions(table.clone()), &[]);
-        assert_eq!(self.event(), Some(Event::Ready(table)));
-        self.send(0, &Frame::Stopped { postcopy, background: true }, &[]);
-    }
-
-    /// The device state of a demo guest that was running, its seed and its shares of zeroes and
-    /// holes: all of it is holes.
-    fn load(&mut self) {
-        let mut state = vec![1, 7, 0, 0, 0, 0, 0, 0, 0];
-        state.extend([0, 0, 0, 0, 100, 0, 0, 0]);
-        let bytes = u32::try_from(state.len()).unwrap();
-        self.send(0, &Frame::DeviceState { bytes }, &state);
-        self.send(0, &Frame::Load { state_bytes: u64::from(bytes) }, &[]);
-    }
-
-    fn switch_over(&mut self) {
-        self.send(0, &Frame::Switchover { stopped_us: 1 }, &[]);
-        assert!(matches!(self.event(), Some(Event::Running { .. })));
-    }
-
-    /// The end, after the last page on this lane.
-    fn complete(&mut self, lane: usize) {
-        self.send(lane, &Frame::LaneEnd, &[]);
-        assert!(matches!(self.event(), Some(Event::Complete(_))));
-        self.send(0, &Frame::Complete(umem_wire::Totals::default()), &[]);
-    }
-
-    /// The reason that the destination gives for giving up.
-    fn fault(&mut self) -> String {
-        loop {
-            match self.event() {
-                Some(Event::Error(fault)) => return fault.text,
-                Some(_) => {}
-                None => panic!("the destination closed the lane without a reason"),
-            }
-        }
-    }
-}
-
-fn hello(index: u16, bulk_lanes: u16) -> Hello {
-    Hello {
-        versions: PROTOCOL,
-        capabilities: umem_wire::Capabilities::NONE,
-        session: SessionId([7; 16]),
-        role: if index == 0 { LaneRole::Demand } else { LaneRole::Bulk },
-        index,
-        bulk_lanes,
-        epoch: 0,
-        proof: [0; 32],
-    }
-}
-
-fn table(mib: u64) -> RegionTable {
-    let page_size = PageSize::SIZE_4K;
-    RegionTable::new(vec![Region { name: "ram0".into(), bytes: mib << 20, page_size }]).unwrap()
-}
-
-fn range(first: u64, pages: u64) -> PageRange {
-    PageRange { region: RegionId(0), first, pages }
-}
-
-#[test]
-fn a_page_that_comes_twice_is_refused_before_it_lands() {
-    for (lane, again) in [
-        (0, Frame::Data(range(3, 1))),
-        (1, Frame::Data(range(0, 8))),
-        (1, Frame::Zero(range(3, 1))),
-        (0, Frame::Hole(range(0, 2048))),
-    ] {
-        let scratch = Scratch::new();
-        let mut incoming = incoming_to_idle_guest(&scratch, 8);
-        let mut peer = Peer::dial(&uri(&mut incoming), 1);
-        peer.until_stopped(8, true);
-        peer.send(1, &Frame::Data(range(3, 1)), &[0xa5; 4096]);
-        let ram = scratch.ram("destination");
-        wait_for("the page to land", || {
-            let mut first = [0; 1];
-            File::open(&ram).unwrap().read_exact_at(&mut first, 3 * PAGE).unwrap();
-            (first == [0xa5]).then_some(())
-        });
-        peer.send(lane, &again, &[0x5a; 4096]);
-        let fault = peer.fault();
-        assert!(fault.contains("came a second time"), "{fault}");
-        let error = incoming.fails();
-        assert!(error.contains("page 3 of RAM ram0 came a second time"), "{error}");
-        assert!(!ram.exists(), "the guest had not arrived");
-    }
-}
-
 /// The demand lane is read ahead: whatever a receive brings begins and ends anywhere.
 #[test]
 fn answers_that_come_in_pieces_land_whole() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_loading_guest(&scratch, 8);
-    let mut peer = Peer::dial(&uri(&mut incoming), 1);
+    let mut peer = Peer::dial(&uri_of(&mut incoming), 1);
     peer.until_stopped(8, true);
     let ram = scratch.ram("destination");
     let page = |seed: u64| -> Vec<u8> { (0..PAGE).map(|at| (at * 7 + seed) as u8 | 1).collect() };
@@ -572,7 +385,7 @@ fn a_guest_that_is_loaded_is_not_given_up_by_an_interrupt() {
 fn without_postcopy_the_guest_is_loaded_when_its_last_page_has_come() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
-    let mut peer = Peer::dial(&uri(&mut incoming), 1);
+    let mut peer = Peer::dial(&uri_of(&mut incoming), 1);
     peer.until_stopped(8, false);
     peer.send(1, &Frame::Hole(range(0, 2047)), &[]);
     // Nothing to load, as this guest has no monitor.
@@ -587,230 +400,4 @@ fn without_postcopy_the_guest_is_loaded_when_its_last_page_has_come() {
     peer.switch_over();
     peer.complete(1);
     incoming.event("completed");
-}
-
-#[test]
-fn regions_that_differ_are_named_to_both_sides() {
-    let region = |name: &str, mib: u64| Region {
-        name: name.into(),
-        bytes: mib << 20,
-        page_size: PageSize::SIZE_4K,
-    };
-    for (regions, hint) in [
-        (vec![region("ram0", 16)], "ram0"),
-        (vec![region("other", 8)], "other"),
-        (vec![region("ram0", 8), region("ram1", 8)], "ram1"),
-    ] {
-        let scratch = Scratch::new();
-        let mut incoming = incoming_to_idle_guest(&scratch, 8);
-        let mut peer = Peer::dial(&uri(&mut incoming), 1);
-        peer.send(0, &Frame::Regions(RegionTable::new(regions).unwrap()), &[]);
-        let fault = peer.fault();
-        assert!(fault.contains(hint), "{fault}");
-        let error = incoming.fails();
-        assert!(error.contains(hint), "{error}");
-    }
-}
-
-#[test]
-fn strangers_at_the_door_do_not_disturb() {
-    let scratch = Scratch::new();
-    let source = scratch.ram("source");
-    write_snapshot(&source, 8);
-    let mut incoming = incoming_to_idle_guest(&scratch, 8);
-    let uri = uri(&mut incoming);
-    let address = uri.strip_prefix("tcp:").unwrap();
-    for greeting in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0xff; 4096], b""] {
-        let mut stranger = TcpStream::connect(address).unwrap();
-        // It may hang up on us while we still write.
-        let _ = stranger.write_all(greeting);
-        let _ = stranger.shutdown(std::net::Shutdown::Write);
-        let mut answer = Vec::new();
-        let _ = stranger.read_to_end(&mut answer);
-    }
-    // A bulk lane of no session, and more lanes than allowed.
-    for hello in [hello(1, 1), hello(0, 17)] {
-        let mut stranger = TcpStream::connect(address).unwrap();
-        stranger.write_all(&hello.encode()).unwrap();
-        let mut answer = [0; HELLO_BYTES];
-        stranger.read_exact(&mut answer).unwrap();
-        assert!(Welcome::decode(&answer).is_err());
-    }
-    let ram = format!("ram0={}", source.display());
-    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
-    migrate.event("completed");
-    incoming.event("completed");
-    assert!(bytes_of(&source) == bytes_of(&scratch.ram("destination")));
-}
-
-/// Connections that say nothing, or not enough, for as long as they like.
-#[test]
-fn the_silent_hold_up_nobody() {
-    let scratch = Scratch::new();
-    let source = scratch.ram("source");
-    write_snapshot(&source, 8);
-    let mut incoming = incoming_to_idle_guest(&scratch, 8);
-    let uri = uri(&mut incoming);
-    let address = uri.strip_prefix("tcp:").unwrap();
-    // One after the other they would take longer than a test waits.
-    let silent: Vec<TcpStream> = (0..40)
-        .map(|index| {
-            let mut silent = TcpStream::connect(address).unwrap();
-            silent.write_all(&hello(0, 0).encode()[..index]).unwrap();
-            silent
-        })
-        .collect();
-    let ram = format!("ram0={}", source.display());
-    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
-    migrate.event("completed");
-    incoming.event("completed");
-    drop(silent);
-    assert!(bytes_of(&source) == bytes_of(&scratch.ram("destination")));
-}
-
-#[test]
-fn half_a_hello_does_not_keep_ctrl_c_out() {
-    let scratch = Scratch::new();
-    let mut incoming = incoming_to_idle_guest(&scratch, 8);
-    let uri = uri(&mut incoming);
-    let mut half = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
-    half.write_all(&hello(0, 0).encode()[..64]).unwrap();
-    // Somebody behind it is heard, so that the half hello has been as well.
-    let mut bulk = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
-    bulk.write_all(&hello(1, 1).encode()).unwrap();
-    bulk.read_exact(&mut [0; HELLO_BYTES]).unwrap();
-    incoming.signal(Signal::SIGINT);
-    let error = incoming.fails();
-    assert!(error.contains("interrupted"), "{error}");
-}
-
-/// A source that is gone, or does not go on, before its last lane has come.
-#[test]
-fn half_a_session_does_not_keep_the_next_one_out() {
-    for is_closed in [true, false] {
-        let scratch = Scratch::new();
-        let source = scratch.ram("source");
-        write_snapshot(&source, 8);
-        let mut incoming = incoming_to_idle_guest(&scratch, 8);
-        let uri = uri(&mut incoming);
-        let address = uri.strip_prefix("tcp:").unwrap();
-        let mut half = Vec::new();
-        // The second of three bulk lanes: they may come in any order.
-        for index in [0, 2] {
-            let mut lane = TcpStream::connect(address).unwrap();
-            lane.write_all(&hello(index, 3).encode()).unwrap();
-            let mut welcome = [0; HELLO_BYTES];
-            lane.read_exact(&mut welcome).unwrap();
-            Welcome::decode(&welcome).unwrap();
-            half.push(lane);
-        }
-        if is_closed {
-            half.clear();
-        }
-        let ram = format!("ram0={}", source.display());
-        let mut migrate = wait_for("a migration that is let in", || {
-            let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
-            migrate.connects().then_some(migrate)
-        });
-        migrate.event("completed");
-        incoming.event("completed");
-    }
-}
-
-/// A reset is not another error than a close.
-#[test]
-fn a_source_that_goes_before_its_regions_has_closed_its_lane() {
-    let scratch = Scratch::new();
-    let mut incoming = incoming_to_idle_guest(&scratch, 8);
-    let peer = Peer::dial(&uri(&mut incoming), 1);
-    let no_wait = libc::linger { l_onoff: 1, l_linger: 0 };
-    nix::sys::socket::setsockopt(&peer.lanes[0], nix::sys::socket::sockopt::Linger, &no_wait)
-        .unwrap();
-    incoming.event("connected");
-    drop(peer);
-    let error = incoming.fails();
-    assert!(error.contains("demand lane") && error.contains("the source closed it"), "{error}");
-}
-
-/// Nothing answers at the other end: its queue of connections is full.
-#[test]
-fn connecting_to_nobody_can_be_interrupted() {
-    let scratch = Scratch::new();
-    let source = scratch.ram("source");
-    write_snapshot(&source, 8);
-    let ram = format!("ram0={}", source.display());
-    let full = FullListener::new();
-    let uri = format!("tcp:127.0.0.1:{}", full.port);
-    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
-    full.wait_for_another();
-    migrate.signal(Signal::SIGINT);
-    let error = migrate.fails();
-    assert!(error.contains("interrupted"), "{error}");
-}
-
-/// A TCP listener that takes no more connections.
-struct FullListener {
-    port: u16,
-    _listener: std::os::fd::OwnedFd,
-    _queued: TcpStream,
-}
-
-impl FullListener {
-    fn new() -> FullListener {
-        use nix::sys::socket::*;
-        let listener =
-            socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        bind(listener.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
-        // Room for one: tcp(7) counts from zero.
-        listen(&listener, Backlog::new(0).unwrap()).unwrap();
-        let address: SockaddrIn = getsockname(listener.as_raw_fd()).unwrap();
-        let queued = TcpStream::connect(("127.0.0.1", address.port())).unwrap();
-        FullListener { port: address.port(), _listener: listener, _queued: queued }
-    }
-
-    /// Until somebody tries to connect: a socket in state SYN_SENT (2) towards this port.
-    fn wait_for_another(&self) {
-        let remote = format!("0100007F:{:04X} 02", self.port);
-        wait_for("somebody who connects", || {
-            let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
-            sockets.contains(&remote).then_some(())
-        });
-    }
-}
-
-#[test]
-fn what_a_destination_may_not_say_ends_the_migration_at_the_source() {
-    let ready = |unit| Frame::Ready(vec![unit]);
-    let frames: [(&str, Vec<Frame>); 4] = [
-        ("request", vec![Frame::Request(vec![(RegionId(0), 0)])]),
-        ("running", vec![ready(PageSize::SIZE_4K), Frame::Running { us_since_switchover: 1 }]),
-        ("unit", vec![ready(PageSize::SIZE_1G)]),
-        ("data", vec![Frame::Data(range(0, 1))]),
-    ];
-    for (what, frames) in frames {
-        let scratch = Scratch::new();
-        let source = scratch.ram("source");
-        write_snapshot(&source, 8);
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let uri = format!("tcp:127.0.0.1:{}", listener.local_addr().unwrap().port());
-        let ram = format!("ram0={}", source.display());
-        let migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
-        let mut lanes: Vec<TcpStream> = (0..2)
-            .map(|_| {
-                let (mut lane, _) = listener.accept().unwrap();
-                let mut bytes = [0; HELLO_BYTES];
-                lane.read_exact(&mut bytes).unwrap();
-                let hello = Hello::decode(&bytes).unwrap();
-                let welcome =
-                    Welcome::answer(&hello, PROTOCOL, umem_wire::Capabilities::NONE, [0; 32]);
-                lane.write_all(&welcome.unwrap().encode()).unwrap();
-                lane
-            })
-            .collect();
-        let mut bytes = Vec::new();
-        frames.iter().for_each(|frame| transmit::encode(frame, &mut bytes));
-        lanes[0].write_all(&bytes).unwrap();
-        let error = migrate.fails();
-        assert!(error.contains("does not allow"), "{what}: {error}");
-    }
 }

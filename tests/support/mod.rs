@@ -8,6 +8,8 @@
 //! - [`Chromium`]: a browser that opens reports
 //! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
 //! - [`LaneToDestination`]: the other end of a `umem incoming`
+//! - [`peer`]: the same with all of its lanes, and pages
+//! - [`waiting`]: guests that wait behind `umem incoming`, and snapshots to move to them
 //! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
 //! - [`Room`]: a file system for RAM files with as much room as a test says
@@ -38,6 +40,7 @@ mod hugepages;
 pub(crate) mod killed;
 mod moving;
 mod network;
+pub(crate) mod peer;
 mod process;
 mod qemu;
 mod qmp;
@@ -49,6 +52,7 @@ mod serial;
 mod source;
 mod tap;
 mod umem;
+pub(crate) mod waiting;
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
