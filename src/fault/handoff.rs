@@ -392,7 +392,7 @@ impl PieceMessage {
         let bytes = match (self.page_size, self.page_size_kib) {
             (Some(bytes), Some(other)) if bytes != other => return Err("two page sizes"),
             (Some(bytes), _) | (None, Some(bytes)) => bytes,
-            (None, None) => 4096,
+            (None, None) => crate::memory::small_page_bytes(),
         };
         let page_size = umem_wire::PageSize::from_bytes(bytes).ok_or("no page has that size")?;
         let is_whole = |number: u64| number.is_multiple_of(bytes);

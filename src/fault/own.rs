@@ -15,6 +15,7 @@ use super::open::{self, DEVICE, Faults};
 use super::uffd::Uffd;
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
+use crate::memory::small_page_bytes;
 
 const FEATURES: [(u64, &str); 6] = [
     (open::EVENT_REMOVE, "EVENT_REMOVE"),
@@ -220,7 +221,7 @@ fn check(area: &Area, is_registered: bool) -> Result<Checked> {
         ));
     }
     let page_bytes = mappings[0].page_bytes;
-    let is_whole = |number: u64| number.is_multiple_of(page_bytes.max(4096));
+    let is_whole = |number: u64| number.is_multiple_of(page_bytes.max(small_page_bytes()));
     if !is_whole(area.addresses.start) || !is_whole(area.addresses.end) {
         return Err(wrong("its address and size must be multiples of its page size"));
     }
@@ -260,7 +261,13 @@ impl Mapping {
         let part = |text| u32::from_str_radix(text, 16).ok();
         let device = libc::makedev(part(major)?, part(minor)?);
         let file = (device, words.next()?.parse().ok()?);
-        Some(Mapping { addresses, offset, file, page_bytes: 4096, flags: String::new() })
+        Some(Mapping {
+            addresses,
+            offset,
+            file,
+            page_bytes: small_page_bytes(),
+            flags: String::new(),
+        })
     }
 
     fn has(&self, flag: &str) -> bool {
@@ -298,8 +305,9 @@ fn mappings(smaps: impl BufRead, range: &Range<u64>) -> io::Result<Option<Vec<Ma
 /// Whether any page of the range holds something.
 fn is_populated(range: &Range<u64>) -> io::Result<bool> {
     let mut map = File::open("/proc/self/pagemap")?;
-    map.seek(SeekFrom::Start(range.start / 4096 * 8))?;
-    let mut left = usize::try_from((range.end - range.start) / 4096).expect("64-bit Linux");
+    let page_bytes = small_page_bytes();
+    map.seek(SeekFrom::Start(range.start / page_bytes * 8))?;
+    let mut left = usize::try_from((range.end - range.start) / page_bytes).expect("64-bit Linux");
     let mut entries = vec![0; PAGEMAP_ENTRIES * 8];
     while left > 0 {
         let count = left.min(PAGEMAP_ENTRIES);

@@ -28,8 +28,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// log2 of the bytes of a small page, 4 KiB.
-const SMALL_SHIFT: u8 = 12;
+/// log2 of the bytes of a small page, which the kernel says.
+fn small_shift() -> u8 {
+    super::small_page_bytes().trailing_zeros() as u8
+}
 
 /// How the destination's guest maps its memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -132,7 +134,7 @@ pub(crate) enum Backing {
 impl Backing {
     /// Of memory without a file, which says no more than the size of its pages.
     pub(crate) fn of_pages(page_shift: u8) -> Backing {
-        if page_shift == SMALL_SHIFT { Backing::Small } else { Backing::Hugetlb }
+        if page_shift == small_shift() { Backing::Small } else { Backing::Hugetlb }
     }
 
     /// A fault allocates a huge page, and zeroes the whole of it.
@@ -175,13 +177,13 @@ impl RegionMemory {
     pub(crate) fn can_be_given(self) -> bool {
         self.kind.is_mapped_shared()
             && self.backing == Backing::Small
-            && self.page_shift == SMALL_SHIFT
+            && self.page_shift == small_shift()
             && self.unit_is_page()
     }
 
     /// UFFDIO_ZEROPAGE can make a page of zeroes; hugetlb knows no such page, and one has to be copied in.
     pub(crate) fn has_zero_page(self) -> bool {
-        self.page_shift == SMALL_SHIFT
+        self.page_shift == small_shift()
     }
 
     /// A page of zeroes that the file does not have is allocated there, as UFFDIO_ZEROPAGE cannot make it.
@@ -201,7 +203,7 @@ impl RegionMemory {
     pub(crate) fn assert_possible(self) {
         assert!(self.unit_shift >= self.page_shift, "{self:?}: a unit is a page at least");
         assert!(
-            self.backing == Backing::Hugetlb || self.page_shift == SMALL_SHIFT,
+            self.backing == Backing::Hugetlb || self.page_shift == small_shift(),
             "{self:?}: only hugetlb has pages that are not small"
         );
         assert!(
@@ -231,7 +233,7 @@ mod tests {
     ];
 
     fn region((kind, backing): (Kind, Backing)) -> RegionMemory {
-        let page_shift = if backing == Backing::Hugetlb { 21 } else { SMALL_SHIFT };
+        let page_shift = if backing == Backing::Hugetlb { 21 } else { small_shift() };
         RegionMemory { kind, backing, page_shift, unit_shift: page_shift }
     }
 

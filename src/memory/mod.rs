@@ -39,6 +39,17 @@ pub(crate) mod zero;
 /// the size of a huge page on x86-64, or one page where pages are larger.
 pub(crate) const BLOCK_BYTES: u64 = 2 << 20;
 
+/// Bytes of this kernel's pages, where nothing asks for huge ones: what mincore(2) and the page map count in, and
+/// what a file that is not on hugetlbfs consists of. The kernel is asked once.
+pub(crate) fn small_page_bytes() -> u64 {
+    static BYTES: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *BYTES.get_or_init(|| {
+        // SAFETY: no memory is passed.
+        let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        u64::try_from(bytes).expect("every kernel has pages (sysconf(3))")
+    })
+}
+
 /// Pages in a block for pages of `1 << page_shift` bytes.
 pub(crate) fn block_pages(page_shift: u8) -> u64 {
     (BLOCK_BYTES >> page_shift).max(1)

@@ -50,7 +50,7 @@ impl Drop for Mapping {
 pub(crate) struct RamFile {
     pub(crate) name: String,
     pub(crate) bytes: u64,
-    /// log2 of the page size: 12 (tmpfs, files) or what hugetlbfs gives.
+    /// log2 of the page size: the kernel's (tmpfs, files) or what hugetlbfs gives.
     pub(crate) page_shift: u8,
     pub(crate) backing: Backing,
     /// It is on tmpfs, as a memfd is, or hugetlbfs.
@@ -67,8 +67,8 @@ pub(crate) struct RamFile {
 /// and not what a bulk lane has read ahead.
 const FEW_BYTES: usize = 16 << 10;
 
-/// The least that a pipe holds: a page, where a user has many of them (pipe(7)).
-const PIPE_BYTES: usize = 4096;
+/// The least that a pipe holds (`PIPE_BUF` in limits.h): a page, where a user has many of them (pipe(7)).
+const PIPE_BYTES: usize = libc::PIPE_BUF;
 
 /// What a sandbox answers to a system call that it does not know.
 fn is_forbidden(error: &std::io::Error) -> bool {
@@ -201,7 +201,7 @@ impl RamFile {
         let metadata = file.metadata().context(what)?;
         let is_memory = is_memory(&file).context(what)?;
         let on_hugetlb = fstatfs(&file).context(what)?.filesystem_type() == HUGETLBFS_MAGIC;
-        let page_bytes = if on_hugetlb { metadata.blksize() } else { 4096 };
+        let page_bytes = if on_hugetlb { metadata.blksize() } else { super::small_page_bytes() };
         // What lies behind the end of a file is nobody's.
         let bytes = bytes.unwrap_or(u64::MAX).min(metadata.len());
         if bytes == 0 || !bytes.is_multiple_of(page_bytes) {
@@ -367,12 +367,15 @@ impl RamFile {
         unsafe { guarded::touch(span.as_ptr()) }.map_err(|Gone| self.gone())
     }
 
-    /// Which 4 KiB pages of a range are in memory: a byte for each, its lowest bit set if so, in place of
-    /// what `resident` held.
+    /// Which of the kernel's pages of a range are in memory: a byte for each of [`small_page_bytes`], its lowest bit
+    /// set if so, in place of what `resident` held.
+    ///
+    /// [`small_page_bytes`]: super::small_page_bytes
     pub(crate) fn resident(&self, offset: u64, len: u64, resident: &mut Vec<u8>) -> Result<()> {
         let span = self.span(offset, len);
+        let page_bytes = super::small_page_bytes();
         resident.clear();
-        resident.resize(span.len().div_ceil(4096), 0);
+        resident.resize(usize::try_from(len.div_ceil(page_bytes)).expect("64-bit Linux"), 0);
         // SAFETY: the span is mapped, and the vector has a byte for each of its pages.
         let result =
             unsafe { libc::mincore(span.as_ptr().cast(), span.len(), resident.as_mut_ptr()) };
@@ -380,15 +383,16 @@ impl RamFile {
             return Ok(());
         }
         if is_forbidden(&std::io::Error::last_os_error()) {
-            return self.resident_by_seeking(offset, resident);
+            return self.resident_by_seeking(offset, page_bytes, resident);
         }
         Err(Error::last_os(format!("mincore of RAM {}", self.name)))
     }
 
     /// The same where a sandbox keeps mincore(2) from us: what the file has of the range, in memory or not.
-    fn resident_by_seeking(&self, offset: u64, resident: &mut [u8]) -> Result<()> {
-        for (page, is_there) in (offset..).step_by(4096).zip(resident) {
-            *is_there = u8::from(self.next_data_in(page..page + 4096)?.is_some());
+    fn resident_by_seeking(&self, offset: u64, page_bytes: u64, resident: &mut [u8]) -> Result<()> {
+        for (number, is_there) in (0..).zip(resident) {
+            let page = offset + number * page_bytes;
+            *is_there = u8::from(self.next_data_in(page..page + page_bytes)?.is_some());
         }
         Ok(())
     }
@@ -572,9 +576,13 @@ mod tests {
         let mut asked = Vec::new();
         ram.resident(4096, 32 << 10, &mut asked).unwrap();
         let mut found = vec![9; asked.len()];
-        ram.resident_by_seeking(4096, &mut found).unwrap();
+        ram.resident_by_seeking(4096, 4096, &mut found).unwrap();
         assert_eq!(found, asked);
         assert_eq!(found, [1, 1, 0, 0, 0, 0, 1, 0]);
+        // Of a kernel with larger pages.
+        let mut found = [9; 4];
+        ram.resident_by_seeking(0, 16 << 10, &mut found).unwrap();
+        assert_eq!(found, [1, 1, 0, 0]);
     }
 
     /// From now on the file can be written through mappings alone, which shows what goes that way.

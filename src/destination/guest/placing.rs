@@ -165,7 +165,9 @@ fn zero(region: &GuestRegion, uffd: &Uffd, address: u64, len: u64) -> Result<Pla
     uffd.copy(address, &ZEROES[..page]).map_err(|error| failed(region, error))
 }
 
-/// Copies whole pages to the guest. False when events are pending.
+/// Copies whole pages to the guest. False when events are pending. Where the kernel says that they are not mapped, or
+/// not in one mapping, fewer are tried: it takes no range that goes on in another mapping, and the process may have
+/// split its own (mprotect(2), madvise(2), munmap(2) of a part).
 fn copy_in(
     region: &GuestRegion,
     part: &Part,

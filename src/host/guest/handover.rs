@@ -143,7 +143,7 @@ fn send(stream: &UnixStream, message: &Value, descriptors: &[i32]) -> std::io::R
 
 /// A userfaultfd with which this part of the memory is registered.
 fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
-    let huge = memory.page_bytes > 4096;
+    let huge = memory.page_bytes > crate::memory::small_page_bytes();
     let features =
         open::EVENT_REMOVE | open::THREAD_ID | if huge { open::MISSING_HUGETLBFS } else { 0 };
     let uffd = create()?;

@@ -13,6 +13,7 @@ use super::pattern::{PAGE_WORDS, Words};
 use super::{Memory, handover};
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
+use crate::memory::small_page_bytes;
 
 /// Bytes of a page here; what the transport's pages are does not matter to the guest.
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -52,7 +53,7 @@ impl GuestRam {
                 map_file(ram, bytes, MapFlags::MAP_PRIVATE, MmapAdvise::MADV_DONTNEED)
             }
             Memory::Anonymous { name, handoff, shards, huge } => {
-                let page_bytes = if *huge { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+                let page_bytes = if *huge { HUGE_PAGE_BYTES } else { small_page_bytes() };
                 let ram = map_anonymous(name, bytes, page_bytes)?;
                 let (shards, start) = (*shards, ram.start.cast());
                 let memory = handover::Memory { name, start, bytes, page_bytes, shards };

@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::memory::claims::RunKind;
 use crate::memory::region::RamFile;
+use crate::memory::small_page_bytes;
 
 /// Which of the file's pages in a part of it, a block or a page, are holes.
 ///
@@ -13,6 +14,7 @@ use crate::memory::region::RamFile;
 #[derive(Default)]
 pub(crate) struct Holes {
     start: u64,
+    /// A byte for each of the kernel's pages, which a page of the file may have many of.
     resident: Vec<u8>,
     /// No data before this offset, as far as SEEK_DATA has been asked.
     until: u64,
@@ -56,7 +58,9 @@ impl Holes {
 
     /// Whether the file's page at `offset` is a hole.
     pub(crate) fn covers(&mut self, ram: &RamFile, offset: u64) -> Result<bool> {
-        let small_page = usize::try_from((offset - self.start) / 4096).expect("inside a block");
+        let page_bytes = small_page_bytes();
+        let small_page =
+            usize::try_from((offset - self.start) / page_bytes).expect("inside a block");
         if offset < self.until {
             return Ok(true);
         }
@@ -64,7 +68,7 @@ impl Holes {
             return Ok(false);
         }
         // No further than this part: of hugetlbfs everything up to the data is read.
-        let end = ram.bytes.min(self.start + self.resident.len() as u64 * 4096);
+        let end = ram.bytes.min(self.start + self.resident.len() as u64 * page_bytes);
         self.until =
             ram.next_data_in(offset..end)?.unwrap_or(end) >> ram.page_shift << ram.page_shift;
         // Behind the end of a file that has been truncated there is no data either, and no hole.
