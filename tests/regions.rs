@@ -110,6 +110,82 @@ fn write_region(path: &Path, bytes: usize, seed: u8) -> Vec<u8> {
     contents
 }
 
+/// The kernel takes no range that goes on in another mapping, or that is unmapped in part.
+#[test]
+fn what_is_left_of_a_mapping_that_its_process_splits_is_whole() {
+    let scratch = Scratch::new();
+    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let memory = Memory::map(3 * MIB, private, None);
+    let uffd = userfaultfd(FEATURE_EVENT_REMOVE);
+    register(&uffd, &memory, MODE_MISSING);
+    let page = |number: usize| memory.start.wrapping_add(number * 4096).cast();
+    for number in [21, 201, 333] {
+        // SAFETY: a page of our own mapping; how it would be dumped changes.
+        let advised = unsafe { libc::madvise(page(number), 4096, libc::MADV_DONTDUMP) };
+        assert_eq!(advised, 0);
+    }
+    const GONE: [usize; 3] = [70, 71, 500];
+    for number in GONE {
+        // SAFETY: a page of our own mapping, which nobody reads from here on.
+        assert_eq!(unsafe { libc::munmap(page(number), 4096) }, 0);
+    }
+
+    let handoff = scratch.path("handoff").display().to_string();
+    let mut incoming =
+        Umem::start(["incoming", "--json", "--handoff", &handoff, "tcp:127.0.0.1:0"]);
+    let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
+    let socket = UnixStream::connect(&handoff).expect("it listens");
+    hand_over(&socket, &[memory.piece("ram", "anonymous", 4096, false)], &[uffd.as_raw_fd()]);
+    let path = scratch.ram("ram");
+    let expected = write_region(&path, 3 * MIB, 4);
+    let ram = format!("ram={}", path.display());
+    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
+    incoming.event("completed");
+    migrate.event("completed");
+    for number in (0..3 * MIB / 4096).filter(|number| !GONE.contains(number)) {
+        let at = number * 4096;
+        let there = Memory { start: page(number).cast(), bytes: 4096 }.read();
+        assert!(there == expected[at..at + 4096], "page {number} differs");
+    }
+    migrate.succeeds();
+    incoming.succeeds();
+}
+
+/// The process has huge pages without having them promised (MAP_NORESERVE), and the pool has too few of them.
+#[test]
+fn a_pool_without_huge_pages_pauses_both_sides_until_it_has_some() {
+    const LACKING: u64 = 2;
+    let scratch = Scratch::new();
+    let mut room = HugePages::reserve(2);
+    let pages = HugePages::free() + LACKING;
+    let bytes = usize::try_from(pages).expect("few") * 2 * MIB;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
+    let memory = Memory::map(bytes, flags, None);
+    let uffd = userfaultfd(FEATURE_EVENT_REMOVE | FEATURE_MISSING_HUGETLBFS);
+    register(&uffd, &memory, MODE_MISSING);
+    let handoff = scratch.path("handoff").display().to_string();
+    let mut incoming =
+        Umem::start(["incoming", "--json", "--handoff", &handoff, "tcp:127.0.0.1:0"]);
+    let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
+    let socket = UnixStream::connect(&handoff).expect("it listens");
+    let piece = memory.piece("huge", "anonymous", 2 * MIB, false);
+    hand_over(&socket, &[piece], &[uffd.as_raw_fd()]);
+    let path = scratch.ram("huge");
+    let expected = write_region(&path, bytes, 5);
+    let ram = format!("huge={}", path.display());
+    let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
+    let short = incoming.event("short");
+    assert_eq!(short["missing_bytes"], LACKING * 2 * MIB as u64, "{short}");
+    migrate.event("short");
+    assert!(incoming.is_running() && migrate.is_running());
+    room.grow(LACKING);
+    incoming.event("completed");
+    migrate.event("completed");
+    assert!(memory.read() == expected, "it differs");
+    migrate.succeeds();
+    incoming.succeeds();
+}
+
 #[test]
 fn kinds_and_page_sizes_may_differ_in_one_guest() {
     let scratch = Scratch::new();

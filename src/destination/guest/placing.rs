@@ -177,9 +177,10 @@ fn copy_in(
 ) -> Result<bool> {
     let page = usize::try_from(region.page_bytes()).expect("64-bit Linux");
     let address = part.address + (offset - part.offset);
-    let mut at = 0;
+    let (mut at, mut most) = (0, bytes.len());
     while at < bytes.len() {
-        let placed = source.uffd.copy(address + at as u64, &bytes[at..]);
+        let len = most.min(bytes.len() - at);
+        let placed = source.uffd.copy(address + at as u64, &bytes[at..at + len]);
         let placed = placed.map_err(|error| failed(region, error))?;
         at += usize::try_from(placed.bytes).expect("a buffer's length");
         match placed.stop {
@@ -190,7 +191,8 @@ fn copy_in(
                 at += page;
             }
             Some(Stop::Again) => return Ok(false),
-            Some(Stop::Gone) => return Ok(true),
+            Some(Stop::Gone) if len > page => most = (len / 2).next_multiple_of(page),
+            Some(Stop::Gone) => at += page,
             Some(Stop::NotPresent) => {
                 return Err(Error::System {
                     what: what(region),
