@@ -38,6 +38,7 @@ use umem_wire::{PageRange, RegionId};
 
 use super::touch::TouchQueue;
 use crate::error::{Context, Error, Result};
+use crate::fault::uffd::Stop;
 use crate::memory::claims::RunKind;
 use crate::memory::pages::PageState;
 use crate::memory::sums::Digests;
@@ -242,7 +243,7 @@ impl GuestMemory {
             let bytes = region.byte_offset(pages.start)..region.byte_offset(pages.end);
             for (part, address, len) in region.pieces(bytes) {
                 let result = self.sources[part.source].uffd.unregister(address, len);
-                left = std::mem::replace(&mut left, Ok(())).and(result);
+                left = std::mem::replace(&mut left, Ok(())).and(result.map(drop));
             }
         });
         left.context(|| format!("unregistering RAM {} from userfaultfd", region.name))
@@ -397,17 +398,36 @@ impl GuestMemory {
         self.regions.iter().any(|region| region.memory.kind.needs_touch())
     }
 
-    /// At the end: the whole guest leaves its userfaultfds.
+    /// At the end: the whole guest leaves its userfaultfds, and what of it is not mapped any more shows.
     pub(crate) fn unregister_all(&self) -> Result<()> {
+        let mut unmapped = 0;
         for region in &self.regions {
             for part in &region.parts {
-                self.sources[part.source]
+                unmapped += self.sources[part.source]
                     .uffd
                     .unregister(part.address, part.bytes)
                     .context(|| format!("unregistering RAM {}", region.name))?;
             }
         }
+        self.unmapped_bytes.fetch_max(unmapped, SeqCst);
         Ok(())
+    }
+
+    /// Whether the guest side maps nothing any more at an address of a page that is not complete: no call of the
+    /// userfaultfd finds it there.
+    pub(crate) fn is_unmapped(&self, page: PageId) -> Result<bool> {
+        let region = self.region(page.region);
+        let (start, bytes) = (region.byte_offset(page.page), region.byte_offset(1));
+        for (part, address, len) in region.pieces(start..start + bytes) {
+            let uffd = &self.sources[part.source].uffd;
+            for at in (address..address + len).step_by(1 << region.page_shift) {
+                let mapped = uffd.map(at, region.page_bytes());
+                if mapped.map_err(|error| failed(region, error))?.stop != Some(Stop::Gone) {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// A bulk lane is one of TLS.

@@ -25,7 +25,7 @@ use umem_wire::{PageRange, RegionId};
 
 use super::Note;
 use super::faults::{RETRY_INTERVAL, SHORTAGE_INTERVAL};
-use super::guest::{GuestMemory, GuestRegion};
+use super::guest::{GuestMemory, GuestRegion, PageId};
 use crate::cores::Place;
 use crate::error::{Error, Result};
 use crate::inbox::Post;
@@ -451,16 +451,14 @@ impl TouchState {
                 Error::Preload(format!("the answer to a touch request is not understood: {text}"))
             };
             match serde_json::from_slice(&line).map_err(|_| strange())? {
-                // A part of it is not mapped any more: nobody misses it.
-                Answer::Failed { .. } if self.guest.unmapped_bytes() > 0 => {
+                Answer::Failed { error, text } => {
                     let asked = self.asked.pop_front().ok_or_else(strange)?;
                     self.asked_bytes -= asked.len;
-                    self.touched.push_back(asked.range);
-                }
-                Answer::Failed { error, text } => {
-                    return Err(Error::Preload(format!(
-                        "the guest side could not touch its pages: {text} ({error})"
-                    )));
+                    if !self.take_unmapped(asked.range)? {
+                        return Err(Error::Preload(format!(
+                            "the guest side could not touch its pages: {text} ({error})"
+                        )));
+                    }
                 }
                 Answer::Touched { touched, size } => {
                     let asked = self.asked.pop_front().ok_or_else(strange)?;
@@ -476,6 +474,28 @@ impl TouchState {
             return Err(Error::Preload("the answer to a touch request has no end".into()));
         }
         Ok(())
+    }
+
+    /// Of a range that could not be touched, nobody misses what is not mapped any more; the rest of it is asked for
+    /// once more, page by page. False where all of it is mapped: something else is wrong.
+    fn take_unmapped(&mut self, range: PageRange) -> Result<bool> {
+        let pages = range.first..range.first + range.pages;
+        let mut still_mapped = Vec::new();
+        let mut any_unmapped = false;
+        for page in pages {
+            let one = PageRange { first: page, pages: 1, ..range };
+            match self.guest.is_unmapped(PageId { region: range.region, page })? {
+                true => {
+                    any_unmapped = true;
+                    self.touched.push_back(one);
+                }
+                false => still_mapped.push(one),
+            }
+        }
+        if any_unmapped {
+            self.ready.extend(still_mapped);
+        }
+        Ok(any_unmapped)
     }
 
     /// Releases what has been touched.

@@ -14,11 +14,10 @@ use umem_ring::Span;
 
 use super::open::{self, Faults};
 use crate::memory::kind::Kind;
+use crate::memory::small_page_bytes;
 
 /// Bytes of one event as read from the descriptor.
 pub(crate) const MESSAGE_BYTES: usize = 32;
-
-const SMALL_PAGE: u64 = 4096;
 
 /// What is unregistered piece by piece where it cannot be as one.
 const STEP_BYTES: u64 = 2 << 20;
@@ -113,7 +112,7 @@ pub(crate) enum Stop {
     NotPresent,
     /// Events are pending that must be read first; try again afterwards.
     Again,
-    /// The guest's process is gone, or the range is not registered (any more).
+    /// The guest's process is gone, or the range is not registered (any more), or not all of it lies in one mapping.
     Gone,
 }
 
@@ -258,23 +257,24 @@ impl Uffd {
     }
 
     /// Takes the range out of the userfaultfd for good and wakes its waiters. Calling it again for
-    /// a part of the same range does nothing, nor does it where the range is not mapped any more.
-    pub(crate) fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
+    /// a part of the same range does nothing, nor does it where the range is not mapped any more. Returns how many
+    /// bytes of it were found to be so: pieces of 2 MiB of which nothing is mapped.
+    pub(crate) fn unregister(&self, start: u64, len: u64) -> io::Result<u64> {
         let mut range = Range { start, len };
         // SAFETY: as in mark_cached.
         match unsafe { ioctl_unregister(self.0.descriptor.as_raw_fd(), &mut range) } {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(0),
             Err(nix::Error::ESRCH) => {
                 self.0.is_gone.store(true, SeqCst);
-                Ok(())
+                Ok(0)
             }
             // The guest's process is gone, and its mappings with it; or the kernel has no memory to split one.
             Err(nix::Error::ENOMEM) => {
                 // Which of the two this says, whatever else.
-                match self.try_map(start, SMALL_PAGE).0 {
+                match self.try_map(start, small_page_bytes()).0 {
                     Err(nix::Error::ESRCH) => {
                         self.0.is_gone.store(true, SeqCst);
-                        Ok(())
+                        Ok(0)
                     }
                     _ => Err(nix::Error::ENOMEM.into()),
                 }
@@ -283,10 +283,9 @@ impl Uffd {
             Err(nix::Error::EINVAL) => {
                 let half = (len / 2).next_multiple_of(STEP_BYTES);
                 if half >= len {
-                    return Ok(());
+                    return Ok(len);
                 }
-                self.unregister(start, half)?;
-                self.unregister(start + half, len - half)
+                Ok(self.unregister(start, half)? + self.unregister(start + half, len - half)?)
             }
             Err(errno) => Err(errno.into()),
         }
@@ -314,7 +313,8 @@ impl Uffd {
             // Somebody else placed it, e.g. two threads that finished at the same time.
             Err(nix::Error::EEXIST) => Stop::Already,
             Err(nix::Error::EFAULT) => Stop::NotPresent,
-            // No registered mapping at the address: its block has been unregistered already.
+            // No registered mapping at the address: its block has been unregistered already, or nothing is mapped
+            // there any more. Or the range goes on in another mapping (validate_dst_vma in mm/userfaultfd.c).
             Err(nix::Error::ENOENT) => Stop::Gone,
             // No address space.
             Err(nix::Error::ESRCH) => {
@@ -395,7 +395,7 @@ mod tests {
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
         // SAFETY: it replaces a part of our own mapping.
         unsafe { mmap(Some(at), step, ProtFlags::PROT_READ, flags, &other, 0) }.unwrap();
-        uffd.unregister(address, BYTES).unwrap();
+        assert_eq!(uffd.unregister(address, BYTES).unwrap(), STEP_BYTES);
         // What is still there of it is registered no more: this does not wait.
         for at in [0, 2 * STEP_BYTES, BYTES - 4096] {
             // SAFETY: mapped, and its file is long enough.
@@ -404,7 +404,7 @@ mod tests {
         }
         // SAFETY: our own mappings, which nothing refers to.
         unsafe { munmap(start, len.get()) }.unwrap();
-        uffd.unregister(address, BYTES).unwrap();
+        assert_eq!(uffd.unregister(address, BYTES).unwrap(), BYTES);
         assert!(!uffd.is_gone(), "this process is there");
     }
 }

@@ -18,6 +18,7 @@ mod refusals;
 #[path = "../support/mod.rs"]
 mod support;
 mod terminal;
+mod unplugged;
 mod vhost_user;
 
 use support::{Machine, Qemu, Scratch, Serial, Umem};
