@@ -4,7 +4,6 @@ use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::config::{self, Kind, RamFile};
@@ -190,22 +189,18 @@ pub(crate) fn touch(address: usize, length: usize) -> Result<(), (String, Failur
     if unsafe { sys::madvise(start, length, sys::MADV_POPULATE_WRITE) } == 0 {
         return Ok(());
     }
-    if matches!(sys::last_errno(), sys::EPERM | sys::EACCES | sys::ENOSYS) {
-        touch_each(address, length);
-        return Ok(());
-    }
+    let touched = match sys::last_errno() {
+        sys::EPERM | sys::EACCES | sys::ENOSYS => touch_each(address, length),
+        errno => Err(errno),
+    };
     let text = "the guest's memory cannot be populated";
-    Err((name, Failure::new(Code::Touch, sys::last_errno(), text)))
+    touched.map_err(|errno| (name, Failure::new(Code::Touch, errno, text)))
 }
 
-/// Where a sandbox keeps that advice from us: a write to each page, which changes nothing of it.
-fn touch_each(address: usize, length: usize) {
-    for page in (address..address + length).step_by(sys::page_size().max(1)) {
-        let byte = std::ptr::with_exposed_provenance_mut::<u8>(page);
-        // SAFETY: a byte of memory that the program has mapped writable, by an atomic operation, as the guest
-        // may write there too.
-        unsafe { AtomicU8::from_ptr(byte) }.fetch_or(0, Ordering::Relaxed);
-    }
+/// Where a sandbox keeps that advice from us: a write to each page, which changes nothing of it. By the kernel, as the
+/// program may have unmapped the page.
+fn touch_each(address: usize, length: usize) -> Result<(), i32> {
+    (address..address + length).step_by(sys::page_size().max(1)).try_for_each(sys::write_nothing)
 }
 
 /// The RAM that all of the range belongs to, where it is whole pages.

@@ -79,6 +79,7 @@ mod number {
     pub(super) const MREMAP: c_long = 25;
     pub(super) const MADVISE: c_long = 28;
     pub(super) const MLOCKALL: c_long = 151;
+    pub(super) const FUTEX: c_long = 202;
     pub(super) const FALLOCATE: c_long = 285;
     pub(super) const USERFAULTFD: c_long = 323;
 }
@@ -87,6 +88,7 @@ mod number {
     //! The generic table: aarch64, riscv64, loongarch64.
     use std::ffi::c_long;
     pub(super) const FALLOCATE: c_long = 47;
+    pub(super) const FUTEX: c_long = 98;
     pub(super) const MREMAP: c_long = 216;
     pub(super) const MMAP: c_long = 222;
     pub(super) const MADVISE: c_long = 233;
@@ -217,6 +219,23 @@ pub(crate) unsafe fn mmap(
 pub(crate) unsafe fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int {
     // SAFETY: the caller's promises.
     unsafe { c::syscall(number::MADVISE, address, length, c_long::from(advice)) as c_int }
+}
+
+/// Has the kernel write to the page at `address`, four bytes aligned, by an atomic operation that changes nothing of it:
+/// futex(2) with FUTEX_WAKE_OP, which needs no futex to be there. What is not mapped is an error, where a write of this
+/// process's own would end it. Waits, as a write would, for a page that a userfaultfd has to bring.
+pub(crate) fn write_nothing(address: usize) -> Result<(), c_int> {
+    const FUTEX_WAKE_OP: c_long = 5;
+    const FUTEX_PRIVATE_FLAG: c_long = 128;
+    /// Or with nothing (FUTEX_OP_OR, 0), and compare with nothing.
+    const OR_NOTHING: c_long = 2 << 28;
+    let address = address as c_long;
+    let operation = FUTEX_WAKE_OP | FUTEX_PRIVATE_FLAG;
+    let none: c_long = 0;
+    // SAFETY: the kernel checks the address, and no bit changes there.
+    let result =
+        unsafe { c::syscall(number::FUTEX, address, operation, none, none, address, OR_NOTHING) };
+    if result >= 0 { Ok(()) } else { Err(last_errno()) }
 }
 
 pub(crate) fn fallocate(descriptor: c_int, mode: c_int, offset: i64, length: i64) -> c_int {
