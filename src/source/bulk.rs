@@ -30,6 +30,12 @@ use crate::report::Counters;
 use crate::secure::Channel;
 use crate::worker::Started;
 
+/// What the kernel answers to a zero-copy send that it does not do, and would do plainly: RLIMIT_MEMLOCK is used up by
+/// what the user has in flight (ENOMEM, ENOBUFS), there are none on this kind of socket (EOPNOTSUPP: AF_UNIX, and
+/// AF_VSOCK and MPTCP of many kernels), it does not know the operation (EINVAL), or a policy forbids it.
+const NO_ZERO_COPY: [i32; 6] =
+    [libc::ENOMEM, libc::ENOBUFS, libc::EOPNOTSUPP, libc::EINVAL, libc::EPERM, libc::EACCES];
+
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
 /// The background may go on, as far as its limit is concerned.
@@ -352,11 +358,9 @@ impl BulkThread {
                     Counters::add(&counters.copied_bytes, moved);
                 }
             }
-            // RLIMIT_MEMLOCK is used up by what the user has in flight, and nothing of this has left: a
-            // send that has begun tells how far it came.
+            // Nothing of this has left: a send that has begun tells how far it came.
             Outcome::Failed(errno)
-                if self.sending_zero_copy
-                    && [libc::ENOMEM, libc::ENOBUFS].contains(&errno.raw()) =>
+                if self.sending_zero_copy && NO_ZERO_COPY.contains(&errno.raw()) =>
             {
                 self.memory.zero_copy_is_copied.store(true, Relaxed);
                 self.sealer.go_back(self.sealed_before);
@@ -452,5 +456,51 @@ impl BulkThread {
 
     fn lost(&self, what: String) -> Error {
         Error::Lost { side: "destination", lane: self.name.clone(), what }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use umem_wire::PageSize;
+
+    use super::*;
+    use crate::inbox::Inbox;
+    use crate::memory::region::RamFile;
+
+    /// As a unix socket does, which is refused zero-copy sends here.
+    #[test]
+    fn a_lane_whose_socket_has_no_zero_copy_sends_goes_on_with_plain_ones() {
+        const BYTES: usize = 1 << 20;
+        let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.write_all_at(&vec![0xa5; BYTES], 0).unwrap();
+        let files = vec![RamFile::of_source("ram0", file).unwrap()];
+        let memory = Arc::new(SourceMemory::new(files, false));
+        memory.land(memory.table().unwrap().with_units(&[PageSize::SIZE_4K]).unwrap());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            theirs.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        let inbox = Inbox::new().unwrap();
+        let lane = BulkLane {
+            lane: Lane::new(ours.into(), "bulk lane 1".into()).unwrap(),
+            memory: memory.clone(),
+            index: 0,
+            lanes: 1,
+            core: Place::Anywhere,
+            zero_copy: true,
+            post: inbox.post(),
+        };
+        lane.run(Started::unheard()).unwrap();
+        let came = reader.join().unwrap().unwrap();
+        let pages = came.iter().filter(|&&byte| byte == 0xa5).count();
+        assert!(pages >= BYTES && came.len() > BYTES, "{pages} of {BYTES} bytes came");
+        assert!(memory.zero_copy_is_copied.load(Relaxed), "it has been tried");
     }
 }
