@@ -316,6 +316,13 @@ struct umem_destination *umem_destination_new(void);
 // whoever touches a missing page of it waits until that has come; no child that is forked has it
 // before the end.
 //
+// Until then whoever discards pages of it (a balloon, reports of free pages) does so with
+// madvise(MADV_REMOVE) of its address where it is MAP_SHARED, and with madvise(MADV_DONTNEED) where it is
+// anonymous: the kernel tells umem of that, which waits in madvise() until umem has heard of it. Of a hole that
+// fallocate() punches in the file umem hears nothing: a page that comes later fills it with what the source had.
+// MADV_DONTNEED of MAP_SHARED memory is reported like a discard, and pages that are still to come would read as
+// zeroes: leave it out.
+//
 // UMEM_ERR_USAGE: a size of 0. UMEM_ERR_UNSUPPORTED: the file holds something. What else is wrong
 // with the memory is found out at the start.
 enum umem_status umem_destination_region(const struct umem_destination *destination,

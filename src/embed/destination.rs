@@ -64,7 +64,9 @@ impl DestinationSetup {
     /// # Safety
     /// The memory belongs to the guest: nobody in this process holds a reference into it, and it stays
     /// mapped where it is until the [`Destination`] has been dropped. Whoever touches a missing page
-    /// of it after [`start`](DestinationSetup::start) waits.
+    /// of it after [`start`](DestinationSetup::start) waits. Pages of it are discarded with `madvise`, shared ones with
+    /// `MADV_REMOVE` and anonymous ones with `MADV_DONTNEED`, until the end: the kernel says nothing of a hole that
+    /// `fallocate` punches in the file, and reports `MADV_DONTNEED` of shared memory as if it were a discard.
     ///
     /// # Errors
     /// A file that cannot be used or holds something already, or a size of 0.
