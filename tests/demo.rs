@@ -102,6 +102,23 @@ fn a_guest_moves_where_a_sandbox_forbids_system_calls_that_are_only_faster() {
     }
 }
 
+/// Private memory becomes the guest's own by an advice, or else page by page.
+#[test]
+fn private_memory_is_touched_where_a_sandbox_forbids_to_populate_it() {
+    let advice = (2, libc::MADV_POPULATE_WRITE.unsigned_abs());
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let mut command = Command::new("timeout");
+        command.args(["-k", "10", "100", env!("CARGO_BIN_EXE_umem")]);
+        command.args(["demo", "--json", "--size", "64", "--kind", "private"]);
+        support::sandbox::forbid_with(&mut command, libc::SYS_madvise, advice, errno);
+        let output = command.output().expect("it starts");
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
+        check(&serde_json::from_str(stdout.lines().last().expect("a report")).unwrap(), 64);
+    }
+}
+
 /// Complete blocks leave the userfaultfd one by one, so that the kernel maps them as a whole. Needs
 /// root, who may make a tmpfs with huge pages; the demo says what it has.
 #[test]

@@ -38,6 +38,14 @@ struct Program {
 impl Program {
     /// `kind` is what the variable says, if it is set.
     fn start(ram: &Path, kind: Option<&str>) -> Program {
+        Program::start_prepared(ram, kind, |_| {})
+    }
+
+    fn start_prepared(
+        ram: &Path,
+        kind: Option<&str>,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Program {
         let (socket, theirs) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         let stderr = tempfile::NamedTempFile::new().unwrap();
@@ -60,6 +68,7 @@ impl Program {
                 _ => Err(std::io::Error::last_os_error()),
             });
         }
+        prepare(&mut command);
         let mut child = command.spawn().unwrap();
         let commands = child.stdin.take().unwrap();
         let answers = BufReader::new(child.stdout.take().unwrap());
@@ -71,8 +80,16 @@ impl Program {
 
     /// Starts one that has mapped its RAM and handed it over.
     fn with_ram(scratch: &Scratch, kind: &str) -> (Program, Ram) {
+        Program::with_ram_prepared(scratch, kind, |_| {})
+    }
+
+    fn with_ram_prepared(
+        scratch: &Scratch,
+        kind: &str,
+        prepare: impl FnOnce(&mut Command),
+    ) -> (Program, Ram) {
         let path = scratch.ram("ram");
-        let mut program = Program::start(&path, Some(kind));
+        let mut program = Program::start_prepared(&path, Some(kind), prepare);
         let address = program.says(&format!("map {kind} {LENGTH} {}", path.display()));
         let message = program.message();
         let message = &message[0];
@@ -291,6 +308,38 @@ fn a_touch_of_a_missing_page_waits_for_it() {
     ram.mark_zero(3);
     assert_eq!(program.message(), json!({ "touched": ram.address + 3 * PAGE, "size": PAGE }));
     assert_eq!(program.message(), json!({ "pong": 1 }));
+}
+
+/// Whether the kernel populates a range or a sandbox forbids that, and each page is written to.
+#[test]
+fn a_touch_of_what_is_not_mapped_any_more_fails_and_the_program_goes_on() {
+    let populate = (2, libc::MADV_POPULATE_WRITE.unsigned_abs());
+    for forbidden in [None, Some(libc::EPERM), Some(libc::ENOSYS)] {
+        let scratch = Scratch::new();
+        let (mut program, ram) = Program::with_ram_prepared(&scratch, "private", |command| {
+            if let Some(errno) = forbidden {
+                support::sandbox::forbid_with(command, libc::SYS_madvise, populate, errno);
+            }
+        });
+        let address = |page: u64| ram.address + page * PAGE;
+        for page in 3..6 {
+            ram.land(page, 1);
+            ram.mark_cached(page);
+        }
+        program.command(&format!("touch {} {}\n", address(3), 3 * PAGE));
+        assert_eq!(program.message(), json!({ "touched": address(3), "size": 3 * PAGE }));
+        // Copies of the program's own by now: the file may give its pages back.
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&ram.file, punch, 3 * PAGE as i64, 3 * PAGE as i64).unwrap();
+        let there = (3..6).map(|page| program.says(&format!("read {}", page * PAGE)));
+        assert!(there.collect::<Vec<_>>().iter().all(|byte| byte != "0"), "{forbidden:?}");
+        assert_eq!(program.says(&format!("unmap {} {PAGE}", 4 * PAGE)), "ok");
+        program.command(&format!("touch {} {}\nping\n", address(3), 3 * PAGE));
+        let answer = program.message();
+        assert_eq!(answer["error"], "touch", "{answer}");
+        assert_eq!(program.message(), json!({ "pong": 1 }));
+        assert_ne!(program.says(&format!("read {}", 5 * PAGE)), "0");
+    }
 }
 
 #[test]

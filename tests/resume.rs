@@ -7,10 +7,12 @@
 
 mod support;
 
+use std::os::unix::process::ExitStatusExt;
+
 use nix::sys::signal::Signal;
 use serde_json::json;
 use support::killed::{How, Move, REQUEST_BYTES, Side, text};
-use support::{Ends, Qmp};
+use support::{Ends, MemoryLimit, Qmp};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
@@ -59,6 +61,20 @@ fn a_source_that_frees_its_memory_is_taken_over_from() {
 fn a_destination_that_is_killed_is_taken_over_from() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Destination]);
+    moving.complete();
+}
+
+/// The kernel kills umem for the memory that it takes for its guest. The guest waits, and the source for who goes on.
+#[test]
+fn a_destination_that_a_memory_limit_kills_is_taken_over_from() {
+    let limit = MemoryLimit::of(20);
+    let mut moving = Move::switched(How { mib: 64, threads: 1, ..How::default() });
+    limit.take(moving.incoming.pid());
+    moving.cutter.let_pages_go();
+    assert_eq!(moving.incoming.wait().signal(), Some(libc::SIGKILL));
+    moving.migrate.event("recovering");
+    assert_eq!(moving.scratch.processes("destination.qmp").len(), 1, "the guest is there");
+    moving.incoming = moving.resume("incoming");
     moving.complete();
 }
 

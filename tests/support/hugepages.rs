@@ -30,6 +30,23 @@ impl HugePages {
         huge
     }
 
+    /// Room for so many more.
+    pub(crate) fn grow(&mut self, pages: u64) {
+        let wanted = self.pool_pages() + pages;
+        self.set_pool_pages(wanted);
+        assert_eq!(self.pool_pages(), wanted, "the machine has no {pages} huge pages more to give");
+    }
+
+    /// Those that nobody has, nor has been promised.
+    pub(crate) fn free() -> u64 {
+        let of = |name: &str| -> u64 {
+            let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}");
+            let text = std::fs::read_to_string(path).expect("the kernel knows pages of 2 MiB");
+            text.trim().parse().expect("a number")
+        };
+        of("free_hugepages") - of("resv_hugepages")
+    }
+
     fn pool_pages(&mut self) -> u64 {
         let mut text = String::new();
         self.pool.rewind().expect("a file");

@@ -12,6 +12,7 @@
 //! - [`waiting`]: guests that wait behind `umem incoming`, and snapshots to move to them
 //! - [`Authority`]: makes certificates
 //! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
+//! - [`MemoryLimit`]: a control group in which processes of a test have so much memory and no more
 //! - [`Room`]: a file system for RAM files with as much room as a test says
 //! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
 //! - [`Cutter`]: a relay that breaks connections, or changes bits, at known bytes or when told to
@@ -38,6 +39,7 @@ mod fifo;
 mod guests;
 mod hugepages;
 pub(crate) mod killed;
+mod limit;
 mod moving;
 mod network;
 pub(crate) mod peer;
@@ -67,6 +69,7 @@ pub(crate) use {
     fifo::Fifo,
     guests::Guests,
     hugepages::{HugeFile, HugePages},
+    limit::MemoryLimit,
     moving::{How, Move},
     network::{Namespace, Network},
     process::Process,

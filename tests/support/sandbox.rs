@@ -6,13 +6,40 @@ use std::process::Command;
 
 /// To this program, and to those that it starts, the kernel answers these system calls with an error.
 pub(crate) fn forbid(command: &mut Command, calls: &[c_long], errno: i32) {
+    install(command, calls.iter().map(|&call| (call, None)), errno);
+}
+
+/// The same of one system call, where its argument of this index is this number.
+pub(crate) fn forbid_with(command: &mut Command, call: c_long, argument: (u32, u32), errno: i32) {
+    install(command, [(call, Some(argument))].into_iter(), errno);
+}
+
+type Forbidden = (c_long, Option<(u32, u32)>);
+
+/// Where the arguments begin in `struct seccomp_data`.
+const ARGUMENTS_OFFSET: u32 = 16;
+
+fn install(command: &mut Command, calls: impl Iterator<Item = Forbidden>, errno: i32) {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let load = |offset: u32| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
+    let skips_unless = |k: u32, jf: u8| libc::sock_filter {
+        jf,
+        ..statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k)
+    };
+    let refusal = statement(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | errno.unsigned_abs());
     // The call's number is the first field of `struct seccomp_data`.
-    let mut program = vec![statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0)];
-    for &call in calls {
-        let is_other = statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, call as u32);
-        program.push(libc::sock_filter { jf: 1, ..is_other });
-        program.push(statement(libc::BPF_RET, libc::SECCOMP_RET_ERRNO | errno.unsigned_abs()));
+    let mut program = Vec::new();
+    for (call, argument) in calls {
+        program.push(load(0));
+        match argument {
+            None => program.extend([skips_unless(call as u32, 1), refusal]),
+            Some((index, number)) => program.extend([
+                skips_unless(call as u32, 3),
+                load(ARGUMENTS_OFFSET + 8 * index),
+                skips_unless(number, 1),
+                refusal,
+            ]),
+        }
     }
     program.push(statement(libc::BPF_RET, libc::SECCOMP_RET_ALLOW));
     let install = move || {

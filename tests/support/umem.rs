@@ -85,6 +85,16 @@ impl Umem {
         Umem::start_command(Command::new(UMEM), None, Some(terminal.as_fd()), arguments)
     }
 
+    /// `umem ARGUMENTS` where a sandbox answers these system calls with EPERM.
+    pub(crate) fn start_without<S: AsRef<OsStr>>(
+        calls: &[std::ffi::c_long],
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Umem {
+        let mut command = Command::new(UMEM);
+        super::sandbox::forbid(&mut command, calls, libc::EPERM);
+        Umem::start_command(command, None, None, arguments)
+    }
+
     /// Another program.
     pub(crate) fn start_program<S: AsRef<OsStr>>(
         program: &Path,

@@ -9,6 +9,7 @@
 //! | `read OFFSET` | the byte there |
 //! | `write OFFSET BYTE` | `ok` |
 //! | `advise OFFSET LENGTH ADVICE` | `ok`; the advice is the number that `madvise(2)` takes |
+//! | `unmap OFFSET LENGTH` | `ok` |
 //! | `punch OFFSET LENGTH` | `ok`: the file has a hole there |
 //! | `remap LENGTH NEW-LENGTH FLAGS` | `ok`: the mapping may be elsewhere now |
 //! | `fork OFFSET` | `byte N` if a child can read it, `signal N` if that ended the child |
@@ -57,6 +58,12 @@ impl Mapping {
                 let (start, advice) = (self.at(number(offset)), flags(advice));
                 // SAFETY: advice on our own mapping, in which nothing of Rust's lies.
                 let result = unsafe { libc::madvise(start.cast(), number(length), advice) };
+                if result == 0 { Ok("ok".into()) } else { Err(errno()) }
+            }
+            ["unmap", offset, length] => {
+                let start = self.at(number(offset));
+                // SAFETY: a part of our own mapping, in which nothing of Rust's lies.
+                let result = unsafe { libc::munmap(start.cast(), number(length)) };
                 if result == 0 { Ok("ok".into()) } else { Err(errno()) }
             }
             ["punch", offset, length] => {
