@@ -1,17 +1,43 @@
-//! What the documents tell people to type is what the command line takes.
+//! Commands and options in the documents are those of the command line.
+
+use std::path::{Path, PathBuf};
 
 use argh::{ArgsInfo, CommandInfoWithArgs, FromArgs};
 
 use super::Arguments;
 
-/// The documents that name commands of umem's.
-const DOCUMENTS: [(&str, &str); 5] = [
-    ("README.md", include_str!("../../README.md")),
-    ("ARCHITECTURE.md", include_str!("../../ARCHITECTURE.md")),
-    ("CONTRIBUTING.md", include_str!("../../CONTRIBUTING.md")),
-    ("SECURITY.md", include_str!("../../SECURITY.md")),
-    ("perf/README.md", include_str!("../../perf/README.md")),
-];
+/// A document in Markdown: its path from the root of the repository, and its text.
+struct Document {
+    path: PathBuf,
+    text: String,
+}
+
+impl Document {
+    /// Whether it is README.md or a page of the guide, which speak to users alone.
+    fn is_guide(&self) -> bool {
+        self.path == Path::new("README.md") || self.path.parent() == Some(Path::new("docs"))
+    }
+}
+
+/// All that describe umem as it is. The changelog describes umem as it was.
+fn documents() -> Vec<Document> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut documents = Vec::new();
+    for folder in ["", "docs", "docs/design", "docs/decisions", "perf"] {
+        for entry in std::fs::read_dir(root.join(folder)).expect("a folder of documents") {
+            let name = entry.expect("an entry").file_name();
+            let path = Path::new(folder).join(name);
+            let is_current =
+                !["CHANGELOG.md", "perf/RESULTS.md"].iter().any(|other| path == Path::new(other));
+            if path.extension().is_some_and(|extension| extension == "md") && is_current {
+                let text = std::fs::read_to_string(root.join(&path)).expect("a document");
+                documents.push(Document { path, text });
+            }
+        }
+    }
+    assert!(documents.len() > 30, "only {} documents were found", documents.len());
+    documents
+}
 
 /// Options in the text that are other programs'.
 const FOREIGN: [&str; 3] = ["--locked", "--output", "--release"];
@@ -20,15 +46,16 @@ const FOREIGN: [&str; 3] = ["--locked", "--output", "--release"];
 #[test]
 fn every_command_in_a_block_of_code_is_taken() {
     let mut count = 0;
-    for (document, text) in DOCUMENTS {
-        for line in code_lines(text) {
+    for Document { path, text } in documents() {
+        for line in code_lines(&text) {
             for words in commands(&line) {
                 let parsed = Arguments::from_args(&["umem"], &words);
                 // Help is a way to end early, too.
                 if let Err(exit) = parsed
                     && exit.status.is_err()
                 {
-                    panic!("{document} has `umem {}`: {}", words.join(" "), exit.output.trim());
+                    let (path, output) = (path.display(), exit.output.trim());
+                    panic!("{path} has `umem {}`: {output}", words.join(" "));
                 }
                 count += 1;
             }
@@ -42,11 +69,11 @@ fn every_command_in_a_block_of_code_is_taken() {
 fn every_command_in_a_sentence_has_its_options() {
     let umem = Arguments::get_args_info();
     let mut count = 0;
-    for (document, text) in DOCUMENTS {
-        for span in spans(text) {
+    for Document { path, text } in documents() {
+        for span in spans(&text) {
             for words in commands(span) {
                 check(&umem, &words)
-                    .unwrap_or_else(|what| panic!("{document} has `{span}`: {what}"));
+                    .unwrap_or_else(|what| panic!("{} has `{span}`: {what}", path.display()));
                 count += 1;
             }
         }
@@ -56,20 +83,22 @@ fn every_command_in_a_sentence_has_its_options() {
 
 /// An option that stands by itself is one of some command.
 #[test]
-fn every_option_in_a_sentence_of_the_readme_exists() {
+fn every_option_in_a_sentence_of_the_guide_exists() {
     let umem = Arguments::get_args_info();
     let mut count = 0;
-    for span in spans(DOCUMENTS[0].1) {
-        let Some(option) =
-            span.split([' ', '=', '\n']).next().filter(|word| word.starts_with("--"))
-        else {
-            continue;
-        };
-        let is_known = option == "--" || FOREIGN.contains(&option) || has(&umem, option);
-        assert!(is_known, "README.md has `{span}`, and no command has {option}");
-        count += 1;
+    for Document { path, text } in documents().iter().filter(|document| document.is_guide()) {
+        for span in spans(text) {
+            let Some(option) =
+                span.split([' ', '=', '\n']).next().filter(|word| word.starts_with("--"))
+            else {
+                continue;
+            };
+            let is_known = option == "--" || FOREIGN.contains(&option) || has(&umem, option);
+            assert!(is_known, "{} has `{span}`, and no command has {option}", path.display());
+            count += 1;
+        }
     }
-    assert!(count > 15, "only {count} options were found");
+    assert!(count > 60, "only {count} options were found");
 }
 
 /// Lines of the blocks that are indented, those that go on with a backslash joined; not of drawings.

@@ -5,12 +5,12 @@ mod bench;
 mod control;
 mod demo;
 mod doctor;
+#[cfg(test)]
+mod documents;
 mod guest;
 mod incoming;
 mod install;
 mod migrate;
-#[cfg(test)]
-mod readme;
 mod values;
 
 use std::ffi::OsString;

@@ -189,7 +189,7 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 /// Of Prometheus' text format.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// All metrics. Their names are in README.md.
+/// All metrics. docs/observing.md lists them.
 fn text(watch: &Watch) -> String {
     let status = watch.status();
     let mut page = Metrics(String::new());
