@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::uri::Uri;
 use crate::{bench, observe};
 
-/// Measure what a link gives for pages: a server here, a client there.
+/// Measure the throughput of a link for pages: a server here, a client there.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "bench")]
 pub(super) struct Bench {
@@ -30,9 +30,9 @@ enum BenchCommand {
 #[argh(
     subcommand,
     name = "server",
-    note = "Whoever can reach the port can have this machine receive or send pages, in up to 3 GiB of \
-            its memory: an address of the network takes --insecure, for networks where you trust every \
-            host.",
+    note = "Everybody who reaches the port can make this machine receive or send pages, in up to \
+            3 GiB of its memory. An address of the network therefore needs --insecure: use it on \
+            networks where you trust every host.",
     error_code(1, "With -1: the test failed; stderr says why. Else: interrupted in a test."),
     error_code(2, "The command line is wrong.")
 )]
@@ -40,14 +40,14 @@ struct BenchServer {
     /// the port to listen on, 0 for any (default 5202)
     #[argh(option, short = 'p', default = "bench::PORT")]
     port: u16,
-    /// give a test up in which nothing has moved for so many seconds, or whose lanes have not come by then
-    /// (default 60): others may want to test
+    /// give up a test in which nothing moves, or whose lanes are not open, for this many seconds
+    /// (default 60)
     #[argh(option)]
     idle_timeout: Option<Seconds>,
     /// end after one test
     #[argh(switch, short = '1')]
     one_off: bool,
-    /// listen at an address of the network, where whoever reaches it can run tests
+    /// listen at an address of the network, where everybody can run tests
     #[argh(switch)]
     insecure: bool,
     /// cores of the lanes, such as 2 or 2,3 (default: chosen)
@@ -56,13 +56,13 @@ struct BenchServer {
     /// print a JSON object for each test
     #[argh(switch, short = 'J')]
     json: bool,
-    /// where to listen, tcp:HOST:PORT or unix:PATH (default: every IPv4 address,
-    /// which takes --insecure)
+    /// address to listen at, tcp:HOST:PORT or unix:PATH (default: every IPv4 address, which needs
+    /// --insecure)
     #[argh(positional)]
     uri: Option<Uri>,
 }
 
-/// Stream pages to a `umem bench server`, and say what the link gives and what limits it.
+/// Stream pages to a `umem bench server`, and print the throughput and its limit.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
@@ -70,21 +70,21 @@ struct BenchServer {
     note = "The pages land in fresh memory, by the code that migrations use. Sizes may end in K, M, G \
             or T (powers of 1024). Ctrl-C ends the test with its report so far.",
     example = "Every second for 10 seconds:\n  {command_name} DESTINATION",
-    example = "The network alone, both figures for a script:\n  {command_name} --discard -J DESTINATION \
+    example = "The network alone, with the figure for a script:\n  {command_name} --discard -J DESTINATION \
                | jq '.end.sum_received.bits_per_second'",
-    example = "What a page fault takes while a stream fills the link:\n  {command_name} --fault-rate 1000 \
+    example = "The time of a page fault while a stream fills the link:\n  {command_name} --fault-rate 1000 \
                DESTINATION",
     error_code(1, "The test failed or was interrupted; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
 struct BenchClient {
-    /// the server's port where its address names none (default 5202)
+    /// the server's port if its address names none (default 5202)
     #[argh(option, short = 'p', default = "bench::PORT")]
     port: u16,
     /// seconds to run (default 10)
     #[argh(option, short = 't')]
     time: Option<f64>,
-    /// bytes to move, in place of a time
+    /// bytes to move, instead of a time
     #[argh(option, short = 'n')]
     bytes: Option<Size>,
     /// seconds between reports, 0 for none (default 1)
@@ -105,8 +105,8 @@ struct BenchClient {
     /// congestion control of the lanes (default cubic where it is allowed)
     #[argh(option, short = 'C')]
     congestion: Option<String>,
-    /// a file for a report in pictures: a page for a browser, or what -J prints where its name ends in
-    /// .json
+    /// write a report with pictures to this file: a page for a browser, or the output of -J if the
+    /// name ends in .json
     #[argh(option)]
     report: Option<PathBuf>,
     /// print one JSON object, with iperf3's names
@@ -115,29 +115,30 @@ struct BenchClient {
     /// both sides send, each over lanes of its own
     #[argh(switch)]
     bidir: bool,
-    /// what pages land in: shared (the default), a file that a guest would map, or anonymous, memory that
-    /// they are copied into
+    /// memory that pages land in: shared (the default) is a file that a guest would map; pages are
+    /// copied into anonymous memory
     #[argh(option, default = "bench::MemoryKind::Shared")]
     kind: bench::MemoryKind,
-    /// pages of 4K (the default) or 2M: of a tmpfs, which takes root on both sides; anonymous ones of the
-    /// kernel's hugetlb pool (vm.nr_hugepages) and of such a tmpfs at the sender
+    /// 4K (the default) or 2M: pages of 2M are a tmpfs's, which needs root on both sides; for
+    /// anonymous memory they are the kernel's hugetlb pool's (vm.nr_hugepages), and a tmpfs's at
+    /// the sender
     #[argh(option, default = "bench::PageKind::Small")]
     page_size: bench::PageKind,
     /// pages that hold zeroes, percent (default 0)
     #[argh(option, default = "0")]
     zero_percent: u32,
-    /// faults a second meanwhile, each for a page that is fetched over a lane of its own: what a guest's
+    /// faults a second during the stream, over a lane of their own: measures how long a guest's
     /// vCPU would wait beside this stream (default 0)
     #[argh(option, default = "0")]
     fault_rate: u32,
-    /// keep nothing of what comes
+    /// keep nothing of what arrives
     #[argh(switch)]
     discard: bool,
-    /// bytes of memory that are filled at a time, before others take their place (default 512M, or
-    /// less by what is available)
+    /// bytes of memory that a pass fills before the next pass (default 512M, or less if less is
+    /// available)
     #[argh(option, default = "Size(bench::REGION_BYTES_MAX)")]
     pass_size: Size,
-    /// compare every page that has landed with what was sent; costs time
+    /// compare every landed page with the sent one; costs time
     #[argh(switch)]
     verify: bool,
     /// HOST, tcp:HOST:PORT or unix:PATH

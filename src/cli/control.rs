@@ -10,23 +10,25 @@ use crate::error::{Error, Result};
 use crate::observe::control;
 use crate::print;
 
-/// Ask how a migration stands, or change it, at the --control socket of an umem that runs.
+/// Show the state of a running migration, or change it, through its --control socket.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "control",
-    note = "status prints how the migration stands. set changes the limit of what is sent beside what is \
-            asked for; 0 is no limit. cancel gives up before the switchover, and the guest goes on at the \
-            source; afterwards it is refused. pause gives up the connections after the switchover, and the \
-            guest goes on with what it has, until resume opens them again, at another address if one is \
-            named: at the source where to connect, at the destination where to listen. Any program can do the same: the socket takes and gives one \
-            JSON object a line, in the manner of QMP: its \"execute\" is the command.",
-    example = "Start a migration that can be asked:\n  umem migrate -p --control /run/umem.sock --qmp \
+    note = "status prints the state of the migration. set changes the limit of the background; 0 \
+            is no limit. cancel gives up before the switchover, and the guest goes on at the \
+            source; afterwards it is refused. pause gives up the connections after the \
+            switchover, and the guest goes on with the pages it has. resume opens the \
+            connections again, at another address if one is named: at the source the address to \
+            dial, at the destination the address to listen at. Any program can do the same: the \
+            socket takes and gives one JSON object a line, in the manner of QMP. Its \"execute\" \
+            is the command.",
+    example = "Start a migration with a control socket:\n  umem migrate -p --control /run/umem.sock --qmp \
                /run/qmp.sock tcp:DESTINATION:4444",
-    example = "Ask it:\n  {command_name} /run/umem.sock status",
+    example = "Show its state:\n  {command_name} /run/umem.sock status",
     example = "Leave room on the link for others:\n  {command_name} /run/umem.sock set \
                max-postcopy-bandwidth=100M",
-    error_code(1, "Nobody listens there, or the command was refused; stderr says why."),
+    error_code(1, "No umem listens there, or the command was refused; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Control {

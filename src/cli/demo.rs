@@ -19,7 +19,7 @@ pub(super) struct Demo {
     /// memory kind at the destination: shared (the default), private or anonymous
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
-    /// passed on to umem incoming: 1 to have pages touched and their copies released, 0 not to
+    /// passed to umem incoming: 1 touches pages and releases their copies, 0 does not
     #[argh(option)]
     postcopy_flags: Option<PostcopyFlags>,
     /// parts of anonymous memory that have a userfaultfd each (default 1)
@@ -28,7 +28,7 @@ pub(super) struct Demo {
     /// anonymous memory of 2 MiB pages, from the kernel's hugetlb pool
     #[argh(switch)]
     huge: bool,
-    /// the guest that arrives discards pages too, as one with a balloon does
+    /// the guest discards pages during the move, like one with a balloon
     #[argh(switch)]
     discard: bool,
     /// accesses of the guest that write, percent (default 30)
@@ -46,36 +46,36 @@ pub(super) struct Demo {
     /// bulk lanes (default 1)
     #[argh(option, default = "1")]
     lanes: u16,
-    /// send everything before the guest is switched over, to compare with
+    /// send all pages before the switchover, to compare
     #[argh(switch)]
     precopy: bool,
-    /// check every page and word for bits that change on their way, and compare all memory at the end
+    /// check every page and message for bits that change on their way, and compare all memory at the end
     #[argh(switch)]
     checksum: bool,
-    /// TLS between both sides: a directory with all of QEMU's files of certificates and keys, the
-    /// destination's for 127.0.0.1
+    /// TLS between both sides: a directory with the certificates and keys of both, in QEMU's files;
+    /// the destination's certificate is for 127.0.0.1
     #[argh(option)]
     tls_creds: Option<PathBuf>,
     /// a file with a secret of 16 bytes or more, for both sides
     #[argh(option)]
     secret_file: Option<PathBuf>,
-    /// the most that is sent after the switchover beside what is asked for, bytes a second such as 100M
+    /// limit of the background after the switchover, bytes a second such as 100M
     #[argh(option)]
     max_postcopy_bandwidth: Option<Size>,
-    /// what the guest's memory is derived from (default: a new one each time, printed)
+    /// seed of the guest's memory (default: a new one each time, printed)
     #[argh(option)]
     seed: Option<u64>,
-    /// a file for a report of both sides in pictures: a page for a browser, or the figures where its name
-    /// ends in .json
+    /// write a report of both sides with pictures to this file: a page for a browser, or the
+    /// figures if the name ends in .json
     #[argh(option)]
     report: Option<PathBuf>,
     /// show no progress
     #[argh(switch, short = 'q')]
     quiet: bool,
-    /// trace what happens on stderr; RUST_LOG says in more detail what
+    /// trace phases and threads on stderr; RUST_LOG selects the detail
     #[argh(switch, short = 'v')]
     verbose: bool,
-    /// print JSON objects, the last of them the report
+    /// print JSON objects; the last one is the report
     #[argh(switch)]
     json: bool,
 }

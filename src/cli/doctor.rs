@@ -5,20 +5,21 @@ use argh::{ArgsInfo, FromArgs};
 use crate::doctor;
 use crate::error::Result;
 
-/// Say what this machine has of what umem needs, and what to do about the rest.
+/// Check what umem needs on this machine, and print the command that mends each problem.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "doctor",
-    note = "Each line says ok, warning (umem works, but slower or not for every guest) or missing, what \
-            there is, and what it is for; below it is a command that mends it. It speaks of the user \
-            who runs it: of both sides, so that a source may do without userfaultfd. What sysctl, \
-            mount and setfacl set lasts until the next boot.",
+    note = "Each line says ok, warning (umem works, but is slower or cannot move every guest) or \
+            missing, then what there is and what it is for. Below a problem stands the command \
+            that mends it. The result is valid for the user who runs the command, and covers \
+            both sides: a host that is only a source needs no userfaultfd. Settings made by \
+            sysctl, mount and setfacl last until the next boot.",
     error_code(0, "umem can work here; there may be warnings."),
     error_code(1, "Something is missing that umem needs.")
 )]
 pub(super) struct Doctor {
-    /// print JSON objects, one for each thing and a last one with the verdict
+    /// print JSON objects, one for each check and a last one with the verdict
     #[argh(switch)]
     json: bool,
 }

@@ -14,7 +14,7 @@ use crate::memory::kind::Kind;
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "guest")]
 pub(super) struct Guest {
-    /// the socket to make for its monitor
+    /// make this socket for its monitor
     #[argh(option)]
     qmp: PathBuf,
     /// its RAM, NAME=PATH; NAME alone for anonymous memory
@@ -23,13 +23,13 @@ pub(super) struct Guest {
     /// size of its RAM, MiB
     #[argh(option)]
     size: u64,
-    /// wait for a guest to come
+    /// wait for a guest to arrive
     #[argh(switch)]
     incoming: bool,
     /// memory kind of a guest that waits: shared (the default), private or anonymous
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
-    /// where umem incoming takes anonymous memory over
+    /// the socket on which umem incoming takes anonymous memory over
     #[argh(option)]
     handoff: Option<PathBuf>,
     /// parts of anonymous memory that have a userfaultfd each (default 1)
@@ -38,7 +38,7 @@ pub(super) struct Guest {
     /// anonymous memory of 2 MiB pages, from the kernel's hugetlb pool
     #[argh(switch)]
     huge: bool,
-    /// a guest that has come discards pages too, as one with a balloon does
+    /// a guest that has arrived discards pages too, like one with a balloon
     #[argh(switch)]
     discard: bool,
     /// threads that access memory (default 2)
@@ -53,7 +53,7 @@ pub(super) struct Guest {
     /// pages that are never written, percent (default 10)
     #[argh(option, default = "10")]
     hole_percent: u32,
-    /// what its memory is derived from (default 1)
+    /// seed of its memory (default 1)
     #[argh(option, default = "1")]
     seed: u64,
 }

@@ -21,117 +21,119 @@ use crate::{destination, observe, single};
 #[argh(
     subcommand,
     name = "incoming",
-    note = "URI is where to listen, tcp:HOST:PORT or unix:PATH, or one connection that is there \
-            already: fd:N, an inherited stream socket, or exec:CMD, whose standard input and output \
-            lead to the source (run by /bin/sh). A socket fd:N that listens, such as systemd's fd:3, \
-            is listened at. COMMAND is a QEMU whose RAM is a \
-            memory-backend-file with share=on (--kind private: share=off), also by way of wrappers and \
-            scripts, or another monitor that maps the files named with --ram. umem adds -incoming and a QMP \
-            socket to a QEMU's options itself. COMMAND runs out of reach of the terminal's \
-            signals, with the terminal as its standard input where umem has it. A signal before the \
-            switchover gives the guest up, which stays at the source; while memory comes no signal \
-            ends umem, nor the guest. Once the guest is complete Ctrl-C (SIGINT) has COMMAND \
-            stopped with SIGTERM, and umem ends with its exit status; a second one, and every other signal at once, \
-            ends umem alone: the guest goes on, and umem says as which process.",
-    example = "Go on after this process was killed, with the guest that waits:\n  {command_name} --resume SESSION",
-    example = "Serve a Firecracker that restores a snapshot, whose memory file the source has:\n  \
+    note = "URI is an address to listen at, tcp:HOST:PORT or unix:PATH, or one existing \
+            connection: fd:N is an inherited stream socket, exec:CMD (run by /bin/sh) a command \
+            whose standard input and output lead to the source. If the socket fd:N listens, such \
+            as systemd's fd:3, umem listens at it. COMMAND is a QEMU whose RAM is a \
+            memory-backend-file with share=on (--kind private: share=off), also through wrappers \
+            and scripts, or another monitor that maps the files named with --ram. umem adds \
+            -incoming and a QMP socket to a QEMU's options itself. The terminal's signals do not \
+            reach COMMAND. Its standard input is the terminal if umem's is. Before the \
+            switchover a signal ends the migration, and the guest goes on at the source. While \
+            pages are missing no signal ends umem or the guest. Once the guest is complete, \
+            Ctrl-C (SIGINT) sends SIGTERM to COMMAND, and umem ends with COMMAND's exit status. \
+            A second Ctrl-C, or any other signal, ends umem alone: the guest goes on, and umem \
+            prints its process id.",
+    example = "Take over after this process was killed, with the guest that waits:\n  {command_name} --resume SESSION",
+    example = "Serve a Firecracker that restores a snapshot; its memory file is at the source:\n  \
                {command_name} --tls-creds /etc/pki/qemu --handoff /run/uffd.sock tcp::4444",
     example = "Receive a QEMU guest:\n  {command_name} --tls-creds /etc/pki/qemu tcp::4444 -- \\\n    qemu-system-x86_64 -m 2G -machine memory-backend=ram0 \\\n    -object \
                memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest",
     error_code(
         1,
-        "The guest did not arrive, or not whole, or what was to be on stdout could not be written; stderr says why."
+        "The guest did not arrive, or its memory is damaged, or the output could not be written; stderr says why."
     ),
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Incoming {
-    /// how the guest maps its memory: shared (the default) or private; anonymous memory says so
-    /// itself, see --handoff
+    /// how the guest maps its memory: shared (the default) or private; a process that hands over
+    /// anonymous memory says so itself, see --handoff
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
-    /// kind private: 1 has the guest side touch pages as they come, so that the file's copies can be
-    /// released; 0 leaves that to the guest's own accesses until the end (default 0)
+    /// kind private: 1 makes the guest side touch pages during the move, so the file's copies can
+    /// be released; 0 leaves that to the guest's own accesses until the end (default 0)
     #[argh(option, default = "PostcopyFlags(0)")]
     postcopy_flags: PostcopyFlags,
-    /// a unix socket to make, where the guest's process hands over its memory itself, as Firecracker
-    /// does; COMMAND may be left out then
+    /// make this unix socket, on which the guest's process hands over its memory itself, as
+    /// Firecracker does; COMMAND is then optional
     #[argh(option)]
     handoff: Option<PathBuf>,
-    /// a RAM file of the guest, NAME=PATH; repeat for more (default: a QEMU is asked for its own)
+    /// a RAM file of the guest, NAME=PATH; repeat for more (default: umem asks QEMU)
     #[argh(option)]
     ram: Vec<RamPath>,
-    /// the monitor's QMP socket (default: one that umem gives a QEMU)
+    /// the monitor's QMP socket (default: a QEMU gets one from umem)
     #[argh(option)]
     qmp: Option<PathBuf>,
-    /// bulk lanes that a source may open at most (default 16; none with fd: and exec:)
+    /// the most bulk lanes that a source may open (default 16; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
-    /// take no guest whose source does not check what is sent for bits that change on their way (umem
-    /// migrate --checksum); without this option that is the source's choice
+    /// refuse a source that does not check for bits that change on their way (umem migrate
+    /// --checksum); without this option the source decides
     #[argh(switch)]
     checksum: bool,
-    /// take a guest for which there seems to be no room, in memory or in a RAM file's file system: room
-    /// that comes while it moves, as from a source on this machine that frees its own (umem migrate
-    /// --release-ram), or swap. If it does not come the guest is lost
+    /// accept a guest for which there seems to be no room, in memory or in a RAM file's file
+    /// system, because room will appear during the move: from a source on this machine that frees
+    /// its own memory (umem migrate --release-ram), or from swap. Without that room the guest is
+    /// lost
     #[argh(switch)]
     overcommit: bool,
     /// TLS with certificates on both sides: the directory of ca-cert.pem, server-cert.pem and
-    /// server-key.pem, as for QEMU; a source needs a certificate that this ca-cert.pem has signed
+    /// server-key.pem, as for QEMU; the source needs a certificate that this ca-cert.pem has signed
     #[argh(option)]
     tls_creds: Option<PathBuf>,
-    /// a file with a secret of 16 bytes or more, which the source has to know too; it keeps others
-    /// out, but does not encrypt
+    /// a file with a secret of 16 bytes or more, which the source needs too; a secret keeps others
+    /// out, but encrypts nothing
     #[argh(option)]
     secret_file: Option<PathBuf>,
-    /// listen at an address of the network with neither TLS nor a secret: whoever reaches it can send
-    /// a guest, and read and change one on its way
+    /// listen at an address of the network with neither TLS nor a secret: everybody who reaches the
+    /// address can send a guest, and can read and change one on its way
     #[argh(switch)]
     insecure: bool,
-    /// go on with the session of this number (its beginning is enough) whose umem was killed, with the
-    /// guest that waits: no COMMAND; the URI, --tls-creds, --secret-file and --insecure may be given
-    /// anew. The guest is no child of this umem's then, which ends when all of its memory has come. If it had,
-    /// this tells the source, which may not know
+    /// take over the session of this number (its beginning is enough), whose umem was killed, with
+    /// the guest that waits. Leave out COMMAND; the URI, --tls-creds, --secret-file and --insecure
+    /// may change. The guest is then no child of this umem, which ends when the guest is complete.
+    /// If the guest is complete already, this tells the source, which may not know
     #[argh(option)]
     resume: Option<String>,
-    /// the most that a step of the source's may take before the switchover, seconds without a byte that moves
-    /// (default 600). Then the guest goes on there
+    /// before the switchover: the most seconds that one step of the source may take while no byte
+    /// moves (default 600). Then the guest goes on at the source
     #[argh(option)]
     step_timeout: Option<Seconds>,
-    /// where to leave what --resume needs, a directory of this user's (default: umem in
-    /// $XDG_RUNTIME_DIR, or /run/umem for root)
+    /// the directory for the files that --resume needs; it must belong to this user (default: umem
+    /// in $XDG_RUNTIME_DIR, or /run/umem for root)
     #[argh(option)]
     session_dir: Option<PathBuf>,
-    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen; threads may leave them)
+    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: umem chooses, and threads may leave their cores)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
-    /// what idle cores do while faults come: poll, the default, which halves the time of a fault
-    /// and more (takes access to /dev/cpu_dma_latency, without which they sleep), or sleep
+    /// idle cores while faults arrive: poll (the default) more than halves the time of a fault, and
+    /// needs access to /dev/cpu_dma_latency; sleep leaves the cores alone
     #[argh(option, default = "IdleCores::Poll")]
     idle_cores: IdleCores,
-    /// a preload object to use in place of the built-in one
+    /// a preload object to use instead of the built-in one
     #[argh(option)]
     preload: Option<PathBuf>,
-    /// a file for a report in pictures: a page for a browser, or the figures where its name ends in
-    /// .json
+    /// write a report with pictures to this file: a page for a browser, or the figures if the name
+    /// ends in .json
     #[argh(option)]
     report: Option<PathBuf>,
     /// serve metrics to Prometheus at PORT, on the loopback address, or HOST:PORT
     #[argh(option)]
     metrics: Option<Address>,
-    /// a unix socket to make for commands, see umem control
+    /// make this unix socket for commands, see umem control
     #[argh(option)]
     control: Option<PathBuf>,
     /// show no progress
     #[argh(switch, short = 'q')]
     quiet: bool,
-    /// trace what happens on stderr; RUST_LOG says in more detail what
+    /// trace phases and threads on stderr; RUST_LOG selects the detail
     #[argh(switch, short = 'v')]
     verbose: bool,
-    /// print JSON objects, the last of them the report
+    /// print JSON objects; the last one is the report
     #[argh(switch)]
     json: bool,
-    /// tcp:HOST:PORT or unix:PATH to listen at, or fd:N or exec:CMD; then, after --, COMMAND, the
-    /// guest's monitor and its arguments
+    /// tcp:HOST:PORT or unix:PATH to listen at, or fd:N or exec:CMD; after -- follows COMMAND, the
+    /// guest's monitor with its arguments
     #[argh(positional, arg_name = "uri")]
     words: Vec<String>,
 }

@@ -14,7 +14,7 @@ use crate::{install, print};
     example = "Read about umem migrate:\n  {command_name} migrate | man -l -"
 )]
 pub(super) struct Man {
-    /// the command that the page is about (default: umem as a whole)
+    /// the command of the page (default: umem as a whole)
     #[argh(positional)]
     command: Option<String>,
 }
@@ -31,12 +31,12 @@ impl Man {
     }
 }
 
-/// Print what a shell needs to complete umem's commands and options.
+/// Print the script with which a shell completes umem's commands and options.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
     name = "completions",
-    example = "In a bash that runs:\n  source <({command_name} bash)"
+    example = "In a running bash:\n  source <({command_name} bash)"
 )]
 pub(super) struct Completions {
     /// bash, zsh or fish

@@ -20,106 +20,107 @@ use crate::{doctor, observe, source};
 #[argh(
     subcommand,
     name = "migrate",
-    note = "URI is where `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or one connection to \
-            it, over which everything goes: fd:N, an inherited stream socket, or exec:CMD, whose \
-            standard input and output lead there (run by /bin/sh). Until the switchover any failure, and Ctrl-C or any \
-            other signal that would end a program, leave \
-            the guest running here; after it the guest never runs here again, and connections that \
-            break are opened again until it has all of its memory. With -n, Ctrl-C sends the rest.",
+    note = "URI is the address at which `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or \
+            one connection to it that carries everything: fd:N is an inherited stream socket, \
+            exec:CMD (run by /bin/sh) a command whose standard input and output lead there. \
+            Until the switchover any failure, and Ctrl-C or any other signal that ends a \
+            program, leave the guest running here. After it the guest never runs here again: \
+            umem reopens connections that break until the guest is complete. With -n, Ctrl-C \
+            sends the remaining pages.",
     example = "{command_name} -p --tls-creds /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
-    example = "Go on after this process was killed, once the switchover had left:\n  {command_name} --resume SESSION",
-    example = "End what is left here of a guest that is complete at a destination which is gone:\n  {command_name} --resume SESSION --abandon",
+    example = "Take over after this process was killed:\n  {command_name} --resume SESSION",
+    example = "End the session of a guest that is complete at a destination that is gone:\n  {command_name} --resume SESSION --abandon",
     error_code(
         1,
-        "The guest did not move, or not whole, or what was to be on stdout could not be written; stderr says why."
+        "The guest did not move, or its memory is damaged, or the output could not be written; stderr says why."
     ),
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Migrate {
-    /// postcopy: switch over first and send pages after (default: send all before)
+    /// postcopy: switch over first, then send pages (default: send all pages first)
     #[argh(switch, short = 'p')]
     postcopy: bool,
-    /// send no page that was not asked for, to measure (needs -p)
+    /// send only the pages that the guest touches, to measure (needs -p)
     #[argh(switch, short = 'n')]
     no_background: bool,
-    /// a RAM file of the guest, NAME=PATH; repeat for more (default: asked of the monitor)
+    /// a RAM file of the guest, NAME=PATH; repeat for more (default: umem asks the monitor)
     #[argh(option)]
     ram: Vec<RamPath>,
     /// the monitor's QMP socket
     #[argh(option)]
     qmp: Option<PathBuf>,
-    /// bulk lanes, connections that carry pages in the background (default 1; none with fd: and
-    /// exec:)
+    /// bulk lanes: connections for background pages (default 1; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
-    /// free the guest's RAM here as it arrives there, from the switchover on; afterwards it is gone
-    /// here, so that the guest's process here can only be ended
+    /// free the guest's RAM here as it arrives there, from the switchover on; afterwards the
+    /// guest's process here can only be ended
     #[argh(switch)]
     release_ram: bool,
-    /// check every page and every word of both sides for bits that change on their way, have sent again
-    /// what did, and compare all of the guest's memory at the end; reads it twice more here and once there
+    /// check every page and every message for bits that change on their way, send wrong ones again,
+    /// and compare all of the guest's memory at the end; reads the memory twice more here and once
+    /// more there
     #[argh(switch)]
     checksum: bool,
     /// TLS with certificates on both sides: the directory of ca-cert.pem, client-cert.pem and
     /// client-key.pem, as for QEMU; the destination's certificate must be for the URI's host
     #[argh(option)]
     tls_creds: Option<PathBuf>,
-    /// the name or address that the destination's certificate is for, where it is not the URI's host
+    /// the name or address in the destination's certificate, if it is not the URI's host
     #[argh(option)]
     tls_hostname: Option<String>,
-    /// a file with the secret that the destination was started with
+    /// a file with the destination's secret
     #[argh(option)]
     secret_file: Option<PathBuf>,
-    /// go on with the session of this number (its beginning is enough) whose umem was killed, as it was
-    /// begun; the URI, --tls-creds with --tls-hostname, and --secret-file may be given anew. If no
-    /// switchover had left, the guest goes on here instead
+    /// take over the session of this number (its beginning is enough), whose umem was killed, with
+    /// the session's own options; the URI, --tls-creds with --tls-hostname, and --secret-file may
+    /// change. If no switchover had left, the guest goes on here instead
     #[argh(option)]
     resume: Option<String>,
-    /// with --resume: end the session without its destination, once it is known that the guest there is
-    /// complete or has ended, and nobody there will say so any more; its RAM file stays, and the guest never
-    /// runs here again
+    /// with --resume: end the session without its destination. Use this only if you know that the
+    /// guest there is complete or has ended, and that no umem there will say so. The RAM file
+    /// stays, and the guest never runs here again
     #[argh(switch)]
     abandon: bool,
-    /// the most that a step of the destination's may take before the switchover, seconds without a byte that
-    /// moves (default 600): its monitor may be slow to load. Then the guest goes on here
+    /// before the switchover: the most seconds that one step of the destination, such as loading
+    /// the device state, may take while no byte moves (default 600). Then the guest goes on here
     #[argh(option)]
     step_timeout: Option<Seconds>,
-    /// where to leave what --resume needs, a directory of this user's (default: umem in
-    /// $XDG_RUNTIME_DIR, or /run/umem for root)
+    /// the directory for the files that --resume needs; it must belong to this user (default: umem
+    /// in $XDG_RUNTIME_DIR, or /run/umem for root)
     #[argh(option)]
     session_dir: Option<PathBuf>,
-    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: chosen; threads may leave them)
+    /// cores for the demand lane and the bulk lanes, such as 0,2,3 (default: umem chooses, and threads may leave their cores)
     #[argh(option, default = "CoreList::default()")]
     cores: CoreList,
-    /// what idle cores do while faults come: poll, the default, which halves the time of a fault
-    /// and more (takes access to /dev/cpu_dma_latency, without which they sleep), or sleep
+    /// idle cores while faults arrive: poll (the default) more than halves the time of a fault, and
+    /// needs access to /dev/cpu_dma_latency; sleep leaves the cores alone
     #[argh(option, default = "IdleCores::Poll")]
     idle_cores: IdleCores,
-    /// the order of the pages that nobody has asked for: adaptive, the default, which runs ahead of a
-    /// guest that reads on through its memory, or plain, as they lie there
+    /// the order of background pages: adaptive (the default) runs ahead of a guest that reads
+    /// through its memory; plain is by address
     #[argh(option, default = "source::Order::Adaptive")]
     order: source::Order,
-    /// the most that is sent after the switchover beside what is asked for, bytes a second such as 100M
-    /// (needs -p; umem control changes it)
+    /// limit of the background after the switchover, bytes a second such as 100M; pages that the
+    /// guest waits for do not count (needs -p; umem control changes it)
     #[argh(option)]
     max_postcopy_bandwidth: Option<Size>,
-    /// a file for a report in pictures: a page for a browser, or the figures where its name ends in
-    /// .json
+    /// write a report with pictures to this file: a page for a browser, or the figures if the name
+    /// ends in .json
     #[argh(option)]
     report: Option<PathBuf>,
     /// serve metrics to Prometheus at PORT, on the loopback address, or HOST:PORT
     #[argh(option)]
     metrics: Option<Address>,
-    /// a unix socket to make for commands, see umem control
+    /// make this unix socket for commands, see umem control
     #[argh(option)]
     control: Option<PathBuf>,
     /// show no progress
     #[argh(switch, short = 'q')]
     quiet: bool,
-    /// trace what happens on stderr; RUST_LOG says in more detail what
+    /// trace phases and threads on stderr; RUST_LOG selects the detail
     #[argh(switch, short = 'v')]
     verbose: bool,
-    /// print JSON objects, the last of them the report
+    /// print JSON objects; the last one is the report
     #[argh(switch)]
     json: bool,
     /// tcp:HOST:PORT, unix:PATH, fd:N or exec:CMD
