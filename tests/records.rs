@@ -187,7 +187,7 @@ fn one_changed_bit_on_a_bulk_lane_is_told_at_both_ends() {
     assert!(error.to_string().contains("BadRecordMac"), "{error}");
     let error = arrival.incoming.fails();
     assert!(error.contains("bulk lane 1"), "{error}");
-    assert!(error.contains("TLS: what came is not what it sent"), "{error}");
+    assert!(error.contains("TLS: a record does not decrypt"), "{error}");
     let memory = File::open(arrival.scratch.ram("destination"));
     let memory = memory.map(|mut file| {
         let mut page = [0; 4096];

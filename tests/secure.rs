@@ -191,7 +191,11 @@ fn who_shows_no_good_certificate_is_not_let_in() {
     fs::copy(server.join("server-key.pem"), server.join("client-key.pem")).unwrap();
 
     for (creds, theirs, ours) in [
-        (&stranger, "it does not accept our certificate", "signed by nobody in our ca-cert.pem"),
+        (
+            &stranger,
+            "it does not accept our certificate",
+            "signed by no authority in our ca-cert.pem",
+        ),
         (&expired, "it does not accept our certificate", "has expired"),
         (&revoked, "it does not accept our certificate", "has been revoked"),
         (&server, "it does not accept our certificate", "a source one for clients"),
@@ -202,7 +206,7 @@ fn who_shows_no_good_certificate_is_not_let_in() {
         says(&incoming, ours);
     }
     let error = moving.migrate(&uri, &[]).fails();
-    assert!(error.contains("TLS alone here: give --tls-creds"), "{error}");
+    assert!(error.contains("only TLS is accepted here: give --tls-creds"), "{error}");
     says(&incoming, "refused: TLS alone here");
     assert!(incoming.is_running());
 
@@ -224,7 +228,7 @@ fn a_source_sends_nothing_to_who_shows_no_good_certificate() {
     let hint = "is not for 127.0.0.1, but for DnsName(\"elsewhere.example\")";
     assert!(error.contains(hint) && error.contains("--tls-hostname"), "{error}");
     let error = moving.migrate(&uri, &["--tls-creds", text(&stranger)]).fails();
-    assert!(error.contains("signed by nobody in our ca-cert.pem"), "{error}");
+    assert!(error.contains("signed by no authority in our ca-cert.pem"), "{error}");
     says(&incoming, "TLS: it does not accept our certificate");
     let named = ["--tls-creds", text(&creds), "--tls-hostname", "elsewhere.example"];
     moving.succeeds(incoming, moving.migrate(&uri, &named), "tls");
@@ -459,7 +463,7 @@ fn a_record_that_was_changed_on_its_way_ends_the_lane() {
     let error = Stream::new(&mut session, &mut stream).read(&mut [0; 1]).unwrap_err();
     assert!(error.to_string().contains("BadRecordMac"), "{error}");
     let error = incoming.fails();
-    assert!(error.contains("TLS: what came is not what it sent"), "{error}");
+    assert!(error.contains("TLS: a record does not decrypt"), "{error}");
 }
 
 #[test]
@@ -524,8 +528,8 @@ fn who_does_not_know_the_secret_is_not_let_in() {
     assert!(error.contains("the destination gave up: it does not know the secret"), "{error}");
     says(&incoming, "refused: it does not know the secret");
     let error = moving.migrate(&uri, &[]).fails();
-    assert!(error.contains("a secret is asked for here: give --secret-file"), "{error}");
-    says(&incoming, "refused: a secret is asked for here");
+    assert!(error.contains("a secret is required here: give --secret-file"), "{error}");
+    says(&incoming, "refused: a secret is required here");
     assert!(incoming.is_running());
     let migrate = moving.migrate(&uri, &["--secret-file", &same]);
     moving.succeeds(incoming, migrate, "secret");
@@ -629,7 +633,11 @@ fn an_open_address_has_to_be_asked_for() {
     Umem::start(server.into_iter().chain(["--insecure"])).event("listening");
 
     let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--insecure"]);
-    assert!(incoming.stderr().contains("is open: whoever reaches it"), "{}", incoming.stderr());
+    assert!(
+        incoming.stderr().contains("is open: everybody who reaches it"),
+        "{}",
+        incoming.stderr()
+    );
     moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
     let moving = Move::new();
     let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--secret-file", &secret]);

@@ -12,9 +12,9 @@ pub(super) fn failure(error: &Error) -> String {
             "it does not speak TLS; was it started with --tls-creds?".into()
         }
         Error::PeerIncompatible(what) => {
-            format!("its TLS is not ours ({what:?}); we speak TLS 1.3")
+            format!("it speaks another TLS ({what:?}); umem speaks TLS 1.3")
         }
-        Error::DecryptError => "what came is not what it sent".into(),
+        Error::DecryptError => "a record does not decrypt: bytes change on their way".into(),
         other => other.to_string(),
     }
 }
@@ -22,7 +22,7 @@ pub(super) fn failure(error: &Error) -> String {
 fn certificate(error: &CertificateError) -> String {
     match error {
         CertificateError::UnknownIssuer => {
-            "is signed by nobody in our ca-cert.pem: both sides need the same authority's".into()
+            "is signed by no authority in our ca-cert.pem: both sides need certificates of the same authority".into()
         }
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
             "has expired: make a new one, or set the clock".into()
@@ -46,7 +46,7 @@ fn certificate(error: &CertificateError) -> String {
             )
         }
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
-            "is not for this: a destination needs one for servers, a source one for clients".into()
+            "has the wrong usage: a destination needs a certificate for servers, a source one for clients".into()
         }
         other => format!("is not valid: {other}"),
     }
@@ -56,7 +56,7 @@ fn certificate(error: &CertificateError) -> String {
 fn refused(alert: AlertDescription) -> String {
     let why = match alert {
         AlertDescription::UnknownCA => {
-            "does not accept our certificate: nobody in its ca-cert.pem has signed it"
+            "does not accept our certificate: no authority in its ca-cert.pem has signed it"
         }
         AlertDescription::CertificateExpired => {
             "does not accept our certificate: by its clock it is too old, or too new"

@@ -70,7 +70,7 @@ impl Greeting<'_> {
         };
         if lacks(Capabilities::CHECKSUM) {
             return Err(Error::Unsupported(
-                "the destination cannot check what comes: leave out --checksum, or use a newer umem \
+                "the destination cannot verify checksums: leave out --checksum, or use a newer umem \
                  there"
                     .into(),
             ));
@@ -79,7 +79,7 @@ impl Greeting<'_> {
             return Ok(welcome.capabilities);
         }
         Err(Error::Unsupported(
-            "the destination does not acknowledge pages, so that they could not be freed here: leave \
+            "the destination does not acknowledge pages, so they cannot be freed here: leave \
              out --release-ram, or use a newer umem there"
                 .into(),
         ))
@@ -137,9 +137,7 @@ impl Greeting<'_> {
         Error::Lost {
             side: "destination",
             lane: self.lane.name.clone(),
-            what: format!(
-                "no welcome: {error}; check that it is `umem incoming` that listens there"
-            ),
+            what: format!("no welcome: {error}; check that `umem incoming` listens there"),
         }
     }
 }

@@ -91,7 +91,7 @@ impl Guard {
         }
         if self.insecure {
             return Ok(Some(format!(
-                "{uri} is open: whoever reaches it can send a guest here, and whoever is on the way \
+                "{uri} is open: everybody who reaches it can send a guest here, and everybody on the path \
                  can read and change it"
             )));
         }

@@ -87,7 +87,7 @@ impl Opening {
                         continue;
                     }
                     Err(_) if handshake.is_plain() => {
-                        return Err(self.refuse("TLS alone here: give --tls-creds"));
+                        return Err(self.refuse("only TLS is accepted here: give --tls-creds"));
                     }
                     Err(why) => return Err(format!("TLS: {why}")),
                 },
@@ -144,7 +144,7 @@ impl Opening {
                 Ok(Progress::Waits(Opening { stage, ..self }))
             }
             (Ok(umem_wire::Opening::Hello(_)), Some(_)) => {
-                Err(self.refuse("a secret is asked for here: give --secret-file"))
+                Err(self.refuse("a secret is required here: give --secret-file"))
             }
             (Ok(umem_wire::Opening::Ask(_)), None) => {
                 Err(self.refuse("no secret is known here: start umem incoming with --secret-file"))

@@ -329,7 +329,7 @@ impl Handshake {
 
     fn ended(&self, how: String) -> String {
         match self.began.is_empty() {
-            true => format!("it answered nothing in TLS ({how}); was it started with --tls-creds?"),
+            true => format!("it did not answer in TLS ({how}); was it started with --tls-creds?"),
             false => format!("the connection ended in the handshake: {how}"),
         }
     }
