@@ -242,8 +242,7 @@ fn reply(inbox: &Inbox<Note>, control: &mut Control, limit: Duration) -> Result<
             Wake::Message(_) => {}
             Wake::Timeout => {
                 return Err(Error::Bench(format!(
-                    "the server has not answered in {} s; check that it is `umem bench server` that \
-                     listens there",
+                    "the server has not answered in {} s; check that `umem bench server` listens there",
                     limit.as_secs()
                 )));
             }

@@ -413,7 +413,7 @@ impl AsFd for Control {
 }
 
 fn parse<T: DeserializeOwned>(line: &[u8]) -> std::result::Result<T, String> {
-    serde_json::from_slice(line).map_err(|error| format!("it sent what is no message: {error}"))
+    serde_json::from_slice(line).map_err(|error| format!("it sent an invalid message: {error}"))
 }
 
 /// Writes a line without waiting.

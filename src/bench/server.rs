@@ -310,5 +310,5 @@ pub(super) fn region_bytes(test: &Test, end: End) -> Result<u64> {
 }
 
 pub(super) fn unexpected(message: &Message) -> Error {
-    Error::Bench(format!("the other side said {message:?} where it does not belong"))
+    Error::Bench(format!("the other side sent {message:?} in the wrong phase"))
 }

@@ -49,14 +49,13 @@ impl Verdict {
             (
                 "other_load",
                 format!(
-                    "limited by who else computes at the {end}, where a thread that could have run \
-                     waited for a core {share:.0} % of the time ({busy})"
+                    "limited by other load at the {end}, where a runnable thread waited for a core {share:.0} % of the time ({busy})"
                 ),
             )
         } else if sent.pressed.is_some() && received.pressed.is_some() {
             ("link", format!("limited by the link ({busy})"))
         } else {
-            ("link", format!("limited by the link, or by who else computes here ({busy})"))
+            ("link", format!("limited by the link, or by other load here ({busy})"))
         };
         Verdict { limit, text }
     }
@@ -104,7 +103,7 @@ mod tests {
             (pressed(0.5, 0.95), pressed(0.3, 0.5), "other_load", "at the sender"),
             (pressed(0.95, 0.97), pressed(0.3, 0.99), "sender_cpu", "sender's CPU"),
             (pressed(0.5, 0.6), pressed(0.3, 0.5), "link", "limited by the link (the"),
-            (pressed(0.5, 0.6), side(0.3, None), "link", "or by who else"),
+            (pressed(0.5, 0.6), side(0.3, None), "link", "or by other load"),
         ] {
             let verdict = Verdict::of(&test, &sent, &received);
             assert_eq!(verdict.limit, limit, "{verdict:?}");

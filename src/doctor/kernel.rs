@@ -100,7 +100,7 @@ pub(super) fn userfaultfd_features() -> Check {
     let opened = open::open(Faults::All).or_else(|_| open::open(Faults::UserMode));
     let offered = match opened.and_then(|(uffd, _)| open::handshake(&uffd, 0)) {
         Ok(offered) => offered,
-        Err(error) => return check(format!("not to be told: {error}")).warning("see userfaultfd"),
+        Err(error) => return check(format!("unknown: {error}")).warning("see userfaultfd"),
     };
     let names = |wanted: &dyn Fn(&(u64, &str, bool)) -> bool| {
         let chosen = FEATURES.iter().filter(|feature| wanted(feature));
@@ -131,7 +131,7 @@ pub(super) fn idle_cores() -> Check {
         )
     };
     match idle::hold(idle::DEVICE) {
-        Ok(_) => check("stay awake where that is wanted"),
+        Ok(_) => check("umem can keep them awake"),
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
             let remedy = format!("{}setfacl -m u:{}:w {}", sudo(), user(), idle::DEVICE);
             check(&format!("no permission for {}", idle::DEVICE)).warning(remedy)

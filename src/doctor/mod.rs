@@ -110,8 +110,10 @@ pub fn run(json: bool) -> i32 {
 fn verdict(warnings: usize, missing: usize) -> String {
     match (missing, warnings) {
         (0, 0) => "umem can work here.".into(),
-        (0, _) => format!("umem can work here; what has a warning ({warnings}) makes it slower."),
-        _ => format!("umem cannot work here as it is: see what is missing ({missing})."),
+        (0, _) => format!(
+            "umem can work here; the warnings ({warnings}) make it slower or exclude some guests."
+        ),
+        _ => format!("umem cannot work here: mend the missing requirements ({missing})."),
     }
 }
 
