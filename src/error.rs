@@ -154,8 +154,7 @@ pub enum Error {
 
     /// The guest has moved, and what it moved with is not what the source had: it runs with wrong memory.
     #[error(
-        "the guest's memory is damaged: what arrived of RAM {regions} is not what the source has, by the \
-         digests of both sides; stop the guest, and start it again from something older than this"
+        "the guest's memory is damaged: the digests of RAM {regions} differ between the two sides; stop the guest, and start it again from an older state"
     )]
     Damaged {
         /// The regions' names.

@@ -46,12 +46,10 @@ impl Suspicion {
         }
         self.in_a_row = 0;
         let lost = format!(
-            "{IN_A_ROW_MAX} connections in a row were lost to wrong checksums before a page came that was \
-             right"
+            "{IN_A_ROW_MAX} consecutive connections failed checksum verification without one valid page"
         );
         output.remark(&format!(
-            "{lost}: pausing. Look for what changes bytes between the two hosts, then resume here (umem \
-             control), by another way if there is one"
+            "{lost}: pausing; repair the path between the two hosts, then resume here (umem control), by another path if there is one"
         ));
         Some(format!("{lost}, the last because {why}"))
     }
@@ -69,7 +67,7 @@ mod tests {
         let mut lost = |wrong, progress| {
             Counters::add(&counters.checksum_errors, wrong);
             let told = suspicion.lost("why", progress, &counters, &output);
-            assert!(told.iter().all(|told| told.contains("8 connections in a row")));
+            assert!(told.iter().all(|told| told.contains("8 consecutive connections")));
             told.is_some()
         };
         for _ in 0..3 {

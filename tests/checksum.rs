@@ -171,7 +171,7 @@ fn a_hopeless_path_is_given_a_rest() {
     moving.incoming.event("paused");
     wait_for("word of it", || {
         let stderr = moving.incoming.stderr();
-        stderr.contains("8 connections in a row were lost to wrong checksums").then_some(())
+        stderr.contains("8 consecutive connections failed checksum verification").then_some(())
     });
     moving.cutter.flip_every(None);
     let resumed = Command::new(UMEM).args(["control", control, "resume"]).status().unwrap();
@@ -203,7 +203,7 @@ fn memory_that_differs_at_the_end_is_told_by_both_sides() {
         let digest = side.event("completed")["digests"][0].clone();
         assert_ne!(digest["digest"], digest["peer"], "{digest}");
     }
-    let damaged = "what arrived of RAM ram0 is not what the source has";
+    let damaged = "the digests of RAM ram0 differ between the two sides";
     assert!(migrate.fails().contains(damaged));
     let told = still.incoming.event("damaged");
     assert!(told["error"].as_str().unwrap().contains(damaged), "{told}");

@@ -118,7 +118,7 @@ struct Drive<'a> {
 }
 
 /// What a pause is called that nobody has asked for.
-const IN_VAIN: &str = "connections in a row were lost to wrong checksums";
+const IN_VAIN: &str = "consecutive connections failed checksum verification";
 
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
