@@ -219,7 +219,9 @@ impl Canceller {
 
     fn check(&self) -> Result<()> {
         if self.is_abandoned.load(SeqCst) {
-            return Err(Error::Interrupted("the program that umem is a part of gave it up".into()));
+            return Err(Error::Interrupted(
+                "the embedding program has cancelled the migration".into(),
+            ));
         }
         Ok(())
     }

@@ -111,7 +111,7 @@ pub(crate) fn finish(mut is_over: impl FnMut(Duration) -> bool) -> Option<String
     }
     let mut state = STDOUT.state();
     if state.is_behind() {
-        state.failure.get_or_insert_with(|| "nobody reads it".into());
+        state.failure.get_or_insert_with(|| "its reader does not read".into());
     }
     state.failure.clone()
 }
@@ -205,7 +205,7 @@ impl Stream {
             return;
         }
         if state.waiting_bytes + rest.len() > WAITING_BYTES_MAX {
-            return state.fail("nobody reads it");
+            return state.fail("its reader does not read");
         }
         if !state.has_thread {
             let thread = std::thread::Builder::new().name(format!("{THREAD_PREFIX}print"));

@@ -283,7 +283,7 @@ fn only_what_can_go_on_is_taken_over() {
     let session = moving.session.clone();
     for command in ["migrate", "incoming"] {
         let error = moving.resume(command).fails();
-        assert!(error.contains("another umem, which lives"), "{error}");
+        assert!(error.contains("another running umem serves session"), "{error}");
         moving.session = "0123".into();
         let error = moving.resume(command).fails_as_misused();
         assert!(error.contains("no session 0123"), "{error}");

@@ -357,8 +357,7 @@ fn answer_at_once(papers: MutexGuard<'_, Papers>, answer: Answer) {
 
 fn not_asked(what: &str) -> Error {
     Error::Usage(format!(
-        "nobody has asked to {what}: answer an event once, when it has come and before the migration \
-         ends"
+        "umem has not asked to {what}: answer each event once, after it has come and before the migration ends"
     ))
 }
 

@@ -273,8 +273,7 @@ impl Destination {
     pub fn guest_has_stopped(&self) -> Result<()> {
         if !self.handle.desk.wait_for_end(std::time::Duration::ZERO) {
             return Err(Error::Usage(
-                "the migration goes on, and the guest's pages still come: end it first, and then the \
-                 waiting"
+                "the migration still runs, and the guest's pages still arrive: end the migration before the waiting"
                     .into(),
             ));
         }

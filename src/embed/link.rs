@@ -28,7 +28,7 @@ pub(crate) enum LinkOrder {
 pub(crate) fn check(recovers: bool, watch: &Watch) -> Result<()> {
     if !recovers {
         return Err(Error::Usage(
-            "this migration ends with its connections: have both sides recover before they start"
+            "this migration ends with its connections: set recover on both sides before they start"
                 .into(),
         ));
     }

@@ -167,7 +167,7 @@ impl HandoffSocket {
         };
         if self.descriptors.len() > DESCRIPTORS_QUEUED_MAX {
             let count = self.descriptors.len();
-            return Err(Error::Preload(format!("{count} descriptors came and no message to them")));
+            return Err(Error::Preload(format!("{count} descriptors arrived without a message")));
         }
         let mut messages = Vec::new();
         while let Some((value, end)) = self.next_value()? {
@@ -419,7 +419,7 @@ impl HandoffListener {
     pub(crate) fn bind(path: &Path) -> Result<HandoffListener> {
         let listener = crate::lane::bind_private(path).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => Error::Usage(format!(
-                "{} exists: another umem waits there, or one has left it; remove it if nobody does",
+                "{} exists: another umem waits there, or a killed one has left it; remove it if no umem waits there",
                 path.display()
             )),
             _ => Error::System {

@@ -188,7 +188,7 @@ pub(crate) fn take_for_guest(name: &str, file: BorrowedFd<'_>) -> Result<()> {
     }
     if !take_move(file).context(what)? {
         return Err(Error::Unsupported(format!(
-            "RAM {name}: another umem moves the guest that is in this file: name another one"
+            "RAM {name}: another umem moves the guest in this file: name another file"
         )));
     }
     Ok(())
@@ -212,8 +212,7 @@ pub(crate) fn take_for_source(name: &str, file: BorrowedFd<'_>, after_a_dead: bo
     while !take_move(file).context(|| format!("locking RAM {name}"))? {
         if Instant::now() >= deadline {
             return Err(Error::Unsupported(format!(
-                "RAM {name}: another umem moves the guest that is in this file, or it has not come there \
-                 whole: wait for its end, or stop that one first"
+                "RAM {name}: another umem moves the guest in this file, or the guest has not arrived there completely: wait for the end of that move, or stop it first"
             )));
         }
         std::thread::sleep(DEAD_INTERVAL);

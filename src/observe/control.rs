@@ -351,7 +351,7 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
 pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let host = |what: String| Error::Control(format!("{}: {what}", path.display()));
     let mut stream = UnixStream::connect(path).map_err(|error| {
-        host(format!("{error}; is it the --control socket of an umem that runs?"))
+        host(format!("{error}; is it the --control socket of a running umem?"))
     })?;
     let lines = stream.try_clone().map(|stream| {
         let patient = Patient { stream, until: Instant::now() + ANSWER_PATIENCE };
@@ -361,10 +361,11 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let mut next = || -> Result<Value> {
         let line = lines.next().unwrap_or(Err(io::ErrorKind::UnexpectedEof.into()));
         let line = line.map_err(|error| host(format!("no answer: {error}")))?;
-        serde_json::from_str(&line).map_err(|error| host(format!("no answer of umem's: {error}")))
+        serde_json::from_str(&line)
+            .map_err(|error| host(format!("the answer is not umem's: {error}")))
     };
     if next()?.get("umem").is_none() {
-        return Err(host("whoever listens there is no umem".into()));
+        return Err(host("the program that listens there is not umem".into()));
     }
     stream.write_all(format!("{command}\n").as_bytes()).map_err(|error| host(error.to_string()))?;
     let mut answer = next()?;

@@ -105,8 +105,7 @@ impl Directory {
                 }
                 Err((_, Errno::EWOULDBLOCK)) => {
                     return Err(Error::Environment(format!(
-                        "session {session} is being served by another umem, which lives: there is \
-                         nothing to take over"
+                        "another running umem serves session {session}: there is nothing to take over"
                     )));
                 }
                 Err((_, errno)) => return Err(failed(errno.into())),

@@ -268,7 +268,7 @@ mod tests {
         let fails = |beginning: &str, role| take(beginning, role).err().unwrap().to_string();
         assert!(fails("abab", Role::Source).contains("no session abab"), "nothing is written yet");
         keeper.edit(|record| record.0 = 2).unwrap();
-        assert!(fails("abab", Role::Source).contains("another umem, which lives"));
+        assert!(fails("abab", Role::Source).contains("another running umem"));
         assert!(fails("abab", Role::Destination).contains("no session"));
         drop(keeper);
         assert!(fails("cd", Role::Source).contains(&format!("there are {}", name(ID))));

@@ -76,7 +76,7 @@ fn a_guest_keeps_its_file_without_its_umem() {
     moving.incoming.kill();
     refused(&moving);
     let onward = migrate(&file).fails();
-    assert!(onward.contains("it has not come there whole"), "{onward}");
+    assert!(onward.contains("has not arrived there completely"), "{onward}");
     moving.incoming = moving.resume("incoming");
     moving.incoming.event("listening");
     refused(&moving);

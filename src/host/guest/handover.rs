@@ -61,7 +61,7 @@ pub fn hand_over(socket: &Path, memory: &Memory<'_>) -> Result<()> {
     let shards = shards(memory)?;
     let stream = UnixStream::connect(socket).map_err(|error| {
         Error::Host(format!(
-            "nobody takes its memory at {}: {error}; start `umem incoming --handoff {}` first",
+            "no umem takes its memory at {}: {error}; start `umem incoming --handoff {}` first",
             socket.display(),
             socket.display()
         ))
