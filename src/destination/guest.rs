@@ -420,7 +420,7 @@ impl GuestMemory {
         let (start, bytes) = (region.byte_offset(page.page), region.byte_offset(1));
         for (part, address, len) in region.pieces(start..start + bytes) {
             let uffd = &self.sources[part.source].uffd;
-            for at in (address..address + len).step_by(1 << region.page_shift) {
+            for at in (address..address + len).step_by(1 << region.page_shift()) {
                 let mapped = uffd.map(at, region.page_bytes());
                 if mapped.map_err(|error| failed(region, error))?.stop != Some(Stop::Gone) {
                     return Ok(false);

@@ -350,9 +350,8 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
 /// Nobody listens there, or the command was refused.
 pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let host = |what: String| Error::Control(format!("{}: {what}", path.display()));
-    let mut stream = UnixStream::connect(path).map_err(|error| {
-        host(format!("{error}; is it the --control socket of a running umem?"))
-    })?;
+    let mut stream = UnixStream::connect(path)
+        .map_err(|error| host(format!("{error}; is it the --control socket of a running umem?")))?;
     let lines = stream.try_clone().map(|stream| {
         let patient = Patient { stream, until: Instant::now() + ANSWER_PATIENCE };
         io::BufReader::new(patient.take(ANSWERS_BYTES_MAX))

@@ -31,6 +31,11 @@ mod memory {
     pub(crate) use crate::standins::{region, words};
     pub(crate) use crate::sync;
 
+    /// The models' guest has pages of 4 KiB on every kernel.
+    pub(crate) fn small_page_bytes() -> u64 {
+        4096
+    }
+
     /// As the product's.
     pub(crate) fn block_pages(page_shift: u8) -> u64 {
         ((2 << 20) >> page_shift).max(1)
