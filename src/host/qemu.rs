@@ -14,6 +14,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io::Write;
 use std::net::Shutdown;
@@ -87,6 +88,10 @@ pub(crate) struct Qemu {
     saving: Saving,
     /// The device state, where it was saved in the act of stopping.
     state: Option<Vec<u8>>,
+    /// Its RAM blocks, when it was asked which memory the guest has.
+    block_names: Option<BTreeSet<String>>,
+    /// The guest has run since it was stopped, as an event has said.
+    has_run: bool,
     /// What the monitor said when the migration had been completed: its status, and the migration's.
     given_away: Option<(String, Value)>,
 }
@@ -105,6 +110,8 @@ impl Qemu {
             state_socket: None,
             saving: Saving::Over,
             state: None,
+            block_names: None,
+            has_run: false,
             given_away: None,
         }
     }
@@ -142,10 +149,25 @@ impl Qemu {
     }
 
     /// Makes this process the one that moves the guest away, if that can be moved as it is now. Who fails to
-    /// move it, or has moved it, has the claim put back with the rest, or dropped.
+    /// move it, or has moved it, has the claim put back with the rest, or dropped. What a umem has left here that was
+    /// killed is undone first: its settings are not the user's.
     pub(crate) fn claim(&mut self) -> Result<()> {
-        self.claim = Claim::take(&mut self.qmp)?;
+        let left = claim::look(&mut self.qmp)?;
+        if left.is_some() {
+            // Without its umem it fails.
+            self.wait_migration_ended()?;
+        }
         run_state::check(&mut self.qmp)?;
+        self.claim = Claim::take(&mut self.qmp)?;
+        if let Some(left) = left {
+            // Until that is done it stays there.
+            self.changes = Some(left.changes);
+            self.undo_changes()?;
+            if left.stops && run_state::status(&mut self.qmp)? == "paused" {
+                self.qmp.execute("cont", json!({}))?;
+            }
+            claim::remove_notes(&mut self.qmp)?;
+        }
         Changes::needed(&mut self.qmp, Role::Source { holds: true }).map(drop)
     }
 
@@ -221,7 +243,12 @@ impl Qemu {
             let asked = self.qmp.execute("migrate", uri).and_then(|_| {
                 self.saving = Saving::Begun;
                 match ended.recv_timeout(STOPS_ITSELF_WITHIN) {
-                    Err(RecvTimeoutError::Timeout) => self.qmp.execute("stop", json!({})),
+                    Err(RecvTimeoutError::Timeout) => {
+                        if let Some(claim) = &mut self.claim {
+                            claim.note_stop(&mut self.qmp)?;
+                        }
+                        self.qmp.execute("stop", json!({}))
+                    }
                     _ => Ok(Value::Null),
                 }
             });
@@ -265,6 +292,9 @@ impl Qemu {
             // Its answer comes after the event that says when the guest stopped.
             run_state::status(&mut self.qmp)?;
         }
+        // From when it was told to migrate QEMU has let nobody plug in memory or take it out. What it leaves out of its
+        // stream has to be what umem moves.
+        self.check_blocks()?;
         Ok(state)
     }
 
@@ -303,9 +333,18 @@ impl Qemu {
                 true
             }
         };
-        if !was_begun {
-            return Ok(());
+        if was_begun { self.wait_migration_ended() } else { Ok(()) }
+    }
+
+    fn undo_changes(&mut self) -> Result<()> {
+        if let Some(made) = &self.changes {
+            made.put_back(&mut self.qmp)?;
         }
+        self.changes = None;
+        Ok(())
+    }
+
+    fn wait_migration_ended(&mut self) -> Result<()> {
         let started = Instant::now();
         loop {
             let migration = self.qmp.execute("query-migrate", json!({}))?;
@@ -344,7 +383,9 @@ impl Qemu {
         let migration = match std::mem::take(&mut self.saving) {
             Saving::Held(socket) => {
                 self.saving = Saving::Begun;
-                saving::finish(&socket)?;
+                if let Err(error) = saving::finish(&socket) {
+                    return Err(self.why_unfinished(error)?);
+                }
                 self.wait_migrated()?;
                 self.saving = Saving::Over;
                 self.wait_settled()?;
@@ -358,18 +399,31 @@ impl Qemu {
         // The last question: a guest that was let run after the migration's end shows in its status, or in the
         // event that came before the answer.
         let status = run_state::status(&mut self.qmp)?;
-        let has_run = self.qmp.has_run();
+        self.has_run |= self.qmp.has_run();
         let is_as_before = match &before {
             Some((before, of)) => *before == status && figures(of) == figures(&migration),
             // A monitor without claims is no QEMU, and knows no such state.
             None if !was_held && self.left_claim.is_none() => !run_state::is_live(&status),
             None => status == "postmigrate" && migration["status"] == "completed",
         };
-        if has_run || !is_as_before {
+        if self.has_run || !is_as_before {
             return Err(is_not_ours((&status, &migration)));
         }
         self.given_away = Some((status, migration));
         Ok(())
+    }
+
+    /// Why a migration cannot be completed: perhaps somebody else has ended it.
+    fn why_unfinished(&mut self, error: Error) -> Result<Error> {
+        let migration = self.qmp.execute("query-migrate", json!({}))?;
+        let status = migration["status"].as_str().unwrap_or("none");
+        Ok(match status {
+            "cancelled" | "cancelling" | "failed" => Error::Host(format!(
+                "its migration was ended by another client before the guest was given away (query-migrate says \
+                 {status})"
+            )),
+            _ => error,
+        })
     }
 
     /// QEMU says that a migration has completed before it has written down what it came to, and before the guest's
@@ -404,7 +458,10 @@ impl Qemu {
 impl Drop for Qemu {
     /// A claim that was not put back comes to nothing with its socket. QEMU would keep its device, though.
     fn drop(&mut self) {
-        if let Some(claim) = self.claim.take() {
+        if let Some(claim) = self.claim.take()
+            // What it has changed is known there to whoever comes next.
+            && self.changes.is_none()
+        {
             self.qmp.answer_within(DROP_PATIENCE);
             let _ = claim.release(&mut self.qmp);
         }
@@ -429,6 +486,9 @@ impl SourceHost for Qemu {
             let (was_live, process) = (self.is_live, self.process);
             note(&Undo { was_live, claim, changes: changes.clone(), process })?;
         }
+        if let Some(claim) = &mut self.claim {
+            claim.note_settings(&mut self.qmp, &changes)?;
+        }
         // Each answer takes a while, during which the guest had better run.
         self.changes.insert(changes.clone()).make(&mut self.qmp)?;
         self.give_state_socket()?;
@@ -436,6 +496,7 @@ impl SourceHost for Qemu {
         let asked = Instant::now();
         self.qmp.stopped_at();
         self.qmp.has_run();
+        self.has_run = false;
         let state = self.save(holds)?;
         self.state = Some(state);
         // Its last answer came after the event.
@@ -448,10 +509,13 @@ impl SourceHost for Qemu {
         self.state.take().ok_or_else(|| Error::Internal("the device state was taken before".into()))
     }
 
-    /// A QEMU that has ended runs no guest.
+    /// A QEMU that has ended runs no guest. As it ends it may let it run once more, as its migration fails then; the
+    /// event of that comes before its socket's end.
     fn stands_still(&mut self) -> Result<()> {
-        match self.is_given_away() {
-            Err(_) if self.process.is_some_and(Process::has_ended) => Ok(()),
+        let answer = self.is_given_away();
+        self.has_run |= self.qmp.has_run();
+        match answer {
+            Err(_) if !self.has_run && self.process.is_some_and(Process::has_ended) => Ok(()),
             answer => answer,
         }
     }
@@ -479,13 +543,12 @@ impl SourceHost for Qemu {
         if !self.is_ours()? {
             return Ok(());
         }
-        let put_back = self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp));
-        let released = match (self.claim.take(), self.left_claim.take()) {
+        self.undo_changes()?;
+        match (self.claim.take(), self.left_claim.take()) {
             (Some(claim), _) => claim.release(&mut self.qmp),
             (None, Some(_)) => claim::remove(&mut self.qmp),
             (None, None) => Ok(()),
-        };
-        put_back.and(released)
+        }
     }
 }
 
@@ -515,6 +578,7 @@ impl DestinationHost for Qemu {
             self.prepare()?;
         }
         let mut ours = self.state_socket.take().expect("it has been prepared");
+        self.qmp.has_run();
         // QEMU reads in its main loop and may refuse half-way: its own reason comes from the
         // status then, so a broken pipe here is not yet the answer.
         let written = ours.write_all(state);
@@ -522,6 +586,14 @@ impl DestinationHost for Qemu {
         let _ = ours.shutdown(Shutdown::Write);
         self.wait_migrated()?;
         written.context(|| "giving QEMU its device state")?;
+        // The event comes before the answer that the state is loaded.
+        if self.qmp.has_run() {
+            return Err(Error::Host(
+                "another client has let the guest run here (cont) before its source had given it up: it goes on there; \
+                 leave it to umem to let it run"
+                    .into(),
+            ));
+        }
         // Before it is the source's turn to give the guest up: whoever takes over from here on has nothing to
         // put back.
         self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp))

@@ -30,11 +30,122 @@ fn bare(version: QemuVersion) -> Machine {
 fn set_up(qmp: &mut Qmp) -> [Value; 3] {
     let devices = qmp.execute("query-chardev", json!({}));
     let labels = devices.as_array().expect("a list").iter().map(|device| device["label"].clone());
-    let mut labels: Vec<Value> = labels.filter(|label| *label == "umem-mover").collect();
+    let is_ours = |label: &Value| label.as_str().expect("text").starts_with("umem-");
+    let mut labels: Vec<Value> = labels.filter(is_ours).collect();
     labels.sort_by_key(Value::to_string);
     let [capabilities, parameters] = ["query-migrate-capabilities", "query-migrate-parameters"]
         .map(|query| qmp.execute(query, json!({})));
     [capabilities, parameters, labels.into()]
+}
+
+/// What QEMU leaves out of its stream has to be what umem moves, which it asks for before.
+#[test]
+fn a_guest_that_is_given_memory_meanwhile_is_not_given_away() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let mut machine = Machine::bare(version);
+        machine.extra = ["-m", "256M,slots=1,maxmem=1G"].map(str::to_owned).to_vec();
+        let mut source = machine.start(&scratch);
+        let halted = Halted::when_connected(&machine, &scratch, &mut source);
+        let backend = json!({ "qom-type": "memory-backend-file", "id": "ram1", "size": 128 << 20,
+            "share": true, "mem-path": scratch.ram("dimm") });
+        source.qmp.execute("object-add", backend);
+        let dimm = json!({ "driver": "pc-dimm", "id": "d", "memdev": "ram1" });
+        source.qmp.execute("device_add", dimm);
+        halted.tap.release();
+        says(&halted.umem.fails(), "(RAM block ram1) was plugged in");
+        halted.destination.umem.fails();
+        wait_for("the guest to go on", || (source.qmp.status() == "running").then_some(()));
+    }
+}
+
+/// The usual place for session files may be on a file system that cannot be written: nobody has asked for one.
+#[test]
+fn a_guest_moves_without_a_session_file_where_none_can_be_written() {
+    let scratch = Scratch::new();
+    let machine = Machine::bare(QemuVersion::V10_0);
+    let source = machine.start(&scratch);
+    let mut destination = Destination::start(&machine, &scratch);
+    let runtime = scratch.path("runtime");
+    let script = format!(
+        "mkdir -p {0}/umem && chmod 700 {0} {0}/umem && mount --bind {0} {0} && mount -o remount,ro,bind {0} && \
+         XDG_RUNTIME_DIR={0} exec \"$@\"",
+        runtime.display()
+    );
+    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", &script, "sh"];
+    let qmp = source.socket.to_str().expect("it is UTF-8");
+    let words = ["migrate", "--json", "--qmp", qmp, "-p", &destination.uri];
+    let mut umem = Umem::start_under(&wrapper, words);
+    assert_eq!(umem.event("stopped")["session"], Value::Null, "there is no session to resume");
+    destination.umem.event("completed");
+    umem.succeeds();
+    Qmp::connect(&destination.qmp).quit();
+    destination.umem.succeeds();
+}
+
+/// `cont` has a QEMU that waits for its guest let it run as soon as it is loaded, and the source may yet go on with it.
+#[test]
+fn a_guest_that_another_client_lets_run_where_it_arrives_goes_on_at_the_source() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = Machine::bare(version);
+        let mut source = machine.start(&scratch);
+        let halted = Halted::when_connected(&machine, &scratch, &mut source);
+        let mut guest = Qmp::connect(&halted.destination.qmp);
+        wait_for("umem to have told it to stop, and then to leave shared memory out", || {
+            let list = guest.execute("query-migrate-capabilities", json!({}));
+            let is_on = |item: &Value| {
+                item["capability"] == "x-ignore-shared" && item["state"] == json!(true)
+            };
+            list.as_array().expect("a list").iter().any(is_on).then_some(())
+        });
+        guest.execute("cont", json!({}));
+        halted.tap.release();
+        says(&halted.umem.fails(), "another client has let the guest run here (cont)");
+        halted.destination.umem.fails();
+        wait_for("the guest to go on", || (source.qmp.status() == "running").then_some(()));
+    }
+}
+
+/// A umem that was killed has put nothing back. Its session may be nowhere, or another user's.
+#[test]
+fn what_a_killed_umem_has_changed_is_not_taken_for_the_users() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = Machine::bare(version);
+        let mut source = machine.start(&scratch);
+        set_capability(&mut source.qmp, "events");
+        set_capability(&mut source.qmp, "pause-before-switchover");
+        source.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 12345678 }));
+        let before = set_up(&mut source.qmp);
+        for is_fresh_moved in [false, true] {
+            let mut halted = Halted::when_stopped(&machine, &scratch, &mut source);
+            halted.umem.kill();
+            halted.tap.cut();
+            halted.destination.umem.fails();
+            ends_by_itself(&mut source);
+            assert_ne!(set_up(&mut source.qmp), before, "nothing is left");
+            for path in scratch.ram_files() {
+                let is_the_destinations = path.to_string_lossy().contains("destination");
+                let _ = is_the_destinations.then(|| std::fs::remove_file(path));
+            }
+            if !is_fresh_moved {
+                says(&migrate(&source, NOBODY, &["-p"]).fails(), "cannot connect to");
+                assert_eq!(source.qmp.status(), "running");
+                assert_eq!(set_up(&mut source.qmp), before);
+            }
+        }
+        let mut destination = Destination::start(&machine, &scratch);
+        let umem = migrate(&source, &destination.uri, &["-p"]);
+        destination.umem.event("completed");
+        umem.succeeds();
+        assert_eq!(source.qmp.status(), "postmigrate");
+        assert_eq!(set_up(&mut source.qmp), before);
+        let mut guest = Qmp::connect(&destination.qmp);
+        assert_eq!(guest.status(), "running");
+        guest.quit();
+        destination.umem.succeeds();
+    }
 }
 
 fn set_capability(qmp: &mut Qmp, name: &str) {

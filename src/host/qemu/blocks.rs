@@ -4,6 +4,8 @@
 //! no device uses. A later QEMU says as well at which address of its own it has each block (`HVA`); of an earlier one
 //! that is found by way of the guest's addresses, from `info mtree -f` and `gpa2hva`.
 
+use std::collections::BTreeSet;
+
 use serde_json::json;
 
 use super::Qemu;
@@ -29,14 +31,8 @@ impl Block {
 impl Qemu {
     /// Its RAM blocks that have a name.
     pub(super) fn blocks(&mut self) -> Result<Vec<Block>> {
-        let text = match self.qmp.try_execute("x-query-ramblock", json!({}))? {
-            Ok(answer) => answer["human-readable-text"].as_str().unwrap_or_default().to_owned(),
-            // QEMU before 6.2.
-            Err(_) => self.human("info ramblock")?,
-        };
-        let mut blocks = blocks_in(&text).ok_or_else(|| {
-            Error::Host(format!("its list of RAM blocks is not understood: {}", text.trim()))
-        })?;
+        let mut blocks = self.listed_blocks()?;
+        self.block_names = Some(names_of(&blocks));
         if blocks.iter().any(|block| block.address.is_none()) {
             let ranges = ranges_in(&self.human("info mtree -f")?);
             for block in blocks.iter_mut().filter(|block| block.address.is_none()) {
@@ -44,6 +40,28 @@ impl Qemu {
             }
         }
         Ok(blocks)
+    }
+
+    /// Fails where memory was plugged in or taken out since its blocks were asked for.
+    pub(super) fn check_blocks(&mut self) -> Result<()> {
+        let Some(before) = self.block_names.clone() else { return Ok(()) };
+        let now = names_of(&self.listed_blocks()?);
+        let Some(changed) = now.symmetric_difference(&before).next() else { return Ok(()) };
+        let what = if now.contains(changed) { "plugged in" } else { "taken out" };
+        Err(Error::Host(format!(
+            "memory (RAM block {changed}) was {what} since umem asked what the guest has: move it again"
+        )))
+    }
+
+    fn listed_blocks(&mut self) -> Result<Vec<Block>> {
+        let text = match self.qmp.try_execute("x-query-ramblock", json!({}))? {
+            Ok(answer) => answer["human-readable-text"].as_str().unwrap_or_default().to_owned(),
+            // QEMU before 6.2.
+            Err(_) => self.human("info ramblock")?,
+        };
+        blocks_in(&text).ok_or_else(|| {
+            Error::Host(format!("its list of RAM blocks is not understood: {}", text.trim()))
+        })
     }
 
     /// By one of the guest's addresses at which it has this block.
@@ -63,6 +81,10 @@ impl Qemu {
         let answer = self.qmp.execute("human-monitor-command", json!({ "command-line": line }))?;
         Ok(answer.as_str().unwrap_or_default().to_owned())
     }
+}
+
+fn names_of(blocks: &[Block]) -> BTreeSet<String> {
+    blocks.iter().map(|block| block.name.clone()).collect()
 }
 
 /// The table of `info ramblock`: name, page size, offset, used and total size, and perhaps the address. None where

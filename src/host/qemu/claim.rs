@@ -4,7 +4,12 @@
 //! umem has: when that ends, however it ends, QEMU says that the device is disconnected, and of which claim it
 //! was. So it is QEMU that says who may move its guest, and whether a claim is still somebody's; no pid has to
 //! mean the same here and there.
+//!
+//! Beside it, in devices of the same kind whose sockets' names say it, stands what the umem changes in the QEMU: its
+//! settings, before they are changed, and that it has the guest stop, before it says so. A umem that is killed leaves
+//! that there, for the next one that claims the guest.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
@@ -13,12 +18,20 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::settings::Changes;
 use crate::error::{Context, Error, Result};
 use crate::host::qmp::{Qmp, socket_pair};
 use crate::session::hex;
 
 /// What the device is called.
 const DEVICE: &str = "umem-mover";
+
+/// Before whose name there are the changed settings, and one that is there once umem stops the guest.
+const SETTINGS: &str = "umem-settings";
+const STOPS: &str = "umem-stops";
+
+/// Not in the text of the settings.
+const SETTINGS_BEFORE: char = '=';
 
 /// How long QEMU may take to notice that the umem of a claim has ended, in tries and the time between them.
 const NOTICED_WITHIN: u32 = 25;
@@ -28,6 +41,16 @@ const NOTICED_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Claim {
     socket: UnixStream,
     pub(super) name: String,
+    /// Of the other devices.
+    others: Vec<UnixStream>,
+}
+
+/// What a umem has left that has ended before it had put everything back.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Left {
+    pub(super) changes: Changes,
+    /// It may have stopped the guest, which ran.
+    pub(super) stops: bool,
 }
 
 /// What a QEMU says of claims.
@@ -42,6 +65,22 @@ enum Found {
     Left(String),
 }
 
+/// What a umem has left that has ended; none where everything is as it was.
+///
+/// # Errors
+/// Another one has the guest, and lives.
+pub(super) fn look(qmp: &mut Qmp) -> Result<Option<Left>> {
+    if find_settled(qmp)? == Found::Held {
+        return Err(is_taken());
+    }
+    let Some(names) = names(qmp)? else { return Ok(None) };
+    let of = |device| names.get(device).and_then(|name| name.as_deref());
+    let changes = of(SETTINGS).and_then(|name| name.split_once(SETTINGS_BEFORE));
+    let changes = changes.and_then(|(_, text)| serde_json::from_str(text).ok());
+    let left = Left { changes: changes.unwrap_or_default(), stops: of(STOPS).is_some() };
+    Ok([DEVICE, SETTINGS, STOPS].iter().any(|&device| of(device).is_some()).then_some(left))
+}
+
 impl Claim {
     /// Claims a QEMU's guest; none where the monitor knows no such thing.
     ///
@@ -52,24 +91,39 @@ impl Claim {
             Found::Unknown => return Ok(None),
             Found::Held => return Err(is_taken()),
             Found::None => {}
-            Found::Left(_) => remove(qmp)?,
+            Found::Left(_) => remove_one(qmp, DEVICE)?,
         }
         let mut number = [0; 8];
         let what = || "reading /dev/urandom";
         File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut number)).context(what)?;
         let name = format!("{DEVICE}-{}", hex(&number));
-        let (socket, theirs) = socket_pair()?;
-        socket.set_nonblocking(true).context(|| "a socket")?;
-        qmp.give_descriptor(&name, theirs.as_fd())?;
-        let address = json!({ "type": "fd", "data": { "str": name } });
-        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
-        let added = qmp.try_execute("chardev-add", json!({ "id": DEVICE, "backend": backend }))?;
-        let Err(refused) = added else { return Ok(Some(Claim { socket, name })) };
-        let _ = qmp.try_execute("closefd", json!({ "fdname": name }))?;
+        let refused = match add(qmp, DEVICE, &name)? {
+            Ok(socket) => return Ok(Some(Claim { socket, name, others: Vec::new() })),
+            Err(refused) => refused,
+        };
         if find(qmp)? != Found::None {
             return Err(is_taken());
         }
         Err(Error::Host(format!("chardev-add {DEVICE}: {refused}")))
+    }
+
+    /// Leaves in QEMU what is about to be changed of its settings.
+    pub(super) fn note_settings(&mut self, qmp: &mut Qmp, changes: &Changes) -> Result<()> {
+        let text = serde_json::to_string(changes).expect("they are plain data");
+        let name = format!("{SETTINGS}{SETTINGS_BEFORE}{text}");
+        self.note(qmp, SETTINGS, &name)
+    }
+
+    /// Leaves in QEMU that the guest is about to be stopped.
+    pub(super) fn note_stop(&mut self, qmp: &mut Qmp) -> Result<()> {
+        self.note(qmp, STOPS, STOPS)
+    }
+
+    fn note(&mut self, qmp: &mut Qmp, device: &str, name: &str) -> Result<()> {
+        let added = add(qmp, device, name)?;
+        let socket = added.map_err(|why| Error::Host(format!("chardev-add {device}: {why}")))?;
+        self.others.push(socket);
+        Ok(())
     }
 
     /// Whether QEMU still has it.
@@ -82,6 +136,20 @@ impl Claim {
     pub(super) fn release(self, qmp: &mut Qmp) -> Result<()> {
         if self.is_held() { remove(qmp) } else { Ok(()) }
     }
+}
+
+/// Adds a device, a socket of that name with nobody's bytes in it, and gives its other end, or QEMU's reason.
+fn add(qmp: &mut Qmp, device: &str, name: &str) -> Result<std::result::Result<UnixStream, String>> {
+    let (socket, theirs) = socket_pair()?;
+    socket.set_nonblocking(true).context(|| "a socket")?;
+    qmp.give_descriptor(name, theirs.as_fd())?;
+    let address = json!({ "type": "fd", "data": { "str": name } });
+    let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+    let added = qmp.try_execute("chardev-add", json!({ "id": device, "backend": backend }))?;
+    if added.is_err() {
+        let _ = qmp.try_execute("closefd", json!({ "fdname": name }))?;
+    }
+    Ok(added.map(|_| socket))
 }
 
 /// Whether the claim of that name is there, and its umem has ended.
@@ -98,9 +166,25 @@ pub(super) fn is_anothers(qmp: &mut Qmp, name: &str) -> Result<bool> {
     })
 }
 
-/// Removes one that was left.
+/// Removes one that is this process's, or was left, and what stands beside it.
 pub(super) fn remove(qmp: &mut Qmp) -> Result<()> {
-    qmp.execute("chardev-remove", json!({ "id": DEVICE })).map(drop)
+    remove_notes(qmp)?;
+    remove_one(qmp, DEVICE)
+}
+
+/// Removes what was left beside a claim, which has been undone.
+pub(super) fn remove_notes(qmp: &mut Qmp) -> Result<()> {
+    let names = names(qmp)?.unwrap_or_default();
+    for device in [STOPS, SETTINGS] {
+        if names.contains_key(device) {
+            remove_one(qmp, device)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_one(qmp: &mut Qmp, device: &str) -> Result<()> {
+    qmp.execute("chardev-remove", json!({ "id": device })).map(drop)
 }
 
 /// Looks until QEMU has had the time to notice that a umem has just ended.
@@ -116,16 +200,25 @@ fn find_settled(qmp: &mut Qmp) -> Result<Found> {
 }
 
 fn find(qmp: &mut Qmp) -> Result<Found> {
-    let Ok(list) = qmp.try_execute("query-chardev", json!({}))? else { return Ok(Found::Unknown) };
-    let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
-    let Some(device) = list.iter().find(|device| device["label"] == DEVICE) else {
-        return Ok(Found::None);
-    };
-    let name = device["filename"].as_str().and_then(|name| name.strip_prefix("disconnected:"));
-    Ok(match name {
-        Some(name) => Found::Left(name.strip_prefix("fd:").unwrap_or(name).to_owned()),
-        None => Found::Held,
+    let Some(mut names) = names(qmp)? else { return Ok(Found::Unknown) };
+    Ok(match names.remove(DEVICE) {
+        None => Found::None,
+        Some(None) => Found::Held,
+        Some(Some(name)) => Found::Left(name),
     })
+}
+
+/// The devices by what they are called, each with its socket's name if that is disconnected; none where the monitor
+/// knows no such thing.
+fn names(qmp: &mut Qmp) -> Result<Option<BTreeMap<String, Option<String>>>> {
+    let Ok(list) = qmp.try_execute("query-chardev", json!({}))? else { return Ok(None) };
+    let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
+    let named = list.iter().filter_map(|device| {
+        let name = device["filename"].as_str().and_then(|name| name.strip_prefix("disconnected:"));
+        let name = name.map(|name| name.strip_prefix("fd:").unwrap_or(name).to_owned());
+        Some((device["label"].as_str()?.to_owned(), name))
+    });
+    Ok(Some(named.collect()))
 }
 
 fn is_taken() -> Error {

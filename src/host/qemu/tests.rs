@@ -161,7 +161,7 @@ fn hold(monitor: &UnixStream, meanwhile: Meanwhile, is_sane: bool) -> Vec<String
     let mut out = monitor;
     out.write_all(b"{\"QMP\":{}}\n").unwrap();
     let mut line = Vec::new();
-    let (mut given, mut state, mut claim) = (None, None, None);
+    let (mut given, mut state, mut devices) = (None, None, BTreeMap::new());
     let (mut status, mut migration) = ("running", "none");
     let mut capabilities = BTreeMap::from([("return-path".to_owned(), false)]);
     while let Some(descriptor) = next_line(monitor, &mut line) {
@@ -183,16 +183,16 @@ fn hold(monitor: &UnixStream, meanwhile: Meanwhile, is_sane: bool) -> Vec<String
                 }
                 json!({})
             }
-            "query-chardev" => match &claim {
-                Some(_) => json!([{ "label": "umem-mover", "filename": "unix:" }]),
-                None => json!([]),
-            },
+            "query-chardev" => {
+                let device = |label| json!({ "label": label, "filename": "unix:" });
+                json!(devices.keys().map(device).collect::<Vec<_>>())
+            }
             "chardev-add" => {
-                claim = given.take();
+                devices.insert(arguments["id"].as_str().unwrap().to_owned(), given.take());
                 json!({})
             }
             "chardev-remove" => {
-                claim = None;
+                devices.remove(arguments["id"].as_str().unwrap()).expect("it is there");
                 json!({})
             }
             "query-status" => json!({ "status": status }),
@@ -215,7 +215,7 @@ fn hold(monitor: &UnixStream, meanwhile: Meanwhile, is_sane: bool) -> Vec<String
                 (status, migration) = ("finish-migrate", "active");
                 state = Some(socket);
                 if meanwhile == Meanwhile::LosesClaim {
-                    claim = None;
+                    devices.remove("umem-mover");
                 }
                 json!({})
             }
