@@ -256,8 +256,12 @@ impl Move {
 fn a_guest_without_descriptors_is_taken_over_once_it_has_some() {
     let mut moving = Move::switched(SMALL);
     let guest = u32::try_from(moving.arriving().as_raw()).unwrap();
-    moving.incoming.kill();
     let before = limit_descriptors(guest, 3);
+    // The thread has a number for the next connection already: accept(2) takes one before it waits.
+    moving.incoming.kill();
+    moving.incoming = moving.resume("incoming");
+    moving.incoming.event("listening");
+    moving.incoming.kill();
     moving.incoming = moving.resume("incoming");
     // It has connected: what the guest's side does next is to accept it.
     wait_for("a connection", || {
