@@ -429,7 +429,8 @@ mod tests {
 
     #[test]
     fn a_guest_goes_on_before_the_destination_is_told_that_it_does() {
-        let desk = Arc::new(desk().0);
+        let (desk, _answers) = desk();
+        let desk = Arc::new(desk);
         let Output::Host(tell) = desk.output(Role::Source) else { unreachable!() };
         desk.ask(Question::Stop);
         desk.ask(Question::Resume);
