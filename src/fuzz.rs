@@ -115,5 +115,8 @@ pub fn metrics(request: &[u8]) {
 }
 
 fn watch() -> std::sync::Arc<Watch> {
-    Watch::new(Role::Source, false, Some(std::sync::Arc::new(Bandwidth::new(None))))
+    let watch = Watch::new(Role::Source, false, Some(std::sync::Arc::new(Bandwidth::new(None))));
+    // A `cancel` would be a signal to this process.
+    watch.commit("").expect("nobody has cancelled");
+    watch
 }
