@@ -166,3 +166,42 @@ impl Drop for Source {
         self.handle.end();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::memory::claim;
+
+    /// A source over one connection, and the connection's other end.
+    fn source(file: &File) -> (Source, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut setup = SourceSetup::new();
+        setup.region("ram0", file.as_fd()).unwrap();
+        setup.connections(vec![ours.into()]).unwrap();
+        (setup.start().unwrap(), theirs)
+    }
+
+    #[test]
+    fn a_file_is_sent_by_one_source_at_a_time_and_the_programs_own_locks_stay() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(1 << 20).unwrap();
+        let (first, mut destination) = source(&file);
+        // It says hello when the file is its own.
+        destination.read_exact(&mut [0]).unwrap();
+        let (second, _connection) = source(&file);
+        let event = second.wait(Some(Duration::from_secs(100))).unwrap();
+        let Some(Event::Failed(failure)) = event else { panic!("{event:?}") };
+        let text = failure.error.to_string();
+        assert!(text.contains("another umem moves the guest in this file"), "{text}");
+        drop(first);
+        assert!(claim::take_move(file.as_fd()).unwrap(), "it is still locked");
+        claim::end_move(file.as_fd());
+        let (_third, mut destination) = source(&file);
+        destination.read_exact(&mut [0]).unwrap();
+    }
+}

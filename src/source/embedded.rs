@@ -49,6 +49,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     let post = inbox.post();
     desk.answers(move |answer| post.send(Note::Host(answer)));
     let memory = Arc::new(SourceMemory::new(files, false).checked(checksum));
+    memory.claim(false)?;
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     // Who is there is the program's own matter: it can give connections that it has secured.
     let pass = Arc::new(Pass::default());
