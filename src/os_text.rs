@@ -60,24 +60,6 @@ pub(crate) mod path {
     }
 }
 
-/// For serde: paths.
-pub(crate) mod paths {
-    use std::path::PathBuf;
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(crate) fn serialize<S: Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Error> {
-        to.collect_seq(paths.iter().map(|path| super::encode(path.as_os_str())))
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
-        from: D,
-    ) -> Result<Vec<PathBuf>, D::Error> {
-        let texts = Vec::<String>::deserialize(from)?;
-        Ok(texts.iter().map(|text| super::decode(text).into()).collect())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -77,7 +77,7 @@ impl Farewell {
         output: &Output,
     ) -> Result<i32> {
         loop {
-            let mut fds = vec![(side.exited(), PollFlags::POLLIN)];
+            let mut fds = vec![(side.command_exited(), PollFlags::POLLIN)];
             fds.extend(self.door.fds());
             let left =
                 self.door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));

@@ -17,7 +17,7 @@ use super::guest::GuestMemory;
 use super::prepare::{Adopted, Prepared};
 use super::side::GuestSide;
 use crate::error::{Context, Error, Result};
-use crate::host::command::began;
+use crate::host::command::{Created, began};
 use crate::lane;
 use crate::memory::words::State;
 use crate::observe::watch::Role;
@@ -58,7 +58,7 @@ pub(super) fn keep(
         // One that has ended is noticed elsewhere.
         began: began(pid).unwrap_or(0),
         owner: monitor.owner(),
-        created: monitor.created().iter().map(|path| absolute(path)).collect::<Result<_>>()?,
+        created: monitor.created().iter().map(Created::absolute).collect::<Result<_>>()?,
         qmp: options.qmp.as_deref().map(absolute).transpose()?,
         has_monitor: prepared.host.is_some(),
         runs: true,

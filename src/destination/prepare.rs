@@ -5,6 +5,7 @@ mod adopting;
 mod finding;
 mod handing;
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,10 +14,10 @@ use super::side::{GuestProcess, GuestSide};
 use super::{NO_GUEST, Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket};
-use crate::host::DestinationHost;
 use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
 use crate::host::qemu::{self, Backend, Qemu};
 use crate::host::qmp::Qmp;
+use crate::host::{DestinationHost, maps};
 use crate::inbox::{Inbox, Wake};
 use crate::memory::claim::{self, User};
 use crate::report::Output;
@@ -36,18 +37,21 @@ pub(crate) struct Prepared {
     handed: Vec<Handed>,
     /// There must be room for all of the guest's memory from the start.
     wants_room: bool,
+    /// Nobody but the guest may have its files mapped.
+    wants_alone: bool,
 }
 
 impl Prepared {
     /// Memory of this process.
     pub(crate) fn here(handed: Vec<Handed>) -> Result<Prepared> {
-        Ok(Prepared { side: GuestSide::here()?, host: None, handed, wants_room: true })
+        let side = GuestSide::here()?;
+        Ok(Prepared { side, host: None, handed, wants_room: true, wants_alone: false })
     }
 
     /// Memory that was handed over to a process before this, which looked whether there is room: some of
     /// it is taken now.
     pub(crate) fn again(side: GuestSide, handed: Vec<Handed>) -> Prepared {
-        Prepared { side, host: None, handed, wants_room: false }
+        Prepared { side, host: None, handed, wants_room: false, wants_alone: false }
     }
 }
 
@@ -100,6 +104,8 @@ impl Expected<'_> {
         };
         let (mut monitor, sockets) = command::start(&start)?;
         let Sockets { handoff, qmp } = sockets;
+        // What a process hands over by itself it may share with whom it likes.
+        let wants_alone = self.listener.is_none();
         let (handoff, memory, host) = match (self.listener, handoff) {
             (Some(listener), _) => {
                 let (handoff, memory) = accept_memory(&listener, &mut monitor, inbox)?;
@@ -115,8 +121,42 @@ impl Expected<'_> {
         let Memory { handed, knows_umem, keeps_sessions } = memory;
         let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);
         let side = GuestSide::Process(Box::new(process));
-        Ok(Prepared { side, host, handed, wants_room: !options.overcommit })
+        let wants_room = !options.overcommit;
+        if wants_alone {
+            let unseen = check_alone(&handed)?;
+            unseen.iter().for_each(|what| Output::new(options.json).remark(what));
+        }
+        Ok(Prepared { side, host, handed, wants_room, wants_alone })
     }
+}
+
+/// No lock keeps a QEMU that umem has not started from a file that is still empty. The kernel says who has it mapped:
+/// looked at now, and again when the source has come. Says where that could not be seen.
+///
+/// # Errors
+/// Another process has one of the files mapped.
+fn check_alone(handed: &[Handed]) -> Result<Option<String>> {
+    let mut unseen = Vec::new();
+    for Handed { name, file, address, .. } in handed {
+        let Some(Ok(metadata)) = file.as_ref().map(File::metadata) else { continue };
+        let others = maps::others_with(&metadata, *address);
+        if let Some(pid) = others.mapping.first() {
+            return Err(Error::Unsupported(format!(
+                "RAM {}: process {pid} has mapped the same file, which it would write to as the guest has its memory \
+                 there: end that process, or name another file",
+                name.as_deref().unwrap_or_default()
+            )));
+        }
+        unseen = others.unseen;
+    }
+    let pids: Vec<String> = unseen.iter().map(u32::to_string).collect();
+    Ok((!pids.is_empty()).then(|| {
+        format!(
+            "whether process {} has the guest's RAM file mapped, too, may not be seen by umem (/proc/PID/maps): \
+             if it is a QEMU, make sure that it uses another file",
+            pids.join(", ")
+        )
+    }))
 }
 
 /// Waits for a process of whomever, and its memory.
@@ -142,7 +182,8 @@ fn take_over_stranger(
         let Memory { handed, knows_umem, keeps_sessions } = memory;
         let process = GuestProcess::new(monitor, handoff, knows_umem, keeps_sessions);
         let side = GuestSide::Process(Box::new(process));
-        return Ok(Prepared { side, host, handed, wants_room: !options.overcommit });
+        let wants_room = !options.overcommit;
+        return Ok(Prepared { side, host, handed, wants_room, wants_alone: false });
     }
 }
 

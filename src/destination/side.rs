@@ -78,6 +78,14 @@ impl GuestSide {
         }
     }
 
+    /// Becomes readable when what umem stays for ends: what it has started, if that is not the guest's process itself.
+    pub(crate) fn command_exited(&self) -> BorrowedFd<'_> {
+        match self {
+            GuestSide::Process(process) => process.monitor.command_exited(),
+            GuestSide::Here { never } => never.as_fd(),
+        }
+    }
+
     /// What may tell of its end while pages come; then ask [`has_ended`](GuestSide::has_ended). With
     /// private memory the guest side's answers on the socket go to somebody else, and who does not know
     /// umem may close it when it likes: then the process's end has to do.
@@ -92,7 +100,19 @@ impl GuestSide {
     pub(crate) fn has_ended(&mut self, index: usize) -> Result<bool> {
         let Some(process) = self.process_mut() else { return Ok(false) };
         // Nothing is said on the socket before the end; an end of file comes with the exit.
-        Ok(index == 0 || process.handoff.read()?.is_none())
+        if index == 0 {
+            return Ok(true);
+        }
+        let Some(messages) = process.handoff.read()? else { return Ok(true) };
+        // Mapped as umem was saying that all had been: nobody would fill it.
+        for message in messages {
+            if let Message::Memory { pieces, .. } = message {
+                for piece in pieces.iter().filter(|piece| piece.file.is_some()) {
+                    process.handoff.forget(piece.address)?;
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// Whether the guest's process has ended, asked now.
@@ -102,9 +122,19 @@ impl GuestSide {
 
     /// Whether it has, or does so in time.
     pub(crate) fn exits_within(&self, patience: Duration) -> bool {
-        let mut fds = [PollFd::new(self.exited(), PollFlags::POLLIN)];
-        let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
-        poll(&mut fds, patience).is_ok_and(|ready| ready > 0)
+        let ends_within = |exited, patience| {
+            let mut fds = [PollFd::new(exited, PollFlags::POLLIN)];
+            let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+            poll(&mut fds, patience).is_ok_and(|ready| ready > 0)
+        };
+        let since = Instant::now();
+        let has_ended = ends_within(self.exited(), patience);
+        if has_ended {
+            // How the guest has ended says what has started it, which ends next if it has nothing else to do.
+            let left = patience.saturating_sub(since.elapsed());
+            ends_within(self.command_exited(), left);
+        }
+        has_ended
     }
 
     /// It has all of its memory: its process stays, whatever happens to umem.
@@ -205,11 +235,11 @@ impl GuestSide {
         }
     }
 
-    /// The guest runs alone now. Stays until its monitor ends, if that is a child, so that its terminal stays
+    /// The guest runs alone now. Stays until what we have started ends, if that is a child, so that its terminal stays
     /// its own. The exit status is its, where we see its end.
     pub(crate) fn outlive(&mut self, inbox: &Inbox<Note>, output: &Output) -> Result<i32> {
         while self.is_outlived() {
-            match inbox.wait(&[self.exited()], None)? {
+            match inbox.wait(&[self.command_exited()], None)? {
                 Wake::Signal => {
                     if let Some(status) = self.interrupted(inbox.was_ctrl_c(), output) {
                         return Ok(status);

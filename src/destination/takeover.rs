@@ -38,7 +38,7 @@ use super::side::{GuestProcess, GuestSide};
 use super::{Migration, Note, Plan, Serving, Times};
 use crate::error::{Context, Error, Result};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
-use crate::host::command::{Monitor, began};
+use crate::host::command::{Created, Monitor, began};
 use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::HostThread;
@@ -362,9 +362,7 @@ impl Taken {
                 "the source has not heard that the guest has ended ({error}): end its umem, too"
             )),
         }
-        for path in &self.record.guest.created {
-            let _ = std::fs::remove_file(path);
-        }
+        self.record.guest.created.iter().for_each(Created::remove);
         self.keeper.remove();
         Err(Error::Ended(WHAT.into()))
     }

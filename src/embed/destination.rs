@@ -207,6 +207,7 @@ fn hand_over(guarded: &Guarded, files: Vec<Option<File>>) -> Vec<Handed> {
         .areas()
         .zip(files)
         .map(|((area, page_bytes), file)| Handed {
+            file_offset: 0,
             name: Some(area.name.clone()),
             kind: area.kind(),
             address: area.addresses.start,

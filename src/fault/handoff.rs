@@ -20,7 +20,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -33,6 +32,7 @@ use serde::Deserialize;
 use super::uffd::Uffd;
 use crate::accepting::Accepted;
 use crate::error::{Context, Error, Result};
+use crate::host::command::Created;
 use crate::memory::kind::Kind;
 
 /// A piece of the guest's memory as it was handed over.
@@ -45,6 +45,8 @@ pub(crate) struct Handed {
     pub(crate) bytes: u64,
     /// Where the piece begins in its region.
     pub(crate) offset: u64,
+    /// Where its region begins in its file.
+    pub(crate) file_offset: u64,
     /// log2 of the guest's page size there.
     pub(crate) page_shift: u8,
     /// Several pieces may have the same.
@@ -95,6 +97,8 @@ struct PieceMessage {
     size: u64,
     #[serde(default)]
     offset: u64,
+    #[serde(default)]
+    file_offset: u64,
     page_size: Option<u64>,
     /// Bytes, in spite of its name.
     page_size_kib: Option<u64>,
@@ -139,7 +143,7 @@ pub(crate) struct HandoffSocket {
     bytes: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
     /// Files that the guest's process has made, also where what it said next was an error.
-    created: Vec<PathBuf>,
+    created: Vec<Created>,
 }
 
 impl HandoffSocket {
@@ -224,7 +228,7 @@ impl HandoffSocket {
     }
 
     /// The files that the guest's process has made for its memory.
-    pub(crate) fn created(&self) -> &[PathBuf] {
+    pub(crate) fn created(&self) -> &[Created] {
         &self.created
     }
 
@@ -236,6 +240,11 @@ impl HandoffSocket {
     /// Tells the preload object that no RAM is mapped there.
     pub(crate) fn forget(&mut self, address: u64) -> Result<()> {
         self.command(format!("forget {address}\n").as_bytes())
+    }
+
+    /// Tells the preload object that all of the guest's memory has been handed over.
+    pub(crate) fn settled(&mut self) -> Result<()> {
+        self.command(b"settled\n")
     }
 
     /// A guest side that has ended needs no command; its end is noticed elsewhere.
@@ -305,11 +314,11 @@ impl HandoffSocket {
         } else if value.get("made").is_some() {
             let made: MadeMessage =
                 serde_json::from_value(value).map_err(|error| self.strange(&error.to_string()))?;
-            if let Some(path) = made.path().filter(|path| !self.created.contains(path)) {
+            if let Some(file) = made.file().filter(|file| !self.created.contains(file)) {
                 if self.created.len() == CREATED_MAX {
                     return Err(self.strange("it makes files without an end"));
                 }
-                self.created.push(path);
+                self.created.push(file);
             }
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
@@ -355,6 +364,7 @@ impl HandoffSocket {
                 address: piece.base_host_virt_addr,
                 bytes: piece.size,
                 offset: piece.offset,
+                file_offset: piece.file_offset,
                 page_shift,
                 uffd,
                 file,
@@ -380,10 +390,10 @@ impl HandoffSocket {
 }
 
 impl MadeMessage {
-    /// The file's name, if it leads to that file here.
-    fn path(self) -> Option<PathBuf> {
-        let there = std::fs::symlink_metadata(&self.made).ok()?;
-        ((there.dev(), there.ino()) == (self.device, self.inode)).then_some(self.made)
+    /// The file, if its name leads to it here.
+    fn file(self) -> Option<Created> {
+        let file = Created::new(self.made, self.device, self.inode);
+        file.is_in_place().then_some(file)
     }
 }
 
@@ -399,8 +409,13 @@ impl PieceMessage {
         let end = self.base_host_virt_addr.checked_add(self.size);
         if self.size == 0
             || end.is_none()
-            || self.offset.checked_add(self.size).is_none()
-            || ![self.base_host_virt_addr, self.size, self.offset].into_iter().all(is_whole)
+            || self
+                .offset
+                .checked_add(self.size)
+                .is_none_or(|end| self.file_offset.checked_add(end).is_none())
+            || ![self.base_host_virt_addr, self.size, self.offset, self.file_offset]
+                .into_iter()
+                .all(is_whole)
         {
             return Err("a piece is not of whole pages");
         }

@@ -12,6 +12,7 @@
 //! SIGTTOU comes. A process group alone would not do: when umem ends the kernel sends SIGHUP to one whose
 //! processes are stopped, and with it ends the guest.
 
+mod created;
 mod options;
 mod process;
 mod terminal;
@@ -33,6 +34,7 @@ use crate::inbox::unblock_signals;
 use crate::memory::kind::Kind;
 use crate::os_text;
 
+pub(crate) use created::Created;
 use options::{is_qemu, qemu_arguments};
 pub(crate) use process::{ProcessHandle, Standstill, began, standstill};
 use terminal::Terminal;
@@ -74,7 +76,7 @@ pub(crate) struct Monitor {
     terminal: Option<Terminal>,
     /// Whose memory it is, where that is not the process itself but one that it has started.
     owner: Option<ProcessHandle>,
-    created: Vec<PathBuf>,
+    created: Vec<Created>,
     released: bool,
     /// It waits for a umem that takes over should this one panic: nobody has decided that it is to end then.
     survives_panics: bool,
@@ -150,8 +152,8 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
             raw.iter().try_for_each(|&fd| inherit(fd))
         });
     }
-    let paths = start.ram.iter().map(|ram| ram.path.clone());
-    let created: Vec<PathBuf> = paths.filter(|path| make_private(path)).collect();
+    let created: Vec<Created> =
+        start.ram.iter().filter_map(|ram| make_private(&ram.path)).collect();
     let mut child = command.spawn().map_err(|error| {
         remove(&created);
         let program = program.to_owned();
@@ -252,7 +254,7 @@ impl Monitor {
     pub(crate) fn taken_over(
         pid: u32,
         owner: Option<u32>,
-        created: Vec<PathBuf>,
+        created: Vec<Created>,
         released: bool,
     ) -> Result<Monitor> {
         let handle = ProcessHandle::open(pid)?;
@@ -270,14 +272,14 @@ impl Monitor {
     }
 
     /// A RAM file that is there because of us.
-    pub(crate) fn note_created(&mut self, path: PathBuf) {
-        if !self.created.contains(&path) {
-            self.created.push(path);
+    pub(crate) fn note_created(&mut self, file: Created) {
+        if !self.created.contains(&file) {
+            self.created.push(file);
         }
     }
 
     /// RAM files that umem has made for it.
-    pub(crate) fn created(&self) -> &[PathBuf] {
+    pub(crate) fn created(&self) -> &[Created] {
         &self.created
     }
 
@@ -296,8 +298,13 @@ impl Monitor {
         Ok(())
     }
 
-    /// Becomes readable when the process ends.
+    /// Becomes readable when the process ends whose memory it is. What has started it may go on, as a script does.
     pub(crate) fn exited(&self) -> BorrowedFd<'_> {
+        self.owner.as_ref().unwrap_or(&self.handle).exited()
+    }
+
+    /// Becomes readable when the process ends that we have started, or that has come to us.
+    pub(crate) fn command_exited(&self) -> BorrowedFd<'_> {
         self.handle.exited()
     }
 
@@ -385,15 +392,14 @@ impl Drop for Monitor {
 }
 
 /// Makes a RAM file that is its owner's alone, before COMMAND opens it: a QEMU would make one that
-/// everybody may read. False if there is one, which is somebody's; where it cannot be made COMMAND says why.
-fn make_private(path: &Path) -> bool {
-    File::options().write(true).create_new(true).mode(0o600).open(path).is_ok()
+/// everybody may read. None if there is one, which is somebody's; where it cannot be made COMMAND says why.
+fn make_private(path: &Path) -> Option<Created> {
+    let file = File::options().write(true).create_new(true).mode(0o600).open(path).ok()?;
+    Some(Created::of(path, &file.metadata().ok()?))
 }
 
-fn remove(files: &[PathBuf]) {
-    for path in files {
-        let _ = std::fs::remove_file(path);
-    }
+fn remove(files: &[Created]) {
+    files.iter().for_each(Created::remove);
 }
 
 #[cfg(test)]

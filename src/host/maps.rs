@@ -174,6 +174,57 @@ fn mapping(line: &str) -> Option<Mapping> {
     })
 }
 
+/// Who else has a file mapped.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Others {
+    /// Processes that have.
+    pub(crate) mapping: Vec<u32>,
+    /// QEMUs of this user, by their names, of which may not be seen what they map.
+    pub(crate) unseen: Vec<u32>,
+}
+
+/// Looks whether any process but this one, and the one that has the file mapped at this address of its own, has it
+/// mapped. A process of another user's could only if that is root, or was given it.
+pub(crate) fn others_with(file: &std::fs::Metadata, guests_address: u64) -> Others {
+    let (device, inode) = (file.dev(), file.ino());
+    let (mut others, mut guests) = (Others::default(), Vec::new());
+    for pid in processes().into_iter().filter(|&pid| pid != std::process::id()) {
+        match Maps::of(pid) {
+            Ok(maps) => {
+                let is_it = |mapping: &&Mapping| (mapping.device, mapping.inode) == (device, inode);
+                if maps.at(guests_address).filter(is_it).is_some() {
+                    guests.push(pid);
+                } else if maps.mappings.iter().any(|mapping| is_it(&mapping)) {
+                    others.mapping.push(pid);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && may_be_qemu(pid) => {
+                others.unseen.push(pid);
+            }
+            // It has ended, or is another user's.
+            Err(_) => {}
+        }
+    }
+    // Without address space randomisation two may have it at the same place.
+    if guests.len() > 1 {
+        others.mapping.extend(guests);
+    }
+    others
+}
+
+/// Whether a process is this user's and is called as a QEMU, whatever else of it can be seen.
+fn may_be_qemu(pid: u32) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if !name.starts_with("qemu") && name.trim_end() != "kvm" {
+        return false;
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    // The real, then the effective one.
+    let effective = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    effective == Some(nix::unistd::geteuid().as_raw())
+}
+
 /// The threads of a process, by the numbers that it knows them by itself (`NSpid`).
 pub(crate) fn own_threads(pid: u32) -> io::Result<Vec<u64>> {
     let number = |task: io::Result<std::fs::DirEntry>| {

@@ -49,6 +49,8 @@ impl Drop for Mapping {
 /// One region of guest memory: its file and our mapping of it.
 pub(crate) struct RamFile {
     pub(crate) name: String,
+    /// Where in its file the region begins, bytes: offsets here count from there.
+    base: u64,
     pub(crate) bytes: u64,
     /// log2 of the page size: the kernel's (tmpfs, files) or what hugetlbfs gives.
     pub(crate) page_shift: u8,
@@ -97,11 +99,11 @@ impl RamFile {
         RamFile::open_part(name, path, None, to_free)
     }
 
-    /// Likewise, of which only the first `bytes` are the guest's, where that is given.
+    /// Likewise, of which only a part is the region, where that is given: a range of its bytes.
     pub(crate) fn open_part(
         name: &str,
         path: &Path,
-        bytes: Option<u64>,
+        part: Option<Range<u64>>,
         to_free: bool,
     ) -> Result<RamFile> {
         let ram = |what: String| Error::Ram { name: name.into(), path: path.into(), what };
@@ -118,16 +120,16 @@ impl RamFile {
                 }
                 _ => ram(format!("cannot be opened: {error}")),
             })?;
-        RamFile::of_opened(name, path, file, bytes, to_free)
+        RamFile::of_opened(name, path, file, part, to_free)
     }
 
     /// A source's RAM file that is open already, for reading, and for writing if it is to be freed; `path` is for
-    /// people. Only the first `bytes` of it are the guest's, where that is given.
+    /// people. Only a part of it is the region, where that is given.
     pub(crate) fn of_opened(
         name: &str,
         path: &Path,
         file: File,
-        bytes: Option<u64>,
+        part: Option<Range<u64>>,
         to_free: bool,
     ) -> Result<RamFile> {
         let ram = |what: String| Error::Ram { name: name.into(), path: path.into(), what };
@@ -138,7 +140,7 @@ impl RamFile {
                     .into(),
             ));
         }
-        RamFile::of_source_in(name, file, bytes).map_err(|error| ram(error.to_string()))
+        RamFile::of_source_in(name, file, part).map_err(|error| ram(error.to_string()))
     }
 
     /// A source's RAM file that is open already, for reading at least.
@@ -146,14 +148,20 @@ impl RamFile {
         RamFile::of_source_in(name, file, None)
     }
 
-    fn of_source_in(name: &str, file: File, bytes: Option<u64>) -> Result<RamFile> {
+    fn of_source_in(name: &str, file: File, part: Option<Range<u64>>) -> Result<RamFile> {
         let kind = file.metadata().context(|| format!("RAM {name}"))?.file_type();
         if !kind.is_file() {
             return Err(Error::Unsupported(
                 "is not a regular file; give the file that backs the guest's RAM".into(),
             ));
         }
-        RamFile::map(name, file, bytes, ProtFlags::PROT_READ)
+        RamFile::map(name, file, part, ProtFlags::PROT_READ)
+    }
+
+    /// Another region, which is another part of the same open file: locks are on that.
+    pub(crate) fn another_part(&self, name: &str, part: Range<u64>) -> Result<RamFile> {
+        let file = self.file.try_clone().context(|| format!("RAM {name}"))?;
+        RamFile::of_source_in(name, file, Some(part))
     }
 
     /// The same file and the same mapping once more, for whoever sends it again.
@@ -167,21 +175,27 @@ impl RamFile {
         })
     }
 
-    /// The same of a descriptor that its owner goes on using.
+    /// The same of a descriptor that its owner goes on using. It is opened anew where that can be done, so that neither
+    /// its position nor its locks are touched.
     pub(crate) fn of_owner(name: &str, file: File) -> Result<RamFile> {
-        Ok(RamFile { is_shared: true, ..RamFile::of_source(name, file)? })
+        let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
+        let again = is_file.then(|| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())));
+        match again {
+            Some(Ok(again)) => RamFile::of_source(name, again),
+            _ => Ok(RamFile { is_shared: true, ..RamFile::of_source(name, file)? }),
+        }
     }
 
     /// Takes over the RAM file that a guest handed to us, for landing pages in it.
     pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
         let bytes = file.metadata().context(|| format!("RAM {name}"))?.len();
-        RamFile::from_handoff_part(name, file, bytes)
+        RamFile::from_handoff_part(name, file, 0..bytes)
     }
 
-    /// Likewise, of which the guest has the first `bytes`.
-    pub(crate) fn from_handoff_part(name: &str, file: File, bytes: u64) -> Result<RamFile> {
+    /// Likewise, of which a part is the region: a range of its bytes.
+    pub(crate) fn from_handoff_part(name: &str, file: File, part: Range<u64>) -> Result<RamFile> {
         let ram =
-            RamFile::map(name, file, Some(bytes), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+            RamFile::map(name, file, Some(part), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         let ram = RamFile { is_shared: true, ..ram };
         if ram.backing.has_huge_pages() {
             // Only advice: a kernel without huge pages lands small ones. Where a file gets huge pages by advice
@@ -194,8 +208,13 @@ impl RamFile {
         Ok(ram)
     }
 
-    /// Maps the first `bytes` of it, or all.
-    fn map(name: &str, file: File, bytes: Option<u64>, protection: ProtFlags) -> Result<RamFile> {
+    /// Maps a part of it, or all.
+    fn map(
+        name: &str,
+        file: File,
+        part: Option<Range<u64>>,
+        protection: ProtFlags,
+    ) -> Result<RamFile> {
         let what = || format!("RAM {name}");
         guarded::install();
         let metadata = file.metadata().context(what)?;
@@ -203,7 +222,13 @@ impl RamFile {
         let on_hugetlb = fstatfs(&file).context(what)?.filesystem_type() == HUGETLBFS_MAGIC;
         let page_bytes = if on_hugetlb { metadata.blksize() } else { super::small_page_bytes() };
         // What lies behind the end of a file is nobody's.
-        let bytes = bytes.unwrap_or(u64::MAX).min(metadata.len());
+        let part = part.unwrap_or(0..u64::MAX);
+        let (base, bytes) = (part.start, part.end.min(metadata.len()).saturating_sub(part.start));
+        if !base.is_multiple_of(page_bytes) {
+            return Err(Error::Unsupported(format!(
+                "it begins at byte {base} of its file, which is not a multiple of its page size, {page_bytes}"
+            )));
+        }
         if bytes == 0 || !bytes.is_multiple_of(page_bytes) {
             return Err(Error::Unsupported(format!(
                 "its size, {bytes} bytes, is not a positive multiple of its page size, {page_bytes}"
@@ -211,8 +236,9 @@ impl RamFile {
         }
         let len = usize::try_from(bytes).expect("64-bit Linux");
         let length = NonZeroUsize::new(len).expect("checked above");
+        let from = i64::try_from(base).expect("file offsets fit");
         // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
-        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, 0) }
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, from) }
             .context(|| format!("mapping RAM {name}, {bytes} bytes"))?
             .cast::<u8>();
         let page_shift = u8::try_from(page_bytes.trailing_zeros()).expect("at most 64");
@@ -225,6 +251,7 @@ impl RamFile {
         };
         Ok(RamFile {
             name: name.into(),
+            base,
             bytes,
             page_shift,
             backing,
@@ -236,14 +263,28 @@ impl RamFile {
         })
     }
 
+    /// Where in the file an offset of the region is.
+    pub(crate) fn in_file(&self, offset: u64) -> u64 {
+        self.base + offset
+    }
+
+    /// The part of the file that is the region.
+    pub(crate) fn part(&self) -> Range<u64> {
+        self.base..self.base + self.bytes
+    }
+
     /// Device and inode, by which the file is known again.
     pub(crate) fn identity(&self) -> Result<(u64, u64)> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         Ok((metadata.dev(), metadata.ino()))
     }
 
-    /// Takes the file for the migration that sends it; no other one may have it.
+    /// Takes the file for the migration that sends it; no other one may have it. What is open for others as well is not
+    /// taken: they would have the lock, too, and keep it.
     pub(crate) fn claim_for_source(&self, after_a_dead: bool) -> Result<()> {
+        if self.is_shared {
+            return Ok(());
+        }
         claim::take_for_source(&self.name, self.file.as_fd(), after_a_dead)
     }
 
@@ -296,7 +337,7 @@ impl RamFile {
     }
 
     fn check_length_of(&self, metadata: &Metadata) -> Result<()> {
-        let (now, bytes) = (metadata.len(), self.bytes);
+        let (now, bytes) = (metadata.len().saturating_sub(self.base), self.bytes);
         if now >= bytes {
             return Ok(());
         }
@@ -353,10 +394,12 @@ impl RamFile {
     /// shorter than that, which the kernel does not tell apart: [`check_length`](RamFile::check_length) does. Of
     /// hugetlbfs everything up to the data is read, so ask for no more than is wanted.
     pub(crate) fn next_data_in(&self, range: Range<u64>) -> Result<Option<u64>> {
+        let range = self.in_file(range.start)..self.in_file(range.end);
         match self.backing {
             Backing::Hugetlb => data::next_huge(&self.file, range, self.page_shift),
             Backing::Small | Backing::Huge => data::next(&self.file, range, self.is_shared),
         }
+        .map(|found| found.map(|found| found - self.base))
         .map_err(|error| self.failed(&format!("cannot be read: looking for its data: {error}")))
     }
 
@@ -413,7 +456,7 @@ impl RamFile {
 
     /// Fills `bytes` from `offset` on, likewise.
     pub(crate) fn read_into(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_exact_at(bytes, offset).map_err(|error| {
+        self.file.read_exact_at(bytes, self.in_file(offset)).map_err(|error| {
             let unread = || self.failed(&format!("cannot be read: {error}"));
             self.check().err().unwrap_or_else(unread)
         })
@@ -439,7 +482,7 @@ impl RamFile {
                 other => return other,
             }
         }
-        self.file.write_all_at(bytes, offset)
+        self.file.write_all_at(bytes, self.in_file(offset))
     }
 
     /// Through the mapping; hugetlbfs has no other way. A copy of our own would end this process where there is
@@ -486,7 +529,7 @@ impl RamFile {
         nix::fcntl::fallocate(
             self.file.as_fd(),
             flags,
-            signed(offset),
+            signed(self.in_file(offset)),
             signed(1 << self.page_shift),
         )
         .map_err(|errno| {
@@ -499,35 +542,36 @@ impl RamFile {
         let flags = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE
             | nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE;
         let signed = |n: u64| i64::try_from(n).expect("file offsets fit");
-        nix::fcntl::fallocate(self.file.as_fd(), flags, signed(offset), signed(len))
+        nix::fcntl::fallocate(self.file.as_fd(), flags, signed(self.in_file(offset)), signed(len))
             .context(|| format!("discarding pages of RAM {}", self.name))
     }
 
-    /// Gives back the memory of the whole file.
+    /// Gives back the memory of the whole region.
     pub(crate) fn free(&self) -> Result<()> {
-        let flags = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE
-            | nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE;
-        let bytes = i64::try_from(self.bytes).expect("file lengths fit");
-        nix::fcntl::fallocate(self.file.as_fd(), flags, 0, bytes)
-            .context(|| format!("freeing RAM {}", self.name))
+        self.discard(0, self.bytes)
     }
 
-    /// The file, for a ring.
+    /// The file, for a ring, whose operations take offsets [in the file](RamFile::in_file).
     pub(crate) fn shared_file(&self) -> Result<Fd> {
         let file = self.file.try_clone().context(|| format!("RAM {}", self.name))?;
         Ok(Fd::from(OwnedFd::from(file)))
     }
 
-    /// The file, for a call of one's own.
+    /// The file, for a call of one's own, likewise.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    /// Bytes that the file holds in memory or on disk (holes not counted).
+    /// Bytes that the file holds in memory or on disk (holes not counted), up to the region's size.
     pub(crate) fn allocated_bytes(&self) -> Result<u64> {
+        Ok(self.file_bytes()?.min(self.bytes))
+    }
+
+    /// The same, of which regions beside this one may have some.
+    pub(crate) fn file_bytes(&self) -> Result<u64> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         // st_blocks counts units of 512 bytes whatever the file system (stat(2)).
-        Ok((metadata.blocks() * 512).min(self.bytes))
+        Ok(metadata.blocks() * 512)
     }
 
     /// Bytes that can still be allocated where the file lives; `None` where that has no limit

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::AccessFlags;
 
 use crate::error::{Error, Result};
 use crate::observe::watch::Role;
@@ -42,6 +43,8 @@ impl Directory {
                 path.display()
             )));
         }
+        // On a file system that cannot be written nothing can be left.
+        nix::unistd::access(&path, AccessFlags::W_OK).map_err(|errno| failed(errno.into()))?;
         let directory = Directory(path);
         directory.sweep();
         Ok(Some(directory))

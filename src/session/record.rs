@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use umem_wire::Totals;
 
 use crate::error::{Context, Result};
+use crate::host::command::Created;
 use crate::host::qemu::Changes;
 use crate::host::qmp::Process;
 use crate::memory::stamp::Stamp;
@@ -13,7 +14,7 @@ use crate::os_text;
 use crate::secure::Security;
 
 /// Of the records below. A umem that takes over has to know it.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// How lanes are secured: files that are read again.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -81,6 +82,8 @@ pub(crate) struct RamRecord {
     pub(crate) name: String,
     #[serde(with = "os_text::path")]
     pub(crate) path: PathBuf,
+    /// Where in the file it begins.
+    pub(crate) offset: u64,
     pub(crate) bytes: u64,
     /// By these two it is known to be the same file.
     pub(crate) device: u64,
@@ -175,8 +178,7 @@ pub(crate) struct GuestRecord {
     /// The process whose memory it is, where that is another one.
     pub(crate) owner: Option<u32>,
     /// RAM files that umem has made for it.
-    #[serde(with = "os_text::paths")]
-    pub(crate) created: Vec<PathBuf>,
+    pub(crate) created: Vec<Created>,
     /// Where it listens for commands, if it was started with a socket of its own for that; otherwise its
     /// side has kept umem's end.
     pub(crate) qmp: Option<PathBuf>,

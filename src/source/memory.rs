@@ -6,6 +6,7 @@
 mod holes;
 mod walk;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, OnceLock};
@@ -325,12 +326,14 @@ impl SourceMemory {
         Ok((header.map_err(|Gone| self.region(run.range.region).ram.gone())?, contents))
     }
 
-    /// Takes the files for this migration: none of them may be another one's, or here twice.
+    /// Takes the files for this migration: none of them may be another one's, nor any byte of them here twice.
     pub(crate) fn claim(&self, after_a_dead: bool) -> Result<()> {
         for (index, region) in self.regions.iter().enumerate() {
             let identity = region.ram.identity()?;
             for other in &self.regions[..index] {
-                if other.ram.identity()? == identity {
+                let (one, two) = (other.ram.part(), region.ram.part());
+                let overlap = one.start < two.end && two.start < one.end;
+                if overlap && other.ram.identity()? == identity {
                     return Err(Error::Usage(format!(
                         "RAM {} and RAM {} are one and the same file: each region has one of its own",
                         other.ram.name, region.ram.name
@@ -411,7 +414,13 @@ impl SourceMemory {
 
     /// What the files hold in memory.
     pub(crate) fn allocated_bytes(&self) -> Result<u64> {
-        self.regions.iter().map(|region| region.ram.allocated_bytes()).sum()
+        let mut files = BTreeMap::new();
+        for SourceRegion { ram, .. } in &self.regions {
+            let (bytes, _) = files.entry(ram.identity()?).or_insert((0, ram));
+            *bytes += ram.bytes;
+        }
+        // Of a file that is longer than its regions there may be more.
+        files.values().map(|(bytes, ram)| Ok(ram.file_bytes()?.min(*bytes))).sum()
     }
 
     pub(crate) fn total_bytes(&self) -> u64 {

@@ -304,8 +304,8 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     let found = qemu.check(Kind::Shared)?;
     let (mut ram, mut files) = (Vec::new(), Vec::new());
     for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
-        let RamOfQemu { name, bytes, file, path } = opened;
-        files.push(RamFile::of_opened(&name, &path, file, Some(bytes), options.release_ram)?);
+        let RamOfQemu { name, part, file, path } = opened;
+        files.push(RamFile::of_opened(&name, &path, file, Some(part), options.release_ram)?);
         ram.push(RamPath { name, path });
     }
     if let Some(advice) = qemu::advice(&found, "destination") {

@@ -57,7 +57,7 @@ impl Releaser {
                     | FallocateFlags::FALLOC_FL_KEEP_SIZE)
                     .bits();
                 ring.submit(
-                    Op::fallocate(files[region].clone(), mode, offset, len),
+                    Op::fallocate(files[region].clone(), mode, self.in_file(region, offset), len),
                     TOKEN_RELEASED + slot as u64,
                 )
                 .map_err(|rejected| Error::Ring(rejected.error))?;
@@ -85,6 +85,10 @@ impl Releaser {
                 return Ok(());
             }
         }
+    }
+
+    fn in_file(&self, region: usize, offset: u64) -> u64 {
+        self.memory.regions[region].ram.in_file(offset)
     }
 
     /// What is about to be freed, with what it comes to where that is to be known.

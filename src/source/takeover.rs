@@ -164,7 +164,8 @@ impl Taken {
         // Where nobody listens any more the goodbye has come, or nobody needs it.
         let told = caller.goodbye(&landing, &mut || self.next_epoch(), PATIENCE).is_ok();
         if self.record.capabilities & Capabilities::ACKS.0 != 0 {
-            let freed = self.record.ram.iter().try_for_each(|ram| open_again(ram, true)?.free());
+            let freed = open_again(&self.record.ram, true);
+            let freed = freed.and_then(|files| files.iter().try_for_each(RamFile::free));
             if let Err(error) = freed {
                 let what = format!("the guest has moved, but its RAM here stays: {error}");
                 self.output.remark(&what);
@@ -252,8 +253,7 @@ impl Taken {
         let limit = record.postcopy.then(|| bandwidth.clone());
         let Options { resume, order, .. } = options;
         let observer = Observer::start(&resume.observe, Role::Source, limit, &output)?;
-        let files = record.ram.iter().map(|ram| open_again(ram, releases));
-        let files = files.collect::<Result<Vec<_>>>()?;
+        let files = open_again(&record.ram, releases)?;
         check_stamps(&keeper, &record, &files)?;
         let memory = SourceMemory::new(files, releases).limited(bandwidth);
         memory.claim(true)?;
@@ -361,9 +361,25 @@ fn landing(record: &SourceRecord) -> Result<RegionTable> {
     RegionTable::new(regions).map_err(|error| strange(error.to_string()))
 }
 
-/// The file that a guest has left, and no other one.
-fn open_again(ram: &RamRecord, releases: bool) -> Result<RamFile> {
-    let file = RamFile::open_part(&ram.name, &ram.path, Some(ram.bytes), releases)?;
+/// The files that a guest has left, and no other ones; each opened once, as the lock on it is of what was opened.
+fn open_again(ram: &[RamRecord], releases: bool) -> Result<Vec<RamFile>> {
+    let mut files: Vec<RamFile> = Vec::new();
+    for region in ram {
+        let is_same =
+            |other: &RamRecord| (other.device, other.inode) == (region.device, region.inode);
+        let before = ram.iter().take(files.len()).position(is_same);
+        files.push(open_region(region, before.map(|index| &files[index]), releases)?);
+    }
+    Ok(files)
+}
+
+/// `opened` is another region of the same file.
+fn open_region(ram: &RamRecord, opened: Option<&RamFile>, releases: bool) -> Result<RamFile> {
+    let part = ram.offset..ram.offset.saturating_add(ram.bytes);
+    let file = match opened {
+        Some(opened) => opened.another_part(&ram.name, part)?,
+        None => RamFile::open_part(&ram.name, &ram.path, Some(part), releases)?,
+    };
     if (file.identity()?, file.bytes) == ((ram.device, ram.inode), ram.bytes) {
         return Ok(file);
     }
@@ -426,6 +442,7 @@ pub(super) fn keep(
         Ok(RamRecord {
             name: path.name.clone(),
             path: absolute(&path.path)?,
+            offset: region.ram.part().start,
             bytes: region.ram.bytes,
             device,
             inode,

@@ -3,11 +3,15 @@
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::process::Command;
+
+use serde_json::json;
+use umem_wire::HELLO_BYTES;
 
 use crate::destination::Destination;
 use crate::found::{VERSIONS, arrives_at, mapped, on_a_disk, small};
-use crate::support::{Machine, Qemu, QemuVersion, Scratch, Side, Umem, wait_for};
-use crate::{incoming, says};
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Scratch, Side, Tap, Umem, wait_for};
+use crate::{incoming, migrate, says};
 
 const ANYWHERE: &str = "tcp:127.0.0.1:0";
 
@@ -36,12 +40,14 @@ fn a_qemu_behind_any_wrapper_gets_what_it_needs() {
     fs::set_permissions(&script, Permissions::from_mode(0o755)).expect("it is there");
     let script = script.display().to_string();
     let given = machine.command_line(&scratch, Side::Destination);
+    let namespace = Namespace::new();
     for wrapped in [
         [words("taskset 3"), given.clone()].concat(),
         [words("nice -n 1 env A=B"), given.clone()].concat(),
         [words("unshare -n --"), given.clone()].concat(),
         [words("setpriv --no-new-privs"), given.clone()].concat(),
         vec!["sh".into(), "-c".into(), format!("exec {qemu}")],
+        [words("ip netns exec"), vec![namespace.name.clone()], given.clone()].concat(),
         vec![script],
     ] {
         let (source, memory) = source(&machine, &scratch);
@@ -50,6 +56,74 @@ fn a_qemu_behind_any_wrapper_gets_what_it_needs() {
         for path in scratch.ram_files() {
             fs::remove_file(path).expect("it is there");
         }
+    }
+}
+
+/// Whose memory it is, says QEMU: what has started it is another process, which may have more to do.
+#[test]
+fn the_end_of_qemu_is_noticed_though_the_script_goes_on_that_started_it() {
+    for has_come in [false, true] {
+        let scratch = Scratch::new();
+        let machine = small(QemuVersion::V10_0);
+        let qemu = machine.command_line(&scratch, Side::Destination).join(" ");
+        let given = ["sh".into(), "-c".into(), format!("{qemu}; sleep 1000; true")];
+        let (mut source, _) = source(&machine, &scratch);
+        let mut destination = Destination::by(&given, &machine, &scratch, &[], ANYWHERE);
+        let program = machine.version.program();
+        let is_qemu = |pid: &u32| {
+            let run = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            run.file_name() == program.file_name()
+        };
+        let pids = children(destination.guest_pid);
+        let pid = pids.into_iter().find(is_qemu).expect("the script runs QEMU");
+        let kill = || {
+            let pid = nix::unistd::Pid::from_raw(pid.try_into().expect("pids are small"));
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("it runs");
+        };
+        if has_come {
+            let tap = Tap::to(&destination.uri, Some(HELLO_BYTES));
+            let umem = migrate(&source, tap.uri(), &["-p"]);
+            destination.umem.event("connected");
+            kill();
+            says(&destination.umem.fails(), "it exited");
+            tap.cut();
+            umem.fails();
+        } else {
+            kill();
+            says(&destination.umem.fails(), "it exited");
+        }
+        assert_eq!(source.qmp.status(), "running");
+        assert_eq!(scratch.processes("destination"), []);
+    }
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let listed = listed.expect("it runs");
+    listed.split_ascii_whitespace().map(|pid| pid.parse().expect("a pid")).collect()
+}
+
+/// A network namespace with a name, which goes with this.
+struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    fn new() -> Namespace {
+        let name = format!("umem-test-{}", std::process::id());
+        Namespace::ip("add", &name);
+        Namespace { name }
+    }
+
+    fn ip(what: &str, name: &str) {
+        let status = Command::new("ip").args(["netns", what, name]).status();
+        assert!(status.is_ok_and(|status| status.success()), "ip netns {what} {name}");
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        Namespace::ip("delete", &self.name);
     }
 }
 
@@ -216,4 +290,98 @@ fn what_umem_cannot_ask_is_told_before_a_source_comes() {
     let text = Umem::start(incoming(&more, &both, ANYWHERE)).fails_as_misused();
     says(&text, "--ram spare names a file that is no RAM of the guest");
     assert_eq!(other.qmp.status(), "inmigrate");
+}
+
+/// Nothing locks the file of a QEMU that no umem has started, and an empty one looks like nobody's.
+#[test]
+fn a_file_that_another_qemu_has_mapped_is_refused_though_it_is_empty() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let name = machine.ram_file(&scratch, Side::Destination, "ram0");
+        let other = Machine { name: "other", extra: words("-incoming defer"), ..small(version) };
+        let others = other.ram_file(&scratch, Side::Source, "ram0").display().to_string();
+        let same = |word: &String| word.replace(&others, &name.display().to_string());
+        let line: Vec<String> =
+            other.command_line(&scratch, Side::Source).iter().map(same).collect();
+        let start = || {
+            let [test, umem] =
+                ["test", "umem"].map(|monitor| other.socket(&scratch, Side::Source, monitor));
+            let _ = fs::remove_file(&test);
+            Qemu::start(&line, &test, umem, other.serial(&scratch, Side::Source))
+        };
+
+        let before = start();
+        assert_eq!(fs::metadata(&name).expect("QEMU has made it").blocks(), 0);
+        fs::set_permissions(&name, Permissions::from_mode(0o600)).expect("it is there");
+        let given = machine.command_line(&scratch, Side::Destination);
+        let text = Umem::start(incoming(&given, &[], ANYWHERE)).fails();
+        says(&text, &format!("RAM ram0: process {} has mapped the same file", before.pid()));
+        drop(before);
+
+        // One that comes while umem waits.
+        let destination = Destination::start(&machine, &scratch);
+        let meanwhile = start();
+        let mut source = machine.start(&scratch);
+        let expected = format!("process {} has mapped the same file", meanwhile.pid());
+        says(&migrate(&source, &destination.uri, &["-p"]).fails(), &expected);
+        says(&destination.umem.fails(), &expected);
+        assert_eq!(source.qmp.status(), "running");
+        drop(meanwhile);
+    }
+}
+
+/// What QEMU maps in the way of RAM once umem knows the guest's memory is nobody's to fill.
+#[test]
+fn memory_that_is_plugged_in_later_is_qemus_own() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let mut machine = small(version);
+        machine.extra = words("-m 64M,slots=2,maxmem=1G");
+        let (source, _) = source(&machine, &scratch);
+        let mut destination = Destination::start(&machine, &scratch);
+        let mut guest = Qmp::connect(&destination.qmp);
+        let plug = |guest: &mut Qmp, id: &str| {
+            let backend = json!({ "qom-type": "memory-backend-file", "id": id, "size": 128 << 20,
+                "share": true, "mem-path": scratch.ram(id) });
+            guest.execute("object-add", backend);
+        };
+        plug(&mut guest, "waiting");
+        let mut umem = migrate(&source, &destination.uri, &["-p"]);
+        umem.event("completed");
+        destination.umem.event("completed");
+        umem.succeeds();
+        plug(&mut guest, "later");
+        for (id, address) in [("waiting", 0x1_0000_0000u64), ("later", 0x1_0800_0000)] {
+            let device = json!({ "driver": "pc-dimm", "id": format!("d-{id}"), "memdev": id });
+            guest.execute("device_add", device);
+            let file = scratch.path(id);
+            let save = json!({ "val": address, "size": 4096, "filename": file });
+            guest.execute("pmemsave", save);
+            assert_eq!(fs::read(file).expect("QEMU has written it"), [0; 4096]);
+        }
+        guest.quit();
+        destination.umem.succeeds();
+        source.qmp.quit();
+    }
+}
+
+/// Only the file goes that was made for the guest, not the one that has its name by then.
+#[test]
+fn a_file_that_took_the_name_of_the_guests_stays_when_the_guest_does_not_come() {
+    let scratch = Scratch::new();
+    let machine = small(QemuVersion::V10_0);
+    let name = machine.ram_file(&scratch, Side::Destination, "ram0");
+    let ram = format!("ram0={}", name.display());
+    for options in [&[][..], &["--ram", &ram]] {
+        let mut destination = Destination::start_with(&machine, &scratch, options, ANYWHERE);
+        let guests = scratch.ram("guests");
+        fs::rename(&name, &guests).expect("QEMU has made it");
+        fs::write(&name, "somebody's").expect("shared memory can be written");
+        destination.umem.signal(nix::sys::signal::Signal::SIGINT);
+        destination.umem.fails();
+        assert_eq!(fs::read(&name).expect("it is not umem's"), b"somebody's");
+        fs::remove_file(&name).expect("it is there");
+        fs::remove_file(guests).expect("it is there");
+    }
 }

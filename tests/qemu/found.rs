@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::destination::Destination;
 use crate::moving::Moved;
-use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side};
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem};
 use crate::{NOBODY, boot, migrate, says};
 
 pub(super) const VERSIONS: [QemuVersion; 2] = [QemuVersion::V7_2, QemuVersion::V10_0];
@@ -185,34 +185,189 @@ fn a_file_longer_than_the_guests_memory_is_moved_as_far_as_it_is_the_guests() {
     }
 }
 
+/// A file of that length, its owner's alone.
+fn file_of(path: &Path, mib: u64) -> File {
+    let mut options = File::options();
+    let options = options.read(true).write(true).create_new(true).mode(0o600);
+    let file = options.open(path).expect("shared memory can be written");
+    file.set_len(mib << 20).expect("shared memory has room");
+    file
+}
+
+/// The words of a command line, the files of whose backends are one, each at an offset of its own, MiB.
+fn in_one_file(words: &[String], path: &Path, offsets: &[(&str, u64)]) -> Vec<String> {
+    let place = |word: &String| {
+        let place = offsets.iter().find(|(id, _)| word.contains(&format!(",id={id},")));
+        let (before, _) = word.split_once(",mem-path=")?;
+        place.map(|(_, mib)| format!("{before},mem-path={},offset={mib}M", path.display()))
+    };
+    words.iter().map(|word| place(word).unwrap_or_else(|| word.clone())).collect()
+}
+
+/// A source whose backends are in one file.
+fn source_in_one_file(
+    machine: &Machine,
+    scratch: &Scratch,
+    path: &Path,
+    offsets: &[(&str, u64)],
+) -> Qemu {
+    let words = in_one_file(&machine.command_line(scratch, Side::Source), path, offsets);
+    let [test, umem] =
+        ["test", "umem"].map(|monitor| machine.socket(scratch, Side::Source, monitor));
+    Qemu::start(&words, &test, umem, machine.serial(scratch, Side::Source))
+}
+
+fn at_one_file(
+    machine: &Machine,
+    scratch: &Scratch,
+    path: &Path,
+    offsets: &[(&str, u64)],
+) -> Destination {
+    let words = in_one_file(&machine.command_line(scratch, Side::Destination), path, offsets);
+    let mut destination = Destination::by(&words, machine, scratch, &[], "tcp:127.0.0.1:0");
+    destination.ram_files = vec![path.to_owned()];
+    destination
+}
+
+/// QEMU knows offset= from 8.1 on.
 #[test]
-fn memory_that_begins_inside_of_its_file_is_refused() {
+fn numa_nodes_in_one_file_move_into_one_file_with_other_offsets() {
+    let scratch = Scratch::new();
+    let ram = vec![Ram { id: "ram-node0", mib: 128 }, Ram { id: "ram-node1", mib: 128 }];
+    let machine = Machine { ram, ..Machine::linux(QemuVersion::V10_0) };
+    let [from, to] = ["from", "to"].map(|name| scratch.ram(name));
+    // QEMU makes the file as long as the first backend that it opens needs it.
+    let mut source =
+        source_in_one_file(&machine, &scratch, &from, &[("ram-node0", 128), ("ram-node1", 0)]);
+    crate::booted(&mut source.serial);
+    let at = [("ram-node0", 0), ("ram-node1", 128)];
+    drop(file_of(&to, 256));
+    let destination = at_one_file(&machine, &scratch, &to, &at);
+    let options = ["-p", "--checksum"];
+    let moved = Moved::start(source, destination, &options).complete();
+    assert_eq!(moved.report["total_bytes"], 256 << 20);
+    moved.end();
+}
+
+#[test]
+fn memory_that_begins_inside_of_its_file_is_moved_and_what_lies_around_it_is_left_alone() {
+    for options in [&["-p"][..], &["-p", "--release-ram"], &[]] {
+        let scratch = Scratch::new();
+        let machine = small(QemuVersion::V10_0);
+        let [from, to] = ["from", "to"].map(|name| scratch.ram(name));
+        let others: [(&[u8], u64); 2] = [(b"before it", 0), (b"behind it", 140 << 20)];
+        let file = file_of(&from, 160);
+        others.iter().for_each(|(bytes, at)| file.write_all_at(bytes, *at).expect("room"));
+        let mut source = source_in_one_file(&machine, &scratch, &from, &[("ram0", 64)]);
+        let there = file_of(&to, 128);
+        let mut destination = at_one_file(&machine, &scratch, &to, &[("ram0", 32)]);
+        source.qmp.execute("stop", json!({}));
+        file.write_all_at(b"the guest's", (64 << 20) + MARK_OFFSET).expect("room");
+        let mut expected = vec![0; 64 << 20];
+        file.read_exact_at(&mut expected, 64 << 20).expect("it is as long");
+        let mut umem = migrate(&source, &destination.uri, options);
+        umem.event("completed");
+        destination.umem.event("completed");
+        umem.succeeds();
+        let mut found = vec![0; 64 << 20];
+        there.read_exact_at(&mut found, 32 << 20).expect("it is as long");
+        assert!(found == expected, "other memory has arrived");
+        for (at, mib) in [(0, 32), (96 << 20, 32)] {
+            let mut around = vec![0; mib << 20];
+            there.read_exact_at(&mut around, at).expect("it is as long");
+            assert!(around.iter().all(|byte| *byte == 0), "something lies around the memory");
+        }
+        // The two pages of the others' are all that is left.
+        let is_freed = fs::metadata(&from).expect("it is there").blocks() * 512 <= 2 * 4096;
+        assert_eq!(is_freed, options.contains(&"--release-ram"), "{options:?}");
+        for (bytes, at) in others {
+            let mut there = vec![0; bytes.len()];
+            file.read_exact_at(&mut there, at).expect("it is as long");
+            assert_eq!(there, bytes, "{options:?}");
+        }
+        Qmp::connect(&destination.qmp).quit();
+        destination.umem.succeeds();
+        source.qmp.quit();
+    }
+}
+
+/// A process that takes over finds each part where it is.
+#[test]
+fn memory_in_one_file_is_served_by_who_takes_over() {
+    let scratch = Scratch::new();
+    let ram = vec![Ram { id: "ram-node0", mib: 64 }, Ram { id: "ram-node1", mib: 64 }];
+    let machine = Machine { ram, ..Machine::bare(QemuVersion::V10_0) };
+    let [from, to] = ["from", "to"].map(|name| scratch.ram(name));
+    let [leaving, arriving] =
+        [[("ram-node0", 80), ("ram-node1", 0)], [("ram-node0", 0), ("ram-node1", 64)]];
+    let mut source = source_in_one_file(&machine, &scratch, &from, &leaving);
+    source.qmp.execute("stop", json!({}));
+    let file = File::options().read(true).write(true).open(&from).expect("QEMU has made it");
+    for (at, byte) in [(88, 0x5a), (8, 0xa5)] {
+        file.write_all_at(&vec![byte; 32 << 20], at << 20).expect("room");
+    }
+    drop(file_of(&to, 128));
+    let mut destination = at_one_file(&machine, &scratch, &to, &arriving);
+    let slowly = ["-p", "--max-postcopy-bandwidth", "16M"];
+    let mut umem = migrate(&source, &destination.uri, &slowly);
+    let session = umem.event("stopped")["session"].as_str().expect("text").to_owned();
+    umem.event("running");
+    umem.kill();
+    Umem::start(["migrate", "--json", "--resume", &session]).succeeds();
+    destination.umem.event("completed");
+    let there = File::open(&to).expect("it is there");
+    for ((_, at), (_, to)) in leaving.into_iter().zip(arriving) {
+        let mut parts = [vec![0; 64 << 20], vec![0; 64 << 20]];
+        file.read_exact_at(&mut parts[0], at << 20).expect("it is as long");
+        there.read_exact_at(&mut parts[1], to << 20).expect("it is as long");
+        assert!(parts[0] == parts[1], "other memory has arrived");
+    }
+    Qmp::connect(&destination.qmp).quit();
+    destination.umem.succeeds();
+    source.qmp.quit();
+}
+
+#[test]
+fn backends_that_have_the_same_bytes_of_a_file_are_refused() {
     let scratch = Scratch::new();
     let name = scratch.ram("both");
-    let file = File::create(&name).expect("shared memory can be written");
-    file.set_len(128 << 20).expect("shared memory has room");
+    file_of(&name, 128);
     let backend = |id: &str, offset: u32| {
         let path = name.display();
         format!(
             "-object memory-backend-file,id={id},size=64M,share=on,mem-path={path},offset={offset}M"
         )
     };
-    let one = format!("-machine memory-backend=ram0 {}", backend("ram0", 64));
-    let mut source = plain_source(QemuVersion::V10_0, &scratch, &one);
-    is_refused(
-        &mut source,
-        &[],
-        &["RAM backend ram0", "begins at byte 67108864", "leave out offset="],
-    );
-    source.qmp.quit();
-
     let two = format!(
         "-machine memory-backend=ram0 -m 64M,slots=1,maxmem=1G {} {} -device pc-dimm,id=d,memdev=ram1",
         backend("ram0", 0),
-        backend("ram1", 0)
+        backend("ram1", 32)
     );
     let mut source = plain_source(QemuVersion::V10_0, &scratch, &two);
-    is_refused(&mut source, &[], &["RAM backends ", " share the file ", "a mem-path of its own"]);
+    is_refused(&mut source, &[], &["RAM backends ", " share memory in the file "]);
+    source.qmp.quit();
+
+    let apart = two.replace("offset=32M", "offset=64M");
+    let mut source = plain_source(QemuVersion::V10_0, &scratch, &apart);
+    let ram = format!("ram0={}", name.display());
+    is_refused(&mut source, &["--ram", &ram], &["has several RAM backends", "leave out --ram"]);
+    is_taken(&mut source, &[]);
+}
+
+#[test]
+fn memory_with_a_name_that_is_too_long_is_refused() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let id = "m".repeat(64);
+        let one = format!(
+            "-machine memory-backend={id} -object memory-backend-file,id={id},size=64M,share=on,mem-path={}",
+            scratch.ram("long").display()
+        );
+        let mut source = plain_source(version, &scratch, &one);
+        is_refused(&mut source, &[], &["an id of 64 bytes", "give it a shorter id"]);
+        let ram = format!("ram0={}", scratch.ram("long").display());
+        is_taken(&mut source, &["--ram", &ram]);
+    }
 }
 
 fn plain_source(version: QemuVersion, scratch: &Scratch, options: &str) -> Qemu {
@@ -259,7 +414,7 @@ fn a_user_who_may_not_see_the_mappings_is_told() {
     let nobody: Vec<&str> = nobody.split_ascii_whitespace().collect();
     let qmp = source.socket.to_str().expect("it is UTF-8");
     let words = ["migrate", "--json", "-p", "--qmp", qmp, NOBODY];
-    let text = crate::support::Umem::start_under(&nobody, words).fails();
+    let text = Umem::start_under(&nobody, words).fails();
     says(&text, &format!("process {}, has mapped", source.pid()));
     says(&text, "run umem as root, or as QEMU's user");
     assert_eq!(source.qmp.status(), "running");

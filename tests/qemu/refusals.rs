@@ -81,6 +81,29 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
             format!("{good} -device ivshmem-plain,memdev=ram1 {memdev}"),
             "(ivshmem-plain) shares memory",
         ),
+        (
+            format!("{good} -device driver=ivshmem-plain,memdev=ram1 {memdev}"),
+            "(ivshmem-plain) shares memory",
+        ),
+        (
+            format!(r#"{good} -device {{"driver":"ivshmem-plain","memdev":"ram1"}} {memdev}"#),
+            "(ivshmem-plain) shares memory",
+        ),
+        (
+            format!(r#"{good} -netdev {{"type":"vhost-user","id":"n","chardev":"c"}} {given}"#),
+            "n, a netdev of type vhost-user, lets",
+        ),
+        // There is no such device here: QEMU says so, before a source comes.
+        (
+            format!("{good} -netdev type=vhost-vdpa,id=n,vhostdev=/nonexistent/vdpa"),
+            "its own messages say why",
+        ),
+        (
+            format!(
+                r#"{good} -netdev {{"type":"vhost-vdpa","id":"n","vhostdev":"/nonexistent/vdpa"}}"#
+            ),
+            "its own messages say why",
+        ),
         (format!("{good} -daemonize"), "-daemonize hides QEMU from umem"),
         (format!("{good} -incoming tcp:127.0.0.1:0"), "QEMU's own -incoming"),
         (good.replace(&ram, "/dev/shm"), "RAM backend ram0 has a directory as its mem-path"),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use umem_wire::{Agreement, PageSize, Region, RegionId, RegionTable};
 
-use super::Prepared;
+use super::{Prepared, check_alone};
 use crate::destination::guest::{
     COPIED_PAGE_BYTES_MAX, FaultSource, GuestRegion, Part, RegionSetup,
 };
@@ -29,6 +29,9 @@ impl Prepared {
     /// Compares the source's regions with ours, checks that they fit and that there is room, and makes
     /// the guest's memory of them in the source's order.
     pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<Adopted> {
+        if self.wants_alone {
+            check_alone(&self.handed)?;
+        }
         let mut found = self.regions(theirs)?;
         let ours = found
             .iter()
@@ -96,10 +99,14 @@ impl Found {
     fn new(name: String, mut pieces: Vec<Handed>) -> Result<Found> {
         pieces.sort_by_key(|piece| piece.offset);
         let (kind, page_shift) = (pieces[0].kind, pieces[0].page_shift);
-        let unlike = |piece: &Handed| piece.kind != kind || piece.page_shift != page_shift;
+        let base = pieces[0].file_offset;
+        let unlike = |piece: &Handed| {
+            piece.kind != kind || piece.page_shift != page_shift || piece.file_offset != base
+        };
         if pieces.iter().any(unlike) {
             return Err(Error::Unsupported(format!(
-                "RAM {name} was handed over in pieces of different kinds or page sizes"
+                "RAM {name} was handed over in pieces of different kinds or page sizes, or of different parts of a \
+                 file"
             )));
         }
         let mut bytes = 0;
@@ -119,7 +126,8 @@ impl Found {
             parts.push((Part { offset, bytes, address, source: 0 }, uffd));
         }
         // A file may be longer than what the guest has mapped of it.
-        let file = file.map(|file| RamFile::from_handoff_part(&name, file, bytes)).transpose()?;
+        let part = base..base.saturating_add(bytes);
+        let file = file.map(|file| RamFile::from_handoff_part(&name, file, part)).transpose()?;
         if let Some(file) = &file {
             // The preload object has it already: then it still has it, and nobody else.
             file.claim_for_guest()?;

@@ -40,13 +40,15 @@ pub(super) fn find(
     // Why QEMU has failed to start, if that is why it does not answer.
     let drained = coming.drain(handoff, inbox);
     // Those go if the guest does not come.
-    handoff.created().iter().for_each(|path| monitor.note_created(path.clone()));
+    handoff.created().iter().for_each(|file| monitor.note_created(file.clone()));
     drained?;
     let asked = asked?;
     let mut handed = coming.handed;
     if let Some((_, backends)) = &asked {
         handed = assign(options, handoff, handed, backends)?;
     }
+    // What QEMU maps from now on, as it plugs in memory, nobody would fill.
+    handoff.settled()?;
     let memory = Memory { handed, knows_umem: true, keeps_sessions: coming.keeps_sessions };
     Ok((memory, asked))
 }
@@ -261,14 +263,9 @@ fn assign(
             return Err(not_handed_over(options, backend));
         };
         let mut piece = handed.swap_remove(index);
-        if piece.offset != 0 || piece.bytes < backend.bytes {
-            return Err(Error::Unsupported(format!(
-                "RAM backend {} begins at byte {} of its file: umem fills files from their beginning; leave out \
-                 offset=, and give the backend a file of its own",
-                backend.name, piece.offset
-            )));
-        }
+        check_length(&piece, backend)?;
         if !is_named {
+            backend.check_name()?;
             handoff.name(piece.address, &backend.name)?;
             piece.name = Some(backend.name.clone());
         }
@@ -285,6 +282,23 @@ fn assign(
         handoff.forget(piece.address)?;
     }
     Ok(memory)
+}
+
+/// An early QEMU with offset= maps what lies behind a file's end, and would be ended by a signal as it is touched.
+fn check_length(piece: &Handed, backend: &Backend) -> Result<()> {
+    let Some(length) = piece.file.as_ref().and_then(|file| file.metadata().ok()) else {
+        return Ok(());
+    };
+    let (length, end) = (length.len(), piece.file_offset.saturating_add(piece.bytes));
+    if length >= end && piece.bytes >= backend.bytes {
+        return Ok(());
+    }
+    let (name, path) = (&backend.name, backend.path.display());
+    Err(Error::Unsupported(format!(
+        "RAM backend {name} reaches to byte {end} of its file {path}, which has {length} bytes: QEMU makes no file \
+         longer that is there; make it as long before, with `truncate -s {end} {path}`, or begin with the backend \
+         whose offset= is the largest"
+    )))
 }
 
 fn not_handed_over(options: &Options, backend: &Backend) -> Error {

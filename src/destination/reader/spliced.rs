@@ -57,7 +57,8 @@ impl Spliced {
             unreachable!("only a run goes through the pipe");
         };
         let ram = core.guest.region(run.region).file();
-        match self.pipe.carry(&core.socket, ram.descriptor(), run.byte_offset, run.bytes) {
+        let to = ram.in_file(run.byte_offset);
+        match self.pipe.carry(&core.socket, ram.descriptor(), to, run.bytes) {
             Ok(0) => Err(core.failed(Outcome::Done(0))),
             Ok(bytes) => {
                 if bytes as u64 == run.bytes {

@@ -9,16 +9,17 @@
 //! page only where offset and address agree (`thp_vma_suitable_order`), so that without `align` a source's file
 //! comes to consist of small pages, and a destination's is mapped with them.
 
-use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use umem_wire::limits::REGION_NAME_BYTES_MAX;
 
 use super::blocks::Block;
 use super::{HOW_TO_START, Qemu};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
 use crate::host::maps::{self, MappedFile, Maps};
 use crate::memory::BLOCK_BYTES;
@@ -57,6 +58,19 @@ pub(crate) fn advice(backends: &[Backend], elsewhere: &str) -> Option<String> {
 }
 
 impl Backend {
+    /// Whether its id can be the region's name.
+    pub(crate) fn check_name(&self) -> Result<()> {
+        let bytes = self.name.len();
+        if bytes <= REGION_NAME_BYTES_MAX {
+            return Ok(());
+        }
+        Err(Error::Unsupported(format!(
+            "RAM backend {} has an id of {bytes} bytes, and the two sides tell memory apart by {REGION_NAME_BYTES_MAX} \
+             bytes: give it a shorter id on both sides, or name its file with --ram NAME=PATH on both",
+            self.name
+        )))
+    }
+
     fn misses_huge_pages(&self) -> bool {
         self.align_bytes.is_some_and(|bytes| bytes < BLOCK_BYTES) && is_in_huge_tmpfs(&self.path)
     }
@@ -65,7 +79,9 @@ impl Backend {
 /// The file of a guest's RAM, open, as its QEMU has mapped it.
 pub(crate) struct RamOfQemu {
     pub(crate) name: String,
-    pub(crate) bytes: u64,
+    /// What of the file it is.
+    pub(crate) part: Range<u64>,
+    /// One open file for all that are of the same.
     pub(crate) file: File,
     /// A way to the same file, for as long as QEMU lives at least.
     pub(crate) path: PathBuf,
@@ -179,21 +195,37 @@ impl Qemu {
         let disks = self.disks()?;
         let (maps, files) = self.mapped_files(backends)?;
         let mut opened: Vec<RamOfQemu> = Vec::new();
-        let mut seen = BTreeMap::new();
+        let mut seen: Vec<MappedFile> = Vec::new();
         for (backend, mapped) in backends.iter().zip(files) {
-            let Backend { name, bytes, .. } = backend;
-            if let Some(other) = seen.insert((mapped.device, mapped.inode), name) {
+            let name = &backend.name;
+            let part = mapped.offset..mapped.offset.saturating_add(backend.bytes);
+            let is_same =
+                |other: &MappedFile| (other.device, other.inode) == (mapped.device, mapped.inode);
+            let others = || opened.iter().zip(&seen).filter(|(_, seen)| is_same(seen));
+            let overlaps =
+                |other: &RamOfQemu| other.part.start < part.end && part.start < other.part.end;
+            if let Some((other, _)) = others().find(|(other, _)| overlaps(other)) {
                 return Err(Error::Unsupported(format!(
-                    "RAM backends {other} and {name} share the file {}: give each a mem-path of its own",
+                    "RAM backends {} and {name} share memory in the file {}: give each a mem-path of its own, or an \
+                     offset= behind the other's end",
+                    other.name,
                     mapped.path.display()
                 )));
             }
-            let (file, path) = maps.open(&mapped, &backend.path, to_free)?;
+            let (file, path) = match others().next() {
+                Some((other, _)) => {
+                    let what = || format!("the RAM file {}", other.path.display());
+                    (other.file.try_clone().context(what)?, other.path.clone())
+                }
+                None => maps.open(&mapped, &backend.path, to_free)?,
+            };
             mapped.check(backend, &file, disks.contains(name))?;
-            opened.push(RamOfQemu { name: name.clone(), bytes: *bytes, file, path });
+            opened.push(RamOfQemu { name: name.clone(), part, file, path });
+            seen.push(mapped);
         }
-        if !named.is_empty() {
-            rename(&mut opened, named)?;
+        match named {
+            [] => backends.iter().try_for_each(Backend::check_name)?,
+            named => rename(&mut opened, named)?,
         }
         Ok(opened)
     }
@@ -311,21 +343,15 @@ impl MappedFile {
                     .into(),
             );
         }
-        if self.offset != 0 {
-            return refuse(format!(
-                "begins at byte {} of its file: umem moves files from their beginning; leave out offset=, and give \
-                 the backend a file of its own",
-                self.offset
-            ));
-        }
         let Ok(metadata) = file.metadata() else {
             return refuse("cannot be examined".into());
         };
-        if metadata.size() < backend.bytes {
+        let end = self.offset.saturating_add(backend.bytes);
+        if metadata.size() < end {
             return refuse(format!(
-                "has {} bytes, and the guest's memory there {}: it was truncated after QEMU had mapped it",
-                metadata.size(),
-                backend.bytes
+                "has {} bytes, and the guest's memory reaches to its byte {end}: it was truncated after QEMU had \
+                 mapped it, or was shorter than that before",
+                metadata.size()
             ));
         }
         if is_disk && !is_memory(file).unwrap_or(false) {
@@ -348,6 +374,13 @@ fn rename(opened: &mut [RamOfQemu], named: &[RamPath]) -> Result<()> {
         (there.dev(), there.ino()) == (here.dev(), here.ino())
     };
     let mut names: Vec<Option<&str>> = vec![None; opened.len()];
+    let is_of_file = |path: &Path| opened.iter().filter(|ram| is_same(path, ram)).count();
+    if let Some(shared) = named.iter().find(|ram| is_of_file(&ram.path) > 1) {
+        let RamPath { name, path } = shared;
+        let what = "has several RAM backends of the guest in it, which one --ram cannot name: leave out --ram, and \
+                    umem takes each by its own name";
+        return Err(Error::Ram { name: name.clone(), path: path.clone(), what: what.into() });
+    }
     for RamPath { name, path } in named {
         let found = opened.iter().position(|ram| is_same(path, ram));
         let Some(index) = found.filter(|&index| names[index].is_none()) else {

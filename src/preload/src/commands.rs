@@ -12,7 +12,7 @@ use crate::{handover, report, sys};
 /// It needs little more than [`RECEIVE_SIZE`] and what formatting a short line takes.
 const STACK_SIZE: usize = 128 << 10;
 
-/// Longer lines than any command are dropped unread.
+/// Longer lines than any command are dropped unread. The longest names a region, whose name has 63 bytes at most.
 const LINE_SIZE_MAX: usize = 256;
 
 /// Commands are taken this many bytes at a time: some hundred of them.
@@ -26,6 +26,14 @@ const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// umem has said `keep`: whatever becomes of it, this process stays.
 static KEEPS: AtomicBool = AtomicBool::new(false);
+
+/// All of the guest's memory has been handed over: what is mapped from now on is none that umem brings.
+static SETTLED: AtomicBool = AtomicBool::new(false);
+
+/// True once umem knows which memory the guest has.
+pub(crate) fn is_settled() -> bool {
+    SETTLED.load(Ordering::Relaxed)
+}
 
 /// umem has said something.
 static HAS_BEGUN: AtomicBool = AtomicBool::new(false);
@@ -197,10 +205,12 @@ impl Commands {
     fn command(&mut self, line: &[u8]) -> End {
         match line {
             b"keep" => KEEPS.store(true, Ordering::Relaxed),
+            b"settled" => SETTLED.store(true, Ordering::Relaxed),
             b"ping" => self.answers.push_str("{\"pong\":1}\n"),
             b"session" => keep_session(std::mem::take(&mut self.descriptors)),
             b"release" => {
                 KEEPS.store(true, Ordering::Relaxed);
+                SETTLED.store(true, Ordering::Relaxed);
                 self.answer(format_args!("{{\"released\":{}}}\n", release()));
                 return End::Released;
             }

@@ -2,6 +2,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -33,6 +34,7 @@ struct Held {
     /// What was said of it, for a umem that takes over.
     told: report::Handover,
     uffd: OwnedFd,
+    /// The open file that the locks are on: of all that are mapped from this file the same.
     file: OwnedFd,
     /// The program's own descriptor of the file.
     number: c_int,
@@ -56,6 +58,22 @@ pub(crate) unsafe fn map(
         return sys::map_failed(sys::EINVAL);
     };
     config.hide();
+    if commands::is_settled() {
+        // What has not come of it would read as zeroes there.
+        if held().iter().any(|held| is_same(held, descriptor)) {
+            report::complaint(
+                &ram.name,
+                &Failure::new(
+                    Code::RamTwice,
+                    sys::EBUSY,
+                    "the guest's memory is not complete yet, and is mapped once more: try again later",
+                ),
+            );
+            return sys::map_failed(sys::EBUSY);
+        }
+        // SAFETY: the caller's own promises, passed on.
+        return unsafe { sys::mmap(address, length, protection, flags, descriptor, offset) };
+    }
     let fail = |failure: &Failure| {
         report::failure(config.socket, &ram.name, failure);
         sys::map_failed(failure.errno)
@@ -68,16 +86,19 @@ pub(crate) unsafe fn map(
             "the preload object does not know this kind of memory: use the object of this umem",
         ));
     };
-    if let Err(failure) = check_before(ram, kind, flags, descriptor) {
-        return fail(&failure);
-    }
+    let offset_in_file = offset.unsigned_abs();
+    let part = offset_in_file..offset_in_file.saturating_add(length as u64);
+    let locked = match lock_before(ram, kind, flags, descriptor, &part) {
+        Ok(locked) => locked,
+        Err(failure) => return fail(&failure),
+    };
     // SAFETY: the caller's own promises, passed on.
     let mapping = unsafe { sys::mmap(address, length, protection, flags, descriptor, offset) };
     if mapping == sys::MAP_FAILED {
         return mapping;
     }
-    let mapped = Mapped { ram, kind, start: mapping, length, descriptor, offset };
-    if let Err(failure) = protect(config.socket, &mapped) {
+    let mapped = Mapped { ram, kind, start: mapping, length, descriptor, offset: offset_in_file };
+    if let Err(failure) = protect(config.socket, &mapped, locked) {
         // SAFETY: the mapping was made above and nobody else knows of it yet.
         unsafe { sys::munmap(mapping, length) };
         return fail(&failure);
@@ -139,41 +160,43 @@ pub(crate) fn punch(descriptor: c_int, mode: c_int, offset: u64, length: u64) ->
         _ => Ok(()),
     };
     let end = offset.saturating_add(length);
-    let Some((start, mapped, page_size)) = shared_mapping_of(descriptor) else {
-        return in_file(offset, end);
-    };
-    let (from, to) = (offset.clamp(mapped.start, mapped.end), end.clamp(mapped.start, mapped.end));
-    in_file(offset, end.min(mapped.start))?;
-    if from < to && !is_empty(descriptor) {
-        let is_whole = [from, to].iter().all(|at| (at - mapped.start).is_multiple_of(page_size));
-        if !is_whole {
-            return Err(sys::EOPNOTSUPP);
+    let mut done = offset;
+    for (start, mapped, page_size) in shared_mappings_of(descriptor) {
+        let (from, to) = (done.max(mapped.start), end.min(mapped.end));
+        if from >= to {
+            continue;
         }
-        let address = start + (from - mapped.start) as usize;
-        let pages = std::ptr::with_exposed_provenance_mut(address);
-        // The lock is not held: this waits until umem has heard of it.
-        // SAFETY: the caller wants these bytes of the file to be zeroes, whoever has it mapped.
-        if unsafe { sys::madvise(pages, (to - from) as usize, sys::MADV_REMOVE) } != 0 {
-            return Err(sys::last_errno());
+        in_file(done, from)?;
+        if !is_empty(descriptor) {
+            let is_whole =
+                [from, to].iter().all(|at| (at - mapped.start).is_multiple_of(page_size));
+            if !is_whole {
+                return Err(sys::EOPNOTSUPP);
+            }
+            let address = start + (from - mapped.start) as usize;
+            let pages = std::ptr::with_exposed_provenance_mut(address);
+            // The lock is not held: this waits until umem has heard of it.
+            // SAFETY: the caller wants these bytes of the file to be zeroes, whoever has it mapped.
+            if unsafe { sys::madvise(pages, (to - from) as usize, sys::MADV_REMOVE) } != 0 {
+                return Err(sys::last_errno());
+            }
         }
+        done = to;
     }
-    in_file(offset.max(mapped.end), end)
+    in_file(done, end)
 }
 
-/// Where shared memory that was handed over is mapped, what of its file that is, and the size of its pages.
-fn shared_mapping_of(descriptor: c_int) -> Option<(usize, std::ops::Range<u64>, u64)> {
+/// Where shared memory that was handed over is mapped from this file: the address, what of the file that is, and the
+/// size of its pages; as they lie in the file.
+fn shared_mappings_of(descriptor: c_int) -> Vec<(usize, Range<u64>, u64)> {
     let all = held();
-    if !all.iter().any(|held| held.is_shared) {
-        return None;
-    }
-    let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-    let wanted = metadata(descriptor).ok().map(identity)?;
-    let held = all.iter().find(|held| {
-        held.is_shared
-            && metadata(held.file.as_raw_fd()).is_ok_and(|found| identity(found) == wanted)
-    })?;
-    let mapped = held.offset..held.offset.saturating_add(held.length as u64);
-    Some((held.address, mapped, held.page_size as u64))
+    let mut found: Vec<_> = all
+        .iter()
+        .filter(|held| held.is_shared && is_same(held, descriptor))
+        .map(|held| (held.address, held.part(), held.page_size as u64))
+        .collect();
+    found.sort_by_key(|(_, part, _)| part.start);
+    found
 }
 
 /// Makes the pages of the range the guest's own. They are there, or umem brings them meanwhile.
@@ -217,6 +240,11 @@ fn name_of(address: usize, length: usize) -> Option<String> {
 impl Held {
     fn end(&self) -> usize {
         self.address.saturating_add(self.length)
+    }
+
+    /// What of its file it is.
+    fn part(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.length as u64)
     }
 
     fn overlaps(&self, address: usize, length: usize) -> bool {
@@ -263,11 +291,16 @@ pub(crate) fn release() -> usize {
         }
     }
     let count = released.len();
-    // Where the program has closed its own descriptor since, ours keeps the file locked for as long as it lives.
-    let is_theirs = |held: &Held| identity_of(held.number) == identity_of(held.file.as_raw_fd());
-    released.into_iter().filter(|held| !is_theirs(held)).for_each(|held| {
-        std::mem::forget(held.file);
-    });
+    // Where the program has closed its own descriptor since, or closes the one of several that is locked, ours keeps
+    // the file locked for as long as it lives.
+    let identities: Vec<_> =
+        released.iter().map(|held| identity_of(held.file.as_raw_fd())).collect();
+    for (held, file) in released.into_iter().zip(&identities) {
+        let is_only = identities.iter().filter(|other| *other == file).count() == 1;
+        if !is_only || identity_of(held.number) != *file {
+            std::mem::forget(held.file);
+        }
+    }
     count
 }
 
@@ -288,7 +321,9 @@ pub(crate) fn forget(address: usize) {
     let mut all = held();
     let Some(index) = all.iter().position(|held| held.address == address) else { return };
     let held = all.swap_remove(index);
-    sys::unlock_move(held.file.as_raw_fd());
+    if !all.iter().any(|other| is_same(other, held.file.as_raw_fd())) {
+        sys::unlock_move(held.file.as_raw_fd());
+    }
     if !held.wants_dont_fork {
         advise_fork(held.address, held.length, sys::MADV_DOFORK);
     }
@@ -307,7 +342,14 @@ fn held() -> MutexGuard<'static, Vec<Held>> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn check_before(ram: &RamFile, kind: Kind, flags: c_int, descriptor: c_int) -> Result<(), Failure> {
+/// Looks whether the mapping that is asked for can be handed over, and locks its file. Gives what the locks are on.
+fn lock_before(
+    ram: &RamFile,
+    kind: Kind,
+    flags: c_int,
+    descriptor: c_int,
+    part: &Range<u64>,
+) -> Result<OwnedFd, Failure> {
     if kind == Kind::Shared && flags & sys::MAP_SHARED == 0 {
         return Err(Failure::new(
             Code::ShareOff,
@@ -322,13 +364,30 @@ fn check_before(ram: &RamFile, kind: Kind, flags: c_int, descriptor: c_int) -> R
             "the memory backend maps its file shared, and the kind is private: set share=off",
         ));
     }
-    if held().iter().any(|held| held.name == ram.name || is_same(held, descriptor)) {
+    let keep = |descriptor| {
+        sys::duplicate(descriptor)
+            .map_err(|errno| Failure::new(Code::Send, errno, "the RAM file cannot be kept open"))
+    };
+    let all = held();
+    let of_file: Vec<&Held> = all.iter().filter(|held| is_same(held, descriptor)).collect();
+    let overlaps = |held: &&Held| {
+        let other = held.part();
+        other.start < part.end && part.start < other.end
+    };
+    // With names given each is of a whole file.
+    let is_named = config::get().is_some_and(config::Config::has_names);
+    if of_file.iter().any(overlaps) || (is_named && all.iter().any(|held| held.name == ram.name)) {
         return Err(Failure::new(
             Code::RamTwice,
             sys::EBUSY,
-            "the RAM file is mapped a second time: give each memory backend a mem-path of its own",
+            "the RAM file is mapped a second time: give each memory backend a mem-path of its own, or an offset= \
+             of its own without --ram",
         ));
     }
+    if let Some(other) = of_file.first() {
+        return keep(other.file.as_raw_fd());
+    }
+    drop(all);
     // Held from here on by the description that this program has opened, so that it ends with this program.
     if let Err(errno) = sys::lock_ram(descriptor) {
         let text = match errno {
@@ -345,7 +404,7 @@ fn check_before(ram: &RamFile, kind: Kind, flags: c_int, descriptor: c_int) -> R
             "the RAM file has contents already: remove it, or name another mem-path",
         ));
     }
-    Ok(())
+    keep(descriptor)
 }
 
 /// A mapping that nobody knows of yet.
@@ -356,10 +415,12 @@ struct Mapped<'a> {
     /// As it was asked for, bytes.
     length: usize,
     descriptor: c_int,
-    offset: i64,
+    /// In its file.
+    offset: u64,
 }
 
-fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
+/// `file` is what the locks are on.
+fn protect(socket: i32, mapped: &Mapped, file: OwnedFd) -> Result<(), Failure> {
     let &Mapped { ram, kind, start, length, descriptor, offset } = mapped;
     // Pages that came with the mapping itself (locked from before, MAP_POPULATE) hold zeroes, and no
     // fault will ever ask for them.
@@ -390,20 +451,18 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         kind,
         address,
         length,
-        offset,
+        file_offset: offset,
         page_size: backing.page_size,
         features,
     };
     let message = report::handover_line(&told);
-    let file = sys::duplicate(descriptor)
-        .map_err(|errno| Failure::new(Code::Send, errno, "the RAM file cannot be kept open"))?;
     // Held before it is sent: from the moment umem has it, ours must be the spare.
-    let uffd_number = uffd.as_raw_fd();
+    let sent = [uffd.as_raw_fd(), file.as_raw_fd()];
     held().push(Held {
         name: ram.name.clone(),
         address,
         length,
-        offset: offset.unsigned_abs(),
+        offset,
         is_shared: kind == Kind::Shared,
         page_size: backing.page_size.max(1),
         // Pages that have become anonymous are small ones, whatever the file's were.
@@ -417,8 +476,8 @@ fn protect(socket: i32, mapped: &Mapped) -> Result<(), Failure> {
         file,
         number: descriptor,
     });
-    let sent = report::send(socket, message.as_bytes(), &[uffd_number, descriptor])
-        .and_then(|()| commands::start(socket));
+    let sent =
+        report::send(socket, message.as_bytes(), &sent).and_then(|()| commands::start(socket));
     if let Err(errno) = sent {
         held().retain(|held| held.address != address);
         return Err(Failure::new(Code::Send, errno, "the RAM could not be handed to umem"));

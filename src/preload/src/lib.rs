@@ -39,12 +39,14 @@
 //!
 //! ```text
 //! [{"name":"ram0","path":"/dev/shm/x","base_host_virt_addr":140737354133504,"size":268435456,
-//!   "offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2}]
+//!   "offset":0,"file_offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2}]
 //! ```
 //!
 //! (on one line; addresses and sizes in bytes, `features` as `UFFDIO_API` granted them) and exactly
 //! two descriptors: the userfaultfd, registered MISSING and MINOR over the mapping, then the RAM
-//! file. One message for each RAM file, each with a userfaultfd of its own. There is no answer.
+//! file. One message for each mapping, each with a userfaultfd of its own. There is no answer. `file_offset` is where
+//! in its file the mapping begins. Of a file that is mapped in several places, at offsets of their own, the file that
+//! comes is the same open file for each: its locks are on that.
 //! `umem` says which version of the commands below is understood.
 //!
 //! What cannot be protected is not mapped: the mapping is undone, `mmap` fails, QEMU refuses to
@@ -62,6 +64,7 @@
 //! | `ping` | `{"pong":1}` | |
 //! | `name ADDRESS NAME` | | what is mapped there is called so from now on |
 //! | `forget ADDRESS` | | what is mapped there is no RAM: closes our userfaultfd of it |
+//! | `settled` | | that was all: what is mapped from now on (a DIMM that is plugged in later) is none of ours |
 //! | `touch ADDRESS LENGTH` | `{"touched":ADDRESS,"size":LENGTH}` | makes these pages the guest's own |
 //! | `keep` | | the guest may run here from now on |
 //! | `session` | | with two or three descriptors: keeps them for a umem that takes over |

@@ -90,7 +90,8 @@ pub(crate) struct Handover {
     pub(crate) kind: Kind,
     pub(crate) address: usize,
     pub(crate) length: usize,
-    pub(crate) offset: i64,
+    /// Where in its file it begins.
+    pub(crate) file_offset: u64,
     pub(crate) page_size: usize,
     pub(crate) features: u64,
 }
@@ -125,13 +126,13 @@ pub(crate) fn made(socket: i32, path: &Path, identity: (u64, u64)) {
 
 pub(crate) fn handover_line(handover: &Handover) -> String {
     format!(
-        "[{{\"name\":{},\"path\":{},\"base_host_virt_addr\":{},\"size\":{},\"offset\":{},\
-         \"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":2}}]\n",
+        "[{{\"name\":{},\"path\":{},\"base_host_virt_addr\":{},\"size\":{},\"offset\":0,\
+         \"file_offset\":{},\"page_size\":{},\"kind\":\"{}\",\"features\":{},\"pid\":{},\"umem\":2}}]\n",
         json_string(handover.ram.name.as_bytes()),
         json_string(handover.ram.path.as_os_str().as_bytes()),
         handover.address,
         handover.length,
-        handover.offset,
+        handover.file_offset,
         handover.page_size,
         handover.kind.as_str(),
         handover.features,

@@ -1,0 +1,48 @@
+//! RAM files that are there because of umem, and go with a guest that does not come.
+
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::os_text;
+use crate::session::absolute;
+
+/// A file that was made, under the name that it had then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Created {
+    #[serde(with = "os_text::path")]
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Created {
+    pub(crate) fn new(path: PathBuf, device: u64, inode: u64) -> Created {
+        Created { path, device, inode }
+    }
+
+    pub(super) fn of(path: &Path, metadata: &Metadata) -> Created {
+        Created::new(path.to_owned(), metadata.dev(), metadata.ino())
+    }
+
+    /// With a path that means the same in another directory.
+    pub(crate) fn absolute(&self) -> Result<Created> {
+        Ok(Created { path: absolute(&self.path)?, ..*self })
+    }
+
+    /// Whether the name still leads to that file.
+    pub(crate) fn is_in_place(&self) -> bool {
+        let there = fs::symlink_metadata(&self.path);
+        there.is_ok_and(|there| (there.dev(), there.ino()) == (self.device, self.inode))
+    }
+
+    /// Removes it. Another file that has taken its name is somebody's.
+    pub(crate) fn remove(&self) {
+        if self.is_in_place() {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
