@@ -207,7 +207,7 @@ fn who_shows_no_good_certificate_is_not_let_in() {
     }
     let error = moving.migrate(&uri, &[]).fails();
     assert!(error.contains("only TLS is accepted here: give --tls-creds"), "{error}");
-    says(&incoming, "refused: TLS alone here");
+    says(&incoming, "refused: only TLS is accepted here");
     assert!(incoming.is_running());
 
     let good = creds("good");
