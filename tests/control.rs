@@ -279,7 +279,7 @@ fn umem_control_says_what_is_wrong() {
         stream.write_all(b"{\"QMP\": {}}\n").unwrap();
     });
     let error = Umem::start(["control", &path.display().to_string(), "status"]).fails();
-    assert!(error.contains("no umem"), "{error}");
+    assert!(error.contains("is not umem"), "{error}");
     other.join().unwrap();
 }
 

@@ -275,7 +275,7 @@ mod tests {
         assert!(fails("", Role::Source).contains("no session"));
         let (keeper, record) = take("ab", Role::Source).unwrap();
         assert_eq!(record, 2);
-        assert!(fails(&name(ID), Role::Source).contains("which lives"));
+        assert!(fails(&name(ID), Role::Source).contains("another running umem"));
         fs::write(keeper.file("freed.0"), "").unwrap();
         keeper.remove();
         drop(keeper);
