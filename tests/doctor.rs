@@ -91,6 +91,39 @@ fn root_has_what_these_tests_need() {
     assert_eq!(kernel, format!("Linux {}", String::from_utf8_lossy(&release).trim()));
 }
 
+/// Stands in for the C library's function, so that the kernel seems to have pages of 64 KiB.
+const LARGE_PAGES: &str = "
+    #include <dlfcn.h>
+    #include <unistd.h>
+    long sysconf(int name) {
+        if (name == _SC_PAGESIZE) return 65536;
+        return ((long (*)(int))dlsym(RTLD_NEXT, \"sysconf\"))(name);
+    }
+";
+
+/// What has 4 KiB pages in mind would be wrong there: nothing is begun, and why is said.
+#[test]
+fn a_kernel_with_larger_pages_is_refused() {
+    let moving = Move::new();
+    let [code, object] = ["pages.c", "pages.so"].map(|name| moving.scratch.path(name));
+    std::fs::write(&code, LARGE_PAGES).unwrap();
+    let [code, object] = [code, object].map(|path| path.display().to_string());
+    let made = run(&["gcc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-o", &object, &code, "-ldl"]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let there = format!("env LD_PRELOAD={object}");
+    let diagnosis = Diagnosis::new(&there);
+    assert!(!diagnosis.works);
+    assert_eq!(diagnosis.status("pages"), "missing");
+    assert_eq!(Diagnosis::new("env").status("pages"), "ok");
+    let why = "this kernel has pages of 65536 bytes";
+    let source = moving.migrate(&there, "1", "tcp:127.0.0.1:1").fails();
+    assert!(source.contains(why), "{source}");
+    let words = ["incoming", "--json", "tcp:127.0.0.1:0", "--", "/bin/false"];
+    let wrapper: Vec<&str> = there.split(' ').collect();
+    let destination = Umem::start_under(&wrapper, words).fails();
+    assert!(destination.contains(why), "{destination}");
+}
+
 #[test]
 fn a_person_reads_a_line_for_each_thing() {
     let diagnosis = Diagnosis::new("env");

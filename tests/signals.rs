@@ -112,6 +112,44 @@ fn no_signal_ends_a_destination_whose_guest_misses_memory() {
     guests.incoming.succeeds();
 }
 
+/// What systemd does to a service of ours that is stopped (systemd.kill(5)): the unit says by which signal, and
+/// whether it is sent to all of its processes or to umem alone.
+fn stop_service(incoming: &Umem, guest: Pid) {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/install/umem-incoming@.service");
+    let unit = std::fs::read_to_string(unit).expect("it is there");
+    let says = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key));
+    let signal: Signal = says("KillSignal=").unwrap_or("SIGTERM").parse().expect("a signal");
+    send(incoming, signal as i32);
+    match says("KillMode=") {
+        Some("mixed") => {}
+        None | Some("control-group") => kill(guest, signal).expect("it runs"),
+        Some(other) => panic!("KillMode={other}"),
+    }
+}
+
+#[test]
+fn a_service_that_is_stopped_keeps_a_guest_that_misses_memory_and_ends_one_that_is_complete() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let cutter = Cutter::to(guests.uri());
+    let mut migrate = guests.migrate_to(cutter.uri(), &["--json", "-p"]);
+    migrate.event("running");
+    guests.incoming.event("running");
+    let guest = guest_of(&guests.incoming);
+    stop_service(&guests.incoming, guest);
+    wait_for("what it goes on for", || {
+        guests.incoming.stderr().contains("so this goes on until").then_some(())
+    });
+    cutter.let_pages_go();
+    guests.incoming.event("completed");
+    migrate.succeeds();
+    assert!(is_there(guest));
+    stop_service(&guests.incoming, guest);
+    assert_eq!(guests.incoming.event("stopping")["guest_pid"], guest.as_raw());
+    guests.incoming.wait();
+    assert!(!is_there(guest));
+}
+
 /// A pipe without a reader and a file that has grown too large are errors of a write; a hang-up is nothing to
 /// a umem that was started with nohup(1).
 #[test]

@@ -19,6 +19,7 @@ use crate::host::qemu::{self, Backend, Qemu};
 use crate::host::qmp::Qmp;
 use crate::host::{DestinationHost, maps};
 use crate::inbox::{Inbox, Wake};
+use crate::memory::check_pages;
 use crate::memory::claim::{self, User};
 use crate::report::Output;
 
@@ -65,6 +66,7 @@ pub(crate) struct Expected<'a> {
 impl Expected<'_> {
     /// Makes what the guest's process needs to be there before it.
     pub(crate) fn new(options: &Options) -> Result<Expected<'_>> {
+        check_pages()?;
         if options.command.is_empty() && options.handoff.is_none() {
             return Err(Error::Usage(
                 "no COMMAND: write the guest's monitor after --, such as `umem incoming tcp::4444 \

@@ -8,6 +8,7 @@ use umem_ring::{Config, Ring};
 use super::{Check, read, sudo, user};
 use crate::fault::open::{self, DEVICE, Faults, Way};
 use crate::idle;
+use crate::memory;
 
 /// What the README asks for: IORING_MSG_RING_FLAGS_PASS is the newest thing umem uses.
 const OLDEST: (u32, u32) = (6, 3);
@@ -18,6 +19,15 @@ pub(super) fn release() -> Check {
     match version(&release) {
         Some(version) if version >= OLDEST => check,
         _ => check.missing("boot Linux 6.3 or later"),
+    }
+}
+
+pub(super) fn pages() -> Check {
+    let bytes = memory::small_page_bytes();
+    let check = Check::ok("pages", "what memory comes in", format!("{bytes} bytes"));
+    match memory::check_pages() {
+        Ok(()) => check,
+        Err(_) => check.missing("boot a kernel with pages of 4 KiB"),
     }
 }
 

@@ -6,8 +6,8 @@ use umem_wire::limits::LANES_MAX;
 
 use super::{Check, read, sudo};
 use crate::error::{Error, Result};
-use crate::memory::BLOCK_BYTES;
 use crate::memory::blocks::ISLANDS_MAX;
+use crate::memory::{BLOCK_BYTES, check_pages};
 use crate::priority::{EARLY_LIMIT, Priority, go_early, go_first};
 
 /// Descriptors beside those of the lanes: standard streams, bells, QMP, regions and their
@@ -24,11 +24,12 @@ fn descriptors(lanes: u16) -> u64 {
 }
 
 /// Refuses what would fail later, with the guest stopped: more bulk lanes than there may be descriptors
-/// or rings for.
+/// or rings for, and a kernel whose pages are not ours.
 ///
 /// # Errors
 /// The limit, and the command that raises it.
 pub(crate) fn check(lanes: u16) -> Result<()> {
+    check_pages()?;
     let (files, needed) = (limit(Resource::RLIMIT_NOFILE), descriptors(lanes));
     if files.soft < needed {
         return Err(Error::Environment(format!(

@@ -69,6 +69,7 @@ impl Check {
 pub fn run(json: bool) -> i32 {
     let checks = [
         kernel::release(),
+        kernel::pages(),
         kernel::io_uring(),
         kernel::userfaultfd(),
         kernel::userfaultfd_features(),

@@ -17,6 +17,7 @@ use crate::fault::handoff::Handed;
 use crate::fault::own::{Area, Guarded, Mapped};
 use crate::host::thread::Answer;
 use crate::lane::Listener;
+use crate::memory::check_pages;
 use crate::uri::Uri;
 
 /// Memory of this process that is to be a region of the guest.
@@ -141,6 +142,7 @@ impl DestinationSetup {
     /// regions are as before then.
     pub fn start(self) -> Result<Destination> {
         let DestinationSetup { regions, userfaultfd, way, recovers, cores } = self;
+        check_pages()?;
         if regions.is_empty() {
             return Err(Error::Usage("nothing to receive: add the guest's regions first".into()));
         }

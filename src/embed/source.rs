@@ -10,6 +10,7 @@ use super::link::LinkOrder;
 use super::{Event, Stats};
 use crate::error::{Context, Error, Result};
 use crate::host::thread::Answer;
+use crate::memory::check_pages;
 use crate::memory::region::RamFile;
 use crate::source::embedded::{Departure, Way, send};
 use crate::uri::Uri;
@@ -110,6 +111,7 @@ impl SourceSetup {
     /// eventfd that the kernel does not give.
     pub fn start(self) -> Result<Source> {
         let SourceSetup { files, way, postcopy, recovers, checksum, cores } = self;
+        check_pages()?;
         if files.is_empty() {
             return Err(Error::Usage("nothing to move: add the guest's regions first".into()));
         }

@@ -35,9 +35,14 @@ pub(crate) mod sync;
 pub(crate) mod words;
 pub(crate) mod zero;
 
+use crate::error::{Error, Result};
+
 /// A block is what is completed and unregistered as one, and what a bulk lane takes as one: 2 MiB,
 /// the size of a huge page on x86-64, or one page where pages are larger.
 pub(crate) const BLOCK_BYTES: u64 = 2 << 20;
+
+/// The kernel's pages that umem moves memory on ([`check_pages`]).
+const PAGE_BYTES: u64 = 4096;
 
 /// Bytes of this kernel's pages, where nothing asks for huge ones: what mincore(2) and the page map count in, and
 /// what a file that is not on hugetlbfs consists of. The kernel is asked once.
@@ -48,6 +53,22 @@ pub(crate) fn small_page_bytes() -> u64 {
         let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         u64::try_from(bytes).expect("every kernel has pages (sysconf(3))")
     })
+}
+
+/// Refuses a kernel whose pages are not of 4 KiB (16 or 64 KiB, on other architectures). A landing unit is never
+/// smaller than the kernel's page, and no test has moved memory on such a kernel.
+///
+/// # Errors
+/// The kernel's page size, and the kernel to boot.
+pub(crate) fn check_pages() -> Result<()> {
+    let bytes = small_page_bytes();
+    if bytes == PAGE_BYTES {
+        return Ok(());
+    }
+    Err(Error::Environment(format!(
+        "this kernel has pages of {bytes} bytes, and umem moves memory in pages of {PAGE_BYTES} bytes: boot a kernel \
+         with pages of 4 KiB"
+    )))
 }
 
 /// Pages in a block for pages of `1 << page_shift` bytes.

@@ -3,10 +3,13 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::json;
 
 use crate::destination::Destination;
@@ -103,6 +106,26 @@ fn a_file_without_a_name_is_the_guests_all_the_same() {
     }
 }
 
+/// As a manager may give it: to anybody else its path leads elsewhere.
+#[test]
+fn a_memory_file_that_qemu_was_given_is_the_guests() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = small(version);
+        let memory = memfd_create(c"guest", MFdFlags::empty()).expect("a memory file");
+        let memory = File::from(memory);
+        memory.set_len(64 << 20).expect("shared memory has room");
+        let name = machine.ram_file(&scratch, Side::Source, "ram0").display().to_string();
+        let given = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        let words = machine.command_line(&scratch, Side::Source);
+        let words: Vec<String> = words.iter().map(|word| word.replace(&name, &given)).collect();
+        let source = start_by(&words, &machine, &scratch);
+        // umem is not given it.
+        fcntl(&memory, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
+        arrives(source, &[memory], &machine, &scratch);
+    }
+}
+
 #[test]
 fn a_file_in_another_mount_namespace_is_found() {
     for version in VERSIONS {
@@ -123,9 +146,14 @@ fn a_file_in_another_mount_namespace_is_found() {
 fn start_under(wrapper: &[&str], machine: &Machine, scratch: &Scratch) -> Qemu {
     let wrapper = wrapper.iter().map(|&word| word.to_owned());
     let words: Vec<String> = wrapper.chain(machine.command_line(scratch, Side::Source)).collect();
+    start_by(&words, machine, scratch)
+}
+
+/// A source, by these words.
+fn start_by(words: &[String], machine: &Machine, scratch: &Scratch) -> Qemu {
     let [test, umem] =
         ["test", "umem"].map(|monitor| machine.socket(scratch, Side::Source, monitor));
-    Qemu::start(&words, &test, umem, machine.serial(scratch, Side::Source))
+    Qemu::start(words, &test, umem, machine.serial(scratch, Side::Source))
 }
 
 #[test]
@@ -135,8 +163,7 @@ fn a_socket_that_somebody_else_has_made_for_qemu_leads_to_its_memory() {
         let mut machine = small(version);
         let path = scratch.path("given.qmp");
         let listener = UnixListener::bind(&path).expect("a socket");
-        nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))
-            .expect("it is open");
+        fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty())).expect("it is open");
         let number = std::os::fd::AsRawFd::as_raw_fd(&listener);
         let given = format!("-chardev socket,id=given,fd={number},server=on,wait=off");
         machine.extra.extend(given.split(' ').map(str::to_owned));

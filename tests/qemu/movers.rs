@@ -350,6 +350,25 @@ fn capabilities_and_parameters_of_the_source_are_there_again_after_the_move() {
     }
 }
 
+/// What is left on there would have the next migration, or `virsh save`, leave the guest's memory out.
+#[test]
+fn nothing_of_the_move_is_left_set_up_at_the_destination() {
+    for version in VERSIONS {
+        let scratch = Scratch::new();
+        let machine = Machine::bare(version);
+        let mut source = machine.start(&scratch);
+        let fresh = set_up(&mut source.qmp);
+        let mut destination = Destination::start(&machine, &scratch);
+        let umem = migrate(&source, &destination.uri, &["-p"]);
+        destination.umem.event("completed");
+        umem.succeeds();
+        let mut guest = Qmp::connect(&destination.qmp);
+        assert_eq!(set_up(&mut guest), fresh, "{version:?}");
+        guest.quit();
+        destination.umem.succeeds();
+    }
+}
+
 #[test]
 fn what_cannot_be_moved_as_it_is_set_up_is_refused_by_name() {
     let scratch = Scratch::new();

@@ -1,7 +1,7 @@
 //! Whose a RAM file is: one guest's, and one migration's. Locks say so, which end with whoever has them and with
 //! nobody else; a file that is not its user's alone is no guest's memory.
 
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use nix::unistd::{Uid, chown, mkfifo};
 
 use super::SMALL;
 use super::support::killed::{Move, Side};
-use super::support::{Qmp, Scratch, Umem};
+use super::support::{Guests, Qmp, Scratch, Umem};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
@@ -112,6 +112,21 @@ fn a_guest_is_moved_by_one_umem() {
     moving.complete();
 }
 
+/// A program that asks for no lock, such as a QEMU that was started with the same file, may write to it while a
+/// destination waits: what is there would stay wherever the source's guest has nothing.
+#[test]
+fn a_file_that_holds_data_when_the_source_comes_is_refused() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let file = std::fs::File::options().write(true).open(scratch.ram("destination")).unwrap();
+    file.write_all_at(b"another guest's", 5 << 20).unwrap();
+    let error = guests.migrate(&["-p", "--json"]).fails();
+    assert!(error.contains("the destination gave up: RAM ram0"), "{error}");
+    assert!(error.contains("holds data at byte 5242880"), "{error}");
+    assert!(guests.source_runs());
+    guests.incoming.fails();
+}
+
 #[test]
 fn a_file_is_named_once() {
     let scratch = Scratch::new();
@@ -135,8 +150,9 @@ const WRONG: [Wrong; 6] = [
     ("directory", |path| std::fs::create_dir(path).unwrap(), "is a directory and no file"),
 ];
 
+/// A file that could be the guest's, were it not for its mode.
 fn make(path: &Path, mode: u32) {
-    std::fs::write(path, [0; 4096]).unwrap();
+    std::fs::File::create(path).unwrap().set_len(16 << 20).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 

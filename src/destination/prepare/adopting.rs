@@ -139,6 +139,14 @@ impl Found {
                 file.bytes
             )));
         }
+        if let Some(at) =
+            file.as_ref().map(|file| file.next_data_in(0..bytes)).transpose()?.flatten()
+        {
+            return Err(Error::Unsupported(format!(
+                "RAM {name}: its file was empty when the guest here mapped it, and holds data at byte {at} by now: \
+                 another program writes to it; end that one, or start this guest again with a new file"
+            )));
+        }
         let page_shift = file.as_ref().map_or(page_shift, |file| file.page_shift);
         if kind.needs_touch() && page_shift != 12 {
             return Err(Error::Unsupported(format!(
