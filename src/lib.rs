@@ -26,6 +26,7 @@ mod bandwidth;
 mod bench;
 pub mod capi;
 pub mod cli;
+mod control;
 mod cores;
 pub mod demo;
 pub mod destination;

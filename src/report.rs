@@ -1,5 +1,7 @@
 //! What a migration tells at its end, and the events on the way, as JSON or for a person.
 
+pub(crate) mod events;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -7,6 +9,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use crate::control::event::Event;
 use crate::error::{Error, Result};
 use crate::memory::sums::RegionDigest;
 use crate::observe::faults::AllFaults;
@@ -339,11 +342,11 @@ pub(crate) enum Output {
     Person,
     /// JSON objects on stdout.
     Json,
-    /// To the program that umem is a part of, as name and fields; nothing is printed.
+    /// To the program that umem is a part of; nothing is printed.
     Host(Take),
 }
 
-type Take = Arc<dyn Fn(&str, &serde_json::Value) + Send + Sync>;
+type Take = Arc<dyn Fn(&Event) + Send + Sync>;
 
 impl Output {
     /// For a program of its own, with or without `--json`.
@@ -355,7 +358,16 @@ impl Output {
         matches!(self, Output::Person)
     }
 
-    /// An event on the way, with its sentence for a person.
+    /// What a migration has to tell.
+    pub(crate) fn tell(&self, event: &Event) {
+        match (self, event.name()) {
+            (Output::Host(take), _) => take(event),
+            (_, None) => self.remark(&events::sentence(event)),
+            (_, Some(name)) => self.event(name, events::fields(event), &events::sentence(event)),
+        }
+    }
+
+    /// An event of a program that is no migration, with its sentence for a person.
     pub(crate) fn event(&self, name: &str, fields: serde_json::Value, sentence: &str) {
         match self {
             Output::Json => {
@@ -368,8 +380,7 @@ impl Output {
                 self.line(&object.to_string());
             }
             Output::Person if !sentence.is_empty() => progress::say(&format!("umem: {sentence}")),
-            Output::Person => {}
-            Output::Host(take) => take(name, &fields),
+            Output::Person | Output::Host(_) => {}
         }
     }
 

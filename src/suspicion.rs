@@ -6,8 +6,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use serde_json::json;
-
+use crate::control::event::{Event, Remark};
 use crate::report::{Counters, Output};
 
 /// Losses because of wrong checksums, with no page in between that came whole, after which lanes are no more
@@ -36,8 +35,7 @@ impl Suspicion {
         if errors == self.errors {
             return None;
         }
-        let fields = json!({ "reason": why, "checksum_errors": errors });
-        output.event("checksum_error", fields, "");
+        output.tell(&Event::ChecksumError { reason: why.to_owned(), errors });
         let is_in_vain = progress == self.progress && self.errors > 0;
         self.in_a_row = if is_in_vain { self.in_a_row + 1 } else { 1 };
         (self.errors, self.progress) = (errors, progress);
@@ -48,9 +46,7 @@ impl Suspicion {
         let lost = format!(
             "{IN_A_ROW_MAX} consecutive connections failed checksum verification without one valid page"
         );
-        output.remark(&format!(
-            "{lost}: pausing; repair the path between the two hosts, then resume here (umem control), by another path if there is one"
-        ));
+        output.tell(&Event::Remark(Remark::Distrusted { losses: IN_A_ROW_MAX }));
         Some(format!("{lost}, the last because {why}"))
     }
 }
@@ -62,7 +58,7 @@ mod tests {
 
     #[test]
     fn it_is_enough_when_nothing_comes_of_it() {
-        let (counters, output) = (Counters::default(), Output::Host(Arc::new(|_, _| {})));
+        let (counters, output) = (Counters::default(), Output::Host(Arc::new(|_| {})));
         let mut suspicion = Suspicion::default();
         let mut lost = |wrong, progress| {
             Counters::add(&counters.checksum_errors, wrong);

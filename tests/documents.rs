@@ -54,6 +54,7 @@ fn every_event_and_every_metric_is_listed_for_observers() {
         let text = read(source);
         events.extend(events_in(&text));
     }
+    events.extend(events_of_control(&read(Path::new("src/control/event.rs"))));
     assert!(events.len() > 20, "only {events:?} were found");
     events.extend(["completed".to_owned(), "failed".to_owned()]);
     let cells: Vec<&str> =
@@ -109,6 +110,8 @@ fn a_wrong_link_a_wrong_anchor_and_a_wrong_name_are_noticed() {
     assert_eq!(anchor("What it's *for* (`umem`)"), "what-its-for-umem");
     let events = events_in("o.event(\"one\", x); o.event(\n        \"two\",\n");
     assert_eq!(events, ["one", "two"]);
+    let events = events_of_control("Event::One | Event::Two { .. } => \"one\",\n other => none,");
+    assert_eq!(events, ["one"]);
 }
 
 fn root() -> &'static Path {
@@ -224,6 +227,12 @@ fn check_link(document: &Path, target: &str) -> Result<(), String> {
 fn anchor(heading: &str) -> String {
     let kept = heading.chars().filter(|&c| c.is_alphanumeric() || c == ' ' || c == '-' || c == '_');
     kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
+}
+
+/// Names that the events of a migration have.
+fn events_of_control(source: &str) -> Vec<String> {
+    let arms = source.split("=> \"").skip(1).filter_map(|arm| arm.split_once('"'));
+    arms.map(|(name, _)| name.to_owned()).collect()
 }
 
 /// Names in calls of `Output::event`.

@@ -47,7 +47,7 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let inbox = Inbox::embedded(desk.canceller())?;
     let post = inbox.post();
     desk.answers(move |answer| post.send(Note::Host(answer)));
-    let output = desk.output(Role::Destination);
+    let output = desk.output();
     let mut prepared = Prepared::here(handed)?;
     // Who may connect is the program's own matter: it can give connections that it has secured.
     let guard = Arc::new(Guard::default());

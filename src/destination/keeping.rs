@@ -7,7 +7,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
 use umem_wire::destination::{Mode, Phase};
 
 use super::Migration;
@@ -16,6 +15,7 @@ use super::farewell::{Farewell, Word};
 use super::guest::GuestMemory;
 use super::prepare::{Adopted, Prepared};
 use super::side::GuestSide;
+use crate::control::event::Event;
 use crate::error::{Context, Error, Result};
 use crate::host::command::{Created, began};
 use crate::lane;
@@ -180,9 +180,8 @@ impl Migration<'_> {
     }
 
     pub(super) fn say_how_to_resume(&self) {
-        let (Some(keeper), Some(how)) = (&self.keeper, self.how_to_resume()) else { return };
-        let fields = json!({ "session": keeper.session(), "command": how });
-        self.output.event("resumable", fields, &format!("should umem be killed here: {how}"));
+        let (Some(keeper), Some(command)) = (&self.keeper, self.how_to_resume()) else { return };
+        self.output.tell(&Event::Resumable { session: keeper.session(), command });
     }
 
     /// The command that goes on, if one can.
@@ -226,13 +225,10 @@ impl Migration<'_> {
     /// Says how to go on with a guest that waits.
     pub(super) fn explain_staying(&self, error: Error) -> Error {
         let error = self.explain(error);
-        if let Some(how) = self.how_to_resume() {
-            let loaded = matches!(self.phase, Phase::Loaded { .. });
-            let pages = if loaded { "to run" } else { "for its pages" };
+        if let Some(command) = self.how_to_resume() {
+            let is_loaded_only = matches!(self.phase, Phase::Loaded { .. });
             let session = self.keeper.as_ref().map(Keeper::session);
-            let text =
-                format!("the guest's process stays and waits {pages}; {how} goes on with it");
-            self.output.event("stays", json!({ "session": session }), &text);
+            self.output.tell(&Event::Stays { session, is_loaded_only, command });
         }
         error
     }

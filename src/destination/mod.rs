@@ -37,11 +37,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
-use serde_json::json;
 use umem_ring::Waker;
 use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, transmit};
 
+use crate::control::event as control;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
@@ -217,8 +217,7 @@ pub fn run(options: &Options) -> Result<i32> {
     output.completed(&report);
     let damaged = report.check_digests().err();
     if let Some(error) = &damaged {
-        let fields = json!({ "error": error.to_string() });
-        output.event("damaged", fields, &error.to_string());
+        output.tell(&control::Event::Damaged { error: error.to_string() });
     }
     let status = match farewell {
         Some(farewell) if prepared.side.is_outlived() => {
@@ -268,12 +267,7 @@ fn receive(
     let expected = Expected::new(options)?;
     let announce = |guest_pid| {
         let handoff = options.handoff.as_ref().map(|path| path.display().to_string());
-        let text = match &handoff {
-            Some(path) => format!("waiting for a guest on {path} and a source on {uri}"),
-            None => format!("waiting for a source on {uri}"),
-        };
-        let listening = json!({ "uri": uri, "guest_pid": guest_pid, "handoff": handoff });
-        output.event("listening", listening, &text);
+        output.tell(&control::Event::Listening { uri: uri.clone(), guest_pid, handoff });
     };
     let is_to_come = expected.is_to_come();
     if is_to_come {
@@ -286,15 +280,12 @@ fn receive(
     let (lanes_max, checksum) = (options.lanes_max, options.checksum);
     let terms = Terms { lanes_max, recovers: true, checksum };
     let lanes = entrance.accept(guard, terms, &output, inbox, &prepared)?;
-    output.event(
-        "connected",
-        json!({
-            "lanes": lanes.bulk.len(),
-            "security": guard.describe(),
-            "checksum": lanes.demand.is_checked(),
-        }),
-        &format!("connected, {} bulk lane(s)", lanes.bulk.len()),
-    );
+    output.tell(&control::Event::Connected {
+        to: None,
+        lanes: lanes.hello.bulk_lanes,
+        security: guard.describe(),
+        checksum: lanes.demand.is_checked(),
+    });
     let (receiver, adopted) =
         accept::compare(&lanes.demand, inbox, &mut prepared, options.step_timeout)?;
     let keeping = keeping::keep(options, &uri, &lanes, &prepared, &adopted, &output).inspect_err(

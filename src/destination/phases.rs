@@ -3,14 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Frame, transmit};
 
 use super::demand::Command;
 use super::guest::GuestRegion;
 use super::side::GuestSide;
-use super::{Migration, Note, millis};
+use super::{Migration, Note};
+use crate::control::event::{self, Place};
 use crate::error::{Error, Result};
 use crate::host::qemu::Qemu;
 use crate::host::thread::Answer;
@@ -82,7 +82,7 @@ impl Migration<'_> {
                 if postcopy {
                     self.awake = idle::stay_awake(self.idle_cores);
                 }
-                self.output.event("stopped", json!({ "postcopy": postcopy }), "");
+                self.output.tell(&event::Event::StoppedAtSource { postcopy });
             }
             // All of it.
             Event::DeviceState(state) => self.state = state,
@@ -122,12 +122,8 @@ impl Migration<'_> {
         let us_since_switchover = u64::try_from(since_switchover.as_micros()).unwrap_or(u64::MAX);
         self.send(&Frame::Running { us_since_switchover });
         self.progress.watch().running(self.times.downtime);
-        let downtime_ms = millis(self.times.downtime);
-        self.output.event(
-            "running",
-            json!({ "downtime_ms": downtime_ms }),
-            &format!("the guest runs here; it stood still for {downtime_ms:.1} ms"),
-        );
+        let (place, downtime) = (Place::Destination, self.times.downtime);
+        self.output.tell(&event::Event::Running { place, downtime });
         self.progress.phase("filling");
         self.complete_if_done(side)
     }
@@ -175,15 +171,9 @@ impl Migration<'_> {
 
     fn say_unmapped(&self) {
         let bytes = self.guest.unmapped_bytes();
-        if bytes == 0 {
-            return;
+        if bytes > 0 {
+            self.output.tell(&event::Event::Unmapped { bytes });
         }
-        let text = format!(
-            "{} MiB of the guest's memory were unmapped here while it came, as by an unplugged DIMM; what came of \
-             them was thrown away",
-            bytes >> 20
-        );
-        self.output.event("unmapped", json!({ "bytes": bytes }), &text);
     }
 
     /// What is said once everything is here.

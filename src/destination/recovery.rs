@@ -25,14 +25,14 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use umem_wire::destination::{Input, Phase};
 use umem_wire::{Fault, FaultCode, Frame, LaneRole, Standing, transmit};
 
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
 use super::link::{Link, Shortage, State};
-use super::{Migration, Note, millis, peer};
+use super::{Migration, Note, peer};
+use crate::control::event::{Event, Pause, Place, Remark, Room, Route};
 use crate::error::{Error, Result};
 use crate::lane::{self, CAUSE_PATIENCE, Listener, lane_name};
 use crate::liveness::{Due, Step, stood_still_by_option};
@@ -180,8 +180,9 @@ impl Migration<'_> {
     fn given_in_vain(&mut self) {
         self.link.forget_given();
         if self.link.is_down() && self.link.arrived.is_none() {
-            let reason = "of the connections that were given one has closed or led elsewhere";
-            self.output.event("paused", json!({ "reason": reason }), "");
+            let reason =
+                "of the connections that were given one has closed or led elsewhere".into();
+            self.output.tell(&Event::Paused { reason, pause: Pause::GivenInVain });
         }
     }
 
@@ -212,33 +213,24 @@ impl Migration<'_> {
         self.link.state = State::Down { since: Instant::now(), is_quiet: false, until: None };
         self.progress.phase("waiting");
         self.progress.watch().entered(CUT);
-        let pages_missing = self.guest.pages_missing();
         let counters = &self.guest.counters;
         let done = counters.pages_done.load(SeqCst);
         let in_vain = self.link.suspicion.lost(why, done, counters, &self.output);
         self.link.is_paused |= in_vain.is_some();
         let short = self.link.shortage.as_ref().and_then(|shortage| shortage.refusal.clone());
         let why = in_vain.or(short).unwrap_or_else(|| why.to_owned());
-        let fields = json!({ "reason": why, "pages_missing": pages_missing });
-        self.announce(&why, fields);
+        self.announce(&why);
         Ok(())
     }
 
     /// Says that there are no lanes, and what becomes of the guest.
-    pub(super) fn announce(&self, why: &str, fields: serde_json::Value) {
+    pub(super) fn announce(&self, why: &str) {
+        let (reason, pages_missing) = (why.to_owned(), self.guest.pages_missing());
         let has_way = self.link.door.is_some() && !self.link.is_paused;
-        match has_way {
-            true => self.output.event(
-                "recovering",
-                fields,
-                &format!("{why}; the guest goes on with what it has until the source comes back"),
-            ),
-            false => self.output.event(
-                "paused",
-                fields,
-                &format!("{why}; the guest goes on with what it has until a resume says how"),
-            ),
-        }
+        self.output.tell(&match has_way {
+            true => Event::Recovering { reason, route: Route::Waits { pages_missing } },
+            false => Event::Paused { reason, pause: Pause::Destination { pages_missing } },
+        });
     }
 
     /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
@@ -280,15 +272,8 @@ impl Migration<'_> {
             format!(", and the file system of RAM {ram} has room for {} MiB", free >> 20)
         });
         let why = format!("{what}; up to {} MiB are still to come{free}", missing >> 20);
-        let fields = json!({
-            "reason": why, "missing_bytes": missing, "free_bytes": room.map(|(_, free)| free),
-        });
-        let text = format!(
-            "{why}: make room at the destination (a tmpfs such as /dev/shm: `mount -o remount,size=…`; huge \
-             pages: `sysctl vm.nr_hugepages=…`; or raise the memory limit); the guest waits for pages that have \
-             no room, and umem goes on by itself when there is some, or at once with `umem control resume`"
-        );
-        self.output.event("short", fields, &text);
+        let room = Room::Here { missing, free: room.map(|(_, free)| free) };
+        self.output.tell(&Event::Short { reason: why.clone(), room });
         why
     }
 
@@ -353,12 +338,9 @@ impl Migration<'_> {
         self.demand.wake();
         self.progress.phase("filling");
         self.progress.watch().reconnected(self.phase.name());
-        let disconnected_ms = millis(since.elapsed());
-        self.output.event(
-            "resumed",
-            json!({ "disconnected_ms": disconnected_ms, "recoveries": self.link.recoveries }),
-            &format!("the source is back after {:.1} s", disconnected_ms / 1e3),
-        );
+        let (place, disconnected) = (Place::Destination, since.elapsed());
+        let recoveries = self.link.recoveries;
+        self.output.tell(&Event::Resumed { place, disconnected, recoveries });
         Ok(())
     }
 
@@ -377,9 +359,7 @@ impl Migration<'_> {
     /// By hand: no lanes until a resume.
     pub(super) fn pause(&mut self) -> Result<()> {
         if !self.link.recovers || !self.phase.outlives_its_lanes() {
-            self.output.remark(
-                "not paused: the guest has not been switched over, or its source cannot resume",
-            );
+            self.output.tell(&Event::Remark(Remark::NotPaused { place: Place::Destination }));
             return Ok(());
         }
         self.link.next_order();
@@ -387,7 +367,7 @@ impl Migration<'_> {
         self.link.arrived = None;
         self.link.forget_given();
         if self.link.is_down() {
-            self.output.event("paused", json!({ "reason": "by hand" }), "paused until a resume");
+            self.output.tell(&Event::Paused { reason: "by hand".into(), pause: Pause::Ordered });
             return Ok(());
         }
         self.break_lanes("paused by hand")
@@ -447,8 +427,7 @@ impl Migration<'_> {
         self.listen(listener);
         let uri = uri.to_string();
         self.keep_address(&uri)?;
-        let text = format!("waiting for the source on {uri}");
-        self.output.event("listening", json!({ "uri": uri }), &text);
+        self.output.tell(&Event::ListeningAgain { uri });
         Ok(())
     }
 

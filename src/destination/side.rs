@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use serde_json::json;
 
 use super::Note;
+use crate::control::event::Event;
 use crate::error::{Context, Error, Result};
 use crate::fault::handoff::{HandoffSocket, Message};
 use crate::host::command::{Monitor, Standstill, standstill};
@@ -264,15 +264,8 @@ impl GuestSide {
         process.is_ending = true;
         process.monitor.terminate();
         let pid = process.monitor.pid();
-        let halted = match standstill(pid) {
-            Some(_) => format!(" and acts on it once `kill -CONT {pid}` lets it go on"),
-            None => String::new(),
-        };
-        let text = format!(
-            "stopping the guest: its process {pid} has been sent SIGTERM{halted}; waiting for its end, and \
-             another interrupt leaves it to itself"
-        );
-        output.event("stopping", json!({ "guest_pid": pid }), &text);
+        let is_halted = standstill(pid).is_some();
+        output.tell(&Event::Stopping { guest_pid: pid, is_halted });
         None
     }
 
@@ -314,24 +307,14 @@ impl GuestProcess {
 
     /// It has been told to let go, and has not said that it has.
     fn remark_on_silence(&self, output: &Output) {
-        let (pid, is_stopped, why) = self.silence();
-        let fields = json!({ "guest_pid": pid, "stopped": is_stopped });
-        let text = format!(
-            "every page is here; waiting for the guest's process {pid} to let go of its userfaultfd, but \
-             {why}; an interrupt ends the waiting and harms nothing, as the process knows what to do"
-        );
-        output.event("releasing", fields, &text);
+        let (guest_pid, is_stopped, why) = self.silence();
+        output.tell(&Event::Releasing { guest_pid, is_stopped, why });
     }
 
     /// Nobody waits for its end any more: whoever started us is told where the guest is.
     fn leave_alone(&mut self, output: &Output) {
         self.is_left_alone = true;
-        let pid = self.monitor.pid();
-        let text = format!(
-            "the guest goes on without umem, complete, as process {pid}: `ps {pid}` shows it, `kill {pid}` \
-             ends it"
-        );
-        output.event("left", json!({ "guest_pid": pid }), &text);
+        output.tell(&Event::Left { guest_pid: self.monitor.pid() });
     }
 
     /// It does not hand over to a umem that takes over.

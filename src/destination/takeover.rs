@@ -24,7 +24,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use umem_wire::destination::{Mode, Phase};
 use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, RegionTable, Standing};
 
@@ -36,6 +35,7 @@ use super::link::Link;
 use super::prepare::{Adopted, Prepared, check_pieces};
 use super::side::{GuestProcess, GuestSide};
 use super::{Migration, Note, Plan, Serving, Times};
+use crate::control::event::{Event, Undone};
 use crate::error::{Context, Error, Result};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
 use crate::host::command::{Created, Monitor, began};
@@ -125,11 +125,7 @@ impl Taken {
                 self.tell_of_completion(options, inbox)
             }
             Found::Complete => {
-                self.output.event(
-                    "undone",
-                    json!({ "session": self.keeper.session() }),
-                    "the guest has all of its memory: there is nothing left to do",
-                );
+                self.has_undone(Undone::Complete);
                 self.keeper.remove();
                 Ok(())
             }
@@ -142,13 +138,13 @@ impl Taken {
         if let Found::Waiting(mut guest) = found {
             guest.side.release(inbox, &self.output)?;
         }
-        self.output.event(
-            "undone",
-            json!({ "session": self.keeper.session() }),
-            "the guest has all of its memory: there is nothing left to do",
-        );
+        self.has_undone(Undone::Complete);
         self.keeper.remove();
         Ok(())
+    }
+
+    fn has_undone(&self, how: Undone) {
+        self.output.tell(&Event::Undone { session: self.keeper.session(), how });
     }
 
     /// Looks for the guest, and has everything handed over again.
@@ -295,8 +291,7 @@ impl Taken {
         }
         let uri = uri.to_string();
         self.keeper.edit(|record| record.uri = Some(uri.clone()))?;
-        let text = format!("waiting for the source on {uri}");
-        self.output.event("listening", json!({ "uri": uri }), &text);
+        self.output.tell(&Event::ListeningAgain { uri });
         let (guard, certificate) = (self.guard.clone(), self.certificate());
         Ok(Door::of_session(listener, guard, hello, certificate, &self.output))
     }
@@ -338,11 +333,7 @@ impl Taken {
         let word = Word::Complete { standing, landing: landing(&self.record)? };
         self.output.remark("the guest has all of its memory; waiting for the source to tell it so");
         let told = self.farewell(options, inbox, word)?;
-        self.output.event(
-            "undone",
-            json!({ "session": self.keeper.session(), "source_knows": told }),
-            "the guest has all of its memory: there is nothing left to do here",
-        );
+        self.has_undone(Undone::Heard { is_told: told });
         if !told {
             self.output.remark(&source_does_not_know(&self.keeper));
         }
@@ -506,8 +497,7 @@ impl Migration<'_> {
         }
         self.progress.phase("waiting");
         let why = "another process has served this session before";
-        let fields = json!({ "reason": why, "pages_missing": self.guest.pages_missing() });
-        self.announce(why, fields);
+        self.announce(why);
         Ok(())
     }
 }

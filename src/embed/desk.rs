@@ -16,11 +16,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::link::LinkOrder;
 use super::{Event, Failure, Guest, Stats};
+use crate::control::event::{self, Place};
 use crate::error::{Context, Error, Result};
 use crate::host::thread::{Answer, Question};
 use crate::inbox::Canceller;
 use crate::lane::Severable;
-use crate::observe::watch::Role;
 use crate::report::{Completed, Counters, Output};
 
 type Answers = Arc<dyn Fn(Answer) + Send + Sync>;
@@ -159,33 +159,26 @@ impl Desk {
     }
 
     /// Where events go that are neither questions nor the end.
-    pub(crate) fn output(self: &Arc<Desk>, role: Role) -> Output {
+    pub(crate) fn output(self: &Arc<Desk>) -> Output {
         let desk = self.clone();
-        Output::Host(Arc::new(move |name, fields| {
-            let duration = |field: &str| {
-                let ms = fields[field].as_f64().unwrap_or_default();
-                Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default()
-            };
-            let reason = || fields["reason"].as_str().unwrap_or_default().to_owned();
-            let event = match name {
+        Output::Host(Arc::new(move |event| {
+            let event = match event {
                 // The guest is to go on now, and not when the destination has been told so, for which it is dialled
                 // for a while.
-                "telling" => {
-                    let text = |field: &str| fields[field].as_str().unwrap_or_default().to_owned();
-                    let error = Error::Lost {
-                        side: "destination",
-                        lane: text("lane"),
-                        what: text("reason"),
-                    };
+                event::Event::Telling { lane, reason, .. } => {
+                    let (lane, what) = (lane.clone(), reason.clone());
+                    let error = Error::Lost { side: "destination", lane, what };
                     return desk.fail(&mut desk.papers(), error);
                 }
                 // The destination's program has said so itself.
-                "running" if role == Role::Source => {
-                    Event::Running { downtime: duration("downtime_ms") }
+                &event::Event::Running { place: Place::Source, downtime } => {
+                    Event::Running { downtime }
                 }
-                "recovering" => Event::Recovering { reason: reason() },
-                "paused" => Event::Paused { reason: reason() },
-                "resumed" => Event::Resumed { disconnected: duration("disconnected_ms") },
+                event::Event::Recovering { reason, .. } => {
+                    Event::Recovering { reason: reason.clone() }
+                }
+                event::Event::Paused { reason, .. } => Event::Paused { reason: reason.clone() },
+                &event::Event::Resumed { disconnected, .. } => Event::Resumed { disconnected },
                 _ => return,
             };
             desk.put(&mut desk.papers(), event);
@@ -409,15 +402,18 @@ mod tests {
     #[test]
     fn of_connections_that_come_and_go_the_last_news_is_kept() {
         let desk = Arc::new(desk().0);
-        let Output::Host(tell) = desk.output(Role::Destination) else { unreachable!() };
-        let fields = serde_json::json!({ "reason": "why", "disconnected_ms": 1500.0 });
-        for _ in 0..1000 {
-            tell("recovering", &fields);
-            tell("resumed", &fields);
+        let Output::Host(tell) = desk.output() else { unreachable!() };
+        let place = Place::Destination;
+        let reason = || "why".to_owned();
+        let disconnected = Duration::from_millis(1500);
+        for recoveries in 0..1000 {
+            let route = event::Route::Waits { pages_missing: 1 };
+            tell(&event::Event::Recovering { reason: reason(), route });
+            tell(&event::Event::Resumed { place, disconnected, recoveries });
         }
         desk.ask(Question::Run);
-        tell("paused", &fields);
-        tell("running", &fields);
+        tell(&event::Event::Paused { reason: reason(), pause: event::Pause::Ordered });
+        tell(&event::Event::Running { place, downtime: Duration::ZERO });
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Resumed { disconnected }, Event::Run, Event::Paused { reason }] = &events[..]
         else {
@@ -431,10 +427,12 @@ mod tests {
     fn a_guest_goes_on_before_the_destination_is_told_that_it_does() {
         let (desk, _answers) = desk();
         let desk = Arc::new(desk);
-        let Output::Host(tell) = desk.output(Role::Source) else { unreachable!() };
+        let Output::Host(tell) = desk.output() else { unreachable!() };
         desk.ask(Question::Stop);
         desk.ask(Question::Resume);
-        tell("telling", &serde_json::json!({ "lane": "demand lane", "reason": "why" }));
+        let uri = crate::uri::Uri::Tcp { host: "host".into(), port: 1 };
+        let (lane, reason) = ("demand lane".into(), "why".into());
+        tell(&event::Event::Telling { uri, lane, reason });
         desk.end(Err(Error::Interrupted("said already".into())));
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Stop, Event::Failed(failure)] = &events[..] else { panic!("{events:?}") };

@@ -30,7 +30,6 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
-use serde_json::json;
 use umem_wire::LaneRole;
 
 use crate::error::{Error, Result};
@@ -113,17 +112,17 @@ impl Guard {
     }
 
     /// For events: how lanes are secured.
-    pub(crate) fn describe(&self) -> serde_json::Value {
+    pub(crate) fn describe(&self) -> &'static str {
         describe(self.tls.is_some(), self.secret.is_some())
     }
 }
 
-fn describe(tls: bool, secret: bool) -> serde_json::Value {
+fn describe(tls: bool, secret: bool) -> &'static str {
     match (tls, secret) {
-        (true, true) => json!("tls+secret"),
-        (true, false) => json!("tls"),
-        (false, true) => json!("secret"),
-        (false, false) => json!("none"),
+        (true, true) => "tls+secret",
+        (true, false) => "tls",
+        (false, true) => "secret",
+        (false, false) => "none",
     }
 }
 
@@ -216,7 +215,7 @@ impl Pass {
     }
 
     /// As [`Guard::describe`].
-    pub(crate) fn describe(&self) -> serde_json::Value {
+    pub(crate) fn describe(&self) -> &'static str {
         describe(self.tls.is_some(), self.secret.is_some())
     }
 }

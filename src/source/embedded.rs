@@ -89,8 +89,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         stays_local,
     };
     let (recovers, post) = (link.recovers(), inbox.post());
-    let migration =
-        Migration::start(&plan, desk.output(Role::Source), inbox, (lanes, link), memory, host)?;
+    let migration = Migration::start(&plan, desk.output(), inbox, (lanes, link), memory, host)?;
     desk.takes_orders(session.bulk_lanes + 1, move |order| {
         link::check(recovers, &watch)?;
         post.send(match order {

@@ -4,7 +4,6 @@
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use umem_ring::Waker;
 use umem_wire::source::Phase;
 use umem_wire::{FaultCode, Frame, PageSize, Totals, transmit};
@@ -12,6 +11,7 @@ use umem_wire::{FaultCode, Frame, PageSize, Totals, transmit};
 use super::demand::Command;
 use super::parting::{Caller, GOODBYE_PING, is_nobody};
 use super::{Migration, Note, digest};
+use crate::control::event::{Event, Remark};
 use crate::error::{Error, Result};
 use crate::host::thread::Answer;
 use crate::inbox::Wake;
@@ -25,8 +25,6 @@ const TIDY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a monitor may take to let its guest go on before that is remarked on.
 const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 
-const WAITS_FOR_MONITOR: &str = "the guest is to go on here, and its monitor has not answered yet whether it does; \
-    another interrupt ends the waiting, and leaves the guest as it is";
 /// How long the destination may take to answer the goodbye. Nobody depends on that.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -97,9 +95,8 @@ impl Migration {
         if !may_be_loaded || !self.link.recovers() {
             return;
         }
-        let text = format!("the guest goes on here; telling {uri}, where it may have been loaded");
-        let fields = json!({ "uri": uri.to_string(), "lane": lane, "reason": what });
-        self.output.event("telling", fields, &text);
+        let (lane, reason) = (lane.clone(), what.clone());
+        self.output.tell(&Event::Telling { uri: uri.clone(), lane, reason });
         let (session, pass) = (self.link.session, self.link.pass.clone());
         let Migration { inbox, link, .. } = self;
         let caller = Caller { uri: &uri, session, pass: &pass, inbox };
@@ -111,11 +108,7 @@ impl Migration {
         if let Err(error) = told
             && !is_nobody(&error)
         {
-            let text = format!(
-                "the destination at {uri} was not told ({error}); if a umem waits there, interrupt it twice"
-            );
-            let fields = json!({ "uri": uri.to_string(), "reason": error.to_string() });
-            self.output.event("untold", fields, &text);
+            self.output.tell(&Event::Untold { uri, reason: error.to_string() });
         }
     }
 
@@ -126,7 +119,7 @@ impl Migration {
             Ok(outcome) => outcome,
             Err(error @ Error::RamFailed { .. }) => return Err(error),
             Err(error) => {
-                self.output.remark(&format!("the memory of both sides is not compared: {error}"));
+                self.remark(Remark::NotCompared { reason: error.to_string() });
                 None
             }
         };
@@ -210,14 +203,14 @@ impl Migration {
                 }
                 Ok(Wake::Timeout) => {
                     (until, is_told) = (None, true);
-                    self.output.remark(WAITS_FOR_MONITOR);
+                    self.remark(Remark::AwaitsMonitor);
                 }
                 // A program that embeds this has another way to end it, which no cancel is.
                 Ok(Wake::Signal) if self.inbox.is_embedded() => {}
                 Ok(Wake::Signal) if is_told => return self.left_to_monitor(&error),
                 Ok(Wake::Signal) => {
                     (until, is_told) = (None, true);
-                    self.output.remark(WAITS_FOR_MONITOR);
+                    self.remark(Remark::AwaitsMonitor);
                 }
                 Ok(_) => {}
                 Err(inbox) => return inbox,
@@ -335,8 +328,7 @@ impl Migration {
         let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
         let unit = self.memory.regions.iter().map(|region| region.unit()).min();
         if self.has_monitor && self.output.is_for_person() {
-            self.output
-                .remark("the guest here is stopped and must not be resumed; quit its monitor");
+            self.remark(Remark::QuitMonitor);
         }
         Completed {
             event: "completed".into(),

@@ -33,12 +33,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
-use serde_json::json;
 use umem_ring::{Outcome, Waker};
 use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, Fault, Frame, Totals, transmit};
 
 use crate::bandwidth::Bandwidth;
+use crate::control::event as control;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
@@ -63,6 +63,7 @@ use crate::single::Single;
 use crate::uri::Uri;
 use crate::worker::{self, Failure};
 
+use control::Remark;
 use demand::Command;
 use digest::Digesting;
 use link::Link;
@@ -246,16 +247,12 @@ fn migrate(
     if let Some(keeper) = link.keeper.clone() {
         host.before_stop(takeover::note_stop(keeper));
     }
-    output.event(
-        "connected",
-        json!({
-            "uri": options.uri.to_string(),
-            "lanes": options.lanes,
-            "security": pass.describe(),
-            "checksum": options.checksum,
-        }),
-        &format!("connected to {}", options.uri),
-    );
+    output.tell(&control::Event::Connected {
+        to: Some(options.uri.clone()),
+        lanes: options.lanes,
+        security: pass.describe(),
+        checksum: options.checksum,
+    });
     let look = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     let plan = Plan {
         postcopy: options.postcopy,
@@ -458,8 +455,7 @@ impl Migration {
                 self.wait_put_back();
                 self.part();
                 let release_bytes = self.release_rest().unwrap_or_else(|error| {
-                    let what = format!("the guest has moved, but its RAM here stays: {error}");
-                    self.output.remark(&what);
+                    self.remark(Remark::NotFreed { reason: error.to_string() });
                     0
                 });
                 self.forget_session();
@@ -531,6 +527,10 @@ impl Migration {
                 Err(Error::protocol("demand lane", error))
             }
         }
+    }
+
+    fn remark(&self, remark: Remark) {
+        self.output.tell(&control::Event::Remark(remark));
     }
 
     fn send(&self, frame: &Frame) {

@@ -4,7 +4,6 @@
 use std::sync::atomic::Ordering::Release;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
 use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, Frame, transmit};
@@ -12,6 +11,7 @@ use umem_wire::{Event, Frame, transmit};
 use super::demand::Command;
 use super::parting::GOODBYE_PING;
 use super::{Migration, peer};
+use crate::control::event::{self, Place, Remark};
 use crate::error::{Error, Result};
 use crate::host::thread::Answer;
 use crate::idle;
@@ -80,7 +80,7 @@ impl Migration {
         self.memory.fix(false)?;
         self.memory.stopped.store(true, Release);
         let session = self.link.keeper.as_ref().map(Keeper::session);
-        self.output.event("stopped", json!({ "postcopy": postcopy, "session": session }), "");
+        self.output.tell(&event::Event::Stopped { postcopy, session });
         self.send(&Frame::Stopped { postcopy, background });
         if postcopy {
             self.progress.phase("switching");
@@ -165,9 +165,7 @@ impl Migration {
     pub(super) fn has_put_back(&mut self, result: &Result<()>) {
         self.puts_back = false;
         if let Err(error) = result {
-            self.output.remark(&format!(
-                "the guest has moved, but its QEMU here is not as before: {error}"
-            ));
+            self.remark(Remark::NotPutBack { reason: error.to_string() });
         }
     }
 
@@ -184,12 +182,8 @@ impl Migration {
         self.link.heard_running = true;
         self.keep_heard();
         self.progress.watch().running(self.downtime());
-        let downtime_ms = self.downtime().as_secs_f64() * 1e3;
-        self.output.event(
-            "running",
-            json!({ "downtime_ms": downtime_ms }),
-            &format!("the guest runs at the destination; it stood still for {downtime_ms:.1} ms"),
-        );
+        let (place, downtime) = (Place::Source, self.downtime());
+        self.output.tell(&event::Event::Running { place, downtime });
         self.progress.phase("sending");
         if self.postcopy && self.background && self.link.is_up() {
             self.start_bulk()?;
@@ -224,15 +218,11 @@ impl Migration {
         }
         if !self.background && matches!(self.phase, Phase::Serving) {
             self.background = true;
-            self.output.remark("sending the pages that nobody has asked for, then ending");
+            self.remark(Remark::SendsTheRest);
             return self.start_bulk();
         }
         let left = self.memory.total_bytes().saturating_sub(self.bytes_done());
-        self.output.remark(&format!(
-            "the guest runs at the destination and needs {} MiB more from here; going on until it \
-             has them",
-            left >> 20
-        ));
+        self.remark(Remark::StillNeeded { bytes: left });
         Ok(())
     }
 }

@@ -11,7 +11,6 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use umem_wire::source::{Input, Phase};
 use umem_wire::{Event, FaultCode, LaneRole};
 
@@ -19,11 +18,13 @@ use super::demand::Command;
 use super::link::Link;
 use super::reopening::Opened;
 use super::{Migration, Note};
+use crate::control::event::{Event as Told, Missing, Pause, Place, Remark, Room, Route};
 use crate::error::{Error, Result};
 use crate::inbox::Wake;
 use crate::lane::{CAUSE_PATIENCE, lane_name};
 use crate::liveness::{Due, Step, stood_still, stood_still_by_option};
 use crate::observe::watch::CUT;
+use crate::report::events;
 
 /// How long a destination may take to be ready: it has its guest's memory already, and compares regions.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -71,11 +72,7 @@ impl Migration {
         if std::mem::replace(&mut self.link.is_short, true) {
             return;
         }
-        let sentence = format!(
-            "the destination has no room for the guest's pages: {text}; make room there: this side keeps the \
-             guest's memory and goes on by itself when there is some"
-        );
-        self.output.event("short", json!({ "reason": text }), &sentence);
+        self.output.tell(&Told::Short { reason: text.to_owned(), room: Room::Elsewhere });
     }
 
     /// Acts on a bulk lane's loss of which the demand lane has said nothing, and on a destination that says
@@ -131,9 +128,7 @@ impl Migration {
     /// By hand: gives up the lanes until a resume.
     pub(super) fn pause(&mut self) -> Result<()> {
         if !self.link.recovers || self.phase.may_run() {
-            self.output.remark(
-                "not paused: the guest has not been switched over, or its destination cannot resume",
-            );
+            self.remark(Remark::NotPaused { place: Place::Source });
             return Ok(());
         }
         self.link.is_paused = true;
@@ -217,7 +212,7 @@ impl Migration {
             }
             Note::Resume(Some(uri)) if uri.is_one_connection() => {
                 self.progress.watch().heard();
-                self.output.remark(&format!("not resumed: {uri} is no address to connect to"));
+                self.remark(Remark::NoAddress { uri });
                 Ok(())
             }
             Note::Resume(uri) => {
@@ -237,25 +232,16 @@ impl Migration {
     pub(super) fn announce(&mut self, why: &str) {
         self.progress.phase("waiting");
         self.progress.watch().entered(CUT);
-        let fields = json!({ "reason": why });
-        match &self.link.uri {
+        let reason = why.to_owned();
+        self.output.tell(&match &self.link.uri {
             _ if self.link.given.is_some() && !self.link.is_paused => {
-                self.output.event("recovering", fields, "");
+                Told::Recovering { reason, route: Route::Given }
             }
-            Some(uri) if !self.link.is_paused => self.output.event(
-                "recovering",
-                fields,
-                &format!("{why}; the guest runs at the destination; trying {uri} again"),
-            ),
-            _ => self.output.event(
-                "paused",
-                fields,
-                &format!(
-                    "{why}; the guest runs at the destination and may need pages from here; going on \
-                     when a resume says how"
-                ),
-            ),
-        }
+            Some(uri) if !self.link.is_paused => {
+                Told::Recovering { reason, route: Route::Dials(uri.clone()) }
+            }
+            _ => Told::Paused { reason, pause: Pause::Source },
+        });
     }
 
     /// What neither side could know when the lanes broke is settled.
@@ -288,14 +274,11 @@ impl Migration {
         self.link.is_up = true;
         self.link.is_short = false;
         self.link.watch_over(false);
-        let disconnected_ms = since.elapsed().as_secs_f64() * 1e3;
+        let (place, disconnected) = (Place::Source, since.elapsed());
         self.progress.phase("sending");
         self.progress.watch().reconnected(self.phase.name());
-        self.output.event(
-            "resumed",
-            json!({ "disconnected_ms": disconnected_ms, "recoveries": self.link.recoveries }),
-            &format!("connected again after {:.1} s", disconnected_ms / 1e3),
-        );
+        let recoveries = self.link.recoveries;
+        self.output.tell(&Told::Resumed { place, disconnected, recoveries });
         if !standing.switched {
             // Nobody has the guest yet, and somebody may have let it run here meanwhile.
             self.link.owes_switchover = true;
@@ -315,20 +298,17 @@ impl Migration {
         }
         let has_all_left =
             matches!(self.phase, Phase::Serving) && self.bytes_done() >= self.memory.total_bytes();
-        let what = if has_all_left {
-            "every page has been sent; whether all have come only the destination knows"
-        } else {
-            "the guest runs at the destination, and what it has not got of its memory is only here"
-        };
+        let missing = if has_all_left { Missing::PerhapsNothing } else { Missing::Pages };
         if std::mem::replace(&mut self.link.was_interrupted, true) {
             let how =
                 self.how_to_resume().map_or_else(String::new, |how| format!("; {how} goes on"));
             return Err(Error::Interrupted(format!(
-                "there was no connection to the destination; {what}: keep this guest's RAM file, and do \
-                 not start it here again{how}"
+                "there was no connection to the destination; {}: keep this guest's RAM file, and do \
+                 not start it here again{how}",
+                events::missing(missing)
             )));
         }
-        self.output.remark(&format!("{what}; interrupt again to give up"));
+        self.remark(Remark::InterruptAgain { missing });
         Ok(())
     }
 }

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
-use serde_json::json;
 use umem_wire::{Event, FaultCode, Receiver, Standing, Target};
 
 use super::embedded;
 use super::link::{Link, Way};
 use super::{Migration, Note, peer};
+use crate::control::event::{self, Unanswered};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane};
@@ -81,8 +81,8 @@ impl Migration {
                         match was_given && !notes.iter().any(Note::is_order) {
                             true => self.announce(&error.to_string()),
                             false => {
-                                let fields = json!({ "reason": error.to_string() });
-                                self.output.event("retrying", fields, "");
+                                let reason = error.to_string();
+                                self.output.tell(&event::Event::Retrying { reason });
                             }
                         }
                         notes.into_iter().try_for_each(|note| self.left_over(note))?;
@@ -111,28 +111,14 @@ impl Migration {
         let (true, Some(keeper), Some(uri)) = (is_due, &self.link.keeper, &self.link.uri) else {
             return;
         };
-        let (session, running) = (keeper.session(), self.link.heard_running);
-        let (heard, total) = (self.link.accounted >> 20, self.memory.total_bytes() >> 20);
-        let known = match (running, heard) {
-            (false, _) => "whether the guest runs there is not known here".to_owned(),
-            (true, 0) => {
-                "the guest runs there, and how much of its memory it has is not known here".into()
-            }
-            (true, _) => {
-                format!("the guest runs there, and had {heard} of {total} MiB when last heard of")
-            }
-        };
-        let text = format!(
-            "nobody listens at {uri}: the umem there has ended, and {known}; `umem incoming --resume {session}` \
-             there goes on with the guest, or says here that it is complete, or that it has ended; if that \
-             is known to be so, interrupt this twice and end it with `umem migrate --resume {session}{} \
-             --abandon`",
-            keeper.directory_option()
-        );
-        let fields = json!({
-            "uri": uri.to_string(), "session": session, "running": running, "heard_bytes": self.link.accounted,
-        });
-        self.output.event("unanswered", fields, &text);
+        self.output.tell(&event::Event::Unanswered(Unanswered {
+            uri: uri.clone(),
+            session: keeper.session(),
+            directory_option: keeper.directory_option(),
+            is_running: self.link.heard_running,
+            heard_bytes: self.link.accounted,
+            total_bytes: self.memory.total_bytes(),
+        }));
     }
 
     /// Waits before the next attempt; for a resume if there is no way to make one.

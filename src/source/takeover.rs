@@ -20,7 +20,6 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
-use serde_json::json;
 use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
 
 use super::link::Link;
@@ -28,6 +27,7 @@ use super::memory::SourceMemory;
 use super::parting::Caller;
 use super::{Migration, Order, Plan, Times, wait};
 use crate::bandwidth::Bandwidth;
+use crate::control::event::{Event, Remark, Undone};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::host::qemu::Qemu;
@@ -110,15 +110,10 @@ impl Taken {
 
     /// Has the guest run here again.
     fn undo(self) -> Result<()> {
-        let mut text = "no switchover had left: the guest goes on here";
+        let mut how = Undone::GoesOn;
         if let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) {
             let (path, undo) = (path.clone(), undo.clone());
-            let first = || {
-                self.output.remark(
-                    "the guest stands still here, and its monitor has not answered yet whether it goes on; \
-                     another interrupt ends the waiting",
-                );
-            };
+            let first = || self.output.tell(&Event::Remark(Remark::StandsStill));
             let inbox = Inbox::<super::Note>::new()?;
             let is_ours = inbox.wait_for_work(STANDS_STILL, Some(&first), move || {
                 let mut qemu = Qemu::left(Qmp::connect(&path)?, &undo);
@@ -129,18 +124,15 @@ impl Taken {
                 Ok(is_ours)
             })?;
             if !is_ours {
-                text = "no switchover had left, and nothing of this session is left in the guest's QEMU: it \
-                        was started anew, or all has been undone before";
+                how = Undone::NothingLeft;
             }
         }
-        self.output.event("undone", json!({ "session": self.keeper.session() }), text);
+        self.output.tell(&Event::Undone { session: self.keeper.session(), how });
         // It would be waiting for a switchover, or has given up long ago.
         if let Err(error) = self.tell_cancelled() {
-            let uri = &self.uri;
-            self.output.remark(&format!(
-                "the destination at {uri} was not told ({error}); if a umem waits there, interrupt it \
-                 twice"
-            ));
+            let (uri, reason) = (self.uri.clone(), error.to_string());
+            let remark = Remark::DestinationNotTold { uri, reason };
+            self.output.tell(&Event::Remark(remark));
         }
         self.keeper.remove();
         Ok(())
@@ -167,16 +159,13 @@ impl Taken {
             let freed = open_again(&self.record.ram, true);
             let freed = freed.and_then(|files| files.iter().try_for_each(RamFile::free));
             if let Err(error) = freed {
-                let what = format!("the guest has moved, but its RAM here stays: {error}");
-                self.output.remark(&what);
+                let remark = Remark::NotFreed { reason: error.to_string() };
+                self.output.tell(&Event::Remark(remark));
             }
         }
         self.keeper.remove();
-        self.output.event(
-            "undone",
-            json!({ "session": self.keeper.session(), "destination_knows": told }),
-            "the guest has all of its memory at its destination: there is nothing left to do here",
-        );
+        let how = Undone::Parted { is_told: told };
+        self.output.tell(&Event::Undone { session: self.keeper.session(), how });
         Ok(())
     }
 
@@ -229,13 +218,7 @@ impl Taken {
         let ram: Vec<String> =
             self.record.ram.iter().map(|ram| ram.path.display().to_string()).collect();
         self.keeper.remove();
-        let text = format!(
-            "session {session} is abandoned: the guest's memory is not served any more, and it must not \
-             run here again; quit its monitor, and remove {} when the guest at its destination is known \
-             to be well",
-            ram.join(" and ")
-        );
-        self.output.event("abandoned", json!({ "session": session, "ram": ram }), &text);
+        self.output.tell(&Event::Abandoned { session, ram });
         Ok(())
     }
 
@@ -532,9 +515,10 @@ impl Migration {
     }
 
     pub(super) fn say_how_to_resume(&self) {
-        let (Some(keeper), Some(how)) = (&self.link.keeper, self.how_to_resume()) else { return };
-        let fields = json!({ "session": keeper.session(), "command": how });
-        self.output.event("resumable", fields, &format!("should umem be killed here: {how}"));
+        let (Some(keeper), Some(command)) = (&self.link.keeper, self.how_to_resume()) else {
+            return;
+        };
+        self.output.tell(&Event::Resumable { session: keeper.session(), command });
     }
 
     /// The command that goes on, if one can.

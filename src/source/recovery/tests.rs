@@ -173,7 +173,7 @@ fn a_pause_gives_up_every_lane_and_a_resume_goes_on_at_another_address() {
         has_monitor: false,
         stays_local: true,
     };
-    let output = Output::Host(Arc::new(|_, _| {}));
+    let output = Output::Host(Arc::new(|_| {}));
     let migration = Migration::start(&plan, output, inbox, (lanes, link), memory, host);
     let report = migration.unwrap().drive().unwrap();
     assert_eq!(report.recoveries, 1);

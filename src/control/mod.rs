@@ -1,0 +1,3 @@
+//! What decides whose the guest is.
+
+pub(crate) mod event;

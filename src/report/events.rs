@@ -1,0 +1,287 @@
+//! The events of a migration as JSON and as sentences.
+
+use serde_json::{Value, json};
+
+use crate::control::event::{
+    Event, Missing, Pause, Place, Remark, Room, Route, Unanswered, Undone,
+};
+
+/// What a JSON event has beside its name.
+pub(super) fn fields(event: &Event) -> Value {
+    match event {
+        Event::Listening { uri, guest_pid, handoff } => {
+            json!({ "uri": uri, "guest_pid": guest_pid, "handoff": handoff })
+        }
+        Event::ListeningAgain { uri } => json!({ "uri": uri }),
+        Event::Connected { to: Some(uri), lanes, security, checksum } => json!({
+            "uri": uri.to_string(), "lanes": lanes, "security": security, "checksum": checksum,
+        }),
+        Event::Connected { to: None, lanes, security, checksum } => {
+            json!({ "lanes": lanes, "security": security, "checksum": checksum })
+        }
+        Event::Stopped { postcopy, session } => json!({ "postcopy": postcopy, "session": session }),
+        Event::StoppedAtSource { postcopy } => json!({ "postcopy": postcopy }),
+        Event::Running { downtime, .. } => {
+            json!({ "downtime_ms": downtime.as_secs_f64() * 1e3 })
+        }
+        Event::Resumable { session, command } => json!({ "session": session, "command": command }),
+        Event::Recovering { reason, route: Route::Waits { pages_missing } }
+        | Event::Paused { reason, pause: Pause::Destination { pages_missing } } => {
+            json!({ "reason": reason, "pages_missing": pages_missing })
+        }
+        Event::Recovering { reason, .. }
+        | Event::Paused { reason, .. }
+        | Event::Retrying { reason }
+        | Event::Short { reason, room: Room::Elsewhere } => json!({ "reason": reason }),
+        Event::Resumed { disconnected, recoveries, .. } => json!({
+            "disconnected_ms": disconnected.as_secs_f64() * 1e3, "recoveries": recoveries,
+        }),
+        Event::Short { reason, room: Room::Here { missing, free } } => {
+            json!({ "reason": reason, "missing_bytes": missing, "free_bytes": free })
+        }
+        Event::ChecksumError { reason, errors } => {
+            json!({ "reason": reason, "checksum_errors": errors })
+        }
+        Event::Unanswered(Unanswered { uri, session, is_running, heard_bytes, .. }) => json!({
+            "uri": uri.to_string(), "session": session, "running": is_running,
+            "heard_bytes": heard_bytes,
+        }),
+        Event::Telling { uri, lane, reason } => {
+            json!({ "uri": uri.to_string(), "lane": lane, "reason": reason })
+        }
+        Event::Untold { uri, reason } => json!({ "uri": uri.to_string(), "reason": reason }),
+        Event::Undone { session, how } => match how {
+            Undone::GoesOn | Undone::NothingLeft | Undone::Complete => {
+                json!({ "session": session })
+            }
+            Undone::Parted { is_told } => {
+                json!({ "session": session, "destination_knows": is_told })
+            }
+            Undone::Heard { is_told } => json!({ "session": session, "source_knows": is_told }),
+        },
+        Event::Abandoned { session, ram } => json!({ "session": session, "ram": ram }),
+        Event::Unmapped { bytes } => json!({ "bytes": bytes }),
+        Event::Damaged { error } => json!({ "error": error }),
+        Event::Stays { session, .. } => json!({ "session": session }),
+        Event::Stopping { guest_pid, .. } | Event::Left { guest_pid } => {
+            json!({ "guest_pid": guest_pid })
+        }
+        Event::Releasing { guest_pid, is_stopped, .. } => {
+            json!({ "guest_pid": guest_pid, "stopped": is_stopped })
+        }
+        Event::Remark(_) => json!({}),
+    }
+}
+
+/// The event for a person; empty where there is nothing to say.
+pub(super) fn sentence(event: &Event) -> String {
+    match event {
+        Event::Listening { uri, handoff: Some(path), .. } => {
+            format!("waiting for a guest on {path} and a source on {uri}")
+        }
+        Event::Listening { uri, handoff: None, .. } => format!("waiting for a source on {uri}"),
+        Event::ListeningAgain { uri } => format!("waiting for the source on {uri}"),
+        Event::Connected { to: Some(uri), .. } => format!("connected to {uri}"),
+        Event::Connected { to: None, lanes, .. } => format!("connected, {lanes} bulk lane(s)"),
+        Event::Running { place, downtime } => {
+            let place = match place {
+                Place::Source => "at the destination",
+                Place::Destination => "here",
+            };
+            let downtime_ms = downtime.as_secs_f64() * 1e3;
+            format!("the guest runs {place}; it stood still for {downtime_ms:.1} ms")
+        }
+        Event::Resumable { command, .. } => format!("should umem be killed here: {command}"),
+        Event::Recovering { reason, route } => recovering(reason, route),
+        Event::Paused { reason, pause } => paused(reason, *pause),
+        Event::Resumed { place, disconnected, .. } => {
+            let who = match place {
+                Place::Source => "connected again",
+                Place::Destination => "the source is back",
+            };
+            format!("{who} after {:.1} s", disconnected.as_secs_f64())
+        }
+        Event::Short { reason, room: Room::Elsewhere } => format!(
+            "the destination has no room for the guest's pages: {reason}; make room there: this side keeps the \
+             guest's memory and goes on by itself when there is some"
+        ),
+        Event::Short { reason, room: Room::Here { .. } } => format!(
+            "{reason}: make room at the destination (a tmpfs such as /dev/shm: `mount -o remount,size=…`; huge \
+             pages: `sysctl vm.nr_hugepages=…`; or raise the memory limit); the guest waits for pages that have \
+             no room, and umem goes on by itself when there is some, or at once with `umem control resume`"
+        ),
+        Event::Unanswered(unanswered) => nobody_listens(unanswered),
+        Event::Telling { uri, .. } => {
+            format!("the guest goes on here; telling {uri}, where it may have been loaded")
+        }
+        Event::Untold { uri, reason } => format!(
+            "the destination at {uri} was not told ({reason}); if a umem waits there, interrupt it twice"
+        ),
+        Event::Undone { how, .. } => undone(*how).into(),
+        Event::Abandoned { session, ram } => format!(
+            "session {session} is abandoned: the guest's memory is not served any more, and it must not \
+             run here again; quit its monitor, and remove {} when the guest at its destination is known \
+             to be well",
+            ram.join(" and ")
+        ),
+        Event::Unmapped { bytes } => format!(
+            "{} MiB of the guest's memory were unmapped here while it came, as by an unplugged DIMM; what came of \
+             them was thrown away",
+            bytes >> 20
+        ),
+        Event::Damaged { error } => error.clone(),
+        Event::Stays { is_loaded_only, command, .. } => {
+            let pages = if *is_loaded_only { "to run" } else { "for its pages" };
+            format!("the guest's process stays and waits {pages}; {command} goes on with it")
+        }
+        Event::Stopping { guest_pid: pid, is_halted } => {
+            let halted = match is_halted {
+                true => format!(" and acts on it once `kill -CONT {pid}` lets it go on"),
+                false => String::new(),
+            };
+            format!(
+                "stopping the guest: its process {pid} has been sent SIGTERM{halted}; waiting for its end, and \
+                 another interrupt leaves it to itself"
+            )
+        }
+        Event::Releasing { guest_pid: pid, why, .. } => format!(
+            "every page is here; waiting for the guest's process {pid} to let go of its userfaultfd, but \
+             {why}; an interrupt ends the waiting and harms nothing, as the process knows what to do"
+        ),
+        Event::Left { guest_pid: pid } => format!(
+            "the guest goes on without umem, complete, as process {pid}: `ps {pid}` shows it, `kill {pid}` \
+             ends it"
+        ),
+        Event::Remark(remark) => self::remark(remark),
+        Event::Stopped { .. }
+        | Event::StoppedAtSource { .. }
+        | Event::Retrying { .. }
+        | Event::ChecksumError { .. } => String::new(),
+    }
+}
+
+fn recovering(reason: &str, route: &Route) -> String {
+    match route {
+        Route::Dials(uri) => {
+            format!("{reason}; the guest runs at the destination; trying {uri} again")
+        }
+        Route::Given => String::new(),
+        Route::Waits { .. } => {
+            format!("{reason}; the guest goes on with what it has until the source comes back")
+        }
+    }
+}
+
+fn paused(reason: &str, pause: Pause) -> String {
+    match pause {
+        Pause::Source => format!(
+            "{reason}; the guest runs at the destination and may need pages from here; going on \
+             when a resume says how"
+        ),
+        Pause::Destination { .. } => {
+            format!("{reason}; the guest goes on with what it has until a resume says how")
+        }
+        Pause::Ordered => "paused until a resume".into(),
+        Pause::GivenInVain => String::new(),
+    }
+}
+
+fn nobody_listens(unanswered: &Unanswered) -> String {
+    let Unanswered { uri, session, directory_option, .. } = unanswered;
+    let (heard, total) = (unanswered.heard_bytes >> 20, unanswered.total_bytes >> 20);
+    let known = match (unanswered.is_running, heard) {
+        (false, _) => "whether the guest runs there is not known here".to_owned(),
+        (true, 0) => {
+            "the guest runs there, and how much of its memory it has is not known here".into()
+        }
+        (true, _) => {
+            format!("the guest runs there, and had {heard} of {total} MiB when last heard of")
+        }
+    };
+    format!(
+        "nobody listens at {uri}: the umem there has ended, and {known}; `umem incoming --resume {session}` \
+         there goes on with the guest, or says here that it is complete, or that it has ended; if that \
+         is known to be so, interrupt this twice and end it with `umem migrate --resume \
+         {session}{directory_option} --abandon`"
+    )
+}
+
+fn undone(how: Undone) -> &'static str {
+    match how {
+        Undone::GoesOn => "no switchover had left: the guest goes on here",
+        Undone::NothingLeft => {
+            "no switchover had left, and nothing of this session is left in the guest's QEMU: it \
+             was started anew, or all has been undone before"
+        }
+        Undone::Parted { .. } => {
+            "the guest has all of its memory at its destination: there is nothing left to do here"
+        }
+        Undone::Complete => "the guest has all of its memory: there is nothing left to do",
+        Undone::Heard { .. } => "the guest has all of its memory: there is nothing left to do here",
+    }
+}
+
+fn remark(remark: &Remark) -> String {
+    match remark {
+        Remark::AwaitsMonitor => {
+            "the guest is to go on here, and its monitor has not answered yet whether it does; \
+             another interrupt ends the waiting, and leaves the guest as it is"
+                .into()
+        }
+        Remark::NotCompared { reason } => {
+            format!("the memory of both sides is not compared: {reason}")
+        }
+        Remark::QuitMonitor => {
+            "the guest here is stopped and must not be resumed; quit its monitor".into()
+        }
+        Remark::NotFreed { reason } => {
+            format!("the guest has moved, but its RAM here stays: {reason}")
+        }
+        Remark::NotPutBack { reason } => {
+            format!("the guest has moved, but its QEMU here is not as before: {reason}")
+        }
+        Remark::SendsTheRest => "sending the pages that nobody has asked for, then ending".into(),
+        Remark::StillNeeded { bytes } => format!(
+            "the guest runs at the destination and needs {} MiB more from here; going on until it \
+             has them",
+            bytes >> 20
+        ),
+        Remark::NotPaused { place } => {
+            let other = match place {
+                Place::Source => "destination",
+                Place::Destination => "source",
+            };
+            format!(
+                "not paused: the guest has not been switched over, or its {other} cannot resume"
+            )
+        }
+        Remark::NoAddress { uri } => format!("not resumed: {uri} is no address to connect to"),
+        Remark::InterruptAgain { missing } => {
+            format!("{}; interrupt again to give up", self::missing(*missing))
+        }
+        Remark::Distrusted { losses } => format!(
+            "{losses} consecutive connections failed checksum verification without one valid page: pausing; \
+             repair the path between the two hosts, then resume here (umem control), by another path if there is one"
+        ),
+        Remark::StandsStill => {
+            "the guest stands still here, and its monitor has not answered yet whether it goes on; \
+             another interrupt ends the waiting"
+                .into()
+        }
+        Remark::DestinationNotTold { uri, reason } => format!(
+            "the destination at {uri} was not told ({reason}); if a umem waits there, interrupt it twice"
+        ),
+    }
+}
+
+/// What is not known, or only here, while a source has no lanes.
+pub(crate) fn missing(missing: Missing) -> &'static str {
+    match missing {
+        Missing::PerhapsNothing => {
+            "every page has been sent; whether all have come only the destination knows"
+        }
+        Missing::Pages => {
+            "the guest runs at the destination, and what it has not got of its memory is only here"
+        }
+    }
+}
