@@ -43,7 +43,6 @@ mod idle;
 mod inbox;
 mod install;
 mod lane;
-mod liveness;
 mod lookup;
 mod memory;
 pub mod observe;
@@ -57,7 +56,6 @@ mod secure;
 mod session;
 mod single;
 pub mod source;
-mod suspicion;
 mod uri;
 mod worker;
 

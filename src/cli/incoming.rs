@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use argh::{ArgsInfo, FromArgs};
 
 use super::values::{CoreList, PostcopyFlags, Seconds, lanes_to, several_lanes};
+use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
-use crate::liveness::STEP_TIMEOUT;
 use crate::memory::kind::Kind;
 use crate::observe::Address;
 use crate::secure::Security;

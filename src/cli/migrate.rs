@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use argh::{ArgsInfo, FromArgs};
 
 use super::values::{CoreList, Seconds, Size, lanes_to};
+use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::idle::IdleCores;
-use crate::liveness::STEP_TIMEOUT;
 use crate::observe::Address;
 use crate::secure::Security;
 use crate::session::ResumeOptions;

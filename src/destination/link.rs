@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use umem_wire::{Capabilities, Hello};
 
 use super::accept::{Door, Lanes};
+use crate::control::liveness::{Liveness, STEP_TIMEOUT};
+use crate::control::suspicion::Suspicion;
 use crate::error::{Error, Result};
 use crate::lane::Severable;
-use crate::liveness::{Liveness, STEP_TIMEOUT};
 use crate::secure::{Guard, Interest};
-use crate::suspicion::Suspicion;
 
 /// The lanes of the session, or their absence.
 pub(super) struct Link {

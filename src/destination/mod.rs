@@ -42,6 +42,7 @@ use umem_wire::destination::{Input, Mode, Phase};
 use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, transmit};
 
 use crate::control::event as control;
+use crate::control::liveness::Steps;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
@@ -50,7 +51,6 @@ use crate::host::{DestinationHost, RunsItself};
 use crate::idle::{Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Listener};
-use crate::liveness::Steps;
 use crate::memory::kind::Kind;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};

@@ -7,6 +7,7 @@ use nix::poll::PollFlags;
 
 use super::memory::SourceMemory;
 use super::{Link, Migration, Note, Order, Plan, wait};
+use crate::control::liveness::STEP_TIMEOUT;
 use crate::embed::desk::Desk;
 use crate::embed::link::{self, LinkOrder};
 use crate::error::Result;
@@ -14,7 +15,6 @@ use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane, Session, Wait};
-use crate::liveness::STEP_TIMEOUT;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{Role, Watch};
 use crate::report::Completed;

@@ -4,12 +4,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::control::liveness::{Liveness, STEP_TIMEOUT};
+use crate::control::suspicion::Suspicion;
 use crate::error::{Error, Result};
 use crate::lane::{Lane, Session, Severable};
-use crate::liveness::{Liveness, STEP_TIMEOUT};
 use crate::secure::Pass;
 use crate::session::{Keeper, SourceRecord};
-use crate::suspicion::Suspicion;
 use crate::uri::Uri;
 
 /// What is needed to open lanes again, and how often that was.

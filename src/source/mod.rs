@@ -39,6 +39,7 @@ use umem_wire::{Event, Fault, Frame, Totals, transmit};
 
 use crate::bandwidth::Bandwidth;
 use crate::control::event as control;
+use crate::control::liveness::Steps;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
@@ -49,7 +50,6 @@ use crate::host::{FileOnly, SourceHost};
 use crate::idle::{Awake, IdleCores};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
-use crate::liveness::Steps;
 use crate::memory::claim;
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;

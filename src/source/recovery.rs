@@ -19,10 +19,10 @@ use super::link::Link;
 use super::reopening::Opened;
 use super::{Migration, Note};
 use crate::control::event::{Event as Told, Missing, Pause, Place, Remark, Room, Route};
+use crate::control::liveness::{Due, Step, stood_still, stood_still_by_option};
 use crate::error::{Error, Result};
 use crate::inbox::Wake;
 use crate::lane::{CAUSE_PATIENCE, lane_name};
-use crate::liveness::{Due, Step, stood_still, stood_still_by_option};
 use crate::observe::watch::CUT;
 use crate::report::events;
 

@@ -12,12 +12,12 @@ use umem_wire::{
 };
 
 use super::*;
+use crate::control::liveness::STEP_TIMEOUT;
 use crate::host::SourceHost;
 use crate::host::thread::{Answer, HostThread, Question};
 use crate::idle::IdleCores;
 use crate::inbox::{Canceller, Inbox, Post};
 use crate::lane::{self, Lane, Session};
-use crate::liveness::STEP_TIMEOUT;
 use crate::memory::region::RamFile;
 use crate::observe::watch::{Role, Watch};
 use crate::report::Output;
