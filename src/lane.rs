@@ -23,7 +23,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
-use umem_wire::{Capabilities, Frame, LaneRole, Seal, transmit};
+use umem_wire::{Capabilities, Fault, Frame, LaneRole, Seal, transmit};
 
 use crate::error::{Context, Error, Result};
 use crate::secure::{Channel, Fate};
@@ -228,8 +228,13 @@ pub(crate) fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> nix::Result<()> {
 /// Sends the reason why we give up on a lane that no ring serves (any more), and that is `checked` or not.
 /// It never waits: a peer that does not read, or has gone, finds out by the lane's end.
 pub(crate) fn tell(socket: &OwnedFd, checked: bool, error: &Error) {
+    tell_fault(socket, checked, error.to_fault());
+}
+
+/// The same, of a reason as the peer is told it.
+pub(crate) fn tell_fault(socket: &OwnedFd, checked: bool, fault: Fault) {
     let mut bytes = Vec::new();
-    transmit::encode(&Frame::Error(error.to_fault()), &mut bytes);
+    transmit::encode(&Frame::Error(fault), &mut bytes);
     Seal::new(checked).frames(&mut bytes);
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     let _ = nix::sys::socket::send(socket.as_raw_fd(), &bytes, flags);

@@ -26,6 +26,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The question that is open, or when the next one is due.
+#[derive(Debug)]
 pub(crate) struct Liveness {
     number: u64,
     state: State,
@@ -33,7 +34,7 @@ pub(crate) struct Liveness {
     patience: Duration,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 enum State {
     /// There is nobody to ask.
     Off,
@@ -112,6 +113,7 @@ impl Liveness {
 }
 
 /// The limit of the other side's steps.
+#[derive(Debug)]
 pub(crate) struct Steps {
     limit: Duration,
     /// The step that is waited for, and what had been moved when something moved last.
@@ -142,8 +144,13 @@ pub(crate) fn stood_still_by_option(limit: Duration, step: &str) -> String {
 }
 
 impl Steps {
-    pub(crate) fn new(limit: Duration) -> Steps {
-        Steps { limit, current: None, until: Instant::now() }
+    pub(crate) fn new(limit: Duration, now: Instant) -> Steps {
+        Steps { limit, current: None, until: now }
+    }
+
+    /// When a step that is waited for has had all of its time.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.current.map(|_| self.until)
     }
 
     /// This step of the other side is waited for, if any, for no longer than that, and so much has been moved.
@@ -174,7 +181,7 @@ mod tests {
     #[test]
     fn a_step_has_a_limit_that_whatever_moves_begins_anew() {
         let (begun, limit) = (Instant::now(), Duration::from_secs(60));
-        let mut steps = Steps::new(limit);
+        let mut steps = Steps::new(limit, begun);
         let step = |name| Some((name, Duration::MAX));
         let at = |seconds| begun + Duration::from_secs(seconds);
         assert_eq!(steps.look(None, 0, at(1000)), Step::Waits);

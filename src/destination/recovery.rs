@@ -215,7 +215,9 @@ impl Migration<'_> {
         self.progress.watch().entered(CUT);
         let counters = &self.guest.counters;
         let done = counters.pages_done.load(SeqCst);
-        let in_vain = self.link.suspicion.lost(why, done, counters, &self.output);
+        let errors = counters.checksum_errors.load(Relaxed);
+        let (events, in_vain) = self.link.suspicion.lost(why, done, errors).into_parts();
+        events.iter().for_each(|event| self.output.tell(event));
         self.link.is_paused |= in_vain.is_some();
         let short = self.link.shortage.as_ref().and_then(|shortage| shortage.refusal.clone());
         let why = in_vain.or(short).unwrap_or_else(|| why.to_owned());

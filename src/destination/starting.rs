@@ -113,7 +113,7 @@ impl<'a> Migration<'a> {
             host,
             phase: Phase::new(),
             link: Link { liveness: Liveness::off(plan.step_timeout), ..link },
-            steps: Steps::new(plan.step_timeout),
+            steps: Steps::new(plan.step_timeout, Instant::now()),
             keeper: None,
             cores,
             servers: Servers::new(Vec::new()),

@@ -12,6 +12,7 @@ use crate::inbox::Post;
 use crate::panics;
 
 /// The monitor's answers, in the order of the questions.
+#[derive(Debug)]
 pub(crate) enum Answer {
     /// When it was asked to, where that is later than the question.
     Stopped(Result<Option<Instant>>),

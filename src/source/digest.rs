@@ -19,7 +19,7 @@ use crate::error::{Context, Result};
 use crate::inbox::Post;
 use crate::memory::guarded::Gone;
 use crate::memory::region::RamFile;
-use crate::memory::sums::{self, RegionDigest};
+use crate::memory::sums;
 use crate::panics;
 
 /// Threads that read: more than these are more than the memory of most machines gives.
@@ -27,54 +27,6 @@ const THREADS_MAX: usize = 8;
 
 /// What a thread takes at a time; whole pages of any size up to it, and one page where they are larger.
 const PIECE_BYTES: u64 = 16 << 20;
-
-/// What the files come to, or that it has stopped being known.
-pub(crate) type Outcome = Option<Vec<u64>>;
-
-/// What is known of the digests at the source.
-#[derive(Default)]
-pub(super) struct Digesting {
-    /// The destination's.
-    theirs: Option<Vec<u64>>,
-    ours: Outcome,
-    is_done: bool,
-}
-
-impl Digesting {
-    /// `checked` says whether there is anything to wait for.
-    pub(super) fn new(checked: bool) -> Digesting {
-        Digesting { is_done: !checked, ..Digesting::default() }
-    }
-
-    pub(super) fn heard(&mut self, digests: Vec<u64>) {
-        self.theirs = Some(digests);
-    }
-
-    /// Ours are known now, or never will be.
-    pub(super) fn known(&mut self, outcome: Outcome) {
-        (self.ours, self.is_done) = (outcome, true);
-    }
-
-    pub(super) fn is_done(&self) -> bool {
-        self.is_done
-    }
-
-    pub(super) fn ours(&self) -> Option<&Vec<u64>> {
-        self.ours.as_ref()
-    }
-
-    /// Both sides have said what they have, or are about to.
-    pub(super) fn are_compared(&self) -> bool {
-        self.ours.is_some() && self.theirs.is_some()
-    }
-
-    /// For the report.
-    pub(super) fn compared(&self, memory: &SourceMemory) -> Vec<RegionDigest> {
-        let Some(ours) = &self.ours else { return Vec::new() };
-        let names = memory.regions.iter().map(|region| region.ram.name.as_str());
-        RegionDigest::all(names, ours, self.theirs.as_deref())
-    }
-}
 
 /// Begins to read the files; a note brings the outcome. Nothing is freed meanwhile.
 pub(super) fn begin(memory: Arc<SourceMemory>, post: Post<Note>) -> Result<()> {

@@ -1,14 +1,14 @@
 //! The source: `umem migrate`.
 //!
-//! The control thread here walks through the phases of [`umem_wire::source`]: connect while the
-//! guest still runs, compare, stop it, send its device state, switch over, and serve its pages until
-//! the destination has them all. Until the switchover leaves, any failure resumes the guest; from
-//! then on it never runs here again, and lost lanes are opened anew ([`recovery`]).
+//! The control thread connects while the guest still runs. From then on it carries out what the core decides
+//! ([`control::source`](crate::control::source)): compare, stop the guest, send its device state, switch over, and
+//! serve its pages until the destination has them all.
 
 mod batch;
 pub(crate) mod bulk;
 pub(crate) mod demand;
 mod digest;
+mod effects;
 pub(crate) mod embedded;
 mod ending;
 mod link;
@@ -16,30 +16,30 @@ pub(crate) mod memory;
 mod outlet;
 mod pace;
 mod parting;
-mod phases;
-mod recovery;
 mod release;
 mod reopening;
 pub(crate) mod seal;
 mod starting;
 pub(crate) mod takeover;
+#[cfg(test)]
+mod tests;
 
+use std::collections::VecDeque;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::PollFlags;
 use umem_ring::{Outcome, Waker};
-use umem_wire::source::{Input, Phase};
-use umem_wire::{Event, Fault, Frame, Totals, transmit};
+use umem_wire::{Event, Frame, transmit};
 
 use crate::bandwidth::Bandwidth;
 use crate::control::event as control;
-use crate::control::liveness::Steps;
+use crate::control::source::{Input, Source, peer};
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
@@ -48,7 +48,7 @@ use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
 use crate::idle::{Awake, IdleCores};
-use crate::inbox::{Inbox, Wake};
+use crate::inbox::Inbox;
 use crate::lane::{self, Lane, Session};
 use crate::memory::claim;
 use crate::memory::kind::Kind;
@@ -61,11 +61,9 @@ use crate::report::{Completed, Output};
 use crate::secure::{Pass, Security};
 use crate::single::Single;
 use crate::uri::Uri;
-use crate::worker::{self, Failure};
+use crate::worker::Failure;
 
-use control::Remark;
 use demand::Command;
-use digest::Digesting;
 use link::Link;
 use memory::SourceMemory;
 
@@ -146,7 +144,7 @@ pub(crate) enum Note {
     /// The monitor has answered.
     Host(Answer),
     /// What the guest's memory here comes to.
-    Digested(Result<digest::Outcome>),
+    Digested(Result<Option<Vec<u64>>>),
     /// By hand: give up the lanes, and open none until a resume.
     Pause,
     /// By hand: open lanes again, to another address if one is named.
@@ -358,20 +356,6 @@ fn errno_of(outcome: &Outcome) -> Option<i32> {
     }
 }
 
-fn peer(fault: Fault) -> Error {
-    Error::Peer { side: "destination", code: fault.code, text: fault.text }
-}
-
-#[derive(Default)]
-struct Times {
-    stopped: Option<Instant>,
-    /// The switchover left, the first time.
-    switched: Option<Instant>,
-    running: Option<Instant>,
-    first_page: Option<Instant>,
-    completed: Option<Instant>,
-}
-
 /// How to send.
 struct Plan<'a> {
     /// As in [`Options`].
@@ -397,21 +381,18 @@ struct Reach {
     socket: Arc<OwnedFd>,
 }
 
-/// A migration with its lanes open: the control thread's state.
+/// A migration with its lanes open: its core, and what the core's effects are carried out with.
 struct Migration {
-    postcopy: bool,
-    background: bool,
+    core: Source,
+    /// Answers to the last effect, which the core takes before anything else.
+    answers: VecDeque<Input>,
     lane_count: u16,
     output: Output,
     inbox: Inbox<Note>,
     memory: Arc<SourceMemory>,
     host: HostThread<dyn SourceHost>,
     has_monitor: bool,
-    /// The monitor has been told to put back what was changed there, and has not answered.
-    puts_back: bool,
-    phase: Phase,
     link: Link,
-    steps: Steps,
     /// As the demand lane's thread is to serve, each time there is one.
     follows: bool,
     idle_cores: IdleCores,
@@ -427,83 +408,27 @@ struct Migration {
     idle: Vec<Lane>,
     bulk_wakers: Vec<Waker>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
-    bulk_ended: usize,
     release_thread: Option<JoinHandle<Option<()>>>,
-    /// What the RAM files held at the switchover, where they are freed.
+    /// What the RAM files held at the switchover, where they are freed, and what of that has been freed at the end.
     allocated_bytes: u64,
+    release_bytes: u64,
     congestion: String,
-    digesting: Digesting,
-    times: Times,
     progress: Progress,
 }
 
 impl Migration {
-    /// Runs the phases to their end; a failure before the switchover resumes the guest.
+    /// Carries out what the core decides, to its end.
     fn drive(mut self) -> Result<Completed> {
-        let begun = if self.link.is_up() { Ok(()) } else { self.take_over() };
-        let driven = begun
-            .and_then(|()| panics::caught(|| self.until_completed()))
-            .map_err(|error| worker::first_cause(&self.inbox, error));
-        // Also if the ending panics: a guest that is to go on here does.
-        let ended = panics::caught(|| {
-            panics::point(format_args!("ending"));
-            self.end(driven.as_ref().err());
+        let caught = panics::caught(|| {
+            self.until_ended();
             Ok(())
         });
-        match driven.and_then(|totals| ended.map(|()| totals)) {
-            Ok(totals) => {
-                self.wait_put_back();
-                self.part();
-                let release_bytes = self.release_rest().unwrap_or_else(|error| {
-                    self.remark(Remark::NotFreed { reason: error.to_string() });
-                    0
-                });
-                self.forget_session();
-                Ok(Completed { release_bytes, ..self.report(totals) })
-            }
-            Err(error) => Err(self.give_up(error)),
+        if let Err(panic) = caught {
+            // It ends the migration as any other failure does.
+            self.handle(Input::NotDone(panic));
+            self.until_ended();
         }
-    }
-
-    fn until_completed(&mut self) -> Result<Totals> {
-        loop {
-            if let (Phase::Completed(totals), true, None) =
-                (&self.phase, self.digesting.is_done(), self.link.parting)
-            {
-                return Ok(*totals);
-            }
-            let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
-            let interval = self.progress.interval();
-            panics::point(format_args!("control {}", self.phase.name()));
-            match self.inbox.wait(&[], Some(due.map_or(interval, |due| due.min(interval))))? {
-                Wake::Timeout | Wake::Ready(_) => {}
-                Wake::Signal => self.interrupted()?,
-                Wake::Message(Note::Received(event)) => self.received(event)?,
-                Wake::Message(Note::StateLeft) => self.state_has_left(),
-                Wake::Message(Note::BulkEnded) => self.bulk_has_ended()?,
-                Wake::Message(Note::Failed(error @ Error::Lost { .. })) => self.lane_lost(error)?,
-                Wake::Message(Note::Failed(error)) => return Err(error),
-                Wake::Message(Note::Host(answer)) => self.answered(answer)?,
-                Wake::Message(Note::Digested(outcome)) => self.digested(outcome)?,
-                Wake::Message(Note::Pause) => {
-                    self.progress.watch().heard();
-                    self.pause()?;
-                }
-                // Nothing has been paused.
-                Wake::Message(Note::Resume(_)) => self.progress.watch().heard(),
-                Wake::Message(Note::Reconnect(sockets)) => self.reconnect(sockets)?,
-            }
-            self.look_after_step()?;
-            self.look_after_link()?;
-            self.progress.update();
-        }
-    }
-
-    fn downtime(&self) -> Duration {
-        match (self.times.stopped, self.times.running) {
-            (Some(stopped), Some(running)) => running - stopped,
-            _ => Duration::ZERO,
-        }
+        self.outcome()
     }
 
     fn bytes_done(&self) -> u64 {
@@ -511,26 +436,6 @@ impl Migration {
         counters.data_bytes.load(Relaxed)
             + counters.zero_bytes.load(Relaxed)
             + counters.hole_bytes.load(Relaxed)
-    }
-
-    fn step(&mut self, input: Input<'_>) -> Result<()> {
-        let may_run = self.phase.may_run();
-        let phase = std::mem::replace(&mut self.phase, Phase::Failed { may_run });
-        match phase.step(input) {
-            Ok(phase) => {
-                self.progress.watch().entered(phase.name());
-                self.phase = phase;
-                Ok(())
-            }
-            Err((phase, error)) => {
-                self.phase = phase;
-                Err(Error::protocol("demand lane", error))
-            }
-        }
-    }
-
-    fn remark(&self, remark: Remark) {
-        self.output.tell(&control::Event::Remark(remark));
     }
 
     fn send(&self, frame: &Frame) {

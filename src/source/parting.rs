@@ -1,39 +1,21 @@
-//! What the source dials for when nothing is left to be served: to say goodbye to a destination that has not heard
-//! it, or that the guest goes on here to one that has loaded it.
-//!
-//! The destination waits for that, whoever says it; where it does not come it ends after a while, or waits for a
-//! person. So it is worth a few attempts, and no more: nobody listens any more where it has ended by itself.
+//! Dials to say one thing when nothing is left to be served, once ([`calling`](crate::control::calling)).
 
-use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
-use umem_wire::{Event, Frame, Receiver, RegionTable, Seal, Target, transmit};
+use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, Seal, Target, transmit};
 
-use super::Note;
+use super::{Note, peer};
+use crate::control::calling::Called;
+use crate::control::source::closing::GOODBYE_PING;
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Session};
 use crate::secure::Pass;
 use crate::uri::Uri;
-
-/// From one attempt to the next.
-const INTERVAL: Duration = Duration::from_millis(200);
-
-/// How long nobody may listen: who resumes a destination that was killed is there by then.
-const NOBODY_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Asked behind the goodbye. It is answered once the destination has written down that the goodbye has come.
-pub(super) const GOODBYE_PING: u64 = u64::MAX;
-
-/// Nobody listens there.
-pub(super) fn is_nobody(error: &Error) -> bool {
-    let nobody = [ErrorKind::ConnectionRefused, ErrorKind::NotFound];
-    matches!(error, Error::Connect { source, .. } if nobody.contains(&source.kind()))
-}
 
 /// Who dials.
 pub(super) struct Caller<'a> {
@@ -44,17 +26,30 @@ pub(super) struct Caller<'a> {
 }
 
 impl Caller<'_> {
+    /// One attempt to say goodbye to a destination that has landed pages of these sizes. Lanes are opened until then
+    /// at most.
+    pub(super) fn goodbye(&self, epoch: u32, until: Instant, landing: &RegionTable) -> Called {
+        self.call(epoch, until, |demand| self.part(demand, landing))
+    }
+
+    /// One attempt to say why nothing will go on.
+    pub(super) fn gave_up(&self, epoch: u32, until: Instant, why: &Fault) -> Called {
+        self.call(epoch, until, |demand| self.say_why(demand, why))
+    }
+
+    fn call(&self, epoch: u32, until: Instant, say: impl FnOnce(&Lane) -> Result<()>) -> Called {
+        if self.uri.is_one_connection() {
+            return Called::NotHeard(Error::Unsupported("it was one connection".into()));
+        }
+        match self.open(epoch, until) {
+            Ok(lanes) => say(&lanes[0]).map_or_else(Called::NotHeard, |()| Called::Heard),
+            Err(error) => Called::NotOpened(error),
+        }
+    }
+
     /// Says that nothing more is to come from here to a destination that has everything. An error where it could
     /// not be said, which a destination that has ended needs no more.
-    pub(super) fn goodbye(
-        &self,
-        landing: &RegionTable,
-        epochs: &mut dyn FnMut() -> Result<u32>,
-        patience: Duration,
-    ) -> Result<()> {
-        let until = Instant::now() + patience;
-        let lanes = self.open(epochs, until)?;
-        let demand = &lanes[0];
+    fn part(&self, demand: &Lane, landing: &RegionTable) -> Result<()> {
         let receiver = Receiver::for_resumed_source(landing);
         let mut receiver = receiver.checked(demand.is_checked());
         let mut has_parted = false;
@@ -70,7 +65,7 @@ impl Caller<'_> {
                     demand.say(&bytes)?;
                 }
                 Event::Pong(GOODBYE_PING) => return Ok(()),
-                Event::Error(fault) => return Err(super::peer(fault)),
+                Event::Error(fault) => return Err(peer(fault)),
                 _ => {}
             }
         }
@@ -81,49 +76,24 @@ impl Caller<'_> {
     }
 
     /// Says why nothing will go on, and waits until that has been read.
-    pub(super) fn gave_up(
-        &self,
-        why: &Error,
-        epochs: &mut dyn FnMut() -> Result<u32>,
-        patience: Duration,
-    ) -> Result<()> {
-        let lanes = self.open(epochs, Instant::now() + patience)?;
-        lane::tell(&lanes[0].socket(), lanes[0].is_checked(), why);
+    fn say_why(&self, demand: &Lane, why: &Fault) -> Result<()> {
+        lane::tell_fault(&demand.socket(), demand.is_checked(), why.clone());
         let until = Instant::now() + HELLO_TIMEOUT;
         // What it says meanwhile is read, as a connection that is closed over it would be reset.
         let mut buffer = [0; 4096];
-        while self.read(&lanes[0], &mut buffer, until)? > 0 {}
+        while self.read(demand, &mut buffer, until)? > 0 {}
         Ok(())
     }
 
-    /// All lanes of an attempt that is later than any before it, the demand lane first.
-    fn open(&self, epochs: &mut dyn FnMut() -> Result<u32>, until: Instant) -> Result<Vec<Lane>> {
-        if self.uri.is_one_connection() {
-            return Err(Error::Unsupported("it was one connection".into()));
-        }
+    /// All lanes, the demand lane first.
+    fn open(&self, epoch: u32, until: Instant) -> Result<Vec<Lane>> {
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit: Option<Duration>| {
             let at = limit.map_or(until, |limit| until.min(Instant::now() + limit));
             self.wait(fds, at)
         };
-        let begun = Instant::now();
-        loop {
-            let epoch = epochs()?;
-            let open =
-                |index| lane::dial(self.uri, &self.session.hello(index, epoch), self.pass, &wait);
-            match (0..=self.session.bulk_lanes).map(open).collect::<Result<Vec<_>>>() {
-                Ok(lanes) => return Ok(lanes),
-                Err(error @ Error::Interrupted(_)) => return Err(error),
-                Err(error) if Instant::now() + INTERVAL >= until => return Err(error),
-                // As little where something in between takes connections for nobody.
-                Err(error @ (Error::Lost { .. } | Error::Connect { .. }))
-                    if (is_nobody(&error) || !matches!(error, Error::Connect { .. }))
-                        && begun.elapsed() > NOBODY_PATIENCE =>
-                {
-                    return Err(error);
-                }
-                Err(_) => self.wait(&[], Instant::now() + INTERVAL).map(drop)?,
-            }
-        }
+        let open =
+            |index| lane::dial(self.uri, &self.session.hello(index, epoch), self.pass, &wait);
+        (0..=self.session.bulk_lanes).map(open).collect()
     }
 
     fn hear(

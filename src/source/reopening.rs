@@ -1,13 +1,10 @@
-//! Opens the source's lanes again, until that works.
+//! Opens the source's lanes again, once.
 //!
-//! It dials at once, then with growing pauses. On a new demand lane the destination first says where it stands and
-//! what it has, which is compared with what has been claimed here. Orders that come by hand meanwhile are heard
-//! between two attempts, or end one.
+//! On a new demand lane the destination first says where it stands and what it has, which is compared with what has
+//! been claimed here. Orders that come by hand meanwhile, and interrupts, end the attempt.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -17,22 +14,11 @@ use nix::sys::socket::{MsgFlags, recv};
 use umem_wire::{Event, FaultCode, Receiver, Standing, Target};
 
 use super::embedded;
-use super::link::{Link, Way};
 use super::{Migration, Note, peer};
-use crate::control::event::{self, Unanswered};
+use crate::control::source::{self as control, Input, Way};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane};
-
-/// The pause before the second attempt; each further one is twice as long …
-const PAUSE_MIN: Duration = Duration::from_millis(100);
-
-/// … up to this.
-const PAUSE_MAX: Duration = Duration::from_secs(1);
-
-/// How long nobody may listen where the destination was before somebody is told what that means: one that is
-/// started again is there sooner.
-const SILENCE_PATIENCE: Duration = Duration::from_secs(5);
+use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session, Wait};
 
 /// Lanes of one attempt, opened.
 pub(super) struct Opened {
@@ -51,109 +37,49 @@ enum Failed {
 }
 
 impl Migration {
-    /// Opens lanes until that works.
-    pub(super) fn open_again(&mut self) -> Result<Opened> {
-        let mut pause = PAUSE_MIN;
-        loop {
-            if let Some(way) = self.link.take_way() {
-                let was_given = matches!(way, Way::Given(_));
-                self.link.next_epoch()?;
-                let waiting = Waiting::new(&self.inbox);
-                let attempt = self.attempt(way, &waiting);
-                let (notes, was_interrupted) = waiting.into_parts();
-                match attempt {
-                    Ok(opened) => {
-                        self.link.unanswered = None;
-                        self.phase_of(&opened)?;
-                        notes.into_iter().try_for_each(|note| self.left_over(note))?;
-                        // A pause that came meanwhile takes effect at once.
-                        if !self.link.is_paused {
-                            return Ok(opened);
-                        }
-                    }
-                    Err(Failed::Migration(error)) => return Err(error),
-                    Err(Failed::Attempt(error)) => {
-                        if let Error::Peer { code: FaultCode::OutOfMemory, text, .. } = &error {
-                            self.tell_shortage(text);
-                        }
-                        self.remark_on_silence(&error);
-                        // What was given is used up; an order that has come may be another way.
-                        match was_given && !notes.iter().any(Note::is_order) {
-                            true => self.announce(&error.to_string()),
-                            false => {
-                                let reason = error.to_string();
-                                self.output.tell(&event::Event::Retrying { reason });
-                            }
-                        }
-                        notes.into_iter().try_for_each(|note| self.left_over(note))?;
-                    }
-                }
-                if was_interrupted {
-                    self.interrupted_without_lanes()?;
-                }
-            }
-            self.pause_between(pause)?;
-            pause = (2 * pause).min(PAUSE_MAX);
-        }
-    }
-
-    /// After an attempt that came to nothing: where nobody listens for a while the destination's process has
-    /// ended, and only a person can find out how.
-    fn remark_on_silence(&mut self, error: &Error) {
-        let nobody = [ErrorKind::ConnectionRefused, ErrorKind::NotFound];
-        match error {
-            Error::Connect { source, .. } if nobody.contains(&source.kind()) => {}
-            _ => return self.link.unanswered = None,
-        }
-        let (since, is_told) = self.link.unanswered.unwrap_or((Instant::now(), false));
-        let is_due = !is_told && since.elapsed() >= SILENCE_PATIENCE;
-        self.link.unanswered = Some((since, is_told || is_due));
-        let (true, Some(keeper), Some(uri)) = (is_due, &self.link.keeper, &self.link.uri) else {
-            return;
+    /// Opens all lanes once, and hears what the destination has. What else comes meanwhile is for the core first.
+    pub(super) fn open(&mut self, way: Way, epoch: u32) -> Result<()> {
+        let given = self.link.given.take();
+        let waiting = Waiting::new(&self.inbox);
+        let attempt = match way {
+            Way::Dial(uri) => self.attempt(&waiting, |session, wait| {
+                let open =
+                    |index| lane::dial(&uri, &session.hello(index, epoch), &self.link.pass, wait);
+                (0..=session.bulk_lanes).map(open).collect()
+            }),
+            Way::Given => self.attempt(&waiting, |session, wait| {
+                let sockets = given.unwrap_or_default();
+                embedded::open_over(sockets, session, epoch, &self.link.pass, wait)
+            }),
         };
-        self.output.tell(&event::Event::Unanswered(Unanswered {
-            uri: uri.clone(),
-            session: keeper.session(),
-            directory_option: keeper.directory_option(),
-            is_running: self.link.heard_running,
-            heard_bytes: self.link.accounted,
-            total_bytes: self.memory.total_bytes(),
+        let (notes, was_interrupted) = waiting.into_parts();
+        for note in notes {
+            let input = self.input(note);
+            self.answers.push_back(input);
+        }
+        if was_interrupted {
+            self.answers.push_back(Input::Interrupted);
+        }
+        self.answers.push_back(Input::Opened(match attempt {
+            Ok(opened) => {
+                self.memory.accounted(&opened.standing.totals);
+                let standing = opened.standing;
+                self.link.opened = Some(opened);
+                control::Opened::Lanes(standing)
+            }
+            Err(Failed::Attempt(error)) => control::Opened::NotNow(error),
+            Err(Failed::Migration(error)) => control::Opened::Never(error),
         }));
+        Ok(())
     }
 
-    /// Waits before the next attempt; for a resume if there is no way to make one.
-    fn pause_between(&mut self, pause: Duration) -> Result<()> {
-        let until = Instant::now() + jittered(pause);
-        loop {
-            let has_way = self.link.has_way();
-            let left = until.saturating_duration_since(Instant::now());
-            match self.inbox.wait(&[], has_way.then_some(left))? {
-                Wake::Timeout => return Ok(()),
-                Wake::Ready(_) => {}
-                Wake::Signal => self.interrupted_without_lanes()?,
-                Wake::Message(note) => {
-                    let is_resume = matches!(note, Note::Resume(_) | Note::Reconnect(_));
-                    self.left_over(note)?;
-                    if is_resume && self.link.has_way() {
-                        return Ok(());
-                    }
-                }
-            }
-        }
-    }
-
-    /// Opens all lanes once, and hears what the destination has.
-    fn attempt(&self, way: Way, waiting: &Waiting<'_>) -> std::result::Result<Opened, Failed> {
-        let Link { session, pass, epoch, .. } = &self.link;
+    fn attempt(
+        &self,
+        waiting: &Waiting<'_>,
+        open: impl FnOnce(&Session, Wait<'_>) -> Result<Vec<Lane>>,
+    ) -> std::result::Result<Opened, Failed> {
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| waiting.wait(fds, limit);
-        let lanes = match way {
-            Way::Dial(uri) => {
-                let open = |index| lane::dial(&uri, &session.hello(index, *epoch), pass, &wait);
-                (0..=session.bulk_lanes).map(open).collect::<Result<Vec<_>>>()
-            }
-            Way::Given(sockets) => embedded::open_over(sockets, session, *epoch, pass, &wait),
-        };
-        let lanes = lanes.map_err(Failed::Attempt)?;
+        let lanes = open(&self.link.session, &wait).map_err(Failed::Attempt)?;
         let receiver = Receiver::for_resumed_source(self.memory.landing());
         let mut receiver = receiver.checked(lanes[0].is_checked());
         let standing = self.hear(&lanes[0], &mut receiver, waiting).inspect_err(|failed| {
@@ -276,12 +202,4 @@ impl<'a> Waiting<'a> {
     fn into_parts(self) -> (VecDeque<Note>, bool) {
         (self.notes.into_inner(), self.was_interrupted.get())
     }
-}
-
-/// Half of a pause to all of it, so that many sources do not come at the same moment.
-fn jittered(pause: Duration) -> Duration {
-    // As random as is needed: the keys of each new state are.
-    let random = RandomState::new().build_hasher().finish();
-    let half = pause / 2;
-    half + half.mul_f64(f64::from((random >> 32) as u32) / f64::from(u32::MAX))
 }

@@ -1,22 +1,23 @@
 //! How a migration begins at the source: its threads.
 
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use umem_ring::Waker;
-use umem_wire::source::{Input, Phase};
-use umem_wire::{Capabilities, Frame, Receiver};
+use umem_wire::{Capabilities, Receiver};
 
 use super::bulk::BulkLane;
 use super::demand::{Command, DemandLane};
-use super::digest::Digesting;
 use super::link::Link;
 use super::memory::SourceMemory;
 use super::release::Releaser;
-use super::{Migration, Note, Order, Plan, Reach, Times};
-use crate::control::liveness::{Liveness, Steps};
+use super::{Migration, Note, Order, Plan, Reach};
+use crate::control;
+use crate::control::source::{Kept, Source};
 use crate::cores::Cores;
 use crate::error::Result;
 use crate::host::SourceHost;
@@ -25,6 +26,7 @@ use crate::inbox::Inbox;
 use crate::lane::Lane;
 use crate::progress::Progress;
 use crate::report::Output;
+use crate::uri::Uri;
 use crate::worker;
 
 impl Migration {
@@ -37,18 +39,14 @@ impl Migration {
         host: HostThread<dyn SourceHost>,
     ) -> Result<Migration> {
         let table = memory.table()?;
-        let mut migration = Migration::new(plan, output, inbox, link, memory, host);
+        let core = |plan, uri, background| Source::new(plan, uri, background, Instant::now());
+        let mut migration = Migration::new(plan, output, inbox, link, memory, host, core);
         migration.idle = lanes.split_off(1);
         let lane = lanes.pop().expect("the demand lane is there");
         migration.congestion = lane.congestion.clone().unwrap_or_else(|| "none".into());
         migration.digest_as(&lane);
         let receiver = Receiver::for_source(&table).checked(lane.is_checked());
         migration.start_demand(lane, receiver)?;
-        if let Err(error) = migration.step(Input::SentRegions) {
-            migration.end(Some(&error));
-            return Err(error);
-        }
-        migration.send(&Frame::Regions(table));
         Ok(migration)
     }
 
@@ -58,7 +56,8 @@ impl Migration {
         self.memory.digest_is_lost.fetch_or(!is_whole, Relaxed);
     }
 
-    /// Without lanes.
+    /// Without lanes, with the core that `core` makes of its plan, of the address that is dialled and of whether there
+    /// is a background.
     pub(super) fn new(
         plan: &Plan<'_>,
         output: Output,
@@ -66,25 +65,38 @@ impl Migration {
         link: Link,
         memory: Arc<SourceMemory>,
         host: HostThread<dyn SourceHost>,
+        core: impl FnOnce(control::source::Plan, Option<Uri>, bool) -> Source,
     ) -> Migration {
         if link.recovers() {
             let post = inbox.post();
             plan.watch.link(move |order| post.send(order.into()));
         }
         let (counters, total_bytes) = (&memory.counters, memory.total_bytes());
-        let liveness = Liveness::off(plan.step_timeout);
-        Migration {
+        let kept = link.keeper.as_ref().map(|keeper| Kept {
+            session: keeper.session(),
+            directory_option: keeper.directory_option(),
+        });
+        let decided = control::source::Plan {
             postcopy: plan.postcopy,
-            background: plan.background,
+            bulk_lanes: link.session.bulk_lanes,
+            recovers: link.recovers(),
+            kept,
+            is_checked: memory.is_checked,
+            is_embedded: inbox.is_embedded(),
+            total_bytes,
+            step_timeout: plan.step_timeout,
+            // As random as is needed: the keys of each new state are.
+            seed: RandomState::new().build_hasher().finish(),
+        };
+        Migration {
+            core: core(decided, link.uri.clone(), plan.background),
+            answers: VecDeque::new(),
             lane_count: link.session.bulk_lanes,
             progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
             output,
             host,
             has_monitor: plan.has_monitor,
-            puts_back: false,
-            phase: Phase::new(),
-            link: Link { liveness, ..link },
-            steps: Steps::new(plan.step_timeout),
+            link,
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
             awake: None,
@@ -96,19 +108,16 @@ impl Migration {
             idle: Vec::new(),
             bulk_wakers: Vec::new(),
             bulk_threads: Vec::new(),
-            bulk_ended: 0,
             release_thread: None,
             allocated_bytes: 0,
+            release_bytes: 0,
             congestion: "none".into(),
-            digesting: Digesting::new(memory.is_checked),
-            times: Times::default(),
             memory,
             inbox,
         }
     }
 
     pub(super) fn start_bulk(&mut self) -> Result<()> {
-        self.times.first_page.get_or_insert_with(Instant::now);
         if self.lane_count == 0 {
             self.command(Command::Background);
             return Ok(());

@@ -6,7 +6,7 @@
 //! - *Stopped.* No switchover has left, and none will: the guest goes on here, and the destination is
 //!   told, as it may have loaded the guest and wait for a switchover.
 //! - *Committed.* The guest may run at the destination. All that it could need is in the RAM files; what it
-//!   has of that it says itself, as after the loss of all lanes ([`recovery`](super::recovery)). The
+//!   has of that it says itself, as after the loss of all lanes ([`cut`](crate::control::source)). The
 //!   process that takes over only has to take everything for sent.
 //!
 //! The file is written before what it speaks of is done: a process that is killed between the two is
@@ -17,7 +17,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::poll::PollFlags;
 use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
@@ -25,17 +25,20 @@ use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
 use super::link::Link;
 use super::memory::SourceMemory;
 use super::parting::Caller;
-use super::{Migration, Order, Plan, Times, wait};
+use super::{Migration, Order, Plan, wait};
 use crate::bandwidth::Bandwidth;
+use crate::control::calling::{Called, Word};
 use crate::control::event::{Event, Remark, Undone};
 use crate::control::liveness::STEP_TIMEOUT;
+use crate::control::source::leftover::{self, Leftover};
+use crate::control::source::{Heard, Left, Record, Source};
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::host::qemu::Qemu;
 use crate::host::qmp::{Process, Qmp};
 use crate::host::thread::HostThread;
 use crate::host::{BeforeStop, SourceHost};
-use crate::inbox::Inbox;
+use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
 use crate::memory::region::RamFile;
 use crate::memory::words::Words;
@@ -63,9 +66,6 @@ pub struct Options {
 /// What an interrupt means while a monitor does not answer that is to have its guest run again.
 const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: ask it with \
     the monitor command `query-status`, and try again with the same --resume";
-/// How long a destination is tried that needs nothing but a word.
-const PATIENCE: Duration = Duration::from_secs(3);
-
 /// Goes on with a session whose process is gone, or ends it.
 ///
 /// # Errors
@@ -108,65 +108,113 @@ impl Taken {
         Ok(Session { id, bulk_lanes: self.record.bulk_lanes, capabilities })
     }
 
-    /// Has the guest run here again.
+    /// No switchover had left: the guest goes on here.
     fn undo(self) -> Result<()> {
-        let mut how = Undone::GoesOn;
-        if let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) {
-            let (path, undo) = (path.clone(), undo.clone());
-            let first = || self.output.tell(&Event::Remark(Remark::StandsStill));
-            let inbox = Inbox::<super::Note>::new()?;
-            let is_ours = inbox.wait_for_work(STANDS_STILL, Some(&first), move || {
-                let mut qemu = Qemu::left(Qmp::connect(&path)?, &undo);
-                let is_ours = qemu.is_ours()?;
-                if is_ours {
-                    qemu.resume()?;
-                }
-                Ok(is_ours)
-            })?;
-            if !is_ours {
-                how = Undone::NothingLeft;
-            }
-        }
-        self.output.tell(&Event::Undone { session: self.keeper.session(), how });
-        // It would be waiting for a switchover, or has given up long ago.
-        if let Err(error) = self.tell_cancelled() {
-            let (uri, reason) = (self.uri.clone(), error.to_string());
-            let remark = Remark::DestinationNotTold { uri, reason };
-            self.output.tell(&Event::Remark(remark));
-        }
-        self.keeper.remove();
-        Ok(())
-    }
-
-    /// Says that nothing will go on.
-    fn tell_cancelled(&self) -> Result<()> {
-        let (inbox, pass) = (Inbox::new()?, Pass::load(&self.security, &self.uri)?);
-        let caller =
-            Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox: &inbox };
-        let why = Error::Interrupted("the source's umem was killed before the switchover".into());
-        caller.gave_up(&why, &mut || self.next_epoch(), PATIENCE)
+        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
+        self.carry_out(Leftover::stopped(session, uri, epoch))
     }
 
     /// The destination has everything, and may not have heard the goodbye.
     fn part(self) -> Result<()> {
-        let (inbox, pass) = (Inbox::new()?, Pass::load(&self.security, &self.uri)?);
-        let caller =
-            Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox: &inbox };
-        let landing = landing(&self.record)?;
-        // Where nobody listens any more the goodbye has come, or nobody needs it.
-        let told = caller.goodbye(&landing, &mut || self.next_epoch(), PATIENCE).is_ok();
-        if self.record.capabilities & Capabilities::ACKS.0 != 0 {
-            let freed = open_again(&self.record.ram, true);
-            let freed = freed.and_then(|files| files.iter().try_for_each(RamFile::free));
-            if let Err(error) = freed {
-                let remark = Remark::NotFreed { reason: error.to_string() };
-                self.output.tell(&Event::Remark(remark));
+        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
+        self.carry_out(Leftover::completed(session, uri, epoch, Instant::now()))
+    }
+
+    /// Carries out what is left to do in a session in which nothing is served.
+    fn carry_out(self, mut core: Leftover) -> Result<()> {
+        let inbox = Inbox::new()?;
+        loop {
+            let mut answer = None;
+            while let Some(effect) = core.next_effect() {
+                match self.effect(effect, &inbox) {
+                    Ok(input) => answer = input,
+                    Err(error) => core.handle(leftover::Input::NotDone(error), Instant::now()),
+                }
             }
+            if core.has_ended() {
+                let none = || Err(Error::Internal("the session has come to no end".into()));
+                return core.into_outcome().unwrap_or_else(none);
+            }
+            let input = answer.unwrap_or_else(|| {
+                let until = core.deadline();
+                let left = until.map(|at| at.saturating_duration_since(Instant::now()));
+                match inbox.wait(&[], left) {
+                    Ok(Wake::Signal) => {
+                        let error = Error::Interrupted("nobody is told".into());
+                        leftover::Input::NotDone(error)
+                    }
+                    Ok(_) => leftover::Input::Time,
+                    Err(error) => leftover::Input::NotDone(error),
+                }
+            });
+            core.handle(input, Instant::now());
         }
-        self.keeper.remove();
-        let how = Undone::Parted { is_told: told };
-        self.output.tell(&Event::Undone { session: self.keeper.session(), how });
-        Ok(())
+    }
+
+    fn effect(
+        &self,
+        effect: leftover::Effect,
+        inbox: &Inbox<super::Note>,
+    ) -> Result<Option<leftover::Input>> {
+        match effect {
+            leftover::Effect::Undo => {
+                return Ok(Some(leftover::Input::Undone(self.have_it_go_on(inbox))));
+            }
+            leftover::Effect::Epoch(epoch) => self.keeper.edit(|record| record.epoch = epoch)?,
+            leftover::Effect::Call { epoch, until, word } => {
+                let called = self.call(epoch, &word, until, inbox);
+                let called = called.unwrap_or_else(Called::NotHeard);
+                return Ok(Some(leftover::Input::Called(called)));
+            }
+            leftover::Effect::Free => self.free(),
+            leftover::Effect::Forget => self.keeper.remove(),
+            leftover::Effect::Tell(event) => self.output.tell(&event),
+        }
+        Ok(None)
+    }
+
+    /// Has the guest run here again, where it is still this session's.
+    fn have_it_go_on(&self, inbox: &Inbox<super::Note>) -> Result<Undone> {
+        let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) else {
+            return Ok(Undone::GoesOn);
+        };
+        let (path, undo) = (path.clone(), undo.clone());
+        let first = || self.output.tell(&Event::Remark(Remark::StandsStill));
+        inbox.wait_for_work(STANDS_STILL, Some(&first), move || {
+            let mut qemu = Qemu::left(Qmp::connect(&path)?, &undo);
+            if !qemu.is_ours()? {
+                return Ok(Undone::NothingLeft);
+            }
+            qemu.resume().map(|()| Undone::GoesOn)
+        })
+    }
+
+    fn call(
+        &self,
+        epoch: u32,
+        word: &Word,
+        until: Instant,
+        inbox: &Inbox<super::Note>,
+    ) -> Result<Called> {
+        let pass = Pass::load(&self.security, &self.uri)?;
+        let caller = Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox };
+        Ok(match word {
+            // The record has the sizes of pages from the commit on.
+            Word::Goodbye => caller.goodbye(epoch, until, &landing(&self.record)?),
+            Word::GaveUp(why) => caller.gave_up(epoch, until, why),
+        })
+    }
+
+    fn free(&self) {
+        if self.record.capabilities & Capabilities::ACKS.0 == 0 {
+            return;
+        }
+        let freed = open_again(&self.record.ram, true);
+        let freed = freed.and_then(|files| files.iter().try_for_each(RamFile::free));
+        if let Err(error) = freed {
+            let remark = Remark::NotFreed { reason: error.to_string() };
+            self.output.tell(&Event::Remark(remark));
+        }
     }
 
     /// More than any that has been used.
@@ -268,16 +316,18 @@ impl Taken {
         let departed = Departed { path: record.qmp.clone(), undo: record.undo.clone(), qemu: None };
         let host = HostThread::<dyn SourceHost>::start(Box::new(departed), inbox.post())?;
         let way = (!uri.is_one_connection()).then_some(uri);
-        let link = Link::taken_over(session, pass.clone(), way, keeper, &record);
+        let link = Link::taken_over(session, pass.clone(), way, keeper);
         let memory = Arc::new(memory);
-        let mut migration = Migration::new(&plan, output.clone(), inbox, link, memory, host);
-        migration.phase = umem_wire::source::Phase::Committed;
-        migration.allocated_bytes = record.allocated_bytes;
-        migration.times = Times {
-            stopped: Some(when(record.stopped_at)),
-            switched: Some(when(record.switched_at)),
-            ..Times::default()
+        let left = Left {
+            epoch: record.epoch,
+            heard: Heard { is_running: record.running, bytes: record.heard_bytes },
+            stopped: when(record.stopped_at),
+            switched: when(record.switched_at),
         };
+        let core =
+            |plan, uri, background| Source::taken_over(plan, uri, background, left, Instant::now());
+        let mut migration = Migration::new(&plan, output.clone(), inbox, link, memory, host, core);
+        migration.allocated_bytes = record.allocated_bytes;
         let driven = migration.drive().map_err(|error| pass.explain(error));
         observer.ended(driven.as_ref());
         let report = driven?;
@@ -471,54 +521,39 @@ impl Migration {
         })
     }
 
-    /// From here on the guest may run at the destination, as far as anybody here can know.
-    pub(super) fn keep_commit(&self) -> Result<()> {
+    /// Writes down what the core says, where there is a record.
+    pub(super) fn keep(&mut self, record: &Record) -> Result<()> {
+        if self.memory.releases && matches!(record, Record::Committed { .. }) {
+            self.allocated_bytes = self.memory.allocated_bytes()?;
+        }
         let Some(keeper) = &self.link.keeper else { return Ok(()) };
-        let at = |at: Option<Instant>| at.map_or(0, since_boot);
-        keeper.edit(|record| {
-            record.state = SourceState::Committed;
-            record.background = self.background;
-            record.stopped_at = at(self.times.stopped);
-            record.switched_at = at(self.times.switched);
-            record.allocated_bytes = self.allocated_bytes;
-            record.max_postcopy_bandwidth = self.memory.bandwidth.limit();
-            for (ram, region) in record.ram.iter_mut().zip(&self.memory.regions) {
-                ram.unit_shift = region.unit().shift();
-                ram.stamp = region.ram.stamp();
+        keeper.edit(|kept| match record {
+            Record::Committed { background, times } => {
+                let at = |at: Option<Instant>| at.map_or(0, since_boot);
+                kept.state = SourceState::Committed;
+                kept.background = *background;
+                kept.stopped_at = at(times.stopped);
+                kept.switched_at = at(times.switched);
+                kept.allocated_bytes = self.allocated_bytes;
+                kept.max_postcopy_bandwidth = self.memory.bandwidth.limit();
+                for (ram, region) in kept.ram.iter_mut().zip(&self.memory.regions) {
+                    ram.unit_shift = region.unit().shift();
+                    ram.stamp = region.ram.stamp();
+                }
             }
+            Record::Stopped => kept.state = SourceState::Stopped,
+            Record::Completed => kept.state = SourceState::Completed,
+            Record::Epoch { epoch, uri } => {
+                kept.epoch = *epoch;
+                if let Some(uri) = uri {
+                    kept.uri = uri.to_string();
+                }
+            }
+            Record::Heard(heard) => {
+                (kept.running, kept.heard_bytes) = (heard.is_running, heard.bytes);
+            }
+            Record::FileFailed => kept.file_failed = true,
         })
-    }
-
-    /// No switchover has left, and none will.
-    pub(super) fn keep_stopped(&self) {
-        if let Some(keeper) = &self.link.keeper {
-            // If it fails, whoever resumes asks both sides before anything is said to the destination.
-            let _ = keeper.edit(|record| record.state = SourceState::Stopped);
-        }
-    }
-
-    /// The destination has everything, and nothing is left to do here but to say so. What cannot be written is
-    /// said by the destination again.
-    pub(super) fn keep_completed(&self) {
-        if let Some(keeper) = &self.link.keeper {
-            let _ = keeper.edit(|record| record.state = SourceState::Completed);
-        }
-    }
-
-    /// What the destination has said, for who may have to tell somebody: whether the guest runs there, and what
-    /// it has of its memory. Nothing depends on it, so that it may fail.
-    pub(super) fn keep_heard(&self) {
-        let heard = (self.link.heard_running, self.link.accounted);
-        if let Some(keeper) = &self.link.keeper {
-            let _ = keeper.edit(|record| (record.running, record.heard_bytes) = heard);
-        }
-    }
-
-    pub(super) fn say_how_to_resume(&self) {
-        let (Some(keeper), Some(command)) = (&self.link.keeper, self.how_to_resume()) else {
-            return;
-        };
-        self.output.tell(&Event::Resumable { session: keeper.session(), command });
     }
 
     /// The command that goes on, if one can.

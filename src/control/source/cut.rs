@@ -1,0 +1,352 @@
+//! Without lanes, after the switchover: they are opened until that works, or an order says how.
+//!
+//! Any lane's loss takes all of them down. The driver dials at once, then with growing pauses. On a new demand lane
+//! the destination says where it stands and which pages it has, and everything goes on from there.
+
+use std::time::{Duration, Instant};
+
+use umem_wire::source::{Input as Step, Phase};
+use umem_wire::{Event as Said, FaultCode, Standing};
+
+use super::{
+    Doing, Effect, Input, Linked, Moment, Opened, Order, Question, Record, Route, Source,
+    Switchover, Target, Way,
+};
+use crate::control::backoff::Backoff;
+use crate::control::calling::is_nobody;
+use crate::control::event::{
+    Event, Missing, Pause, Place, Remark, Room, Route as Told, Unanswered,
+};
+use crate::error::{Error, Result};
+use crate::report::events;
+
+/// How long nobody may listen where the destination was before somebody is told what that means: one that is
+/// started again is there sooner.
+const SILENCE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// One time without lanes.
+#[derive(Debug)]
+pub(super) struct Cut {
+    since: Instant,
+    stage: Stage,
+    backoff: Backoff,
+    silence: Silence,
+    /// Somebody has been told that the destination has no room.
+    shortage_is_told: bool,
+    /// Somebody has been told what another interrupt does.
+    was_interrupted: bool,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// The lanes' threads end; lanes are opened for this reason.
+    TakingDown { why: String },
+    /// A process that takes over makes sure that nobody has cancelled.
+    TakingOver,
+    /// An attempt is under way.
+    Opening,
+    /// The next one is due then, if there is a way.
+    Waiting { until: Instant },
+}
+
+/// Whether somebody listens where the destination was.
+#[derive(Clone, Copy, Debug)]
+enum Silence {
+    Answered,
+    Since { at: Instant, is_told: bool },
+}
+
+impl Cut {
+    fn new(stage: Stage, now: Instant) -> Cut {
+        Cut {
+            since: now,
+            stage,
+            backoff: Backoff::new(),
+            silence: Silence::Answered,
+            shortage_is_told: false,
+            was_interrupted: false,
+        }
+    }
+
+    pub(super) fn taken_over(now: Instant) -> Cut {
+        Cut::new(Stage::TakingOver, now)
+    }
+
+    /// Somebody has been told that there are no lanes.
+    pub(super) fn is_announced(&self) -> bool {
+        matches!(self.stage, Stage::Opening | Stage::Waiting { .. })
+    }
+
+    pub(super) fn deadline(&self, route: &Route) -> Option<Instant> {
+        match self.stage {
+            Stage::Waiting { until } if route.is_open() => Some(until),
+            _ => None,
+        }
+    }
+}
+
+impl Source {
+    fn without_lanes(&mut self) -> Option<&mut Cut> {
+        match &mut self.doing {
+            Doing::Cut(cut) => Some(cut),
+            _ => None,
+        }
+    }
+
+    /// Takes everything down, to open lanes anew.
+    pub(super) fn recover(&mut self, why: &str, now: &Moment) -> Result<()> {
+        self.step(Step::Broken)?;
+        self.do_next(Effect::TakeDown);
+        let stage = Stage::TakingDown { why: why.to_owned() };
+        self.doing = Doing::Cut(Cut::new(stage, now.at));
+        Ok(())
+    }
+
+    /// What has been told of a shortage counts for this time without lanes.
+    pub(super) fn shortage_is_told(&mut self) {
+        if let Some(cut) = self.without_lanes() {
+            cut.shortage_is_told = true;
+        }
+    }
+
+    pub(super) fn cut(&mut self, input: Input, now: &Moment) -> Result<()> {
+        match input {
+            Input::Received(event) => self.received(event, now),
+            Input::Failed(Error::Lost { .. }) | Input::BulkEnded | Input::StateLeft => Ok(()),
+            Input::Failed(error) => Err(error),
+            Input::Monitor(answer) => self.answered(answer, now),
+            Input::Digested(outcome) => self.digested(outcome, now),
+            Input::Order(order) => self.ordered_without_lanes(order, now),
+            Input::Interrupted => self.interrupted_without_lanes(now),
+            Input::Committed => {
+                self.do_next(Effect::StartRelease);
+                self.announce("another process has served this session before");
+                self.attempt(now)
+            }
+            Input::LanesDown => self.lanes_are_down(now),
+            Input::Opened(opened) => self.opened(opened, now),
+            Input::Time | Input::Called(_) => Ok(()),
+            Input::Abandoned(_) | Input::NotDone(_) => unreachable!("taken in every state"),
+        }
+    }
+
+    fn lanes_are_down(&mut self, now: &Moment) -> Result<()> {
+        let Some(Cut { stage: Stage::TakingDown { why }, .. }) = self.without_lanes() else {
+            return Ok(());
+        };
+        let why = std::mem::take(why);
+        let verdict = self.suspicion.lost(&why, self.heard.bytes, now.checksum_errors);
+        let (events, in_vain) = verdict.into_parts();
+        events.into_iter().for_each(|event| self.tell(event));
+        self.route.is_paused |= in_vain.is_some();
+        self.announce(in_vain.as_deref().unwrap_or(&why));
+        self.attempt(now)
+    }
+
+    /// Says that there is no connection, and what will be done about it.
+    fn announce(&mut self, why: &str) {
+        self.do_next(Effect::Show("waiting"));
+        let reason = why.to_owned();
+        self.tell(match &self.route.target {
+            Target::Way(Way::Given) if !self.route.is_paused => {
+                Event::Recovering { reason, route: Told::Given }
+            }
+            Target::Way(Way::Dial(uri)) if !self.route.is_paused => {
+                Event::Recovering { reason, route: Told::Dials(uri.clone()) }
+            }
+            _ => Event::Paused { reason, pause: Pause::Source },
+        });
+    }
+
+    /// Opens lanes, if there is a way; waits for an order otherwise.
+    fn attempt(&mut self, now: &Moment) -> Result<()> {
+        let stage = match self.route.take() {
+            Some(way) => {
+                let epoch = self.next_epoch()?;
+                self.do_next(Effect::Open { way, epoch });
+                Stage::Opening
+            }
+            None => self.waiting(now),
+        };
+        if let Some(cut) = self.without_lanes() {
+            cut.stage = stage;
+        }
+        Ok(())
+    }
+
+    fn waiting(&mut self, now: &Moment) -> Stage {
+        let Doing::Cut(cut) = &mut self.doing else { return Stage::Waiting { until: now.at } };
+        Stage::Waiting { until: now.at + cut.backoff.next(&mut self.jitter) }
+    }
+
+    fn opened(&mut self, opened: Opened, now: &Moment) -> Result<()> {
+        match opened {
+            Opened::Lanes(standing) => {
+                self.phase_of(standing, now)?;
+                // A pause that came meanwhile takes effect at once.
+                if !self.route.is_paused {
+                    self.go_on(standing, now);
+                    return Ok(());
+                }
+                self.do_next(Effect::HangUp);
+            }
+            Opened::NotNow(error) => {
+                if let Error::Peer { code: FaultCode::OutOfMemory, text, .. } = &error {
+                    self.tell_shortage(text);
+                }
+                self.remark_on_silence(&error, now);
+                // What was given is used up; an order that has come meanwhile has said so, or may be another way.
+                let reason = error.to_string();
+                match self.route.target {
+                    _ if self.route.is_paused => {}
+                    Target::Nowhere => self.announce(&reason),
+                    Target::Way(_) => self.tell(Event::Retrying { reason }),
+                }
+            }
+            Opened::Never(error) => return Err(error),
+        }
+        let stage = self.waiting(now);
+        if let Some(cut) = self.without_lanes() {
+            cut.stage = stage;
+        }
+        Ok(())
+    }
+
+    /// Says, once each time, that the destination has no room for the guest's pages.
+    fn tell_shortage(&mut self, text: &str) {
+        let Some(cut) = self.without_lanes() else { return };
+        if !std::mem::replace(&mut cut.shortage_is_told, true) {
+            self.tell(Event::Short { reason: text.to_owned(), room: Room::Elsewhere });
+        }
+    }
+
+    /// After an attempt that came to nothing: where nobody listens for a while the destination's process has
+    /// ended, and only a person can find out how.
+    fn remark_on_silence(&mut self, error: &Error, now: &Moment) {
+        let Some(cut) = self.without_lanes() else { return };
+        if !is_nobody(error) {
+            cut.silence = Silence::Answered;
+            return;
+        }
+        let (at, is_told) = match cut.silence {
+            Silence::Answered => (now.at, false),
+            Silence::Since { at, is_told } => (at, is_told),
+        };
+        let is_due = !is_told && now.at - at >= SILENCE_PATIENCE;
+        cut.silence = Silence::Since { at, is_told: is_told || is_due };
+        let (true, Some(kept), Some(uri)) = (is_due, &self.plan.kept, self.route.uri()) else {
+            return;
+        };
+        let unanswered = Unanswered {
+            uri: uri.clone(),
+            session: kept.session.clone(),
+            directory_option: kept.directory_option.clone(),
+            is_running: self.heard.is_running,
+            heard_bytes: self.heard.bytes,
+            total_bytes: self.plan.total_bytes,
+        };
+        self.tell(Event::Unanswered(unanswered));
+    }
+
+    /// What neither side could know when the lanes broke is settled.
+    fn phase_of(&mut self, standing: Standing, now: &Moment) -> Result<()> {
+        let was_committed = matches!(self.phase, Phase::Committed);
+        self.step(Step::Received(&Said::Resume(standing)))?;
+        self.heard.bytes = standing.totals.bytes();
+        self.do_next(Effect::Persist(Record::Heard(self.heard)));
+        if let (true, Phase::Serving, Some(us)) = (was_committed, &self.phase, standing.running) {
+            let since_switchover = Duration::from_micros(us);
+            let at =
+                self.times.switched.and_then(|switched| switched.checked_add(since_switchover));
+            self.running(at.unwrap_or(now.at).min(now.at));
+        }
+        Ok(())
+    }
+
+    /// Everything goes on over new lanes.
+    fn go_on(&mut self, standing: Standing, now: &Moment) {
+        let Doing::Cut(cut) = &self.doing else { return };
+        let disconnected = now.at - cut.since;
+        self.disconnected += disconnected;
+        self.recoveries += 1;
+        self.doing = Doing::Linked(Linked::new(self.plan.step_timeout));
+        self.do_next(Effect::Serve);
+        self.watch_over(now);
+        self.do_next(Effect::Show("sending"));
+        let (place, recoveries) = (Place::Source, self.recoveries);
+        self.tell(Event::Resumed { place, disconnected, recoveries });
+        self.switchover = match self.switchover {
+            _ if standing.switched => Switchover::Plain,
+            // Nobody has the guest yet, and somebody may have let it run here meanwhile.
+            Switchover::Owed { unanswered } => Switchover::Owed { unanswered: unanswered + 1 },
+            Switchover::Plain | Switchover::Refused => Switchover::Owed { unanswered: 1 },
+        };
+        if !standing.switched {
+            self.do_next(Effect::Ask(Question::StandsStill));
+        }
+        if matches!(self.phase, Phase::Serving) && self.plan.postcopy && self.background {
+            self.send_bulk(now.at);
+        }
+    }
+
+    fn ordered_without_lanes(&mut self, order: Order, now: &Moment) -> Result<()> {
+        match order {
+            Order::Pause => {
+                self.route.is_paused = true;
+                self.announce("paused by hand");
+                return Ok(());
+            }
+            Order::Resume(Some(uri)) if uri.is_one_connection() => {
+                self.tell(Event::Remark(Remark::NoAddress { uri }));
+                return Ok(());
+            }
+            Order::Resume(uri) => {
+                if let Some(uri) = uri {
+                    self.route.target = Target::Way(Way::Dial(uri));
+                }
+                self.route.is_paused = false;
+            }
+            Order::Reconnect => self.give(),
+        }
+        match &self.doing {
+            Doing::Cut(Cut { stage: Stage::Waiting { .. }, .. }) if self.route.is_open() => {
+                self.attempt(now)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ctrl-C while there are no lanes: the first says what the second means.
+    fn interrupted_without_lanes(&mut self, now: &Moment) -> Result<()> {
+        // A program that embeds this has another way to end it, which no cancel is.
+        if self.plan.is_embedded {
+            return Ok(());
+        }
+        let has_all_left =
+            matches!(self.phase, Phase::Serving) && now.moved_bytes >= self.plan.total_bytes;
+        let missing = if has_all_left { Missing::PerhapsNothing } else { Missing::Pages };
+        let Some(cut) = self.without_lanes() else { return Ok(()) };
+        if std::mem::replace(&mut cut.was_interrupted, true) {
+            let how = self.plan.kept.as_ref().map(|kept| format!("; {} goes on", kept.command()));
+            return Err(Error::Interrupted(format!(
+                "there was no connection to the destination; {}: keep this guest's RAM file, and do \
+                 not start it here again{}",
+                events::missing(missing),
+                how.unwrap_or_default()
+            )));
+        }
+        self.tell(Event::Remark(Remark::InterruptAgain { missing }));
+        Ok(())
+    }
+
+    pub(super) fn look_after_cut(&mut self, now: &Moment) -> Result<()> {
+        match &self.doing {
+            Doing::Cut(Cut { stage: Stage::Waiting { until }, .. })
+                if *until <= now.at && self.route.is_open() =>
+            {
+                self.attempt(now)
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! After a failure: why, who is told, and the guest goes on here where that is still right.
+
+use std::time::{Duration, Instant};
+
+use umem_wire::source::Phase;
+use umem_wire::{Event as Said, FaultCode, LaneRole};
+
+use super::{
+    Doing, Doubt, Effect, Guest, Input, Moment, Outcome, Question, Record, Source, Switchover,
+    Then, is_effect, peer,
+};
+use crate::control::calling::{Call, Word, is_nobody};
+use crate::control::event::{Event, Remark};
+use crate::error::{Error, Result};
+use crate::host::thread::Answer;
+use crate::lane::lane_name;
+use crate::uri::Uri;
+
+/// How far the demand lane may be behind a bulk lane when a destination gives up.
+const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a monitor may take over a guest that was never stopped.
+const TIDY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a monitor may take to let its guest go on before that is remarked on.
+const RESUME_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a destination is tried that may have loaded the guest.
+const TELL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The monitor has been asked to have the guest go on here.
+#[derive(Debug)]
+pub(super) struct Resuming {
+    error: Error,
+    patience: Patience,
+    /// The destination may have loaded the guest, and could not be told why it does not get it.
+    untold: Option<Uri>,
+}
+
+#[derive(Debug)]
+enum Patience {
+    /// The guest was never stopped: there is little to undo, and nobody waits for long.
+    Tidy { until: Instant },
+    /// What is waited for is remarked on then, or when somebody interrupts.
+    Quiet { until: Instant },
+    /// Whoever interrupts knows that it leaves the guest as it is; then it is remarked on, if it was not.
+    Known { until: Option<Instant> },
+}
+
+impl Resuming {
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match self.patience {
+            Patience::Tidy { until } | Patience::Quiet { until } => Some(until),
+            Patience::Known { until } => until,
+        }
+    }
+}
+
+impl Source {
+    /// Something has gone wrong that ends the migration.
+    pub(super) fn fail(&mut self, error: Error, now: &Moment) {
+        self.effects.drop_question();
+        match self.doing {
+            Doing::Ended(Outcome::Failed { .. }) => {}
+            // A bulk lane's loss may have a cause that the demand lane brings.
+            Doing::Linked(_) | Doing::Cut(_) if is_effect(&error) => {
+                self.doing = Doing::Blaming(Doubt { error, until: now.at + CAUSE_TIMEOUT });
+            }
+            _ => self.give_up(error, now),
+        }
+    }
+
+    pub(super) fn blaming(&mut self, input: Input) -> Result<()> {
+        match input {
+            Input::Failed(error) if !is_effect(&error) => Err(error),
+            Input::Received(Said::Error(fault)) => Err(peer(fault)),
+            Input::Interrupted => self.is_to_blame(),
+            _ => Ok(()),
+        }
+    }
+
+    /// No cause has come.
+    pub(super) fn is_to_blame(&mut self) -> Result<()> {
+        match self.change() {
+            Doing::Blaming(doubt) => Err(doubt.error),
+            doing => {
+                self.doing = doing;
+                Ok(())
+            }
+        }
+    }
+
+    fn give_up(&mut self, error: Error, now: &Moment) {
+        let untold = self.untold(&error);
+        self.do_next(Effect::EndThreads(Some(error.to_fault())));
+        if !self.phase.may_run() && self.switchover != Switchover::Refused {
+            return self.is_given_away(error);
+        }
+        self.do_next(Effect::Ask(Question::Resume));
+        let patience = if self.times.stopped.is_none() {
+            Patience::Tidy { until: now.at + TIDY_PATIENCE }
+        } else {
+            // If it cannot be written, whoever resumes asks both sides before anything is said to the destination.
+            self.do_next(Effect::Persist(Record::Stopped));
+            let until = now.at + RESUME_PATIENCE;
+            // Whoever has interrupted knows what for.
+            match error {
+                Error::Interrupted(_) => Patience::Known { until: Some(until) },
+                _ => Patience::Quiet { until },
+            }
+        };
+        self.doing = Doing::Resuming(Resuming { error, patience, untold });
+    }
+
+    /// Where a destination is to be told that it does not get a guest that it may have loaded: where there are no
+    /// lanes to say so on.
+    fn untold(&self, error: &Error) -> Option<Uri> {
+        let may_be_loaded = matches!(self.phase, Phase::Loading { .. } | Phase::Loaded { .. })
+            || self.switchover == Switchover::Refused;
+        let has_no_lanes =
+            matches!(error, Error::Lost { .. }) || matches!(self.doing, Doing::Cut(_));
+        let uri = self.route.uri().filter(|uri| !uri.is_one_connection());
+        uri.filter(|_| may_be_loaded && has_no_lanes && self.plan.recovers).cloned()
+    }
+
+    /// The guest is the destination's, for all that is known here.
+    fn is_given_away(&mut self, error: Error) {
+        let is_complete = matches!(self.phase, Phase::Completed(_));
+        let has_file_failed = matches!(error, Error::RamFailed { .. });
+        if matches!(error, Error::Peer { code: FaultCode::Ended, .. })
+            || is_complete && has_file_failed
+        {
+            // Its guest has ended, or has every page: nothing could go on.
+            self.do_next(Effect::Forget);
+        } else if has_file_failed {
+            // So that whoever resumes it need not show that the file is as it was.
+            self.do_next(Effect::Persist(Record::FileFailed));
+        }
+        let guest = if is_complete { Guest::Complete } else { Guest::Away };
+        self.doing = Doing::Ended(Outcome::Failed { error, guest });
+    }
+
+    pub(super) fn resuming(&mut self, input: Input, now: &Moment) {
+        let Doing::Resuming(resuming) = &mut self.doing else { return };
+        match (input, &mut resuming.patience) {
+            (
+                Input::Monitor(Answer::Resumed(Err(why))),
+                Patience::Quiet { .. } | Patience::Known { .. },
+            ) => self.is_not_resumed(Guest::Stopped(why)),
+            (Input::Monitor(Answer::Resumed(_)), _) => self.goes_on(now),
+            (Input::Interrupted, Patience::Tidy { .. }) => self.goes_on(now),
+            // A program that embeds this has another way to end it, which no cancel is.
+            (Input::Interrupted, _) if self.plan.is_embedded => {}
+            (Input::Interrupted, Patience::Known { .. }) => self.is_not_resumed(Guest::Asked),
+            (Input::Interrupted, patience @ Patience::Quiet { .. }) => {
+                *patience = Patience::Known { until: None };
+                self.tell(Event::Remark(Remark::AwaitsMonitor));
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn look_after_monitor(&mut self, now: &Moment) {
+        let Doing::Resuming(resuming) = &mut self.doing else { return };
+        if !resuming.deadline().is_some_and(|until| until <= now.at) {
+            return;
+        }
+        match resuming.patience {
+            Patience::Tidy { .. } => self.goes_on(now),
+            Patience::Quiet { .. } | Patience::Known { .. } => {
+                resuming.patience = Patience::Known { until: None };
+                self.tell(Event::Remark(Remark::AwaitsMonitor));
+            }
+        }
+    }
+
+    fn is_not_resumed(&mut self, guest: Guest) {
+        if let Doing::Resuming(Resuming { error, .. }) = self.change() {
+            self.doing = Doing::Ended(Outcome::Failed { error, guest });
+        }
+    }
+
+    /// The guest goes on here.
+    fn goes_on(&mut self, now: &Moment) {
+        let Doing::Resuming(Resuming { error, untold, .. }) = self.change() else { return };
+        match untold {
+            Some(uri) => {
+                let (lane, reason) = match &error {
+                    Error::Lost { lane, what, .. } => (lane.clone(), what.clone()),
+                    error => (lane_name(LaneRole::Demand, 0), error.to_string()),
+                };
+                self.tell(Event::Telling { uri: uri.clone(), lane, reason });
+                let why = Error::Interrupted(
+                    "the guest goes on at the source, which had lost the connection".into(),
+                );
+                let call = Call::new(uri, Word::GaveUp(why.to_fault()), TELL_PATIENCE, now.at);
+                self.doing = Doing::Calling(call, Then::Stays(error));
+                self.look_after_call(now);
+            }
+            None => self.is_back(error),
+        }
+    }
+
+    /// The destination has been told that the guest stays here, or could not be.
+    pub(super) fn stays(&mut self, error: Error, uri: &Uri, told: Result<()>) {
+        // Where nobody listens nobody waits either.
+        if let Err(why) = told
+            && !is_nobody(&why)
+        {
+            self.tell(Event::Untold { uri: uri.clone(), reason: why.to_string() });
+        }
+        self.is_back(error);
+    }
+
+    fn is_back(&mut self, error: Error) {
+        self.do_next(Effect::Forget);
+        self.doing = Doing::Ended(Outcome::Failed { error, guest: Guest::Here });
+    }
+
+    /// Nothing can be waited for any more: what was begun is left as it is.
+    pub(super) fn abandon(&mut self, error: Error, now: &Moment) {
+        match self.change() {
+            Doing::Ended(outcome) => self.doing = Doing::Ended(outcome),
+            Doing::PuttingBack { .. } | Doing::Calling(_, Then::Complete) => self.is_complete(),
+            Doing::Calling(call, Then::Stays(failure)) => {
+                self.stays(failure, &call.uri, Err(error));
+            }
+            Doing::Resuming(_) => self.is_left(error),
+            doing => {
+                self.doing = doing;
+                self.give_up(error, now);
+                self.no_answer_is_waited_for();
+            }
+        }
+    }
+
+    fn no_answer_is_waited_for(&mut self) {
+        match self.change() {
+            Doing::Resuming(Resuming { error, patience: Patience::Tidy { .. }, .. }) => {
+                self.is_back(error);
+            }
+            Doing::Resuming(Resuming { error, .. }) => self.is_left(error),
+            doing => self.doing = doing,
+        }
+    }
+
+    /// The monitor has been asked to have the guest go on, and nobody waits for its answer.
+    fn is_left(&mut self, error: Error) {
+        self.doing = Doing::Ended(Outcome::Failed { error, guest: Guest::Asked });
+    }
+}

@@ -1,0 +1,399 @@
+//! While there are lanes: from the guest's stop to the last page.
+
+use std::time::{Duration, Instant};
+
+use umem_wire::source::{Input as Step, Phase};
+use umem_wire::{Event as Said, FaultCode, Frame, LaneRole};
+
+use super::{
+    Doing, Doubt, Effect, Input, Moment, Order, PutBack, Question, Record, Source, Switchover,
+    Target, Way, peer,
+};
+use crate::control::doubt::is_effect;
+use crate::control::event::{Event, Place, Remark, Room};
+use crate::control::liveness::{self, Due, Liveness, stood_still, stood_still_by_option};
+use crate::error::{Error, Result};
+use crate::host::thread::Answer;
+use crate::lane::lane_name;
+
+/// How long a destination may take to be ready: it has its guest's memory already, and compares regions.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The lanes that there are.
+#[derive(Debug)]
+pub(super) struct Linked {
+    liveness: Liveness,
+    /// After the switchover a bulk lane is lost, and a destination that gives up may say so on the demand lane.
+    doubt: Option<Doubt>,
+    /// Bulk lanes that have sent all they found.
+    bulk_ended: u16,
+}
+
+impl Linked {
+    pub(super) fn new(step_timeout: Duration) -> Linked {
+        Linked { liveness: Liveness::off(step_timeout), doubt: None, bulk_ended: 0 }
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let doubt = self.doubt.as_ref().map(|doubt| doubt.until);
+        doubt.into_iter().chain(self.liveness.deadline()).min()
+    }
+}
+
+impl Source {
+    fn lanes(&mut self) -> Option<&mut Linked> {
+        match &mut self.doing {
+            Doing::Linked(linked) => Some(linked),
+            _ => None,
+        }
+    }
+
+    pub(super) fn linked(&mut self, input: Input, now: &Moment) -> Result<()> {
+        match input {
+            Input::Received(event) => self.received(event, now),
+            Input::StateLeft => {
+                if matches!(self.phase, Phase::Loading { .. }) {
+                    self.watch_over(now);
+                }
+                Ok(())
+            }
+            Input::BulkEnded => self.bulk_has_ended(),
+            Input::Failed(error @ Error::Lost { .. }) => self.lane_lost(error, now),
+            Input::Failed(error) => Err(error),
+            Input::Monitor(answer) => self.answered(answer, now),
+            Input::Digested(outcome) => self.digested(outcome, now),
+            Input::Order(order) => self.ordered(order, now),
+            Input::Interrupted => self.interrupted(now),
+            Input::Committed => self.switch_over(now),
+            Input::Time | Input::LanesDown | Input::Opened(_) | Input::Called(_) => Ok(()),
+            Input::Abandoned(_) | Input::NotDone(_) => unreachable!("taken in every state"),
+        }
+    }
+
+    /// The destination has said this, on lanes that there are or that are being taken down.
+    pub(super) fn received(&mut self, event: Said, now: &Moment) -> Result<()> {
+        if let Said::Error(fault) = event {
+            return self.peer_failed(peer(fault), now);
+        }
+        self.step(Step::Received(&event))?;
+        match event {
+            Said::Ready(landing) => {
+                self.do_next(Effect::Land(landing));
+                self.times.stopped = Some(now.at);
+                if self.plan.postcopy {
+                    self.do_next(Effect::StayAwake);
+                }
+                self.watch_over(now);
+                self.do_next(Effect::Ask(Question::Stop));
+            }
+            Said::Loaded => self.prepare_to_commit(now),
+            Said::Running { .. } => self.running(now.at),
+            Said::Pong(number) => {
+                if let Some(lanes) = self.lanes() {
+                    lanes.liveness.answered(number, now.at);
+                }
+            }
+            Said::Digests(digests) if self.plan.is_checked => self.digests.heard(digests),
+            Said::Digests(_) => {
+                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
+            }
+            Said::Complete(_) => self.completed(now),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// From *ready* on, and each time there are lanes again. Once the guest is not ours any more only where its
+    /// lanes can be replaced: without them it would be lost.
+    pub(super) fn watch_over(&mut self, now: &Moment) {
+        let is_asked = self.plan.bulk_lanes > 0 && (self.phase.may_run() || self.plan.recovers);
+        if let Some(lanes) = self.lanes() {
+            lanes.liveness.begin(is_asked, now.at);
+        }
+    }
+
+    pub(super) fn answered(&mut self, answer: Answer, now: &Moment) -> Result<()> {
+        match answer {
+            Answer::Stopped(result) => {
+                if let Some(asked) = result? {
+                    self.times.stopped = Some(asked);
+                }
+                self.stopped(now)
+            }
+            Answer::Saved(result) => self.send_state(result?, now),
+            Answer::StandsStill(result) => self.may_be_given_away(result),
+            Answer::PutBack(result) => {
+                self.has_put_back(&result);
+                Ok(())
+            }
+            Answer::Resumed(_) | Answer::Prepared(_) | Answer::Loaded(_) | Answer::Running(_) => {
+                Ok(())
+            }
+        }
+    }
+
+    /// The guest stands still: its pages may leave.
+    fn stopped(&mut self, now: &Moment) -> Result<()> {
+        let (postcopy, background) = (self.plan.postcopy, self.background);
+        self.step(Step::GuestStopped { postcopy, background })?;
+        self.do_next(Effect::Fix);
+        let session = self.plan.kept.as_ref().map(|kept| kept.session.clone());
+        self.tell(Event::Stopped { postcopy, session });
+        self.do_next(Effect::Send(Frame::Stopped { postcopy, background }));
+        if postcopy {
+            self.do_next(Effect::Show("switching"));
+            self.do_next(Effect::Ask(Question::Save));
+        } else {
+            self.do_next(Effect::Show("sending"));
+            self.send_bulk(now.at);
+        }
+        Ok(())
+    }
+
+    pub(super) fn send_bulk(&mut self, now: Instant) {
+        self.times.first_page.get_or_insert(now);
+        self.do_next(Effect::SendBulk);
+    }
+
+    fn send_state(&mut self, state: Vec<u8>, now: &Moment) -> Result<()> {
+        self.step(Step::SentState { bytes: state.len() as u64 })?;
+        self.step(Step::SentLoad)?;
+        // An answer would come behind all of it, so that nobody is asked until it has left.
+        if let Some(lanes) = self.lanes() {
+            lanes.liveness.begin(false, now.at);
+        }
+        self.do_next(Effect::SendState(state));
+        Ok(())
+    }
+
+    /// The destination could run the guest. Whether it may is the monitor's to say, and asked last of all: so
+    /// the record says before that a switchover may have left.
+    fn prepare_to_commit(&mut self, now: &Moment) {
+        self.times.switched = Some(now.at);
+        let (background, times) = (self.background, self.times);
+        self.do_next(Effect::Persist(Record::Committed { background, times }));
+        self.do_next(Effect::Ask(Question::StandsStill));
+    }
+
+    /// What the monitor says of a guest that is to be given away, or has been by a switchover that has not come.
+    fn may_be_given_away(&mut self, result: Result<()>) -> Result<()> {
+        if matches!(self.phase, Phase::Loaded { .. }) {
+            result?;
+            self.do_next(Effect::Commit);
+            return Ok(());
+        }
+        let Switchover::Owed { unanswered } = &mut self.switchover else { return Ok(()) };
+        let Some(left) = unanswered.checked_sub(1) else { return Ok(()) };
+        *unanswered = left;
+        match result {
+            // The last answer decides.
+            _ if left > 0 => Ok(()),
+            Ok(()) => {
+                // On lanes that are being opened it is said whether it has come.
+                if self.lanes().is_some() {
+                    self.switchover = Switchover::Plain;
+                    self.do_next(Effect::Switchover);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.switchover = Switchover::Refused;
+                Err(error)
+            }
+        }
+    }
+
+    /// The commit point: from here on the guest never runs at this side again.
+    fn switch_over(&mut self, now: &Moment) -> Result<()> {
+        self.times.switched = Some(now.at);
+        self.step(Step::SentSwitchover)?;
+        self.do_next(Effect::Switchover);
+        self.ask_to_put_back();
+        self.watch_over(now);
+        if let Some(kept) = &self.plan.kept {
+            let (session, command) = (kept.session.clone(), kept.command());
+            self.tell(Event::Resumable { session, command });
+        }
+        self.do_next(Effect::StartRelease);
+        Ok(())
+    }
+
+    /// Has everything that was changed in the monitor put back, beside the guest, which has gone.
+    pub(super) fn ask_to_put_back(&mut self) {
+        self.put_back = PutBack::Asked;
+        self.do_next(Effect::Ask(Question::PutBack));
+    }
+
+    pub(super) fn has_put_back(&mut self, result: &Result<()>) {
+        self.put_back = PutBack::Answered;
+        if let Err(error) = result {
+            self.tell(Event::Remark(Remark::NotPutBack { reason: error.to_string() }));
+        }
+    }
+
+    /// The guest runs at the destination since then.
+    pub(super) fn running(&mut self, since: Instant) {
+        self.times.running = Some(since);
+        self.switchover = Switchover::Plain;
+        self.do_next(Effect::Relax);
+        self.heard.is_running = true;
+        self.do_next(Effect::Persist(Record::Heard(self.heard)));
+        self.tell(Event::Running { place: Place::Source, downtime: self.times.downtime() });
+        self.do_next(Effect::Show("sending"));
+        if self.plan.postcopy && self.background && self.lanes().is_some() {
+            self.send_bulk(since);
+        }
+    }
+
+    fn bulk_has_ended(&mut self) -> Result<()> {
+        let bulk_lanes = self.plan.bulk_lanes;
+        if let Some(lanes) = self.lanes() {
+            lanes.bulk_ended += 1;
+            if lanes.bulk_ended < bulk_lanes {
+                return Ok(());
+            }
+        }
+        let stood_still = matches!(self.phase, Phase::Precopying);
+        self.step(Step::PagesAllSent)?;
+        if stood_still {
+            self.do_next(Effect::Show("switching"));
+            self.do_next(Effect::StayAwake);
+            self.do_next(Effect::Ask(Question::Save));
+        }
+        Ok(())
+    }
+
+    /// A lane is lost.
+    fn lane_lost(&mut self, error: Error, now: &Moment) -> Result<()> {
+        if !self.plan.recovers || self.phase.may_run() {
+            return Err(error);
+        }
+        if !is_effect(&error) {
+            self.recover(&error.to_string(), now)
+        } else {
+            if let Some(lanes) = self.lanes() {
+                lanes.doubt.get_or_insert_with(|| Doubt::new(error, now.at));
+            }
+            Ok(())
+        }
+    }
+
+    /// The destination has given up. After the switchover that is the end only if its guest has ended: otherwise
+    /// it, or a process that takes over from it, may still need what is here.
+    fn peer_failed(&mut self, error: Error, now: &Moment) -> Result<()> {
+        let Error::Peer { code, text, .. } = &error else { return Err(error) };
+        let can_go_on = self.plan.recovers && !self.phase.may_run();
+        match code {
+            FaultCode::Ended => Err(error),
+            _ if !can_go_on => Err(error),
+            // Of lanes that are being taken down.
+            _ if self.lanes().is_none() => Ok(()),
+            FaultCode::OutOfMemory => {
+                let text = text.clone();
+                self.tell(Event::Short { reason: text.clone(), room: Room::Elsewhere });
+                self.recover(&format!("the destination pauses: {text}"), now)?;
+                self.shortage_is_told();
+                Ok(())
+            }
+            _ => self.recover(&error.to_string(), now),
+        }
+    }
+
+    fn ordered(&mut self, order: Order, now: &Moment) -> Result<()> {
+        let has_left = self.plan.recovers && !self.phase.may_run();
+        match order {
+            Order::Pause if has_left => {
+                self.route.is_paused = true;
+                self.recover("paused by hand", now)
+            }
+            Order::Pause => {
+                self.tell(Event::Remark(Remark::NotPaused { place: Place::Source }));
+                Ok(())
+            }
+            Order::Reconnect if has_left => {
+                self.give();
+                self.recover("other connections were given", now)
+            }
+            // Nothing has been paused.
+            Order::Resume(_) | Order::Reconnect => Ok(()),
+        }
+    }
+
+    /// By hand: lanes are opened on connections from here on, and no address is dialled.
+    pub(super) fn give(&mut self) {
+        self.route = super::Route { target: Target::Way(Way::Given), is_paused: false };
+    }
+
+    /// Ctrl-C: gives up while the guest is still ours; afterwards the destination needs us. Without
+    /// background pages it means that the benchmark is over: the rest is sent.
+    fn interrupted(&mut self, now: &Moment) -> Result<()> {
+        if self.phase.may_run() {
+            return Err(Error::Interrupted("the guest goes on here".into()));
+        }
+        if !self.background && matches!(self.phase, Phase::Serving) {
+            self.background = true;
+            self.tell(Event::Remark(Remark::SendsTheRest));
+            self.send_bulk(now.at);
+            return Ok(());
+        }
+        self.say_what_is_needed(now);
+        Ok(())
+    }
+
+    pub(super) fn say_what_is_needed(&mut self, now: &Moment) {
+        let bytes = self.plan.total_bytes.saturating_sub(now.moved_bytes);
+        self.tell(Event::Remark(Remark::StillNeeded { bytes }));
+    }
+
+    /// Acts on a bulk lane's loss of which the demand lane has said nothing, and on a destination that says
+    /// nothing at all.
+    pub(super) fn look_after_link(&mut self, now: &Moment) -> Result<()> {
+        let Some(lanes) = self.lanes() else { return Ok(()) };
+        let (due, patience) = (lanes.liveness.due(now.at), lanes.liveness.patience());
+        let doubt = lanes.doubt.take_if(|doubt| doubt.until <= now.at);
+        match due {
+            Due::Nothing => {}
+            Due::Ask(number) => self.do_next(Effect::Ping(number)),
+            Due::Lost if self.phase.may_run() => {
+                return Err(silent(format!(
+                    "it has not answered for {} s",
+                    patience.as_secs_f64()
+                )));
+            }
+            Due::Lost => return self.recover("the destination does not answer", now),
+        }
+        match doubt {
+            Some(Doubt { error, .. }) => self.recover(&error.to_string(), now),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a migration whose destination does not take its next step, while the guest is still ours.
+    pub(super) fn look_after_step(&mut self, now: &Moment) -> Result<()> {
+        let step = match self.phase {
+            Phase::Comparing => Some((self.phase.name(), READY_TIMEOUT)),
+            Phase::Precopying | Phase::Loading { .. } => Some((self.phase.name(), Duration::MAX)),
+            _ => None,
+        };
+        match self.steps.look(step, now.moved_bytes, now.at) {
+            liveness::Step::Waits => Ok(()),
+            liveness::Step::Moves => {
+                if let Some(lanes) = self.lanes() {
+                    lanes.liveness.moved(now.at);
+                }
+                Ok(())
+            }
+            liveness::Step::Over(limit) => {
+                let say = match self.phase {
+                    Phase::Comparing => stood_still,
+                    _ => stood_still_by_option,
+                };
+                Err(silent(say(limit, self.phase.name())))
+            }
+        }
+    }
+}
+
+fn silent(what: String) -> Error {
+    Error::Lost { side: "destination", lane: lane_name(LaneRole::Demand, 0), what }
+}

@@ -1,0 +1,206 @@
+//! Single decisions, input by input.
+
+use std::time::{Duration, Instant};
+
+use umem_wire::{Event as Said, PageSize, Region, RegionTable, Standing, Totals};
+
+use super::*;
+
+const DIGESTS: [u64; 1] = [7];
+
+struct Bench {
+    core: Source,
+    now: Instant,
+}
+
+impl Bench {
+    fn new(is_kept: bool, is_checked: bool) -> Bench {
+        let now = Instant::now();
+        let kept = Kept { session: "5e55".into(), directory_option: String::new() };
+        let plan = Plan {
+            postcopy: true,
+            bulk_lanes: 1,
+            recovers: true,
+            kept: is_kept.then_some(kept),
+            is_checked,
+            is_embedded: false,
+            total_bytes: 4096,
+            step_timeout: Duration::from_secs(60),
+            seed: 1,
+        };
+        let uri = Uri::Tcp { host: "host".into(), port: 1 };
+        Bench { core: Source::new(plan, Some(uri), true, now), now }
+    }
+
+    fn tell(&mut self, input: Input) -> Vec<Effect> {
+        let at = self.now;
+        self.core.handle(input, &Moment { at, moved_bytes: 0, checksum_errors: 0 });
+        std::iter::from_fn(|| self.core.next_effect()).collect()
+    }
+
+    fn say(&mut self, said: Said) -> Vec<Effect> {
+        self.tell(Input::Received(said))
+    }
+
+    fn stands_still(&mut self, result: Result<()>) -> Vec<Effect> {
+        self.tell(Input::Monitor(Answer::StandsStill(result)))
+    }
+
+    /// Up to the guest that runs at the destination.
+    fn serve(&mut self) {
+        let page_size = PageSize::from_shift(12).unwrap();
+        let region = Region { name: "ram0".into(), bytes: 4096, page_size };
+        self.tell(Input::Time);
+        self.say(Said::Ready(RegionTable::new(vec![region]).unwrap()));
+        self.tell(Input::Monitor(Answer::Stopped(Ok(None))));
+        self.tell(Input::Monitor(Answer::Saved(Ok(vec![0]))));
+        self.say(Said::Loaded);
+        self.stands_still(Ok(()));
+        self.tell(Input::Committed);
+    }
+
+    /// Lanes are lost and open again, and the switchover has come or has not.
+    fn reopen(&mut self, switched: bool) -> Vec<Effect> {
+        self.tell(Input::Failed(lost("demand lane")));
+        self.tell(Input::LanesDown);
+        let totals = Totals::default();
+        let running = switched.then_some(1);
+        self.tell(Input::Opened(Opened::Lanes(Standing { switched, running, totals })))
+    }
+
+    fn failure(&mut self) -> (Error, Guest) {
+        match self.core.take_outcome() {
+            Some(Outcome::Failed { error, guest }) => (error, guest),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn lost(lane: &str) -> Error {
+    Error::Lost { side: "destination", lane: lane.into(), what: "reset".into() }
+}
+
+fn refused() -> Error {
+    Error::Host("the guest runs".into())
+}
+
+fn has(effects: &[Effect], is: impl Fn(&Effect) -> bool) -> bool {
+    effects.iter().any(is)
+}
+
+fn file_failed() -> Error {
+    Error::RamFailed { name: "ram0".into(), path: "/dev/shm/ram0".into(), what: "changed".into() }
+}
+
+#[test]
+fn nothing_behind_an_effect_that_failed_is_done() {
+    let mut bench = Bench::new(true, false);
+    bench.serve();
+    bench.say(Said::Running { us_since_switchover: 1 });
+    let at = Moment { at: bench.now, moved_bytes: 0, checksum_errors: 0 };
+    bench.core.handle(Input::Received(Said::Complete(Totals::default())), &at);
+    let first = bench.core.next_effect();
+    assert!(matches!(first, Some(Effect::CheckFiles { are_compared: false })), "{first:?}");
+    let rest = bench.tell(Input::NotDone(file_failed()));
+    assert!(!has(&rest, |effect| matches!(effect, Effect::Goodbye(_) | Effect::Persist(_))));
+    assert!(matches!(bench.failure(), (Error::RamFailed { .. }, Guest::Complete)));
+}
+
+/// There the end follows at once, and has been decided on already.
+#[test]
+fn a_file_that_fails_at_the_end_fails_a_migration_that_nobody_could_take_over() {
+    let mut bench = Bench::new(false, false);
+    bench.serve();
+    bench.tell(Input::Monitor(Answer::PutBack(Ok(()))));
+    bench.say(Said::Running { us_since_switchover: 1 });
+    let at = Moment { at: bench.now, moved_bytes: 0, checksum_errors: 0 };
+    bench.core.handle(Input::Received(Said::Complete(Totals::default())), &at);
+    let first = bench.core.next_effect();
+    assert!(matches!(first, Some(Effect::CheckFiles { .. })), "{first:?}");
+    bench.tell(Input::NotDone(file_failed()));
+    assert!(matches!(bench.failure(), (Error::RamFailed { .. }, Guest::Complete)));
+}
+
+#[test]
+fn lanes_lost_while_memory_is_compared_leave_a_goodbye_to_be_dialled() {
+    let mut bench = Bench::new(true, true);
+    bench.serve();
+    bench.tell(Input::Monitor(Answer::PutBack(Ok(()))));
+    bench.say(Said::Running { us_since_switchover: 1 });
+    bench.say(Said::Digests(DIGESTS.into()));
+    let effects = bench.say(Said::Complete(Totals::default()));
+    assert!(has(&effects, |effect| matches!(effect, Effect::Digest)));
+    bench.tell(Input::Failed(lost("demand lane")));
+    let effects = bench.tell(Input::Digested(Ok(Some(DIGESTS.into()))));
+    let is_call = |effect: &Effect| matches!(effect, Effect::Call { word: Word::Goodbye, .. });
+    assert!(has(&effects, is_call), "{effects:?}");
+    let effects = bench.tell(Input::Called(Called::Heard));
+    assert!(matches!(effects[..], [Effect::FreeRest, Effect::Forget]), "{effects:?}");
+}
+
+#[test]
+fn the_last_answer_decides_whether_a_switchover_that_has_not_come_leaves_again() {
+    let is_switchover = |effect: &Effect| matches!(effect, Effect::Switchover);
+    let mut bench = Bench::new(true, false);
+    bench.serve();
+    bench.reopen(false);
+    bench.reopen(false);
+    assert!(!has(&bench.stands_still(Ok(())), is_switchover), "asked on lanes that are gone");
+    assert!(has(&bench.stands_still(Ok(())), is_switchover));
+    assert!(!bench.core.has_ended());
+
+    // It has left: what a monitor says after that gives no guest back.
+    let effects = bench.stands_still(Err(refused()));
+    assert!(effects.is_empty() && !bench.core.has_ended(), "{effects:?}");
+
+    let mut bench = Bench::new(true, false);
+    bench.serve();
+    bench.reopen(false);
+    bench.reopen(false);
+    bench.stands_still(Ok(()));
+    let effects = bench.stands_still(Err(refused()));
+    let is_resume = |effect: &Effect| matches!(effect, Effect::Ask(Question::Resume));
+    assert!(has(&effects, is_resume) && !has(&effects, is_switchover), "{effects:?}");
+}
+
+#[test]
+fn a_failure_after_the_switchover_never_has_the_guest_go_on_here() {
+    for switched in [false, true] {
+        let mut bench = Bench::new(true, false);
+        bench.serve();
+        if switched {
+            bench.reopen(true);
+        }
+        let effects = bench.tell(Input::Failed(Error::Host("broken".into())));
+        assert!(!has(&effects, |effect| matches!(effect, Effect::Ask(_))), "{effects:?}");
+        assert!(matches!(bench.failure(), (Error::Host(_), Guest::Away)));
+    }
+}
+
+#[test]
+fn where_nothing_can_be_waited_for_it_ends_at_once_in_every_state() {
+    let abandoned = || Input::Abandoned(Error::Interrupted("given up".into()));
+    let states: [fn(&mut Bench); 5] = [
+        |_| {},
+        |bench| bench.serve(),
+        |bench| {
+            bench.serve();
+            bench.tell(Input::Failed(lost("demand lane")));
+            bench.tell(Input::LanesDown);
+        },
+        |bench| {
+            bench.tell(Input::Interrupted);
+        },
+        |bench| {
+            bench.serve();
+            bench.say(Said::Running { us_since_switchover: 1 });
+            bench.say(Said::Complete(Totals::default()));
+        },
+    ];
+    for reach in states {
+        let mut bench = Bench::new(true, false);
+        reach(&mut bench);
+        bench.tell(abandoned());
+        assert!(bench.core.has_ended(), "{:?}", bench.core);
+    }
+}
