@@ -30,6 +30,8 @@ pub(crate) mod calling;
 pub(crate) mod doubt;
 pub(crate) mod event;
 pub(crate) mod liveness;
+#[cfg(test)]
+mod simulate;
 pub(crate) mod source;
 pub(crate) mod suspicion;
 

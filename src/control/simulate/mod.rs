@@ -1,0 +1,143 @@
+//! The source's core against a destination, a wire that loses lanes, a monitor that answers late, wrongly or not in
+//! time, people who interrupt and pause, and kills between any two effects, in a time of its own.
+//!
+//! A seed decides on everything, and always is the same run. For a while ([`CHAOS`]) anything may happen; then the
+//! wire and the monitor are well, and a person does what umem has told: resumes what was paused, starts umem again
+//! with `--resume` where a record lies, and interrupts what only waits for that. After [`END`] it must be over.
+//!
+//! What must hold, whatever happens:
+//! - The guest never runs twice.
+//! - Nothing forgets what the guest needs: a record, or memory that the destination does not have.
+//! - At the end the guest runs on one side with all of its memory, nobody is left waiting, and no source's record is.
+//!
+//! `UMEM_SEED=N` runs one seed and prints what happens in it (`--nocapture`), `UMEM_SIM_SEEDS=N` runs as many.
+
+#![allow(clippy::print_stdout, reason = "a test may say what it does")]
+
+mod destination;
+mod source;
+mod world;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use world::World;
+
+/// Until then anything may happen.
+const CHAOS: Duration = Duration::from_secs(40);
+
+/// By then it has to be over.
+const END: Duration = Duration::from_secs(400);
+
+/// Where nobody says how many.
+const SEEDS: u64 = 3000;
+
+/// What is done wrong on purpose, to see it found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    None,
+    /// The goodbye is said before the record says so.
+    GoodbyeBeforeRecord,
+    /// The switchover leaves before the record says that it may have.
+    SwitchoverBeforeRecord,
+    /// The record goes before the guest is known to go on here.
+    ForgetsEarly,
+    /// The monitor is asked to have the guest go on after the switchover, too.
+    ResumesAlways,
+}
+
+/// splitmix64: the numbers of a seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// Below `limit`, which is not 0.
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    /// True in so many cases of a hundred.
+    fn percent(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    /// Milliseconds up to 2^`bits`, each magnitude as likely as the next.
+    fn millis(&mut self, bits: u64) -> Duration {
+        let bits = self.below(bits + 1);
+        Duration::from_millis((1 << bits) + self.below(1 << bits) - 1)
+    }
+}
+
+/// What a seed has come to, in a word, or what was wrong.
+fn run(seed: u64, fault: Fault) -> Result<(&'static str, World), (String, World)> {
+    let mut world = World::new(seed, fault);
+    match world.run() {
+        Ok(outcome) => Ok((outcome, world)),
+        Err(what) => Err((what, world)),
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().expect("a number"))
+}
+
+/// What a seed's log says, for whoever looks for a fault.
+fn told(seed: u64, what: &str, world: &World) -> String {
+    format!("UMEM_SEED={seed}: {what}\n{}", world.log())
+}
+
+#[test]
+fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
+    let seeds = match number("UMEM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("UMEM_SIM_SEEDS").unwrap_or(SEEDS),
+    };
+    let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for seed in seeds.clone() {
+        match run(seed, Fault::None) {
+            Ok((outcome, world)) => {
+                *outcomes.entry(outcome).or_default() += 1;
+                if seeds.end - seeds.start == 1 {
+                    println!("{}", told(seed, outcome, &world));
+                }
+            }
+            Err((what, world)) => panic!("{}", told(seed, &what, &world)),
+        }
+    }
+    println!("{} seeds: {outcomes:?}", seeds.end - seeds.start);
+    // Otherwise nothing has been tried.
+    if seeds.end - seeds.start >= SEEDS {
+        for outcome in ["completed", "stayed", "completed after a kill", "stayed after a kill"] {
+            assert!(outcomes.contains_key(outcome), "{outcomes:?}");
+        }
+    }
+}
+
+#[test]
+fn a_seed_is_always_the_same_run() {
+    for seed in 0..50 {
+        let log = || match run(seed, Fault::None) {
+            Ok((_, world)) | Err((_, world)) => world.log(),
+        };
+        assert_eq!(log(), log(), "seed {seed}");
+    }
+}
+
+#[test]
+fn each_fault_that_is_put_in_is_found() {
+    for fault in [
+        Fault::GoodbyeBeforeRecord,
+        Fault::SwitchoverBeforeRecord,
+        Fault::ForgetsEarly,
+        Fault::ResumesAlways,
+    ] {
+        let is_found = |seed| run(seed, fault).is_err() && run(seed, Fault::None).is_ok();
+        assert!((0..SEEDS).any(is_found), "{fault:?} was not found");
+    }
+}
