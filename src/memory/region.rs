@@ -11,10 +11,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
-use nix::sys::statfs::{HUGETLBFS_MAGIC, Statfs, TMPFS_MAGIC, fstatfs, statfs};
+use nix::sys::statfs::{
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, HUGETLBFS_MAGIC, OVERLAYFS_SUPER_MAGIC, Statfs,
+    TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs, statfs,
+};
 use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 use umem_ring::{Fd, Span};
@@ -57,12 +60,15 @@ pub(crate) struct RamFile {
     pub(crate) backing: Backing,
     /// It is on tmpfs, as a memfd is, or hugetlbfs.
     is_memory: bool,
+    /// Its times change when somebody writes, and not when what was written reaches a disk.
+    keeps_times: bool,
     /// Others may have the same open file, whose position is theirs.
     is_shared: bool,
     file: File,
     mapping: Arc<Mapping>,
-    /// What it was like when it was to change no more ([`fix`](RamFile::fix)).
-    stamp: OnceLock<Stamp>,
+    /// What it was like when it was to change no more ([`fix`](RamFile::fix)). None while holes of ours are punched.
+    /// Held for a copy only.
+    stamp: Mutex<Option<Stamp>>,
 }
 
 /// More than this is written to a file of small pages, and less copied in: a page that is waited for, of 4 KiB,
@@ -170,7 +176,7 @@ impl RamFile {
             name: self.name.clone(),
             file: self.file.try_clone().context(|| format!("RAM {}", self.name))?,
             mapping: self.mapping.clone(),
-            stamp: self.stamp.clone(),
+            stamp: Mutex::new(self.stamp()),
             ..*self
         })
     }
@@ -219,7 +225,11 @@ impl RamFile {
         guarded::install();
         let metadata = file.metadata().context(what)?;
         let is_memory = is_memory(&file).context(what)?;
-        let on_hugetlb = fstatfs(&file).context(what)?.filesystem_type() == HUGETLBFS_MAGIC;
+        let system = fstatfs(&file).context(what)?.filesystem_type();
+        let on_hugetlb = system == HUGETLBFS_MAGIC;
+        // They update them as a page is about to be written (page_mkwrite), as memory does.
+        let local = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC];
+        let keeps_times = is_memory || local.contains(&system);
         let page_bytes = if on_hugetlb { metadata.blksize() } else { super::small_page_bytes() };
         // What lies behind the end of a file is nobody's.
         let part = part.unwrap_or(0..u64::MAX);
@@ -256,10 +266,11 @@ impl RamFile {
             page_shift,
             backing,
             is_memory,
+            keeps_times,
             is_shared: false,
             file,
             mapping,
-            stamp: OnceLock::new(),
+            stamp: Mutex::default(),
         })
     }
 
@@ -299,18 +310,44 @@ impl RamFile {
     }
 
     /// From here on the file is not to change any more, and [`check`](RamFile::check) fails when it has. Of a guest's
-    /// file that is on a disk nothing is kept: what the guest has written before its stop may reach it later.
+    /// file on a network's or an unknown file system nothing is kept: what the guest has written before its stop may
+    /// reach it later, and change its times.
     pub(crate) fn fix(&self, is_snapshot: bool) -> Result<()> {
-        if is_snapshot || self.is_memory {
+        if is_snapshot || self.keeps_times {
             let stamp = self.stamp_now()?;
-            self.stamp.get_or_init(|| stamp);
+            self.stamped().get_or_insert(stamp);
         }
         Ok(())
     }
 
-    /// What it was like then.
+    /// What it was like then, or after the last holes of ours.
     pub(crate) fn stamp(&self) -> Option<Stamp> {
-        self.stamp.get().copied()
+        *self.stamped()
+    }
+
+    fn stamped(&self) -> MutexGuard<'_, Option<Stamp>> {
+        self.stamp.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// We are about to punch holes. Fails where somebody else has changed the file before. Until
+    /// [`end_holes`](RamFile::end_holes) only its length is looked at.
+    pub(crate) fn begin_holes(&self) -> Result<Option<Stamp>> {
+        self.check()?;
+        Ok(self.stamped().take())
+    }
+
+    /// They are there, of so many bytes at most. Fails where more is gone, as each [`check`](RamFile::check) does then.
+    pub(crate) fn end_holes(&self, before: Option<Stamp>, bytes: u64) -> Result<()> {
+        let Some(before) = before else { return Ok(()) };
+        let now = self.stamp_now()?;
+        if before.lost_more_than(bytes, &now) {
+            *self.stamped() = Some(before);
+            return Err(self.failed(
+                "has changed while it was served: more of it was given back than the destination has",
+            ));
+        }
+        *self.stamped() = Some(now);
+        Ok(())
     }
 
     /// What it is like now.
@@ -327,11 +364,14 @@ impl RamFile {
 
     /// Fails, too, where the file is not as it was when it was fixed.
     pub(crate) fn check(&self) -> Result<()> {
+        let before = self.stamp();
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         self.check_length_of(&metadata)?;
-        let Some(before) = self.stamp.get() else { return Ok(()) };
+        let Some(before) = before else { return Ok(()) };
         match before.difference(&Stamp::of(&metadata, self.is_memory)) {
             None => Ok(()),
+            // Holes of ours were begun meanwhile.
+            Some(_) if self.stamp() != Some(before) => Ok(()),
             Some(what) => Err(self.failed(&format!("has changed while it was served: {what}"))),
         }
     }
@@ -627,6 +667,28 @@ mod tests {
         let mut found = [9; 4];
         ram.resident_by_seeking(0, 16 << 10, &mut found).unwrap();
         assert_eq!(found, [1, 1, 0, 0]);
+    }
+
+    #[test]
+    fn holes_of_ours_are_no_change_and_those_of_others_are() {
+        let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.write_all_at(&[0xa5; 64 << 10], 0).unwrap();
+        let ram = ram_of(&file);
+        ram.fix(false).unwrap();
+        let before = ram.begin_holes().unwrap();
+        ram.discard(0, 8192).unwrap();
+        ram.check().unwrap();
+        ram.end_holes(before, 8192).unwrap();
+        ram.check().unwrap();
+        // Somebody else's at the same time.
+        let before = ram.begin_holes().unwrap();
+        ram.discard(8192, 8192).unwrap();
+        assert!(ram.end_holes(before, 4096).unwrap_err().to_string().contains("has changed"));
+        assert!(ram.check().is_err());
+        let ram = ram_of(&file);
+        ram.fix(false).unwrap();
+        ram.discard(32 << 10, 4096).unwrap();
+        assert!(ram.begin_holes().is_err());
     }
 
     /// From now on the file can be written through mappings alone, which shows what goes that way.

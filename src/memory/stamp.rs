@@ -1,9 +1,13 @@
 //! Is a file still as it was when its guest stopped?
 //!
 //! A stopped guest's RAM file, and a snapshot, change no more. What shows that one has: its length, the time of
-//! its last modification, and, in memory, how much of it there is. A write through a mapping of shared memory
-//! shows in none of them: that is the guest's own way, which stands still. What QEMU gives back for a balloon,
-//! and a hole that somebody else punches, look the same; from the guest's stop on neither is right.
+//! its last modification, and, in memory, how much of it there is. A write through a mapping shows only where its page
+//! was not mapped for writing: that is the guest's own way, which stands still. What QEMU gives back for a balloon,
+//! and a hole that somebody else punches, look the same; from the guest's stop on neither is right. Holes that umem
+//! punches itself (`--release-ram`) are told apart by when they are punched, and by their size.
+//!
+//! When a file's name, owner or mode change, so does the time of its last change (ctime), which is not looked at: all
+//! of those are right. Whoever sets the time of its last modification back hides what he has done.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -38,6 +42,12 @@ impl Stamp {
         }
         let is_modified = self.modified != now.modified;
         is_modified.then(|| "it was written to, truncated or punched".to_owned())
+    }
+
+    /// Whether more was given back until a later one than so many bytes.
+    pub(crate) fn lost_more_than(&self, bytes: u64, now: &Stamp) -> bool {
+        let (Some(before), Some(now)) = (self.blocks, now.blocks) else { return false };
+        before.saturating_sub(now).saturating_mul(512) > bytes
     }
 }
 

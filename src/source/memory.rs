@@ -348,10 +348,7 @@ impl SourceMemory {
     /// The guest has stopped, or there is none and these are snapshots: from here on the files change no more,
     /// but for what is freed here.
     pub(crate) fn fix(&self, are_snapshots: bool) -> Result<()> {
-        match self.releases {
-            true => Ok(()),
-            false => self.regions.iter().try_for_each(|region| region.ram.fix(are_snapshots)),
-        }
+        self.regions.iter().try_for_each(|region| region.ram.fix(are_snapshots))
     }
 
     /// Fails where a file of these runs, which are about to leave, is not as it was: what was looked for in it

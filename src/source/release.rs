@@ -3,7 +3,8 @@
 //!
 //! The thread exists from the switchover on: before it every page is needed here, should the guest be
 //! resumed. Lanes note acknowledgements in [`SourceMemory`] and wake it; it punches holes into the RAM
-//! files, a few at a time, and what it has not come to at the end the control thread frees.
+//! files, a few at a time, and what it has not come to at the end the control thread frees. Between those it looks
+//! whether somebody else has changed the files.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use umem_wire::RegionId;
 use super::digest;
 use super::memory::SourceMemory;
 use crate::error::{Error, Result};
+use crate::memory::stamp::Stamp;
 use crate::panics;
 use crate::progress;
 use crate::worker::Started;
@@ -30,6 +32,14 @@ const TOKEN_RELEASED: u64 = 0;
 struct Releasing {
     region: RegionId,
     digest: u64,
+}
+
+/// A hole that has been begun since it was last known what its file holds.
+struct Punched {
+    region: usize,
+    bytes: u64,
+    /// Of the first one of its file: what that was like before.
+    before: Option<Stamp>,
 }
 
 /// What the release thread needs.
@@ -47,11 +57,18 @@ impl Releaser {
         started.with(ring.waker()?);
         let mut queue = VecDeque::new();
         let mut releasing: [Option<Releasing>; RELEASES_MAX] = Default::default();
+        let mut punched = Vec::with_capacity(RELEASES_MAX);
         loop {
             panics::point(format_args!("release"));
-            while let Some(slot) = releasing.iter().position(Option::is_none)
+            if releasing.iter().all(Option::is_none) {
+                self.settle(&mut punched)?;
+            }
+            // All of a few, and then the next ones: only in between is it known what the files hold.
+            while punched.len() < RELEASES_MAX
+                && let Some(slot) = releasing.iter().position(Option::is_none)
                 && let Some((region, offset, len)) = self.next(&mut queue)
             {
+                self.unsettle(&mut punched, region, len)?;
                 releasing[slot] = Some(self.begin(region, offset, len));
                 let mode = (FallocateFlags::FALLOC_FL_PUNCH_HOLE
                     | FallocateFlags::FALLOC_FL_KEEP_SIZE)
@@ -82,6 +99,8 @@ impl Releaser {
                 }
             }
             if self.memory.is_ending.load(Acquire) && ring.in_flight() == 0 {
+                // Whoever ends this looks at the files himself.
+                let _ = self.settle(&mut punched);
                 return Ok(());
             }
         }
@@ -89,6 +108,27 @@ impl Releaser {
 
     fn in_file(&self, region: usize, offset: u64) -> u64 {
         self.memory.regions[region].ram.in_file(offset)
+    }
+
+    /// A hole is about to be punched.
+    fn unsettle(&self, punched: &mut Vec<Punched>, region: usize, bytes: u64) -> Result<()> {
+        let before = match punched.iter().any(|hole| hole.region == region) {
+            true => None,
+            false => self.memory.regions[region].ram.begin_holes()?,
+        };
+        punched.push(Punched { region, bytes, before });
+        Ok(())
+    }
+
+    /// No hole is being punched any more.
+    fn settle(&self, punched: &mut Vec<Punched>) -> Result<()> {
+        for (region, known) in self.memory.regions.iter().enumerate() {
+            let ours = || punched.iter().filter(move |hole| hole.region == region);
+            let before = ours().find_map(|hole| hole.before);
+            known.ram.end_holes(before, ours().map(|hole| hole.bytes).sum())?;
+        }
+        punched.clear();
+        Ok(())
     }
 
     /// What is about to be freed, with what it comes to where that is to be known.

@@ -292,7 +292,8 @@ impl Taken {
         keeper.edit(|record| {
             record.file_failed = false;
             for (ram, region) in record.ram.iter_mut().zip(&memory.regions) {
-                ram.stamp = region.ram.stamp();
+                // Of a file that is freed another one comes after each hole.
+                ram.stamp = region.ram.stamp().filter(|_| !releases);
             }
         })?;
         let memory = memory.checked(session.capabilities.contains(Capabilities::CHECKSUM));
@@ -538,7 +539,7 @@ impl Migration {
                 kept.max_postcopy_bandwidth = self.memory.bandwidth.limit();
                 for (ram, region) in kept.ram.iter_mut().zip(&self.memory.regions) {
                     ram.unit_shift = region.unit().shift();
-                    ram.stamp = region.ram.stamp();
+                    ram.stamp = region.ram.stamp().filter(|_| !self.memory.releases);
                 }
             }
             Record::Stopped => kept.state = SourceState::Stopped,

@@ -1,8 +1,10 @@
 //! One of umem's own guests on its way from one umem to another, through a relay that spoils that.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use super::arrival::{self, Arrival};
 use super::{Cutter, DEADLINE, HugeFile, Qmp, Room, Scratch, Umem};
@@ -21,6 +23,9 @@ pub(crate) struct Move {
     pub(crate) cutter: Cutter,
     pub(crate) mib: u64,
     _huge: Option<HugeFile>,
+    /// The guest's file at the source.
+    pub(crate) source_ram: PathBuf,
+    _disk: Option<TempDir>,
 }
 
 /// How the guest arrives.
@@ -38,6 +43,8 @@ pub(crate) struct How {
     /// For both umem processes: a directory of certificates, or a secret.
     pub(crate) security: Option<[&'static str; 2]>,
     pub(crate) huge: bool,
+    /// The guest's file at the source lies on a disk.
+    pub(crate) from_disk: bool,
     /// So many MiB is all there is for its RAM file at the destination.
     pub(crate) room: Option<u64>,
 }
@@ -56,7 +63,13 @@ impl Move {
         let path = |name: &str| scratch.path(name).display().to_string();
         let [source_qmp, destination_qmp] = [path("source.qmp"), path("destination.qmp")];
         let huge = how.huge.then(|| HugeFile::with_room(how.mib));
-        let source_ram = format!("ram0={}", scratch.ram("source").display());
+        let disk = || tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+        let disk = how.from_disk.then(disk);
+        let source_file = match &disk {
+            Some(directory) => directory.path().join("source"),
+            None => scratch.ram("source"),
+        };
+        let source_ram = format!("ram0={}", source_file.display());
         let common = ["--size", &mib, "--threads", &threads, "--seed", "7"];
         let mut arguments = vec!["guest", "--qmp", &source_qmp, "--ram", &source_ram];
         arguments.extend(common);
@@ -86,7 +99,18 @@ impl Move {
         arguments.extend(how.migrate);
         arguments.extend(how.security.iter().flatten());
         let migrate = Umem::start(arguments);
-        Move { room, scratch, guest, incoming, migrate, cutter, mib: how.mib, _huge: huge }
+        Move {
+            room,
+            scratch,
+            guest,
+            incoming,
+            migrate,
+            cutter,
+            mib: how.mib,
+            _huge: huge,
+            source_ram: source_file,
+            _disk: disk,
+        }
     }
 
     /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
