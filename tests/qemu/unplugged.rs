@@ -87,6 +87,8 @@ fn is_unplugged(version: QemuVersion, becomes_private: bool, options: &[&str]) {
     }
     // From now on what nobody asks for, too.
     moving.umem.signal(Signal::SIGINT);
+    // Its socket takes one client.
+    drop(qmp);
     let unmapped = moving.destination.umem.event("unmapped");
     assert_eq!(unmapped["bytes"], DIMM_MIB << 20, "{unmapped}");
     moving.complete().end();
@@ -110,6 +112,7 @@ fn a_dimm_that_is_plugged_in_while_pages_come_is_left_alone() {
             "device_add",
             json!({ "driver": "pc-dimm", "id": "dimm-new", "memdev": "new" }),
         );
+        drop(qmp);
         moving.umem.signal(Signal::SIGINT);
         moving.complete().end();
     }
