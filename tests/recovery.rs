@@ -7,6 +7,7 @@
 
 mod support;
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use support::{
@@ -397,6 +398,40 @@ fn is_short(moving: &mut Move) {
     let there = moving.migrate.event("short");
     assert!(there["reason"].as_str().unwrap().contains("RAM ram0"), "{there}");
     assert!(moving.incoming.is_running() && moving.migrate.is_running());
+}
+
+/// What somebody punches out of the file of a guest that has left, or writes there, is not taken for its memory.
+#[test]
+fn a_guest_whose_file_somebody_else_changes_is_not_called_complete() {
+    use std::os::unix::fs::FileExt;
+    let punch = |file: &std::fs::File| {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file, flags, 40 << 20, 8 << 20).unwrap();
+    };
+    let write = |file: &std::fs::File| file.write_all_at(&[0x5a; 4096], 40 << 20).unwrap();
+    let changes: [&dyn Fn(&std::fs::File); 2] = [&punch, &write];
+    let freed = &["--release-ram"][..];
+    // Nobody asks for pages of what is freed: a change in the moment of a hole of umem's own may go unseen.
+    for (from_disk, migrate, threads) in
+        [(true, &[][..], 1), (true, &["--checksum"], 1), (false, freed, 0)]
+    {
+        for change in changes {
+            let how = How { mib: 64, threads, migrate, from_disk, ..How::default() };
+            let mut moving = Move::switched(how);
+            let file = std::fs::File::options().write(true).open(&moving.source_ram).unwrap();
+            change(&file);
+            moving.cutter.let_pages_go();
+            assert_eq!(moving.migrate.wait().code(), Some(1));
+            let error = moving.migrate.stderr();
+            assert!(error.contains("has changed while it was served"), "{error}");
+            let told = moving.incoming.event("recovering");
+            assert!(told["reason"].as_str().unwrap().contains("has changed"), "{told}");
+        }
+    }
+    // And nothing is wrong with what nobody changes.
+    let moving = Move::switched(How { mib: 64, threads: 1, from_disk: true, ..How::default() });
+    moving.cutter.let_pages_go();
+    moving.complete();
 }
 
 /// The kernel says that a limit is reached, and kills nobody for it.
