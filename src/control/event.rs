@@ -158,6 +158,21 @@ pub(crate) enum Remark {
     Distrusted { losses: u32 },
     /// A umem that takes over waits for the monitor of a guest that stands still.
     StandsStill,
+    /// The destination's session could not be written down, and it goes on.
+    NotWritten { reason: String },
+    /// A resume by hand is not carried out.
+    NotResumed { reason: String },
+    /// After an interrupt: a destination that could run the guest does not know whose it is.
+    SourceMayGiveUp,
+    /// After an interrupt: the guest runs here, and needs so many pages more.
+    PagesNeeded { pages: u64 },
+    /// After an interrupt: the guest is to run here, and its monitor has not answered. It goes on until the pages
+    /// have come, or another interrupt ends the waiting.
+    AwaitsCont { pages: u64, goes_on: bool },
+    /// After an interrupt of a destination without lanes: what another one would mean.
+    InterruptAgainHere { lost: Lost },
+    /// The source has not heard that its guest is complete.
+    SourceUnaware { session: String, command: String },
     /// The destination of a session that was undone could not be told.
     DestinationNotTold { uri: Uri, reason: String },
 }
@@ -169,6 +184,32 @@ pub(crate) enum Missing {
     PerhapsNothing,
     /// Pages that are only at the source.
     Pages,
+}
+
+/// What cannot be known or had at a destination without lanes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// Whose the guest is.
+    Owner,
+    /// Its pages.
+    Pages,
+}
+
+impl Lost {
+    pub(crate) fn in_words(self) -> &'static str {
+        match self {
+            Lost::Owner => "the source may have given its guest up, and only it knows",
+            Lost::Pages => "the guest here waits for pages that only the source has",
+        }
+    }
+}
+
+/// What a destination waits for whose monitor has not answered.
+pub(crate) fn awaits_cont(pages_missing: u64) -> String {
+    format!(
+        "the source has given the guest to this side, and the monitor here has not answered `cont` yet; \
+         {pages_missing} pages are still to come"
+    )
 }
 
 impl Event {

@@ -3,7 +3,7 @@
 //! Each side of a migration has a core: a value that is told what has happened and says what is to be done. It
 //! owns no descriptor, starts no thread, reads no clock and prints nothing, so that a test can run it in a
 //! time of its own, and end it between any two things that it does. A driver does what a core says, for the
-//! source in `src/source`:
+//! source in `src/source`, for the destination in `src/destination/driving.rs`:
 //!
 //! ```text
 //! loop {
@@ -27,6 +27,7 @@
 
 pub(crate) mod backoff;
 pub(crate) mod calling;
+pub(crate) mod destination;
 pub(crate) mod doubt;
 pub(crate) mod event;
 pub(crate) mod liveness;

@@ -89,7 +89,7 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
     desk.connected_by(migration.link.severable());
     desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
-    let (recovers, post) = (migration.link.recovers(), inbox.post());
+    let (recovers, post) = (migration.link.recovers, inbox.post());
     desk.takes_orders(migration.lane_count + 1, move |order| {
         link::check(recovers, &watch)?;
         post.send(match order {

@@ -1,19 +1,16 @@
-//! How a migration ends at the destination: errors say what they mean for the guest, threads end, and what happened
-//! is told.
+//! How a migration ends at the destination: threads end, and what happened is told.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use super::latency::Latencies;
 use umem_ring::Waker;
-use umem_wire::destination::Phase;
-use umem_wire::{FaultCode, Frame};
+use umem_wire::{Fault, Frame};
 
+use super::Migration;
 use super::demand::Command;
-use super::side::GuestSide;
-use super::{Migration, millis};
-use crate::error::Error;
+use super::driving::encoded;
+use super::latency::Latencies;
 use crate::lane;
 use crate::memory::sums::RegionDigest;
 use crate::report::{Completed, CpuTime};
@@ -23,87 +20,50 @@ use crate::worker;
 pub(super) const EXIT_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Migration<'_> {
-    pub(super) fn guest_exited(&self, side: &mut GuestSide) -> Error {
-        // Its memory may be gone a moment before it is known to have ended.
-        side.exits_within(EXIT_PATIENCE);
-        let how = side.status().map_or_else(String::new, |status| format!(" ({status})"));
-        if matches!(self.phase, Phase::Completing) {
-            Error::Ended(format!(
-                "the guest's process ended{how} when all of its memory had come, before its source had said \
-                 goodbye"
-            ))
-        } else if self.phase.may_run() {
-            Error::Ended(format!(
-                "the guest's process ended{how} before all of its memory had come"
-            ))
-        } else {
-            Error::Host(format!("it exited{how} before the guest arrived"))
-        }
-    }
-
-    /// Adds what an error means for the guest.
-    pub(super) fn explain(&self, error: Error) -> Error {
-        match error {
-            Error::Lost { side, lane, what } if self.phase.may_run() => Error::Lost {
-                side,
-                lane,
-                what: format!(
-                    "{what}; the guest runs here and waits for {} pages that only the source has: \
-                     do not start it there again",
-                    self.guest.pages_missing()
-                ),
-            },
-            other => other,
-        }
-    }
-
     /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
     /// the demand thread is the one that failed.
-    pub(super) fn end(&mut self, error: Option<&Error>) -> Latencies {
-        if let Some(error) = error.filter(|_| !self.leaves_quietly) {
-            let mut fault = error.to_fault();
-            if self.guest_ends {
-                fault.code = FaultCode::Ended;
-            }
-            self.send(&Frame::Error(fault));
+    pub(super) fn end(&mut self, told: Option<&Fault>, has_failed: bool) {
+        let threads = &mut self.threads;
+        if let Some(fault) = told {
+            threads.command(Command::Send(encoded(&Frame::Error(fault.clone()))));
         }
-        let _ = self.commands.send(Command::End);
-        self.demand.wake();
-        self.bulk_wakers.iter().for_each(Waker::wake);
-        for thread in self.bulk_threads.drain(..) {
+        threads.command(Command::End);
+        threads.bulk_wakers.iter().for_each(Waker::wake);
+        for thread in threads.bulk_threads.drain(..) {
             let _ = thread.join();
         }
-        if let Some(toucher) = &self.toucher {
+        if let Some(toucher) = &threads.toucher {
             toucher.end();
         }
-        if let Some(thread) = self.touch_thread.take() {
+        if let Some(thread) = threads.touch_thread.take() {
             let _ = thread.join();
         }
-        let demand = self.demand_thread.take().expect("ended once");
+        let demand = threads.demand_thread.take().expect("ended once");
         let sever = || self.link.sockets.sever();
-        let latencies = worker::part(demand, error.is_some(), sever).ok().flatten();
-        let tells = error.filter(|_| !self.leaves_quietly);
-        if let (None, Some(socket), Some(error)) = (&latencies, &self.demand_socket, tells) {
-            lane::tell(socket, self.is_checked, error);
+        let latencies = worker::part(demand, has_failed, sever).ok().flatten();
+        if let (None, Some(socket), Some(fault)) = (&latencies, &threads.demand_socket, told) {
+            lane::tell_fault(socket, self.is_checked, fault.clone());
         }
         let mut latencies = latencies.unwrap_or_else(Latencies::new);
         // After the demand thread, which tells them of pages.
-        self.fault_wakers.iter().for_each(Waker::wake);
-        for thread in self.fault_threads.drain(..) {
+        threads.fault_wakers.iter().for_each(Waker::wake);
+        for thread in threads.fault_threads.drain(..) {
             if let Ok(Some(shard)) = thread.join() {
                 latencies.add(&shard);
             }
         }
-        latencies
+        self.latencies = latencies;
     }
 
-    pub(super) fn report(&self, latencies: &Latencies) -> Completed {
+    pub(super) fn report(&self) -> Completed {
+        let times = self.core.times();
+        let (recoveries, disconnected) = self.core.recoveries();
         let totals = self.guest.counters.totals();
         let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
             (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
             _ => 0.0,
         };
-        let moving_s = seconds(self.times.first_page, self.times.cached);
+        let moving_s = seconds(times.first_page, times.cached);
         let page_shift =
             self.guest.regions.iter().map(|region| region.unit_shift()).min().unwrap_or(12);
         let kinds: BTreeSet<&str> =
@@ -121,9 +81,9 @@ impl Migration<'_> {
             hole_bytes: totals.hole_bytes,
             pages_demand: totals.pages_demand,
             pages_background: totals.pages_background,
-            downtime_ms: millis(self.times.downtime),
-            drain_s: seconds(self.times.running, self.times.cached),
-            total_s: seconds(self.times.stopped, self.times.cached),
+            downtime_ms: times.downtime.as_secs_f64() * 1e3,
+            drain_s: seconds(times.running, times.cached),
+            total_s: seconds(times.stopped, times.cached),
             gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: None,
             fault_stages_us: None,
@@ -132,13 +92,13 @@ impl Migration<'_> {
             release_bytes,
             spare_bytes_max,
             congestion: self.congestion.clone(),
-            recoveries: self.link.recoveries,
-            disconnected_s: self.link.disconnected.as_secs_f64(),
+            recoveries,
+            disconnected_s: disconnected.as_secs_f64(),
             checksum: self.is_checked,
             checksum_errors: self.guest.counters.checksum_errors.load(Relaxed),
             digests: self.digests(),
         };
-        latencies.tell(&mut report);
+        self.latencies.tell(&mut report);
         report
     }
 

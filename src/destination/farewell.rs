@@ -17,6 +17,7 @@ use umem_wire::{Frame, PageRange, RegionTable, Seal, Standing, resume, transmit}
 use super::Note;
 use super::accept::{Door, Lanes};
 use super::side::GuestSide;
+use crate::control::destination::farewell::{Effect, Farewell as Core, Input};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane};
@@ -29,10 +30,13 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A session of which only the source does not know that it is over.
 pub(super) struct Farewell {
+    core: Core,
     door: Door,
     word: Word,
     /// Whose record goes as soon as the source knows.
     keeper: Keeper<DestinationRecord>,
+    /// Lanes that have come in, as long as they are of use.
+    lanes: Option<Lanes>,
 }
 
 /// What it is told.
@@ -44,26 +48,30 @@ pub(super) enum Word {
 }
 
 impl Farewell {
-    pub(super) fn new(mut door: Door, word: Word, keeper: Keeper<DestinationRecord>) -> Farewell {
+    /// For a source that comes until then, or at any time.
+    pub(super) fn new(
+        mut door: Door,
+        word: Word,
+        keeper: Keeper<DestinationRecord>,
+        until: Option<Instant>,
+    ) -> Farewell {
         door.set_refusal(None);
-        Farewell { door, word, keeper }
+        Farewell { core: Core::new(until), door, word, keeper, lanes: None }
     }
 
-    /// Waits for the source to come, until then or for ever. False if it does not, or somebody interrupts.
-    pub(super) fn wait(&mut self, inbox: &Inbox<Note>, until: Option<Instant>) -> Result<bool> {
+    /// Waits for the source to come. False if it does not, or somebody interrupts.
+    pub(super) fn wait(&mut self, inbox: &Inbox<Note>) -> Result<bool> {
         loop {
-            let next = self.door.next_deadline().into_iter().chain(until).min();
+            let next = self.door.next_deadline().into_iter().chain(self.core.deadline()).min();
             let left = next.map(|at| at.saturating_duration_since(Instant::now()));
             match inbox.wait_for(&self.door.fds(), left)? {
-                Wake::Signal => return Ok(false),
+                Wake::Signal => self.feed(Input::Interrupt, inbox)?,
                 Wake::Ready(index) => self.door.answer(index)?,
                 Wake::Message(_) | Wake::Timeout => {}
             }
-            if self.look(inbox)? {
-                return Ok(true);
-            }
-            if until.is_some_and(|until| until <= Instant::now()) {
-                return Ok(false);
+            self.look(inbox)?;
+            if let Some(is_told) = self.core.outcome() {
+                return Ok(is_told);
             }
         }
     }
@@ -91,7 +99,8 @@ impl Farewell {
                 Wake::Ready(index) => self.door.answer(index - 1)?,
                 Wake::Message(_) | Wake::Timeout => {}
             }
-            if self.look(inbox)? {
+            self.look(inbox)?;
+            if self.core.outcome().is_some() {
                 output.remark("the source has come, and knows now that its guest is complete");
                 drop(self);
                 return side.outlive(inbox, output);
@@ -99,24 +108,44 @@ impl Farewell {
         }
     }
 
-    /// Tells the source, if it has opened all of its lanes; true if it knows now.
-    fn look(&mut self, inbox: &Inbox<Note>) -> Result<bool> {
+    /// Looks at who has come in.
+    fn look(&mut self, inbox: &Inbox<Note>) -> Result<()> {
         self.door.forget_late(Instant::now());
-        let Some(lanes) = self.door.whole() else { return Ok(false) };
-        let is_told = match &self.word {
-            Word::Complete { standing, landing } => {
-                tell_all(&lanes.demand, standing, landing, inbox)?
-            }
-            Word::Failed(error) => {
-                lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
-                true
-            }
-        };
-        if is_told {
-            wait_for_end(&lanes, inbox)?;
-            self.keeper.remove();
+        self.lanes = self.door.whole();
+        let news = if self.lanes.is_some() { Input::Came } else { Input::Tick };
+        let fed = self.feed(news, inbox);
+        self.lanes = None;
+        fed
+    }
+
+    /// Has the core handle this, and whatever comes of what it has done.
+    fn feed(&mut self, input: Input, inbox: &Inbox<Note>) -> Result<()> {
+        let mut next = Some(input);
+        while let Some(input) = next.take() {
+            let effect = self.core.handle(input, Instant::now());
+            let (Some(effect), Some(lanes)) = (effect, &self.lanes) else { return Ok(()) };
+            next = match effect {
+                Effect::Tell => match &self.word {
+                    Word::Complete { standing, landing } => {
+                        let is_told = tell_all(&lanes.demand, standing, landing, inbox)?;
+                        Some(if is_told { Input::Told } else { Input::NotTold })
+                    }
+                    Word::Failed(error) => {
+                        lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
+                        Some(Input::Told)
+                    }
+                },
+                Effect::LetClose => {
+                    wait_for_end(lanes, inbox)?;
+                    Some(Input::Closed)
+                }
+                Effect::Forget => {
+                    self.keeper.remove();
+                    None
+                }
+            };
         }
-        Ok(is_told)
+        Ok(())
     }
 }
 

@@ -7,15 +7,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use umem_wire::destination::{Mode, Phase};
-
 use super::Migration;
 use super::accept::Lanes;
-use super::farewell::{Farewell, Word};
 use super::guest::GuestMemory;
 use super::prepare::{Adopted, Prepared};
 use super::side::GuestSide;
-use crate::control::event::Event;
+use crate::control::destination::{Record, Session};
 use crate::error::{Context, Error, Result};
 use crate::host::command::{Created, began};
 use crate::lane;
@@ -121,131 +118,43 @@ impl Keeping {
 }
 
 impl Migration<'_> {
-    fn keep_state(&self, change: impl FnOnce(&mut DestinationRecord)) -> Result<()> {
-        self.keeper.as_ref().map_or(Ok(()), |keeper| keeper.edit(change))
-    }
-
-    /// The same where the guest is this side's: it goes on whether that can be written down or not, and what is
-    /// there says less than is so, which the source makes up for.
-    fn keep_if_possible(&self, change: impl FnOnce(&mut DestinationRecord)) {
-        if let Err(error) = self.keep_state(change) {
-            self.output.remark(&format!("{error}; going on"));
-        }
-    }
-
-    /// Once the source hears of it, it may give its guest up: this one is kept from now on.
-    pub(super) fn keep_loaded(&self, side: &mut GuestSide) -> Result<()> {
-        let Mode { postcopy, background } = self.mode;
-        self.keep_state(|record| {
-            record.guest.runs = self.runs;
-            (record.postcopy, record.background) = (postcopy, background);
-        })?;
-        if self.keeper.is_some() { side.hold() } else { Ok(()) }
-    }
-
-    /// The guest is this side's.
-    pub(super) fn keep_switched(&self, stopped_us: u64) {
-        let switched_at = self.times.switched.map(since_boot);
-        self.keep_if_possible(|record| {
-            record.state = DestinationState::Switched;
-            (record.stopped_us, record.switched_at) = (stopped_us, switched_at);
-        });
-    }
-
-    /// It runs.
-    pub(super) fn keep_running(&self) {
-        let running_at = self.times.running.map(since_boot);
-        self.keep_if_possible(|record| {
-            record.state = DestinationState::Running;
-            record.running_at = running_at;
-        });
-    }
-
-    /// It has all of its memory. What cannot be written now would be found again.
-    pub(super) fn keep_complete(&self) {
-        let totals = self.guest.counters.totals().into();
-        let _ = self.keep_state(|record| {
-            (record.state, record.totals) = (DestinationState::Complete, totals);
-        });
-    }
-
-    /// The source has said goodbye: nobody waits for it any more.
-    pub(super) fn keep_parted(&self) {
-        self.keep_if_possible(|record| record.state = DestinationState::Parted);
+    /// Writes down how far this side has come, where that is kept at all.
+    pub(super) fn write(&self, what: Record) -> Result<()> {
+        self.edit(|record| {
+            record.state = what.state();
+            match what {
+                Record::Loaded { mode, runs } => {
+                    record.guest.runs = runs;
+                    (record.postcopy, record.background) = (mode.postcopy, mode.background);
+                }
+                Record::Switched { stopped_us, at } => {
+                    (record.stopped_us, record.switched_at) = (stopped_us, Some(since_boot(at)));
+                }
+                Record::Running { at } => record.running_at = Some(since_boot(at)),
+                Record::Complete { totals } => record.totals = totals.into(),
+                Record::Parted => {}
+            }
+        })
     }
 
     /// The source finds this side somewhere else from now on.
-    pub(super) fn keep_address(&self, uri: &str) -> Result<()> {
-        self.keep_state(|record| record.uri = Some(uri.to_owned()))
+    pub(super) fn write_address(&self, uri: &str) -> Result<()> {
+        self.edit(|record| record.uri = Some(uri.to_owned()))
     }
 
-    pub(super) fn say_how_to_resume(&self) {
-        let (Some(keeper), Some(command)) = (&self.keeper, self.how_to_resume()) else { return };
-        self.output.tell(&Event::Resumable { session: keeper.session(), command });
-    }
-
-    /// The command that goes on, if one can.
-    pub(super) fn how_to_resume(&self) -> Option<String> {
-        self.keeper.as_ref().map(resume_command)
+    fn edit(&self, change: impl FnOnce(&mut DestinationRecord)) -> Result<()> {
+        self.keeper.as_ref().map_or(Ok(()), |keeper| keeper.edit(change))
     }
 
     /// Nobody has to take over any more.
     pub(super) fn forget_session(&self) {
         self.keeper.iter().for_each(Keeper::remove);
     }
-
-    /// The end of the session, unless the source has not heard of it: then there is somebody for it to
-    /// find, as long as this process stays, and a record for who resumes after that.
-    pub(super) fn part(&mut self) -> Option<Farewell> {
-        if !matches!(self.phase, Phase::Completed(None)) {
-            self.forget_session();
-            return None;
-        }
-        let keeper = self.keeper.clone()?;
-        self.output.remark(&source_does_not_know(&keeper));
-        let (standing, landing) = (self.standing(), self.landing.clone());
-        let door = self.link.leave()?;
-        Some(Farewell::new(door, Word::Complete { standing, landing }, keeper))
-    }
-
-    /// After a failure: whether the guest stays, and with it what another process needs to go on. From *loaded* on
-    /// the source may have given its guest up. Then only the source ends this one, or somebody who knows better.
-    pub(super) fn guest_stays(&self, error: &Error, side: &GuestSide) -> bool {
-        let is_there = side.process().is_some() && !side.has_exited() && !self.guest.is_gone();
-        match self.phase {
-            _ if !is_there => false,
-            Phase::Loaded { .. } => {
-                self.keeper.is_some()
-                    && !matches!(error, Error::Peer { .. } | Error::Interrupted(_))
-            }
-            _ => self.phase.may_run() && !side.ends_with_us(),
-        }
-    }
-
-    /// Says how to go on with a guest that waits.
-    pub(super) fn explain_staying(&self, error: Error) -> Error {
-        let error = self.explain(error);
-        if let Some(command) = self.how_to_resume() {
-            let is_loaded_only = matches!(self.phase, Phase::Loaded { .. });
-            let session = self.keeper.as_ref().map(Keeper::session);
-            self.output.tell(&Event::Stays { session, is_loaded_only, command });
-        }
-        error
-    }
 }
 
-/// What is to be done about a source that has not said goodbye.
-pub(super) fn source_does_not_know(keeper: &Keeper<DestinationRecord>) -> String {
-    format!(
-        "the source has not heard that its guest is complete: if its umem comes back it is told by {}, or \
-         end it there with `umem migrate --resume {} --abandon`",
-        resume_command(keeper),
-        keeper.session()
-    )
-}
-
-fn resume_command(keeper: &Keeper<DestinationRecord>) -> String {
-    format!("umem incoming --resume {}{}", keeper.session(), keeper.directory_option())
+/// What the core has to know of a session that another process can take over.
+pub(super) fn session_of(keeper: &Keeper<DestinationRecord>) -> Session {
+    Session { number: keeper.session(), directory_option: keeper.directory_option() }
 }
 
 /// The file of the socket at which the guest's side is reached.

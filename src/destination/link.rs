@@ -1,74 +1,49 @@
-//! The destination's lanes, or their absence, and the door through which others come.
+//! The destination's lanes, the door through which others come, and the threads that lanes have. What becomes of
+//! them is decided elsewhere (`control::destination::link`).
 
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use umem_wire::{Capabilities, Hello};
+use umem_wire::{Capabilities, FaultCode, Frame, Hello, Standing};
 
+use super::Migration;
 use super::accept::{Door, Lanes};
-use crate::control::liveness::{Liveness, STEP_TIMEOUT};
-use crate::control::suspicion::Suspicion;
-use crate::error::{Error, Result};
-use crate::lane::Severable;
-use crate::secure::{Guard, Interest};
+use super::demand::{Command, Resume};
+use super::driving::encoded;
+use crate::control::destination::{Entrance, Input};
+use crate::error::Result;
+use crate::lane::{Listener, Severable};
+use crate::observe::watch::CUT;
+use crate::report::Output;
+use crate::secure::{Guard, Interest, WayIn};
+use crate::uri::Uri;
 
 /// The lanes of the session, or their absence.
 pub(super) struct Link {
     pub(super) recovers: bool,
     /// The demand lane's, of the last attempt that has come to something.
-    pub(super) hello: Hello,
+    hello: Hello,
     /// What those who come have to show.
-    pub(super) guard: Arc<Guard>,
+    guard: Arc<Guard>,
     /// Who began the session, where TLS is asked for.
-    pub(super) certificate: Option<Vec<u8>>,
+    certificate: Option<Vec<u8>>,
     /// None where there were connections, which cannot be opened again, and no others have been given.
-    pub(super) door: Option<Door>,
+    door: Option<Door>,
     pub(super) sockets: Severable,
-    pub(super) state: State,
-    pub(super) liveness: Liveness,
-    /// New lanes, which wait until nothing is left of the old ones.
-    pub(super) arrived: Option<Lanes>,
-    /// By hand: no lanes are taken.
-    pub(super) is_paused: bool,
-    /// How often something has been said by hand: an address that was looked up for an earlier order is of
-    /// no use.
-    pub(super) orders: u64,
-    pub(super) was_interrupted: bool,
-    pub(super) suspicion: Suspicion,
-    /// There was no room for what has come.
-    pub(super) shortage: Option<Shortage>,
-    /// When somebody was told last that pages cannot be made visible for want of memory.
-    pub(super) short_of_tables: Option<Instant>,
-    pub(super) recoveries: u32,
-    pub(super) disconnected: Duration,
+    /// All lanes of one attempt, which wait until nothing is left of those before.
+    arrived: Option<Lanes>,
+    /// Where the source is to come in, before that is decided.
+    offer: Option<Offer>,
 }
 
-/// There was no room for what had come: no lanes are taken until there may be.
-pub(super) struct Shortage {
-    /// For whoever comes meanwhile; none once lanes are taken again.
-    pub(super) refusal: Option<String>,
-    /// When to look for room next, and how long after that.
-    pub(super) until: Instant,
-    pub(super) pause: Duration,
-    /// Pages that had come by then.
-    pub(super) pages_done: u64,
-}
-
-pub(super) enum State {
-    Up,
-    /// A bulk lane is lost. A source that gives up says why on the demand lane, which is not ordered
-    /// against it.
-    Doubtful {
-        error: Error,
-        until: Instant,
-    },
-    Down {
-        since: Instant,
-        /// Nothing of the old lanes is left.
-        is_quiet: bool,
-        /// Every page is here: the source is waited for until then.
-        until: Option<Instant>,
-    },
+/// A place where the source could come in.
+pub(super) enum Offer {
+    Listener(Listener),
+    /// One for each lane.
+    Connections(Vec<OwnedFd>),
 }
 
 impl Link {
@@ -77,7 +52,6 @@ impl Link {
         Link {
             recovers: lanes.recovers(),
             sockets: lanes.severable(),
-            state: State::Up,
             ..Link::down(hello, guard, certificate, lanes.door.take())
         }
     }
@@ -106,22 +80,9 @@ impl Link {
             certificate,
             door,
             sockets: Severable::default(),
-            state: State::Down { since: Instant::now(), is_quiet: true, until: None },
-            liveness: Liveness::off(STEP_TIMEOUT),
             arrived: None,
-            is_paused: false,
-            orders: 0,
-            was_interrupted: false,
-            suspicion: Suspicion::default(),
-            shortage: None,
-            short_of_tables: None,
-            recoveries: 0,
-            disconnected: Duration::ZERO,
+            offer: None,
         }
-    }
-
-    pub(super) fn recovers(&self) -> bool {
-        self.recovers
     }
 
     /// The source asked for checksums, which a destination always has.
@@ -139,10 +100,12 @@ impl Link {
         self.sockets.clone()
     }
 
-    /// Something has been said by hand.
-    pub(super) fn next_order(&mut self) -> u64 {
-        self.orders += 1;
-        self.orders
+    /// How lanes come in that replace lost ones.
+    pub(super) fn entrance(&self) -> Option<Entrance> {
+        self.door.as_ref().map(|door| match door.is_of_connections() {
+            true => Entrance::Given,
+            false => Entrance::Listener,
+        })
     }
 
     /// Connections that were given are of no use any more.
@@ -155,10 +118,6 @@ impl Link {
         self.door.take_if(|door| !door.is_of_connections())
     }
 
-    pub(super) fn is_down(&self) -> bool {
-        matches!(self.state, State::Down { .. })
-    }
-
     /// Where new lanes come in: what is ready is for [`answer`](Link::answer).
     pub(super) fn fds(&self) -> Vec<Interest<'_>> {
         self.door.as_ref().map_or_else(Vec::new, Door::fds)
@@ -168,16 +127,103 @@ impl Link {
         self.door.as_mut().map_or(Ok(()), |door| door.answer(index))
     }
 
-    /// When `Migration::look_after_link` has something to do at the latest.
+    /// When [`look`](Link::look) has something to do at the latest.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let own = match &self.state {
-            State::Up => None,
-            State::Doubtful { until, .. } => Some(*until),
-            State::Down { until, .. } => *until,
+        self.door.as_ref().and_then(Door::next_deadline)
+    }
+
+    /// Looks at who has come in, and says whether that is news. Whoever comes is refused for that reason.
+    pub(super) fn look(
+        &mut self,
+        refusal: Option<(FaultCode, Cow<'static, str>)>,
+    ) -> Option<Input> {
+        let door = self.door.as_mut()?;
+        door.set_refusal(refusal);
+        door.forget_late(Instant::now());
+        if let Some(lanes) = door.whole() {
+            self.arrived = Some(lanes);
+            return Some(Input::Came);
+        }
+        (door.is_of_connections() && !door.has_all()).then_some(Input::GivenInVain)
+    }
+
+    pub(super) fn drop_lanes(&mut self) {
+        self.arrived = None;
+    }
+
+    /// The source could come in here.
+    pub(super) fn offer(&mut self, offer: Offer) {
+        self.offer = Some(offer);
+    }
+
+    pub(super) fn decline(&mut self) {
+        self.offer = None;
+    }
+
+    /// Listens elsewhere, where whoever may not come in here may not either. The answer is the address.
+    pub(super) fn bind(
+        &mut self,
+        uri: &Uri,
+        found: &[SocketAddr],
+        output: &Output,
+    ) -> Result<String> {
+        let listener = Listener::bind_found(uri, found)?;
+        let uri = listener.uri(uri);
+        if let Some(open) = self.guard.check_open(&WayIn::Listener(&listener), &uri)? {
+            output.remark(&open);
+        }
+        self.offer(Offer::Listener(listener));
+        Ok(uri.to_string())
+    }
+
+    /// Takes lanes of this session where they were offered.
+    pub(super) fn open(&mut self, output: &Output) {
+        let (guard, certificate) = (self.guard.clone(), self.certificate.clone());
+        self.door = self.offer.take().map(|offer| match offer {
+            Offer::Listener(listener) => {
+                Door::of_session(listener, guard, &self.hello, certificate, output)
+            }
+            Offer::Connections(sockets) => {
+                Door::of_connections(sockets, guard, &self.hello, certificate, output)
+            }
+        });
+    }
+}
+
+impl Migration<'_> {
+    /// Cuts all lanes. The bulk threads have ended when this returns; the demand thread says when it has let go of
+    /// its lane.
+    pub(super) fn sever(&mut self) {
+        self.guest.set_lanes_down(true);
+        self.link.sockets.sever();
+        self.threads.bulk_wakers.clear();
+        for thread in self.threads.bulk_threads.drain(..) {
+            // What it has failed of comes as a note.
+            let _ = thread.join();
+        }
+        self.progress.phase("waiting");
+        self.progress.watch().entered(CUT);
+    }
+
+    /// Goes on over the lanes that have come in.
+    pub(super) fn reconnect(&mut self, standing: Standing, is_complete: bool) -> Result<()> {
+        let Some(lanes) = self.link.arrived.take() else { return Ok(()) };
+        self.guest.set_lanes_down(false);
+        self.link.sockets.replace(lanes.all());
+        self.link.hello = lanes.hello.clone();
+        self.threads.demand_socket = Some(lanes.demand.socket());
+        self.congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
+        let acks = lanes.acks();
+        let resume = Resume {
+            lane: lanes.demand,
+            landing: self.landing.clone(),
+            first: encoded(&Frame::Resume(standing)),
+            last: if is_complete { self.completion() } else { Vec::new() },
         };
-        let shortage = self.shortage.as_ref().filter(|shortage| shortage.refusal.is_some());
-        let room = shortage.map(|shortage| shortage.until);
-        let own = own.into_iter().chain(room).chain(self.liveness.deadline());
-        own.chain(self.door.as_ref().and_then(Door::next_deadline)).min()
+        self.start_bulk(lanes.bulk, acks)?;
+        self.threads.command(Command::Resume(Box::new(resume)));
+        self.progress.phase("filling");
+        self.progress.watch().reconnected(self.core.phase_name());
+        Ok(())
     }
 }

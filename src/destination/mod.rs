@@ -1,14 +1,15 @@
 //! The destination: `umem incoming`, the RFC's umemd.
 //!
-//! The control thread here prepares the guest, accepts the lanes, walks through the phases of
-//! [`umem_wire::destination`] and reports; it never blocks on anything but its inbox. The pages are
-//! moved by the threads of [`demand`] and [`bulk`] into [`guest`], and the monitor is waited for by
+//! The control thread here prepares the guest, accepts the lanes, carries out what
+//! [`control::destination`](crate::control::destination) decides and reports; it never blocks on anything but its
+//! inbox. The pages are moved by the threads of [`demand`] and [`bulk`] into [`guest`], and the monitor is waited for by
 //! a thread of its own.
 
 mod accept;
 pub(crate) mod acks;
 pub(crate) mod bulk;
 pub(crate) mod demand;
+mod driving;
 pub(crate) mod embedded;
 mod ending;
 mod farewell;
@@ -17,10 +18,8 @@ pub(crate) mod guest;
 mod keeping;
 mod latency;
 mod link;
-mod phases;
 mod prepare;
 pub(crate) mod reader;
-mod recovery;
 mod side;
 mod starting;
 pub(crate) mod takeover;
@@ -34,34 +33,32 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::PollFlags;
 use umem_ring::Waker;
-use umem_wire::destination::{Input, Mode, Phase};
-use umem_wire::{Event, Fault, Frame, Receiver, RegionTable, transmit};
+use umem_wire::{Event, Fault, Receiver, RegionTable};
 
+use crate::control::destination::{Core, Outcome};
 use crate::control::event as control;
-use crate::control::liveness::Steps;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
 use crate::idle::{Awake, IdleCores};
-use crate::inbox::{Inbox, Wake};
+use crate::inbox::Inbox;
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
 use crate::observe::watch::{LinkOrder, Role, Watch};
 use crate::observe::{self, Observer};
-use crate::panics;
 use crate::progress::Progress;
 use crate::report::{Completed, Output};
 use crate::secure::{Guard, Security};
 use crate::session::{DestinationRecord, Keeper};
 use crate::single::{self, Single};
 use crate::uri::Uri;
-use crate::worker::{self, Failure};
+use crate::worker::Failure;
 
 use accept::{Entrance, Lanes, Terms};
 use demand::Command;
@@ -72,7 +69,6 @@ use keeping::Keeping;
 use latency::Latencies;
 use link::Link;
 use prepare::{Adopted, Expected, Prepared};
-use side::GuestSide;
 use touch::Toucher;
 
 /// What `umem incoming` is asked to do.
@@ -320,17 +316,6 @@ fn peer(fault: Fault) -> Error {
     Error::Peer { side: "source", code: fault.code, text: fault.text }
 }
 
-/// When what happened; the source's stop is dated back from its switchover.
-#[derive(Default)]
-struct Times {
-    stopped: Option<Instant>,
-    switched: Option<Instant>,
-    running: Option<Instant>,
-    first_page: Option<Instant>,
-    cached: Option<Instant>,
-    downtime: Duration,
-}
-
 /// How to receive.
 struct Plan<'a> {
     /// As in [`Options`].
@@ -355,7 +340,9 @@ struct Open {
 
 /// What the demand thread begins with.
 struct Serving {
+    core: Core,
     link: Link,
+    keeper: Option<Keeper<DestinationRecord>>,
     /// None where a process before this has lost it.
     lane: Option<(Lane, Receiver)>,
     /// The source wants to hear which pages have come.
@@ -364,15 +351,17 @@ struct Serving {
     landing: RegionTable,
 }
 
-/// A migration with its lanes open: the control thread's state.
+/// A migration with its lanes open: the core that decides, and what its decisions are carried out with.
 struct Migration<'a> {
+    core: Core,
+    /// Once it has ended.
+    outcome: Option<Outcome>,
     output: Output,
     inbox: &'a Inbox<Note>,
     guest: Arc<GuestMemory>,
     host: HostThread<dyn DestinationHost>,
-    phase: Phase,
     link: Link,
-    steps: Steps,
+    threads: Threads,
     /// Where another process finds what it needs to go on, should this one be killed.
     keeper: Option<Keeper<DestinationRecord>>,
     landing: RegionTable,
@@ -382,25 +371,26 @@ struct Migration<'a> {
     digests_are_known: bool,
     /// What the source's memory comes to, once it has said so.
     source_digests: Option<Vec<u64>>,
+    lane_count: u16,
+    congestion: String,
+    idle_cores: IdleCores,
+    /// Keeps cores awake while the guest stands still.
+    awake: Option<Awake>,
+    progress: Progress,
+    /// What faults took, once the threads have ended.
+    latencies: Latencies,
+}
+
+/// The threads, and how they are reached.
+struct Threads {
     cores: Cores,
     servers: Servers,
-    mode: Mode,
-    state: Vec<u8>,
-    /// The guest ran at the source.
-    runs: bool,
-    /// The monitor has loaded the device state and the source has not heard of it.
-    state_loaded: bool,
-    all_cached: bool,
-    all_released: bool,
-    /// After a failure: the guest's process ends, or has ended.
-    guest_ends: bool,
     commands: Sender<Command>,
     demand: Waker,
     /// Of the last demand lane.
     demand_socket: Option<Arc<OwnedFd>>,
-    lane_count: u16,
-    bulk_wakers: Vec<Waker>,
     demand_thread: Option<JoinHandle<Option<Latencies>>>,
+    bulk_wakers: Vec<Waker>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     /// Of a guest in shards.
     fault_wakers: Vec<Waker>,
@@ -408,113 +398,12 @@ struct Migration<'a> {
     /// Of private memory.
     toucher: Option<Toucher>,
     touch_thread: Option<JoinHandle<Option<()>>>,
-    congestion: String,
-    idle_cores: IdleCores,
-    /// Keeps cores awake while the guest stands still.
-    awake: Option<Awake>,
-    times: Times,
-    progress: Progress,
-    /// Somebody who has interrupted knows that the monitor does not answer.
-    is_told_of_monitor: bool,
-    /// This process ends, and another may go on: to the source it is as if it had been killed.
-    leaves_quietly: bool,
 }
 
-impl<'a> Migration<'a> {
-    /// Runs the phases to their end. After an error before the switchover the source is told, so
-    /// that its guest goes on there.
-    fn drive(mut self, side: &mut GuestSide) -> Result<(Completed, Option<Farewell>)> {
-        // What is to become of the guest after a panic is decided as after any other failure.
-        let driven = panics::caught(|| self.until_completed(side))
-            .map_err(|error| worker::first_cause(self.inbox, error));
-        self.progress.phase("ending");
-        let stays = driven.as_ref().err().is_some_and(|error| self.guest_stays(error, side));
-        self.guest_ends = !stays && self.phase.outlives_its_lanes();
-        let latencies = self.end(driven.as_ref().err());
-        if let Err(error) = driven {
-            if !stays {
-                self.forget_session();
-                return Err(self.explain(error));
-            }
-            // Where this fails its process ends, as its side is told by the same socket.
-            let _ = side.keep();
-            return Err(self.explain_staying(error));
-        }
-        side.release(self.inbox, &self.output)?;
-        let farewell = self.part();
-        Ok((self.report(&latencies), farewell))
-    }
-
-    fn until_completed(&mut self, side: &mut GuestSide) -> Result<()> {
-        let mut guest_ended = false;
-        while !matches!(self.phase, Phase::Completed(_)) {
-            let watched =
-                if guest_ended { Vec::new() } else { side.watched(self.toucher.is_some()) };
-            let of_guest = watched.len();
-            let fds: Vec<_> = watched
-                .into_iter()
-                .map(|fd| (fd, PollFlags::POLLIN))
-                .chain(self.link.fds())
-                .collect();
-            let due = self.link.deadline().map(|at| at.saturating_duration_since(Instant::now()));
-            let interval = self.progress.interval();
-            panics::point(format_args!("control {}", self.phase.name()));
-            match self.inbox.wait_for(&fds, Some(due.map_or(interval, |due| due.min(interval))))? {
-                Wake::Timeout => {}
-                Wake::Signal => self.interrupted()?,
-                Wake::Ready(index) if index >= of_guest => self.link.answer(index - of_guest)?,
-                Wake::Ready(index) => {
-                    guest_ended = side.has_ended(index)?;
-                    if guest_ended && !self.may_have_ended(side) {
-                        return Err(self.guest_exited(side));
-                    }
-                }
-                Wake::Message(note) => self.note(note, side)?,
-            }
-            self.look_after_step()?;
-            self.look_after_link()?;
-            self.progress.update();
-        }
-        Ok(())
-    }
-
-    /// A guest that has all of its memory may shut down before we have heard of it, or its source.
-    fn may_have_ended(&mut self, side: &mut GuestSide) -> bool {
-        let has_all = self.guest.pages_missing() == 0 && !self.guest.has_missed();
-        // Its socket and its memory may be gone a moment before it is known to have ended. The status of a process
-        // that is not our child is not known.
-        side.exits_within(ending::EXIT_PATIENCE);
-        let has_failed = match side.status() {
-            Some(status) => !status.success(),
-            None => side.process().is_some_and(|process| process.monitor.is_child()),
-        };
-        has_all && !has_failed
-    }
-
-    fn step(&mut self, input: Input<'_>) -> Result<()> {
-        // A copy steps, so that after a panic the phase is still known, on which the guest's fate depends.
-        match self.phase.clone().step(input) {
-            Ok(phase) => {
-                self.progress.watch().entered(phase.name());
-                self.phase = phase;
-                Ok(())
-            }
-            Err((phase, error)) => {
-                self.phase = phase;
-                Err(Error::protocol("demand lane", error))
-            }
-        }
-    }
-
-    fn send(&self, frame: &Frame) {
-        let mut bytes = Vec::new();
-        transmit::encode(frame, &mut bytes);
-        // The thread has ended where this fails, and its own note says why.
-        let _ = self.commands.send(Command::Send(bytes));
+impl Threads {
+    /// Tells the demand thread. Where it has ended its own note says why.
+    fn command(&self, command: Command) {
+        let _ = self.commands.send(command);
         self.demand.wake();
     }
-}
-
-fn millis(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
 }

@@ -4,20 +4,19 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
-use umem_wire::destination::{Input, Mode, Phase};
-use umem_wire::{Event, Frame, RegionTable};
-
 use super::acks::Acks;
 use super::bulk::BulkLane;
 use super::demand::{Command, DemandLane, Reach};
 use super::faults::{FaultThread, Servers};
 use super::guest::GuestMemory;
+use super::keeping::session_of;
+use super::latency::Latencies;
 use super::link::Link;
 use super::prepare::Adopted;
 use super::side::GuestSide;
 use super::touch::{self, TouchThread};
-use super::{Migration, Note, Open, Plan, Serving, Times};
-use crate::control::liveness::{Liveness, Steps};
+use super::{Migration, Note, Open, Plan, Serving, Threads};
+use crate::control::destination::{Core, Input, Terms};
 use crate::cores::Cores;
 use crate::error::{Context, Result};
 use crate::host::DestinationHost;
@@ -50,25 +49,34 @@ impl<'a> Migration<'a> {
         let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         let demand_socket = lanes.demand.socket();
         let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
+        let terms = Terms {
+            recovers: link.recovers,
+            has_bulk_lanes: !lanes.bulk.is_empty(),
+            is_checked,
+            is_private: guest.needs_touch(),
+            is_embedded: inbox.is_embedded(),
+            session: keeper.as_ref().map(session_of),
+            step_timeout: plan.step_timeout,
+        };
+        let core = Core::new(terms, link.entrance(), Instant::now());
         let lane = Some((lanes.demand, receiver));
-        let serving =
-            Serving { link, lane, acks, lane_count: lanes.bulk.len(), landing: landing.clone() };
+        let (lane_count, landing) = (lanes.bulk.len(), landing);
+        let serving = Serving { core, link, keeper, lane, acks, lane_count, landing };
         let (mut migration, reach) =
             Migration::begin(plan, output, inbox, Arc::new(guest), serving, host)?;
-        migration.keeper = keeper;
         migration.congestion = congestion;
-        migration.demand_socket = Some(demand_socket);
+        migration.threads.demand_socket = Some(demand_socket);
         let started = migration
             .start_faults(&reach)
             .and_then(|()| migration.start_toucher(plan.touch, side))
-            .and_then(|()| migration.start_bulk(lanes.bulk, acks))
-            .and_then(|()| migration.get_ready(landing));
+            .and_then(|()| migration.start_bulk(lanes.bulk, acks));
         match started {
-            Ok(()) => Ok(migration),
-            Err(error) => {
-                migration.end(Some(&error));
-                Err(error)
+            Ok(()) => {
+                let landing = migration.landing.clone();
+                migration.feed(Input::Begin(landing), side);
+                Ok(migration)
             }
+            Err(error) => Err(migration.give_up(error, side)),
         }
     }
 
@@ -81,12 +89,12 @@ impl<'a> Migration<'a> {
         serving: Serving,
         host: HostThread<dyn DestinationHost>,
     ) -> Result<(Migration<'a>, Reach)> {
-        let Serving { link, lane, acks, lane_count, landing } = serving;
+        let Serving { core, link, keeper, lane, acks, lane_count, landing } = serving;
         let is_checked = link.is_checked();
         let has_whole_digests = link.has_whole_digests();
         let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
         let (commands, queue) = channel();
-        if link.recovers() {
+        if link.recovers {
             let post = inbox.post();
             plan.watch.link(move |order| post.send(order.into()));
         }
@@ -98,7 +106,7 @@ impl<'a> Migration<'a> {
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
             has_background: lane_count == 0,
-            recovers: link.recovers(),
+            recovers: link.recovers,
             acks: Acks::new(acks),
             commands: queue,
             post: inbox.post(),
@@ -108,85 +116,67 @@ impl<'a> Migration<'a> {
         let (counters, total_bytes) = (&guest.counters, landing.total_bytes());
         let migration = Migration {
             progress: Progress::new(plan.watch, counters, total_bytes, &output, plan.quiet),
+            core,
+            outcome: None,
             output,
-            guest: guest.clone(),
+            inbox,
+            guest,
             host,
-            phase: Phase::new(),
-            link: Link { liveness: Liveness::off(plan.step_timeout), ..link },
-            steps: Steps::new(plan.step_timeout, Instant::now()),
-            keeper: None,
-            cores,
-            servers: Servers::new(Vec::new()),
-            mode: Mode { postcopy: true, background: true },
-            state: Vec::new(),
-            runs: true,
-            state_loaded: false,
-            all_cached: false,
-            all_released: !guest.needs_touch(),
-            guest_ends: false,
-            commands,
-            demand: reach.waker.clone(),
-            demand_socket: None,
-            lane_count: u16::try_from(lane_count).expect("at most 64"),
-            bulk_wakers: Vec::new(),
-            demand_thread: Some(demand_thread),
-            bulk_threads: Vec::new(),
-            fault_wakers: Vec::new(),
-            fault_threads: Vec::new(),
-            toucher: None,
-            touch_thread: None,
-            congestion: "none".into(),
-            idle_cores: plan.idle_cores,
-            awake: None,
-            times: Times::default(),
+            link,
+            threads: Threads {
+                cores,
+                servers: Servers::new(Vec::new()),
+                commands,
+                demand: reach.waker.clone(),
+                demand_socket: None,
+                demand_thread: Some(demand_thread),
+                bulk_wakers: Vec::new(),
+                bulk_threads: Vec::new(),
+                fault_wakers: Vec::new(),
+                fault_threads: Vec::new(),
+                toucher: None,
+                touch_thread: None,
+            },
+            keeper,
             landing,
             is_checked,
             digests_are_known: has_whole_digests,
             source_digests: None,
-            is_told_of_monitor: false,
-            leaves_quietly: false,
-            inbox,
+            lane_count: u16::try_from(lane_count).expect("at most 64"),
+            congestion: "none".into(),
+            idle_cores: plan.idle_cores,
+            awake: None,
+            latencies: Latencies::new(),
         };
         Ok((migration, reach))
-    }
-
-    fn get_ready(&mut self, landing: RegionTable) -> Result<()> {
-        self.host.prepare();
-        let ready = Frame::Ready(landing.units());
-        self.step(Input::Received(&Event::Regions(landing)))?;
-        self.step(Input::GuestReady)?;
-        self.send(&ready);
-        // Over one connection an answer would come behind pages.
-        self.link.liveness.begin(self.lane_count > 0, Instant::now());
-        Ok(())
     }
 
     /// Starts those who serve the faults of a guest in shards; notes who serves which.
     pub(super) fn start_faults(&mut self, demand: &Reach) -> Result<()> {
         let sources = self.guest.sources.len();
         if !self.guest.is_sharded() {
-            self.servers = Servers::new(vec![demand.mailbox.clone(); sources]);
+            self.threads.servers = Servers::new(vec![demand.mailbox.clone(); sources]);
             return Ok(());
         }
-        let threads = sources.min(self.cores.count()).min(FAULT_THREADS_MAX);
+        let threads = sources.min(self.threads.cores.count()).min(FAULT_THREADS_MAX);
         let mut mailboxes = Vec::new();
         for index in 0..threads {
             let thread = FaultThread {
                 guest: self.guest.clone(),
                 sources: (index..sources).step_by(threads).collect(),
-                core: self.cores.any(index),
+                core: self.threads.cores.any(index),
                 demand: demand.mailbox.clone(),
             };
             let name = format!("umem-faults-{}", index + 1);
             let (reach, handle) =
                 worker::start(&name, self.inbox, move |started| thread.run(started))?;
             mailboxes.push(reach.mailbox);
-            self.fault_wakers.push(reach.waker);
-            self.fault_threads.push(handle);
+            self.threads.fault_wakers.push(reach.waker);
+            self.threads.fault_threads.push(handle);
         }
         let of_source = |source: usize| mailboxes[source % threads].clone();
-        self.servers = Servers::new((0..sources).map(of_source).collect());
-        let _ = self.commands.send(Command::Servers(self.servers.clone()));
+        self.threads.servers = Servers::new((0..sources).map(of_source).collect());
+        let _ = self.threads.commands.send(Command::Servers(self.threads.servers.clone()));
         demand.waker.wake();
         Ok(())
     }
@@ -201,7 +191,7 @@ impl<'a> Migration<'a> {
             guest: self.guest.clone(),
             socket: socket.context(|| "the hand-over socket")?.into(),
             eager,
-            core: self.cores.bulk(0),
+            core: self.threads.cores.bulk(0),
             post: self.inbox.post(),
         };
         let (work, ours) = touch::ways();
@@ -209,8 +199,8 @@ impl<'a> Migration<'a> {
             worker::start("umem-touch", self.inbox, move |started| thread.run(work, started))?;
         let (queue, toucher) = ours.reach(waker, eager);
         self.guest.set_toucher(queue);
-        self.toucher = Some(toucher);
-        self.touch_thread = Some(handle);
+        self.threads.toucher = Some(toucher);
+        self.threads.touch_thread = Some(handle);
         Ok(())
     }
 
@@ -221,16 +211,16 @@ impl<'a> Migration<'a> {
                 regions: self.landing.clone(),
                 acks: Acks::new(acks),
                 guest: self.guest.clone(),
-                core: self.cores.bulk(index),
-                servers: self.servers.clone(),
+                core: self.threads.cores.bulk(index),
+                servers: self.threads.servers.clone(),
                 ahead: None,
                 post: self.inbox.post(),
             };
             let name = format!("umem-bulk-{}", index + 1);
             let (waker, thread) =
                 worker::start(&name, self.inbox, move |started| bulk.run(started))?;
-            self.bulk_wakers.push(waker);
-            self.bulk_threads.push(thread);
+            self.threads.bulk_wakers.push(waker);
+            self.threads.bulk_threads.push(thread);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 //! guest is let run, before it is said to run. A process that is killed in between leaves the earlier
 //! state, and the source says the rest: it sends a switchover again that has not come.
 //!
-//! Whoever takes over goes on as after the loss of all lanes ([`recovery`](super::recovery)), with these
+//! Whoever takes over goes on as after the loss of all lanes ([`link`](super::link)), with these
 //! steps before: pages that were landing are missing again, events that were read and not carried out are,
 //! what is complete leaves its userfaultfd, and all who wait are woken, so that they fault again. Which
 //! moments a process can be killed at, and why each is safe, is in [`words`](crate::memory::words).
@@ -24,18 +24,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use umem_wire::destination::{Mode, Phase};
-use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, RegionTable, Standing};
+use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, RegionTable};
 
 use super::accept::Door;
 use super::farewell::{Farewell, Word};
 use super::guest::GuestMemory;
-use super::keeping::{GUEST_SOCKET, connect, source_does_not_know};
+use super::keeping::{GUEST_SOCKET, connect, session_of};
 use super::link::Link;
 use super::prepare::{Adopted, Prepared, check_pieces};
 use super::side::{GuestProcess, GuestSide};
-use super::{Migration, Note, Plan, Serving, Times};
-use crate::control::event::{Event, Undone};
+use super::{Migration, Note, Serving};
+use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
+use crate::control::destination::{Core, Input, Terms};
+use crate::control::event::{Event, Remark, Undone};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Context, Error, Result};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
@@ -52,7 +53,7 @@ use crate::observe::watch::Role;
 use crate::report::Output;
 use crate::secure::{Guard, Interest, WayIn};
 use crate::session::{
-    self, DestinationRecord, DestinationState, Keeper, RegionRecord, ResumeOptions, when,
+    self, DestinationRecord, DestinationState, Keeper, RegionRecord, ResumeOptions,
 };
 use crate::uri::Uri;
 
@@ -97,14 +98,6 @@ struct Taken {
     output: Output,
 }
 
-/// What has become of the guest.
-enum Found {
-    Waiting(Box<Guest>),
-    /// It has all of its memory, and was told so.
-    Complete,
-    Ended,
-}
-
 /// A guest that waits, and what its side has kept.
 struct Guest {
     side: GuestSide,
@@ -114,29 +107,12 @@ struct Guest {
 
 impl Taken {
     fn run(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
-        let is_complete = self.record.state == DestinationState::Complete;
-        let found = self.find(inbox)?;
-        if self.record.state == DestinationState::Parted {
-            return self.let_go(found, inbox);
-        }
-        match found {
-            Found::Waiting(guest) => self.go_on(options, inbox, *guest),
-            Found::Complete | Found::Ended if is_complete => {
-                self.tell_of_completion(options, inbox)
-            }
-            Found::Complete => {
-                self.has_undone(Undone::Complete);
-                self.keeper.remove();
-                Ok(())
-            }
-            Found::Ended => self.tell_of_the_end(options, inbox),
-        }
-    }
-
-    /// Both sides know that the guest has all of its memory; only its own process may have to let go.
-    fn let_go(&self, found: Found, inbox: &Inbox<Note>) -> Result<()> {
-        if let Found::Waiting(mut guest) = found {
-            guest.side.release(inbox, &self.output)?;
+        match plan(self.record.state, self.find(inbox)?) {
+            Plan::Serve(guest) => return self.go_on(options, inbox, guest),
+            Plan::Release(mut guest) => guest.side.release(inbox, &self.output)?,
+            Plan::Nothing => {}
+            Plan::TellOfCompletion => return self.tell_of_completion(options, inbox),
+            Plan::TellOfEnd => return self.tell_of_the_end(options, inbox),
         }
         self.has_undone(Undone::Complete);
         self.keeper.remove();
@@ -148,7 +124,7 @@ impl Taken {
     }
 
     /// Looks for the guest, and has everything handed over again.
-    fn find(&self, inbox: &Inbox<Note>) -> Result<Found> {
+    fn find(&self, inbox: &Inbox<Note>) -> Result<Found<Guest>> {
         let guest = &self.record.guest;
         let path = self.keeper.file(GUEST_SOCKET);
         let is_alive = || began(guest.pid) == Some(guest.began);
@@ -174,7 +150,7 @@ impl Taken {
             return Ok(Found::Ended);
         };
         let side = GuestSide::Process(process);
-        Ok(Found::Waiting(Box::new(Guest { side, handed, entrusted })))
+        Ok(Found::Waiting(Guest { side, handed, entrusted }))
     }
 
     /// Serves the guest.
@@ -190,7 +166,7 @@ impl Taken {
         let state = State::found(entrusted.state, memory.extents(), memory.sources.len())?;
         memory.share(&state);
         memory.take_over()?;
-        let plan = Plan {
+        let plan = super::Plan {
             touch: self.record.touch,
             cores: &options.cores,
             idle_cores: options.idle_cores,
@@ -200,8 +176,21 @@ impl Taken {
         };
         let hello = self.hello()?;
         let door = self.door(options, &hello, inbox)?;
+        let link = Link::taken_over(hello, self.guard.clone(), self.certificate(), door);
+        let terms = Terms {
+            recovers: true,
+            has_bulk_lanes: self.record.bulk_lanes > 0,
+            is_checked: link.is_checked(),
+            is_private: memory.needs_touch(),
+            is_embedded: inbox.is_embedded(),
+            session: Some(session_of(&self.keeper)),
+            step_timeout: plan.step_timeout,
+        };
+        let recalled = Recalled::from(&self.record);
         let serving = Serving {
-            link: Link::taken_over(hello, self.guard.clone(), self.certificate(), door),
+            core: Core::recalled(terms, &recalled, Instant::now()),
+            link,
+            keeper: Some(self.keeper.clone()),
             lane: None,
             acks: self.record.capabilities & Capabilities::ACKS.0 != 0,
             lane_count: usize::from(self.record.bulk_lanes),
@@ -211,22 +200,15 @@ impl Taken {
         let memory = Arc::new(memory);
         let output = self.output.clone();
         let (mut migration, reach) = Migration::begin(&plan, output, inbox, memory, serving, host)?;
-        migration.keeper = Some(self.keeper.clone());
         // Those of the pages that had come before are gone with the process that summed them.
         migration.digests_are_known = false;
-        migration.recall(&self.record);
-        let begun = migration
+        let started = migration
             .start_faults(&reach)
-            .and_then(|()| migration.start_toucher(plan.touch, &prepared.side))
-            .and_then(|()| migration.take_over());
-        if let Err(error) = begun {
-            migration.end(Some(&error));
-            return Err(error);
+            .and_then(|()| migration.start_toucher(plan.touch, &prepared.side));
+        if let Err(error) = started {
+            return Err(migration.give_up(error, &mut prepared.side));
         }
-        if self.record.state == DestinationState::Loaded {
-            // If it comes to nothing now, this guest is ended, as the source's goes on.
-            prepared.side.doom()?;
-        }
+        migration.feed(Input::TakeOver, &mut prepared.side);
         let driven = migration.drive(&mut prepared.side).map(|(report, _)| report);
         let driven = driven.map_err(|error| self.guard.explain(error));
         observer.ended(driven.as_ref());
@@ -321,21 +303,15 @@ impl Taken {
 
     /// The guest has everything, and the source has not said goodbye. It would look for this side for ever.
     fn tell_of_completion(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
-        let record = &self.record;
-        let (switched, running) = (record.switched_at.map(when), record.running_at.map(when));
-        let ran_after =
-            switched.zip(running).map_or(Duration::ZERO, |(s, r)| r.saturating_duration_since(s));
-        let standing = Standing {
-            switched: true,
-            running: Some(u64::try_from(ran_after.as_micros()).unwrap_or(u64::MAX)),
-            totals: record.totals.into(),
-        };
+        let standing = Recalled::from(&self.record).standing(self.record.totals.into());
         let word = Word::Complete { standing, landing: landing(&self.record)? };
         self.output.remark("the guest has all of its memory; waiting for the source to tell it so");
         let told = self.farewell(options, inbox, word)?;
         self.has_undone(Undone::Heard { is_told: told });
         if !told {
-            self.output.remark(&source_does_not_know(&self.keeper));
+            let session = session_of(&self.keeper);
+            let (session, command) = (session.number.clone(), session.command());
+            self.output.tell(&Event::Remark(Remark::SourceUnaware { session, command }));
         }
         Ok(())
     }
@@ -361,8 +337,8 @@ impl Taken {
     /// Waits for the source, and tells it on its new lanes; false if it does not come.
     fn farewell(&self, options: &ResumeOptions, inbox: &Inbox<Note>, word: Word) -> Result<bool> {
         let door = self.door(options, &self.hello()?, inbox)?;
-        let mut farewell = Farewell::new(door, word, self.keeper.clone());
-        farewell.wait(inbox, Some(Instant::now() + FAREWELL_PATIENCE))
+        let until = Some(Instant::now() + FAREWELL_PATIENCE);
+        Farewell::new(door, word, self.keeper.clone(), until).wait(inbox)
     }
 }
 
@@ -448,56 +424,5 @@ fn receive(
                 Message::Loaded | Message::Qemu(_) | Message::Released => {}
             }
         }
-    }
-}
-
-impl Migration<'_> {
-    /// Where the process before this had come to.
-    fn recall(&mut self, record: &DestinationRecord) {
-        let &DestinationRecord { postcopy, background, stopped_us, .. } = record;
-        let mode = Mode { postcopy, background };
-        self.mode = mode;
-        self.runs = record.guest.runs;
-        self.phase = match record.state {
-            DestinationState::Loaded => Phase::Loaded { mode },
-            DestinationState::Switched => Phase::Switched { mode, stopped_us },
-            DestinationState::Running | DestinationState::Complete | DestinationState::Parted => {
-                Phase::Running { mode, stopped_us }
-            }
-        };
-        let (switched, running) = (record.switched_at.map(when), record.running_at.map(when));
-        let stopped_for = Duration::from_micros(stopped_us);
-        let ran_after =
-            switched.zip(running).map_or(Duration::ZERO, |(s, r)| r.saturating_duration_since(s));
-        let stopped = switched.map(|at| at.checked_sub(stopped_for).unwrap_or(at));
-        self.times = Times {
-            stopped,
-            switched,
-            running,
-            first_page: stopped,
-            cached: None,
-            downtime: stopped_for + ran_after,
-        };
-    }
-
-    /// Goes on, without lanes at first.
-    fn take_over(&mut self) -> Result<()> {
-        self.progress.watch().commit("the guest stays at the source")?;
-        if self.times.running.is_some() {
-            self.progress.watch().running(self.times.downtime);
-        }
-        self.guest.touch_again()?;
-        if self.guest.pages_missing() == 0 {
-            self.inbox.post().send(Note::AllCached);
-        }
-        // Those who serve faults read them from here on.
-        self.guest.wake_all()?;
-        if matches!(self.phase, Phase::Switched { .. }) {
-            self.host.run();
-        }
-        self.progress.phase("waiting");
-        let why = "another process has served this session before";
-        self.announce(why);
-        Ok(())
     }
 }

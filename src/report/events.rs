@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::control::event::{
-    Event, Missing, Pause, Place, Remark, Room, Route, Unanswered, Undone,
+    Event, Lost, Missing, Pause, Place, Remark, Room, Route, Unanswered, Undone, awaits_cont,
 };
 
 /// What a JSON event has beside its name.
@@ -270,6 +270,37 @@ fn remark(remark: &Remark) -> String {
         }
         Remark::DestinationNotTold { uri, reason } => format!(
             "the destination at {uri} was not told ({reason}); if a umem waits there, interrupt it twice"
+        ),
+        Remark::NotWritten { reason } => format!("{reason}; going on"),
+        Remark::NotResumed { reason } => format!("not resumed: {reason}"),
+        Remark::SourceMayGiveUp => {
+            "the source may be giving the guest up at this moment; going on, as nobody would have it \
+             then"
+                .into()
+        }
+        Remark::PagesNeeded { pages } => format!(
+            "the guest runs here and still needs {pages} pages from the source; stopping now would stop \
+             it, so this goes on until they have come"
+        ),
+        Remark::AwaitsCont { pages, goes_on } => {
+            let waits = awaits_cont(*pages);
+            match goes_on {
+                true => format!("{waits}, so this goes on until they have"),
+                false => format!(
+                    "{waits}; another interrupt ends the waiting, and leaves the guest as it is"
+                ),
+            }
+        }
+        Remark::InterruptAgainHere { lost } => {
+            let hint = match lost {
+                Lost::Owner => "interrupt again to end this one, if the guest runs there",
+                Lost::Pages => "interrupt again to leave it waiting for ever",
+            };
+            format!("{}; {hint}", lost.in_words())
+        }
+        Remark::SourceUnaware { session, command } => format!(
+            "the source has not heard that its guest is complete: if its umem comes back it is told by \
+             {command}, or end it there with `umem migrate --resume {session} --abandon`"
         ),
     }
 }

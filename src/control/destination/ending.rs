@@ -1,0 +1,186 @@
+//! How it ends: whose the guest is then, who is told, and what stays for a process that takes over.
+
+use umem_wire::destination::Phase;
+use umem_wire::{Fault, FaultCode, Standing};
+
+use super::{Core, Effect, Effects, Failure, Input, Now, Owner, Process, Stage, Voice};
+use crate::control::event::{Event, Remark};
+use crate::error::Error;
+
+/// What is decided when the threads end.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// The guest has all of its memory.
+    Complete,
+    /// It was not served again: all is as the process before this has left it.
+    Untouched(Error),
+    /// The guest waits here for a process that takes over, or for ever.
+    Stays(Error),
+    /// It ends with umem, or has ended.
+    Ends(Error),
+}
+
+/// How a migration has ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The guest has all of its memory. Where the source has not heard of it, what it has to hear if it comes.
+    Complete {
+        unheard: Option<Standing>,
+    },
+    Failed(Error),
+}
+
+impl Core {
+    /// Nothing can go on. Whoever knows better why is asked before anything is decided.
+    pub(super) fn fail(&mut self, failure: Failure, effects: &mut Effects) {
+        let Failure { error, voice } = failure;
+        let is_taken_up = !matches!(self.stage, Stage::TakingOver);
+        if is_taken_up {
+            self.stage = Stage::Seeking(voice);
+            effects.push(Effect::SeekCause(error));
+        } else {
+            // The guest waits as before, and so does its record.
+            self.stage = Stage::Stopping(Verdict::Untouched(error));
+            effects.push(Effect::EndThreads { told: None, has_failed: true });
+        }
+    }
+
+    /// Takes what happens while it ends.
+    pub(super) fn end(&mut self, input: Input, now: &Now, effects: &mut Effects) {
+        match (&self.stage, input) {
+            (&Stage::Seeking(voice), Input::Cause { error, process }) => {
+                self.decide(voice, error, process, effects);
+            }
+            // Nobody could say what has become of the guest: it is not ended for that.
+            (&Stage::Seeking(voice), Input::Failed(error)) => {
+                self.decide(voice, error, Process::Stays, effects);
+            }
+            (Stage::Stopping(_), Input::ThreadsEnded | Input::Failed(_)) => self.part(now, effects),
+            (Stage::Releasing, Input::Released) => self.say_goodbye(now, effects),
+            // In the first case the guest is complete; only its process has not been heard.
+            (Stage::Releasing | Stage::Ended, Input::Failed(error)) => {
+                self.finish(Outcome::Failed(error), effects);
+            }
+            (_, Input::Written { state, result }) => {
+                // An error here is told, and nothing else.
+                let _ = self.written(state, result, effects);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whose the guest is decides whether it stays, and with it what another process needs to go on. From *loaded*
+    /// on the source may have given its guest up. Then only the source ends this one, or somebody who knows better.
+    fn decide(&mut self, voice: Voice, error: Error, process: Process, effects: &mut Effects) {
+        let is_there = process != Process::Gone;
+        let stays = match self.owner() {
+            Owner::Source => false,
+            Owner::Undecided => {
+                is_there
+                    && self.terms.session.is_some()
+                    && !matches!(error, Error::Peer { .. } | Error::Interrupted(_))
+            }
+            Owner::Ours => process == Process::Stays,
+        };
+        let fault = match self.owner() {
+            Owner::Undecided | Owner::Ours if !stays => {
+                Fault { code: FaultCode::Ended, ..error.to_fault() }
+            }
+            _ => error.to_fault(),
+        };
+        let told = (voice == Voice::Tells).then_some(fault);
+        self.stage = Stage::Stopping(match stays {
+            true => Verdict::Stays(error),
+            false => Verdict::Ends(error),
+        });
+        effects.extend([Effect::Show("ending"), Effect::EndThreads { told, has_failed: true }]);
+    }
+
+    /// The threads have ended.
+    fn part(&mut self, now: &Now, effects: &mut Effects) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Ended);
+        let Stage::Stopping(verdict) = stage else { return };
+        match verdict {
+            Verdict::Complete => {
+                self.stage = Stage::Releasing;
+                effects.push(Effect::Release);
+            }
+            Verdict::Untouched(error) => self.finish(Outcome::Failed(error), effects),
+            Verdict::Ends(error) => {
+                effects.push(Effect::Forget);
+                let error = self.explain(error, now);
+                self.finish(Outcome::Failed(error), effects);
+            }
+            Verdict::Stays(error) => {
+                effects.push(Effect::LetWait);
+                if let Some(session) = &self.terms.session {
+                    effects.push(Effect::Report(Event::Stays {
+                        session: Some(session.number.clone()),
+                        is_loaded_only: self.owner() == Owner::Undecided,
+                        command: session.command(),
+                    }));
+                }
+                let error = self.explain(error, now);
+                self.finish(Outcome::Failed(error), effects);
+            }
+        }
+    }
+
+    /// The end of the session, unless the source has not heard of it: then there is somebody for it to
+    /// find, as long as this process stays, and a record for who resumes after that.
+    fn say_goodbye(&mut self, now: &Now, effects: &mut Effects) {
+        let unheard = match (&self.phase, &self.terms.session) {
+            (Phase::Completed(None), Some(session)) => {
+                let (session, command) = (session.number.clone(), session.command());
+                effects.push(Effect::Report(Event::Remark(Remark::SourceUnaware {
+                    session,
+                    command,
+                })));
+                Some(self.standing(now))
+            }
+            (Phase::Completed(None), None) => None,
+            _ => {
+                effects.push(Effect::Forget);
+                None
+            }
+        };
+        self.finish(Outcome::Complete { unheard }, effects);
+    }
+
+    fn finish(&mut self, outcome: Outcome, effects: &mut Effects) {
+        self.stage = Stage::Ended;
+        effects.push(Effect::Finish(outcome));
+    }
+
+    /// Adds what an error means for the guest.
+    fn explain(&self, error: Error, now: &Now) -> Error {
+        match error {
+            Error::Lost { side, lane, what } if self.owner() == Owner::Ours => Error::Lost {
+                side,
+                lane,
+                what: format!(
+                    "{what}; the guest runs here and waits for {} pages that only the source has: \
+                     do not start it there again",
+                    now.memory.pages_missing
+                ),
+            },
+            other => other,
+        }
+    }
+
+    /// The guest's process has ended too early.
+    pub(super) fn guest_died(&self, how: &str) -> Error {
+        match self.owner() {
+            _ if self.phase == Phase::Completing => Error::Ended(format!(
+                "the guest's process ended{how} when all of its memory had come, before its source had said \
+                 goodbye"
+            )),
+            Owner::Ours => Error::Ended(format!(
+                "the guest's process ended{how} before all of its memory had come"
+            )),
+            Owner::Source | Owner::Undecided => {
+                Error::Host(format!("it exited{how} before the guest arrived"))
+            }
+        }
+    }
+}

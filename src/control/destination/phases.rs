@@ -1,0 +1,306 @@
+//! From the source's first word to its goodbye: loading, the point of no return, the switchover, the last page.
+
+use std::time::Duration;
+
+use umem_wire::destination::{Input as Step, Mode, Phase};
+use umem_wire::{Event as Heard, Frame, RegionTable};
+
+use super::ending::Verdict;
+use super::{
+    Core, Effect, Effects, Exit, Failure, Now, Owner, Pages, Record, Stage, Voice, micros,
+    not_written,
+};
+use crate::control::event::{Event, Place, Remark, awaits_cont};
+use crate::error::{Error, Result};
+use crate::host::qemu::Qemu;
+use crate::session::DestinationState;
+
+type Handled = std::result::Result<(), Failure>;
+
+impl Core {
+    pub(super) fn begin(
+        &mut self,
+        landing: RegionTable,
+        now: &Now,
+        effects: &mut Effects,
+    ) -> Handled {
+        let ready = Frame::Ready(landing.units());
+        effects.push(Effect::Prepare);
+        self.step(Step::Received(&Heard::Regions(landing)), effects)?;
+        self.step(Step::GuestReady, effects)?;
+        effects.push(Effect::Send(ready));
+        self.link.liveness.begin(self.terms.has_bulk_lanes, now.at);
+        Ok(())
+    }
+
+    pub(super) fn received(&mut self, heard: Heard, now: &Now, effects: &mut Effects) -> Handled {
+        if let Heard::Error(fault) = heard {
+            return self.source_gives_up(fault, now, effects);
+        }
+        self.step(Step::Received(&heard), effects)?;
+        match heard {
+            Heard::Pong(number) => self.link.liveness.answered(number, now.at),
+            Heard::Stopped { postcopy, .. } => {
+                self.times.stopped = Some(now.at);
+                self.times.first_page = Some(now.at);
+                effects.push(Effect::Show(if postcopy { "switching" } else { "filling" }));
+                if postcopy {
+                    effects.push(Effect::StayAwake);
+                }
+                effects.push(Effect::Report(Event::StoppedAtSource { postcopy }));
+            }
+            // All of it.
+            Heard::DeviceState(state) => self.stage = Stage::Receiving { state },
+            Heard::Load { .. } => self.load(effects),
+            Heard::Switchover { stopped_us } => self.switch(stopped_us, now, effects),
+            // Before the question behind it is answered.
+            Heard::Complete(_) => {
+                effects.push(Effect::Write(Record::Parted));
+                self.complete(effects);
+            }
+            Heard::Digests(digests) if self.terms.is_checked => {
+                effects.push(Effect::Compare(digests));
+            }
+            Heard::Digests(_) => {
+                return Err(Error::protocol("demand lane", "digests that nobody asked for").into());
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, effects: &mut Effects) {
+        if let Stage::Receiving { state } = &mut self.stage {
+            let state = std::mem::take(state);
+            self.stage = Stage::Loading { runs: Qemu::runs_with(&state) };
+            effects.extend([Effect::StayAwake, Effect::Load(state)]);
+        }
+    }
+
+    /// The monitor has loaded the device state.
+    pub(super) fn loaded(&mut self, effects: &mut Effects) -> Handled {
+        if let Stage::Loading { runs } = self.stage {
+            self.stage = Stage::Loaded { runs };
+            self.commit_if_enough(effects);
+        }
+        Ok(())
+    }
+
+    /// Decides that the source may give its guest up, if the guest could run here. Without postcopy it could only
+    /// once every page is cached: the source has sent them all, but that is not their arrival.
+    fn commit_if_enough(&mut self, effects: &mut Effects) {
+        let Stage::Loaded { runs } = self.stage else { return };
+        let Phase::Loading { mode: Mode { postcopy, .. }, .. } = self.phase else { return };
+        if postcopy || self.is_cached() {
+            self.stage = Stage::Committing { runs };
+            effects.push(Effect::Commit);
+        }
+    }
+
+    pub(super) fn committed(&mut self, effects: &mut Effects) -> Handled {
+        let Stage::Committing { runs } = self.stage else { return Ok(()) };
+        let Phase::Loading { mode, .. } = self.phase else { return Ok(()) };
+        if self.terms.session.is_none() {
+            return self.say_loaded(effects);
+        }
+        self.stage = Stage::Writing;
+        effects.push(Effect::Write(Record::Loaded { mode, runs }));
+        Ok(())
+    }
+
+    /// Once the guest is this side's it goes on whether that can be written down or not: what is there says less
+    /// than is so, which the source makes up for.
+    pub(super) fn written(
+        &mut self,
+        state: DestinationState,
+        result: Result<()>,
+        effects: &mut Effects,
+    ) -> Handled {
+        match (&self.stage, state, result) {
+            (Stage::Writing, DestinationState::Loaded, result) => {
+                result?;
+                self.stage = Stage::Holding;
+                effects.push(Effect::Hold);
+            }
+            // Nobody waits for the first, and the second would be found again.
+            (_, DestinationState::Loaded | DestinationState::Complete, _) | (_, _, Ok(())) => {}
+            (_, _, Err(error)) => not_written(&error, effects),
+        }
+        Ok(())
+    }
+
+    pub(super) fn held(&mut self, effects: &mut Effects) -> Handled {
+        match self.stage {
+            Stage::Holding => self.say_loaded(effects),
+            _ => Ok(()),
+        }
+    }
+
+    /// From here on only the source knows whose the guest is.
+    fn say_loaded(&mut self, effects: &mut Effects) -> Handled {
+        self.step(Step::StateLoaded, effects)?;
+        self.stage = Stage::Awaiting;
+        effects.push(Effect::Send(Frame::Loaded));
+        if let Some(session) = &self.terms.session {
+            let (session, command) = (session.number.clone(), session.command());
+            effects.push(Effect::Report(Event::Resumable { session, command }));
+        }
+        Ok(())
+    }
+
+    /// The guest is this side's.
+    fn switch(&mut self, stopped_us: u64, now: &Now, effects: &mut Effects) {
+        self.times.switched = Some(now.at);
+        self.times.downtime = Duration::from_micros(stopped_us);
+        self.times.stopped = now.at.checked_sub(self.times.downtime).or(Some(now.at));
+        self.stage = Stage::Starting { is_told: false };
+        effects.extend([
+            Effect::Keep,
+            Effect::Write(Record::Switched { stopped_us, at: now.at }),
+            Effect::Run,
+        ]);
+    }
+
+    /// The monitor says that it runs.
+    pub(super) fn running(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+        let Stage::Starting { .. } = self.stage else { return Ok(()) };
+        let since_switchover =
+            self.times.switched.map_or(Duration::ZERO, |at| now.at.saturating_duration_since(at));
+        self.times.running = Some(now.at);
+        self.times.downtime += since_switchover;
+        let downtime = self.times.downtime;
+        effects.push(Effect::Write(Record::Running { at: now.at }));
+        self.step(Step::GuestRunning, effects)?;
+        self.stage = Stage::Serving;
+        effects.extend([
+            Effect::Send(Frame::Running { us_since_switchover: micros(since_switchover) }),
+            Effect::Sleep { downtime },
+            Effect::Report(Event::Running { place: Place::Destination, downtime }),
+            Effect::Show("filling"),
+        ]);
+        self.unregister_if_whole(effects);
+        Ok(())
+    }
+
+    pub(super) fn is_cached(&self) -> bool {
+        matches!(self.pages, Pages::Cached | Pages::Whole)
+    }
+
+    pub(super) fn all_cached(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+        self.times.cached = Some(now.at);
+        self.pages = match self.pages {
+            Pages::Released => Pages::Whole,
+            _ if self.terms.is_private => Pages::Cached,
+            _ => Pages::Whole,
+        };
+        if self.terms.is_private {
+            effects.extend([Effect::Show("touching"), Effect::TouchTheRest]);
+        }
+        self.commit_if_enough(effects);
+        self.unregister_if_whole(effects);
+        Ok(())
+    }
+
+    pub(super) fn all_released(&mut self, effects: &mut Effects) -> Handled {
+        self.pages = match self.pages {
+            Pages::Coming | Pages::Released => Pages::Released,
+            Pages::Cached | Pages::Whole => Pages::Whole,
+        };
+        self.unregister_if_whole(effects);
+        Ok(())
+    }
+
+    /// The guest runs and has every page: it leaves its userfaultfds at once.
+    fn unregister_if_whole(&mut self, effects: &mut Effects) {
+        if matches!(self.stage, Stage::Serving) && self.pages == Pages::Whole {
+            self.stage = Stage::Unregistering;
+            effects.push(Effect::Unregister);
+        }
+    }
+
+    /// Whether there still is a guest is asked before anybody is told that it is complete: pages of one whose
+    /// process is gone count as cached, as nobody misses them.
+    pub(super) fn unregistered(
+        &mut self,
+        exit: Option<Exit>,
+        unmapped_bytes: u64,
+        now: &Now,
+        effects: &mut Effects,
+    ) -> Handled {
+        let Stage::Unregistering = self.stage else { return Ok(()) };
+        if let Some(Exit::Failed { how }) = exit {
+            return Err(self.guest_died(&how).into());
+        }
+        effects.push(Effect::Free);
+        if unmapped_bytes > 0 {
+            effects.push(Effect::Report(Event::Unmapped { bytes: unmapped_bytes }));
+        }
+        effects.push(Effect::Write(Record::Complete { totals: now.memory.totals }));
+        self.step(Step::AllCached, effects)?;
+        self.stage = Stage::Parting;
+        effects.push(Effect::SendCompletion);
+        Ok(())
+    }
+
+    pub(super) fn interrupted(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+        if self.link.is_down() {
+            return self.interrupted_without_lanes(effects);
+        }
+        match self.owner() {
+            Owner::Source => {
+                return Err(Error::Interrupted("the guest stays at the source".into()).into());
+            }
+            Owner::Undecided => {
+                effects.push(Effect::Report(Event::Remark(Remark::SourceMayGiveUp)));
+            }
+            Owner::Ours => {
+                let pages = now.memory.pages_missing;
+                match self.stage {
+                    Stage::Starting { is_told } if !self.terms.is_embedded => {
+                        return self.interrupted_before_it_runs(is_told, pages, effects);
+                    }
+                    _ => effects.push(Effect::Report(Event::Remark(Remark::PagesNeeded { pages }))),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest is ours, and its monitor has not answered yet that it runs.
+    fn interrupted_before_it_runs(
+        &mut self,
+        is_told: bool,
+        pages: u64,
+        effects: &mut Effects,
+    ) -> Handled {
+        let how = self.terms.session.as_ref().map(super::Session::command);
+        // Who could not go on would lose what is missing.
+        let goes_on = how.is_none() && pages > 0;
+        if goes_on || !is_told {
+            effects.push(Effect::Report(Event::Remark(Remark::AwaitsCont { pages, goes_on })));
+            self.stage = Stage::Starting { is_told: is_told || !goes_on };
+            return Ok(());
+        }
+        let how =
+            how.map_or_else(String::new, |how| format!("; when it answers again, {how} goes on"));
+        let waits = awaits_cont(pages);
+        let error = Error::Interrupted(format!(
+            "{waits}: do not start the guest at the source again; ask the monitor with `query-status`{how}"
+        ));
+        Err(Failure { error, voice: Voice::Silent })
+    }
+
+    /// No lanes will replace those that are lost, where nothing has to come any more.
+    pub(super) fn lose(&mut self, effects: &mut Effects) -> Handled {
+        self.step(Step::Lost, effects)?;
+        self.complete(effects);
+        Ok(())
+    }
+
+    /// The guest is complete, whether the source has heard of it or not.
+    fn complete(&mut self, effects: &mut Effects) {
+        self.stage = Stage::Stopping(Verdict::Complete);
+        effects
+            .extend([Effect::Show("ending"), Effect::EndThreads { told: None, has_failed: false }]);
+    }
+}

@@ -1,0 +1,462 @@
+//! A destination beside a source that is a few rules, with umem killed and lanes lost between any two effects.
+//!
+//! The guest must never run on both sides, never be lost while it has not all of its memory, and in the end either
+//! both sides know where it is, or a record and a guest that waits are left for somebody to go on with.
+
+use std::collections::VecDeque;
+use std::panic::catch_unwind;
+use std::time::{Duration, Instant};
+
+use umem_wire::destination::Mode;
+use umem_wire::{Event as Heard, Fault, FaultCode, Frame, LaneRole, Totals};
+
+use super::super::takeover::{Found, Plan, Recalled, plan};
+use super::super::{Core, Effect, Entrance, Input, Memory, Now, Outcome, Process, Record};
+use super::{landing, lost, terms};
+use crate::error::Error;
+use crate::session::DestinationState;
+
+/// What happens to umem, or its lanes, before an effect of this number is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blow {
+    /// SIGKILL.
+    Kill,
+    /// All lanes are lost.
+    Cut,
+    /// Ctrl-C, or SIGTERM.
+    Interrupt,
+    /// A thread fails.
+    Fail,
+}
+
+/// What the source is about to do with its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// It is the source's, stopped or running.
+    Holds,
+    /// It has been given away: a switchover may be on its way.
+    Gave,
+    /// It has been resumed here, as the destination failed before the switchover.
+    Resumed,
+    /// The destination has all of it.
+    Done,
+    /// It was told that the guest has ended.
+    Mourns,
+}
+
+/// The guest's process at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guest {
+    /// It ends with umem.
+    Bound,
+    /// It waits if umem is killed, and ends with umem otherwise.
+    Held,
+    /// It waits for whoever takes over.
+    Kept,
+    /// It has all of its memory.
+    Free,
+    Ended,
+}
+
+struct World {
+    source: Source,
+    guest: Guest,
+    runs: bool,
+    pages_missing: u64,
+    record: Option<(DestinationState, Recalled)>,
+    /// Lanes are up, and what is on its way on them.
+    is_connected: bool,
+    to_source: VecDeque<Frame>,
+    to_core: VecDeque<Input>,
+    /// What else the core hears.
+    notes: VecDeque<Input>,
+    outcome: Option<Outcome>,
+    now: Instant,
+    /// What has happened, where that is to be told.
+    trace: Option<Vec<String>>,
+    is_private: bool,
+    /// How often there was nothing to do but wait.
+    rounds: u32,
+    /// Effects that have been done, and the blows that are to come.
+    done: usize,
+    blows: Vec<(usize, Blow)>,
+}
+
+impl World {
+    fn new(is_private: bool, blows: &[(usize, Blow)], is_traced: bool) -> World {
+        World {
+            source: Source::Holds,
+            guest: Guest::Bound,
+            runs: false,
+            pages_missing: 7,
+            record: None,
+            is_connected: true,
+            to_source: VecDeque::new(),
+            to_core: VecDeque::new(),
+            notes: VecDeque::new(),
+            outcome: None,
+            now: Instant::now(),
+            trace: is_traced.then(Vec::new),
+            is_private,
+            rounds: 0,
+            done: 0,
+            blows: blows.to_vec(),
+        }
+    }
+
+    fn note(&mut self, what: std::fmt::Arguments<'_>) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(what.to_string());
+        }
+    }
+
+    /// Nobody but the source knows whose the guest is in between; two never run.
+    fn check(&self) {
+        let at_source = matches!(self.source, Source::Holds | Source::Resumed);
+        assert!(!(self.runs && at_source), "it runs twice: {:#?}", self.trace);
+        let is_here = self.guest != Guest::Ended;
+        let is_whole = matches!(self.source, Source::Done);
+        assert!(at_source || is_here || is_whole, "the guest is lost: {:#?}", self.trace);
+    }
+
+    /// Umem at the destination lives until all has ended or it is killed; true if it was killed.
+    fn live(&mut self, mut core: Core, first: Input) -> bool {
+        let mut inputs = VecDeque::from([first]);
+        loop {
+            let Some(input) = inputs.pop_front().or_else(|| self.next_input()) else {
+                // Nothing more comes by itself: time passes.
+                self.now += Duration::from_secs(60);
+                self.rounds += 1;
+                assert!(self.rounds < 100, "it never ends: {:#?}", self.trace);
+                inputs.push_back(Input::Tick);
+                continue;
+            };
+            self.note(format_args!("{input:?}"));
+            for effect in core.handle(input, &self.at()) {
+                self.done += 1;
+                if let Some(at) = self.blows.iter().position(|&(at, _)| at == self.done) {
+                    let (_, blow) = self.blows.remove(at);
+                    self.note(format_args!("{blow:?}"));
+                    match blow {
+                        Blow::Kill => {
+                            self.kill();
+                            return true;
+                        }
+                        Blow::Cut => self.cut(),
+                        Blow::Interrupt => self.notes.push_back(Input::Interrupt),
+                        Blow::Fail => {
+                            let error = Error::Internal("a panic".into());
+                            self.notes.push_back(Input::Failed(error));
+                        }
+                    }
+                }
+                self.note(format_args!("-> {effect:?}"));
+                inputs.extend(self.carry_out(effect));
+                self.check();
+            }
+            if self.outcome.is_some() {
+                self.end();
+                return false;
+            }
+        }
+    }
+
+    fn at(&self) -> Now {
+        let memory = Memory { pages_missing: self.pages_missing, ..Memory::default() };
+        Now { at: self.now, memory }
+    }
+
+    fn next_input(&mut self) -> Option<Input> {
+        if let Some(note) = self.notes.pop_front() {
+            return Some(note);
+        }
+        if let Some(heard) = self.to_core.pop_front() {
+            return Some(heard);
+        }
+        let frame = self.to_source.pop_front()?;
+        self.source_hears(&frame);
+        Some(Input::Tick)
+    }
+
+    fn say(&mut self, heard: Heard) {
+        self.to_core.push_back(Input::Received(heard));
+    }
+
+    fn source_hears(&mut self, frame: &Frame) {
+        self.note(format_args!("source hears {frame:?}"));
+        match (self.source, frame) {
+            (Source::Holds, Frame::Ready(_)) => {
+                self.say(Heard::Stopped { postcopy: true, background: true });
+                self.say(Heard::DeviceState(vec![1, 2]));
+                self.say(Heard::Load { state_bytes: 2 });
+            }
+            (Source::Holds, Frame::Loaded) => {
+                self.source = Source::Gave;
+                self.say(Heard::Switchover { stopped_us: 3 });
+            }
+            (Source::Gave, Frame::Running { .. }) => self.send_pages(),
+            (Source::Gave, Frame::Resume(standing)) => match standing {
+                standing if !standing.switched => self.say(Heard::Switchover { stopped_us: 3 }),
+                standing if standing.running.is_some() => self.send_pages(),
+                _ => {}
+            },
+            (Source::Gave | Source::Done, Frame::Complete(_)) => {
+                self.source = Source::Done;
+                self.say(Heard::Complete(Totals::default()));
+            }
+            (Source::Resumed, Frame::Resume(_)) => {
+                let text = "the guest goes on here".into();
+                self.say(Heard::Error(Fault { code: FaultCode::Cancelled, text }));
+            }
+            (Source::Holds, Frame::Error(_)) => self.source = Source::Resumed,
+            (Source::Gave, Frame::Error(fault)) if fault.code == FaultCode::Ended => {
+                self.source = Source::Mourns;
+            }
+            _ => {}
+        }
+        self.check();
+    }
+
+    fn send_pages(&mut self) {
+        if self.pages_missing > 0 {
+            self.pages_missing = 0;
+            self.notes.push_back(Input::AllCached);
+        }
+    }
+
+    /// Everything on its way is gone, and a source that still has its guest goes on with it.
+    fn cut(&mut self) {
+        if !std::mem::replace(&mut self.is_connected, false) {
+            return;
+        }
+        self.to_source.clear();
+        self.to_core.clear();
+        self.notes.push_back(lost(LaneRole::Demand));
+        self.source_is_cut();
+    }
+
+    fn source_is_cut(&mut self) {
+        if self.source == Source::Holds {
+            self.source = Source::Resumed;
+        }
+    }
+
+    fn kill(&mut self) {
+        self.is_connected = false;
+        self.to_source.clear();
+        self.to_core.clear();
+        self.notes.clear();
+        self.source_is_cut();
+        if self.guest == Guest::Bound {
+            self.guest = Guest::Ended;
+            self.runs = false;
+        }
+        self.check();
+    }
+
+    /// A source that waits for a destination opens its lanes again.
+    fn dial(&mut self) {
+        if matches!(self.source, Source::Gave | Source::Resumed | Source::Done) {
+            self.notes.push_back(Input::Came);
+        }
+    }
+
+    fn write(&mut self, record: Record) {
+        let before = self.record.take().map(|(_, recalled)| recalled);
+        let mode = Mode { postcopy: true, background: true };
+        let mut recalled = before.unwrap_or(Recalled {
+            state: record.state(),
+            mode,
+            stopped_us: 0,
+            switched: None,
+            running: None,
+        });
+        recalled.state = record.state();
+        match record {
+            Record::Switched { stopped_us, at } => {
+                (recalled.stopped_us, recalled.switched) = (stopped_us, Some(at));
+            }
+            Record::Running { at } => recalled.running = Some(at),
+            Record::Loaded { .. } | Record::Complete { .. } | Record::Parted => {}
+        }
+        self.record = Some((record.state(), recalled));
+    }
+
+    fn carry_out(&mut self, effect: Effect) -> Option<Input> {
+        match effect {
+            Effect::Load(_) => self.notes.push_back(Input::Loaded),
+            Effect::Run => {
+                self.runs = true;
+                self.notes.push_back(Input::Running);
+            }
+            Effect::Commit => return Some(Input::Committed),
+            Effect::Write(record) => {
+                self.write(record);
+                return Some(Input::Written { state: record.state(), result: Ok(()) });
+            }
+            Effect::Hold => {
+                self.guest = Guest::Held;
+                return Some(Input::Held);
+            }
+            Effect::Doom => self.guest = Guest::Held,
+            Effect::Keep | Effect::LetWait if self.guest != Guest::Free => {
+                self.guest = Guest::Kept;
+            }
+            Effect::TakeUp => return Some(Input::TakenUp),
+            Effect::TouchTheRest => self.notes.push_back(Input::AllReleased),
+            Effect::Unregister => {
+                return Some(Input::Unregistered { exit: None, unmapped_bytes: 0 });
+            }
+            Effect::Free => self.guest = Guest::Free,
+            Effect::Send(frame) if self.is_connected => self.to_source.push_back(frame),
+            Effect::SendCompletion if self.is_connected => {
+                self.to_source.push_back(Frame::Complete(Totals::default()));
+            }
+            Effect::Sever => {
+                self.is_connected = false;
+                self.to_source.clear();
+                self.to_core.clear();
+                self.source_is_cut();
+                self.notes.push_back(Input::Quiet);
+                self.dial();
+            }
+            Effect::Settle => return Some(Input::Settled),
+            Effect::Reconnect { standing, is_complete } => {
+                self.is_connected = true;
+                self.to_source.push_back(Frame::Resume(standing));
+                if is_complete {
+                    self.to_source.push_back(Frame::Complete(Totals::default()));
+                }
+            }
+            Effect::SeekCause(error) => {
+                let process = match self.guest {
+                    Guest::Ended => Process::Gone,
+                    Guest::Bound | Guest::Held => Process::EndsWithUs,
+                    Guest::Kept | Guest::Free => Process::Stays,
+                };
+                return Some(Input::Cause { error, process });
+            }
+            Effect::EndThreads { told, .. } => {
+                if self.is_connected {
+                    self.to_source.extend(told.map(Frame::Error));
+                    while let Some(frame) = self.to_source.pop_front() {
+                        self.source_hears(&frame);
+                    }
+                    self.source_is_cut();
+                    self.is_connected = false;
+                }
+                return Some(Input::ThreadsEnded);
+            }
+            Effect::Release => return Some(Input::Released),
+            Effect::Forget => self.record = None,
+            Effect::Finish(outcome) => self.outcome = Some(outcome),
+            _ => {}
+        }
+        None
+    }
+
+    /// Umem ends by itself.
+    fn end(&mut self) {
+        if matches!(self.guest, Guest::Bound | Guest::Held) {
+            self.guest = Guest::Ended;
+            self.runs = false;
+        }
+        self.is_connected = false;
+        self.to_source.clear();
+        self.to_core.clear();
+        self.notes.clear();
+        self.check();
+    }
+
+    /// Somebody takes over, as often as it takes.
+    fn resume(&mut self) {
+        while let Some((state, recalled)) = self.record {
+            self.outcome = None;
+            let guest = self.guest;
+            self.note(format_args!("--resume, {state:?}, {guest:?}"));
+            let found = match self.guest {
+                Guest::Ended => Found::Ended,
+                _ => Found::Waiting(()),
+            };
+            match plan(state, found) {
+                Plan::Serve(()) => {
+                    // It is no child of this umem's, and ends with it only when it is told to.
+                    if self.guest == Guest::Held {
+                        self.guest = Guest::Kept;
+                    }
+                    let core = Core::recalled(
+                        super::Terms { is_private: self.is_private, ..terms() },
+                        &recalled,
+                        self.now,
+                    );
+                    self.dial();
+                    if !self.live(core, Input::TakeOver) && self.record.is_some() {
+                        return;
+                    }
+                }
+                Plan::Release(()) => {
+                    self.guest = Guest::Free;
+                    self.record = None;
+                }
+                Plan::Nothing => self.record = None,
+                Plan::TellOfCompletion => {
+                    self.source = Source::Done;
+                    self.record = None;
+                }
+                Plan::TellOfEnd => {
+                    assert_ne!(self.source, Source::Gave, "the guest is lost: {:#?}", self.trace);
+                    self.record = None;
+                }
+            }
+            self.check();
+        }
+    }
+
+    /// Where the guest is, when all has ended.
+    fn account(&self) -> &'static str {
+        match (self.source, self.guest) {
+            (Source::Resumed, Guest::Ended) => "at the source",
+            (Source::Done, Guest::Free) => "at the destination",
+            (_, Guest::Free | Guest::Kept) if self.record.is_some() => "waiting",
+            other => panic!("{other:?} is nobody's guest: {:#?}", self.trace),
+        }
+    }
+}
+
+/// How many effects a run has, and where its guest is in the end.
+fn run(is_private: bool, blows: &[(usize, Blow)]) -> (usize, &'static str) {
+    // What has happened is noted down where somebody wants to read it.
+    let quiet = catch_unwind(|| run_once(is_private, blows, false));
+    quiet.unwrap_or_else(|_| run_once(is_private, blows, true))
+}
+
+fn run_once(is_private: bool, blows: &[(usize, Blow)], is_traced: bool) -> (usize, &'static str) {
+    let mut world = World::new(is_private, blows, is_traced);
+    let terms = super::Terms { is_private, ..terms() };
+    let core = Core::new(terms, Some(Entrance::Listener), world.now);
+    world.live(core, Input::Begin(landing()));
+    world.resume();
+    (world.done, world.account())
+}
+
+#[test]
+fn a_migration_without_a_blow_ends_at_the_destination() {
+    for is_private in [false, true] {
+        assert_eq!(run(is_private, &[]).1, "at the destination");
+    }
+}
+
+#[test]
+fn the_guest_survives_any_blow_between_any_two_effects() {
+    let mut ends = std::collections::BTreeSet::new();
+    for is_private in [false, true] {
+        let (effects, _) = run(is_private, &[]);
+        for at in 1..=effects {
+            for blow in [Blow::Kill, Blow::Cut, Blow::Interrupt, Blow::Fail] {
+                ends.insert(run(is_private, &[(at, blow)]).1);
+            }
+        }
+    }
+    let ends: Vec<_> = ends.into_iter().collect();
+    assert_eq!(ends, ["at the destination", "at the source"]);
+}

@@ -1,0 +1,331 @@
+//! Drives the core of this side ([`control::destination`](crate::control::destination)): what has happened goes in,
+//! what is to be done comes out and is done here.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::time::Instant;
+
+use nix::poll::PollFlags;
+use umem_wire::{Frame, LaneRole, transmit};
+
+use super::demand::Command;
+use super::farewell::{Farewell, Word};
+use super::guest::GuestRegion;
+use super::side::GuestSide;
+use super::{Migration, Note, ending};
+use crate::control::destination::{
+    Effect, Entrance, Exit, FreeSpace, Input, Memory, Now, Outcome, Process,
+};
+use crate::error::{Error, Result};
+use crate::host::thread::Answer;
+use crate::idle;
+use crate::inbox::Wake;
+use crate::lane::{Listener, lane_name};
+use crate::report::Completed;
+use crate::{panics, worker};
+
+impl Migration<'_> {
+    /// Goes on until everything has ended. After an error before the switchover the source is told, so
+    /// that its guest goes on there.
+    pub(super) fn drive(mut self, side: &mut GuestSide) -> Result<(Completed, Option<Farewell>)> {
+        let mut watches_guest = true;
+        loop {
+            match self.outcome.take() {
+                None => {
+                    // What is to become of the guest after a panic is decided as after any other failure.
+                    let turned = panics::caught(|| self.turn(side, &mut watches_guest));
+                    if let Err(error) = turned {
+                        self.feed(Input::Failed(error), side);
+                    }
+                }
+                Some(Outcome::Failed(error)) => return Err(error),
+                Some(Outcome::Complete { unheard }) => {
+                    let farewell = unheard.and_then(|standing| {
+                        let word = Word::Complete { standing, landing: self.landing.clone() };
+                        Some(Farewell::new(self.link.leave()?, word, self.keeper.clone()?, None))
+                    });
+                    return Ok((self.report(), farewell));
+                }
+            }
+        }
+    }
+
+    /// Ends a migration that has not begun for this reason.
+    pub(super) fn give_up(mut self, error: Error, side: &mut GuestSide) -> Error {
+        self.feed(Input::Failed(error), side);
+        match self.outcome {
+            Some(Outcome::Failed(error)) => error,
+            _ => unreachable!("the core ends with an error when it is given one"),
+        }
+    }
+
+    /// Waits for something to happen, and has it handled.
+    fn turn(&mut self, side: &mut GuestSide, watches_guest: &mut bool) -> Result<()> {
+        let has_toucher = self.threads.toucher.is_some();
+        let watched = if *watches_guest { side.watched(has_toucher) } else { Vec::new() };
+        let of_guest = watched.len();
+        let fds: Vec<_> =
+            watched.into_iter().map(|fd| (fd, PollFlags::POLLIN)).chain(self.link.fds()).collect();
+        let deadlines = self.core.deadline().into_iter().chain(self.link.deadline());
+        let due = deadlines.min().map(|at| at.saturating_duration_since(Instant::now()));
+        let interval = self.progress.interval();
+        panics::point(format_args!("control {}", self.core.phase_name()));
+        match self.inbox.wait_for(&fds, Some(due.map_or(interval, |due| due.min(interval))))? {
+            Wake::Timeout => {}
+            Wake::Signal => self.feed(Input::Interrupt, side),
+            Wake::Ready(index) if index >= of_guest => self.link.answer(index - of_guest)?,
+            Wake::Ready(index) => {
+                if side.has_ended(index)? {
+                    *watches_guest = false;
+                    let exit = self.exit(side);
+                    self.feed(Input::GuestEnded(exit), side);
+                }
+            }
+            Wake::Message(note) => {
+                if let Some(input) = self.input(note) {
+                    self.feed(input, side);
+                }
+            }
+        }
+        if let Some(input) = self.link.look(self.core.refusal()) {
+            self.feed(input, side);
+        }
+        if let Some(why) = self.guest.take_shortage() {
+            let free = self.free_space();
+            self.feed(Input::ShortOfTables { why, free }, side);
+        }
+        self.feed(Input::Tick, side);
+        self.progress.update();
+        Ok(())
+    }
+
+    /// Has the core handle this, and whatever comes of what it has done.
+    pub(super) fn feed(&mut self, input: Input, side: &mut GuestSide) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            let now = self.now();
+            for effect in self.core.handle(input, &now) {
+                match self.carry_out(effect, side) {
+                    Ok(result) => inputs.extend(result),
+                    // What is behind it is not done.
+                    Err(error) => {
+                        inputs.push_back(Input::Failed(error));
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        let counters = &self.guest.counters;
+        let memory = Memory {
+            pages_missing: self.guest.pages_missing(),
+            bytes_missing: self.guest.bytes_missing(),
+            pages_done: counters.pages_done.load(SeqCst),
+            bytes_moved: counters.done_bytes() + counters.state_bytes.load(Relaxed),
+            checksum_errors: counters.checksum_errors.load(Relaxed),
+            totals: counters.totals(),
+        };
+        Now { at: Instant::now(), memory }
+    }
+
+    /// What a note is to the core; none if it is nothing.
+    fn input(&mut self, note: Note) -> Option<Input> {
+        Some(match note {
+            Note::Received(event) => Input::Received(event),
+            Note::AllCached => Input::AllCached,
+            Note::AllReleased => Input::AllReleased,
+            Note::BulkEnded => return None,
+            Note::Failed(error) => self.failed(error),
+            Note::Quiet => Input::Quiet,
+            Note::Settled => Input::Settled,
+            Note::Pause => {
+                self.progress.watch().heard();
+                Input::Pause
+            }
+            Note::Resume(uri) => {
+                self.progress.watch().heard();
+                Input::Resume(uri)
+            }
+            Note::Found { order, uri, found } => Input::Found { order, uri, found },
+            Note::Listen(listener) => {
+                self.link.offer(super::link::Offer::Listener(listener));
+                Input::Offered(Entrance::Listener)
+            }
+            Note::Reconnect(sockets) => {
+                self.link.offer(super::link::Offer::Connections(sockets));
+                Input::Offered(Entrance::Given)
+            }
+            Note::Host(Answer::Loaded(Ok(()))) => Input::Loaded,
+            Note::Host(Answer::Running(Ok(()))) => Input::Running,
+            Note::Host(
+                Answer::Prepared(Err(error))
+                | Answer::Loaded(Err(error))
+                | Answer::Running(Err(error)),
+            ) => Input::Failed(error),
+            Note::Host(_) => return None,
+        })
+    }
+
+    /// What a thread could not go on for.
+    fn failed(&self, error: Error) -> Input {
+        match error {
+            Error::Lost { ref lane, .. } => {
+                let is_demand = *lane == lane_name(LaneRole::Demand, 0);
+                let lane = if is_demand { LaneRole::Demand } else { LaneRole::Bulk };
+                Input::LaneLost { lane, error }
+            }
+            Error::OutOfMemory(_) => Input::NoRoom { error, free: self.free_space() },
+            error => Input::Failed(error),
+        }
+    }
+
+    fn free_space(&self) -> Option<FreeSpace> {
+        let least = self.guest.least_room();
+        least.map(|(ram, bytes)| FreeSpace { ram: ram.to_owned(), bytes })
+    }
+
+    /// How the guest's process has ended, which it has, or is about to.
+    fn exit(&self, side: &mut GuestSide) -> Exit {
+        let has_all = self.guest.pages_missing() == 0 && !self.guest.has_missed();
+        // Its socket and its memory may be gone a moment before it is known to have ended. The status of a process
+        // that is not our child is not known.
+        side.exits_within(ending::EXIT_PATIENCE);
+        let status = side.status();
+        let has_failed = match status {
+            Some(status) => !status.success(),
+            None => side.process().is_some_and(|process| process.monitor.is_child()),
+        };
+        match has_all && !has_failed {
+            true => Exit::Fine,
+            false => Exit::Failed {
+                how: status.map_or_else(String::new, |status| format!(" ({status})")),
+            },
+        }
+    }
+
+    fn process(&self, side: &GuestSide) -> Process {
+        let is_there = side.process().is_some() && !side.has_exited() && !self.guest.is_gone();
+        match is_there {
+            false => Process::Gone,
+            true if side.ends_with_us() => Process::EndsWithUs,
+            true => Process::Stays,
+        }
+    }
+
+    /// Does one thing. What comes of it goes back to the core.
+    fn carry_out(&mut self, effect: Effect, side: &mut GuestSide) -> Result<Option<Input>> {
+        match effect {
+            Effect::Prepare => self.host.prepare(),
+            Effect::Load(state) => self.host.load_state(state),
+            Effect::Run => self.host.run(),
+            Effect::StayAwake => {
+                self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));
+            }
+            Effect::Sleep { downtime } => {
+                self.awake = None;
+                self.progress.watch().running(downtime);
+            }
+            Effect::Commit => {
+                self.progress.watch().commit("the guest stays at the source")?;
+                return Ok(Some(Input::Committed));
+            }
+            Effect::Write(record) => {
+                let state = record.state();
+                return Ok(Some(Input::Written { state, result: self.write(record) }));
+            }
+            Effect::WriteAddress(uri) => {
+                return Ok(self.write_address(&uri).err().map(Input::AddressNotWritten));
+            }
+            Effect::Hold => {
+                side.hold()?;
+                return Ok(Some(Input::Held));
+            }
+            Effect::Doom => side.doom()?,
+            Effect::Keep => side.keep()?,
+            // Where this fails its process ends, as its side is told by the same socket.
+            Effect::LetWait => drop(side.keep()),
+            Effect::TakeUp => {
+                self.guest.touch_again()?;
+                // Those who serve faults read them from here on.
+                self.guest.wake_all()?;
+                return Ok(Some(Input::TakenUp));
+            }
+            Effect::TouchTheRest => {
+                self.threads.toucher.iter().for_each(super::touch::Toucher::touch_the_rest);
+            }
+            Effect::Unregister => {
+                self.guest.unregister_all()?;
+                let has_ended = self.guest.is_gone() || side.has_exited();
+                let exit = has_ended.then(|| self.exit(side));
+                let unmapped_bytes = self.guest.unmapped_bytes();
+                return Ok(Some(Input::Unregistered { exit, unmapped_bytes }));
+            }
+            Effect::Free => {
+                self.guest.regions.iter().for_each(GuestRegion::end_move);
+                side.is_complete();
+            }
+            Effect::Compare(digests) => self.source_digests = Some(digests),
+            Effect::Send(frame) => self.send(&frame),
+            Effect::SendCompletion => self.threads.command(Command::Send(self.completion())),
+            Effect::Ping(number) => self.threads.command(Command::Ping(number)),
+            Effect::Sever => self.sever(),
+            Effect::Settle => self.inbox.post().send(Note::Settled),
+            Effect::RollBack => self.guest.roll_back()?,
+            Effect::Reconnect { standing, is_complete } => self.reconnect(standing, is_complete)?,
+            Effect::DropLanes => self.link.drop_lanes(),
+            Effect::LookUp { order, uri } => {
+                let (post, named) = (self.inbox.post(), uri.clone());
+                let tell = move |found| post.send(Note::Found { order, uri: named, found });
+                return Ok(Listener::look_up(&uri, tell).err().map(Input::NotResumed));
+            }
+            Effect::Bind { uri, found } => {
+                let bound = self.link.bind(&uri, &found, &self.output);
+                return Ok(Some(bound.map_or_else(Input::NotResumed, |uri| Input::Bound { uri })));
+            }
+            Effect::Open => self.link.open(&self.output),
+            Effect::Decline => self.link.decline(),
+            Effect::ForgetGiven => self.link.forget_given(),
+            Effect::MeasureRoom => return Ok(Some(Input::Room(self.free_space()))),
+            Effect::Entered(phase) => self.progress.watch().entered(phase),
+            Effect::Show(name) => self.progress.phase(name),
+            Effect::Report(event) => self.output.tell(&event),
+            Effect::SeekCause(error) => {
+                let error = worker::first_cause(self.inbox, error);
+                return Ok(Some(Input::Cause { error, process: self.process(side) }));
+            }
+            Effect::EndThreads { told, has_failed } => {
+                self.end(told.as_ref(), has_failed);
+                return Ok(Some(Input::ThreadsEnded));
+            }
+            Effect::Release => {
+                side.release(self.inbox, &self.output)?;
+                return Ok(Some(Input::Released));
+            }
+            Effect::Forget => self.forget_session(),
+            Effect::Finish(outcome) => self.outcome = Some(outcome),
+        }
+        Ok(None)
+    }
+
+    /// What is said once everything is here.
+    pub(super) fn completion(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if self.is_checked && self.digests_are_known {
+            transmit::encode(&Frame::Digests(self.guest.digests.get()), &mut bytes);
+        }
+        transmit::encode(&Frame::Complete(self.guest.counters.totals()), &mut bytes);
+        bytes
+    }
+
+    fn send(&self, frame: &Frame) {
+        self.threads.command(Command::Send(encoded(frame)));
+    }
+}
+
+pub(super) fn encoded(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    transmit::encode(frame, &mut bytes);
+    bytes
+}
