@@ -303,6 +303,7 @@ impl Migration<'_> {
                 side.release(self.inbox, &self.output)?;
                 return Ok(Some(Input::Released));
             }
+            Effect::EndGuest => side.end(),
             Effect::Forget => self.forget_session(),
             Effect::Finish(outcome) => self.outcome = Some(outcome),
         }

@@ -147,6 +147,11 @@ impl GuestSide {
         self.process().is_some_and(|process| !process.monitor.is_released())
     }
 
+    /// Ends its process, unless that stays whatever happens to umem.
+    pub(crate) fn end(&mut self) {
+        self.process_mut().into_iter().for_each(|process| process.monitor.end());
+    }
+
     /// How the guest's process has ended, where it is a child.
     pub(crate) fn status(&mut self) -> Option<ExitStatus> {
         self.process_mut()?.monitor.status().ok().flatten()

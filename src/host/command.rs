@@ -327,6 +327,20 @@ impl Monitor {
         self.signal_all(libc::SIGTERM);
     }
 
+    /// Ends the process, unless it stays whatever happens to umem.
+    ///
+    /// Its vCPUs have never run here, or would read zeroes from now on: there is nothing to shut down gently. A
+    /// thread that waits in a page fault can be killed; the userfaultfd dies with the process.
+    pub(crate) fn end(&mut self) {
+        if self.released {
+            return;
+        }
+        self.signal_all(libc::SIGKILL);
+        if let Some(owner) = &self.owner {
+            owner.kill();
+        }
+    }
+
     /// Sends a signal to the process; where we have started it, to its whole process group.
     ///
     /// The group comes first: the process may end by the signal at once, and from the moment at which it is
@@ -374,13 +388,7 @@ impl Drop for Monitor {
         if self.released || (self.survives_panics && std::thread::panicking()) {
             return;
         }
-        // Its vCPUs have never run here, or would read zeroes from now on: there is nothing to shut
-        // down gently. A thread that waits in a page fault can be killed; the userfaultfd dies with
-        // the process.
-        self.signal_all(libc::SIGKILL);
-        if let Some(owner) = &self.owner {
-            owner.kill();
-        }
+        self.end();
         if let Some(child) = &mut self.child {
             let _ = child.wait();
         }

@@ -107,7 +107,9 @@ impl Core {
             }
             Verdict::Untouched(error) => self.finish(Outcome::Failed(error), effects),
             Verdict::Ends(error) => {
-                effects.push(Effect::Forget);
+                // In this order: a process that is killed in between leaves a record of a guest that has ended, and
+                // no guest that nobody knows of.
+                effects.extend([Effect::EndGuest, Effect::Forget]);
                 let error = self.explain(error, now);
                 self.finish(Outcome::Failed(error), effects);
             }

@@ -315,6 +315,8 @@ pub(crate) enum Effect {
     Release,
     /// After a failure: have the guest's process wait for whoever takes over. One that cannot be told so ends.
     LetWait,
+    /// After a failure: end the guest's process, unless it is to stay whatever happens to umem.
+    EndGuest,
     /// Nobody has to take over any more: remove the record.
     Forget,
     /// This is how it has ended.

@@ -346,7 +346,7 @@ fn a_source_that_gives_up_after_its_bulk_lanes_close_is_believed() {
     );
     assert_eq!(
         bench.says(Input::ThreadsEnded),
-        "Forget, Finish(the source gave up: why)"
+        "EndGuest, Forget, Finish(the source gave up: why)"
     );
 }
 
@@ -479,7 +479,7 @@ fn a_session_that_cannot_be_taken_over_writes_and_holds_nothing() {
     bench.feed(cause);
     assert_eq!(
         bench.says(Input::ThreadsEnded),
-        "Forget, Finish(the guest's monitor: failed)"
+        "EndGuest, Forget, Finish(the guest's monitor: failed)"
     );
 }
 

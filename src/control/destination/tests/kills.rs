@@ -348,6 +348,9 @@ impl World {
                 return Some(Input::ThreadsEnded);
             }
             Effect::Release => return Some(Input::Released),
+            Effect::EndGuest if matches!(self.guest, Guest::Bound | Guest::Held) => {
+                (self.guest, self.runs) = (Guest::Ended, false);
+            }
             Effect::Forget => self.record = None,
             Effect::Finish(outcome) => self.outcome = Some(outcome),
             _ => {}
@@ -459,4 +462,18 @@ fn the_guest_survives_any_blow_between_any_two_effects() {
     }
     let ends: Vec<_> = ends.into_iter().collect();
     assert_eq!(ends, ["at the destination", "at the source"]);
+}
+
+#[test]
+fn the_guest_survives_any_two_blows() {
+    let (effects, _) = run(false, &[]);
+    for first in 1..=effects {
+        for second in first + 1..=2 * effects {
+            for one in [Blow::Kill, Blow::Cut] {
+                for other in [Blow::Kill, Blow::Cut, Blow::Interrupt, Blow::Fail] {
+                    run(false, &[(first, one), (second, other)]);
+                }
+            }
+        }
+    }
 }
