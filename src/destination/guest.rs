@@ -122,6 +122,11 @@ impl GuestMemory {
         }
     }
 
+    /// The memory is the process `pid`'s. Without this it is this process's.
+    pub(crate) fn belongs_to(&mut self, pid: u32) {
+        self.sources.iter_mut().for_each(|source| source.belongs_to(pid));
+    }
+
     /// Pages that were asked for have come.
     pub(crate) fn count_demand(&self, pages: u64) {
         Counters::add(&self.counters.pages_demand, pages);

@@ -63,6 +63,11 @@ impl GuestSide {
         }
     }
 
+    /// The process whose memory it is, where that is not this one.
+    pub(crate) fn memory_pid(&self) -> Option<u32> {
+        self.process().map(GuestProcess::memory_pid)
+    }
+
     fn process_mut(&mut self) -> Option<&mut GuestProcess> {
         match self {
             GuestSide::Process(process) => Some(process),
@@ -331,9 +336,14 @@ impl GuestProcess {
         ))
     }
 
+    /// The process whose memory it is, which may be one that ours has started.
+    fn memory_pid(&self) -> u32 {
+        self.monitor.owner().unwrap_or(self.monitor.pid())
+    }
+
     /// Whose memory it is, whether that process is stopped, and why it does not answer in words.
     fn silence(&self) -> (u32, bool, String) {
-        let pid = self.monitor.owner().unwrap_or(self.monitor.pid());
+        let pid = self.memory_pid();
         match standstill(pid) {
             Some(Standstill::Stopped) => {
                 (pid, true, format!("it is stopped, and `kill -CONT {pid}` lets it go on"))

@@ -42,6 +42,9 @@ impl<'a> Migration<'a> {
         let Open { mut lanes, guard, receiver, adopted, keeping } = open;
         let Adopted { regions, sources, landing } = adopted;
         let mut guest = GuestMemory::new(regions, sources);
+        if let Some(pid) = side.memory_pid() {
+            guest.belongs_to(pid);
+        }
         let keeper = keeping.map(|keeping| keeping.begin(&mut guest, side)).transpose();
         let is_checked = lanes.demand.is_checked();
         let keeper =

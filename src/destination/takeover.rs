@@ -163,6 +163,9 @@ impl Taken {
         let mut prepared = Prepared::again(side, handed);
         let Adopted { regions, sources, landing } = prepared.adopt(&landing)?;
         let mut memory = GuestMemory::new(regions, sources);
+        if let Some(pid) = prepared.side.memory_pid() {
+            memory.belongs_to(pid);
+        }
         let state = State::found(entrusted.state, memory.extents(), memory.sources.len())?;
         memory.share(&state);
         memory.take_over()?;

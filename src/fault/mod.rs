@@ -8,4 +8,5 @@
 pub(crate) mod handoff;
 pub(crate) mod open;
 pub(crate) mod own;
+pub(crate) mod pagemap;
 pub(crate) mod uffd;

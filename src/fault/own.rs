@@ -12,6 +12,7 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::open::{self, DEVICE, Faults};
+use super::pagemap;
 use super::uffd::Uffd;
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
@@ -25,11 +26,6 @@ const FEATURES: [(u64, &str); 6] = [
     (open::MINOR_HUGETLBFS, "MINOR_HUGETLBFS (Linux 5.13)"),
     (open::MINOR_SHMEM, "MINOR_SHMEM (Linux 5.14)"),
 ];
-
-/// Present in memory, or swapped out (`Documentation/admin-guide/mm/pagemap.rst`).
-const PAGEMAP_POPULATED: u64 = 1 << 63 | 1 << 62;
-/// Entries of the page map read at a time.
-const PAGEMAP_ENTRIES: usize = 8192;
 
 /// A piece of this process's memory that is to be filled.
 #[derive(Clone, Debug)]
@@ -226,7 +222,9 @@ fn check(area: &Area, is_registered: bool) -> Result<Checked> {
         return Err(wrong("its address and size must be multiples of its page size"));
     }
     let is_anonymous = !area.kind().lands_in_file();
-    if is_anonymous && is_populated(&area.addresses).context(|| "/proc/self/pagemap")? {
+    if is_anonymous
+        && pagemap::is_populated(None, &area.addresses).context(|| "/proc/self/pagemap")?
+    {
         return Err(wrong(
             "it has contents already, which no fault would ever replace: discard them with \
              madvise(MADV_DONTNEED), and do not touch it before it is registered",
@@ -300,26 +298,6 @@ fn mappings(smaps: impl BufRead, range: &Range<u64>) -> io::Result<Option<Vec<Ma
         }
     }
     Ok(None)
-}
-
-/// Whether any page of the range holds something.
-fn is_populated(range: &Range<u64>) -> io::Result<bool> {
-    let mut map = File::open("/proc/self/pagemap")?;
-    let page_bytes = small_page_bytes();
-    map.seek(SeekFrom::Start(range.start / page_bytes * 8))?;
-    let mut left = usize::try_from((range.end - range.start) / page_bytes).expect("64-bit Linux");
-    let mut entries = vec![0; PAGEMAP_ENTRIES * 8];
-    while left > 0 {
-        let count = left.min(PAGEMAP_ENTRIES);
-        let entries = &mut entries[..count * 8];
-        map.read_exact(entries)?;
-        let (words, _) = entries.as_chunks::<8>();
-        if words.iter().any(|word| u64::from_ne_bytes(*word) & PAGEMAP_POPULATED != 0) {
-            return Ok(true);
-        }
-        left -= count;
-    }
-    Ok(false)
 }
 
 #[cfg(test)]

@@ -1,14 +1,19 @@
 //! A userfaultfd of the guest's process, and its *gate*: who makes pages visible, or cached, holds it
 //! open, who reads events closes it ([why](super)).
 
+use std::io;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::fault::uffd::Uffd;
+use crate::fault::pagemap;
+use crate::fault::uffd::{Placed, Stop, Uffd};
+use crate::memory::small_page_bytes;
 use crate::memory::words::Events;
 
 /// A userfaultfd of the guest's process.
 pub(crate) struct FaultSource {
     pub(crate) uffd: Uffd,
+    /// The process whose memory it is; none where it is this one's.
+    pid: Option<u32>,
     /// Where its events are read into, if another process may have to carry them out.
     pub(crate) events: Option<Events>,
     gate: RwLock<()>,
@@ -16,7 +21,33 @@ pub(crate) struct FaultSource {
 
 impl FaultSource {
     pub(crate) fn new(uffd: Uffd) -> FaultSource {
-        FaultSource { uffd, events: None, gate: RwLock::new(()) }
+        FaultSource { uffd, pid: None, events: None, gate: RwLock::new(()) }
+    }
+
+    /// The memory is another process's.
+    pub(super) fn belongs_to(&mut self, pid: u32) {
+        self.pid = Some(pid);
+    }
+
+    /// Copies pages to the guest, as [`Uffd::copy`] does, and says [`Stop::Already`] only of a page that is there.
+    ///
+    /// The kernel answers EEXIST also for a huge page for which the pool, or a limit of the process's cgroup, has none:
+    /// it looks whether there is a place for the page, and not whether that place is empty (`hugetlb_mfill_atomic_pte`
+    /// in mm/hugetlb.c). `page_bytes` is the size of the guest's pages.
+    ///
+    /// # Errors
+    /// ENOMEM where the page is not there, or the page map of its process cannot be read.
+    pub(super) fn copy(&self, address: u64, bytes: &[u8], page_bytes: u64) -> io::Result<Placed> {
+        let placed = self.uffd.copy(address, bytes)?;
+        if placed.stop != Some(Stop::Already) || page_bytes == small_page_bytes() {
+            return Ok(placed);
+        }
+        // Pages that were copied before this one are copied again when it is tried again, and are there then.
+        let at = address + placed.bytes;
+        match pagemap::is_populated(self.pid, &(at..at + page_bytes)) {
+            Ok(true) => Ok(placed),
+            Ok(false) | Err(_) => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
+        }
     }
 
     /// For who makes pages visible, or cached.

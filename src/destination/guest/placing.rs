@@ -89,7 +89,8 @@ impl GuestMemory {
     /// One page of the guest's size.
     fn show(&self, region: &GuestRegion, offset: u64) -> Result<bool> {
         let part = region.part_at(offset);
-        let uffd = &self.sources[part.source].uffd;
+        let source = &self.sources[part.source];
+        let uffd = &source.uffd;
         let (address, len) = (part.address + (offset - part.offset), region.page_bytes());
         // A page of zeroes is in no file yet; a neighbour that lands in the same huge page may
         // allocate it between the two calls, so that the first one works the second time.
@@ -106,7 +107,7 @@ impl GuestMemory {
                 region.file().allocate_page(offset)?;
                 continue;
             }
-            match zero(region, uffd, address, len)?.stop {
+            match zero(region, source, address, len)?.stop {
                 None => return Ok(true),
                 Some(Stop::Again) => return Ok(false),
                 Some(Stop::Gone) => break,
@@ -141,7 +142,7 @@ impl GuestMemory {
                 if placed.stop == Some(Stop::NotPresent) {
                     // Page by page where it was to be data: the one that was discarded.
                     let len = if kind == RunKind::Data { region.page_bytes() } else { to - at };
-                    placed = zero(region, &source.uffd, address, len)?;
+                    placed = zero(region, source, address, len)?;
                 }
                 at += placed.bytes;
                 match placed.stop {
@@ -157,12 +158,17 @@ impl GuestMemory {
 }
 
 /// Zeroes at an address; UFFDIO_ZEROPAGE does not know the pages of hugetlb.
-fn zero(region: &GuestRegion, uffd: &Uffd, address: u64, len: u64) -> Result<Placed> {
+fn zero(region: &GuestRegion, source: &FaultSource, address: u64, len: u64) -> Result<Placed> {
     if region.memory.has_zero_page() {
-        return uffd.zero(address, len).map_err(|error| failed(region, error));
+        return source.uffd.zero(address, len).map_err(|error| failed(region, error));
     }
     let page = usize::try_from(region.page_bytes()).expect("64-bit Linux");
-    uffd.copy(address, &ZEROES[..page]).map_err(|error| failed(region, error))
+    copy(region, source, address, &ZEROES[..page])
+}
+
+/// Copies whole pages to an address.
+fn copy(region: &GuestRegion, source: &FaultSource, address: u64, bytes: &[u8]) -> Result<Placed> {
+    source.copy(address, bytes, region.page_bytes()).map_err(|error| failed(region, error))
 }
 
 /// Copies whole pages to the guest. False when events are pending. Where the kernel says that they are not mapped, or
@@ -180,8 +186,7 @@ fn copy_in(
     let (mut at, mut most) = (0, bytes.len());
     while at < bytes.len() {
         let len = most.min(bytes.len() - at);
-        let placed = source.uffd.copy(address + at as u64, &bytes[at..at + len]);
-        let placed = placed.map_err(|error| failed(region, error))?;
+        let placed = copy(region, source, address + at as u64, &bytes[at..at + len])?;
         at += usize::try_from(placed.bytes).expect("a buffer's length");
         match placed.stop {
             None => {}
