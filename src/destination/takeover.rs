@@ -161,7 +161,7 @@ impl Taken {
             HostThread::<dyn DestinationHost>::start(self.host(entrusted.qmp), inbox.post())?;
         let landing = landing(&self.record)?;
         let mut prepared = Prepared::again(side, handed);
-        let Adopted { regions, sources, landing } = prepared.adopt(&landing)?;
+        let Adopted { regions, sources, landing } = prepared.adopt_again(&landing)?;
         let mut memory = GuestMemory::new(regions, sources);
         if let Some(pid) = prepared.side.memory_pid() {
             memory.belongs_to(pid);

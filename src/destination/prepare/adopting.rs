@@ -26,13 +26,24 @@ pub(crate) struct Adopted {
 }
 
 impl Prepared {
-    /// Compares the source's regions with ours, checks that they fit and that there is room, and makes
-    /// the guest's memory of them in the source's order.
+    /// Compares the regions of a source that has come with ours, checks that they fit, that there is room and that
+    /// nothing is there yet, and makes the guest's memory of them in the source's order.
     pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<Adopted> {
         if self.wants_alone {
             check_alone(&self.handed)?;
         }
-        let mut found = self.regions(theirs)?;
+        let found = self.regions(theirs)?;
+        check_empty(&found)?;
+        self.adopt_found(found, theirs)
+    }
+
+    /// The same of memory into which pages have come already, for whoever takes a session over.
+    pub(crate) fn adopt_again(&mut self, theirs: &RegionTable) -> Result<Adopted> {
+        let found = self.regions(theirs)?;
+        self.adopt_found(found, theirs)
+    }
+
+    fn adopt_found(&self, mut found: Vec<Found>, theirs: &RegionTable) -> Result<Adopted> {
         let ours = found
             .iter()
             .map(|region| Region {
@@ -139,14 +150,6 @@ impl Found {
                 file.bytes
             )));
         }
-        if let Some(at) =
-            file.as_ref().map(|file| file.next_data_in(0..bytes)).transpose()?.flatten()
-        {
-            return Err(Error::Unsupported(format!(
-                "RAM {name}: its file was empty when the guest here mapped it, and holds data at byte {at} by now: \
-                 another program writes to it; end that one, or start this guest again with a new file"
-            )));
-        }
         let page_shift = file.as_ref().map_or(page_shift, |file| file.page_shift);
         if kind.needs_touch() && page_shift != 12 {
             return Err(Error::Unsupported(format!(
@@ -202,6 +205,25 @@ impl Found {
         let setup = RegionSetup { name, kind, bytes, unit_shift, page_shift, file, parts };
         GuestRegion::new(setup)
     }
+}
+
+/// Each RAM file was empty when the guest here mapped it. A program that asks for no lock may have written to it since,
+/// and what it wrote would stay wherever the source's guest has nothing.
+fn check_empty(regions: &[Found]) -> Result<()> {
+    for (region, file) in regions.iter().filter_map(|r| Some((r, r.file.as_ref()?))) {
+        // Looking through holes of hugetlbfs reads them.
+        if file.file_bytes()? == 0 {
+            continue;
+        }
+        if let Some(at) = file.next_data_in(0..region.bytes)? {
+            return Err(Error::Unsupported(format!(
+                "RAM {}: its file was empty when the guest here mapped it, and holds data at byte {at} by now: \
+                 another program writes to it; end that one, and start this guest again with a new file",
+                region.name
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// What else to do where there is no room.
