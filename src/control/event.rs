@@ -195,15 +195,6 @@ pub(crate) enum Lost {
     Pages,
 }
 
-impl Lost {
-    pub(crate) fn in_words(self) -> &'static str {
-        match self {
-            Lost::Owner => "the source may have given its guest up, and only it knows",
-            Lost::Pages => "the guest here waits for pages that only the source has",
-        }
-    }
-}
-
 /// What a destination waits for whose monitor has not answered.
 pub(crate) fn awaits_cont(pages_missing: u64) -> String {
     format!(

@@ -75,7 +75,9 @@ impl<E: Effect> Effects<E> {
 
     /// Something else follows than the answer that the last one has: that one is not carried out.
     pub(crate) fn drop_question(&mut self) {
-        self.0.pop_back_if(|effect| effect.has_answer());
+        if self.0.back().is_some_and(Effect::has_answer) {
+            self.0.pop_back();
+        }
     }
 }
 

@@ -565,6 +565,15 @@ impl Core {
     }
 }
 
+impl Lost {
+    pub(crate) fn in_words(self) -> &'static str {
+        match self {
+            Lost::Owner => "the source may have given its guest up, and only it knows",
+            Lost::Pages => "the guest here waits for pages that only the source has",
+        }
+    }
+}
+
 /// Says what lacks, how much of it, and what to do.
 fn say_shortage(what: &str, free: Option<&FreeSpace>, now: &Now, effects: &mut Effects) -> String {
     let missing = now.memory.bytes_missing;

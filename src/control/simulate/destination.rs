@@ -438,7 +438,7 @@ impl World {
     pub(super) fn leave_destination(&mut self) {
         let is_loaded = self.is_phase(|phase| matches!(phase, Phase::Loaded { .. }))
             || self.destination.record == Some(State::Loaded);
-        let is_in_vain = !self.habits.is_kept && !self.destination.has_all();
+        let is_in_vain = !self.habits.is_kept && (is_loaded || !self.destination.has_all());
         if is_loaded && self.runs_here || is_in_vain {
             self.note(format_args!("the person ends the destination"));
             self.destination.record = None;

@@ -37,7 +37,7 @@ enum State {
 
 enum Process {
     Migration(Box<Source>),
-    Leftover(Leftover),
+    Leftover(Box<Leftover>),
 }
 
 pub(super) struct SourceSide {
@@ -82,7 +82,7 @@ impl SourceSide {
             late: None,
             sent: BTreeSet::new(),
             has_memory: true,
-            kills: (0..count).map(|_| random.below(45)).collect(),
+            kills: (0..count).map(|_| random.below(60)).collect(),
             is_paused: false,
             is_by_hand: false,
             has_left: false,
@@ -198,9 +198,11 @@ impl World {
         let (session, uri) = ("5e55".to_owned(), World::uri());
         let now = self.instant();
         self.source.process = Some(match disk.state {
-            State::Stopped => Process::Leftover(Leftover::stopped(session, uri, disk.epoch)),
+            State::Stopped => {
+                Process::Leftover(Box::new(Leftover::stopped(session, uri, disk.epoch)))
+            }
             State::Completed => {
-                Process::Leftover(Leftover::completed(session, uri, disk.epoch, now))
+                Process::Leftover(Box::new(Leftover::completed(session, uri, disk.epoch, now)))
             }
             State::Committed => {
                 let left = Left {

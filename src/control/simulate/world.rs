@@ -188,21 +188,23 @@ impl World {
 
     /// What happens from outside, until everything is well.
     fn plan(&mut self) {
+        // Mostly after the switchover: a migration that ends before it is a short one.
+        let begin = Duration::from_millis([0, 500, 1500, 1500][self.random.below(4) as usize]);
         for _ in 0..[0, 1, 1, 2, 4][self.random.below(5) as usize] {
-            let at = self.random.millis(14);
+            let at = begin + self.random.millis(13);
             let whole = self.random.percent(70);
             self.at(at, Happening::Cut { whole });
         }
         for _ in 0..[0, 0, 1, 2][self.random.below(4) as usize] {
-            let at = self.random.millis(14);
+            let at = begin + self.random.millis(13);
             self.at(at, Happening::KillDestination);
         }
         for _ in 0..[0, 0, 0, 1, 2][self.random.below(5) as usize] {
-            let at = self.random.millis(14);
+            let at = begin + self.random.millis(13);
             self.at(at, Happening::Interrupt);
         }
         for _ in 0..[0, 0, 0, 1][self.random.below(4) as usize] {
-            let at = self.random.millis(13);
+            let at = begin + self.random.millis(12);
             self.at(at, Happening::Pause);
             let later = at + self.random.millis(13);
             self.at(later, Happening::Resume);
@@ -435,7 +437,9 @@ impl World {
     }
 
     fn arrives(&mut self, link: u32, lane: Lane, to_source: bool) -> Duration {
-        let soonest = self.now + self.random.millis(6);
+        // Pages take longer, so that there is something to break.
+        let bits = if lane == Lane::Bulk && !to_source { 10 } else { 6 };
+        let soonest = self.now + self.random.millis(bits);
         let last = self.arrivals.entry((link, lane, to_source)).or_default();
         *last = (*last).max(soonest);
         *last

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use umem_wire::source::{Input as Step, Phase};
-use umem_wire::{Event as Said, Frame};
+use umem_wire::{Event as Said, FaultCode, Frame};
 
 use super::{
-    Doing, Effect, Goodbye, Input, Moment, Outcome, Parted, PutBack, Record, Source, Then,
+    Doing, Effect, Goodbye, Input, Moment, Outcome, Parted, PutBack, Record, Source, Then, peer,
 };
 use crate::control::calling::{Call, Called, Next, Word};
 use crate::control::event::{Event, Remark};
@@ -131,6 +131,8 @@ impl Source {
                 self.finish(Parted::Heard, now);
                 Ok(())
             }
+            // Its guest has not had the goodbye: neither side has completed.
+            (Said::Error(fault), _) if fault.code == FaultCode::Ended => Err(peer(fault.clone())),
             // It knows that everything has come.
             (Said::Error(_), _) => Ok(()),
             _ => self.step(Step::Received(&event)),

@@ -162,7 +162,7 @@ impl Source {
 
     pub(super) fn look_after_monitor(&mut self, now: &Moment) {
         let Doing::Resuming(resuming) = &mut self.doing else { return };
-        if !resuming.deadline().is_some_and(|until| until <= now.at) {
+        if resuming.deadline().is_none_or(|until| until > now.at) {
             return;
         }
         match resuming.patience {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use umem_wire::{Event as Said, PageSize, Region, RegionTable, Standing, Totals};
+use umem_wire::{Event as Said, FaultCode, PageSize, Region, RegionTable, Standing, Totals};
 
 use super::*;
 
@@ -136,6 +136,24 @@ fn lanes_lost_while_memory_is_compared_leave_a_goodbye_to_be_dialled() {
     assert!(has(&effects, is_call), "{effects:?}");
     let effects = bench.tell(Input::Called(Called::Heard));
     assert!(matches!(effects[..], [Effect::FreeRest, Effect::Forget]), "{effects:?}");
+}
+
+#[test]
+fn a_guest_that_ends_before_the_goodbye_is_answered_fails_the_migration() {
+    for (code, has_failed) in [(FaultCode::Ended, true), (FaultCode::Other, false)] {
+        let mut bench = Bench::new(true, false);
+        bench.serve();
+        bench.tell(Input::Monitor(Answer::PutBack(Ok(()))));
+        bench.say(Said::Running { us_since_switchover: 1 });
+        let effects = bench.say(Said::Complete(Totals::default()));
+        assert!(has(&effects, |effect| matches!(effect, Effect::Goodbye(Goodbye::Asked))));
+        let effects = bench.say(Said::Error(Fault { code, text: "why".into() }));
+        assert_eq!(has(&effects, |effect| matches!(effect, Effect::Forget)), has_failed);
+        assert_eq!(bench.core.has_ended(), has_failed);
+        if has_failed {
+            assert!(matches!(bench.failure(), (Error::Peer { .. }, Guest::Complete)));
+        }
+    }
 }
 
 #[test]
