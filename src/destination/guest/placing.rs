@@ -9,7 +9,7 @@ use super::{
     COPIED_PAGE_BYTES_MAX, FaultSource, GuestMemory, GuestRegion, PageId, Part, failed, what,
 };
 use crate::error::{Context, Error, Result};
-use crate::fault::uffd::{Placed, Stop, Uffd};
+use crate::fault::uffd::{Placed, Stop};
 use crate::memory::claims::RunKind;
 use crate::memory::pages::PageState;
 
