@@ -437,7 +437,7 @@ mod tests {
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Stop, Event::Failed(failure)] = &events[..] else { panic!("{events:?}") };
         assert_eq!(failure.guest, Guest::AtSource);
-        assert!(failure.error.to_string().contains("demand lane: why"), "{}", failure.error);
+        assert!(failure.error.to_string().contains("(demand lane): why"), "{}", failure.error);
     }
 
     #[test]

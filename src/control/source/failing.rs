@@ -92,16 +92,20 @@ impl Source {
 
     fn give_up(&mut self, error: Error, now: &Moment) {
         let untold = self.untold(&error);
+        let is_given_away = !self.phase.may_run() && self.switchover != Switchover::Refused;
+        if !is_given_away && self.times.stopped.is_some() {
+            // Before the destination hears that it does not get the guest: whoever resumes would look there for one
+            // that has ended. If it cannot be written, both sides are asked then.
+            self.do_next(Effect::Persist(Record::Stopped));
+        }
         self.do_next(Effect::EndThreads(Some(error.to_fault())));
-        if !self.phase.may_run() && self.switchover != Switchover::Refused {
+        if is_given_away {
             return self.is_given_away(error);
         }
         self.do_next(Effect::Ask(Question::Resume));
         let patience = if self.times.stopped.is_none() {
             Patience::Tidy { until: now.at + TIDY_PATIENCE }
         } else {
-            // If it cannot be written, whoever resumes asks both sides before anything is said to the destination.
-            self.do_next(Effect::Persist(Record::Stopped));
             let until = now.at + RESUME_PATIENCE;
             // Whoever has interrupted knows what for.
             match error {
