@@ -61,7 +61,7 @@ pub(super) struct SourceSide {
     kills: VecDeque<u64>,
     /// What a person has been told, and has not acted on.
     is_paused: bool,
-    is_by_hand: bool,
+    pub(super) is_by_hand: bool,
     /// A process has ended without the guest.
     pub(super) has_left: bool,
     began: Duration,
@@ -360,12 +360,12 @@ impl World {
     fn carry_out(&mut self, effect: Effect) -> Result<()> {
         match effect {
             Effect::Persist(record) => {
+                // Of a record that is not vital and cannot be written a person has to decide after a kill.
                 let fails = !self.is_well() && self.random.percent(self.habits.disk);
-                match fails {
-                    true if record.is_vital() => return Err(Error::Host("no space".into())),
-                    true => {}
-                    false => self.persist(&record),
+                if fails && record.is_vital() {
+                    return Err(Error::Host("no space".into()));
                 }
+                self.persist(&record);
             }
             Effect::Forget => self.forget(),
             Effect::Commit if self.habits.cancels && self.source.number == 1 => {

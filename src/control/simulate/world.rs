@@ -300,6 +300,7 @@ impl World {
             && !self.source.is_alive()
             && !self.destination.is_alive()
             && self.source.record.is_none()
+            && !self.source.is_by_hand
             && self.destination.is_settled()
     }
 
@@ -570,8 +571,10 @@ impl World {
                 Answer::Resumed(result)
             }
         };
-        // One that answers something else does not answer.
-        if !self.is_well() && self.random.percent(self.habits.wrong) {
+        // One that answers something else does not answer. Where that is whether a lost switchover may leave again,
+        // nothing but a new process ends the waiting yet (docs/design/control.md).
+        let is_silent = !self.is_well() && self.random.percent(self.habits.wrong);
+        if is_silent && question != Question::StandsStill {
             return;
         }
         self.soon(Happening::Answered { process, answer });
