@@ -802,7 +802,7 @@ static void misused(const char *socket) {
     OK(umem_source_wait(source, DEADLINE_MS, &event));
     CHECK(event.kind == UMEM_EVENT_FAILED && event.status == UMEM_ERR_CONNECT);
     CHECK(event.guest == UMEM_GUEST_AT_SOURCE && strstr(event.text, uri));
-    wrong(umem_source_stopped(source), UMEM_ERR_USAGE, "nobody has asked");
+    wrong(umem_source_stopped(source), UMEM_ERR_USAGE, "has not asked");
     umem_source_destroy(source);
     umem_source_destroy(NULL);
 
@@ -840,8 +840,8 @@ static void misused(const char *socket) {
     OK(umem_destination_listen(destination, uri, 1));
     OK(umem_destination_start(destination));
     CHECK(is_registered(of_file));
-    wrong(umem_destination_running(destination), UMEM_ERR_USAGE, "nobody has asked");
-    wrong(umem_destination_refuse(destination, "why"), UMEM_ERR_USAGE, "nobody has asked");
+    wrong(umem_destination_running(destination), UMEM_ERR_USAGE, "has not asked");
+    wrong(umem_destination_refuse(destination, "why"), UMEM_ERR_USAGE, "has not asked");
     wrong(umem_destination_pause(destination), UMEM_ERR_USAGE, "no connections yet");
     wrong(umem_destination_resume(destination, NULL), UMEM_ERR_USAGE, "no connections yet");
     wrong(umem_destination_reconnect(destination, pair, 2), UMEM_ERR_USAGE, "no connections yet");

@@ -98,7 +98,11 @@ impl Source {
             // that has ended. If it cannot be written, both sides are asked then.
             self.do_next(Effect::Persist(Record::Stopped));
         }
-        self.do_next(Effect::EndThreads(Some(error.to_fault())));
+        // After the commit a panic is told as a kill is: by the lanes' end. The destination then waits for the umem that
+        // takes this session over, and does not give up as well.
+        let is_kept = is_given_away && self.plan.recovers && self.plan.kept.is_some();
+        let is_told = !(is_kept && matches!(error, Error::Internal(_)));
+        self.do_next(Effect::EndThreads(is_told.then(|| error.to_fault())));
         if is_given_away {
             return self.is_given_away(error);
         }

@@ -222,3 +222,18 @@ fn where_nothing_can_be_waited_for_it_ends_at_once_in_every_state() {
         assert!(bench.core.has_ended(), "{:?}", bench.core);
     }
 }
+
+/// The destination waits for the umem that takes the session over, as after a kill.
+#[test]
+fn a_panic_after_the_commit_is_told_by_the_end_of_the_lanes_alone() {
+    for is_kept in [true, false] {
+        let mut bench = Bench::new(is_kept, false);
+        bench.serve();
+        let effects = bench.tell(Input::NotDone(Error::Internal("why".into())));
+        let told = effects.iter().find_map(|effect| match effect {
+            Effect::EndThreads(fault) => Some(fault.is_some()),
+            _ => None,
+        });
+        assert_eq!(told, Some(!is_kept), "{effects:?}");
+    }
+}
