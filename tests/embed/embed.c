@@ -845,7 +845,7 @@ static void misused(const char *socket) {
     wrong(umem_destination_pause(destination), UMEM_ERR_USAGE, "no connections yet");
     wrong(umem_destination_resume(destination, NULL), UMEM_ERR_USAGE, "no connections yet");
     wrong(umem_destination_reconnect(destination, pair, 2), UMEM_ERR_USAGE, "no connections yet");
-    wrong(umem_destination_guest_has_stopped(destination), UMEM_ERR_USAGE, "goes on");
+    wrong(umem_destination_guest_has_stopped(destination), UMEM_ERR_USAGE, "still runs");
     umem_destination *second = umem_destination_new();
     OK(umem_destination_region(second, "ram0", memory, BYTES, -1));
     OK(umem_destination_listen(second, uri, 1));

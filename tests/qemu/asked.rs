@@ -66,7 +66,8 @@ fn the_end_of_qemu_is_noticed_though_the_script_goes_on_that_started_it() {
         let scratch = Scratch::new();
         let machine = small(QemuVersion::V10_0);
         let qemu = machine.command_line(&scratch, Side::Destination).join(" ");
-        let given = ["sh".into(), "-c".into(), format!("{qemu}; sleep 1000; true")];
+        let given =
+            ["sh".into(), "-c".into(), format!("exec 2>/dev/null; {qemu}; sleep 1000; true")];
         let (mut source, _) = source(&machine, &scratch);
         let mut destination = Destination::by(&given, &machine, &scratch, &[], ANYWHERE);
         let program = machine.version.program();
@@ -85,12 +86,12 @@ fn the_end_of_qemu_is_noticed_though_the_script_goes_on_that_started_it() {
             let umem = migrate(&source, tap.uri(), &["-p"]);
             destination.umem.event("connected");
             kill();
-            says(&destination.umem.fails(), "it exited");
+            says(&destination.umem.fails(), "exited");
             tap.cut();
             umem.fails();
         } else {
             kill();
-            says(&destination.umem.fails(), "it exited");
+            says(&destination.umem.fails(), "exited");
         }
         assert_eq!(source.qmp.status(), "running");
         assert_eq!(scratch.processes("destination"), []);

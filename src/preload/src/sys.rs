@@ -81,6 +81,7 @@ mod number {
     pub(super) const MLOCKALL: c_long = 151;
     pub(super) const FUTEX: c_long = 202;
     pub(super) const FALLOCATE: c_long = 285;
+    pub(super) const PROCESS_VM_READV: c_long = 310;
     pub(super) const USERFAULTFD: c_long = 323;
 }
 #[cfg(not(target_arch = "x86_64"))]
@@ -93,6 +94,7 @@ mod number {
     pub(super) const MMAP: c_long = 222;
     pub(super) const MADVISE: c_long = 233;
     pub(super) const MLOCKALL: c_long = 230;
+    pub(super) const PROCESS_VM_READV: c_long = 270;
     pub(super) const USERFAULTFD: c_long = 282;
 }
 
@@ -221,21 +223,49 @@ pub(crate) unsafe fn madvise(address: *mut c_void, length: usize, advice: c_int)
     unsafe { c::syscall(number::MADVISE, address, length, c_long::from(advice)) as c_int }
 }
 
+/// A page that is discarded as often as that between two system calls is no page that somebody uses.
+const WRITE_TRIES: u32 = 16;
+
 /// Has the kernel write to the page at `address`, four bytes aligned, by an atomic operation that changes nothing of it:
-/// futex(2) with FUTEX_WAKE_OP, which needs no futex to be there. What is not mapped is an error, where a write of this
-/// process's own would end it. Waits, as a write would, for a page that a userfaultfd has to bring.
+/// futex(2) with FUTEX_WAKE_OP, which needs no futex to be there. An address that is not mapped is an error, where a
+/// write of this process's own would end the process.
+///
+/// futex(2) does not wait for a page that a userfaultfd has to bring: it fails with EFAULT. process_vm_readv(2) waits, so
+/// a byte of such a page is read first. The page may be discarded in between, so both are tried [`WRITE_TRIES`] times.
 pub(crate) fn write_nothing(address: usize) -> Result<(), c_int> {
     const FUTEX_WAKE_OP: c_long = 5;
     const FUTEX_PRIVATE_FLAG: c_long = 128;
     /// Or with nothing (FUTEX_OP_OR, 0), and compare with nothing.
     const OR_NOTHING: c_long = 2 << 28;
-    let address = address as c_long;
     let operation = FUTEX_WAKE_OP | FUTEX_PRIVATE_FLAG;
     let none: c_long = 0;
-    // SAFETY: the kernel checks the address, and no bit changes there.
-    let result =
-        unsafe { c::syscall(number::FUTEX, address, operation, none, none, address, OR_NOTHING) };
-    if result >= 0 { Ok(()) } else { Err(last_errno()) }
+    for _ in 0..WRITE_TRIES {
+        let at = address as c_long;
+        // SAFETY: the kernel checks the address, and no bit changes there.
+        let result =
+            unsafe { c::syscall(number::FUTEX, at, operation, none, none, at, OR_NOTHING) };
+        match result {
+            0.. => return Ok(()),
+            _ if last_errno() != EFAULT => return Err(last_errno()),
+            _ => read_byte(address)?,
+        }
+    }
+    // It can be read and not written: it is mapped so.
+    Err(EFAULT)
+}
+
+/// Has the kernel read a byte at `address`, and waits for a page that a userfaultfd has to bring.
+fn read_byte(address: usize) -> Result<(), c_int> {
+    let mut byte = 0u8;
+    let into = Iovec { base: (&raw mut byte).cast_const(), length: 1 };
+    let from = Iovec { base: std::ptr::with_exposed_provenance(address), length: 1 };
+    let (into, from) = (&raw const into, &raw const from);
+    let (one, none): (c_long, c_long) = (1, 0);
+    // SAFETY: getpid passes no memory.
+    let pid = c_long::from(unsafe { c::getpid() });
+    // SAFETY: one byte is written, to a variable of ours; the kernel checks where it is read from.
+    let result = unsafe { c::syscall(number::PROCESS_VM_READV, pid, into, one, from, one, none) };
+    if result == 1 { Ok(()) } else { Err(last_errno()) }
 }
 
 pub(crate) fn fallocate(descriptor: c_int, mode: c_int, offset: i64, length: i64) -> c_int {
