@@ -5,6 +5,8 @@
 //! is umem's own, which checks every word that it reads while its memory arrives, and all of it at the
 //! end.
 
+#![allow(clippy::print_stdout, reason = "a test may say what it does")]
+
 mod support;
 
 use nix::fcntl::{FallocateFlags, fallocate};

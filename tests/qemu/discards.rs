@@ -1,14 +1,8 @@
 //! Guests that give memory back to their host while they arrive.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-
-use nix::sys::signal::Signal;
-use serde_json::json;
-
 use crate::destination::Destination;
 use crate::moving::{Moved, Moving};
-use crate::support::{Machine, QemuVersion, Qmp, Ram, Scratch, Side, wait_for};
+use crate::support::{Machine, QemuVersion, Scratch, Side};
 use crate::{boot, migrate};
 
 #[test]
@@ -86,50 +80,4 @@ fn has_virtio_mem(version: QemuVersion) {
     }
     moving.is_whole_at_the_destination();
     moving.umem.succeeds();
-}
-
-/// A DIMM goes while its memory comes: QEMU unmaps it, and what is still to come has no place any more.
-#[test]
-fn memory_that_is_unplugged_while_it_arrives_is_thrown_away() {
-    for (version, becomes_private) in
-        [(QemuVersion::V7_2, false), (QemuVersion::V10_0, false), (QemuVersion::V10_0, true)]
-    {
-        let scratch = Scratch::new();
-        let ram = vec![Ram { id: "ram0", mib: 64 }, Ram { id: "ram1", mib: 128 }];
-        let machine = Machine { ram, becomes_private, ..Machine::bare(version) };
-        let mut source = machine.start(&scratch);
-        // QEMU unmaps nothing as long as one of its threads waits for a page.
-        source.qmp.execute("stop", json!({}));
-        let memory = machine.ram_file(&scratch, Side::Source, "ram1");
-        let memory = File::options().write(true).open(memory).expect("QEMU has made it");
-        memory.write_all_at(&vec![0xa5; 8 << 20], 0).expect("shared memory has room");
-        let kind = if becomes_private { "private" } else { "shared" };
-        let mut destination =
-            Destination::start_with(&machine, &scratch, &["--kind", kind], "tcp:127.0.0.1:0");
-        let mut umem = migrate(&source, &destination.uri, &["-p", "-n"]);
-        umem.event("running");
-        destination.umem.event("running");
-
-        let mut guest = Qmp::connect(&destination.qmp);
-        guest.execute("device_del", json!({ "id": "dimm-ram1" }));
-        // As a guest's system does when it has given the memory up: the first slot is ejected.
-        for line in ["o /w 0xa00 0", "o /b 0xa14 8"] {
-            guest.execute("human-monitor-command", json!({ "command-line": line }));
-        }
-        guest.execute("object-del", json!({ "id": "ram1" }));
-        let name = machine.ram_file(&scratch, Side::Destination, "ram1").display().to_string();
-        wait_for("the end of its mapping", || {
-            let maps = fs::read_to_string(format!("/proc/{}/maps", destination.guest_pid));
-            (!maps.expect("it runs").contains(&name)).then_some(())
-        });
-        // Nobody has asked for them.
-        umem.signal(Signal::SIGINT);
-        umem.event("completed");
-        assert_eq!(destination.umem.event("unmapped")["bytes"], 128 << 20, "{version:?} {kind}");
-        destination.umem.event("completed");
-        umem.succeeds();
-        guest.quit();
-        destination.umem.succeeds();
-        source.qmp.quit();
-    }
 }
