@@ -16,7 +16,7 @@ const DIMM_MIB: u64 = 128;
 
 #[test]
 fn a_dimm_that_is_unplugged_while_its_pages_come_keeps_nobody() {
-    for options in [&[][..], &["--checksum"], &["--release-ram"]] {
+    for options in [&[][..], &["--checksum"]] {
         is_unplugged(QemuVersion::V10_0, false, options);
     }
 }

@@ -22,6 +22,11 @@ impl HugePages {
         let pool = OpenOptions::new().read(true).write(true).open(POOL);
         let pool = pool.unwrap_or_else(|error| panic!("{POOL}: {error}; run the tests as root"));
         let pool = Flock::lock(pool, FlockArg::LockExclusive).expect("a lock");
+        // Pages of the test before this one that were still in use when it gave them back: they leave the pool by
+        // themselves.
+        super::wait_for("huge pages of others to leave the pool", || {
+            (HugePages::count("surplus_hugepages") == 0).then_some(())
+        });
         let mut huge = HugePages { pool, pages_before: 0 };
         huge.pages_before = huge.pool_pages();
         let wanted = huge.pages_before + pages;
@@ -39,12 +44,13 @@ impl HugePages {
 
     /// Those that nobody has, nor has been promised.
     pub(crate) fn free() -> u64 {
-        let of = |name: &str| -> u64 {
-            let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}");
-            let text = std::fs::read_to_string(path).expect("the kernel knows pages of 2 MiB");
-            text.trim().parse().expect("a number")
-        };
-        of("free_hugepages") - of("resv_hugepages")
+        HugePages::count("free_hugepages") - HugePages::count("resv_hugepages")
+    }
+
+    fn count(name: &str) -> u64 {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}");
+        let text = std::fs::read_to_string(path).expect("the kernel knows pages of 2 MiB");
+        text.trim().parse().expect("a number")
     }
 
     fn pool_pages(&mut self) -> u64 {
