@@ -1,7 +1,7 @@
 //! Panics of umem's threads: the guest runs on at one side, and whoever waits is told.
 //!
-//! Builds with debug assertions have places at which a test can have a thread panic (`src/panics.rs`). ARCHITECTURE.md
-//! has the table of what each means.
+//! Builds with debug assertions have places at which a test can have a thread panic (`src/panics.rs`).
+//! `docs/design/panics.md` says for each thread what its panic means.
 
 mod support;
 

@@ -283,7 +283,7 @@ impl ForGib {
     }
 }
 
-/// What the destination keeps of each page: 3 bits (ARCHITECTURE.md, what must hold).
+/// What the destination keeps of each page: 3 bits (ARCHITECTURE.md, invariant 6).
 fn page_state_mib(size_mib: usize) -> f64 {
     const BITS_A_PAGE: f64 = 3.0;
     let pages = (size_mib << 20) / PAGE_BYTES;
