@@ -21,11 +21,12 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use umem_wire::{Capabilities, Fault, Frame, LaneRole, Seal, transmit};
 
 use crate::error::{Context, Error, Result};
+use crate::polling::poll;
 use crate::secure::{Channel, Fate};
 use crate::single;
 

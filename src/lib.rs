@@ -48,6 +48,7 @@ mod memory;
 pub mod observe;
 mod os_text;
 mod panics;
+mod polling;
 mod print;
 mod priority;
 mod progress;

@@ -114,7 +114,7 @@ mod tests {
             waits.set(waits.get() + 1);
             let mut fds: Vec<_> =
                 fds.iter().map(|&(fd, flags)| nix::poll::PollFd::new(fd, flags)).collect();
-            nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE).unwrap();
+            crate::polling::poll(&mut fds, nix::poll::PollTimeout::NONE).unwrap();
             Ok(true)
         };
         let found = addresses("::1", 7, wait).unwrap().unwrap();

@@ -17,10 +17,11 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::unistd::write;
 
 use crate::panics::{self, THREAD_PREFIX};
+use crate::polling::poll;
 
 /// What may wait for a stream that takes nothing, bytes.
 const WAITING_BYTES_MAX: usize = 1 << 20;

@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use crate::error::{Context, Error, Result};
 use crate::host::command::ProcessHandle;
 use crate::inbox::{dispose, unblock_signals};
+use crate::polling::poll;
 use crate::uri::Uri;
 
 /// How long a command may take to end when its connection has closed, and once more when it was asked

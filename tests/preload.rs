@@ -1,6 +1,8 @@
 //! The preload object, without umem: a program of the tests' own (`tests/mapper`) is started with it,
 //! and the test does what `umem incoming` would do.
 
+#![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
+
 mod support;
 
 use std::collections::VecDeque;

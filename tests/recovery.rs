@@ -134,8 +134,7 @@ fn goes_on(mut moving: Move) -> (Value, Value) {
 #[test]
 fn a_destination_without_descriptors_takes_new_lanes_once_it_has_some() {
     let mut moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
-    // More than poll(2) is given, which takes no more than this either, and fewer than are open.
-    let before = moving.incoming.limit_descriptors(8);
+    let before = moving.incoming.limit_descriptors(3);
     moving.cutter.cut(Ends::Both, false);
     moving.incoming.event("recovering");
     moving.migrate.event("recovering");

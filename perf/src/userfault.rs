@@ -1,6 +1,8 @@
 //! userfaultfd(2), as far as a floor needs it. Numbers and layouts are those of
 //! `linux/userfaultfd.h`.
 
+#![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
+
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 

@@ -12,7 +12,7 @@ use std::sync::mpsc::SyncSender;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use nix::sys::stat::Mode;
@@ -26,6 +26,7 @@ use crate::destination::faults::Servers;
 use crate::error::{Context, Error, Result};
 use crate::inbox::Inbox;
 use crate::lane::Lane;
+use crate::polling::poll;
 use crate::source::memory::SourceMemory;
 use crate::worker::Started;
 use crate::{destination, source};

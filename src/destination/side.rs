@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Note;
@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::fault::handoff::{HandoffSocket, Message};
 use crate::host::command::{Monitor, Standstill, standstill};
 use crate::inbox::{Inbox, Wake};
+use crate::polling::poll;
 use crate::report::Output;
 
 /// How long the guest's process may take to let go of its userfaultfds before that is remarked on. It takes

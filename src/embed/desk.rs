@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::link::LinkOrder;
@@ -21,6 +21,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::thread::{Answer, Question};
 use crate::inbox::Canceller;
 use crate::lane::Severable;
+use crate::polling::poll;
 use crate::report::{Completed, Counters, Output};
 
 type Answers = Arc<dyn Fn(Answer) + Send + Sync>;

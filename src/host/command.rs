@@ -416,7 +416,9 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::time::Duration;
 
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+    use crate::polling::poll;
 
     use super::*;
 

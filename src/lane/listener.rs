@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-use nix::poll::{PollFd, PollTimeout, poll};
+use nix::poll::{PollFd, PollTimeout};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, socket,
 };
@@ -19,6 +19,7 @@ use super::tuning::choose_congestion;
 use crate::accepting::{Accepted, Room};
 use crate::error::{Context, Error, Result};
 use crate::lookup;
+use crate::polling::poll;
 use crate::uri::Uri;
 
 /// How long a name's resolver may take whom nobody could stop waiting for it.

@@ -10,12 +10,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::accepting::{Accepted, Room};
 use crate::error::{Context, Result};
 use crate::panics;
+use crate::polling::poll;
 
 /// A connection, with what has come and what is to leave.
 pub(super) trait Visitor: AsFd {

@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, setsockopt, shutdown,
     socketpair, sockopt,
@@ -31,6 +31,7 @@ use super::channel::Channel;
 use super::records::Outgoing;
 use crate::error::{Context, Error, Result};
 use crate::lane::{self, Lane};
+use crate::polling::poll;
 use crate::{panics, priority};
 
 /// Bytes that are taken from a lane and encrypted at once: eight records, which fit a processor's second

@@ -200,7 +200,9 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::unix::fs::FileExt;
 
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+    use crate::polling::poll;
     use nix::sys::eventfd::EventFd;
 
     use super::*;

@@ -233,7 +233,8 @@ impl Umem {
                 std::fs::read_to_string(task.path().join(file)).unwrap_or_default()
             };
             let mut tasks = tasks.flatten();
-            let task = tasks.find(|task| read(task, "comm").trim() == thread).expect("the thread");
+            let task = tasks.find(|task| read(task, "comm").trim() == thread);
+            let task = task.unwrap_or_else(|| panic!("no {thread}: {}", self.stderr()));
             let status = read(&task, "status");
             let count =
                 status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));

@@ -1,5 +1,7 @@
 //! Takes both sides' events and answers them, as the programs around them would.
 
+#![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
+
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;

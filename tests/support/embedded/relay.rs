@@ -8,6 +8,8 @@
 //! cut closes, and so does, after a while, a connection that has lost bytes: where nothing has followed
 //! them nobody can know, and each side waits for the other.
 
+#![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
+
 use std::collections::VecDeque;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
