@@ -114,6 +114,11 @@ pub fn metrics(request: &[u8]) {
     assert!(answer.starts_with(b"HTTP/1.0 "));
 }
 
+/// Seals, spoils and opens TLS records as this says.
+pub fn records(input: &[u8]) {
+    crate::secure::fuzz_records(input);
+}
+
 fn watch() -> std::sync::Arc<Watch> {
     let watch = Watch::new(Role::Source, false, Some(std::sync::Arc::new(Bandwidth::new(None))));
     // A `cancel` would be a signal to this process.

@@ -5,7 +5,7 @@ mod support;
 use std::fs::{self, File, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -514,6 +514,77 @@ fn files_of_certificates_and_secrets_are_checked_first() {
     }
     let error = moving.migrate("tcp:127.0.0.1:1", &["--tls-hostname", "x"]).fails_as_misused();
     assert!(error.contains("add --tls-creds"), "{error}");
+}
+
+/// Whoever can change an authority's certificate decides who gets in.
+#[test]
+fn a_credential_file_that_another_user_can_change_is_refused() {
+    let moving = Move::new();
+    let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
+    let secret = PathBuf::from(moving.secret("secret", SECRET));
+    for (option, given, file) in [
+        ("--tls-creds", &creds, creds.join("ca-cert.pem")),
+        ("--tls-creds", &creds, creds.join("client-cert.pem")),
+        ("--tls-creds", &creds, creds.join("client-key.pem")),
+        ("--secret-file", &secret, secret.clone()),
+    ] {
+        let fails = || moving.migrate("tcp:127.0.0.1:1", &[option, text(given)]).fails();
+        let mode = fs::metadata(&file).unwrap().permissions();
+        chown(&file, Some(65534), None).unwrap();
+        let error = fails();
+        let (name, own) = (file.display(), nix::unistd::geteuid());
+        assert!(error.contains(&format!("{name}: it belongs to user 65534")), "{error}");
+        assert!(error.contains(&format!("chown {own} {name}")), "{error}");
+        chown(&file, Some(own.as_raw()), None).unwrap();
+        fs::set_permissions(&file, Permissions::from_mode(0o664)).unwrap();
+        let error = fails();
+        assert!(error.contains(&format!("(mode 0664): chmod go-w {name}")), "{error}");
+        fs::set_permissions(&file, mode).unwrap();
+    }
+}
+
+#[test]
+fn certificates_are_refused_when_the_list_of_revoked_ones_has_expired() {
+    let moving = Move::new();
+    let ours = Authority::new("ours");
+    let current = ours.credentials(&moving.scratch, "current", "127.0.0.1");
+    let expired = ours.credentials(&moving.scratch, "expired", "127.0.0.1");
+    ours.revoke(&current, 77);
+    ours.revoke_until(&expired, 77, 2021);
+    let reason = "its certificate cannot be checked: our ca-crl.pem has expired";
+
+    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&expired)]);
+    moving.migrate(&uri, &["--tls-creds", text(&current)]).fails();
+    says(&incoming, reason);
+    incoming.signal(Signal::SIGINT);
+    incoming.wait();
+
+    let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&current)]);
+    let error = moving.migrate(&uri, &["--tls-creds", text(&expired)]).fails();
+    assert!(error.contains(reason), "{error}");
+    let migrate = moving.migrate(&uri, &["--tls-creds", text(&current)]);
+    moving.succeeds(incoming, migrate, "tls");
+}
+
+/// The kernel gives what belongs to a process in /proc to root and root's group where the process is not dumpable
+/// (proc(5)), and else to the process's own user and group.
+#[test]
+fn a_process_that_has_read_a_secret_is_not_dumpable() {
+    let moving = Move::new();
+    let secret = moving.secret("secret", SECRET);
+    let ram = format!("ram0={}", moving.scratch.ram("source").display());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let group_of = |security: &[&str]| {
+        let arguments = [&["migrate", "-p", "--json", "--ram", &ram], security, &[&uri]].concat();
+        let wrapper = ["setpriv", "--regid=65534", "--clear-groups"];
+        let umem = Umem::start_under(&wrapper, arguments);
+        // It has read all of its files before it dials.
+        let (_stream, _) = listener.accept().unwrap();
+        fs::metadata(format!("/proc/{}/status", umem.pid())).unwrap().gid()
+    };
+    assert_eq!(group_of(&[]), 65534);
+    assert_eq!(group_of(&["--secret-file", &secret]), 0);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use crate::error::Result;
 use crate::inbox::{Inbox, Wake};
-use crate::{os_text, panics, print};
+use crate::{os_text, panics, print, secure};
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -81,6 +81,7 @@ pub fn before_main() {
 /// Runs the command line; the value is the process's exit status.
 pub fn main() -> i32 {
     panics::print_at_once();
+    secure::protect_process();
     let given: Vec<OsString> = std::env::args_os().collect();
     if let Some(word) = not_utf8(&given) {
         let word = word.display();

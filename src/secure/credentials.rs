@@ -7,15 +7,20 @@
 //! | `server-cert.pem`, `server-key.pem` | destination | its own |
 //! | `client-cert.pem`, `client-key.pem` | source | its own |
 //!
-//! A key that others than its owner may read is refused. TLS is 1.3 alone, without resumption, early
-//! data or renegotiation: each lane shows its certificate.
+//! Umem refuses a key that others than its owner can read, and any of these files that somebody else than root
+//! and umem's own user owns or can write: an authority of theirs would let them in. A list of revoked
+//! certificates that has expired refuses every certificate, because nobody knows what it lacks. TLS is 1.3 alone,
+//! without resumption, early data or renegotiation: each lane shows its certificate.
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use nix::sys::prctl::set_dumpable;
+use nix::unistd::geteuid;
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring as provider};
 use rustls::pki_types::pem::PemObject;
@@ -38,7 +43,10 @@ pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
         provider.clone(),
     );
     if let Some(revoked) = revoked(directory)? {
-        verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
+        verifier = verifier
+            .with_crls(revoked)
+            .allow_unknown_revocation_status()
+            .enforce_revocation_expiration();
     }
     let verifier = verifier.build().map_err(|error| unusable(directory, &error.to_string()))?;
     let mut config = ServerConfig::builder_with_provider(provider)
@@ -62,7 +70,10 @@ pub(super) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
         provider.clone(),
     );
     if let Some(revoked) = revoked(directory)? {
-        verifier = verifier.with_crls(revoked).allow_unknown_revocation_status();
+        verifier = verifier
+            .with_crls(revoked)
+            .allow_unknown_revocation_status()
+            .enforce_revocation_expiration();
     }
     let verifier = verifier.build().map_err(|error| unusable(directory, &error.to_string()))?;
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -148,22 +159,57 @@ fn revoked(directory: &Path) -> Result<Option<Vec<CertificateRevocationListDer<'
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|error| cannot_read(path, &error))?;
+    let (file, _) = open_trusted(path)?;
     read_all(path, &file, FILE_BYTES_MAX)
+}
+
+/// Opens a file that nobody but root and umem's own user can change, and says its mode.
+fn open_trusted(path: &Path) -> Result<(File, u32)> {
+    let file = File::open(path).map_err(|error| cannot_read(path, &error))?;
+    let metadata = file.metadata().map_err(|error| cannot_read(path, &error))?;
+    let own = geteuid().as_raw();
+    let (owner, mode) = (metadata.uid(), metadata.permissions().mode() & 0o7777);
+    if owner != own && owner != 0 {
+        return Err(unusable(
+            path,
+            &format!(
+                "it belongs to user {owner}, who can change it at any time: chown {own} {}",
+                path.display()
+            ),
+        ));
+    }
+    if mode & 0o022 != 0 {
+        return Err(unusable(
+            path,
+            &format!("others can write it (mode {mode:04o}): chmod go-w {}", path.display()),
+        ));
+    }
+    Ok((file, mode))
 }
 
 /// Reads a file that must be its owner's alone, of `bytes_max` bytes at most.
 pub(super) fn read_private(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|error| cannot_read(path, &error))?;
-    let mode = file.metadata().map_err(|error| cannot_read(path, &error))?.permissions().mode();
+    let (file, mode) = open_trusted(path)?;
     if mode & 0o077 != 0 {
         return Err(Error::Environment(format!(
-            "{path} is open to others (mode {:04o}): chmod 600 {path}",
-            mode & 0o7777,
+            "{path} is open to others (mode {mode:04o}): chmod 600 {path}",
             path = path.display()
         )));
     }
+    if OWNS_PROCESS.load(Relaxed) {
+        // Neither a core dump nor another process of this user is to have it.
+        set_dumpable(false).map_err(|errno| cannot_read(path, &errno.into()))?;
+    }
     read_all(path, &file, bytes_max)
+}
+
+/// Whether this process is umem, and no program that embeds it.
+static OWNS_PROCESS: AtomicBool = AtomicBool::new(false);
+
+/// Says that this process is umem: it is closed to other processes of its user, debuggers and core dumps from the
+/// moment when it reads a key or a secret (prctl(2), `PR_SET_DUMPABLE`).
+pub(crate) fn protect_process() {
+    OWNS_PROCESS.store(true, Relaxed);
 }
 
 fn read_all(path: &Path, file: &File, bytes_max: u64) -> Result<Vec<u8>> {

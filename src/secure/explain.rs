@@ -33,7 +33,7 @@ fn certificate(error: &CertificateError) -> String {
         CertificateError::Revoked => "has been revoked (ca-crl.pem)".into(),
         CertificateError::ExpiredRevocationList
         | CertificateError::ExpiredRevocationListContext { .. } => {
-            "cannot be checked: our ca-crl.pem has expired".into()
+            "cannot be checked: our ca-crl.pem has expired, so fetch a new one from the authority".into()
         }
         CertificateError::NotValidForNameContext { expected, presented } => {
             let presented = match presented.as_slice() {

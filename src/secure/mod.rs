@@ -37,10 +37,13 @@ use crate::lane::{HELLO_TIMEOUT, Lane, Listener, Wait, is_local};
 use crate::uri::Uri;
 
 pub(crate) use channel::Channel;
+pub(crate) use credentials::protect_process;
 pub(crate) use greeting::introduce;
 pub(crate) use opening::{Opened, Opening, Progress};
 pub(crate) use pump::Fate;
 pub(crate) use records::Outgoing;
+#[cfg(feature = "fuzz")]
+pub(crate) use records::fuzz as fuzz_records;
 pub(crate) use secret::Answer;
 
 use pump::Pumps;

@@ -12,6 +12,11 @@
 //!
 //! Decrypting moves the contents of a record to right behind those of the one before it, in the same pass.
 
+#[cfg(any(test, feature = "fuzz"))]
+mod fixed;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 
 use ring::aead::{self, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
@@ -24,6 +29,9 @@ use rustls::{
     InvalidMessage, PeerMisbehaved, SupportedCipherSuite,
 };
 use umem_ring::Bytes;
+
+#[cfg(feature = "fuzz")]
+pub(crate) use fixed::fuzz;
 
 /// Type, version and length before what is encrypted.
 const HEADER_BYTES: usize = 5;
@@ -63,20 +71,28 @@ const FATAL: u8 = 2;
 pub(super) enum Keys {
     Client(KernelConnection<ClientConnectionData>),
     Server(KernelConnection<ServerConnectionData>),
+    #[cfg(any(test, feature = "fuzz"))]
+    Fixed(fixed::FixedKeys),
 }
 
 impl Keys {
-    fn suite(&self) -> SupportedCipherSuite {
-        match self {
+    /// How many records a key may encrypt.
+    fn records_max(&self) -> u64 {
+        let SupportedCipherSuite::Tls13(suite) = match self {
             Keys::Client(keys) => keys.negotiated_cipher_suite(),
             Keys::Server(keys) => keys.negotiated_cipher_suite(),
-        }
+            #[cfg(any(test, feature = "fuzz"))]
+            Keys::Fixed(_) => return u64::MAX,
+        };
+        suite.common.confidentiality_limit
     }
 
     fn next_for_reading(&mut self) -> Result<Cipher, Error> {
         Cipher::new(match self {
             Keys::Client(keys) => keys.update_rx_secret()?,
             Keys::Server(keys) => keys.update_rx_secret()?,
+            #[cfg(any(test, feature = "fuzz"))]
+            Keys::Fixed(keys) => return Ok(keys.next_for_reading()),
         })
     }
 
@@ -84,6 +100,8 @@ impl Keys {
         Cipher::new(match self {
             Keys::Client(keys) => keys.update_tx_secret()?,
             Keys::Server(keys) => keys.update_tx_secret()?,
+            #[cfg(any(test, feature = "fuzz"))]
+            Keys::Fixed(keys) => return Ok(keys.next_for_writing()),
         })
     }
 }
@@ -160,12 +178,11 @@ pub(crate) struct Records {
 
 impl Records {
     pub(super) fn new(keys: Keys, secrets: ExtractedSecrets) -> Result<Records, Error> {
-        let SupportedCipherSuite::Tls13(suite) = keys.suite();
         Ok(Records {
-            keys,
             reading: Cipher::new(secrets.rx)?,
             writing: Cipher::new(secrets.tx)?,
-            records_max: suite.common.confidentiality_limit,
+            records_max: keys.records_max(),
+            keys,
             owes_update: false,
             vain: 0,
             peer_has_closed: false,

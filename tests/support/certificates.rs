@@ -60,9 +60,14 @@ impl Authority {
 
     /// A list that takes back the certificate of this number.
     pub(crate) fn revoke(&self, directory: &Path, serial: u64) {
+        self.revoke_until(directory, serial, 2999);
+    }
+
+    /// The same, which is good until the beginning of a year.
+    pub(crate) fn revoke_until(&self, directory: &Path, serial: u64, year: i32) {
         let list = CertificateRevocationListParams {
             this_update: date_time_ymd(2020, 1, 1),
-            next_update: date_time_ymd(2999, 1, 1),
+            next_update: date_time_ymd(year, 1, 1),
             crl_number: SerialNumber::from(1),
             issuing_distribution_point: None,
             revoked_certs: vec![RevokedCertParams {

@@ -37,6 +37,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "session", run: text::session },
     Target { name: "control", run: text::control },
     Target { name: "metrics", run: text::metrics },
+    Target { name: "records", run: text::records },
 ];
 
 /// Tries one input with the target of this name.

@@ -1,4 +1,4 @@
-//! Texts that people, monitors, the kernel and other programs write.
+//! What people, monitors, the kernel and other programs write: texts, and the records of TLS.
 
 use umem::Uri;
 
@@ -36,4 +36,9 @@ pub(crate) fn control(input: &[u8]) {
 /// What a client asks of `--metrics`.
 pub(crate) fn metrics(input: &[u8]) {
     umem::fuzz::metrics(input);
+}
+
+/// TLS records after the handshake: what a peer sends, and what somebody on the path makes of it.
+pub(crate) fn records(input: &[u8]) {
+    umem::fuzz::records(input);
 }
