@@ -73,7 +73,11 @@ pub(crate) fn fuzz(input: &[u8]) {
                 sent.extend_from_slice(&bytes);
             }
             1 => {
-                sender.say(&mut out, operation / 6, &vec![number; size]).expect("there is a key");
+                let (content, bytes) = (operation / 6, vec![number; size]);
+                sender.say(&mut out, content, &bytes).expect("there is a key");
+                if content == DATA {
+                    sent.extend_from_slice(&bytes);
+                }
                 is_spoilt = true;
             }
             2 => sender.renew(&mut out).expect("there is a key"),
