@@ -63,7 +63,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     let (mut buffer, mut window) = (vec![0xa5; 2 * RECORD_BYTES_MAX], Window::default());
     // Somebody has changed what was on the way, or the sender has sent what no peer may.
     let mut is_spoilt = false;
-    for (&[operation, size], number) in input.as_chunks::<2>().0.iter().zip(1_u8..) {
+    for (&[operation, size], number) in input.as_chunks::<2>().0.iter().zip((1..=u8::MAX).cycle()) {
         let size = usize::from(size);
         match operation % 6 {
             0 => {
@@ -73,7 +73,8 @@ pub(crate) fn fuzz(input: &[u8]) {
                 sent.extend_from_slice(&bytes);
             }
             1 => {
-                let (content, bytes) = (operation / 6, vec![number; size]);
+                // A type of 0 would be padding, and the contents' last byte the type.
+                let (content, bytes) = ((operation / 6).max(1), vec![number; size]);
                 sender.say(&mut out, content, &bytes).expect("there is a key");
                 if content == DATA {
                     sent.extend_from_slice(&bytes);
