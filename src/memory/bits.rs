@@ -1,6 +1,4 @@
-//! A bit a page, of one region or of all.
-
-use umem_wire::{PageRange, RegionId};
+//! A bit a page of one region.
 
 use super::pages::low_bits;
 use super::sync::{AtomicU64, Ordering};
@@ -99,54 +97,10 @@ impl Bits {
         let end = first + pages;
         assert!(end <= self.pages, "pages {first}+{pages} of {}", self.pages);
         (first / 64..end.div_ceil(64)).map(move |word| {
-            let (from, to) = (first.max(word * 64) - word * 64, end.min(word * 64 + 64) - word * 64);
+            let (from, to) =
+                (first.max(word * 64) - word * 64, end.min(word * 64 + 64) - word * 64);
             (index(word * 64), low_bits(to) & !low_bits(from))
         })
-    }
-}
-
-/// Pages of all regions, a bit each: written at the source since they were sent.
-///
-/// [`Bits::take_word`] comes before the page is read: what is written later sets the bit again.
-pub(crate) struct DirtyMap {
-    regions: Box<[Bits]>,
-    /// log2 of the bytes of each region's pages.
-    shifts: Box<[u8]>,
-}
-
-impl DirtyMap {
-    /// For regions of so many pages of `1 << shift` bytes.
-    pub(crate) fn new(regions: impl Iterator<Item = (u64, u8)> + Clone) -> DirtyMap {
-        let shifts = regions.clone().map(|(_, shift)| shift).collect();
-        DirtyMap { regions: regions.map(|(pages, _)| Bits::new(pages)).collect(), shifts }
-    }
-
-    pub(crate) fn region(&self, id: RegionId) -> &Bits {
-        &self.regions[usize::from(id.0)]
-    }
-
-    /// Somebody writes, or has written, to these bytes of a region: the pages that they lie in are dirty.
-    pub(crate) fn mark_bytes(&self, id: RegionId, offset: u64, len: u64) {
-        let shift = self.shifts[usize::from(id.0)];
-        let first = offset >> shift;
-        let end = (offset + len).div_ceil(1 << shift);
-        self.region(id).set(first, end - first);
-    }
-
-    /// The same of pages, in landing units.
-    pub(crate) fn mark(&self, range: PageRange) {
-        self.region(range.region).set(range.first, range.pages);
-    }
-
-    /// Every page is dirty.
-    pub(crate) fn mark_all(&self) {
-        self.regions.iter().for_each(|bits| bits.set(0, bits.pages()));
-    }
-
-    /// Bytes of all dirty pages.
-    pub(crate) fn bytes(&self) -> u64 {
-        let regions = self.regions.iter().zip(&self.shifts);
-        regions.map(|(bits, shift)| bits.count() << shift).sum()
     }
 }
 
@@ -192,18 +146,5 @@ mod tests {
         assert_eq!(bits.take_word(64, 36), 1);
         assert_eq!(bits.take_word(64, 36), 0);
         assert_eq!(bits.count(), 56);
-    }
-
-    #[test]
-    fn bytes_lie_in_units() {
-        let map = DirtyMap::new([(8, 12), (4, 21)].into_iter());
-        map.mark_bytes(RegionId(0), 4095, 2);
-        map.mark_bytes(RegionId(1), (2 << 20) - 1, 1);
-        map.mark(PageRange { region: RegionId(1), first: 3, pages: 1 });
-        assert_eq!(runs(map.region(RegionId(0)), true), [(0, 2)]);
-        assert_eq!(runs(map.region(RegionId(1)), true), [(0, 1), (3, 1)]);
-        assert_eq!(map.bytes(), 2 * 4096 + 2 * (2 << 20));
-        map.mark_all();
-        assert_eq!(map.bytes(), 8 * 4096 + 4 * (2 << 20));
     }
 }
