@@ -27,8 +27,9 @@ use serde_json::{Value, json};
 use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::qmp::{Process, Qmp, socket_pair};
-use super::{BeforeStop, DestinationHost, SourceHost};
+use super::{BeforeStop, DestinationHost, SourceHost, guest};
 use crate::error::{Context, Error, Result};
+use crate::memory::dirty::DirtyLog;
 use crate::memory::kind::Kind;
 use crate::panics;
 use crate::session::Undo;
@@ -476,6 +477,10 @@ impl SourceHost for Qemu {
     /// QEMU's migration stops the guest: what of it takes time is done by then. It first looks for what the guest
     /// writes, for which TCG goes through every vCPU's address cache (2 ms each, and more than the rest of the
     /// saving), and sends what is not the guest's own memory.
+    fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
+        guest::log::of(&mut self.qmp)
+    }
+
     fn stop(&mut self) -> Result<Option<Instant>> {
         let holds = self.can_hold()?;
         let status = run_state::check(&mut self.qmp)?;

@@ -9,6 +9,8 @@
 //! - [`acks`]: what the destination has of the source's pages, so that they may be freed
 //! - [`claim`]: whose a RAM file is, and who moves it
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
+//! - [`bits`]: a bit a page
+//! - [`dirty`]: which pages a running guest has written, and who knows
 //! - [`data`]: where a RAM file has data, and where holes
 //! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
@@ -18,11 +20,13 @@
 //! - [`zero`]: is this page all zeroes
 
 pub(crate) mod acks;
+pub(crate) mod bits;
 pub(crate) mod blocks;
 pub(crate) mod claim;
 pub(crate) mod claims;
 pub(crate) mod copy;
 pub(crate) mod data;
+pub(crate) mod dirty;
 pub(crate) mod fragments;
 pub(crate) mod guarded;
 pub(crate) mod kind;

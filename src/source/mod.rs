@@ -76,6 +76,8 @@ pub struct Options {
     pub postcopy: bool,
     /// Send pages that nobody asked for.
     pub background: bool,
+    /// Send pages before the guest stops; none to stop it first.
+    pub precopy: Option<Precopy>,
     /// The guest's RAM files; empty to ask its monitor.
     pub ram: Vec<RamPath>,
     /// The monitor's QMP socket.
@@ -105,6 +107,15 @@ pub struct Options {
     pub json: bool,
     /// What others may see.
     pub observe: observe::Options,
+}
+
+/// How pages are sent before the guest stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precopy {
+    /// Passes at most; the first one is over all of the memory.
+    pub passes_max: u32,
+    /// The guest is stopped once what is left can be sent within this.
+    pub downtime_limit: Duration,
 }
 
 pub use takeover::{Options as ResumeOptions, run as resume};
@@ -139,6 +150,8 @@ pub(crate) enum Note {
     StateLeft,
     /// A bulk lane has sent all it found.
     BulkEnded,
+    /// A bulk lane has sent what was dirty of its blocks.
+    PassEnded,
     /// A worker could not go on.
     Failed(Error),
     /// The monitor has answered.
@@ -234,7 +247,12 @@ fn migrate(
     let (asked, said) = (options.clone(), output.clone());
     let Guest { mut host, ram, files } =
         inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
+    let log = match options.precopy {
+        Some(_) => Some(host.dirty_log().ok_or_else(memory::no_dirty_log)?),
+        None => None,
+    };
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
+    let memory = memory.in_rounds(options.precopy.is_some());
     let memory = Arc::new(memory.checked(options.checksum));
     memory.claim(false)?;
     if options.qmp.is_none() {
@@ -255,6 +273,7 @@ fn migrate(
     let plan = Plan {
         postcopy: options.postcopy,
         background: options.background,
+        precopy: options.precopy,
         has_monitor: options.qmp.is_some(),
         // Behind TLS, lanes end at a pump in this process.
         stays_local: pass.has_tls() || lane::stays_local(&options.uri, &look)?,
@@ -265,7 +284,7 @@ fn migrate(
         watch: &observer.watch,
         quiet: options.observe.quiet,
     };
-    let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
+    let host = HostThread::<dyn SourceHost>::tracking(host, log, inbox.post())?;
     Migration::start(&plan, output, inbox, (lanes, link), memory, host)?.drive()
 }
 
@@ -324,6 +343,7 @@ fn dial(
         return Ok((lanes, link));
     }
     let session = Session::new(options.lanes, options.release_ram, true)?.checked(options.checksum);
+    let session = session.in_rounds(options.precopy.is_some());
     let open = |index| lane::dial(&options.uri, &session.hello(index, 0), pass, &wait);
     let lanes = (0..=options.lanes).map(open).collect::<Result<Vec<_>>>()?;
     let link = Link::new(session, pass.clone(), Some(options.uri.clone()), &lanes);
@@ -361,6 +381,7 @@ struct Plan<'a> {
     /// As in [`Options`].
     postcopy: bool,
     background: bool,
+    precopy: Option<Precopy>,
     cores: &'a [usize],
     idle_cores: IdleCores,
     order: Order,
@@ -379,6 +400,20 @@ struct Reach {
     commands: Sender<Command>,
     waker: Waker,
     socket: Arc<OwnedFd>,
+}
+
+/// How a bulk lane's thread is reached.
+struct BulkReach {
+    orders: Sender<bulk::Order>,
+    waker: Waker,
+}
+
+impl BulkReach {
+    fn order(&self, order: bulk::Order) {
+        // The thread has ended where this fails.
+        let _ = self.orders.send(order);
+        self.waker.wake();
+    }
 }
 
 /// A migration with its lanes open: its core, and what the core's effects are carried out with.
@@ -406,7 +441,7 @@ struct Migration {
     demand_thread: Option<JoinHandle<Option<()>>>,
     /// Bulk lanes that are not sending yet.
     idle: Vec<Lane>,
-    bulk_wakers: Vec<Waker>,
+    bulk: Vec<BulkReach>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     release_thread: Option<JoinHandle<Option<()>>>,
     /// What the RAM files held at the switchover, where they are freed, and what of that has been freed at the end.
