@@ -7,11 +7,14 @@
 //! - [`maps`]: what its process has mapped, and the very files
 //! - [`command`]: the monitor that `umem incoming … -- COMMAND` starts, with the preload object
 //! - [`thread`]: the thread that waits for the monitor, so that nobody else has to
+//! - [`pieces`]: some of these one by one, for tests
 //! - [`guest`]: the demo's guest, which speaks the same QMP
 
 pub(crate) mod command;
 pub mod guest;
 pub(crate) mod maps;
+#[doc(hidden)]
+pub mod pieces;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
 pub(crate) mod thread;

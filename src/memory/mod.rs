@@ -10,6 +10,7 @@
 //! - [`claim`]: whose a RAM file is, and who moves it
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
 //! - [`data`]: where a RAM file has data, and where holes
+//! - [`dirty`]: which pages a running guest has written
 //! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
 //! - [`sync`]: the atomics of all of these, so that a model checker can take their place
@@ -23,6 +24,7 @@ pub(crate) mod claim;
 pub(crate) mod claims;
 pub(crate) mod copy;
 pub(crate) mod data;
+pub(crate) mod dirty;
 pub(crate) mod fragments;
 pub(crate) mod guarded;
 pub(crate) mod kind;
