@@ -11,6 +11,7 @@ mod claim;
 mod run_state;
 mod saving;
 mod settings;
+pub(crate) mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,7 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -27,18 +29,19 @@ use serde_json::{Value, json};
 use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::qmp::{Process, Qmp, socket_pair};
-use super::{BeforeStop, DestinationHost, SourceHost, guest};
+use super::{BeforeStop, DestinationHost, SourceHost};
 use crate::error::{Context, Error, Result};
-use crate::memory::dirty::DirtyLog;
 use crate::memory::kind::Kind;
 use crate::panics;
 use crate::session::Undo;
 use claim::Claim;
 use saving::Saving;
 use settings::Role;
+use stream::reading::Reading;
 
 pub(crate) use backends::{Backend, RamOfQemu, advice};
 pub(crate) use settings::Changes;
+pub(crate) use stream::log::SharedQemu;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -87,6 +90,8 @@ pub(crate) struct Qemu {
     /// Our end of the socket for the device state, whose other end QEMU has.
     state_socket: Option<UnixStream>,
     saving: Saving,
+    /// Its stream, where that is read from before the guest stops.
+    stream: Option<Arc<Reading>>,
     /// The device state, where it was saved in the act of stopping.
     state: Option<Vec<u8>>,
     /// Its RAM blocks, when it was asked which memory the guest has.
@@ -110,6 +115,7 @@ impl Qemu {
             before_stop: None,
             state_socket: None,
             saving: Saving::Over,
+            stream: None,
             state: None,
             block_names: None,
             has_run: false,
@@ -299,6 +305,37 @@ impl Qemu {
         Ok(state)
     }
 
+    /// Has QEMU stop its guest and write the rest of a stream that is being read.
+    fn save_rest(&mut self, reading: &Reading) -> Result<Vec<u8>> {
+        let mut state = vec![if self.is_live { GUEST_RUNS } else { GUEST_IS_PAUSED }];
+        state.extend(self.stop_stream(reading)?);
+        // Its answer comes after the event that says when the guest stopped.
+        run_state::status(&mut self.qmp)?;
+        self.check_blocks()?;
+        Ok(state)
+    }
+
+    /// Changes what a stream depends on, and has what it was written down before.
+    fn change_settings(&mut self, role: Role) -> Result<()> {
+        let status = run_state::check(&mut self.qmp)?;
+        self.is_live = run_state::is_live(&status);
+        let changes = Changes::needed(&mut self.qmp, role)?;
+        self.changes = Some(changes.clone());
+        self.note_undo()?;
+        if let Some(claim) = &mut self.claim {
+            claim.note_settings(&mut self.qmp, &changes)?;
+        }
+        changes.make(&mut self.qmp)
+    }
+
+    /// Has written down what would have to be undone.
+    fn note_undo(&mut self) -> Result<()> {
+        let Some(note) = &self.before_stop else { return Ok(()) };
+        let claim = self.claim.as_ref().map(|claim| claim.name.clone());
+        let changes = self.changes.clone().unwrap_or_default();
+        note(&Undo { was_live: self.is_live, claim, changes, process: self.process })
+    }
+
     /// Gives QEMU one end of a new socket for its device state.
     fn give_state_socket(&mut self) -> Result<()> {
         let (ours, theirs) = socket_pair()?;
@@ -477,32 +514,25 @@ impl SourceHost for Qemu {
     /// QEMU's migration stops the guest: what of it takes time is done by then. It first looks for what the guest
     /// writes, for which TCG goes through every vCPU's address cache (2 ms each, and more than the rest of the
     /// saving), and sends what is not the guest's own memory.
-    fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
-        guest::log::of(&mut self.qmp)
-    }
-
     fn stop(&mut self) -> Result<Option<Instant>> {
-        let holds = self.can_hold()?;
-        let status = run_state::check(&mut self.qmp)?;
-        self.is_live = run_state::is_live(&status);
-        let changes = Changes::needed(&mut self.qmp, Role::Source { holds })?;
-        if let Some(note) = &self.before_stop {
-            let claim = self.claim.as_ref().map(|claim| claim.name.clone());
-            let (was_live, process) = (self.is_live, self.process);
-            note(&Undo { was_live, claim, changes: changes.clone(), process })?;
+        let stream = self.stream.take();
+        let holds = stream.is_some() || self.can_hold()?;
+        if stream.is_none() {
+            self.change_settings(Role::Source { holds })?;
+            // Each answer takes a while, during which the guest had better run.
+            self.give_state_socket()?;
+        } else {
+            self.note_undo()?;
         }
-        if let Some(claim) = &mut self.claim {
-            claim.note_settings(&mut self.qmp, &changes)?;
-        }
-        // Each answer takes a while, during which the guest had better run.
-        self.changes.insert(changes.clone()).make(&mut self.qmp)?;
-        self.give_state_socket()?;
         self.may_be_stopped = true;
         let asked = Instant::now();
         self.qmp.stopped_at();
         self.qmp.has_run();
         self.has_run = false;
-        let state = self.save(holds)?;
+        let state = match stream {
+            Some(reading) => self.save_rest(&reading)?,
+            None => self.save(holds)?,
+        };
         self.state = Some(state);
         // Its last answer came after the event.
         let stopped = self.qmp.stopped_at().and_then(|at| at.elapsed().ok());
@@ -527,6 +557,7 @@ impl SourceHost for Qemu {
 
     fn resume(&mut self) -> Result<()> {
         self.state = None;
+        self.stream = None;
         if !self.is_ours()? {
             self.left_claim = None;
             self.changes = None;
@@ -581,6 +612,9 @@ impl DestinationHost for Qemu {
         self.is_live = was_live == GUEST_RUNS;
         if self.state_socket.is_none() {
             self.prepare()?;
+        }
+        if let (Some(ignores), Some(changes)) = (stream::ignores_shared(state), &mut self.changes) {
+            changes.ignore_shared(&mut self.qmp, ignores)?;
         }
         let mut ours = self.state_socket.take().expect("it has been prepared");
         self.qmp.has_run();

@@ -43,7 +43,7 @@ use crate::control::source::{Input, Source, peer};
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
-use crate::host::qemu::{self, Qemu, RamOfQemu};
+use crate::host::qemu::{self, Qemu, RamOfQemu, SharedQemu};
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
@@ -248,7 +248,10 @@ fn migrate(
     let Guest { mut host, ram, files } =
         inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
     let log = match options.precopy {
-        Some(_) => Some(host.dirty_log().ok_or_else(memory::no_dirty_log)?),
+        Some(_) => {
+            let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
+            Some(host.dirty_log(&names)?.ok_or_else(memory::no_dirty_log)?)
+        }
         None => None,
     };
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
@@ -325,7 +328,7 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     if let Some(advice) = qemu::advice(&found, "destination") {
         output.remark(&advice);
     }
-    Ok(Guest { host: Box::new(qemu), ram, files })
+    Ok(Guest { host: Box::new(SharedQemu::new(qemu)), ram, files })
 }
 
 /// Opens every lane, the demand lane first; only this one where there is a connection already.

@@ -63,7 +63,7 @@ pub(super) fn check(qmp: &mut Qmp) -> Result<String> {
     }
 }
 
-fn version(qmp: &mut Qmp) -> Result<(u64, u64)> {
+pub(super) fn version(qmp: &mut Qmp) -> Result<(u64, u64)> {
     let version = qmp.execute("query-version", json!({}))?;
     let part = |name: &str| version["qemu"][name].as_u64().unwrap_or(0);
     Ok((part("major"), part("minor")))

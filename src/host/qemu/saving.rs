@@ -79,7 +79,7 @@ pub(super) fn read(mut socket: &UnixStream, is_held: bool) -> Result<(Vec<u8>, b
 }
 
 /// Whether the last part of a stream is whole: `END DESCRIPTION length {…}`.
-fn ends_with_description(state: &[u8]) -> bool {
+pub(super) fn ends_with_description(state: &[u8]) -> bool {
     const BEFORE_TEXT: usize = 6;
     if state.last() != Some(&b'}') {
         return false;

@@ -23,6 +23,17 @@ const IGNORE_SHARED: &str = "x-ignore-shared";
 /// Has the source wait for the destination's word before its migration is completed.
 pub(super) const RETURN_PATH: &str = "return-path";
 
+/// Has the source wait for the destination's word before it stops the guest.
+pub(super) const SWITCHOVER_ACK: &str = "switchover-ack";
+
+/// Milliseconds that QEMU may take for what is left when it stops the guest by itself. What is left then is looked for
+/// as often as that much is left: with more QEMU syncs more often than a pass is done, with less it never stops a busy
+/// guest by itself.
+const DOWNTIME_LIMIT_MS: u64 = 50;
+
+/// The same for a QEMU that waits for no word: it is to go on for as long as it can.
+const DOWNTIME_LIMIT_MIN_MS: u64 = 1;
+
 /// Off for the time of a move: with these the stream is another one, is loaded by another protocol, waits for
 /// an answer or a command, or does not stop the guest.
 const OFF: &[&str] = &[
@@ -34,7 +45,7 @@ const OFF: &[&str] = &[
     "postcopy-preempt",
     "postcopy-ram",
     "release-ram",
-    "switchover-ack",
+    SWITCHOVER_ACK,
     "x-colo",
     "xbzrle",
     "zero-copy-send",
@@ -54,6 +65,10 @@ const LEFT: &[&str] = &[
     "zero-blocks",
 ];
 
+/// Off as well while QEMU's stream is read as a log: these slow the guest down when QEMU does not get ahead, which is
+/// as umem reads.
+const OFF_WHILE_LOGGING: &[&str] = &["auto-converge", "dirty-limit"];
+
 /// Which QEMU of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
@@ -61,6 +76,8 @@ pub(super) enum Role {
     Source {
         holds: bool,
     },
+    /// The source, whose whole stream is read.
+    Stream,
     Destination,
 }
 
@@ -97,6 +114,7 @@ impl Changes {
     pub(super) fn needed(qmp: &mut Qmp, role: Role) -> Result<Changes> {
         let mut capabilities = capabilities(qmp)?;
         capabilities.entry(IGNORE_SHARED.into()).or_insert(false);
+        let waits = capabilities.contains_key(SWITCHOVER_ACK);
         let mut changes = Changes::default();
         for (name, was) in capabilities {
             if let Some(is) = wanted(&name, was, role)?.filter(|is| *is != was) {
@@ -115,6 +133,11 @@ impl Changes {
         if role != Role::Destination {
             want("max-bandwidth", json!(STATE_BANDWIDTH));
         }
+        if role == Role::Stream {
+            let limit = if waits { DOWNTIME_LIMIT_MS } else { DOWNTIME_LIMIT_MIN_MS };
+            want("downtime-limit", json!(limit));
+            want("avail-switchover-bandwidth", json!(0));
+        }
         Ok(changes)
     }
 
@@ -122,6 +145,22 @@ impl Changes {
     pub(super) fn make(&self, qmp: &mut Qmp) -> Result<()> {
         set_capabilities(qmp, self.capabilities.iter().map(|change| (&change.name, change.is)))?;
         set_parameters(qmp, self.parameters.iter().map(|change| (&change.name, &change.is)))
+    }
+
+    /// Has a destination leave shared RAM out, or not, as the stream does that comes.
+    pub(super) fn ignore_shared(&mut self, qmp: &mut Qmp, is: bool) -> Result<()> {
+        let name = IGNORE_SHARED.to_owned();
+        let made = self.capabilities.iter_mut().find(|change| change.name == name);
+        // What was not changed was on.
+        if made.as_ref().is_none_or(|change| change.is) == is {
+            return Ok(());
+        }
+        set_capabilities(qmp, std::iter::once((&name, is)))?;
+        match made {
+            Some(change) => change.is = is,
+            None => self.capabilities.push(Change { name, was: true, is }),
+        }
+        Ok(())
     }
 
     /// Undoes that, as far as it still stands.
@@ -147,7 +186,14 @@ impl Changes {
 /// What a capability has to be; none if it may stay as it is.
 fn wanted(name: &str, is_on: bool, role: Role) -> Result<Option<bool>> {
     match (name, role) {
-        (IGNORE_SHARED, _) => Ok(Some(true)),
+        (IGNORE_SHARED, _) => Ok(Some(role != Role::Stream)),
+        (RETURN_PATH | SWITCHOVER_ACK, Role::Stream) => Ok(Some(true)),
+        ("dirty-bitmaps", Role::Stream) if is_on => Err(Error::Unsupported(
+            "QEMU's capability dirty-bitmaps is on, which sends the dirty bitmaps of disks in parts: switch it off \
+             with migrate-set-capabilities, or move the guest without rounds before the switchover"
+                .into(),
+        )),
+        (name, Role::Stream) if OFF_WHILE_LOGGING.contains(&name) => Ok(Some(false)),
         (RETURN_PATH, Role::Source { holds }) => Ok(Some(holds)),
         (RETURN_PATH, Role::Destination) => Ok(None),
         _ if OFF.contains(&name) => Ok(Some(false)),
@@ -195,7 +241,7 @@ mod tests {
 
     #[test]
     fn a_capability_that_nobody_knows_is_refused_only_when_it_is_on() {
-        for role in [Role::Source { holds: true }, Role::Destination] {
+        for role in [Role::Source { holds: true }, Role::Stream, Role::Destination] {
             assert_eq!(wanted("x-next-year", false, role).unwrap(), None);
             let error = wanted("x-next-year", true, role).unwrap_err().to_string();
             assert!(error.contains("capability x-next-year is on"), "{error}");
@@ -203,5 +249,18 @@ mod tests {
             assert_eq!(wanted("multifd", true, role).unwrap(), Some(false));
             assert_eq!(wanted("events", true, role).unwrap(), None);
         }
+    }
+
+    #[test]
+    fn a_stream_that_is_read_as_a_log_has_all_ram_and_waits_for_a_word() {
+        let stream = |name| wanted(name, true, Role::Stream).unwrap();
+        assert_eq!(stream("x-ignore-shared"), Some(false));
+        assert_eq!(stream("switchover-ack"), Some(true));
+        assert_eq!(stream("auto-converge"), Some(false));
+        let error = wanted("dirty-bitmaps", true, Role::Stream).unwrap_err().to_string();
+        assert!(error.contains("dirty-bitmaps is on"), "{error}");
+        let source = Role::Source { holds: true };
+        assert_eq!(wanted("switchover-ack", true, source).unwrap(), Some(false));
+        assert_eq!(wanted("auto-converge", true, source).unwrap(), None);
     }
 }

@@ -1,0 +1,171 @@
+//! Pieces of a move, for tests that drive them one by one: QEMU's stream as a log of written pages, the parser of
+//! such streams, and a QEMU that loads one.
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::qemu::Qemu;
+use super::qemu::stream::log::SharedQemu;
+use super::qemu::stream::{Cut, Event, Parser};
+use super::qmp::Qmp;
+use super::{DestinationHost, SourceHost};
+use crate::Result;
+use crate::memory::dirty::{DirtyLog, DirtyMap};
+use umem_wire::RegionId;
+
+/// log2 of the landing units here: small pages.
+const UNIT_SHIFT: u8 = 12;
+
+/// Bytes of what is left of a stream here at most.
+const CUT_BYTES_MAX: usize = 256 << 20;
+
+/// A QEMU whose guest is on its way.
+pub struct Source {
+    host: SharedQemu,
+    log: Box<dyn DirtyLog>,
+    marks: Arc<DirtyMap>,
+}
+
+impl Source {
+    /// Claims the guest of the QEMU at this QMP socket. Its RAM is of these backends, with so many bytes each.
+    ///
+    /// # Errors
+    /// QEMU is not there, or somebody else has its guest.
+    pub fn connect(qmp: &Path, backends: &[(&str, u64)]) -> Result<Source> {
+        let mut qemu = Qemu::new(Qmp::connect(qmp)?);
+        qemu.claim()?;
+        let names: Vec<String> = backends.iter().map(|&(id, _)| id.to_owned()).collect();
+        let units: Vec<(u64, u8)> =
+            backends.iter().map(|(_, bytes)| (bytes >> UNIT_SHIFT, UNIT_SHIFT)).collect();
+        let mut host = SharedQemu::new(qemu);
+        let log = host.dirty_log(&names)?.expect("every QEMU has one");
+        Ok(Source { host, log, marks: Arc::new(DirtyMap::new(&units)) })
+    }
+
+    /// Has QEMU migrate.
+    ///
+    /// # Errors
+    /// It must not, or refuses.
+    pub fn start(&mut self) -> Result<()> {
+        self.log.start(self.marks.clone())
+    }
+
+    /// Looks over the whole guest.
+    ///
+    /// # Errors
+    /// QEMU's migration has failed, or its stream is not understood.
+    pub fn next(&mut self) -> Result<()> {
+        self.log.next()
+    }
+
+    /// The pages of a region that have been marked since this was asked before.
+    #[must_use]
+    pub fn marked(&self, region: u16) -> Vec<u64> {
+        let bits = self.marks.region(RegionId(region));
+        let is_marked = |page: &u64| bits.take_word(*page, 1) != 0;
+        (0..bits.pages()).filter(is_marked).collect()
+    }
+
+    /// Has the guest stop, and marks what is left. Says since when it stands still.
+    ///
+    /// # Errors
+    /// As of [`Source::next`].
+    pub fn stop(&mut self) -> Result<Option<Instant>> {
+        let stopped = self.host.stop()?;
+        self.log.finish()?;
+        Ok(stopped)
+    }
+
+    /// The device state.
+    ///
+    /// # Errors
+    /// The guest was not stopped.
+    pub fn state(&mut self) -> Result<Vec<u8>> {
+        self.host.save_state()
+    }
+
+    /// Has QEMU complete its migration.
+    ///
+    /// # Errors
+    /// The guest has run.
+    pub fn give_away(&mut self) -> Result<()> {
+        self.host.stands_still()?;
+        self.host.put_back()
+    }
+
+    /// Has the guest go on, and all as it was.
+    ///
+    /// # Errors
+    /// QEMU does not answer.
+    pub fn resume(&mut self) -> Result<()> {
+        self.host.resume()
+    }
+}
+
+/// Has the QEMU at this QMP socket, which waits for a guest, load a device state and run.
+///
+/// # Errors
+/// QEMU's own.
+pub fn load_and_run(qmp: &Path, state: Vec<u8>) -> Result<()> {
+    let mut qemu = Qemu::new(Qmp::connect(qmp)?);
+    qemu.prepare()?;
+    qemu.load_state(state)?;
+    qemu.run()
+}
+
+/// What a stream of QEMU's was.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Parsed {
+    /// RAM blocks, with their bytes.
+    pub blocks: Vec<(String, u64)>,
+    /// Of the configuration.
+    pub capabilities: Vec<String>,
+    /// Pages in their order: block, offset, whether it is zero, and a sum of all before and of its bytes.
+    pub pages: Vec<(usize, u64, bool, u64)>,
+    /// Parts of RAM.
+    pub parts: usize,
+    /// RAM's end has come.
+    pub is_device_state: bool,
+    /// The stream without pages of the blocks that are moved.
+    pub cut: Vec<u8>,
+}
+
+/// Parses a stream that comes in these pieces, of which blocks of these names are moved.
+///
+/// # Errors
+/// What it is that is not understood.
+pub fn parse<'a>(
+    pieces: impl IntoIterator<Item = &'a [u8]>,
+    is_moved: impl Fn(&str) -> bool,
+) -> Result<Parsed> {
+    let (mut parser, mut cut) = (Parser::new(), Cut::new(CUT_BYTES_MAX));
+    let (mut parsed, mut sum) = (Parsed::default(), DefaultHasher::new());
+    for piece in pieces {
+        parser.read(piece, |parser, event| {
+            match event {
+                Event::Page { block, offset, is_zero, at } => {
+                    at.hash(&mut sum);
+                    parsed.pages.push((block, offset, is_zero, sum.finish()));
+                }
+                // Byte by byte, so that pieces do not matter.
+                Event::Content(bytes) => {
+                    bytes.iter().for_each(|&byte| sum.write_u8(byte));
+                    parsed.pages.last_mut().expect("a page").3 = sum.finish();
+                }
+                Event::Began { at, .. } => at.hash(&mut sum),
+                Event::Ended { .. } => parsed.parts += 1,
+                Event::Other(_) => {}
+            }
+            let blocks = parser.blocks();
+            cut.take(blocks, |block| is_moved(&blocks[block].name), &event)
+        })?;
+    }
+    parsed.blocks = parser.blocks().iter().map(|b| (b.name.clone(), b.bytes)).collect();
+    parsed.capabilities = parser.capabilities().to_vec();
+    parsed.is_device_state = parser.is_device_state();
+    parsed.cut = cut.into_stream();
+    Ok(parsed)
+}

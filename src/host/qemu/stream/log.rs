@@ -1,0 +1,260 @@
+//! A QEMU that writes its migration stream for umem: from before the first round to its device state.
+//!
+//! ```text
+//! umem: start: settings, migrate    next: reads a look     stop: the word, reads on        SHUT
+//! QEMU: | all pages … waits ------> | … what was written … | stops the guest, rest, state | completes
+//! ```
+//!
+//! QEMU does not stop the guest before umem says so: with the capability `switchover-ack` (8.1 and later) it waits for
+//! the destination's word on the return path, which umem says in its place. A QEMU without it stops a quiet guest when
+//! it has little left. When umem ends, the socket closes, QEMU's migration fails, and QEMU has the guest go on.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use umem_wire::RegionId;
+use umem_wire::limits::STATE_BYTES_MAX;
+
+use super::reading::{Moved, Reading};
+use super::{Event, Parser};
+use crate::error::{Context, Error, Result};
+use crate::host::qemu::saving::Saving;
+use crate::host::qemu::settings::{self, Role};
+use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
+use crate::host::{BeforeStop, SourceHost, guest};
+use crate::memory::dirty::{DirtyLog, DirtyMap};
+
+/// The first QEMU whose log has every write of TCG's. Those before it lose writes (36 to 93 of 32768 pages with 7.2.22,
+/// none with 10.0: `ram_addr.h` clears the translated code's flags since).
+const LOGS_TCG: (u64, u64) = (9, 0);
+
+/// The message `MIG_RP_MSG_SWITCHOVER_ACK` of QEMU's migration/migration.c, without data: the guest may be stopped.
+const SWITCHOVER_ACK: [u8; 4] = [0, 7, 0, 0];
+
+/// How long QEMU may take to stop its guest once it may. It has a look at its rate every 100 ms (`BUFFER_DELAY` in its
+/// migration/options.h), and knows from that whether little enough is left.
+const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(150);
+
+/// How often QEMU is asked whether it has synced, at first and then.
+const SYNC_INTERVAL_MIN: Duration = Duration::from_micros(200);
+const SYNC_INTERVAL: Duration = Duration::from_millis(5);
+
+/// A QEMU that its log shares with whoever asks for the guest.
+#[derive(Clone)]
+pub(crate) struct SharedQemu(Arc<Mutex<Qemu>>);
+
+/// QEMU's stream as a log of the pages that its guest writes.
+pub(crate) struct QemuStream {
+    host: SharedQemu,
+    /// The RAM backend of each region.
+    backends: Vec<String>,
+    reading: Option<Arc<Reading>>,
+}
+
+impl SharedQemu {
+    pub(crate) fn new(qemu: Qemu) -> SharedQemu {
+        SharedQemu(Arc::new(Mutex::new(qemu)))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Qemu> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DirtyLog for QemuStream {
+    /// QEMU's first pass has every page, so it is read before anything is sent: what it marks would go twice.
+    fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()> {
+        let reading = self.host.lock().start_stream(&self.backends, marks)?;
+        self.reading.insert(reading).first_pass()
+    }
+
+    /// QEMU waits afterwards until more is asked for.
+    fn next(&mut self) -> Result<()> {
+        let Some(reading) = &self.reading else { return Err(is_not_started()) };
+        // A sync that is under way now may have passed what was written before this call.
+        let before = self.host.lock().syncs()?;
+        reading.go_on();
+        let mut interval = SYNC_INTERVAL_MIN;
+        while !reading.is_over()? && self.host.lock().syncs()? <= before {
+            std::thread::sleep(interval);
+            interval = (interval * 2).min(SYNC_INTERVAL);
+        }
+        reading.look()
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let Some(reading) = &self.reading else { return Err(is_not_started()) };
+        reading.wait_ram_over(None).map(drop)
+    }
+}
+
+fn is_not_started() -> Error {
+    Error::Internal("QEMU's stream has not been started".into())
+}
+
+impl SourceHost for SharedQemu {
+    fn dirty_log(&mut self, backends: &[String]) -> Result<Option<Box<dyn DirtyLog>>> {
+        let mut qemu = self.lock();
+        if let Some(log) = guest::log::of(&mut qemu.qmp) {
+            return Ok(Some(log));
+        }
+        qemu.check_stream()?;
+        let (host, backends) = (self.clone(), backends.to_vec());
+        Ok(Some(Box::new(QemuStream { host, backends, reading: None })))
+    }
+
+    fn before_stop(&mut self, note: BeforeStop) {
+        self.lock().before_stop(note);
+    }
+
+    fn stop(&mut self) -> Result<Option<Instant>> {
+        self.lock().stop()
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>> {
+        self.lock().save_state()
+    }
+
+    fn stands_still(&mut self) -> Result<()> {
+        self.lock().stands_still()
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.lock().resume()
+    }
+
+    fn put_back(&mut self) -> Result<()> {
+        self.lock().put_back()
+    }
+}
+
+impl Qemu {
+    /// Checks that its stream tells of every write, and is one that umem reads. Changes nothing.
+    pub(crate) fn check_stream(&mut self) -> Result<()> {
+        let instead = "move the guest without rounds before the switchover";
+        let kvm = self.qmp.execute("query-kvm", json!({}))?;
+        let (major, minor) = run_state::version(&mut self.qmp)?;
+        if kvm["enabled"] != json!(true) && (major, minor) < LOGS_TCG {
+            let (since, _) = LOGS_TCG;
+            return Err(Error::Unsupported(format!(
+                "QEMU {major}.{minor} without KVM loses writes in its log of dirty pages, which QEMU {since}.0 does \
+                 not: {instead}, or use a later QEMU"
+            )));
+        }
+        let confidential = self.qmp.property("/machine", "confidential-guest-support")?;
+        if confidential.as_ref().and_then(Value::as_str).is_some_and(|object| !object.is_empty()) {
+            return Err(Error::Unsupported(
+                "the guest is confidential (its machine has confidential-guest-support), and its memory cannot be \
+                 read from outside"
+                    .into(),
+            ));
+        }
+        if !self.can_hold()? {
+            return Err(Error::Unsupported(format!(
+                "QEMU cannot be kept from completing its migration (it has no capability return-path, or its machine \
+                 has suppress-vmdesc): {instead}"
+            )));
+        }
+        run_state::check(&mut self.qmp)?;
+        settings::Changes::needed(&mut self.qmp, Role::Stream).map(drop)
+    }
+
+    fn start_stream(&mut self, backends: &[String], marks: Arc<DirtyMap>) -> Result<Arc<Reading>> {
+        let moved = self.moved(backends, &marks)?;
+        self.change_settings(Role::Stream)?;
+        let started = self.migrate_into_reader(moved, marks);
+        if started.is_err() {
+            self.stream = None;
+            // One that QEMU has closed already it does not know any more.
+            let _ = self.qmp.try_execute("closefd", json!({ "fdname": STATE_SOCKET }))?;
+            self.end_migration()?;
+            self.undo_changes()?;
+        }
+        started
+    }
+
+    fn migrate_into_reader(
+        &mut self,
+        moved: Vec<Moved>,
+        marks: Arc<DirtyMap>,
+    ) -> Result<Arc<Reading>> {
+        self.give_state_socket()?;
+        let socket = self.state_socket.take().expect("just given");
+        let ours = socket.try_clone().context(|| "a socket")?;
+        // The byte in front of it is umem's.
+        let state_bytes_max = STATE_BYTES_MAX as usize - 1;
+        // QEMU writes before it answers.
+        let reading = Arc::new(Reading::start(socket, moved, marks, state_bytes_max)?);
+        self.stream = Some(reading.clone());
+        self.qmp.execute("migrate", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
+        self.saving = Saving::Held(ours);
+        Ok(reading)
+    }
+
+    /// The RAM blocks of these backends, which are the regions in their order.
+    fn moved(&mut self, backends: &[String], marks: &DirtyMap) -> Result<Vec<Moved>> {
+        let blocks = self.blocks()?;
+        let moved = |(index, backend): (u16, &String)| {
+            let Some(block) = blocks.iter().find(|block| block.is_of(backend)) else {
+                return Err(Error::Host(format!("no RAM block is of its backend {backend}")));
+            };
+            let (name, bytes, region) = (block.name.clone(), block.bytes, RegionId(index));
+            Ok(Moved { block: name, region, bytes, unit_shift: marks.shift(region) })
+        };
+        (0..).zip(backends).map(moved).collect()
+    }
+
+    /// How often QEMU has collected what the guest has written.
+    fn syncs(&mut self) -> Result<u64> {
+        let migration = self.qmp.execute("query-migrate", json!({}))?;
+        match migration["status"].as_str().unwrap_or("none") {
+            "failed" | "cancelled" | "cancelling" | "none" => Err(ended(&migration)),
+            _ => Ok(migration["ram"]["dirty-sync-count"].as_u64().unwrap_or(0)),
+        }
+    }
+
+    /// Has the guest stop whose stream is being read, and reads the rest of it.
+    pub(in crate::host::qemu) fn stop_stream(&mut self, reading: &Reading) -> Result<Vec<u8>> {
+        reading.finish();
+        if settings::capabilities(&mut self.qmp)?.contains_key(settings::SWITCHOVER_ACK) {
+            // If QEMU does not take it, the stream says why.
+            let _ = reading.socket().write_all(&SWITCHOVER_ACK);
+        }
+        let is_over = reading.wait_ram_over(Some(STOPS_ITSELF_WITHIN));
+        if !is_over.map_err(|error| self.why_stream_ended(error))? {
+            if let Some(claim) = &mut self.claim {
+                claim.note_stop(&mut self.qmp)?;
+            }
+            self.qmp.execute("stop", json!({}))?;
+        }
+        reading.stream().map_err(|error| self.why_stream_ended(error))
+    }
+
+    /// QEMU's own reason, if it has one.
+    fn why_stream_ended(&mut self, error: Error) -> Error {
+        match self.qmp.execute("query-migrate", json!({})) {
+            Ok(migration) if migration["error-desc"].is_string() => ended(&migration),
+            _ => error,
+        }
+    }
+}
+
+fn ended(migration: &Value) -> Error {
+    let status = migration["status"].as_str().unwrap_or("none");
+    let reason = migration["error-desc"].as_str().unwrap_or("no reason given");
+    Error::Host(format!("its migration has ended (query-migrate says {status}): {reason}"))
+}
+
+/// Whether a stream's QEMU has left out RAM that is shared; none where it is no stream of QEMU's.
+pub(in crate::host::qemu) fn ignores_shared(stream: &[u8]) -> Option<bool> {
+    let mut parser = Parser::new();
+    let mut has_ram = false;
+    let read = parser.read(stream, |_, event| {
+        has_ram |= matches!(event, Event::Began { .. });
+        Ok(())
+    });
+    // What the destination's QEMU does not understand it says itself.
+    (read.is_ok() || has_ram).then(|| parser.ignores_shared())
+}
