@@ -14,6 +14,7 @@ mod halted;
 mod huge_pages;
 mod movers;
 mod moving;
+mod precopy;
 mod refusals;
 #[path = "../support/mod.rs"]
 mod support;
