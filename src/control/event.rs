@@ -138,6 +138,9 @@ pub(crate) enum Undone {
 pub(crate) enum Remark {
     /// The source's monitor has not answered yet whether its guest goes on.
     AwaitsMonitor,
+    /// The destination denies the switchover, and the source's monitor has not answered whether it may leave again;
+    /// whether another interrupt ends the waiting.
+    AwaitsStandstill { can_leave: bool },
     /// The digests of both sides are not compared.
     NotCompared { reason: String },
     /// The source's guest must not run again.
@@ -196,6 +199,10 @@ pub(crate) enum Lost {
     /// Its pages.
     Pages,
 }
+
+/// What a source waits for whose destination has not had the switchover.
+pub(crate) const AWAITS_STANDSTILL: &str = "the destination has not had the switchover, and the monitor here has not \
+    answered whether the guest still stands still: it runs on neither side until the monitor does";
 
 /// What a destination waits for whose monitor has not answered.
 pub(crate) fn awaits_cont(pages_missing: u64) -> String {

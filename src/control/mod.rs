@@ -81,6 +81,14 @@ impl<E: Effect> Effects<E> {
     }
 }
 
+impl<E> Iterator for Effects<E> {
+    type Item = E;
+
+    fn next(&mut self) -> Option<E> {
+        self.0.pop_front()
+    }
+}
+
 /// What a core has done.
 pub(crate) trait Effect {
     /// Its result is an input.

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv, send};
-use umem_wire::{Frame, PageRange, RegionTable, Seal, Standing, resume, transmit};
+use umem_wire::{
+    Event, Frame, PageRange, Receiver, RegionTable, Seal, Standing, Target, resume, transmit,
+};
 
 use super::Note;
 use super::accept::{Door, Lanes};
@@ -120,56 +122,150 @@ impl Farewell {
 
     /// Has the core handle this, and whatever comes of what it has done.
     fn feed(&mut self, input: Input, inbox: &Inbox<Note>) -> Result<()> {
+        let mut talk = self.lanes.as_ref().map(|lanes| Talk::new(&lanes.demand, &self.word, inbox));
         let mut next = Some(input);
         while let Some(input) = next.take() {
-            let effect = self.core.handle(input, Instant::now());
-            let (Some(effect), Some(lanes)) = (effect, &self.lanes) else { return Ok(()) };
-            next = match effect {
-                Effect::Tell => match &self.word {
-                    Word::Complete { standing, landing } => {
-                        let is_told = tell_all(&lanes.demand, standing, landing, inbox)?;
-                        Some(if is_told { Input::Told } else { Input::NotTold })
+            for effect in self.core.handle(input, Instant::now()) {
+                match (effect, &mut talk) {
+                    (Effect::Forget, _) => self.keeper.remove(),
+                    (_, None) => {}
+                    (Effect::Tell, Some(talk)) => next = Some(talk.tell(&self.word)?),
+                    (Effect::Hear, Some(talk)) => next = Some(talk.hear_goodbye()?),
+                    (Effect::Answer, Some(talk)) => {
+                        talk.answer()?;
+                        next = Some(Input::Closed);
                     }
-                    Word::Failed(error) => {
-                        lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
-                        Some(Input::Told)
-                    }
-                },
-                Effect::LetClose => {
-                    wait_for_end(lanes, inbox)?;
-                    Some(Input::Closed)
                 }
-                Effect::Forget => {
-                    self.keeper.remove();
-                    None
-                }
-            };
+            }
         }
         Ok(())
     }
 }
 
-/// Says on a new demand lane where this side stands, that it has every page, and that this is all. False if
-/// the source has gone meanwhile, or does not read.
-fn tell_all(
-    lane: &Lane,
-    standing: &Standing,
-    landing: &RegionTable,
-    inbox: &Inbox<Note>,
-) -> Result<bool> {
-    let until = Instant::now() + READ_PATIENCE;
-    let mut seal = Seal::new(lane.is_checked());
-    let have = resume::have_ranges(landing).map(|range| Frame::Have { range, words: all(range) });
-    let first = std::iter::once(Frame::Resume(*standing));
-    for frame in first.chain(have).chain([Frame::Complete(standing.totals)]) {
-        let mut bytes = Vec::new();
-        transmit::encode(&frame, &mut bytes);
-        seal.frames(&mut bytes);
-        if !send_all(lane, &bytes, until, inbox)? {
-            return Ok(false);
+/// What is said and heard on a new demand lane.
+struct Talk<'a> {
+    lane: &'a Lane,
+    seal: Seal,
+    /// None where nothing but the lane's end is an answer.
+    receiver: Option<Receiver>,
+    inbox: &'a Inbox<Note>,
+}
+
+impl<'a> Talk<'a> {
+    fn new(lane: &'a Lane, word: &Word, inbox: &'a Inbox<Note>) -> Talk<'a> {
+        let receiver = match word {
+            Word::Complete { landing, .. } => {
+                Some(Receiver::for_resumed_destination(landing).checked(lane.is_checked()))
+            }
+            Word::Failed(_) => None,
+        };
+        Talk { lane, seal: Seal::new(lane.is_checked()), receiver, inbox }
+    }
+
+    fn tell(&mut self, word: &Word) -> Result<Input> {
+        match word {
+            Word::Complete { standing, landing } => {
+                let is_told = self.tell_all(standing, landing)?;
+                Ok(if is_told { Input::Told } else { Input::NotTold })
+            }
+            Word::Failed(error) => {
+                lane::tell(&self.lane.socket(), self.lane.is_checked(), error);
+                Ok(Input::Told)
+            }
         }
     }
-    Ok(true)
+
+    /// Says where this side stands, that it has every page, and that this is all. False if the source has gone
+    /// meanwhile, or does not read.
+    fn tell_all(&mut self, standing: &Standing, landing: &RegionTable) -> Result<bool> {
+        let until = Instant::now() + READ_PATIENCE;
+        let have =
+            resume::have_ranges(landing).map(|range| Frame::Have { range, words: all(range) });
+        let first = std::iter::once(Frame::Resume(*standing));
+        for frame in first.chain(have).chain([Frame::Complete(standing.totals)]) {
+            if !self.say(&frame, until)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Hears whether the source has written down what it was told. One that compares memory before may need longer
+    /// than it is waited for, and dials again then.
+    fn hear_goodbye(&mut self) -> Result<Input> {
+        let until = Instant::now() + CLOSE_PATIENCE;
+        let has_word = self.receiver.is_some();
+        while let Some(event) = self.hear(until)? {
+            // What it says in the second case it will not come back for.
+            if let Event::Complete(_) | Event::Error(_) = event {
+                return Ok(Input::Parted);
+            }
+        }
+        Ok(if has_word { Input::Closed } else { Input::Parted })
+    }
+
+    /// Says that the goodbye has come, and lets the source close the lane.
+    fn answer(&mut self) -> Result<()> {
+        let until = Instant::now() + CLOSE_PATIENCE;
+        while let Some(event) = self.hear(until)? {
+            if let Event::Ping(number) = event
+                && !self.say(&Frame::Pong(number), until)?
+            {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, frame: &Frame, until: Instant) -> Result<bool> {
+        let mut bytes = Vec::new();
+        transmit::encode(frame, &mut bytes);
+        self.seal.frames(&mut bytes);
+        send_all(self.lane, &bytes, until, self.inbox)
+    }
+
+    /// What the source says next; none at the lane's end, when the time is up, and where somebody interrupts. What it
+    /// says is read in any case: a connection that is closed over what was not read is reset, and what was said on it
+    /// could be lost.
+    fn hear(&mut self, until: Instant) -> Result<Option<Event>> {
+        let mut buffer = vec![0; 4096];
+        loop {
+            let exact = match &mut self.receiver {
+                None => buffer.len(),
+                Some(receiver) => {
+                    if let Some(event) = receiver.poll_event() {
+                        return Ok(Some(event));
+                    }
+                    match receiver.next_target() {
+                        Target::Control { exact } => exact.min(buffer.len()),
+                        // A page that nobody has asked for.
+                        _ => return Ok(None),
+                    }
+                }
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // However much it still says.
+                return Ok(None);
+            }
+            let socket = self.lane.as_fd();
+            match self.inbox.wait_for(&[(socket, PollFlags::POLLIN)], Some(left))? {
+                Wake::Ready(_) | Wake::Message(_) => {}
+                Wake::Timeout | Wake::Signal => return Ok(None),
+            }
+            let flags = MsgFlags::MSG_DONTWAIT;
+            match (recv(socket.as_raw_fd(), &mut buffer[..exact], flags), &mut self.receiver) {
+                (Ok(0), _) => return Ok(None),
+                (Ok(count), Some(receiver)) => {
+                    if receiver.control(&buffer[..count]).is_err() {
+                        return Ok(None);
+                    }
+                }
+                (Ok(_), None) | (Err(Errno::EAGAIN | Errno::EINTR), _) => {}
+                (Err(_), _) => return Ok(None),
+            }
+        }
+    }
 }
 
 /// A bit for each page, as a have frame has them.
@@ -200,28 +296,6 @@ fn send_all(lane: &Lane, bytes: &[u8], until: Instant, inbox: &Inbox<Note>) -> R
         }
     }
     Ok(true)
-}
-
-/// Reads what the source still says until it closes the demand lane, as a connection that is closed over
-/// what was not read is reset, and what we have said could be lost with it.
-fn wait_for_end(lanes: &Lanes, inbox: &Inbox<Note>) -> Result<()> {
-    let until = Instant::now() + CLOSE_PATIENCE;
-    let (socket, mut buffer) = (lanes.demand.as_fd(), [0; 4096]);
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            // However much it still says.
-            return Ok(());
-        }
-        match inbox.wait_for(&[(socket, PollFlags::POLLIN)], Some(left))? {
-            Wake::Ready(_) | Wake::Message(_) => {}
-            Wake::Timeout | Wake::Signal => return Ok(()),
-        }
-        match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-            Ok(1..) | Err(Errno::EAGAIN | Errno::EINTR) => {}
-            Ok(0) | Err(_) => return Ok(()),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::control::event::{
-    Event, Lost, Missing, Pause, Place, Remark, Room, Route, Unanswered, Undone, awaits_cont,
+    AWAITS_STANDSTILL, Event, Lost, Missing, Pause, Place, Remark, Room, Route, Unanswered, Undone,
+    awaits_cont,
 };
 
 /// What a JSON event has beside its name.
@@ -249,6 +250,12 @@ fn remark(remark: &Remark) -> String {
              another interrupt ends the waiting, and leaves the guest as it is"
                 .into()
         }
+        Remark::AwaitsStandstill { can_leave } => match can_leave {
+            true => format!(
+                "{AWAITS_STANDSTILL}; another interrupt ends the waiting, and leaves the guest as it is"
+            ),
+            false => format!("{AWAITS_STANDSTILL}, so this goes on"),
+        },
         Remark::NotCompared { reason } => {
             format!("the memory of both sides is not compared: {reason}")
         }

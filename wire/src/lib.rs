@@ -132,7 +132,9 @@
 //! missing unclaimed at the source and no page landing at the destination.
 //!
 //! The account settles what neither end could know when the lanes broke. If the switchover has not come
-//! the source sends it again; if the guest runs already the source learns it there; a destination that
+//! the source sends it again; if the guest runs already the source learns it there. A destination that was
+//! killed says what it could write down: if that is less than it has said, the source sends the switchover
+//! again, and the guest that runs is said to run again. A destination that
 //! has every page says *complete* again. A destination that has said *loaded* and is not switched over
 //! waits, as the source may have committed; its guest does not run. One that has said *complete* and
 //! waits for the goodbye has all it needs, and may leave.

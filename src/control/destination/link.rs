@@ -52,6 +52,7 @@ const SHORTAGE_SILENCE: Duration = Duration::from_secs(10);
 type Handled = std::result::Result<(), Failure>;
 
 /// The lanes of the session, and how others may come.
+#[derive(Debug)]
 pub(super) struct Link {
     recovers: bool,
     pub(super) state: State,
@@ -107,6 +108,7 @@ pub(super) enum Old {
 }
 
 /// There was no room for what had come: no lanes are taken until there may be.
+#[derive(Debug)]
 struct Shortage {
     /// For whoever comes meanwhile; none once lanes are taken again.
     refusal: Option<String>,

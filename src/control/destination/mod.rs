@@ -455,6 +455,7 @@ impl From<Error> for Failure {
 type Effects = Vec<Effect>;
 
 /// The state machine.
+#[derive(Debug)]
 pub(crate) struct Core {
     terms: Terms,
     phase: Phase,
@@ -534,7 +535,9 @@ impl Core {
             Input::Unregistered { exit, unmapped_bytes } => {
                 self.unregistered(exit, unmapped_bytes, now, effects)
             }
-            Input::GuestEnded(Exit::Fine) => Ok(()),
+            // One that has not run yet has not shut down.
+            Input::GuestEnded(Exit::Fine) if self.has_run() => Ok(()),
+            Input::GuestEnded(Exit::Fine) => Err(self.guest_died("").into()),
             Input::GuestEnded(Exit::Failed { how }) => Err(self.guest_died(&how).into()),
             Input::Failed(error) => Err(error.into()),
             Input::Interrupt => self.interrupted(now, effects),
@@ -636,13 +639,19 @@ impl Core {
         }
     }
 
+    /// The guest has run here.
+    fn has_run(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. } | Phase::Completing | Phase::Completed(_))
+    }
+
     /// Where this side stands, as a source hears it on other lanes.
     fn standing(&self, now: &Now) -> Standing {
-        let is_ours = self.owner() == Owner::Ours;
-        let running = self.times.running.zip(self.times.switched).filter(|_| is_ours);
+        // A time that could not be written down is not known to a process that takes over.
+        let times = self.times.running.zip(self.times.switched);
+        let ran_after = times.map_or(Duration::ZERO, |(r, s)| r.saturating_duration_since(s));
         Standing {
-            switched: is_ours,
-            running: running.map(|(running, switched)| micros(running - switched)),
+            switched: self.owner() == Owner::Ours,
+            running: self.has_run().then(|| micros(ran_after)),
             totals: now.memory.totals,
         }
     }

@@ -545,3 +545,16 @@ fn a_stage_that_waits_has_a_name_in_the_table() {
         assert!(is_named, "{name}: {:?}", bench.core.stage);
     }
 }
+
+/// The write before may have failed, as *switched* is not waited for.
+#[test]
+fn a_guest_that_runs_is_said_to_run_whatever_times_are_known() {
+    let mode = Mode { postcopy: true, background: true };
+    let state = DestinationState::Running;
+    let recalled = Recalled { state, mode, stopped_us: 0, switched: None, running: None };
+    let bench = Bench::new(terms());
+    let core = Core::recalled(terms(), &recalled, bench.now.at);
+    let mut bench = Bench { core, ..bench }.feed_all([Input::TakeOver, Input::TakenUp]);
+    let said = bench.says(Input::Came);
+    assert!(said.starts_with("Reconnect(switched true, running true"), "{said}");
+}

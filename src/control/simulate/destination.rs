@@ -1,394 +1,457 @@
-//! A destination as the source sees it: over the wire's phases, with a record, a guest that outlives its umem, and a
-//! person.
+//! The destination's driver of the simulation: it carries its core's effects out on the world, and may be killed
+//! between any two.
 
-use std::collections::BTreeSet;
-use std::time::Duration;
+use std::borrow::Cow;
+use std::collections::{BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
 
-use umem_wire::destination::{Input as Step, Phase};
-use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Standing, Totals};
+use umem_wire::destination::Mode;
+use umem_wire::{Event as Said, FaultCode, Frame, Standing, Totals};
 
-use super::world::{Happening, PAGES, STATE_BYTES, Sent, World, nobody};
-use crate::control::calling::Word;
+use super::Random;
+use super::threads::{Asked, Bond, Guest, Own, Threads, kills};
+use super::world::{CHUNK, Happening, PAGES, World};
+use crate::control::destination::farewell::{self, Farewell};
+use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
+use crate::control::destination::{
+    Core, Effect, Entrance, FreeSpace, Input, Memory, Now, Outcome, Process as After, Record,
+    Session, Terms,
+};
+use crate::control::event::{Event, Lost, Remark};
 use crate::error::{Error, Result};
+use crate::session::DestinationState;
 
-/// How long one that has everything waits for a source that has not heard of it.
-const GOODBYE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a source is waited for that has to hear of a guest's end, or that it is complete.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What happens by itself.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Own {
-    Ready,
-    Loaded {
-        is_wrong: bool,
-    },
-    Runs,
-    /// It has waited for the source for long enough.
-    GivesUpWaiting {
-        since: u32,
-    },
-    /// The guest touches this page.
-    Touches(u64),
-    /// It is complete, and has said all it had to.
-    Ends,
+/// How long it may take to close its lanes then.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+enum Process {
+    Migration(Box<Core>),
+    /// All is over, and the source may not know.
+    Farewell(Farewell, Word),
 }
 
-/// What lies on the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum State {
-    Loaded,
-    Switched,
-    Running,
-    Complete,
-    Parted,
-}
-
-/// The guest there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Guest {
-    /// Its process has ended, or it has never been loaded.
-    Gone,
-    Waits,
-    Runs,
-}
-
+/// What a source hears that comes when all is over.
 #[derive(Debug)]
+pub(super) enum Word {
+    Complete(Standing),
+    Ended(Error),
+}
+
 pub(super) struct Destination {
-    /// What its umem does; none where none runs.
-    phase: Option<Phase>,
-    number: u32,
-    epoch: u32,
-    pub(super) link: Option<u32>,
-    record: Option<State>,
-    guest: Guest,
+    process: Option<Process>,
+    /// Of this process, and of all before it.
+    pub(super) number: u32,
+    /// On the disk, and as its keeper has it, which is written as a whole the next time.
+    pub(super) record: Option<Recalled>,
+    kept: Option<Recalled>,
+    pub(super) guest: Guest,
+    /// Pages that are cached.
     pub(super) have: BTreeSet<u64>,
-    loads: bool,
-    is_loaded: bool,
-    losses: u32,
+    pub(super) threads: Threads,
+    pub(super) monitor_busy: Duration,
+    /// Lanes on which the source has been told all.
+    pub(super) closing: Option<u32>,
+    /// After so many effects the process is killed; of the next processes, too.
+    kills: VecDeque<u64>,
+    outcome: Option<Outcome>,
+    /// What a person has been told, and has not acted on.
+    is_paused: bool,
+    /// Another interrupt ends a guest that may be the only one.
+    pub(super) is_warned: bool,
+    /// The monitor has not answered whether the guest runs.
+    awaits_monitor: bool,
+    began: Duration,
+    /// Umem has ended in failure, or a person has interrupted it.
+    pub(super) has_failed: bool,
 }
 
 impl Destination {
-    pub(super) fn new() -> Destination {
+    pub(super) fn new(random: &mut Random) -> Destination {
         Destination {
-            phase: Some(Phase::new()),
+            process: None,
             number: 1,
-            epoch: 0,
-            link: None,
             record: None,
-            guest: Guest::Gone,
+            kept: None,
+            guest: Guest::new(),
             have: BTreeSet::new(),
-            loads: false,
-            is_loaded: false,
-            losses: 0,
+            threads: Threads::new(None),
+            monitor_busy: Duration::ZERO,
+            closing: None,
+            kills: kills(random),
+            outcome: None,
+            is_paused: false,
+            is_warned: false,
+            awaits_monitor: false,
+            began: Duration::ZERO,
+            has_failed: false,
         }
     }
 
     pub(super) fn runs(&self) -> bool {
-        self.guest == Guest::Runs
+        self.guest.runs
     }
 
     pub(super) fn is_alive(&self) -> bool {
-        self.phase.is_some()
+        self.process.is_some()
     }
 
-    fn has_all(&self) -> bool {
+    pub(super) fn is_migrating(&self) -> bool {
+        matches!(self.process, Some(Process::Migration(_)))
+    }
+
+    pub(super) fn has_all(&self) -> bool {
         self.have.len() as u64 == PAGES
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        Totals { data_bytes: self.have.len() as u64 * CHUNK, ..Totals::default() }
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match &self.process {
+            Some(Process::Migration(core)) => core.deadline(),
+            Some(Process::Farewell(core, _)) => core.deadline(),
+            None => None,
+        }
+    }
+
+    /// The source answers what it was told.
+    pub(super) fn has_goodbye_to_hear(&self) -> bool {
+        matches!(self.process, Some(Process::Farewell(Farewell::Hearing { .. }, Word::Complete(_))))
+    }
+
+    /// Why the door lets nobody in.
+    pub(super) fn refusal(&self) -> Option<(FaultCode, String)> {
+        match &self.process {
+            Some(Process::Migration(core)) => {
+                core.refusal().map(|(code, text): (_, Cow<'_, str>)| (code, text.into_owned()))
+            }
+            _ => None,
+        }
     }
 
     /// The source's memory and record are of no use to it.
     pub(super) fn can_do_alone(&self) -> bool {
-        match self.guest {
-            Guest::Gone => false,
-            Guest::Waits => self.has_all() && self.record >= Some(State::Switched),
-            Guest::Runs => self.has_all(),
-        }
+        let guest = &self.guest;
+        guest.has_died || guest.bond != Bond::Ended && self.has_all() && guest.is_ours
     }
 
     /// Nobody has to look after it: there is no guest, or it runs alone.
     pub(super) fn is_settled(&self) -> bool {
-        match self.record {
+        let is_whole = self.guest.runs && self.has_all();
+        let has_died = self.guest.has_died && self.process.is_none();
+        let process = match &self.process {
             None => true,
-            Some(State::Complete | State::Parted) => self.runs() && self.has_all(),
+            // It stays for its guest's sake, and its record is of no use without a source.
+            Some(Process::Farewell(farewell, Word::Complete(_))) => {
+                return farewell.deadline().is_none();
+            }
             Some(_) => false,
-        }
+        };
+        let record = self.record.is_none_or(|record| {
+            matches!(record.state, DestinationState::Complete | DestinationState::Parted)
+        });
+        process
+            && (self.guest.bond == Bond::Ended && self.record.is_none()
+                || (is_whole || has_died) && record)
+    }
+
+    /// It is gone, and nobody could go on.
+    pub(super) fn is_left(&self) -> bool {
+        self.process.is_none() && self.record.is_none()
+    }
+
+    pub(super) fn describe(&self) -> String {
+        let process = match &self.process {
+            Some(Process::Migration(core)) => format!("{core:?}"),
+            Some(Process::Farewell(core, word)) => format!("{core:?} {word:?}"),
+            None => "has ended".into(),
+        };
+        let Destination { guest, record, have, threads, .. } = self;
+        format!("{process}, record {record:?}, {guest:?}, has {have:?}, {threads:?}")
+    }
+
+    pub(super) fn take_paused(&mut self) -> bool {
+        std::mem::take(&mut self.is_paused)
+    }
+
+    /// It has gone on for so long that a person asks what it waits for.
+    pub(super) fn waits_for_its_monitor(&self, now: Duration) -> bool {
+        let is_starting = match &self.process {
+            Some(Process::Migration(core)) => core.phase_name() == "starting the guest",
+            _ => false,
+        };
+        (is_starting || self.awaits_monitor) && now - self.began > Duration::from_secs(60)
     }
 }
 
 impl World {
-    fn later(&mut self, what: Own) {
-        let process = self.destination.number;
-        self.soon(Happening::Destination { process, what });
-    }
-
-    fn reply(&mut self, said: Said) {
-        if let Some(link) = self.destination.link {
-            self.source_hears(link, said);
+    fn terms(&self) -> Terms {
+        let session = Session { number: "5e55".into(), directory_option: String::new() };
+        Terms {
+            recovers: self.habits.recovers,
+            has_bulk_lanes: true,
+            is_checked: self.habits.is_checked,
+            is_private: self.habits.is_private,
+            is_embedded: false,
+            session: self.habits.is_kept.then_some(session),
+            step_timeout: Duration::from_secs(30),
         }
     }
 
-    fn step_destination(&mut self, input: Step<'_>) -> bool {
-        let Some(phase) = self.destination.phase.take() else { return false };
-        match phase.step(input) {
-            Ok(phase) => {
-                self.destination.phase = Some(phase);
-                true
+    /// Its lanes are open, and it compares regions.
+    pub(super) fn start_destination(&mut self, link: u32) {
+        let core = Core::new(self.terms(), Some(Entrance::Listener), self.instant());
+        self.destination.threads = Threads::new(Some(link));
+        self.destination.process = Some(Process::Migration(Box::new(core)));
+    }
+
+    pub(super) fn destination_moment(&self) -> Now {
+        let destination = &self.destination;
+        let pages_done = destination.have.len() as u64;
+        let pages_missing = PAGES - pages_done;
+        let memory = Memory {
+            pages_missing,
+            bytes_missing: pages_missing * CHUNK,
+            pages_done,
+            bytes_moved: self.moved_bytes(),
+            checksum_errors: 0,
+            totals: destination.totals(),
+        };
+        Now { at: self.instant(), memory }
+    }
+
+    /// Hands this in, and carries out what follows; then looks at the clock.
+    pub(super) fn tell_destination(&mut self, input: Input) {
+        self.feed_destination(input);
+        self.feed_destination(Input::Tick);
+    }
+
+    fn feed_destination(&mut self, input: Input) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            let now = self.destination_moment();
+            if !matches!(input, Input::Tick) {
+                self.note(format_args!("destination hears {input:?}"));
             }
-            Err((phase, error)) => {
-                self.destination.phase = Some(phase);
-                self.destination_fails(&Error::protocol("demand lane", error));
+            let Some(Process::Migration(core)) = &mut self.destination.process else { return };
+            for effect in core.handle(input, &now) {
+                if self.is_destination_killed() {
+                    return self.kill_destination();
+                }
+                self.note(format_args!("destination: {effect:?}"));
+                match self.carry_out_there(effect) {
+                    Ok(result) => inputs.extend(result),
+                    Err(error) => {
+                        inputs.push_back(Input::Failed(error));
+                        break;
+                    }
+                }
+            }
+        }
+        if let Some(outcome) = self.destination.outcome.take() {
+            self.destination_ends(&outcome);
+        }
+    }
+
+    fn is_destination_killed(&mut self) -> bool {
+        if self.is_well() {
+            return false;
+        }
+        match self.destination.kills.front_mut() {
+            Some(0) => true,
+            Some(left) => {
+                *left -= 1;
                 false
             }
+            None => false,
         }
     }
 
-    fn is_phase(&self, is: impl FnOnce(&Phase) -> bool) -> bool {
-        self.destination.phase.as_ref().is_some_and(is)
+    fn write(&mut self, record: Record) -> Result<()> {
+        if !self.habits.is_kept {
+            return Ok(());
+        }
+        let kept = self.destination.kept.get_or_insert(Recalled {
+            state: DestinationState::Loaded,
+            mode: Mode { postcopy: true, background: true },
+            stopped_us: 0,
+            switched: None,
+            running: None,
+        });
+        kept.state = record.state();
+        let has_ended = self.destination.guest.bond == Bond::Ended && self.destination.number == 1;
+        if has_ended && matches!(record, Record::Complete { .. }) {
+            self.violated("a guest is complete whose process has ended");
+        }
+        let Some(kept) = &mut self.destination.kept else { return Ok(()) };
+        match record {
+            Record::Loaded { mode, .. } => kept.mode = mode,
+            Record::Switched { stopped_us, at } => {
+                (kept.stopped_us, kept.switched) = (stopped_us, Some(at));
+            }
+            Record::Running { at } => kept.running = Some(at),
+            Record::Complete { .. } | Record::Parted => {}
+        }
+        if !self.is_well() && self.random.percent(self.habits.disk) {
+            return Err(Error::Host("no space".into()));
+        }
+        self.destination.record = self.destination.kept;
+        Ok(())
     }
 
-    pub(super) fn destination_hears(&mut self, sent: Sent) {
-        match sent {
-            Sent::Frame(Frame::Regions(table)) => {
-                if self.step_destination(Step::Received(&Said::Regions(table))) {
-                    self.later(Own::Ready);
+    fn carry_out_there(&mut self, effect: Effect) -> Result<Option<Input>> {
+        match effect {
+            Effect::Prepare => self.ask_destination(Asked::Prepare),
+            Effect::Load(_) => self.ask_destination(Asked::Load),
+            Effect::Run => self.ask_destination(Asked::Run),
+            Effect::Commit if self.habits.cancels_there && self.destination.number == 1 => {
+                return Err(Error::Interrupted("the guest stays at the source".into()));
+            }
+            Effect::Commit => return Ok(Some(Input::Committed)),
+            Effect::Write(record) => {
+                let state = record.state();
+                return Ok(Some(Input::Written { state, result: self.write(record) }));
+            }
+            Effect::Hold => {
+                self.binds(Bond::Held);
+                return Ok(Some(Input::Held));
+            }
+            Effect::Doom => self.binds(Bond::Held),
+            Effect::Keep => {
+                self.binds(Bond::Kept);
+                self.destination.guest.is_ours = true;
+            }
+            Effect::LetWait => self.binds(Bond::Kept),
+            Effect::TakeUp => {
+                self.roll_back();
+                return Ok(Some(Input::TakenUp));
+            }
+            Effect::TouchTheRest => self.post(Input::AllReleased),
+            Effect::Unregister => {
+                let has_ended = self.destination.guest.bond == Bond::Ended;
+                let exit = has_ended.then(|| self.exit());
+                return Ok(Some(Input::Unregistered { exit, unmapped_bytes: 0 }));
+            }
+            Effect::Free => self.binds(Bond::Kept),
+            Effect::Send(frame) => {
+                let said = self.said(frame);
+                self.reply(said);
+            }
+            Effect::SendCompletion => {
+                if let Some(link) = self.destination.threads.demand {
+                    self.say_complete(link);
                 }
             }
-            Sent::Frame(Frame::Stopped { postcopy, background }) => {
-                self.step_destination(Step::Received(&Said::Stopped { postcopy, background }));
+            Effect::Ping(number) => self.reply(Said::Ping(number)),
+            Effect::Sever => self.sever(),
+            Effect::Settle => self.post(Input::Settled),
+            Effect::RollBack => self.roll_back(),
+            Effect::Reconnect { standing, is_complete } => self.reconnect(standing, is_complete),
+            Effect::DropLanes => self.drop_arrived(),
+            Effect::MeasureRoom => {
+                let is_short = !self.is_well() && self.random.percent(50);
+                let free = is_short.then(|| FreeSpace { ram: "ram0".into(), bytes: 0 });
+                return Ok(Some(Input::Room(free)));
             }
-            Sent::State => {
-                let state = Said::DeviceState(vec![0; STATE_BYTES]);
-                let state_bytes = STATE_BYTES as u64;
-                if self.step_destination(Step::Received(&state))
-                    && self.step_destination(Step::Received(&Said::Load { state_bytes }))
-                {
-                    self.destination.loads = true;
-                    let is_wrong = !self.is_well() && self.random.percent(5);
-                    self.later(Own::Loaded { is_wrong });
+            Effect::Report(event) => self.destination_reports(&event),
+            Effect::SeekCause(error) => {
+                let error = self.destination.threads.first_cause(error);
+                let process = match self.destination.guest.bond {
+                    Bond::Ended => After::Gone,
+                    Bond::Bound | Bond::Held => After::EndsWithUs,
+                    Bond::Kept | Bond::Released => After::Stays,
+                };
+                return Ok(Some(Input::Cause { error, process }));
+            }
+            Effect::EndThreads { told, .. } => {
+                if let Some(fault) = told {
+                    self.reply(Said::Error(fault));
+                }
+                self.end_destination_threads(true);
+                return Ok(Some(Input::ThreadsEnded));
+            }
+            Effect::Release => {
+                self.binds(Bond::Released);
+                return Ok(Some(Input::Released));
+            }
+            Effect::EndGuest => {
+                let guest = &mut self.destination.guest;
+                if matches!(guest.bond, Bond::Bound | Bond::Held) {
+                    guest.ends();
                 }
             }
-            Sent::Frame(Frame::Switchover { stopped_us }) => {
-                if self.step_destination(Step::Received(&Said::Switchover { stopped_us })) {
-                    self.destination.record = self.destination.record.map(|_| State::Switched);
-                    self.later(Own::Runs);
-                }
-            }
-            Sent::Page(page) => {
-                self.destination.have.insert(page);
-                self.destination_may_be_loaded();
-                self.destination_may_be_complete();
-            }
-            Sent::Frame(Frame::Complete(totals)) => {
-                if self.step_destination(Step::Received(&Said::Complete(totals))) {
-                    self.destination.record = self.destination.record.map(|_| State::Parted);
-                    self.later(Own::Ends);
-                }
-            }
-            Sent::Frame(Frame::Ping(number)) => self.reply(Said::Pong(number)),
-            Sent::Frame(Frame::Error(fault)) => self.source_gives_up(&fault),
-            Sent::Frame(_) => {}
+            Effect::Forget => self.forget_there(),
+            Effect::Finish(outcome) => self.destination.outcome = Some(outcome),
+            Effect::StayAwake
+            | Effect::Sleep { .. }
+            | Effect::Compare(_)
+            | Effect::LookUp { .. }
+            | Effect::Bind { .. }
+            | Effect::Open
+            | Effect::Decline
+            | Effect::ForgetGiven
+            | Effect::WriteAddress(_)
+            | Effect::Entered(_)
+            | Effect::Show(_) => {}
+        }
+        Ok(None)
+    }
+
+    /// The guest's process, if there is one, ends no sooner than that.
+    fn binds(&mut self, bond: Bond) {
+        let guest = &mut self.destination.guest;
+        if guest.bond != Bond::Ended {
+            guest.bond = bond;
         }
     }
 
-    /// Its goodbye has come, and there is nothing more to answer.
-    fn end_if_complete(&mut self) {
-        if !self.is_phase(|phase| matches!(phase, Phase::Completed(_))) {
-            return;
-        }
-        self.note(format_args!("destination has ended, complete"));
-        if self.is_phase(|phase| matches!(phase, Phase::Completed(Some(_)))) {
-            self.destination.record = None;
-        }
-        self.hang_up_and_end(true);
-    }
-
-    fn hang_up_and_end(&mut self, sends_rest: bool) {
-        self.destination.phase = None;
-        if let Some(link) = self.destination.link.take() {
-            self.destination_hangs_up(link, sends_rest);
-        }
-    }
-
-    fn source_gives_up(&mut self, fault: &Reason) {
-        if self.is_phase(|phase| matches!(phase, Phase::Completed(_) | Phase::Completing)) {
-            return self.end_if_complete();
-        }
-        let code = fault.code;
-        self.destination_fails(&Error::Peer { side: "source", code, text: fault.text.clone() });
-    }
-
-    /// It cannot go on. Once the guest is its own it stays, for a umem that takes over.
-    fn destination_fails(&mut self, error: &Error) {
-        self.note(format_args!("destination fails: {error}"));
-        if self.destination.link.is_some() && !matches!(error, Error::Peer { .. }) {
-            self.reply(Said::Error(error.to_fault()));
-        }
-        let stays = match self.destination.record {
-            None => self.destination.guest == Guest::Runs,
-            Some(State::Loaded) => !matches!(error, Error::Peer { .. }),
-            Some(_) => true,
-        };
-        if !stays {
-            (self.destination.guest, self.destination.record) = (Guest::Gone, None);
-        }
-        self.hang_up_and_end(true);
-    }
-
-    fn destination_may_be_loaded(&mut self) {
-        let Some(Phase::Loading { mode, .. }) = self.destination.phase else { return };
-        if !self.destination.is_loaded || !(mode.postcopy || self.destination.has_all()) {
-            return;
-        }
-        if self.habits.is_kept {
-            self.destination.record = Some(State::Loaded);
-        }
-        self.destination.guest = Guest::Waits;
-        if self.step_destination(Step::StateLoaded) {
-            self.reply(Said::Loaded);
-        }
-    }
-
-    fn destination_may_be_complete(&mut self) {
-        if !self.destination.has_all()
-            || !self.is_phase(|phase| matches!(phase, Phase::Running { .. }))
-        {
-            return;
-        }
-        self.destination.record = self.destination.record.map(|_| State::Complete);
-        if self.step_destination(Step::AllCached) {
-            self.say_complete();
-        }
-    }
-
-    fn say_complete(&mut self) {
-        if self.habits.is_checked {
-            self.reply(Said::Digests(vec![7]));
-        }
-        self.reply(Said::Complete(Totals::default()));
-    }
-
-    pub(super) fn destination_does(&mut self, process: u32, what: Own) {
-        if !self.destination.is_alive() || self.destination.number != process {
-            return;
-        }
-        self.note(format_args!("destination: {what:?}"));
-        match what {
-            Own::Ready => {
-                if self.step_destination(Step::GuestReady) {
-                    let table = self.table();
-                    self.reply(Said::Ready(table));
-                }
+    fn destination_reports(&mut self, event: &Event) {
+        match event {
+            Event::Paused { .. } => self.destination.is_paused = true,
+            Event::Resumed { .. } => {
+                (self.destination.is_paused, self.destination.is_warned) = (false, false);
             }
-            Own::Loaded { is_wrong: true } => {
-                self.destination_fails(&Error::Host("the state does not load".into()));
+            Event::Remark(Remark::InterruptAgainHere { lost: Lost::Owner }) => {
+                self.destination.is_warned = true;
             }
-            Own::Loaded { is_wrong: false } => {
-                self.destination.is_loaded = true;
-                self.destination_may_be_loaded();
+            Event::Remark(Remark::AwaitsCont { .. }) => self.destination.awaits_monitor = true,
+            _ => {}
+        }
+    }
+
+    /// The record goes: nobody takes over any more.
+    fn forget_there(&mut self) {
+        self.destination.record = None;
+        if self.destination.guest.bond != Bond::Ended && !self.destination.can_do_alone() {
+            self.violated("the destination's session is forgotten, and its guest waits for it");
+        }
+    }
+
+    fn destination_ends(&mut self, outcome: &Outcome) {
+        self.note(format_args!("destination has ended: {outcome:?}"));
+        self.destination.process = None;
+        self.destination.guest.outlives(false);
+        match outcome {
+            // One that was started by another process is not stayed for.
+            Outcome::Complete { unheard: Some(standing) } if self.destination.number == 1 => {
+                self.says_farewell(None, Word::Complete(*standing));
             }
-            Own::Runs => {
-                self.destination.guest = Guest::Runs;
-                self.destination.record = self.destination.record.map(|_| State::Running);
-                if self.step_destination(Step::GuestRunning) {
-                    self.reply(Said::Running { us_since_switchover: 1 });
-                }
-                let page = self.random.below(PAGES);
-                self.later(Own::Touches(page));
-                self.destination_may_be_complete();
-            }
-            Own::Touches(page) => {
-                if let Some(link) = self.destination.link {
-                    self.source_answers(link, page);
-                }
-            }
-            Own::Ends => self.end_if_complete(),
-            Own::GivesUpWaiting { since } => {
-                if since == self.destination.losses
-                    && self.destination.link.is_none()
-                    && self.is_phase(|phase| matches!(phase, Phase::Completing))
-                {
-                    self.step_destination(Step::Lost);
-                    self.end_if_complete();
+            Outcome::Complete { .. } => {}
+            Outcome::Failed(_) => {
+                self.destination.has_failed = true;
+                if self.random.percent(50) {
+                    self.soon(Happening::StartDestination);
                 }
             }
         }
     }
 
-    pub(super) fn destination_loses_lanes(&mut self) {
-        self.destination.link = None;
-        self.destination.losses += 1;
-        if self.is_phase(|phase| matches!(phase, Phase::Completed(_))) {
-            return self.end_if_complete();
-        }
-        if !self.habits.recovers {
-            return match self.is_phase(|phase| matches!(phase, Phase::Completing)) {
-                true => {
-                    self.step_destination(Step::Lost);
-                    self.end_if_complete();
-                }
-                false => self.destination_fails(&super::world::lost("demand lane")),
-            };
-        }
-        if self.step_destination(Step::Broken) {
-            self.wait_for_the_source();
-        }
-    }
-
-    fn wait_for_the_source(&mut self) {
-        if self.is_phase(|phase| matches!(phase, Phase::Completing)) {
-            let (process, since) = (self.destination.number, self.destination.losses);
-            let what = Own::GivesUpWaiting { since };
-            self.at(self.now + GOODBYE_PATIENCE, Happening::Destination { process, what });
-        }
-    }
-
-    /// Whether it takes lanes of this attempt; those before are lost then.
-    pub(super) fn destination_accepts(&mut self, epoch: u32) -> Result<u32> {
-        if !self.destination.is_alive() {
-            return Err(nobody(std::io::ErrorKind::ConnectionRefused));
-        }
-        if !self.is_phase(Phase::outlives_its_lanes) || epoch <= self.destination.epoch {
-            let text = "its lanes are not to be replaced".into();
-            return Err(Error::Peer { side: "destination", code: FaultCode::Refused, text });
-        }
-        self.destination.epoch = epoch;
-        self.destination.losses += 1;
-        let link = self.connect();
-        self.destination.link = Some(link);
-        Ok(link)
-    }
-
-    pub(super) fn destination_stands(&self) -> Standing {
-        let switched = !self.is_phase(|phase| matches!(phase, Phase::Loaded { .. }));
-        let running = (switched && self.destination.runs()).then_some(1);
-        Standing { switched, running, totals: Totals::default() }
-    }
-
-    /// The source has read what it has.
-    pub(super) fn destination_goes_on(&mut self, link: u32) {
-        self.destination.link = Some(link);
-        if self.is_phase(|phase| matches!(phase, Phase::Completing)) {
-            self.say_complete();
-        } else if self.destination.runs() {
-            let page = self.random.below(PAGES);
-            self.later(Own::Touches(page));
-        }
-    }
-
-    /// On lanes that were opened for nothing else.
-    pub(super) fn destination_hears_word(&mut self, word: &Word) -> bool {
-        match word {
-            Word::Goodbye => {
-                let is_complete = self.is_phase(|phase| matches!(phase, Phase::Completing));
-                if is_complete {
-                    self.destination_hears(Sent::Frame(Frame::Complete(Totals::default())));
-                    self.end_if_complete();
-                }
-                is_complete
-            }
-            Word::GaveUp(fault) => {
-                self.source_gives_up(fault);
-                true
-            }
-        }
+    fn says_farewell(&mut self, until: Option<Instant>, word: Word) {
+        self.destination.process = Some(Process::Farewell(Farewell::new(until), word));
     }
 
     pub(super) fn kill_destination(&mut self) {
@@ -396,10 +459,17 @@ impl World {
             return;
         }
         self.note(format_args!("destination is killed"));
-        if self.destination.record.is_none() && self.destination.guest == Guest::Waits {
-            self.destination.guest = Guest::Gone;
+        self.killed();
+        self.destination.kills.pop_front();
+        self.destination.process = None;
+        self.destination.outcome = None;
+        self.destination.guest.outlives(true);
+        let sends_rest = self.random.percent(70);
+        self.destination.threads.forget_question();
+        self.end_destination_threads(sends_rest);
+        if let Some(link) = self.destination.closing.take() {
+            self.destination_hangs_up(link, sends_rest);
         }
-        self.hang_up_and_end(false);
         let at = self.now + self.random.millis(13);
         self.at(at, Happening::StartDestination);
     }
@@ -409,43 +479,124 @@ impl World {
         if self.destination.is_alive() {
             return;
         }
-        let Some(state) = self.destination.record else { return };
-        self.note(format_args!("destination is resumed: {state:?}"));
+        let Some(recalled) = self.destination.record else { return };
+        let bond = self.destination.guest.bond;
+        self.note(format_args!("destination is resumed: {:?}, {bond:?}", recalled.state));
         self.destination.number += 1;
-        self.destination.epoch = 0;
-        self.destination.losses += 1;
-        let mode = umem_wire::destination::Mode { postcopy: true, background: true };
-        let stopped_us = 1;
-        self.destination.phase = Some(match state {
-            State::Loaded => Phase::Loaded { mode },
-            State::Switched => Phase::Switched { mode, stopped_us },
-            State::Running => Phase::Running { mode, stopped_us },
-            State::Complete => Phase::Completing,
-            State::Parted => {
-                self.destination.record = None;
-                self.destination.phase = None;
-                return;
+        self.destination.began = self.now;
+        self.destination.threads = Threads::new(None);
+        self.destination.kept = Some(recalled);
+        (self.destination.is_paused, self.destination.is_warned) = (false, false);
+        self.destination.awaits_monitor = false;
+        let found = match bond {
+            Bond::Ended => Found::Ended,
+            Bond::Released => Found::Complete,
+            Bond::Bound | Bond::Held | Bond::Kept => Found::Waiting(()),
+        };
+        let until = Some(self.instant() + FAREWELL_PATIENCE);
+        match plan(recalled.state, found) {
+            Plan::Serve(()) => {
+                // It is no child of this process, which ends it only when it is told to.
+                self.binds(Bond::Kept);
+                let core = Core::recalled(self.terms(), &recalled, self.instant());
+                self.destination.process = Some(Process::Migration(Box::new(core)));
+                self.tell_destination(Input::TakeOver);
             }
-        });
-        if state == State::Switched {
-            self.later(Own::Runs);
+            Plan::Release(()) => {
+                self.binds(Bond::Released);
+                self.forget_there();
+            }
+            Plan::Nothing => self.forget_there(),
+            Plan::TellOfCompletion => {
+                let totals = self.destination.totals();
+                self.says_farewell(until, Word::Complete(recalled.standing(totals)));
+            }
+            Plan::TellOfEnd => {
+                let error = Error::Ended("the guest's process ended".into());
+                self.says_farewell(until, Word::Ended(error));
+            }
         }
-        self.destination_may_be_complete();
-        self.wait_for_the_source();
     }
 
-    /// The person knows that the source is gone for good: a guest that waits there never gets what it misses.
-    pub(super) fn leave_destination(&mut self) {
-        let is_loaded = self.is_phase(|phase| matches!(phase, Phase::Loaded { .. }))
-            || self.destination.record == Some(State::Loaded);
-        let is_in_vain = !self.habits.is_kept && (is_loaded || !self.destination.has_all());
-        if is_loaded && self.runs_here || is_in_vain {
-            self.note(format_args!("the person ends the destination"));
-            self.destination.record = None;
-            if self.destination.guest == Guest::Waits {
-                self.destination.guest = Guest::Gone;
+    /// Time has passed there.
+    pub(super) fn destination_looks(&mut self) {
+        match self.destination.process {
+            Some(Process::Migration(_)) => self.feed_destination(Input::Tick),
+            Some(Process::Farewell(..)) => self.tell_farewell(farewell::Input::Tick),
+            None => {}
+        }
+    }
+
+    pub(super) fn interrupt_destination(&mut self) {
+        self.note(format_args!("somebody interrupts the destination"));
+        match self.destination.process {
+            Some(Process::Migration(_)) => self.tell_destination(Input::Interrupt),
+            Some(Process::Farewell(..)) => self.tell_farewell(farewell::Input::Interrupt),
+            None => {}
+        }
+    }
+
+    pub(super) fn tell_farewell(&mut self, input: farewell::Input) {
+        let mut next = Some(input);
+        while let Some(input) = next.take() {
+            let now = self.instant();
+            let Some(Process::Farewell(core, _)) = &mut self.destination.process else { return };
+            let effects = core.handle(input, now);
+            let outcome = core.outcome();
+            for effect in effects {
+                if self.is_destination_killed() {
+                    return self.kill_destination();
+                }
+                self.note(format_args!("destination: {effect:?}"));
+                next = self.carry_out_farewell(effect);
             }
-            self.hang_up_and_end(false);
+            if let Some(is_told) = outcome {
+                return self.farewell_ends(is_told);
+            }
+        }
+    }
+
+    fn carry_out_farewell(&mut self, effect: farewell::Effect) -> Option<farewell::Input> {
+        match effect {
+            farewell::Effect::Tell => {
+                let Some(Process::Farewell(core, word)) = self.destination.process.take() else {
+                    return None;
+                };
+                let told = self.tell_word(&word);
+                self.destination.process = Some(Process::Farewell(core, word));
+                return Some(told);
+            }
+            farewell::Effect::Hear => {
+                let (process, link) = (self.destination.number, self.destination.closing?);
+                let what = Own::HasClosed { link };
+                self.at(self.now + CLOSE_PATIENCE, Happening::Destination { process, what });
+            }
+            farewell::Effect::Forget => self.destination.record = None,
+            farewell::Effect::Answer => {}
+        }
+        None
+    }
+
+    fn farewell_ends(&mut self, is_told: bool) {
+        let process = self.destination.process.take();
+        self.note(format_args!("destination has ended, and the source knows: {is_told}"));
+        self.drop_arrived();
+        if let Some(Process::Farewell(_, Word::Ended(_))) = process {
+            // Somebody is told to end the source.
+            self.destination.record = None;
+        }
+    }
+}
+
+/// What a frame is to the source.
+impl World {
+    fn said(&self, frame: Frame) -> Said {
+        match frame {
+            Frame::Ready(_) => Said::Ready(self.table()),
+            Frame::Loaded => Said::Loaded,
+            Frame::Running { us_since_switchover } => Said::Running { us_since_switchover },
+            Frame::Error(fault) => Said::Error(fault),
+            other => unreachable!("{other:?} of a destination"),
         }
     }
 }

@@ -1,24 +1,30 @@
-//! The source's core against a destination, a wire that loses lanes, a monitor that answers late, wrongly or not in
-//! time, people who interrupt and pause, and kills between any two effects, in a time of its own.
+//! Both cores over a wire that loses lanes, with monitors that answer late, wrongly or never, people who interrupt and
+//! pause, disks that are full, and kills between any two effects of either side, in a time of its own.
 //!
 //! A seed decides on everything, and always is the same run. For a while ([`CHAOS`]) anything may happen; then the
-//! wire and the monitor are well, and a person does what umem has told: resumes what was paused, starts umem again
-//! with `--resume` where a record lies, and interrupts what only waits for that. After [`END`] it must be over.
+//! wire, the monitors and the disks are well, and a person does what umem has told ([`person`]): resumes what was
+//! paused, starts umem again with `--resume` where a record lies, and interrupts what only waits for that. After [`END`]
+//! it must be over.
 //!
 //! What must hold, whatever happens:
 //! - The guest never runs twice.
-//! - Nothing forgets what the guest needs: a record, or memory that the destination does not have.
+//! - Nothing forgets what the guest needs: a record of either side, or memory that the destination does not have.
+//! - No page lands twice, and no lanes are served beside others.
 //! - At the end the guest runs on one side with all of its memory, nobody is left waiting, and no source's record is.
+//!   Where a person had to decide, umem has said so.
 //!
 //! `UMEM_SEED=N` runs one seed and prints what happens in it (`--nocapture`), `UMEM_SIM_SEEDS=N` runs as many.
 
 #![allow(clippy::print_stdout, reason = "a test may say what it does")]
 
 mod destination;
+mod person;
 mod source;
+mod threads;
 mod world;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use world::World;
@@ -29,8 +35,8 @@ const CHAOS: Duration = Duration::from_secs(40);
 /// By then it has to be over.
 const END: Duration = Duration::from_secs(400);
 
-/// Where nobody says how many.
-const SEEDS: u64 = 3000;
+/// Where nobody says how many: as many as a debug build runs in some seconds on two cores.
+const SEEDS: u64 = 50_000;
 
 /// What is done wrong on purpose, to see it found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,12 +95,8 @@ fn told(seed: u64, what: &str, world: &World) -> String {
     format!("UMEM_SEED={seed}: {what}\n{}", world.log())
 }
 
-#[test]
-fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
-    let seeds = match number("UMEM_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..number("UMEM_SIM_SEEDS").unwrap_or(SEEDS),
-    };
+/// How many seeds have come to what, and the first that was wrong.
+fn run_all(seeds: Range<u64>) -> Result<BTreeMap<&'static str, u64>, String> {
     let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
     for seed in seeds.clone() {
         match run(seed, Fault::None) {
@@ -104,12 +106,38 @@ fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
                     println!("{}", told(seed, outcome, &world));
                 }
             }
-            (Err(what), world) => panic!("{}", told(seed, &what, &world)),
+            (Err(what), world) => return Err(told(seed, &what, &world)),
         }
     }
-    println!("{} seeds: {outcomes:?}", seeds.end - seeds.start);
+    Ok(outcomes)
+}
+
+#[test]
+fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
+    let (first, count) = match number("UMEM_SEED") {
+        Some(seed) => (seed, 1),
+        None => (0, number("UMEM_SIM_SEEDS").unwrap_or(SEEDS)),
+    };
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
+    let share = count.div_ceil(threads);
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let begins = (first..first + count).step_by(share as usize);
+        let spawn = |begin| scope.spawn(move || run_all(begin..(begin + share).min(first + count)));
+        let running: Vec<_> = begins.map(spawn).collect();
+        running.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    });
+    let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for result in results {
+        match result {
+            Ok(part) => {
+                part.into_iter().for_each(|(what, n)| *outcomes.entry(what).or_default() += n);
+            }
+            Err(what) => panic!("{what}"),
+        }
+    }
+    println!("{count} seeds: {outcomes:?}");
     // Otherwise nothing has been tried.
-    if seeds.end - seeds.start >= SEEDS {
+    if count >= SEEDS {
         for outcome in ["completed", "stayed", "completed after a kill", "stayed after a kill"] {
             assert!(outcomes.contains_key(outcome), "{outcomes:?}");
         }

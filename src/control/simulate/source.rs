@@ -3,16 +3,19 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use umem_wire::{Event as Said, Fault as Reason, Frame, Totals};
+use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Totals};
 
-use super::world::{Happening, Lane, PAGES, Sent, TOTAL_BYTES, World};
+use super::threads::kills;
+use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World, lost};
 use super::{Fault, Random};
 use crate::control::Moment;
+use crate::control::calling::{Called, Word};
 use crate::control::event::{Event, Undone};
 use crate::control::source::closing::GOODBYE_PING;
 use crate::control::source::leftover::{self, Leftover};
 use crate::control::source::{
-    Effect, Goodbye, Guest, Heard, Input, Kept, Left, Outcome, Plan, Question, Record, Source,
+    Effect, Goodbye, Guest, Heard, Input, Kept, Left, Opened, Order, Outcome, Plan, Question,
+    Record, Source, peer,
 };
 use crate::error::{Error, Result};
 use crate::uri::Uri;
@@ -44,10 +47,16 @@ pub(super) struct SourceSide {
     process: Option<Process>,
     /// Of this process, and of all before it.
     number: u32,
+    /// On the disk, and as its keeper has it, which is written as a whole the next time.
     pub(super) record: Option<Disk>,
+    kept: Option<Disk>,
     pub(super) link: Option<u32>,
     /// Lanes that have been opened and are not served yet.
     opened: Option<u32>,
+    /// The attempt that the driver waits for, and what comes meanwhile.
+    pub(super) opening: Option<Opening>,
+    attempts: u32,
+    notes: VecDeque<Input>,
     answers: VecDeque<Input>,
     leftover_answer: Option<leftover::Input>,
     /// Where a fault is put in: what comes after something else, and what comes next.
@@ -62,30 +71,50 @@ pub(super) struct SourceSide {
     /// What a person has been told, and has not acted on.
     is_paused: bool,
     pub(super) is_by_hand: bool,
+    /// The same, where there is a record that may help.
+    can_be_by_hand: bool,
     /// A process has ended without the guest.
     pub(super) has_left: bool,
+    /// Nobody listens where the destination was.
+    pub(super) is_told_of_silence: bool,
     began: Duration,
+}
+
+/// An attempt to open lanes, or to say a word on some.
+#[derive(Debug)]
+pub(super) struct Opening {
+    pub(super) attempt: u32,
+    /// Once the destination has taken them.
+    pub(super) link: Option<u32>,
+    pub(super) word: Option<Word>,
+    /// The goodbye has been said.
+    pub(super) has_parted: bool,
 }
 
 impl SourceSide {
     pub(super) fn new(random: &mut Random) -> SourceSide {
-        let count = [0, 0, 1, 1, 2, 3][random.below(6) as usize];
         SourceSide {
             process: None,
             number: 0,
             record: None,
+            kept: None,
             link: None,
             opened: None,
+            opening: None,
+            attempts: 0,
+            notes: VecDeque::new(),
             answers: VecDeque::new(),
             leftover_answer: None,
             held: None,
             late: None,
             sent: BTreeSet::new(),
             has_memory: true,
-            kills: (0..count).map(|_| random.below(60)).collect(),
+            kills: kills(random),
             is_paused: false,
             is_by_hand: false,
+            can_be_by_hand: false,
             has_left: false,
+            is_told_of_silence: false,
             began: Duration::ZERO,
         }
     }
@@ -118,6 +147,15 @@ impl SourceSide {
         }
     }
 
+    pub(super) fn is_opening(&self, attempt: u32) -> bool {
+        self.opening.as_ref().is_some_and(|opening| opening.attempt == attempt)
+    }
+
+    /// As far as the record says, where there is one.
+    pub(super) fn may_have_given_its_guest_away(&self) -> bool {
+        self.record.as_ref().is_some_and(|disk| disk.state == State::Committed)
+    }
+
     pub(super) fn take_paused(&mut self) -> bool {
         std::mem::take(&mut self.is_paused)
     }
@@ -134,7 +172,7 @@ impl SourceSide {
     /// The monitor writes down what it has to undo, before it stops the guest.
     pub(super) fn stops(&mut self, is_kept: bool) {
         if is_kept {
-            self.record = Some(Disk {
+            self.kept = Some(Disk {
                 state: State::Stopped,
                 epoch: 0,
                 heard: Heard::default(),
@@ -142,6 +180,7 @@ impl SourceSide {
                 stopped: None,
                 switched: None,
             });
+            self.record.clone_from(&self.kept);
         }
     }
 
@@ -195,6 +234,7 @@ impl World {
         self.note(format_args!("source is resumed: {disk:?}"));
         self.source.number += 1;
         self.source.began = self.now;
+        self.source.kept = Some(disk.clone());
         self.source.sent = (0..PAGES).collect();
         let (session, uri) = ("5e55".to_owned(), World::uri());
         let now = self.instant();
@@ -273,6 +313,9 @@ impl World {
         {
             let outcome = core.take_outcome();
             self.source.process = None;
+            for link in [self.source.link.take(), self.source.opened.take()].into_iter().flatten() {
+                self.source_hangs_up(link, true);
+            }
             self.note(format_args!("source has ended: {outcome:?}"));
             match outcome {
                 Some(Outcome::Completed(_)) if self.source.record.is_some() => {
@@ -281,6 +324,7 @@ impl World {
                 // The error says to have it go on by hand, unless there is a record to resume.
                 Some(Outcome::Failed { guest: Guest::Stopped(_) | Guest::Asked, .. }) => {
                     self.source.is_by_hand = self.source.record.is_none();
+                    self.source.can_be_by_hand = true;
                 }
                 Some(Outcome::Failed { guest: Guest::Away | Guest::Complete, .. }) => {
                     self.source.has_left = true;
@@ -291,7 +335,7 @@ impl World {
     }
 
     fn moment(&self) -> Moment {
-        let moved_bytes = self.source.sent.len() as u64 * (TOTAL_BYTES / PAGES);
+        let moved_bytes = self.source.sent.len() as u64 * CHUNK;
         Moment { at: self.instant(), moved_bytes, checksum_errors: 0 }
     }
 
@@ -349,9 +393,13 @@ impl World {
         self.source.process = None;
         self.source.answers.clear();
         self.source.leftover_answer = None;
+        self.source.notes.clear();
+        let opening = self.source.opening.take().and_then(|opening| opening.link);
         (self.source.held, self.source.late) = (None, None);
         let sends_rest = self.random.percent(70);
-        for link in [self.source.link.take(), self.source.opened.take()].into_iter().flatten() {
+        for link in
+            [self.source.link.take(), self.source.opened.take(), opening].into_iter().flatten()
+        {
             self.source_hangs_up(link, sends_rest);
         }
         let at = self.now + self.random.millis(13);
@@ -361,12 +409,11 @@ impl World {
     fn carry_out(&mut self, effect: Effect) -> Result<()> {
         match effect {
             Effect::Persist(record) => {
-                // Of a record that is not vital and cannot be written a person has to decide after a kill.
                 let fails = !self.is_well() && self.random.percent(self.habits.disk);
+                self.persist(&record, fails);
                 if fails && record.is_vital() {
                     return Err(Error::Host("no space".into()));
                 }
-                self.persist(&record);
             }
             Effect::Forget => self.forget(),
             Effect::Commit if self.habits.cancels && self.source.number == 1 => {
@@ -433,12 +480,21 @@ impl World {
     }
 
     fn is_told(&mut self, event: &Event) {
-        self.source.is_paused |= matches!(event, Event::Paused { .. });
+        match event {
+            Event::Paused { .. } => self.source.is_paused = true,
+            Event::Unanswered(_) => self.source.is_told_of_silence = true,
+            Event::Resumed { .. } => {
+                (self.source.is_paused, self.source.is_told_of_silence) = (false, false);
+            }
+            _ => {}
+        }
     }
 
-    fn persist(&mut self, record: &Record) {
+    fn persist(&mut self, record: &Record, fails: bool) {
         // Nothing is written of a session that nobody can take over, or that has ended.
-        let Some(disk) = &mut self.source.record else { return };
+        let Some(disk) = self.source.kept.as_mut().filter(|_| self.source.record.is_some()) else {
+            return;
+        };
         match record {
             Record::Committed { background, times } => {
                 disk.state = State::Committed;
@@ -450,6 +506,9 @@ impl World {
             Record::Epoch { epoch, .. } => disk.epoch = *epoch,
             Record::Heard(heard) => disk.heard = *heard,
             Record::FileFailed => {}
+        }
+        if !fails {
+            self.source.record.clone_from(&self.source.kept);
         }
     }
 
@@ -495,10 +554,13 @@ impl World {
         }
     }
 
-    fn dials(&mut self, epoch: u32, word: Option<crate::control::calling::Word>) {
-        let process = self.source.number;
+    fn dials(&mut self, epoch: u32, word: Option<Word>) {
+        self.source.attempts += 1;
+        let attempt = self.source.attempts;
+        let opening = Opening { attempt, link: None, word: word.clone(), has_parted: false };
+        self.source.opening = Some(opening);
         let at = self.now + self.random.millis(9);
-        self.at(at, Happening::Dialled { process, epoch, word });
+        self.at(at, Happening::Dialled { attempt, epoch, word });
     }
 
     fn end_threads(&mut self, fault: Option<Reason>) {
@@ -526,14 +588,16 @@ impl World {
             self.note(format_args!("source: {next:?}"));
             match next {
                 leftover::Effect::Undo => {
-                    self.runs_here = true;
-                    let undone = leftover::Input::Undone(Ok(Undone::GoesOn));
-                    self.source.leftover_answer = Some(undone);
+                    let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
+                    self.runs_here |= !is_wrong;
+                    let undone = match is_wrong {
+                        true => Err(Error::Host("it refuses".into())),
+                        false => Ok(Undone::GoesOn),
+                    };
+                    self.source.leftover_answer = Some(leftover::Input::Undone(undone));
                 }
                 leftover::Effect::Epoch(epoch) => {
-                    if let Some(disk) = &mut self.source.record {
-                        disk.epoch = epoch;
-                    }
+                    self.persist(&Record::Epoch { epoch, uri: None }, false);
                 }
                 leftover::Effect::Call { epoch, word, .. } => self.dials(epoch, Some(word)),
                 leftover::Effect::Free => self.free(),
@@ -563,15 +627,141 @@ impl World {
     }
 }
 
-/// What the demand thread of the source answers.
+/// What comes to the source, which takes nothing but orders while it opens lanes.
 impl World {
-    pub(super) fn source_answers(&mut self, link: u32, page: u64) {
-        if self.source.link == Some(link) && self.source.sent.insert(page) {
-            self.send(link, Lane::Demand, Sent::Page(page));
+    pub(super) fn source_notes(&mut self, input: Input) {
+        match &self.source.opening {
+            None => self.tell_source(input),
+            Some(Opening { word: None, .. }) => self.source.notes.push_back(input),
+            Some(Opening { word: Some(_), .. }) => {}
         }
     }
 
-    pub(super) fn source_hears(&mut self, link: u32, said: Said) {
-        self.say(link, said);
+    pub(super) fn order_source(&mut self, order: Order) {
+        self.note(format_args!("somebody orders the source: {order:?}"));
+        self.source_notes(Input::Order(order));
+        if matches!(self.source.opening, Some(Opening { word: None, .. })) {
+            self.opening_fails(Error::Interrupted("the attempt is given up".into()));
+        }
+    }
+
+    pub(super) fn interrupt_source(&mut self) {
+        self.note(format_args!("somebody interrupts the source"));
+        self.source_notes(Input::Interrupted);
+        if self.source.opening.is_some() {
+            self.opening_fails(Error::Interrupted("the attempt is given up".into()));
+        }
+    }
+
+    /// A person ends a session whose destination needs nothing.
+    pub(super) fn abandon_source(&mut self) {
+        self.note(format_args!("the person abandons the source's session"));
+        if self.source.can_be_by_hand && !self.destination.can_do_alone() {
+            self.note(format_args!("and has the guest go on"));
+            self.runs_here = true;
+        } else {
+            self.has_abandoned = true;
+        }
+        self.forget();
+    }
+
+    pub(super) fn source_loses(&mut self, link: u32, lane: Lane) {
+        let name = match lane {
+            Lane::Demand => "demand lane",
+            Lane::Bulk => "bulk lane 1",
+        };
+        if self.source.link == Some(link) {
+            self.note(format_args!("source loses its {name}"));
+            return self.source_notes(Input::Failed(lost(name)));
+        }
+        let Some(opening) = &self.source.opening else { return };
+        if opening.link != Some(link) {
+            return;
+        }
+        match (lane, &opening.word) {
+            // That is noticed once it is served.
+            (Lane::Bulk, _) => {
+                let at = self.now + Duration::from_secs(1);
+                self.at(at, Happening::SourceLoses { link, lane });
+            }
+            // Its end is its answer.
+            (_, Some(Word::GaveUp(_))) => self.opening_ends(Input::Called(Called::Heard)),
+            (_, Some(Word::Goodbye)) if opening.has_parted => {
+                self.opening_ends(Input::Called(Called::Heard));
+            }
+            _ => self.opening_fails(lost(name)),
+        }
+    }
+
+    pub(super) fn source_hears(&mut self, link: u32, told: Told) {
+        if self.source.link == Some(link) {
+            match told {
+                Told::Said(Said::Ping(number)) => self.send_frame(Frame::Pong(number)),
+                Told::Said(said) => {
+                    self.note(format_args!("source hears {}", said.name()));
+                    self.source_notes(Input::Received(said));
+                }
+                Told::Request(page) => {
+                    if self.source.sent.insert(page) {
+                        self.send(link, Lane::Demand, Sent::Page(page));
+                    }
+                }
+                Told::Account { .. } => self.violated("an account on lanes that are served"),
+            }
+        } else if self.source.opening.as_ref().is_some_and(|opening| opening.link == Some(link)) {
+            self.opening_hears(link, told);
+        }
+    }
+
+    fn opening_hears(&mut self, link: u32, told: Told) {
+        let Some(opening) = &mut self.source.opening else { return };
+        match (&opening.word, told) {
+            (None, Told::Account { standing, have }) => {
+                self.source.opened(link, &have);
+                self.opening_ends(Input::Opened(Opened::Lanes(standing)));
+            }
+            (None, Told::Said(Said::Error(fault))) if fault.code == FaultCode::Ended => {
+                self.source_hangs_up(link, true);
+                self.opening_ends(Input::Opened(Opened::Never(peer(fault))));
+            }
+            (Some(Word::Goodbye), Told::Said(Said::Complete(totals))) if !opening.has_parted => {
+                opening.has_parted = true;
+                self.send(link, Lane::Demand, Sent::Frame(Frame::Complete(totals)));
+                self.send(link, Lane::Demand, Sent::Frame(Frame::Ping(GOODBYE_PING)));
+            }
+            (Some(Word::Goodbye), Told::Said(Said::Pong(GOODBYE_PING))) => {
+                self.source_hangs_up(link, true);
+                self.opening_ends(Input::Called(Called::Heard));
+            }
+            (None | Some(Word::Goodbye), Told::Said(Said::Error(fault))) => {
+                self.opening_fails(peer(fault));
+            }
+            _ => {}
+        }
+    }
+
+    /// The attempt comes to nothing.
+    pub(super) fn opening_fails(&mut self, error: Error) {
+        let Some(opening) = &self.source.opening else { return };
+        let (link, is_word) = (opening.link, opening.word.is_some());
+        if let Some(link) = link {
+            self.source_hangs_up(link, true);
+        }
+        self.opening_ends(match (is_word, link) {
+            (false, _) => Input::Opened(Opened::NotNow(error)),
+            (true, None) => Input::Called(Called::NotOpened(error)),
+            (true, Some(_)) => Input::Called(Called::NotHeard(error)),
+        });
+    }
+
+    /// What has come meanwhile comes first.
+    fn opening_ends(&mut self, answer: Input) {
+        self.source.opening = None;
+        let process = self.source.number;
+        for note in std::mem::take(&mut self.source.notes).into_iter().chain([answer]) {
+            if self.source.is(process) {
+                self.tell_source(note);
+            }
+        }
     }
 }

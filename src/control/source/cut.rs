@@ -9,8 +9,8 @@ use umem_wire::source::{Input as Step, Phase};
 use umem_wire::{Event as Said, FaultCode, Standing};
 
 use super::{
-    Doing, Effect, Input, Linked, Moment, Opened, Order, Question, Record, Route, Source,
-    Switchover, Target, Way,
+    Doing, Effect, Input, Linked, Moment, Opened, Order, Question, Record, Route,
+    STANDSTILL_PATIENCE, Silence, Source, Switchover, Target, Way,
 };
 use crate::control::backoff::Backoff;
 use crate::control::calling::is_nobody;
@@ -30,7 +30,7 @@ pub(super) struct Cut {
     since: Instant,
     stage: Stage,
     backoff: Backoff,
-    silence: Silence,
+    listener: Listener,
     /// Somebody has been told that the destination has no room.
     shortage_is_told: bool,
     /// Somebody has been told what another interrupt does.
@@ -51,9 +51,9 @@ enum Stage {
 
 /// Whether somebody listens where the destination was.
 #[derive(Clone, Copy, Debug)]
-enum Silence {
+enum Listener {
     Answered,
-    Since { at: Instant, is_told: bool },
+    SilentSince { at: Instant, is_told: bool },
 }
 
 impl Cut {
@@ -62,7 +62,7 @@ impl Cut {
             since: now,
             stage,
             backoff: Backoff::new(),
-            silence: Silence::Answered,
+            listener: Listener::Answered,
             shortage_is_told: false,
             was_interrupted: false,
         }
@@ -229,15 +229,15 @@ impl Source {
     fn remark_on_silence(&mut self, error: &Error, now: &Moment) {
         let Some(cut) = self.without_lanes() else { return };
         if !is_nobody(error) {
-            cut.silence = Silence::Answered;
+            cut.listener = Listener::Answered;
             return;
         }
-        let (at, is_told) = match cut.silence {
-            Silence::Answered => (now.at, false),
-            Silence::Since { at, is_told } => (at, is_told),
+        let (at, is_told) = match cut.listener {
+            Listener::Answered => (now.at, false),
+            Listener::SilentSince { at, is_told } => (at, is_told),
         };
         let is_due = !is_told && now.at - at >= SILENCE_PATIENCE;
-        cut.silence = Silence::Since { at, is_told: is_told || is_due };
+        cut.listener = Listener::SilentSince { at, is_told: is_told || is_due };
         let (true, Some(kept), Some(uri)) = (is_due, &self.plan.kept, self.route.uri()) else {
             return;
         };
@@ -279,18 +279,31 @@ impl Source {
         self.do_next(Effect::Show("sending"));
         let (place, recoveries) = (Place::Source, self.recoveries);
         self.tell(Event::Resumed { place, disconnected, recoveries });
-        self.switchover = match self.switchover {
-            _ if standing.switched => Switchover::Plain,
-            // Nobody has the guest yet, and somebody may have let it run here meanwhile.
-            Switchover::Owed { unanswered } => Switchover::Owed { unanswered: unanswered + 1 },
-            Switchover::Plain | Switchover::Refused => Switchover::Owed { unanswered: 1 },
-        };
-        if !standing.switched {
-            self.do_next(Effect::Ask(Question::StandsStill));
-        }
+        self.switch_over_again(standing, now);
         if matches!(self.phase, Phase::Serving) && self.plan.postcopy && self.background {
             self.send_bulk(now.at);
         }
+    }
+
+    /// A switchover that has not come leaves again.
+    fn switch_over_again(&mut self, standing: Standing, now: &Moment) {
+        // It has come before, and whoever was killed there could not write that down: nobody here has a say in it.
+        if standing.switched || self.has_arrived {
+            self.has_arrived = true;
+            self.switchover = Switchover::Plain;
+            if !standing.switched {
+                self.do_next(Effect::Switchover);
+            }
+            return;
+        }
+        // Nobody has the guest yet, and somebody may have let it run here meanwhile.
+        let unanswered = match self.switchover {
+            Switchover::Owed { unanswered, .. } => unanswered + 1,
+            Switchover::Plain | Switchover::Refused => 1,
+        };
+        let silence = Silence::Until(now.at + STANDSTILL_PATIENCE);
+        self.switchover = Switchover::Owed { unanswered, silence };
+        self.do_next(Effect::Ask(Question::StandsStill));
     }
 
     fn ordered_without_lanes(&mut self, order: Order, now: &Moment) -> Result<()> {

@@ -99,9 +99,15 @@ impl Source {
             self.do_next(Effect::Persist(Record::Stopped));
         }
         // After the commit a panic is told as a kill is: by the lanes' end. The destination then waits for the umem that
-        // takes this session over, and does not give up as well.
+        // takes this session over, and does not give up as well. So it is while nobody has the guest.
         let is_kept = is_given_away && self.plan.recovers && self.plan.kept.is_some();
-        let is_told = !(is_kept && matches!(error, Error::Internal(_)));
+        let is_owed = matches!(self.switchover, Switchover::Owed { .. });
+        let is_silent = match error {
+            Error::Internal(_) => true,
+            Error::Interrupted(_) => is_owed,
+            _ => false,
+        };
+        let is_told = !(is_kept && is_silent);
         self.do_next(Effect::EndThreads(is_told.then(|| error.to_fault())));
         if is_given_away {
             return self.is_given_away(error);

@@ -6,11 +6,11 @@ use umem_wire::source::{Input as Step, Phase};
 use umem_wire::{Event as Said, FaultCode, Frame, LaneRole};
 
 use super::{
-    Doing, Doubt, Effect, Input, Moment, Order, PutBack, Question, Record, Source, Switchover,
-    Target, Way, peer,
+    Doing, Doubt, Effect, Input, Moment, Order, PutBack, Question, Record, Silence, Source,
+    Switchover, Target, Way, peer,
 };
 use crate::control::doubt::is_effect;
-use crate::control::event::{Event, Place, Remark, Room};
+use crate::control::event::{AWAITS_STANDSTILL, Event, Place, Remark, Room};
 use crate::control::liveness::{self, Due, Liveness, stood_still, stood_still_by_option};
 use crate::error::{Error, Result};
 use crate::host::thread::Answer;
@@ -203,7 +203,7 @@ impl Source {
             self.do_next(Effect::Commit);
             return Ok(());
         }
-        let Switchover::Owed { unanswered } = &mut self.switchover else { return Ok(()) };
+        let Switchover::Owed { unanswered, .. } = &mut self.switchover else { return Ok(()) };
         let Some(left) = unanswered.checked_sub(1) else { return Ok(()) };
         *unanswered = left;
         match result {
@@ -252,14 +252,16 @@ impl Source {
         }
     }
 
-    /// The guest runs at the destination since then.
+    /// The guest runs at the destination since then. One that was killed before it could write that down says so
+    /// again.
     pub(super) fn running(&mut self, since: Instant) {
-        self.times.running = Some(since);
-        self.switchover = Switchover::Plain;
+        (self.switchover, self.has_arrived) = (Switchover::Plain, true);
         self.do_next(Effect::Relax);
-        self.heard.is_running = true;
-        self.do_next(Effect::Persist(Record::Heard(self.heard)));
-        self.tell(Event::Running { place: Place::Source, downtime: self.times.downtime() });
+        if self.times.running.replace(self.times.running.unwrap_or(since)).is_none() {
+            self.heard.is_running = true;
+            self.do_next(Effect::Persist(Record::Heard(self.heard)));
+            self.tell(Event::Running { place: Place::Source, downtime: self.times.downtime() });
+        }
         self.do_next(Effect::Show("sending"));
         if self.plan.postcopy && self.background && self.lanes().is_some() {
             self.send_bulk(since);
@@ -351,6 +353,9 @@ impl Source {
         if self.phase.may_run() {
             return Err(Error::Interrupted("the guest goes on here".into()));
         }
+        if self.awaits_standstill() {
+            return self.interrupted_while_owed();
+        }
         if !self.background && matches!(self.phase, Phase::Serving) {
             self.background = true;
             self.tell(Event::Remark(Remark::SendsTheRest));
@@ -361,6 +366,43 @@ impl Source {
         Ok(())
     }
 
+    /// The destination denies the switchover, and the monitor has not answered whether it may leave again.
+    fn awaits_standstill(&self) -> bool {
+        matches!(self.switchover, Switchover::Owed { unanswered: 1.., .. })
+    }
+
+    /// Nobody has the guest until the monitor answers: the first interrupt says so, and what another one does. To
+    /// the destination umem is then gone as if it had been killed, and waits for the one that takes over.
+    fn interrupted_while_owed(&mut self) -> Result<()> {
+        let Switchover::Owed { silence, .. } = &mut self.switchover else { return Ok(()) };
+        let was = std::mem::replace(silence, Silence::Known);
+        match &self.plan.kept {
+            Some(kept) if was == Silence::Known && !self.plan.is_embedded => {
+                Err(Error::Interrupted(format!(
+                    "{AWAITS_STANDSTILL}; when it answers again, {} goes on",
+                    kept.command()
+                )))
+            }
+            kept => {
+                let can_leave = kept.is_some() && !self.plan.is_embedded;
+                self.tell(Event::Remark(Remark::AwaitsStandstill { can_leave }));
+                Ok(())
+            }
+        }
+    }
+
+    /// Says once what is waited for.
+    fn look_after_standstill(&mut self, now: &Moment) {
+        let Switchover::Owed { unanswered: 1.., silence } = &mut self.switchover else { return };
+        if let Silence::Until(until) = *silence
+            && until <= now.at
+        {
+            *silence = Silence::Remarked;
+            let can_leave = self.plan.kept.is_some() && !self.plan.is_embedded;
+            self.tell(Event::Remark(Remark::AwaitsStandstill { can_leave }));
+        }
+    }
+
     pub(super) fn say_what_is_needed(&mut self, now: &Moment) {
         let bytes = self.plan.total_bytes.saturating_sub(now.moved_bytes);
         self.tell(Event::Remark(Remark::StillNeeded { bytes }));
@@ -369,6 +411,7 @@ impl Source {
     /// Acts on a bulk lane's loss of which the demand lane has said nothing, and on a destination that says
     /// nothing at all.
     pub(super) fn look_after_link(&mut self, now: &Moment) -> Result<()> {
+        self.look_after_standstill(now);
         let Some(lanes) = self.lanes() else { return Ok(()) };
         let (due, patience) = (lanes.liveness.due(now.at), lanes.liveness.patience());
         let doubt = lanes.doubt.take_if(|doubt| doubt.until <= now.at);

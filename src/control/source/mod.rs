@@ -391,10 +391,24 @@ enum Switchover {
     Plain,
     /// The destination has not had it. It leaves once more when the monitor says that it may, in its answer to
     /// the last of the questions that are open: those before it were asked on lanes that are gone.
-    Owed { unanswered: u32 },
+    Owed { unanswered: u32, silence: Silence },
     /// The destination has not had it, and the monitor says that it may not: the guest is ours.
     Refused,
 }
+
+/// Who knows that the monitor has not answered whether a switchover may leave again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Silence {
+    /// Nobody, and it is remarked on then.
+    Until(Instant),
+    /// It has been remarked on.
+    Remarked,
+    /// Somebody who has interrupted, and knows what another interrupt does.
+    Known,
+}
+
+/// How long a monitor may take to answer that before it is remarked on.
+const STANDSTILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whether what was changed in the monitor has been put back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -498,6 +512,8 @@ pub(crate) struct Source {
     /// Of the last attempt to open lanes.
     epoch: u32,
     heard: Heard,
+    /// The destination has said that the switchover has come: what it says later cannot deny that.
+    has_arrived: bool,
     digests: Digests,
     /// Pages are sent that nobody has asked for.
     background: bool,
@@ -535,6 +551,7 @@ impl Source {
         let mut source = Source::of(plan, doing, uri, background, now);
         source.phase = Phase::Committed;
         (source.epoch, source.heard) = (left.epoch, left.heard);
+        source.has_arrived = left.heard.is_running;
         source.times.stopped = Some(left.stopped);
         source.times.switched = Some(left.switched);
         source.effects.push(Effect::Commit);
@@ -551,6 +568,7 @@ impl Source {
             route: Route { target, is_paused: false },
             epoch: 0,
             heard: Heard::default(),
+            has_arrived: false,
             digests: Digests::new(plan.is_checked),
             background,
             rounds: None,
@@ -580,7 +598,11 @@ impl Source {
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.doing {
             Doing::Linked(linked) => {
-                linked.deadline().into_iter().chain(self.steps.deadline()).min()
+                let silence = match self.switchover {
+                    Switchover::Owed { unanswered: 1.., silence: Silence::Until(at) } => Some(at),
+                    _ => None,
+                };
+                linked.deadline().into_iter().chain(self.steps.deadline()).chain(silence).min()
             }
             Doing::Cut(cut) => cut.deadline(&self.route),
             Doing::Closing(closing) => closing.deadline(),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use umem_wire::{Event as Said, FaultCode, PageSize, Region, RegionTable, Standing, Totals};
 
 use super::*;
+use crate::control::event::Remark;
 
 const DIGESTS: [u64; 1] = [7];
 
@@ -236,5 +237,55 @@ fn a_panic_after_the_commit_is_told_by_the_end_of_the_lanes_alone() {
             _ => None,
         });
         assert_eq!(told, Some(!is_kept), "{effects:?}");
+    }
+}
+
+/// A destination that was killed says what it could write down.
+#[test]
+fn a_switchover_leaves_again_unasked_for_a_guest_that_was_said_to_run() {
+    for switched in [false, true] {
+        let mut bench = Bench::new(true, false);
+        bench.serve();
+        bench.say(Said::Running { us_since_switchover: 1 });
+        bench.tell(Input::Failed(lost("demand lane")));
+        bench.tell(Input::LanesDown);
+        let standing = Standing { switched, running: None, totals: Totals::default() };
+        let effects = bench.tell(Input::Opened(Opened::Lanes(standing)));
+        assert!(!bench.core.has_ended(), "{effects:?}");
+        assert!(!has(&effects, |effect| matches!(effect, Effect::Ask(_))), "{effects:?}");
+        assert_eq!(has(&effects, |effect| matches!(effect, Effect::Switchover)), !switched);
+        // It runs, as it did: that is no news, and its pages leave again.
+        let effects = bench.say(Said::Running { us_since_switchover: 1 });
+        let is_news = |effect: &Effect| matches!(effect, Effect::Tell(Event::Running { .. }));
+        assert!(!has(&effects, is_news), "{effects:?}");
+        assert!(has(&effects, |effect| matches!(effect, Effect::SendBulk)), "{effects:?}");
+    }
+}
+
+#[test]
+fn a_monitor_that_leaves_a_denied_switchover_unanswered_is_remarked_on_and_can_be_left() {
+    let can_leave_of = |effects: &[Effect]| {
+        effects.iter().find_map(|effect| match effect {
+            Effect::Tell(Event::Remark(Remark::AwaitsStandstill { can_leave })) => Some(*can_leave),
+            _ => None,
+        })
+    };
+    for is_kept in [true, false] {
+        let mut bench = Bench::new(is_kept, false);
+        bench.serve();
+        bench.reopen(false);
+        assert_eq!(can_leave_of(&bench.tell(Input::Time)), None);
+        bench.now += STANDSTILL_PATIENCE;
+        assert_eq!(can_leave_of(&bench.tell(Input::Time)), Some(is_kept));
+        assert_eq!(can_leave_of(&bench.tell(Input::Time)), None, "it is said once");
+        assert_eq!(can_leave_of(&bench.tell(Input::Interrupted)), Some(is_kept));
+        let effects = bench.tell(Input::Interrupted);
+        assert_eq!(bench.core.has_ended(), is_kept, "nobody could go on: {effects:?}");
+        if is_kept {
+            // To the destination it is as if umem had been killed.
+            assert!(has(&effects, |effect| matches!(effect, Effect::EndThreads(None))));
+            assert!(!has(&effects, |effect| matches!(effect, Effect::Forget)), "{effects:?}");
+            assert!(matches!(bench.failure(), (Error::Interrupted(_), Guest::Away)));
+        }
     }
 }

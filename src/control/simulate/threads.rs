@@ -1,0 +1,631 @@
+//! What works for the destination's core: the threads that land pages, its guest and its monitor.
+//!
+//! Each lane has a thread, which says what it has heard and what has become of it in the order of an inbox. A page
+//! that has come is landing for a while. Lanes that come in are of no use before the core takes them.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use umem_wire::{Event as Said, Frame, LaneRole, Standing};
+
+use super::Random;
+use super::destination::Word;
+use super::world::{CHUNK, Happening, LANES, Lane, PAGES, STATE_BYTES, Sent, Told, World, nobody};
+use crate::control::destination::farewell;
+use crate::control::destination::{Exit, FreeSpace, Input};
+use crate::error::{Error, Result};
+use crate::lane::lane_name;
+
+/// What happens by itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Own {
+    /// The core takes what is next in its inbox.
+    Turn,
+    /// The monitor does what it was asked.
+    Monitor(Asked),
+    /// It says so, late.
+    Answers(Asked),
+    /// A page that has come is visible, or its lane is gone.
+    Landed { link: u32, page: u64 },
+    /// The guest touches this page.
+    Touches(u64),
+    /// The demand thread has let go of its lane.
+    LetsGo { link: u32 },
+    /// A source that has been told everything has had time to close its lanes.
+    HasClosed { link: u32 },
+}
+
+/// What the monitor is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    Prepare,
+    Load,
+    Run,
+}
+
+/// When the guest's process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bond {
+    /// With umem, however that ends.
+    Bound,
+    /// When umem ends by itself.
+    Held,
+    /// When it likes: it waits for whoever takes over.
+    Kept,
+    /// The same: it has been told that it is complete.
+    Released,
+    Ended,
+}
+
+/// The guest's process.
+#[derive(Debug)]
+pub(super) struct Guest {
+    pub(super) bond: Bond,
+    pub(super) runs: bool,
+    /// It was this side's at some time.
+    pub(super) is_ours: bool,
+    /// It has ended by itself, which is nobody's fault here.
+    pub(super) has_died: bool,
+    /// Pages that it waits for.
+    pub(super) touched: BTreeSet<u64>,
+}
+
+/// Lanes that have come in.
+#[derive(Debug)]
+pub(super) struct Arrived {
+    pub(super) link: u32,
+    /// What has come on them already.
+    early: VecDeque<Sent>,
+    lost: Vec<Lane>,
+}
+
+/// The threads of one process.
+#[derive(Debug)]
+pub(super) struct Threads {
+    /// The demand thread has the demand lane of these.
+    pub(super) demand: Option<u32>,
+    /// It has let go of it, or does so soon.
+    is_letting_go: bool,
+    /// The bulk thread has its lane of these.
+    pub(super) bulk: Option<u32>,
+    /// Pages that land, and the lanes and the lane that they came on.
+    pub(super) landing: BTreeMap<u64, (u32, Lane)>,
+    /// Lanes that have come in and are not served yet.
+    pub(super) arrived: Option<Arrived>,
+    /// The number of the last attempt that was taken.
+    epoch: u32,
+    inbox: VecDeque<Input>,
+    last_turn: Duration,
+    /// The source has said goodbye: what it asks behind that is answered at the end.
+    has_parted: bool,
+    ping: Option<u64>,
+    /// Somebody has been told that every page is cached.
+    has_all: bool,
+}
+
+impl Threads {
+    pub(super) fn new(link: Option<u32>) -> Threads {
+        Threads {
+            demand: link,
+            is_letting_go: false,
+            bulk: link,
+            landing: BTreeMap::new(),
+            arrived: None,
+            epoch: 0,
+            inbox: VecDeque::new(),
+            last_turn: Duration::ZERO,
+            has_parted: false,
+            ping: None,
+            has_all: false,
+        }
+    }
+
+    /// The lanes that are served, as far as they are.
+    fn links(&self) -> impl Iterator<Item = u32> + use<> {
+        let arrived = self.arrived.as_ref().map(|arrived| arrived.link);
+        [self.demand, self.bulk, arrived].into_iter().flatten().collect::<BTreeSet<_>>().into_iter()
+    }
+
+    /// It is killed before it answers.
+    pub(super) fn forget_question(&mut self) {
+        self.ping = None;
+    }
+
+    /// Whatever a failure of another kind explains.
+    pub(super) fn first_cause(&mut self, error: Error) -> Error {
+        let is_effect = |error: &Error| matches!(error, Error::Lost { lane, .. } if *lane != name(Lane::Demand));
+        if !is_effect(&error) {
+            return error;
+        }
+        for input in self.inbox.drain(..) {
+            let cause = match input {
+                Input::Failed(error)
+                | Input::LaneLost { error, .. }
+                | Input::NoRoom { error, .. } => error,
+                Input::Received(Said::Error(fault)) => {
+                    Error::Peer { side: "source", code: fault.code, text: fault.text }
+                }
+                _ => continue,
+            };
+            if !is_effect(&cause) {
+                return cause;
+            }
+        }
+        error
+    }
+}
+
+fn name(lane: Lane) -> String {
+    match lane {
+        Lane::Demand => lane_name(LaneRole::Demand, 0),
+        Lane::Bulk => lane_name(LaneRole::Bulk, 1),
+    }
+}
+
+fn lost(lane: Lane) -> Input {
+    let error = Error::Lost { side: "source", lane: name(lane), what: "reset".into() };
+    let lane = match lane {
+        Lane::Demand => LaneRole::Demand,
+        Lane::Bulk => LaneRole::Bulk,
+    };
+    Input::LaneLost { lane, error }
+}
+
+/// The inbox.
+impl World {
+    pub(super) fn later(&mut self, what: Own) {
+        let process = self.destination.number;
+        self.soon(Happening::Destination { process, what });
+    }
+
+    pub(super) fn post(&mut self, input: Input) {
+        let process = self.destination.number;
+        let soon = self.now + self.random.millis(3);
+        let threads = &mut self.destination.threads;
+        threads.last_turn = threads.last_turn.max(soon);
+        threads.inbox.push_back(input);
+        let at = threads.last_turn;
+        self.at(at, Happening::Destination { process, what: Own::Turn });
+    }
+
+    pub(super) fn destination_does(&mut self, process: u32, what: Own) {
+        if self.destination.number != process {
+            return;
+        }
+        match what {
+            Own::Turn => {
+                if let Some(input) = self.destination.threads.inbox.pop_front() {
+                    self.tell_destination(input);
+                }
+            }
+            Own::Monitor(asked) => self.destination_monitor_does(asked),
+            Own::Answers(Asked::Prepare) => {}
+            Own::Answers(Asked::Load) => self.post(Input::Loaded),
+            Own::Answers(Asked::Run) => self.post(Input::Running),
+            Own::Landed { link, page } => self.lands(link, page),
+            Own::Touches(page) => self.touches(page),
+            Own::LetsGo { link } => self.lets_go(link),
+            Own::HasClosed { link } => self.has_closed(link),
+        }
+    }
+}
+
+/// Lanes.
+impl World {
+    pub(super) fn destination_hears(&mut self, link: u32, lane: Lane, sent: Sent) {
+        if self.destination.closing == Some(link) {
+            return self.hears_goodbye(sent);
+        }
+        let threads = &mut self.destination.threads;
+        if let Some(arrived) = threads.arrived.as_mut().filter(|arrived| arrived.link == link) {
+            arrived.early.push_back(sent);
+            return;
+        }
+        let is_served = match lane {
+            Lane::Demand => threads.demand == Some(link) && !threads.is_letting_go,
+            Lane::Bulk => threads.bulk == Some(link),
+        };
+        if is_served {
+            self.hears(link, lane, sent);
+        }
+    }
+
+    fn hears(&mut self, link: u32, lane: Lane, sent: Sent) {
+        let frame = match sent {
+            Sent::Page(page) => return self.page_comes(link, lane, page),
+            Sent::State => {
+                self.post(Input::Received(Said::DeviceState(vec![0; STATE_BYTES])));
+                let state_bytes = STATE_BYTES as u64;
+                return self.post(Input::Received(Said::Load { state_bytes }));
+            }
+            Sent::Frame(frame) => frame,
+        };
+        let said = match frame {
+            Frame::Ping(number) if self.destination.threads.has_parted => {
+                self.destination.threads.ping = Some(number);
+                return;
+            }
+            Frame::Ping(number) => return self.say(link, Told::Said(Said::Pong(number))),
+            Frame::Regions(table) => return self.post(Input::Begin(table)),
+            Frame::Complete(totals) => {
+                self.destination.threads.has_parted = true;
+                Said::Complete(totals)
+            }
+            Frame::Stopped { postcopy, background } => Said::Stopped { postcopy, background },
+            Frame::Switchover { stopped_us } => Said::Switchover { stopped_us },
+            Frame::Digests(digests) => Said::Digests(digests),
+            Frame::Pong(number) => Said::Pong(number),
+            Frame::Error(fault) => Said::Error(fault),
+            other => unreachable!("{other:?} of a source"),
+        };
+        self.post(Input::Received(said));
+    }
+
+    fn page_comes(&mut self, link: u32, lane: Lane, page: u64) {
+        if self.destination.have.contains(&page)
+            || self.destination.threads.landing.contains_key(&page)
+        {
+            return self.violated("a page comes twice");
+        }
+        if !self.is_well() && self.random.percent(self.habits.short) {
+            let error = Error::OutOfMemory("no space".into());
+            let free = self.random.percent(50).then(|| FreeSpace { ram: "ram0".into(), bytes: 0 });
+            return self.thread_loses(link, lane, Input::NoRoom { error, free });
+        }
+        self.destination.threads.landing.insert(page, (link, lane));
+        let (process, at) = (self.destination.number, self.now + self.random.millis(5));
+        self.at(at, Happening::Destination { process, what: Own::Landed { link, page } });
+    }
+
+    fn lands(&mut self, link: u32, page: u64) {
+        let threads = &mut self.destination.threads;
+        let is_served = match threads.landing.get(&page) {
+            Some(&(of, Lane::Demand)) => of == link && threads.demand == Some(link),
+            Some(&(of, Lane::Bulk)) => of == link && threads.bulk == Some(link),
+            None => false,
+        };
+        if !is_served {
+            return;
+        }
+        threads.landing.remove(&page);
+        self.destination.have.insert(page);
+        self.destination.guest.touched.remove(&page);
+        if self.destination.has_all()
+            && !std::mem::replace(&mut self.destination.threads.has_all, true)
+        {
+            self.post(Input::AllCached);
+        }
+    }
+
+    /// The end of a lane, as its thread sees it.
+    pub(super) fn destination_loses(&mut self, link: u32, lane: Lane) {
+        if let Some(closing) = self.destination.closing.filter(|&closing| closing == link) {
+            return self.has_closed(closing);
+        }
+        let threads = &mut self.destination.threads;
+        if let Some(arrived) = threads.arrived.as_mut().filter(|arrived| arrived.link == link) {
+            arrived.lost.push(lane);
+            return;
+        }
+        self.thread_loses(link, lane, lost(lane));
+    }
+
+    fn thread_loses(&mut self, link: u32, lane: Lane, note: Input) {
+        let threads = &mut self.destination.threads;
+        match lane {
+            Lane::Demand if threads.demand == Some(link) && !threads.is_letting_go => {
+                if threads.has_parted && matches!(note, Input::LaneLost { .. }) {
+                    return;
+                }
+                threads.is_letting_go = true;
+                self.post(note);
+                self.later(Own::LetsGo { link });
+            }
+            Lane::Bulk if threads.bulk == Some(link) => {
+                threads.bulk = None;
+                self.post(note);
+            }
+            _ => return,
+        }
+        self.hang_up_lane(link, lane);
+    }
+
+    /// Nothing of the demand lane is in flight any more.
+    fn lets_go(&mut self, link: u32) {
+        if self.destination.threads.demand == Some(link) {
+            self.destination.threads.demand = None;
+            self.destination.threads.is_letting_go = false;
+            if self.destination.is_migrating() {
+                self.post(Input::Quiet);
+            }
+        }
+    }
+
+    /// Cuts all lanes; the bulk threads have ended afterwards.
+    pub(super) fn sever(&mut self) {
+        let links = [self.destination.threads.demand, self.destination.threads.bulk];
+        for link in links.into_iter().flatten().collect::<BTreeSet<_>>() {
+            for lane in LANES {
+                self.thread_loses(link, lane, lost(lane));
+            }
+        }
+    }
+
+    /// Goes on over the lanes that have come in.
+    pub(super) fn reconnect(&mut self, standing: Standing, is_complete: bool) {
+        let Some(Arrived { link, early, lost }) = self.destination.threads.arrived.take() else {
+            return self.violated("lanes that nobody has opened");
+        };
+        let threads = &mut self.destination.threads;
+        if threads.demand.is_some() || threads.bulk.is_some() {
+            return self.violated("lanes are served beside others");
+        }
+        (threads.demand, threads.bulk) = (Some(link), Some(link));
+        let have = self.destination.have.clone();
+        self.say(link, Told::Account { standing, have });
+        if is_complete {
+            self.say_complete(link);
+        }
+        for page in self.destination.guest.touched.clone() {
+            self.say(link, Told::Request(page));
+        }
+        for sent in early {
+            let lane = if matches!(sent, Sent::Page(_)) { Lane::Bulk } else { Lane::Demand };
+            self.destination_hears(link, lane, sent);
+        }
+        for lane in lost {
+            self.destination_loses(link, lane);
+        }
+    }
+
+    /// What was landing is missing again.
+    pub(super) fn roll_back(&mut self) {
+        self.destination.threads.landing.clear();
+    }
+
+    /// What a goodbye's question was is answered; what was to be sent still comes.
+    pub(super) fn end_destination_threads(&mut self, sends_rest: bool) {
+        let threads = &mut self.destination.threads;
+        let question = threads.ping.take().zip(threads.demand.filter(|_| !threads.is_letting_go));
+        if let Some((number, link)) = question {
+            self.say(link, Told::Said(Said::Pong(number)));
+        }
+        for link in self.destination.threads.links() {
+            self.destination_hangs_up(link, sends_rest);
+        }
+        let threads = &mut self.destination.threads;
+        (threads.demand, threads.bulk, threads.arrived) = (None, None, None);
+        threads.landing.clear();
+    }
+
+    pub(super) fn drop_arrived(&mut self) {
+        if let Some(Arrived { link, .. }) = self.destination.threads.arrived.take() {
+            self.destination_hangs_up(link, true);
+        }
+    }
+
+    /// What the demand lane says, if there is one.
+    pub(super) fn reply(&mut self, said: Said) {
+        let threads = &self.destination.threads;
+        if let Some(link) = threads.demand.filter(|_| !threads.is_letting_go) {
+            self.say(link, Told::Said(said));
+        }
+    }
+
+    pub(super) fn say_complete(&mut self, link: u32) {
+        if self.habits.is_checked && self.destination.number == 1 {
+            self.say(link, Told::Said(Said::Digests(vec![7])));
+        }
+        let totals = self.destination.totals();
+        self.say(link, Told::Said(Said::Complete(totals)));
+    }
+
+    /// Somebody dials: whether the door lets lanes of this attempt in.
+    pub(super) fn destination_accepts(&mut self, epoch: u32) -> Result<u32> {
+        if !self.destination.is_alive() {
+            return Err(nobody(std::io::ErrorKind::ConnectionRefused));
+        }
+        let stale = (epoch <= self.destination.threads.epoch)
+            .then(|| (umem_wire::FaultCode::Refused, "it is an older attempt".into()));
+        if let Some((code, text)) = self.destination.refusal().or(stale) {
+            return Err(Error::Peer { side: "destination", code, text });
+        }
+        self.destination.threads.epoch = epoch;
+        self.drop_arrived();
+        let link = self.connect();
+        self.destination.threads.arrived =
+            Some(Arrived { link, early: VecDeque::new(), lost: Vec::new() });
+        Ok(link)
+    }
+
+    /// Lanes have come in.
+    pub(super) fn lanes_come(&mut self) {
+        if self.destination.is_migrating() {
+            self.tell_destination(Input::Came);
+        } else {
+            self.tell_farewell(farewell::Input::Came);
+        }
+    }
+
+    /// The source is told on the lanes that have come in that all is over.
+    pub(super) fn tell_word(&mut self, word: &Word) -> farewell::Input {
+        let Some(Arrived { link, early, lost }) = self.destination.threads.arrived.take() else {
+            return farewell::Input::NotTold;
+        };
+        if !lost.is_empty() || !self.is_well() && self.random.percent(10) {
+            self.destination_hangs_up(link, false);
+            return farewell::Input::NotTold;
+        }
+        match word {
+            Word::Complete(standing) => {
+                let (standing, have) = (*standing, (0..PAGES).collect());
+                self.say(link, Told::Account { standing, have });
+                self.say(link, Told::Said(Said::Complete(standing.totals)));
+            }
+            Word::Ended(error) => self.say(link, Told::Said(Said::Error(error.to_fault()))),
+        }
+        self.destination.closing = Some(link);
+        for sent in early {
+            let (lane, to) = (Lane::Demand, self.now);
+            self.at(to, Happening::ToDestination { link, lane, sent });
+        }
+        farewell::Input::Told
+    }
+
+    fn has_closed(&mut self, link: u32) {
+        if self.destination.closing != Some(link) {
+            return;
+        }
+        self.destination.closing = None;
+        self.destination_hangs_up(link, true);
+        let has_word = self.destination.has_goodbye_to_hear();
+        self.tell_farewell(if has_word {
+            farewell::Input::Closed
+        } else {
+            farewell::Input::Parted
+        });
+        self.tell_farewell(farewell::Input::Closed);
+    }
+
+    /// What a source says that has been told that all is over.
+    fn hears_goodbye(&mut self, sent: Sent) {
+        match sent {
+            Sent::Frame(Frame::Complete(_) | Frame::Error(_)) => {
+                self.tell_farewell(farewell::Input::Parted);
+            }
+            Sent::Frame(Frame::Ping(number)) => {
+                if let Some(link) = self.destination.closing {
+                    self.say(link, Told::Said(Said::Pong(number)));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The guest and its monitor.
+impl World {
+    pub(super) fn ask_destination(&mut self, asked: Asked) {
+        let process = self.destination.number;
+        let begins = self.destination.monitor_busy.max(self.now);
+        let mut at = begins + self.random.millis(9);
+        if !self.is_well() && self.random.percent(self.habits.stuck) {
+            at = at.max(super::CHAOS + self.random.millis(14));
+        }
+        self.destination.monitor_busy = at;
+        self.at(at, Happening::Destination { process, what: Own::Monitor(asked) });
+    }
+
+    fn destination_monitor_does(&mut self, asked: Asked) {
+        // A command that was read before umem was killed is obeyed all the same, by a monitor that is still there.
+        if self.destination.guest.bond == Bond::Ended
+            || !self.destination.is_alive() && self.random.percent(50)
+        {
+            return;
+        }
+        let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
+        self.note(format_args!("destination's monitor does {asked:?}, wrongly: {is_wrong}"));
+        let answer = match asked {
+            _ if is_wrong => Some(Input::Failed(Error::Host("it refuses".into()))),
+            Asked::Prepare => None,
+            Asked::Load => {
+                let page = self.random.below(PAGES);
+                self.later(Own::Touches(page));
+                Some(Input::Loaded)
+            }
+            Asked::Run => {
+                self.destination.guest.runs = true;
+                let page = self.random.below(PAGES);
+                self.later(Own::Touches(page));
+                Some(Input::Running)
+            }
+        };
+        let is_silent = !is_wrong && !self.is_well() && self.random.percent(self.habits.wrong);
+        let Some(answer) = answer.filter(|_| self.destination.is_alive()) else { return };
+        match is_silent {
+            false => self.post(answer),
+            // Where nobody could take over nothing but the answer helps.
+            true if !self.habits.is_kept => {
+                let at = super::CHAOS + self.random.millis(14);
+                let process = self.destination.number;
+                self.at(at, Happening::Destination { process, what: Own::Answers(asked) });
+            }
+            true => {}
+        }
+    }
+
+    fn touches(&mut self, page: u64) {
+        let guest = &mut self.destination.guest;
+        if guest.bond == Bond::Ended || self.destination.have.contains(&page) {
+            return;
+        }
+        guest.touched.insert(page);
+        let threads = &self.destination.threads;
+        if let Some(link) = threads.demand.filter(|_| !threads.is_letting_go) {
+            self.say(link, Told::Request(page));
+        }
+    }
+
+    /// The guest's process ends by itself.
+    pub(super) fn guest_dies(&mut self) {
+        let guest = &mut self.destination.guest;
+        if guest.bond == Bond::Ended {
+            return;
+        }
+        guest.ends();
+        guest.has_died = true;
+        self.note(format_args!("the destination's guest dies"));
+        if self.destination.is_alive() {
+            let exit = self.exit();
+            self.post(Input::GuestEnded(exit));
+        }
+    }
+
+    /// How its process has ended: of one that is no child that is not known.
+    pub(super) fn exit(&self) -> Exit {
+        let is_child = self.destination.number == 1;
+        match self.destination.has_all() && !is_child {
+            true => Exit::Fine,
+            false => Exit::Failed { how: String::new() },
+        }
+    }
+
+    /// Bytes of device state and memory that have come.
+    pub(super) fn moved_bytes(&self) -> u64 {
+        (self.destination.have.len() as u64 + self.destination.threads.landing.len() as u64) * CHUNK
+    }
+}
+
+impl Guest {
+    pub(super) fn new() -> Guest {
+        Guest {
+            bond: Bond::Bound,
+            runs: false,
+            is_ours: false,
+            has_died: false,
+            touched: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn ends(&mut self) {
+        (self.bond, self.runs) = (Bond::Ended, false);
+    }
+
+    /// Umem has ended by itself, or has been killed.
+    pub(super) fn outlives(&mut self, was_killed: bool) {
+        let ends = match self.bond {
+            Bond::Bound => true,
+            Bond::Held => !was_killed,
+            Bond::Kept | Bond::Released | Bond::Ended => false,
+        };
+        if ends {
+            self.ends();
+        }
+    }
+}
+
+/// Of a hundred processes so many are killed at some effect.
+pub(super) fn kills(random: &mut Random) -> VecDeque<u64> {
+    let count = [0, 0, 1, 1, 2, 3][random.below(6) as usize];
+    (0..count).map(|_| random.below(80)).collect()
+}
