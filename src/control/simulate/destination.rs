@@ -306,6 +306,7 @@ impl World {
     fn carry_out_there(&mut self, effect: Effect) -> Result<Option<Input>> {
         match effect {
             Effect::Prepare => self.ask_destination(Asked::Prepare),
+            Effect::SettlePages => unreachable!("there are no rounds here"),
             Effect::Load(_) => self.ask_destination(Asked::Load),
             Effect::Run => self.ask_destination(Asked::Run),
             Effect::Commit if self.habits.cancels_there && self.destination.number == 1 => {
