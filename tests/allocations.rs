@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -66,18 +67,34 @@ const SPARE: u64 = 40;
 fn a_larger_guest_costs_no_more_allocations() {
     // The first of each pays for what a process does once.
     for shared in [true, false] {
-        moved(SMALL, shared);
-        let (small, large) = (moved(SMALL, shared), moved(LARGE, shared));
-        assert!(small > 0, "the threads that move pages were not seen");
-        assert!(
-            large <= small + SPARE,
-            "{large} allocations for {LARGE} bytes and {small} for {SMALL}, shared: {shared}"
-        );
+        costs_no_more(|bytes| moved(bytes, shared, Rounds::None), &format!("shared: {shared}"));
+    }
+    // In rounds, with copies for sums and without.
+    for rounds in [Rounds::Plain, Rounds::Checked] {
+        costs_no_more(|bytes| moved(bytes, true, rounds), &format!("{rounds:?}"));
     }
 }
 
+fn costs_no_more(moved: impl Fn(usize) -> u64, what: &str) {
+    moved(SMALL);
+    let (small, large) = (moved(SMALL), moved(LARGE));
+    assert!(small > 0, "the threads that move pages were not seen");
+    assert!(
+        large <= small + SPARE,
+        "{large} allocations for {LARGE} bytes and {small} for {SMALL}, {what}"
+    );
+}
+
+/// Whether pages go before the stop, and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rounds {
+    None,
+    Plain,
+    Checked,
+}
+
 /// Allocations while a guest of so many bytes moves and is read meanwhile, every other page by demand.
-fn moved(bytes: usize, shared: bool) -> u64 {
+fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
     let source_ram = ram(bytes);
     // Runs of one, two and three pages of data, with pages of zeroes and holes between them.
     for page in 0..bytes / PAGE {
@@ -102,6 +119,10 @@ fn moved(bytes: usize, shared: bool) -> u64 {
     let mut source = SourceSetup::new();
     source.region("ram0", source_ram.as_fd()).expect("a region");
     source.connections(here).expect("connections");
+    source.checksum(rounds == Rounds::Checked);
+    if rounds != Rounds::None {
+        source.precopy(4, Duration::ZERO);
+    }
     let mut destination = DestinationSetup::new();
     let file = destination_ram.as_ref().map(|file| file.as_fd());
     let region = Memory { start: memory.cast(), bytes: bytes as u64, file };
@@ -109,13 +130,22 @@ fn moved(bytes: usize, shared: bool) -> u64 {
     unsafe { destination.region("ram0", &region) }.expect("a region");
     destination.connections(there).expect("connections");
 
+    let ram_of_source = source_ram.try_clone().expect("a descriptor");
     let before = ALLOCATIONS.load(SeqCst);
     let (source, destination) =
         (source.start().expect("a source"), destination.start().expect("a destination"));
     let sending = std::thread::spawn(move || {
         while let Some(event) = source.wait(None).expect("events") {
             match event {
-                Event::Stop => source.stopped().expect("an answer"),
+                Event::Stop => {
+                    // What is written as late as this remains.
+                    for page in (0..bytes / PAGE).step_by(9 * 16) {
+                        let offset = (page * PAGE) as u64;
+                        ram_of_source.write_all_at(&[contents(page); PAGE], offset).expect("room");
+                        source.written(0, offset, PAGE as u64).expect("it is there");
+                    }
+                    source.stopped().expect("an answer");
+                }
                 Event::SaveState => source.saved(Vec::new()).expect("an answer"),
                 Event::Completed(_) => return,
                 Event::Failed(failure) => panic!("{}", failure.error),

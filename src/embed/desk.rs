@@ -7,12 +7,13 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use umem_wire::RegionId;
 
 use super::link::LinkOrder;
 use super::{Event, Failure, Guest, Stats};
@@ -21,6 +22,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::thread::{Answer, Question};
 use crate::inbox::Canceller;
 use crate::lane::Severable;
+use crate::memory::dirty::DirtyMap;
 use crate::polling::poll;
 use crate::report::{Completed, Counters, Output};
 
@@ -31,6 +33,8 @@ pub(crate) struct Desk {
     desk: Mutex<Papers>,
     /// Counts the events that are there.
     bell: EventFd,
+    /// Once the guest's writes are to be told: where they are marked, by whatever thread.
+    marks: OnceLock<Arc<DirtyMap>>,
     ended: Condvar,
     canceller: Canceller,
 }
@@ -70,6 +74,7 @@ impl Desk {
         Ok(Desk {
             desk: Mutex::default(),
             bell: EventFd::from_flags(flags).context(|| "eventfd")?,
+            marks: OnceLock::new(),
             ended: Condvar::new(),
             canceller: Canceller::new()?,
         })
@@ -136,9 +141,12 @@ impl Desk {
         let (open, event) = match question {
             // The program knows what comes, and may do what it likes.
             Question::Prepare => return,
-            Question::Track(_) | Question::Look => {
-                unreachable!("a program that embeds umem is asked for no rounds")
+            Question::Track(marks) => {
+                self.marks.get_or_init(|| marks);
+                return answer_at_once(papers, Answer::Tracking(Ok(())));
             }
+            // Writes are told as they happen.
+            Question::Look => return answer_at_once(papers, Answer::Looked(Ok(()))),
             Question::Stop => {
                 papers.stop_asked = true;
                 (Open::Stop, Event::Stop)
@@ -261,6 +269,11 @@ impl Desk {
     }
 
     /// Takes the answer to the question `expected`; `answer` is only made if that is open.
+    /// The guest has written to these bytes of a region, or somebody for it. False where there are no such bytes.
+    pub(crate) fn written(&self, region: u16, offset: u64, len: u64) -> bool {
+        self.marks.get().is_none_or(|marks| marks.mark_bytes(RegionId(region), offset, len))
+    }
+
     pub(crate) fn answer(&self, expected: Open, answer: impl FnOnce() -> Answer) -> Result<()> {
         let mut papers = self.papers();
         if papers.open != Some(expected) {

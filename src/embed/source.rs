@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::desk::{Desk, Open};
 use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
@@ -12,6 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::thread::Answer;
 use crate::memory::check_pages;
 use crate::memory::region::RamFile;
+use crate::source::Precopy;
 use crate::source::embedded::{Departure, Way, send};
 use crate::uri::Uri;
 
@@ -20,6 +22,7 @@ pub struct SourceSetup {
     files: Vec<RamFile>,
     way: Option<Way>,
     postcopy: bool,
+    precopy: Option<Precopy>,
     recovers: Option<bool>,
     checksum: bool,
     cores: Vec<usize>,
@@ -33,6 +36,7 @@ impl SourceSetup {
             files: Vec::new(),
             way: None,
             postcopy: true,
+            precopy: None,
             recovers: None,
             checksum: false,
             cores: Vec::new(),
@@ -80,6 +84,13 @@ impl SourceSetup {
         self.postcopy = postcopy;
     }
 
+    /// Whether pages are sent before the guest stops, too, and again those that it writes meanwhile: in `passes_max` passes at
+    /// most, until what is left takes no longer than `downtime_limit` to send. The program says what is written, with
+    /// [`Source::written`], and needs lanes for pages that nobody waits for.
+    pub fn precopy(&mut self, passes_max: u32, downtime_limit: Duration) {
+        self.precopy = Some(Precopy { passes_max, downtime_limit });
+    }
+
     /// Whether the migration goes on when connections are lost after the switchover, if the destination
     /// does too. If nothing is said it does where it has dialled, and not where it was given connections:
     /// then the program has to give others.
@@ -110,7 +121,7 @@ impl SourceSetup {
     /// [`Error::Usage`] where there is nothing to move or no way to the destination; a thread or an
     /// eventfd that the kernel does not give.
     pub fn start(self) -> Result<Source> {
-        let SourceSetup { files, way, postcopy, recovers, checksum, cores } = self;
+        let SourceSetup { files, way, postcopy, precopy, recovers, checksum, cores } = self;
         check_pages()?;
         if files.is_empty() {
             return Err(Error::Usage("nothing to move: add the guest's regions first".into()));
@@ -118,8 +129,13 @@ impl SourceSetup {
         let way = way.ok_or_else(|| {
             Error::Usage("no way to the destination: give an address or connections first".into())
         })?;
+        let is_single = matches!(&way, Way::Connections(sockets) if sockets.len() == 1);
+        if precopy.is_some() && is_single {
+            let what = "pages that may come again need a connection beside the one for demanded pages: give two or more";
+            return Err(Error::Usage(what.into()));
+        }
         let recovers = recovers.unwrap_or(matches!(way, Way::Dial { .. }));
-        let departure = Departure { way, files, postcopy, recovers, checksum, cores };
+        let departure = Departure { way, files, postcopy, precopy, recovers, checksum, cores };
         let migrate = move |desk: &Arc<Desk>| send(departure, desk);
         let handle = Handle::start(Arc::new(Desk::new()?), migrate, |_, _| ())?;
         Ok(Source { handle })
@@ -141,6 +157,22 @@ impl Source {
     /// [`Error::Usage`] if that is not asked.
     pub fn stopped(&self) -> Result<()> {
         self.handle.desk.answer(Open::Stop, || Answer::Stopped(Ok(None)))
+    }
+
+    /// With [`precopy`](SourceSetup::precopy): the guest has written to these bytes of its memory, or a device or the
+    /// program has for it. `region` is the number of the region in the order in which they were added. To be said
+    /// after each write, by any thread, and before [`Source::stopped`] answers for the last of them; a page that is
+    /// not named arrives as it was sent before.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where the region has no such bytes.
+    pub fn written(&self, region: u16, offset: u64, bytes: u64) -> Result<()> {
+        match self.handle.desk.written(region, offset, bytes) {
+            true => Ok(()),
+            false => Err(Error::Usage(format!(
+                "region {region} has no {bytes} bytes at {offset}: nothing was written there"
+            ))),
+        }
     }
 
     /// Answers [`Event::SaveState`]: this is the device state, which the destination's program gets as
@@ -174,7 +206,6 @@ mod tests {
     use std::io::Read;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
-    use std::time::Duration;
 
     use super::*;
     use crate::memory::claim;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::poll::PollFlags;
 
 use super::memory::SourceMemory;
-use super::{Link, Migration, Note, Order, Plan, wait};
+use super::{Link, Migration, Note, Order, Plan, Precopy, wait};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::embed::desk::Desk;
 use crate::embed::link::{self, LinkOrder};
@@ -34,6 +34,8 @@ pub(crate) struct Departure {
     pub(crate) way: Way,
     pub(crate) files: Vec<RamFile>,
     pub(crate) postcopy: bool,
+    /// As in [`Options`](super::Options); the program tells what is written.
+    pub(crate) precopy: Option<Precopy>,
     /// Go on over other connections when these are lost after the switchover.
     pub(crate) recovers: bool,
     /// Both sides check what comes.
@@ -44,11 +46,12 @@ pub(crate) struct Departure {
 
 /// Moves one guest away. Nothing of it runs any more when this returns.
 pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> {
-    let Departure { way, files, postcopy, recovers, checksum, cores } = departure;
+    let Departure { way, files, postcopy, precopy, recovers, checksum, cores } = departure;
     let inbox = Inbox::embedded(desk.canceller())?;
     let post = inbox.post();
     desk.answers(move |answer| post.send(Note::Host(answer)));
-    let memory = Arc::new(SourceMemory::new(files, false).checked(checksum));
+    let memory = SourceMemory::new(files, false).checked(checksum).in_rounds(precopy.is_some());
+    let memory = Arc::new(memory);
     memory.claim(false)?;
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     // Who is there is the program's own matter: it can give connections that it has secured.
@@ -56,6 +59,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     let (session, lanes, uri, stays_local) = match way {
         Way::Dial { uri, lanes } => {
             let session = Session::new(lanes, false, recovers)?.checked(checksum);
+            let session = session.in_rounds(precopy.is_some());
             let open = |index| lane::dial(&uri, &session.hello(index, 0), &pass, &wait);
             let lanes = (0..=lanes).map(open).collect::<Result<Vec<_>>>()?;
             let stays_local = lane::stays_local(&uri, &wait)?;
@@ -65,6 +69,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
             let stays_local = sockets.iter().all(lane::is_local);
             let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
             let session = Session::new(count, false, recovers)?.checked(checksum);
+            let session = session.in_rounds(precopy.is_some());
             let lanes = open_over(sockets, &session, 0, &pass, &wait)?;
             (session, lanes, None, stays_local)
         }
@@ -78,7 +83,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     let plan = Plan {
         postcopy,
         background: true,
-        precopy: None,
+        precopy,
         cores: &cores,
         // How deeply the whole machine sleeps is the monitor's affair.
         idle_cores: IdleCores::Sleep,

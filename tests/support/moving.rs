@@ -40,6 +40,8 @@ pub(crate) struct How {
     /// For the guest there.
     pub(crate) arriving: &'static [&'static str],
     pub(crate) migrate: &'static [&'static str],
+    /// Every page comes before the guest runs at its destination.
+    pub(crate) without_postcopy: bool,
     /// For both umem processes: a directory of certificates, or a secret.
     pub(crate) security: Option<[&'static str; 2]>,
     pub(crate) huge: bool,
@@ -95,7 +97,8 @@ impl Move {
         };
         let (incoming, cutter) = arrival.start();
         prepare(&cutter);
-        let mut arguments = vec!["migrate", "-p", "--json", "--qmp", &source_qmp, cutter.uri()];
+        let mut arguments = vec!["migrate", "--json", "--qmp", &source_qmp, cutter.uri()];
+        arguments.extend((!how.without_postcopy).then_some("-p"));
         arguments.extend(how.migrate);
         arguments.extend(how.security.iter().flatten());
         let migrate = Umem::start(arguments);

@@ -193,6 +193,13 @@ impl Umem {
         }
     }
 
+    /// Waits for the next event, whatever it is.
+    pub(crate) fn next_event(&mut self) -> Value {
+        self.events
+            .recv_timeout(DEADLINE)
+            .unwrap_or_else(|_| panic!("no event; stderr:\n{}", self.stderr()))
+    }
+
     /// Waits until it says something.
     pub(crate) fn line(&mut self) {
         self.events.recv_timeout(DEADLINE).expect("a line on stdout");

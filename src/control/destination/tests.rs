@@ -1,6 +1,7 @@
 //! Every state by every input, and runs in which umem is killed and lanes are lost between every two effects.
 
 mod kills;
+mod rounds;
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};

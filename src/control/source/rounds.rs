@@ -3,11 +3,12 @@
 //! ```text
 //! ready --> track --> pass 1 --> count --> pass 2 --> count ... --> stop --> what remains --> settled --> stopped
 //!                     lanes send            judged by what
-//!                     dirty pages,          whole passes
+//!                     dirty pages, then     whole passes
 //!                     the log looks         have left
 //! ```
 //!
-//! A pass is over when every lane has been around and the dirty log has looked over the whole guest. Passes are judged
+//! A pass is over when every lane has been around, and the dirty log has then looked over the whole guest: what it has
+//! marked by that time is what the pass has left. Passes are judged
 //! as wholes: moments of a pass say nothing of the next one.
 
 use std::time::{Duration, Instant};
@@ -43,8 +44,6 @@ pub(super) struct Rounds {
     began: Instant,
     /// Lanes that have not been around in this pass.
     lanes_left: u16,
-    /// The dirty log looks over the guest.
-    is_looking: bool,
     /// Bytes that had been sent when the pass began.
     sent_before: u64,
     /// Bytes that the pass before it left.
@@ -68,7 +67,6 @@ impl Rounds {
             pass: 0,
             began: now,
             lanes_left: 0,
-            is_looking: false,
             sent_before: 0,
             dirty_before: None,
             rate: 0.0,
@@ -76,12 +74,7 @@ impl Rounds {
     }
 
     fn begin_pass(&mut self, lanes: u16, now: Instant) {
-        (self.pass, self.began) = (self.pass + 1, now);
-        (self.lanes_left, self.is_looking) = (lanes, true);
-    }
-
-    fn is_over(&self) -> bool {
-        self.lanes_left == 0 && !self.is_looking
+        (self.pass, self.began, self.lanes_left) = (self.pass + 1, now, lanes);
     }
 
     /// Whether the guest is to stop after a pass that has left so many bytes dirty, when so many have been sent in all.
@@ -124,31 +117,23 @@ impl Source {
         rounds.begin_pass(lanes, now.at);
         self.times.first_page.get_or_insert(now.at);
         self.do_next(Effect::SendPass);
-        self.do_next(Effect::Ask(Question::Look));
     }
 
     /// The dirty log has looked over the guest.
     pub(super) fn looked(&mut self, result: Result<()>) -> Result<()> {
         result?;
-        if let Some(rounds) = &mut self.rounds {
-            rounds.is_looking = false;
+        if self.phase == Phase::Rounds {
+            self.do_next(Effect::CountDirty);
         }
-        self.pass_may_be_over();
         Ok(())
     }
 
     /// A lane has been around.
     pub(super) fn pass_has_ended(&mut self) {
-        if let Some(rounds) = &mut self.rounds {
-            rounds.lanes_left = rounds.lanes_left.saturating_sub(1);
-        }
-        self.pass_may_be_over();
-    }
-
-    fn pass_may_be_over(&mut self) {
-        let is_over = self.rounds.as_ref().is_some_and(Rounds::is_over);
-        if is_over && self.phase == Phase::Rounds {
-            self.do_next(Effect::CountDirty);
+        let Some(rounds) = &mut self.rounds else { return };
+        rounds.lanes_left = rounds.lanes_left.saturating_sub(1);
+        if rounds.lanes_left == 0 {
+            self.do_next(Effect::Ask(Question::Look));
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use umem_wire::{Event as Said, FaultCode, PageSize, Region, RegionTable, Standing, Totals};
+use umem_wire::{Event as Said, FaultCode, Frame, PageSize, Region, RegionTable, Standing, Totals};
 
 use super::*;
 use crate::control::event::Remark;
@@ -16,11 +16,15 @@ struct Bench {
 
 impl Bench {
     fn new(is_kept: bool, is_checked: bool) -> Bench {
+        Bench::with(is_kept, is_checked, None)
+    }
+
+    fn with(is_kept: bool, is_checked: bool, rounds: Option<RoundsPlan>) -> Bench {
         let now = Instant::now();
         let kept = Kept { session: "5e55".into(), directory_option: String::new() };
         let plan = Plan {
             postcopy: true,
-            rounds: None,
+            rounds,
             bulk_lanes: 1,
             recovers: true,
             kept: is_kept.then_some(kept),
@@ -48,12 +52,34 @@ impl Bench {
         self.tell(Input::Monitor(Answer::StandsStill(result)))
     }
 
-    /// Up to the guest that runs at the destination.
-    fn serve(&mut self) {
+    fn ready(&mut self) -> Vec<Effect> {
         let page_size = PageSize::from_shift(12).unwrap();
         let region = Region { name: "ram0".into(), bytes: 4096, page_size };
         self.tell(Input::Time);
-        self.say(Said::Ready(RegionTable::new(vec![region]).unwrap()));
+        self.say(Said::Ready(RegionTable::new(vec![region]).unwrap()))
+    }
+
+    /// In the first pass before the stop.
+    fn in_rounds() -> Bench {
+        let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::ZERO };
+        let mut bench = Bench::with(true, false, Some(plan));
+        bench.ready();
+        bench.tell(Input::Monitor(Answer::Tracking(Ok(()))));
+        bench
+    }
+
+    /// A pass ends, and has left so many bytes.
+    fn pass(&mut self, dirty_bytes: u64) -> Vec<Effect> {
+        let effects = self.tell(Input::PassEnded);
+        assert!(matches!(effects[..], [Effect::Ask(Question::Look)]), "{effects:?}");
+        let effects = self.tell(Input::Monitor(Answer::Looked(Ok(()))));
+        assert!(matches!(effects[..], [Effect::CountDirty]), "{effects:?}");
+        self.tell(Input::Counted { dirty_bytes, sent_bytes: 1 })
+    }
+
+    /// Up to the guest that runs at the destination.
+    fn serve(&mut self) {
+        self.ready();
         self.tell(Input::Monitor(Answer::Stopped(Ok(None))));
         self.tell(Input::Monitor(Answer::Saved(Ok(vec![0]))));
         self.say(Said::Loaded);
@@ -92,6 +118,53 @@ fn has(effects: &[Effect], is: impl Fn(&Effect) -> bool) -> bool {
 
 fn file_failed() -> Error {
     Error::RamFailed { name: "ram0".into(), path: "/dev/shm/ram0".into(), what: "changed".into() }
+}
+
+#[test]
+fn writes_are_tracked_before_a_page_goes() {
+    let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::ZERO };
+    let mut bench = Bench::with(true, false, Some(plan));
+    let effects = bench.ready();
+    assert!(matches!(effects.last(), Some(Effect::Ask(Question::Track))), "{effects:?}");
+    let effects = bench.tell(Input::Monitor(Answer::Tracking(Ok(()))));
+    let [Effect::Send(Frame::Rounds), Effect::Show(_), Effect::SendPass] = &effects[..] else {
+        panic!("{effects:?}")
+    };
+}
+
+#[test]
+fn the_guest_stops_when_whole_passes_say_so_and_what_remains_is_told_before_the_stop() {
+    let mut bench = Bench::in_rounds();
+    let effects = bench.pass(1000);
+    assert!(matches!(effects[..], [Effect::Tell(Event::Pass { .. }), Effect::SendPass]));
+    let effects = bench.pass(900);
+    let is_stop = |effect: &Effect| matches!(effect, Effect::Ask(Question::Stop));
+    assert!(has(&effects, is_stop), "it hardly shrinks: {effects:?}");
+    let effects = bench.tell(Input::Monitor(Answer::Stopped(Ok(None))));
+    assert!(matches!(effects[..], [Effect::EndRounds]), "{effects:?}");
+    let effects = bench.say(Said::Settled);
+    let is_next = |effect: &Effect| matches!(effect, Effect::Send(Frame::Stopped { .. }));
+    assert!(matches!(effects.first(), Some(Effect::Fix)) && has(&effects, is_next), "{effects:?}");
+    assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Save))));
+}
+
+#[test]
+fn rounds_that_end_for_another_reason_leave_the_guest_as_it_is() {
+    let failures = [
+        Input::Failed(lost("demand lane")),
+        Input::Monitor(Answer::Looked(Err(refused()))),
+        Input::Interrupted,
+        Input::NotDone(refused()),
+    ];
+    for failure in failures {
+        let mut bench = Bench::in_rounds();
+        let effects = bench.tell(failure);
+        assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Resume))));
+        // Nothing was stopped, so that nothing is written down of that.
+        assert!(!has(&effects, |effect| matches!(effect, Effect::Persist(_))), "{effects:?}");
+        bench.tell(Input::Monitor(Answer::Resumed(Ok(()))));
+        assert!(matches!(bench.failure().1, Guest::Here));
+    }
 }
 
 #[test]

@@ -229,3 +229,102 @@ fn demand_lane() -> String {
 fn violated(what: &str) -> Error {
     Error::protocol(&demand_lane(), what)
 }
+
+#[cfg(test)]
+mod tests {
+    use umem_wire::checksum::{digest_of_zeroes, page_sum};
+
+    use super::super::fixture::{Guest, PAGES, id};
+    use super::*;
+    use crate::memory::pages::PageState;
+
+    fn range(first: u64, pages: u64) -> PageRange {
+        PageRange { region: RegionId(0), first, pages }
+    }
+
+    /// A guest in rounds, with checksums.
+    fn guest() -> Guest {
+        let mut guest = Guest::new();
+        guest.memory.begin_rounds(true);
+        guest
+    }
+
+    /// A copy of a page comes, as a lane brings it.
+    fn comes(guest: &Guest, page: u64, byte: u8) {
+        let bytes = [byte; 4096];
+        guest.region().file().write_at(&bytes, page << 12).unwrap();
+        guest.memory.copied(range(page, 1), &[page_sum(&bytes)]);
+    }
+
+    fn digest_of(pages: &[(u64, u8)]) -> u64 {
+        let of = |&(page, byte): &(u64, u8)| digest(page, &[page_sum(&[byte; 4096])]);
+        pages.iter().map(of).fold(0, u64::wrapping_add)
+    }
+
+    #[test]
+    fn the_last_copies_count_and_what_remains_is_as_if_it_had_never_come() {
+        let guest = guest();
+        guest.memory.emptied(range(0, PAGES)).unwrap();
+        for (page, byte) in [(0, 1), (1, 2), (2, 3), (1, 4), (3, 5), (4, 6)] {
+            comes(&guest, page, byte);
+        }
+        // Data that becomes a hole, and data again.
+        guest.memory.emptied(range(2, 2)).unwrap();
+        comes(&guest, 3, 7);
+        assert!((0..PAGES).all(|page| guest.state(page) == PageState::Missing));
+        guest.memory.remains(&[range(4, 2)]).unwrap();
+        assert!(guest.region().pages.want(1), "somebody touches a page meanwhile");
+        let mut woken = Vec::new();
+        assert!(!guest.memory.settle(|page| woken.push(page)).unwrap());
+        assert_eq!(woken, [id(1)]);
+        assert!(!guest.memory.is_in_rounds());
+
+        let states: Vec<_> = (0..PAGES).map(|page| guest.state(page)).collect();
+        for (page, state) in (0..).zip(states) {
+            let is_missing = [4, 5].contains(&page);
+            let expected = if is_missing { PageState::Missing } else { PageState::Cached };
+            assert_eq!(state, expected, "page {page}");
+        }
+        for (page, byte) in [(0, 1), (1, 4), (2, 0), (3, 7), (4, 0), (5, 0)] {
+            assert!(guest.contents(page) == [byte; 4096], "page {page}");
+        }
+        let has = |page: u64| guest.region().file().next_data_in(page << 12..(page + 1) << 12);
+        assert_eq!((has(2).unwrap(), has(4).unwrap()), (None, None), "they take no room");
+        let zeroes = digest_of_zeroes(2, 1).wrapping_add(digest_of_zeroes(6, PAGES - 6));
+        let expected = digest_of(&[(0, 1), (1, 4), (3, 7)]).wrapping_add(zeroes);
+        assert_eq!(guest.memory.digests.get(), [expected]);
+        let totals = guest.memory.counters.totals();
+        assert_eq!((totals.data_bytes, totals.hole_bytes), (3 << 12, 3 << 12));
+        assert_eq!(guest.memory.pages_missing(), 2);
+
+        // From here on each page comes once.
+        assert!(guest.memory.begin(range(0, 1), "a lane").is_err());
+        for last in [4, 5] {
+            guest.memory.begin(range(last, 1), "a lane").unwrap();
+            let is_last = guest.memory.finish(range(last, 1), RunKind::Hole, |_| {}).unwrap();
+            assert_eq!(is_last, last == 5);
+        }
+    }
+
+    #[test]
+    fn a_source_that_is_wrong_about_what_has_come_is_found_out() {
+        let guest = guest();
+        guest.memory.emptied(range(0, PAGES - 1)).unwrap();
+        let error = guest.memory.settle(|_| {}).unwrap_err().to_string();
+        assert!(error.contains(&format!("page {} of RAM ram has not come", PAGES - 1)), "{error}");
+        // Nor may it send a page that comes once before that is settled.
+        let guest = self::guest();
+        guest.memory.emptied(range(0, PAGES)).unwrap();
+        guest.memory.begin(range(3, 1), "a lane").unwrap();
+        assert!(guest.memory.settle(|_| {}).is_err());
+        assert!(Guest::new().memory.remains(&[range(0, 1)]).is_err(), "there are no rounds");
+    }
+
+    #[test]
+    fn nothing_remains_of_a_guest_that_does_not_write() {
+        let guest = guest();
+        guest.memory.emptied(range(0, PAGES)).unwrap();
+        assert!(guest.memory.settle(|_| {}).unwrap(), "this was the last page");
+        assert_eq!(guest.memory.pages_missing(), 0);
+    }
+}

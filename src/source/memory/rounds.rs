@@ -274,3 +274,136 @@ pub(crate) fn no_dirty_log() -> Error {
         "nobody tells which pages this guest writes while it runs: leave out --precopy".into(),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use umem_wire::{Event, LaneRole, PageSize, Receiver};
+
+    use super::*;
+    use crate::memory::region::RamFile;
+
+    /// Blocks of 2 MiB.
+    const BLOCKS: u64 = 7;
+    const BLOCK: u64 = 512;
+    const RAM: RegionId = RegionId(0);
+
+    /// A file of holes but for the pages named, in rounds.
+    fn memory(data: &[u64]) -> (SourceMemory, std::fs::File) {
+        let file = std::fs::File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len((BLOCKS * BLOCK) << 12).unwrap();
+        data.iter().for_each(|&page| write(&file, page, 0xa5));
+        let ram = RamFile::of_source("ram0", file.try_clone().unwrap()).unwrap();
+        let memory = SourceMemory::new(vec![ram], false).in_rounds(true);
+        memory.land(memory.table().unwrap().with_units(&[PageSize::SIZE_4K]).unwrap());
+        (memory, file)
+    }
+
+    fn write(file: &std::fs::File, page: u64, byte: u8) {
+        file.write_all_at(&[byte; 4096], page << 12).unwrap();
+    }
+
+    fn mark(memory: &SourceMemory, page: u64) {
+        assert!(memory.marks().mark_bytes(RAM, page << 12, 1));
+    }
+
+    /// A whole pass of a lane.
+    fn pass(memory: &SourceMemory, walk: &mut RoundsWalk) -> Vec<(RunKind, u64, u64)> {
+        walk.begin_pass();
+        let mut runs = Vec::new();
+        while walk.next_runs(memory, 64 << 10, &mut runs).unwrap() {}
+        runs.iter().for_each(|run| memory.count_in_round(run));
+        runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
+    }
+
+    #[test]
+    fn a_block_is_one_lanes_in_every_pass() {
+        let (memory, _file) = memory(&[]);
+        let mut lanes = [0, 1, 2].map(|index| RoundsWalk::new(index, 3));
+        for _ in 0..3 {
+            memory.marks().mark_all();
+            let mut came = Vec::new();
+            for (index, lane) in lanes.iter_mut().enumerate() {
+                for (_, first, pages) in pass(&memory, lane) {
+                    came.extend(first..first + pages);
+                    let blocks = first / BLOCK..(first + pages).div_ceil(BLOCK);
+                    assert!(blocks.clone().all(|block| block % 3 == index as u64), "{blocks:?}");
+                }
+            }
+            came.sort_unstable();
+            assert!(came.into_iter().eq(0..BLOCKS * BLOCK), "every page once");
+            assert_eq!(memory.dirty_bytes(), 0);
+        }
+    }
+
+    #[test]
+    fn a_page_goes_as_what_it_is_when_its_pass_comes() {
+        let (memory, file) = memory(&[3, 4, 600]);
+        let mut lane = RoundsWalk::new(0, 1);
+        let all = pass(&memory, &mut lane);
+        let data = |runs: &[(RunKind, u64, u64)]| {
+            let data = runs.iter().filter(|(kind, ..)| *kind == RunKind::Data);
+            data.map(|&(_, first, pages)| (first, pages)).collect::<Vec<_>>()
+        };
+        assert_eq!(data(&all), [(3, 2), (600, 1)]);
+        // A hole that becomes data, data that become zeroes, and nothing that is not marked.
+        write(&file, 1000, 1);
+        write(&file, 4, 0);
+        write(&file, 5, 7);
+        [4, 1000].iter().for_each(|&page| mark(&memory, page));
+        let again = pass(&memory, &mut lane);
+        assert_eq!(again, [(RunKind::Zero, 4, 1), (RunKind::Data, 1000, 1)]);
+    }
+
+    /// The bits of a block are taken before anything of it is looked at: one that is set afterwards is of a later
+    /// write, and stays.
+    #[test]
+    fn what_is_written_in_the_middle_of_a_block_goes_again() {
+        let (memory, file) = memory(&[0, 1, 2]);
+        let mut lane = RoundsWalk::new(0, 1);
+        let mut runs = Vec::new();
+        lane.next_runs(&memory, 4096, &mut runs).unwrap();
+        // In the block that the lane is at, behind and before the page that it has just taken.
+        for page in [0, 2, 300] {
+            write(&file, page, 9);
+            mark(&memory, page);
+        }
+        while lane.next_runs(&memory, 4096, &mut runs).unwrap() {}
+        assert_eq!(memory.dirty_bytes(), 3 << 12);
+        let again: Vec<u64> = pass(&memory, &mut lane).iter().map(|&(_, first, _)| first).collect();
+        assert_eq!(again, [0, 2, 300]);
+    }
+
+    #[test]
+    fn what_is_dirty_at_the_end_remains_and_all_else_has_gone() {
+        let (memory, _file) = memory(&[0, 1, 2, 700]);
+        let mut lane = RoundsWalk::new(0, 1);
+        pass(&memory, &mut lane);
+        [1, 2, 1500].iter().for_each(|&page| mark(&memory, page));
+        let frames = memory.end_rounds();
+        let mut receiver = Receiver::for_destination(LaneRole::Demand);
+        receiver.set_regions(memory.landing());
+        let mut rest = &frames[..];
+        let mut remaining = Vec::new();
+        while !rest.is_empty() {
+            let umem_wire::Target::Control { exact } = receiver.next_target() else { panic!() };
+            let (now, later) = rest.split_at(exact);
+            receiver.control(now).unwrap();
+            rest = later;
+            while let Some(event) = receiver.poll_event() {
+                let Event::Remaining { runs, last } = event else { panic!("{event:?}") };
+                assert_eq!(last, rest.is_empty());
+                remaining.extend(runs.iter().map(|run| (run.first, run.pages)));
+            }
+        }
+        assert_eq!(remaining, [(1, 2), (1500, 1)]);
+        let left: Vec<u64> =
+            (0..BLOCKS * BLOCK).filter(|&page| memory.claim_demanded(RAM, page)).collect();
+        assert_eq!(left, [1, 2, 1500]);
+        let totals = memory.counters.totals();
+        assert_eq!((totals.data_bytes, totals.pages()), (2 << 12, BLOCKS * BLOCK - 3));
+        assert_eq!(totals.bytes(), (BLOCKS * BLOCK - 3) << 12);
+    }
+}

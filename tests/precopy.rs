@@ -1,0 +1,267 @@
+//! Pages that go while the guest runs, and again where it writes to them (`--precopy`).
+//!
+//! The guest is umem's own: it writes all the while, in every pass, and checks every word that it reads, and all of its
+//! memory at the end. A page whose last copy was not the guest's last write would be a wrong word.
+
+mod support;
+
+use std::net::TcpListener;
+
+use serde_json::{Value, json};
+use support::{
+    Authority, Cutter, Ends, Guests, How, LaneFromSource, Move, Qmp, Scratch, Umem, wait_for,
+};
+use umem_wire::Capabilities;
+
+const UMEM: &str = env!("CARGO_BIN_EXE_umem");
+
+/// Never little enough, so that there are several passes.
+const RESTLESS: [&str; 3] = ["--precopy", "--downtime-limit", "0"];
+
+/// Moves a guest with these options for `umem migrate`, and returns the passes and both reports.
+fn moves(how: How) -> (Vec<Value>, Value, Value) {
+    let mut moving = Move::start_through(how, Cutter::let_pages_go);
+    let mut passes = vec![moving.migrate.event("pass")];
+    // The guest is stopped behind the last pass.
+    loop {
+        let event = moving.migrate.next_event();
+        match event["event"].as_str() {
+            Some("pass") => passes.push(event),
+            Some("stopped") => break,
+            _ => {}
+        }
+    }
+    let (source, destination) = moving.complete();
+    for report in [&source, &destination] {
+        for digest in report["digests"].as_array().unwrap() {
+            assert_eq!(digest["digest"], digest["peer"], "{report}");
+        }
+    }
+    (passes, source, destination)
+}
+
+/// The first pass has everything, and the last one has left what was asked for after the switchover.
+fn check_passes(passes: &[Value], how: How) {
+    assert_eq!(passes[0]["pass"], 1);
+    let sent = passes[0]["sent_bytes"].as_u64().unwrap();
+    assert!((how.mib << 19..=how.mib << 20).contains(&sent), "{passes:?}");
+    assert!(passes.len() <= 4, "{passes:?}");
+}
+
+fn hybrid(how: How) {
+    let (passes, source, _) = moves(how);
+    check_passes(&passes, how);
+    let left = passes.last().unwrap()["remaining_bytes"].as_u64().unwrap();
+    let demanded = source["pages_demand"].as_u64().unwrap() << 12;
+    println!("{} passes, {left} bytes left, {demanded} asked for", passes.len());
+    assert!(demanded <= how.mib << 18, "few pages are asked for after the switchover: {source}");
+}
+
+#[test]
+fn hybrid_over_one_lane() {
+    hybrid(How { mib: 96, threads: 2, migrate: &RESTLESS, ..How::default() });
+}
+
+#[test]
+fn hybrid_over_four_lanes_with_checksums() {
+    let migrate = &["--precopy", "--downtime-limit", "0", "--checksum", "--lanes", "4"];
+    hybrid(How { mib: 96, threads: 3, migrate, ..How::default() });
+}
+
+#[test]
+fn hybrid_behind_tls() {
+    let scratch = Scratch::new();
+    let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
+    let creds: &'static str = creds.display().to_string().leak();
+    let security = Some(["--tls-creds", creds]);
+    for migrate in [&RESTLESS[..], &["--precopy", "--downtime-limit", "0", "--checksum"]] {
+        hybrid(How { mib: 48, threads: 2, migrate, security, ..How::default() });
+    }
+}
+
+#[test]
+fn hybrid_into_huge_pages() {
+    for migrate in [&RESTLESS[..], &["--precopy", "--downtime-limit", "0", "--checksum"]] {
+        let how = How { mib: 64, threads: 2, migrate, huge: true, ..How::default() };
+        let (passes, _, destination) = moves(how);
+        check_passes(&passes, how);
+        assert_eq!(destination["page_size"], 2 << 20);
+    }
+}
+
+#[test]
+fn hybrid_into_private_memory() {
+    for incoming in [&[][..], &["--postcopy-flags", "1"]] {
+        let (migrate, kind) = (&["--precopy", "--checksum"][..], Some("private"));
+        let how = How { mib: 48, threads: 2, migrate, kind, incoming, ..How::default() };
+        let (passes, ..) = moves(how);
+        check_passes(&passes, how);
+    }
+}
+
+#[test]
+fn everything_before_the_switchover() {
+    for migrate in [&RESTLESS[..], &["--precopy", "--checksum", "--lanes", "4"]] {
+        let how = How { mib: 64, threads: 2, migrate, without_postcopy: true, ..How::default() };
+        let (passes, source, destination) = moves(how);
+        check_passes(&passes, how);
+        assert_eq!(source["pages_demand"], 0);
+        assert_eq!(destination["drain_s"], 0.0);
+    }
+}
+
+/// The source's memory is freed once the destination has it, whenever it came.
+#[test]
+fn memory_that_went_in_rounds_is_freed() {
+    let migrate = &["--precopy", "--downtime-limit", "0", "--release-ram", "--checksum"];
+    let (_, source, _) = moves(How { mib: 48, threads: 2, migrate, ..How::default() });
+    assert!(source["release_bytes"].as_u64() > Some(24 << 20), "{source}");
+}
+
+/// After the switchover lanes may be lost as they may without rounds: what came in rounds is here.
+#[test]
+fn lanes_lost_after_the_switchover_are_opened_again() {
+    let migrate = &["--precopy", "--downtime-limit", "0", "--precopy-passes", "1", "--checksum"];
+    let how = How { mib: 64, threads: 2, migrate, ..How::default() };
+    let mut moving = Move::start_through(how, Cutter::let_pages_go);
+    moving.migrate.event("running");
+    moving.cutter.cut(Ends::Both, false);
+    let (source, _) = moving.complete();
+    println!("{} recoveries", source["recoveries"]);
+}
+
+/// Nothing has been given away yet.
+#[test]
+fn a_lane_lost_in_a_round_leaves_the_guest_at_the_source() {
+    for (bytes, ends) in [(5 << 20, Ends::Both), (30 << 20, Ends::Source)] {
+        let how = How { mib: 64, threads: 2, migrate: &RESTLESS, ..How::default() };
+        let moving = Move::start_through(how, |cutter| {
+            cutter.cut_after([(bytes, ends)]);
+            cutter.let_pages_go();
+        });
+        let Move { scratch, guest: _guest, mut incoming, migrate, cutter: _cutter, .. } = moving;
+        let error = migrate.fails();
+        assert!(error.contains("lane"), "{error}");
+        assert_eq!(incoming.wait().code(), Some(1));
+        runs_here(&scratch);
+    }
+}
+
+/// The guest at the source runs, and every word of its memory is right.
+fn runs_here(scratch: &Scratch) {
+    let mut qmp = Qmp::connect(&scratch.path("source.qmp"));
+    assert_eq!(qmp.execute("query-status", json!({}))["status"], "running");
+    let writes = |qmp: &mut Qmp| qmp.execute("umem-dirty", json!({}))["runs"].clone();
+    wait_for("the guest to write", || (writes(&mut qmp) != json!([])).then_some(()));
+    assert_eq!(qmp.execute("umem-verify", json!({}))["bad_pages"], 0);
+}
+
+#[test]
+fn a_umem_that_is_killed_in_a_round_leaves_the_guest_running() {
+    for side in ["source", "destination"] {
+        let how = How { mib: 64, threads: 2, migrate: &RESTLESS, ..How::default() };
+        // The relay holds what comes on the bulk lane, so that the first pass does not end.
+        let Move { scratch, guest: _guest, mut incoming, mut migrate, cutter, .. } =
+            Move::start(how);
+        migrate.event("connected");
+        cutter.wait_for_demand(1);
+        match side {
+            "source" => {
+                migrate.kill();
+                migrate.wait();
+                assert_eq!(incoming.wait().code(), Some(1));
+            }
+            _ => {
+                incoming.kill();
+                incoming.wait();
+                migrate.fails();
+            }
+        }
+        runs_here(&scratch);
+    }
+}
+
+/// A guest that has arrived discards pages, too: what was data is a hole in the next pass, and data again.
+#[test]
+fn holes_become_data_and_data_holes() {
+    const SHAPE: [&str; 6] = ["--size", "32", "--threads", "3", "--write-percent", "60"];
+    let scratch = Scratch::new();
+    let path = |name: &str| scratch.path(name).display().to_string();
+    let ram = |name: &str| format!("ram0={}", scratch.ram(name).display());
+    let arrives = |name: &str| {
+        let (qmp, ram) = (path(&format!("{name}.qmp")), ram(name));
+        let words = ["incoming", "--json", "--qmp", &qmp, "--ram", &ram, "tcp:127.0.0.1:0", "--"];
+        let guest = [UMEM, "guest", "--incoming", "--discard", "--qmp", &qmp, "--ram", &ram];
+        let mut incoming = Umem::start([&words[..], &guest, &SHAPE].concat());
+        let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
+        (incoming, uri)
+    };
+    let leaves = |name: &str, uri: &str| {
+        let qmp = path(&format!("{name}.qmp"));
+        let words = ["migrate", "-p", "--json", "--checksum", "--qmp", &qmp, uri];
+        Umem::start(words.iter().chain(&RESTLESS))
+    };
+    let (qmp, file) = (path("first.qmp"), ram("first"));
+    let guest = ["guest", "--qmp", &qmp, "--ram", &file];
+    let mut first = Umem::start([&guest[..], &SHAPE].concat());
+    first.event("ready");
+    let mut guests = vec![first];
+    for (from, to) in [("first", "second"), ("second", "third"), ("third", "fourth")] {
+        let (mut incoming, uri) = arrives(to);
+        let mut migrate = leaves(from, &uri);
+        migrate.event("pass");
+        let (source, destination) = (migrate.event("completed"), incoming.event("completed"));
+        assert_eq!(source["digests"], destination["digests"]);
+        migrate.succeeds();
+        Qmp::connect(&scratch.path(&format!("{from}.qmp"))).quit();
+        guests.push(incoming);
+    }
+    let mut qmp = Qmp::connect(&scratch.path("fourth.qmp"));
+    let verdict = qmp.execute("umem-verify", json!({}));
+    assert_eq!((&verdict["bad_pages"], &verdict["guest_writes_lost"]), (&json!(0), &json!(0)));
+    qmp.quit();
+    guests.into_iter().for_each(Umem::succeeds);
+}
+
+#[test]
+fn memory_that_cannot_take_a_page_twice_is_refused() {
+    let (migrate, kind) = (&RESTLESS, Some("anonymous"));
+    let moving = Move::start(How { mib: 16, threads: 1, kind, migrate, ..How::default() });
+    let Move { scratch, guest: _guest, incoming, migrate, cutter: _cutter, .. } = moving;
+    let error = migrate.fails();
+    assert!(error.contains("leave out --precopy"), "{error}");
+    let error = incoming.fails();
+    assert!(error.contains("RAM ram0 is anonymous memory here"), "{error}");
+    runs_here(&scratch);
+}
+
+/// A destination of before is told apart before anything has happened.
+#[test]
+fn an_older_destination_is_refused_by_name() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let migrate = guests.migrate_to(&uri, &["-p", "--precopy"]);
+    let lane = LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::RECOVERY);
+    assert!(lane.hello.capabilities.contains(Capabilities::ROUNDS));
+    let error = migrate.fails();
+    let versions = "the destination speaks protocol 1 without rounds";
+    assert!(error.contains(versions) && error.contains("1 with rounds"), "{error}");
+}
+
+#[test]
+fn options_that_do_not_fit_are_refused() {
+    let ram = ["--ram", "ram0=/dev/shm/none"];
+    let qmp = ["--qmp", "/nowhere"];
+    let tcp = "tcp:127.0.0.1:1";
+    let refused = |words: &[&str], text: &str| {
+        let error = Umem::start([&["migrate"], words].concat()).fails_as_misused();
+        assert!(error.contains(text), "{error}");
+    };
+    refused(&[&qmp[..], &["--downtime-limit", "5", tcp]].concat(), "add it");
+    refused(&[&qmp[..], &["--precopy-passes", "5", tcp]].concat(), "add it");
+    refused(&[&qmp[..], &["--precopy", "--precopy-passes", "0", tcp]].concat(), "send nothing");
+    refused(&[&ram[..], &["--precopy", tcp]].concat(), "files alone have none");
+    refused(&[&qmp[..], &["--precopy", "fd:0"]].concat(), "bulk lanes");
+}
