@@ -38,6 +38,7 @@ mod follow;
 #[cfg(feature = "fuzz")]
 #[doc(hidden)]
 pub mod fuzz;
+mod hex;
 pub mod host;
 mod idle;
 mod inbox;
@@ -51,8 +52,12 @@ mod panics;
 mod polling;
 mod print;
 mod priority;
+mod private_socket;
+mod process;
 mod progress;
 pub mod report;
+mod role;
+mod screen;
 mod secure;
 mod session;
 mod single;

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::memory::sums::RegionDigest;
 use crate::observe::faults::AllFaults;
 use crate::observe::map::Map;
-use crate::{print, progress};
+use crate::{print, screen};
 
 /// Counters that worker threads keep and the control thread reads.
 #[derive(Default)]
@@ -379,7 +379,7 @@ impl Output {
                 }
                 self.line(&object.to_string());
             }
-            Output::Person if !sentence.is_empty() => progress::say(&format!("umem: {sentence}")),
+            Output::Person if !sentence.is_empty() => screen::say(&format!("umem: {sentence}")),
             Output::Person | Output::Host(_) => {}
         }
     }
@@ -387,7 +387,7 @@ impl Output {
     /// A sentence for whoever started this program.
     pub(crate) fn remark(&self, sentence: &str) {
         if !matches!(self, Output::Host(_)) {
-            progress::say(&format!("umem: {sentence}"));
+            screen::say(&format!("umem: {sentence}"));
         }
     }
 

@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 
 use umem_wire::LaneRole;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, lane_name};
 use crate::inbox::{Inbox, Post, Wake};
-use crate::lane::lane_name;
 use crate::panics;
 
 /// How far the demand lane may be behind a bulk lane when a peer gives up.

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::faults;
 use super::pages::{MemoryKind, PageKind, Place, REGION_BYTES_MAX};
-use crate::cores::Role;
 use crate::error::{Error, Result};
 use crate::report::Latency;
+use crate::role::Role;
 
 /// Bytes of a line at most, its end included.
 pub(super) const LINE_BYTES_MAX: usize = 4096;

@@ -11,11 +11,11 @@ use super::side::Note;
 use super::sides::{Sides, prepare};
 use super::{lanes, report};
 use crate::accepting::Accepted;
-use crate::cores::Role;
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{Lane, Listener, new_session};
 use crate::report::Output;
+use crate::role::Role;
 use crate::secure::WayIn;
 use crate::uri::Uri;
 

@@ -19,7 +19,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use crate::error::Result;
 use crate::inbox::{Inbox, Wake};
-use crate::{os_text, panics, print};
+use crate::{os_text, print};
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -80,7 +80,7 @@ pub fn before_main() {
 
 /// Runs the command line; the value is the process's exit status.
 pub fn main() -> i32 {
-    panics::print_at_once();
+    print::print_panics();
     let given: Vec<OsString> = std::env::args_os().collect();
     if let Some(word) = not_utf8(&given) {
         let word = word.display();

@@ -10,8 +10,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
-use crate::host::command::ProcessHandle;
 use crate::inbox::{Inbox, Wake, unblock_signals};
+use crate::process::ProcessHandle;
 use crate::report::Output;
 
 /// A child that says nothing for this long is stuck.

@@ -3,6 +3,7 @@
 
 mod door;
 
+use crate::error;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -166,7 +167,7 @@ fn accept_single(
     prepared: &Prepared,
 ) -> Result<Lanes> {
     let refused = |why: String| {
-        let lane = lane::lane_name(LaneRole::Demand, 0);
+        let lane = error::lane_name(LaneRole::Demand, 0);
         Error::Lost { side: "source", lane, what: format!("no source: {why}") }
     };
     let mut opening = Opening::new(Lane::shared(socket)?, guard).map_err(refused)?;

@@ -10,6 +10,7 @@
 //! guest's discards. On a new lane it first tells the source what has come, then asks again for what is
 //! waited for.
 
+use crate::error;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver as Commands;
@@ -198,7 +199,7 @@ impl DemandLane {
             has_parted: false,
             ending: false,
         };
-        let name = lane::lane_name(LaneRole::Demand, 0);
+        let name = error::lane_name(LaneRole::Demand, 0);
         thread.serve(&name, self.core, started)?;
         Ok(thread.faults.map_or_else(Latencies::new, Faults::into_latencies))
     }
@@ -527,5 +528,5 @@ impl DemandThread {
 
 /// The source has said what it must not.
 fn violated(what: &str) -> Error {
-    Error::protocol(&lane::lane_name(LaneRole::Demand, 0), what)
+    Error::protocol(&error::lane_name(LaneRole::Demand, 0), what)
 }

@@ -16,13 +16,12 @@ use super::{Migration, Note, ending};
 use crate::control::destination::{
     Effect, Entrance, Exit, FreeSpace, Input, Memory, Now, Outcome, Process,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, lane_name};
 use crate::host::thread::Answer;
-use crate::idle;
 use crate::inbox::Wake;
-use crate::lane::{Listener, lane_name};
+use crate::lane::Listener;
 use crate::report::Completed;
-use crate::{panics, worker};
+use crate::{idle, panics, worker};
 
 impl Migration<'_> {
     /// Goes on until everything has ended. After an error before the switchover the source is told, so

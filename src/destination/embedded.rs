@@ -1,5 +1,6 @@
 //! The destination as a part of another program: its memory, its monitor's answers, its sockets.
 
+use crate::error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,8 +19,9 @@ use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
-use crate::observe::watch::{Role, Watch};
+use crate::observe::watch::Watch;
 use crate::report::Completed;
+use crate::role::Role;
 use crate::secure::Guard;
 
 /// Where the source comes in.
@@ -118,7 +120,7 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
     let mut lanes = Vec::new();
     for (index, socket) in (0..).zip(sockets) {
         let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
-        let mut lane = Lane::new(socket, lane::lane_name(role, index))?;
+        let mut lane = Lane::new(socket, error::lane_name(role, index))?;
         // Who has come says all of them.
         let deadline = first.as_ref().map(|_| Instant::now() + HELLO_TIMEOUT);
         let hello = hear(&lane, inbox, deadline)?;

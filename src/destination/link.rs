@@ -15,10 +15,11 @@ use super::demand::{Command, Resume};
 use super::driving::encoded;
 use crate::control::destination::{Entrance, Input};
 use crate::error::Result;
+use crate::inbox::Interest;
 use crate::lane::{Listener, Severable};
 use crate::observe::watch::CUT;
 use crate::report::Output;
-use crate::secure::{Guard, Interest, WayIn};
+use crate::secure::{Guard, WayIn};
 use crate::uri::Uri;
 
 /// The lanes of the session, or their absence.

@@ -14,9 +14,10 @@ use super::Note;
 use crate::control::event::Event;
 use crate::error::{Context, Error, Result};
 use crate::fault::handoff::{HandoffSocket, Message};
-use crate::host::command::{Monitor, Standstill, standstill};
+use crate::host::command::Monitor;
 use crate::inbox::{Inbox, Wake};
 use crate::polling::poll;
+use crate::process::{Standstill, standstill};
 use crate::report::Output;
 
 /// How long the guest's process may take to let go of its userfaultfds before that is remarked on. It takes

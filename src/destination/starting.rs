@@ -95,7 +95,7 @@ impl<'a> Migration<'a> {
         let Serving { core, link, keeper, lane, acks, lane_count, landing } = serving;
         let is_checked = link.is_checked();
         let has_whole_digests = link.has_whole_digests();
-        let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
+        let cores = Cores::choose(plan.cores, crate::role::Role::Destination);
         let (commands, queue) = channel();
         if link.recovers {
             let post = inbox.post();

@@ -15,8 +15,9 @@ use nix::sys::socket::{
 use umem_wire::Hello;
 
 use super::tuning::choose_congestion;
-use super::{HELLO_TIMEOUT, Lane, Wait, lane_name};
-use crate::error::{Context, Error, Result};
+use super::{HELLO_TIMEOUT, Lane};
+use crate::error::{Context, Error, Result, lane_name};
+use crate::inbox::Wait;
 use crate::lookup;
 use crate::secure::{Pass, introduce};
 use crate::uri::Uri;

@@ -90,3 +90,9 @@ pub(crate) fn setsockopt_raw(
     };
     nix::errno::Errno::result(result).map(drop)
 }
+
+/// Whether a socket is TCP, so that TCP's options can be set on it.
+pub(super) fn is_tcp(socket: &OwnedFd) -> bool {
+    // Other sockets do not know the option.
+    nix::sys::socket::getsockopt(&socket.as_fd(), sockopt::TcpNoDelay).is_ok()
+}

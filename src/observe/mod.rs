@@ -32,8 +32,9 @@ use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
 use crate::report::{Completed, Output};
 
+use crate::role::Role;
 pub(crate) use report::{check_writable, write};
-use watch::{Role, Watch};
+use watch::Watch;
 
 pub use metrics::Address;
 

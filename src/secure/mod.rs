@@ -22,18 +22,17 @@ mod session;
 #[cfg(test)]
 mod testing;
 
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::PollFlags;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
 use umem_wire::LaneRole;
 
 use crate::error::{Error, Result};
-use crate::lane::{HELLO_TIMEOUT, Lane, Listener, Wait, is_local};
+use crate::inbox::Wait;
+use crate::lane::{HELLO_TIMEOUT, Lane, Listener, is_local};
 use crate::uri::Uri;
 
 pub(crate) use channel::Channel;
@@ -238,17 +237,6 @@ fn expected_name(uri: &Uri, named: Option<&str>) -> Result<ServerName<'static>> 
              could be for: give one with --tls-hostname"
         ))
     })
-}
-
-/// A descriptor and what to wait for at it.
-pub(crate) type Interest<'a> = (BorrowedFd<'a>, PollFlags);
-
-fn readable(socket: &impl AsFd) -> Interest<'_> {
-    (socket.as_fd(), PollFlags::POLLIN)
-}
-
-fn writable(socket: &impl AsFd) -> Interest<'_> {
-    (socket.as_fd(), PollFlags::POLLOUT)
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@ use umem_wire::{FaultCode, HELLO_BYTES, Hello, HelloError};
 
 use super::secret::Answer;
 use super::session::{Handshake, Session};
-use super::{Guard, Interest, explain, readable};
+use super::{Guard, explain};
+use crate::inbox::{Interest, readable};
 use crate::lane::{self, HelloBytes, Lane};
 
 /// Bytes that a TLS connection begins with: a record of a handshake, of TLS 1.

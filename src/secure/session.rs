@@ -18,8 +18,9 @@ use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{ClientConfig, CommonState, Error, ServerConfig};
 
 use super::channel::Channel;
+use super::explain;
 use super::records::{Keys, RECORD_BYTES_MAX, Records};
-use super::{Interest, explain, readable, writable};
+use crate::inbox::{Interest, readable, writable};
 
 /// Bytes of a handshake's messages that are kept until they are whole: rustls takes no message of more.
 const HANDSHAKE_BYTES_MAX: usize = 64 << 10;

@@ -13,11 +13,12 @@ use crate::embed::link::{self, LinkOrder};
 use crate::error::Result;
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
-use crate::inbox::Inbox;
-use crate::lane::{self, Lane, Session, Wait};
+use crate::inbox::{Inbox, Wait};
+use crate::lane::{self, Lane, Session};
 use crate::memory::region::RamFile;
-use crate::observe::watch::{Role, Watch};
+use crate::observe::watch::Watch;
 use crate::report::Completed;
+use crate::role::Role;
 use crate::secure::Pass;
 use crate::uri::Uri;
 

@@ -13,12 +13,12 @@ use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
 use umem_wire::{Event, FaultCode, Receiver, Standing, Target};
 
-use super::embedded;
-use super::{Migration, Note, peer};
-use crate::control::source::{self as control, Input, Way};
+use super::{Migration, Note, embedded, peer};
+use crate::control::source as control;
+use crate::control::source::{Input, Way};
 use crate::error::{Error, Result};
-use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session, Wait};
+use crate::inbox::{Inbox, Wait, Wake};
+use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session};
 
 /// Lanes of one attempt, opened.
 pub(super) struct Opened {

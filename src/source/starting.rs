@@ -101,7 +101,7 @@ impl Migration {
             idle_cores: plan.idle_cores,
             awake: None,
             adapts: plan.order == Order::Adaptive,
-            cores: Cores::choose(plan.cores, crate::cores::Role::Source),
+            cores: Cores::choose(plan.cores, crate::role::Role::Source),
             zero_copy: !plan.stays_local,
             reach: None,
             demand_thread: None,

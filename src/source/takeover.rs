@@ -37,18 +37,19 @@ use crate::host::command::RamPath;
 use crate::host::qemu::Qemu;
 use crate::host::qmp::{Process, Qmp};
 use crate::host::thread::HostThread;
-use crate::host::{BeforeStop, SourceHost};
+use crate::host::{BeforeStop, SourceHost, Undo};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane, Session};
 use crate::memory::region::RamFile;
 use crate::memory::words::Words;
 use crate::observe::Observer;
-use crate::observe::watch::Role;
+use crate::os_text::absolute;
 use crate::report::Output;
+use crate::role::Role;
 use crate::secure::{Pass, Security};
 use crate::session::{
     self, Directory, Keeper, RamRecord, ResumeOptions, SecurityRecord, SourceRecord, SourceState,
-    Undo, VERSION, absolute, since_boot, when,
+    VERSION, since_boot, when,
 };
 use crate::uri::Uri;
 

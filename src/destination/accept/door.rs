@@ -15,9 +15,10 @@ use umem_wire::{FaultCode, Hello, LaneRole};
 use super::{Lanes, Terms, lost};
 use crate::accepting::Accepted;
 use crate::error::Result;
+use crate::inbox::Interest;
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener};
 use crate::report::Output;
-use crate::secure::{Guard, Interest, Opened, Opening, Progress};
+use crate::secure::{Guard, Opened, Opening, Progress};
 
 /// Connections that have not said yet who they are. When there are more the oldest is dropped, which
 /// has had the most time: a source says it at once. Room for all lanes of a session and as many

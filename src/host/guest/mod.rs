@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
-use crate::lane::bind_private;
 use crate::print;
+use crate::private_socket::bind_private;
 use crate::report::Latency;
 
 use pattern::Pattern;

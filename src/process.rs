@@ -37,7 +37,7 @@ impl ProcessHandle {
     }
 
     /// The pid it was opened with.
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.1
     }
 
