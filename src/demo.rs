@@ -18,9 +18,10 @@ use crate::host::guest::Verdict;
 use crate::host::qmp::Qmp;
 use crate::inbox::Inbox;
 use crate::memory::kind::Kind;
+use crate::observe::output::Output;
 use crate::observe::recording::Recording;
 use crate::process::ProcessHandle;
-use crate::report::{Completed, Output};
+use crate::statistics::Completed;
 use crate::{observe, print};
 
 use process::{PATIENCE, Process, wait};

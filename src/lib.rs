@@ -33,6 +33,7 @@ pub mod destination;
 pub mod doctor;
 pub mod embed;
 mod error;
+mod events;
 mod fault;
 mod follow;
 #[cfg(feature = "fuzz")]
@@ -54,14 +55,13 @@ mod print;
 mod priority;
 mod private_socket;
 mod process;
-mod progress;
-pub mod report;
 mod role;
 mod screen;
 mod secure;
 mod session;
 mod single;
 pub mod source;
+pub mod statistics;
 mod uri;
 mod worker;
 
@@ -70,4 +70,6 @@ pub use host::command::RamPath;
 pub use idle::IdleCores;
 pub use memory::kind::Kind;
 pub use secure::Security;
+#[doc(inline)]
+pub use statistics as report;
 pub use uri::Uri;

@@ -22,8 +22,8 @@ use crate::error::{Context, Result};
 use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::report::{Latency, latency_histogram, record};
 use crate::source::memory::SourceMemory;
+use crate::statistics::{Latency, latency_histogram, record};
 use crate::worker::Started;
 use crate::{destination, source};
 

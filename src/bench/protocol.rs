@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::faults;
 use super::pages::{MemoryKind, PageKind, Place, REGION_BYTES_MAX};
 use crate::error::{Error, Result};
-use crate::report::Latency;
 use crate::role::Role;
+use crate::statistics::Latency;
 
 /// Bytes of a line at most, its end included.
 pub(super) const LINE_BYTES_MAX: usize = 4096;

@@ -16,7 +16,7 @@ use super::verdict::Verdict;
 use crate::error::Error;
 use crate::observe::bench as page;
 use crate::print;
-use crate::report::Latency;
+use crate::statistics::Latency;
 use crate::uri::Uri;
 
 /// The end of an interval.

@@ -14,7 +14,7 @@ use crate::accepting::Accepted;
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{Lane, Listener, new_session};
-use crate::report::Output;
+use crate::observe::output::Output;
 use crate::role::Role;
 use crate::secure::WayIn;
 use crate::uri::Uri;

@@ -18,9 +18,9 @@ use crate::cores::{Cores, Place};
 use crate::error::{Context, Error, Result};
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::report::{CpuTime, Latency};
 use crate::role::Role;
 use crate::source::memory::SourceMemory;
+use crate::statistics::{CpuTime, Latency};
 use crate::worker::{self, Failure};
 
 /// What threads tell the control thread.

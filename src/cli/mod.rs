@@ -107,7 +107,7 @@ pub fn main() -> i32 {
     let status = match result {
         Ok(status) => status,
         Err(error) => {
-            crate::report::Output::new(json).failed(&error);
+            crate::observe::output::Output::new(json).failed(&error);
             error.exit_status()
         }
     };

@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake, unblock_signals};
+use crate::observe::output::Output;
 use crate::process::ProcessHandle;
-use crate::report::Output;
 
 /// A child that says nothing for this long is stuck.
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);

@@ -18,7 +18,7 @@ use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
-use crate::report::Output;
+use crate::observe::output::Output;
 use crate::secure::{Guard, Opened, Opening, Progress, WayIn};
 use crate::uri::Uri;
 

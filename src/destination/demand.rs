@@ -37,10 +37,9 @@ use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
 use crate::lane::{self, Hearing, Lane};
-use crate::panics;
-use crate::priority;
-use crate::report::Counters;
+use crate::statistics::Counters;
 use crate::worker::Started;
+use crate::{panics, priority};
 
 const TOKEN_SENT: u64 = TOKEN_FREE;
 const TOKEN_POSTED: u64 = TOKEN_FREE + 1;

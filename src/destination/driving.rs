@@ -20,7 +20,7 @@ use crate::error::{Error, Result, lane_name};
 use crate::host::thread::Answer;
 use crate::inbox::Wake;
 use crate::lane::Listener;
-use crate::report::Completed;
+use crate::statistics::Completed;
 use crate::{idle, panics, worker};
 
 impl Migration<'_> {

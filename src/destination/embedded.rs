@@ -20,9 +20,9 @@ use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
 use crate::observe::watch::Watch;
-use crate::report::Completed;
 use crate::role::Role;
 use crate::secure::Guard;
+use crate::statistics::Completed;
 
 /// Where the source comes in.
 pub(crate) enum Entrance {

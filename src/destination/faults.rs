@@ -19,10 +19,9 @@ use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
 use crate::memory::pages::Fault;
 use crate::memory::words::EVENTS_BYTES;
-use crate::observe::faults::FaultCounts;
-use crate::panics;
-use crate::priority;
+use crate::statistics::faults::FaultCounts;
 use crate::worker::Started;
+use crate::{panics, priority};
 
 /// Events taken with one read of a userfaultfd.
 const EVENTS_MAX: usize = 64;

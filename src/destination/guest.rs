@@ -43,7 +43,7 @@ use crate::memory::claims::RunKind;
 use crate::memory::pages::PageState;
 use crate::memory::sums::Digests;
 use crate::memory::words::Words;
-use crate::report::Counters;
+use crate::statistics::Counters;
 
 pub(crate) use gate::FaultSource;
 pub(crate) use region::{GuestRegion, Part, RegionSetup};

@@ -17,9 +17,9 @@ use crate::control::destination::{Record, Session};
 use crate::error::{Context, Error, Result};
 use crate::memory::created::Created;
 use crate::memory::words::State;
+use crate::observe::output::Output;
 use crate::os_text::absolute;
 use crate::process::began;
-use crate::report::Output;
 use crate::role::Role;
 use crate::session::{
     DestinationRecord, DestinationState, Directory, GuestRecord, Keeper, RegionRecord,

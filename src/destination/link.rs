@@ -15,10 +15,10 @@ use super::demand::{Command, Resume};
 use super::driving::encoded;
 use crate::control::destination::{Entrance, Input};
 use crate::error::Result;
+use crate::events::CUT;
 use crate::inbox::Interest;
 use crate::lane::{Listener, Severable};
-use crate::observe::watch::CUT;
-use crate::report::Output;
+use crate::observe::output::Output;
 use crate::secure::{Guard, WayIn};
 use crate::uri::Uri;
 

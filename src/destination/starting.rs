@@ -23,8 +23,8 @@ use crate::host::DestinationHost;
 use crate::host::thread::HostThread;
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane};
-use crate::progress::Progress;
-use crate::report::Output;
+use crate::observe::output::Output;
+use crate::observe::progress::Progress;
 use crate::worker;
 
 /// Threads that serve the faults of a guest in shards, each with its own ring.

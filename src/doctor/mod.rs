@@ -15,7 +15,7 @@ mod network;
 
 use serde_json::json;
 
-use crate::report::Output;
+use crate::observe::output::Output;
 
 /// What a check came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

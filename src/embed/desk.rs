@@ -16,13 +16,14 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::link::LinkOrder;
 use super::{Event, Failure, Guest, Stats};
-use crate::control::event::{self, Place};
 use crate::error::{Context, Error, Result};
+use crate::events::{self, Place};
 use crate::host::thread::{Answer, Question};
 use crate::inbox::Canceller;
 use crate::lane::Severable;
+use crate::observe::output::Output;
 use crate::polling::poll;
-use crate::report::{Completed, Counters, Output};
+use crate::statistics::{Completed, Counters};
 
 type Answers = Arc<dyn Fn(Answer) + Send + Sync>;
 type Orders = Arc<dyn Fn(LinkOrder) -> Result<()> + Send + Sync>;
@@ -166,20 +167,20 @@ impl Desk {
             let event = match event {
                 // The guest is to go on now, and not when the destination has been told so, for which it is dialled
                 // for a while.
-                event::Event::Telling { lane, reason, .. } => {
+                events::Event::Telling { lane, reason, .. } => {
                     let (lane, what) = (lane.clone(), reason.clone());
                     let error = Error::Lost { side: "destination", lane, what };
                     return desk.fail(&mut desk.papers(), error);
                 }
                 // The destination's program has said so itself.
-                &event::Event::Running { place: Place::Source, downtime } => {
+                &events::Event::Running { place: Place::Source, downtime } => {
                     Event::Running { downtime }
                 }
-                event::Event::Recovering { reason, .. } => {
+                events::Event::Recovering { reason, .. } => {
                     Event::Recovering { reason: reason.clone() }
                 }
-                event::Event::Paused { reason, .. } => Event::Paused { reason: reason.clone() },
-                &event::Event::Resumed { disconnected, .. } => Event::Resumed { disconnected },
+                events::Event::Paused { reason, .. } => Event::Paused { reason: reason.clone() },
+                &events::Event::Resumed { disconnected, .. } => Event::Resumed { disconnected },
                 _ => return,
             };
             desk.put(&mut desk.papers(), event);
@@ -408,13 +409,13 @@ mod tests {
         let reason = || "why".to_owned();
         let disconnected = Duration::from_millis(1500);
         for recoveries in 0..1000 {
-            let route = event::Route::Waits { pages_missing: 1 };
-            tell(&event::Event::Recovering { reason: reason(), route });
-            tell(&event::Event::Resumed { place, disconnected, recoveries });
+            let route = events::Route::Waits { pages_missing: 1 };
+            tell(&events::Event::Recovering { reason: reason(), route });
+            tell(&events::Event::Resumed { place, disconnected, recoveries });
         }
         desk.ask(Question::Run);
-        tell(&event::Event::Paused { reason: reason(), pause: event::Pause::Ordered });
-        tell(&event::Event::Running { place, downtime: Duration::ZERO });
+        tell(&events::Event::Paused { reason: reason(), pause: events::Pause::Ordered });
+        tell(&events::Event::Running { place, downtime: Duration::ZERO });
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Resumed { disconnected }, Event::Run, Event::Paused { reason }] = &events[..]
         else {
@@ -433,7 +434,7 @@ mod tests {
         desk.ask(Question::Resume);
         let uri = crate::uri::Uri::Tcp { host: "host".into(), port: 1 };
         let (lane, reason) = ("demand lane".into(), "why".into());
-        tell(&event::Event::Telling { uri, lane, reason });
+        tell(&events::Event::Telling { uri, lane, reason });
         desk.end(Err(Error::Interrupted("said already".into())));
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Stop, Event::Failed(failure)] = &events[..] else { panic!("{events:?}") };

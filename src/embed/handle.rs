@@ -14,7 +14,7 @@ use umem_wire::limits::LANES_MAX;
 use super::desk::Desk;
 use crate::error::{Context, Error, Result};
 use crate::panics;
-use crate::report::Completed;
+use crate::statistics::Completed;
 use crate::uri::Uri;
 
 /// How long a migration whose handle is dropped may take to tell the other side; then its connections

@@ -419,6 +419,7 @@ mod tests {
     use crate::polling::poll;
 
     use super::*;
+    use crate::process::began;
 
     fn started(mut command: Command, survives_panics: bool) -> Monitor {
         let child = command.spawn().unwrap();

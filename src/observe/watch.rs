@@ -20,8 +20,9 @@ use serde::Serialize;
 use super::recording::{Recorder, Recording, Sample, Span};
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
-use crate::report::{Completed, Counters};
+use crate::events::CUT;
 use crate::role::Role;
+use crate::statistics::{Completed, Counters};
 use crate::uri::Uri;
 
 /// Between the first samples of a recording; later ones come less often.
@@ -32,9 +33,6 @@ const RATE_WINDOW: Duration = Duration::from_secs(1);
 
 /// Orders that may wait for the control thread: people and programs give one at a time.
 const ORDERS_MAX: usize = 16;
-
-/// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
-pub(crate) const CUT: &str = "without connection";
 
 /// The last phase of either side.
 const COMPLETED: &str = "completed";

@@ -26,8 +26,8 @@ use crate::lane::Lane;
 use crate::memory::claims::Run;
 use crate::panics;
 use crate::priority::{self, Courtesy};
-use crate::report::Counters;
 use crate::secure::Channel;
+use crate::statistics::Counters;
 use crate::worker::Started;
 
 /// What the kernel answers to a zero-copy send that it does not do, and would do plainly: RLIMIT_MEMLOCK is used up by

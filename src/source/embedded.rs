@@ -17,9 +17,9 @@ use crate::inbox::{Inbox, Wait};
 use crate::lane::{self, Lane, Session};
 use crate::memory::region::RamFile;
 use crate::observe::watch::Watch;
-use crate::report::Completed;
 use crate::role::Role;
 use crate::secure::Pass;
+use crate::statistics::Completed;
 use crate::uri::Uri;
 
 /// The way to the destination.

@@ -38,7 +38,6 @@ use umem_ring::{Outcome, Waker};
 use umem_wire::{Event, Frame, transmit};
 
 use crate::bandwidth::Bandwidth;
-use crate::control::event as control;
 use crate::control::source::{Input, Source, peer};
 use crate::cores::Cores;
 use crate::error::{Error, Result};
@@ -53,16 +52,17 @@ use crate::lane::{self, Lane, Session};
 use crate::memory::claim;
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
+use crate::observe::output::Output;
+use crate::observe::progress::Progress;
 use crate::observe::watch::{LinkOrder, Watch};
 use crate::observe::{self, Observer};
-use crate::panics;
-use crate::progress::Progress;
-use crate::report::{Completed, Output};
 use crate::role::Role;
 use crate::secure::{Pass, Security};
 use crate::single::Single;
+use crate::statistics::Completed;
 use crate::uri::Uri;
 use crate::worker::Failure;
+use crate::{events as control, panics};
 
 use demand::Command;
 use link::Link;

@@ -16,7 +16,6 @@ use super::link::Link;
 use super::memory::SourceMemory;
 use super::release::Releaser;
 use super::{Migration, Note, Order, Plan, Reach};
-use crate::control;
 use crate::control::source::{Kept, Source};
 use crate::cores::Cores;
 use crate::error::Result;
@@ -24,10 +23,10 @@ use crate::host::SourceHost;
 use crate::host::thread::HostThread;
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::progress::Progress;
-use crate::report::Output;
+use crate::observe::output::Output;
+use crate::observe::progress::Progress;
 use crate::uri::Uri;
-use crate::worker;
+use crate::{control, worker};
 
 impl Migration {
     pub(super) fn start(

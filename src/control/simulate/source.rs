@@ -8,13 +8,13 @@ use umem_wire::{Event as Said, Fault as Reason, Frame, Totals};
 use super::world::{Happening, Lane, PAGES, Sent, TOTAL_BYTES, World};
 use super::{Fault, Random};
 use crate::control::Moment;
-use crate::control::event::{Event, Undone};
 use crate::control::source::closing::GOODBYE_PING;
 use crate::control::source::leftover::{self, Leftover};
 use crate::control::source::{
     Effect, Goodbye, Guest, Heard, Input, Kept, Left, Outcome, Plan, Question, Record, Source,
 };
 use crate::error::{Error, Result};
+use crate::events::{Event, Undone};
 use crate::uri::Uri;
 
 /// What lies on the disk.

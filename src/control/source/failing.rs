@@ -10,8 +10,8 @@ use super::{
     Then, is_effect, peer,
 };
 use crate::control::calling::{Call, Word, is_nobody};
-use crate::control::event::{Event, Remark};
 use crate::error::{Error, Result, lane_name};
+use crate::events::{Event, Remark};
 use crate::host::thread::Answer;
 use crate::uri::Uri;
 

@@ -10,9 +10,9 @@ use super::{
     Target, Way, peer,
 };
 use crate::control::doubt::is_effect;
-use crate::control::event::{Event, Place, Remark, Room};
 use crate::control::liveness::{self, Due, Liveness, stood_still, stood_still_by_option};
 use crate::error::{Error, Result, lane_name};
+use crate::events::{Event, Place, Remark, Room};
 use crate::host::thread::Answer;
 
 /// How long a destination may take to be ready: it has its guest's memory already, and compares regions.

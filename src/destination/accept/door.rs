@@ -17,7 +17,7 @@ use crate::accepting::Accepted;
 use crate::error::Result;
 use crate::inbox::Interest;
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener};
-use crate::report::Output;
+use crate::observe::output::Output;
 use crate::secure::{Guard, Opened, Opening, Progress};
 
 /// Connections that have not said yet who they are. When there are more the oldest is dropped, which

@@ -9,7 +9,7 @@ use umem_wire::ReceiveError;
 
 use super::lane_core::{Current, Health, LaneCore};
 use crate::error::Error;
-use crate::report::Counters;
+use crate::statistics::Counters;
 
 impl LaneCore {
     /// What has come cannot be read, or is not what was sent. The latter is counted, once a lane.

@@ -21,7 +21,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
 use crate::print;
 use crate::private_socket::bind_private;
-use crate::report::Latency;
+use crate::statistics::Latency;
 
 use pattern::Pattern;
 use ram::GuestRam;

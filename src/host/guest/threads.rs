@@ -12,7 +12,7 @@ use super::ram::GuestRam;
 use crate::error::Result;
 use crate::fault::uffd;
 use crate::print;
-use crate::report::{Latency, latency_histogram, record};
+use crate::statistics::{Latency, latency_histogram, record};
 
 /// Somebody is at work in the page.
 const LOCKED: u32 = 1 << 31;

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
+use super::output::Output;
 use crate::observe::trace;
 use crate::observe::watch::{Status, Watch};
-use crate::print;
-use crate::report::{Counters, Output};
-use crate::screen;
+use crate::statistics::Counters;
+use crate::{print, screen};
 
 /// How often the bar moves.
 const INTERVAL: Duration = Duration::from_millis(100);
