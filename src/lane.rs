@@ -4,7 +4,6 @@
 //! with its hello and the destination's welcome, which nobody waits for alone: signals end the wait.
 //! From then on the lane's descriptor belongs to the ring of the thread that serves it.
 
-mod dialing;
 mod greeting;
 mod hearing;
 mod listener;
@@ -27,17 +26,18 @@ use umem_wire::{Capabilities, Fault, Frame, LaneRole, Seal, transmit};
 
 use crate::error::{Context, Error, Result, lane_name};
 use crate::polling::poll;
-use crate::secure::{Channel, Fate};
+use crate::tls::{Channel, Fate};
 
-pub(crate) use dialing::{connect_to, dial, is_local, open, open_shared, stays_local};
-pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse, welcome};
+pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse};
 pub(crate) use hearing::Hearing;
 pub(crate) use listener::{Listener, not_bound};
 pub(crate) use severing::{Severable, sever};
 use tuning::{
     BACKGROUND_TIMEOUT_MS, DEMAND_TIMEOUT_MS, NOTSENT_LOWAT_BYTES, go_first, is_tcp, tune,
 };
-pub(crate) use tuning::{CONGESTION_CONTROL, SHARED_QUEUE_BYTES, setsockopt_raw};
+pub(crate) use tuning::{
+    CONGESTION_CONTROL, SHARED_QUEUE_BYTES, choose_congestion, setsockopt_raw,
+};
 
 /// How long either side waits for the other's hello. A peer that says nothing is not umem.
 ///

@@ -62,6 +62,7 @@ mod session;
 mod single;
 pub mod source;
 pub mod statistics;
+mod tls;
 mod uri;
 mod worker;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::sys::socket::{SockaddrStorage, getpeername};
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::options::Client;
 use super::protocol::{Counts, Direction, Measured, Test};
 use super::sides::SoFar;
 use super::verdict::Verdict;

@@ -19,7 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
 use crate::observe::output::Output;
-use crate::secure::{Guard, Opened, Opening, Progress, WayIn};
+use crate::secure::{self, Guard, Opened, Opening, Progress, WayIn};
 use crate::uri::Uri;
 
 pub(super) use door::Door;
@@ -199,7 +199,7 @@ fn accept_single(
         lane::refuse(&demand, FaultCode::Refused, &why);
         return Err(refused(why));
     }
-    lane::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
+    secure::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
     Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
 }
 

@@ -16,8 +16,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver as Commands;
 
 use umem_ring::{
-    Bytes, Completion, Config, Fd, Mailbox, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE,
-    Wait, Waker,
+    Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait,
 };
 use umem_wire::limits::{REQUEST_ENTRIES_MAX, STATE_BYTES_MAX};
 use umem_wire::{
@@ -39,6 +38,7 @@ use crate::inbox::Post;
 use crate::lane::{self, Hearing, Lane};
 use crate::statistics::Counters;
 use crate::worker::Started;
+use crate::worker::ThreadHandle;
 use crate::{panics, priority};
 
 const TOKEN_SENT: u64 = TOKEN_FREE;
@@ -91,12 +91,6 @@ pub(crate) struct DemandLane {
     pub(crate) acks: Acks,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
-}
-
-/// How the others reach the demand thread.
-pub(crate) struct Reach {
-    pub(crate) waker: Waker,
-    pub(crate) mailbox: Mailbox,
 }
 
 /// The lane that there is.
@@ -159,7 +153,7 @@ struct DemandThread {
 
 impl DemandLane {
     /// Serves until told to end. Returns what the faults took.
-    pub(crate) fn run(self, started: Started<Reach>) -> Result<Latencies> {
+    pub(crate) fn run(self, started: Started<ThreadHandle>) -> Result<Latencies> {
         let faults = self.serves_faults.then(|| {
             let sources = (0..self.guest.sources.len()).collect();
             Faults::new(self.guest.clone(), sources, TOKEN_FAULTS, TOKEN_FAULT_RETRY)
@@ -205,7 +199,12 @@ impl DemandLane {
 }
 
 impl DemandThread {
-    fn serve(&mut self, name: &str, core: Option<usize>, started: Started<Reach>) -> Result<()> {
+    fn serve(
+        &mut self,
+        name: &str,
+        core: Option<usize>,
+        started: Started<ThreadHandle>,
+    ) -> Result<()> {
         let mut ring = Ring::new(&Config {
             name: name.to_owned(),
             core,
@@ -213,7 +212,7 @@ impl DemandThread {
             ..Config::default()
         })?;
         priority::go_first();
-        started.with(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
+        started.with(ThreadHandle { waker: ring.waker()?, mailbox: ring.mailbox() });
         self.link.iter_mut().try_for_each(|link| link.reader.arm(&mut ring))?;
         if let Some(faults) = &self.faults {
             faults.arm(&mut ring)?;

@@ -12,7 +12,7 @@ use super::demand::Command;
 use super::farewell::{Farewell, Word};
 use super::guest::GuestRegion;
 use super::side::GuestSide;
-use super::{Migration, Note, ending};
+use super::{Migration, Note, encoded, ending};
 use crate::control::destination::{
     Effect, Entrance, Exit, FreeSpace, Input, Memory, Now, Outcome, Process,
 };
@@ -322,10 +322,4 @@ impl Migration<'_> {
     fn send(&self, frame: &Frame) {
         self.threads.command(Command::Send(encoded(frame)));
     }
-}
-
-pub(super) fn encoded(frame: &Frame) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    transmit::encode(frame, &mut bytes);
-    bytes
 }

@@ -21,7 +21,7 @@ use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
 use crate::observe::watch::Watch;
 use crate::role::Role;
-use crate::secure::Guard;
+use crate::secure::{self, Guard};
 use crate::statistics::Completed;
 
 /// Where the source comes in.
@@ -139,7 +139,7 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
             lane::refuse(&lane, FaultCode::Refused, &text);
             return Err(Error::protocol(&lane.name, text));
         }
-        lane::welcome(&mut lane, &hello, lane::capabilities(recovers), None)?;
+        secure::welcome(&mut lane, &hello, lane::capabilities(recovers), None)?;
         first.get_or_insert(hello);
         lanes.push(lane);
     }

@@ -9,7 +9,7 @@ use umem_wire::{Fault, Frame};
 
 use super::Migration;
 use super::demand::Command;
-use super::driving::encoded;
+use super::encoded;
 use super::latency::Latencies;
 use crate::memory::sums::RegionDigest;
 use crate::statistics::{Completed, CpuTime};

@@ -12,7 +12,7 @@ use umem_wire::{Capabilities, FaultCode, Frame, Hello, Standing};
 use super::Migration;
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
-use super::driving::encoded;
+use super::encoded;
 use crate::control::destination::{Entrance, Input};
 use crate::error::Result;
 use crate::events::CUT;

@@ -409,3 +409,10 @@ impl Threads {
         self.demand.wake();
     }
 }
+
+/// A frame as it is sent.
+fn encoded(frame: &umem_wire::Frame) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    umem_wire::transmit::encode(frame, &mut bytes);
+    bytes
+}

@@ -67,7 +67,7 @@ pub(super) fn tune(
 ///
 /// To be called before a socket connects, or listens, and not only afterwards: one that has begun with bbr
 /// stays paced by a timer whatever it is given later, which halves what a core sends over loopback.
-pub(super) fn choose_congestion(socket: &impl AsFd) {
+pub(crate) fn choose_congestion(socket: &impl AsFd) {
     let _ = setsockopt(socket, sockopt::TcpCongestion, &CONGESTION_CONTROL.into());
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use nix::poll::PollFlags;
 
+use super::link::open_over;
 use super::memory::SourceMemory;
 use super::{Link, Migration, Note, Order, Plan, wait};
 use crate::control::liveness::STEP_TIMEOUT;
@@ -13,12 +14,12 @@ use crate::embed::link::{self, LinkOrder};
 use crate::error::Result;
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
-use crate::inbox::{Inbox, Wait};
-use crate::lane::{self, Lane, Session};
+use crate::inbox::Inbox;
+use crate::lane::Session;
 use crate::memory::region::RamFile;
 use crate::observe::watch::Watch;
 use crate::role::Role;
-use crate::secure::Pass;
+use crate::secure::{self, Pass};
 use crate::statistics::Completed;
 use crate::uri::Uri;
 
@@ -57,13 +58,13 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     let (session, lanes, uri, stays_local) = match way {
         Way::Dial { uri, lanes } => {
             let session = Session::new(lanes, false, recovers)?.checked(checksum);
-            let open = |index| lane::dial(&uri, &session.hello(index, 0), &pass, &wait);
+            let open = |index| secure::dial(&uri, &session.hello(index, 0), &pass, &wait);
             let lanes = (0..=lanes).map(open).collect::<Result<Vec<_>>>()?;
-            let stays_local = lane::stays_local(&uri, &wait)?;
+            let stays_local = secure::stays_local(&uri, &wait)?;
             (session, lanes, Some(uri), stays_local)
         }
         Way::Connections(sockets) => {
-            let stays_local = sockets.iter().all(lane::is_local);
+            let stays_local = sockets.iter().all(secure::is_local);
             let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
             let session = Session::new(count, false, recovers)?.checked(checksum);
             let lanes = open_over(sockets, &session, 0, &pass, &wait)?;
@@ -104,23 +105,4 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     });
     let report = migration.drive()?;
     report.check_digests().map(|()| report)
-}
-
-/// Opens all lanes on connections that are there already; a single one is for all. The first answer may take as long
-/// as the destination's program does.
-pub(super) fn open_over(
-    sockets: Vec<OwnedFd>,
-    session: &Session,
-    epoch: u32,
-    pass: &Pass,
-    wait: Wait<'_>,
-) -> Result<Vec<Lane>> {
-    let open = |(index, socket)| {
-        let hello = session.hello(index, epoch);
-        match session.bulk_lanes {
-            0 => lane::open_shared(socket, &hello, pass, wait),
-            _ => lane::open(socket, &hello, wait),
-        }
-    };
-    (0..).zip(sockets).map(open).collect()
 }

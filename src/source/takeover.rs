@@ -39,14 +39,14 @@ use crate::host::qmp::{Process, Qmp};
 use crate::host::thread::HostThread;
 use crate::host::{BeforeStop, SourceHost, Undo};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, Lane, Session};
+use crate::lane::{Lane, Session};
 use crate::memory::region::RamFile;
 use crate::memory::words::Words;
 use crate::observe::Observer;
 use crate::observe::output::Output;
 use crate::os_text::absolute;
 use crate::role::Role;
-use crate::secure::{Pass, Security};
+use crate::secure::{self, Pass, Security};
 use crate::session::{
     self, Directory, Keeper, RamRecord, ResumeOptions, SecurityRecord, SourceRecord, SourceState,
     VERSION, since_boot, when,
@@ -239,7 +239,7 @@ impl Taken {
         let pass = inbox.wait_for_work("the session stays as it was", None, load)?;
         let epoch = self.next_epoch()?;
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
-        let open = |index| lane::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
+        let open = |index| secure::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
         (0..=session.bulk_lanes).map(open).collect()
     }
 
@@ -307,7 +307,7 @@ impl Taken {
             postcopy: record.postcopy,
             background: record.background,
             has_monitor: record.qmp.is_some(),
-            stays_local: pass.has_tls() || lane::stays_local(&uri, &look)?,
+            stays_local: pass.has_tls() || secure::stays_local(&uri, &look)?,
             cores: &resume.cores,
             idle_cores: resume.idle_cores,
             order: *order,

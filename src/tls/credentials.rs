@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// What a destination shows and wants.
-pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
+pub(crate) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
     let provider = provider();
     let own = Own::load(directory, "server")?;
     let mut verifier = WebPkiClientVerifier::builder_with_provider(
@@ -54,7 +54,7 @@ pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
 }
 
 /// What a source shows and wants.
-pub(super) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
+pub(crate) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
     let provider = provider();
     let own = Own::load(directory, "client")?;
     let mut verifier = WebPkiServerVerifier::builder_with_provider(
@@ -153,7 +153,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Reads a file that must be its owner's alone, of `bytes_max` bytes at most.
-pub(super) fn read_private(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+pub(crate) fn read_private(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(|error| cannot_read(path, &error))?;
     let mode = file.metadata().map_err(|error| cannot_read(path, &error))?.permissions().mode();
     if mode & 0o077 != 0 {
