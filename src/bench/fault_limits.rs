@@ -1,7 +1,6 @@
 //! How many demand faults a test may have, and the regions that they happen in.
 
 use super::pages::{PAGE_BYTES, Place};
-use super::protocol::Test;
 
 /// Bytes of a region: little enough to be made in no time, and freed before much has come together.
 pub(super) const REGION_BYTES: u64 = 16 << 20;
@@ -15,21 +14,31 @@ pub(super) const FAULTS_MAX: u64 = umem_wire::limits::REGIONS_MAX as u64 * REGIO
 /// Faults a second at most: what one userfaultfd takes before it becomes what is measured.
 pub(crate) const FAULT_RATE_MAX: u32 = 200_000;
 
+/// What is asked of a test.
+pub(super) struct Faults {
+    /// A second.
+    pub(super) rate: u32,
+    /// In all.
+    pub(super) count: u64,
+    /// Nothing lands.
+    pub(super) discard: bool,
+}
+
 /// What is wrong with a test's faults, if anything.
-pub(super) fn check(test: &Test, place: Place) -> std::result::Result<(), String> {
-    if test.fault_rate == 0 {
-        return match test.faults {
+pub(super) fn check(asked: &Faults, place: Place) -> std::result::Result<(), String> {
+    if asked.rate == 0 {
+        return match asked.count {
             0 => Ok(()),
             _ => Err("there are no faults without --fault-rate".into()),
         };
     }
-    if test.fault_rate > FAULT_RATE_MAX {
+    if asked.rate > FAULT_RATE_MAX {
         return Err(format!(
             "--fault-rate is at most {FAULT_RATE_MAX} a second, not {}: more is beyond one userfaultfd",
-            test.fault_rate
+            asked.rate
         ));
     }
-    if test.discard {
+    if asked.discard {
         return Err("--discard has no memory to fault in: leave out --fault-rate".into());
     }
     if place.is_hugetlb() {
@@ -37,11 +46,11 @@ pub(super) fn check(test: &Test, place: Place) -> std::result::Result<(), String
                     anonymous, whose pages come whole"
             .into());
     }
-    if test.faults == 0 || test.faults > FAULTS_MAX {
+    if asked.count == 0 || asked.count > FAULTS_MAX {
         return Err(format!(
             "a test has memory for {FAULTS_MAX} faults, not {}: take a lower --fault-rate, or a \
              shorter -t",
-            test.faults
+            asked.count
         ));
     }
     Ok(())

@@ -11,7 +11,7 @@ use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::fault_limits;
+use super::fault_limits::{self, Faults};
 use super::pages::{MemoryKind, PageKind, Place, REGION_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::role::Role;
@@ -85,7 +85,8 @@ impl Test {
         if self.bidir && self.reverse {
             return Err("-R and --bidir: with --bidir both send already; leave out -R".into());
         }
-        fault_limits::check(self, self.place())?;
+        let faults = Faults { rate: self.fault_rate, count: self.faults, discard: self.discard };
+        fault_limits::check(&faults, self.place())?;
         if self.discard && (self.verify || self.zero_percent > 0) {
             return Err("--discard moves no pages: leave out --verify and --zero-percent".into());
         }

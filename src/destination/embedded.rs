@@ -11,10 +11,9 @@ use super::accept::{self, Lanes, Terms};
 use super::prepare::Prepared;
 use super::{Migration, Note, Open, Plan};
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::embed::desk::Desk;
-use crate::embed::link::{self, LinkOrder};
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
+use crate::host::embedder::{self, Embedder, LinkOrder};
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
@@ -44,12 +43,12 @@ pub(crate) struct Reception {
 }
 
 /// Receives one guest into memory of this process. Nothing of it runs any more when this returns.
-pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Completed> {
+pub(crate) fn receive(reception: Reception, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
     let Reception { entrance, handed, lanes_max, recovers, cores } = reception;
-    let inbox = Inbox::embedded(desk.canceller())?;
+    let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
-    desk.answers(move |answer| post.send(Note::Host(answer)));
-    let output = desk.output();
+    embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
+    let output = embedder.clone().output();
     let mut prepared = Prepared::here(handed)?;
     // Who may connect is the program's own matter: it can give connections that it has secured.
     let guard = Arc::new(Guard::default());
@@ -72,9 +71,9 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
             Err(sockets) => accept_connected(sockets, recovers, &inbox)?,
         },
     };
-    desk.connected(lanes.severable());
+    embedder.connected(lanes.severable());
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared, STEP_TIMEOUT)?;
-    let asking = desk.clone();
+    let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
     // How deeply the whole machine sleeps is the monitor's affair.
     let idle_cores = IdleCores::Sleep;
@@ -89,20 +88,23 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     };
     let open = Open { lanes, guard, receiver, adopted, keeping: None };
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
-    desk.connected_by(migration.link.severable());
-    desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
+    embedder.connected_by(migration.link.severable());
+    embedder.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
     let (recovers, post) = (migration.link.recovers, inbox.post());
-    desk.takes_orders(migration.lane_count + 1, move |order| {
-        link::check(recovers, &watch)?;
-        post.send(match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume => Note::Resume(None),
-            LinkOrder::Listen(listener) => Note::Listen(listener),
-            LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
-            LinkOrder::Dial(_) => unreachable!("a destination dials nobody"),
-        });
-        Ok(())
-    });
+    embedder.takes_orders(
+        migration.lane_count + 1,
+        Box::new(move |order| {
+            embedder::check(recovers, &watch)?;
+            post.send(match order {
+                LinkOrder::Pause => Note::Pause,
+                LinkOrder::Resume => Note::Resume(None),
+                LinkOrder::Listen(listener) => Note::Listen(listener),
+                LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+                LinkOrder::Dial(_) => unreachable!("a destination dials nobody"),
+            });
+            Ok(())
+        }),
+    );
     // Nothing is kept of a session here that a source could come back to.
     let (report, _) = migration.drive(&mut prepared.side)?;
     report.check_digests().map(|()| report)

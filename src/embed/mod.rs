@@ -126,7 +126,6 @@
 pub(crate) mod desk;
 mod destination;
 pub(crate) mod handle;
-pub(crate) mod link;
 mod source;
 
 use std::time::Duration;

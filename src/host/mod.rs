@@ -7,9 +7,11 @@
 //! - [`maps`]: what its process has mapped, and the very files
 //! - [`command`]: the monitor that `umem incoming … -- COMMAND` starts, with the preload object
 //! - [`thread`]: the thread that waits for the monitor, so that nobody else has to
+//! - [`embedder`]: a program that umem is a part of, in the monitor's place
 //! - [`guest`]: the demo's guest, which speaks the same QMP
 
 pub(crate) mod command;
+pub(crate) mod embedder;
 pub mod guest;
 pub(crate) mod maps;
 pub(crate) mod qemu;

@@ -9,9 +9,8 @@ use super::link::open_over;
 use super::memory::SourceMemory;
 use super::{Link, Migration, Note, Order, Plan, wait};
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::embed::desk::Desk;
-use crate::embed::link::{self, LinkOrder};
 use crate::error::Result;
+use crate::host::embedder::{self, Embedder, LinkOrder};
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::Inbox;
@@ -45,11 +44,11 @@ pub(crate) struct Departure {
 }
 
 /// Moves one guest away. Nothing of it runs any more when this returns.
-pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> {
+pub(crate) fn send(departure: Departure, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
     let Departure { way, files, postcopy, recovers, checksum, cores } = departure;
-    let inbox = Inbox::embedded(desk.canceller())?;
+    let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
-    desk.answers(move |answer| post.send(Note::Host(answer)));
+    embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
     let memory = Arc::new(SourceMemory::new(files, false).checked(checksum));
     memory.claim(false)?;
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
@@ -72,9 +71,9 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         }
     };
     let link = Link::new(session, pass, uri, &lanes);
-    desk.connected(link.severable());
-    desk.watch(memory.counters.clone(), memory.total_bytes());
-    let asking = desk.clone();
+    embedder.connected(link.severable());
+    embedder.watch(memory.counters.clone(), memory.total_bytes());
+    let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
     let watch = Watch::new(Role::Source, false, None);
     let plan = Plan {
@@ -91,18 +90,22 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         stays_local,
     };
     let (recovers, post) = (link.recovers(), inbox.post());
-    let migration = Migration::start(&plan, desk.output(), inbox, (lanes, link), memory, host)?;
-    desk.takes_orders(session.bulk_lanes + 1, move |order| {
-        link::check(recovers, &watch)?;
-        post.send(match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume => Note::Resume(None),
-            LinkOrder::Dial(uri) => Note::Resume(Some(uri)),
-            LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
-            LinkOrder::Listen(_) => unreachable!("a source listens nowhere"),
-        });
-        Ok(())
-    });
+    let migration =
+        Migration::start(&plan, embedder.clone().output(), inbox, (lanes, link), memory, host)?;
+    embedder.takes_orders(
+        session.bulk_lanes + 1,
+        Box::new(move |order| {
+            embedder::check(recovers, &watch)?;
+            post.send(match order {
+                LinkOrder::Pause => Note::Pause,
+                LinkOrder::Resume => Note::Resume(None),
+                LinkOrder::Dial(uri) => Note::Resume(Some(uri)),
+                LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+                LinkOrder::Listen(_) => unreachable!("a source listens nowhere"),
+            });
+            Ok(())
+        }),
+    );
     let report = migration.drive()?;
     report.check_digests().map(|()| report)
 }
