@@ -45,6 +45,7 @@ mod idle;
 mod inbox;
 mod install;
 mod lane;
+mod limits;
 mod lookup;
 mod memory;
 pub mod observe;

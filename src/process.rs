@@ -95,6 +95,16 @@ fn stat(pid: u32) -> Option<(char, String)> {
     Some((rest.next()?, rest.collect()))
 }
 
+/// Before a command that takes root's rights.
+pub(crate) fn sudo() -> &'static str {
+    if nix::unistd::geteuid().is_root() { "" } else { "sudo " }
+}
+
+/// A small file of the kernel's, without the white space around it.
+pub(crate) fn read(path: &str) -> Option<String> {
+    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::Command;

@@ -13,7 +13,7 @@ use crate::observe::Address;
 use crate::secure::Security;
 use crate::session::ResumeOptions;
 use crate::uri::Uri;
-use crate::{doctor, observe, source};
+use crate::{limits, observe, source};
 
 /// Move a guest away: stop it, switch over to the `umem incoming` at URI, send its memory.
 #[derive(FromArgs, ArgsInfo)]
@@ -147,7 +147,7 @@ impl Migrate {
             ));
         };
         let lanes = lanes_to(&uri, self.lanes, 1)?;
-        doctor::limits::check(lanes)?;
+        limits::check(lanes)?;
         if self.no_background && !self.postcopy {
             return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
         }

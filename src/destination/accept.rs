@@ -14,10 +14,10 @@ use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, Regio
 
 use super::prepare::{Adopted, Prepared};
 use super::{Note, peer};
-use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
+use crate::limits;
 use crate::observe::output::Output;
 use crate::secure::{self, Guard, Opened, Opening, Progress, WayIn};
 use crate::uri::Uri;
