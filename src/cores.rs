@@ -4,12 +4,7 @@ use core_affinity::CoreId;
 use nix::sched::{sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-/// Which end of the lanes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    Source,
-    Destination,
-}
+use crate::role::Role;
 
 /// Where a bulk thread runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

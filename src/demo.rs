@@ -14,15 +14,15 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::error::{Context, Error, Result};
-use crate::host::command::ProcessHandle;
 use crate::host::guest::Verdict;
 use crate::host::qmp::Qmp;
 use crate::inbox::Inbox;
 use crate::memory::kind::Kind;
-use crate::observe;
+use crate::observe::output::Output;
 use crate::observe::recording::Recording;
-use crate::print;
-use crate::report::{Completed, Output};
+use crate::process::ProcessHandle;
+use crate::statistics::Completed;
+use crate::{observe, print};
 
 use process::{PATIENCE, Process, wait};
 pub(crate) use ram::huge_tmpfs_file;

@@ -6,7 +6,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use umem_wire::{Fault, FaultCode, ReceiveError};
+use umem_wire::{Fault, FaultCode, LaneRole, ReceiveError};
 
 /// Everything that can end a migration, worded for the person who has to act on it.
 #[derive(Debug, thiserror::Error)]
@@ -222,6 +222,14 @@ impl Error {
     /// The process's exit status for this error: 2 for usage, 1 for all else.
     pub fn exit_status(&self) -> i32 {
         if matches!(self, Error::Usage(_)) { 2 } else { 1 }
+    }
+}
+
+/// What a lane is called in messages.
+pub(crate) fn lane_name(role: LaneRole, index: u16) -> String {
+    match role {
+        LaneRole::Demand => "demand lane".into(),
+        LaneRole::Bulk => format!("bulk lane {index}"),
     }
 }
 

@@ -1,5 +1,6 @@
 //! For the fuzz targets (`tests/fuzz`): parsers that are no part of the interface, with real sockets.
 
+use crate::hex;
 use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::os::fd::AsRawFd;
@@ -12,8 +13,9 @@ use crate::destination::takeover::landing;
 use crate::fault::handoff::{HandoffSocket, Message};
 use crate::host::maps::Maps;
 use crate::host::qmp::Qmp;
-use crate::observe::watch::{Role, Watch};
+use crate::observe::watch::Watch;
 use crate::observe::{control, metrics};
+use crate::role::Role;
 use crate::session::{self, DestinationRecord, SourceRecord};
 
 /// Hands these pieces over, descriptors with the first, and closes the socket. Returns what is understood,
@@ -99,7 +101,7 @@ pub fn session(text: &[u8]) {
         && session::check(&record).is_ok()
     {
         let _ = landing(&record);
-        let _ = record.certificate.as_deref().map(session::unhex);
+        let _ = record.certificate.as_deref().map(hex::unhex);
     }
 }
 
@@ -116,7 +118,7 @@ pub fn metrics(request: &[u8]) {
 
 /// Seals, spoils and opens TLS records as this says.
 pub fn records(input: &[u8]) {
-    crate::secure::fuzz_records(input);
+    crate::tls::fuzz_records(input);
 }
 
 fn watch() -> std::sync::Arc<Watch> {

@@ -134,6 +134,23 @@ impl<T> Post<T> {
     }
 }
 
+/// A descriptor and what to wait for at it.
+pub(crate) type Interest<'a> = (BorrowedFd<'a>, PollFlags);
+
+/// Waits until one of the descriptors is ready for what is asked of it: false when none is in time, an
+/// error when waiting is over for another reason, such as a signal.
+pub(crate) type Wait<'a> = &'a dyn Fn(&[Interest<'_>], Option<Duration>) -> Result<bool>;
+
+/// Whether it can be read from.
+pub(crate) fn readable(socket: &impl AsFd) -> Interest<'_> {
+    (socket.as_fd(), PollFlags::POLLIN)
+}
+
+/// Whether it takes something.
+pub(crate) fn writable(socket: &impl AsFd) -> Interest<'_> {
+    (socket.as_fd(), PollFlags::POLLOUT)
+}
+
 /// Why [`Inbox::wait`] returned.
 pub(crate) enum Wake<T> {
     /// A worker posted this.

@@ -4,7 +4,6 @@
 //! with its hello and the destination's welcome, which nobody waits for alone: signals end the wait.
 //! From then on the lane's descriptor belongs to the ring of the thread that serves it.
 
-mod dialing;
 mod greeting;
 mod hearing;
 mod listener;
@@ -25,18 +24,20 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use umem_wire::{Capabilities, Fault, Frame, LaneRole, Seal, transmit};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, lane_name};
 use crate::polling::poll;
-use crate::secure::{Channel, Fate};
-use crate::single;
+use crate::tls::{Channel, Fate};
 
-pub(crate) use dialing::{connect_to, dial, is_local, open, open_shared, stays_local};
-pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse, welcome};
+pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse};
 pub(crate) use hearing::Hearing;
-pub(crate) use listener::{Listener, bind_private, connect_at_once, is_deserted, not_bound};
+pub(crate) use listener::{Listener, not_bound};
 pub(crate) use severing::{Severable, sever};
-use tuning::{BACKGROUND_TIMEOUT_MS, DEMAND_TIMEOUT_MS, NOTSENT_LOWAT_BYTES, go_first, tune};
-pub(crate) use tuning::{CONGESTION_CONTROL, SHARED_QUEUE_BYTES, setsockopt_raw};
+use tuning::{
+    BACKGROUND_TIMEOUT_MS, DEMAND_TIMEOUT_MS, NOTSENT_LOWAT_BYTES, go_first, is_tcp, tune,
+};
+pub(crate) use tuning::{
+    CONGESTION_CONTROL, SHARED_QUEUE_BYTES, choose_congestion, setsockopt_raw,
+};
 
 /// How long either side waits for the other's hello. A peer that says nothing is not umem.
 ///
@@ -187,7 +188,7 @@ impl Lane {
     }
 
     fn tuned(socket: OwnedFd, name: String, queue_bytes: u32, timeout_ms: u32) -> Result<Lane> {
-        let congestion = if single::is_tcp(&socket) {
+        let congestion = if is_tcp(&socket) {
             Some(tune(socket.as_fd(), queue_bytes, timeout_ms).context(|| name.clone())?)
         } else {
             None
@@ -240,16 +241,3 @@ pub(crate) fn tell_fault(socket: &OwnedFd, checked: bool, fault: Fault) {
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     let _ = nix::sys::socket::send(socket.as_raw_fd(), &bytes, flags);
 }
-
-/// What a lane is called in messages.
-pub(crate) fn lane_name(role: LaneRole, index: u16) -> String {
-    match role {
-        LaneRole::Demand => "demand lane".into(),
-        LaneRole::Bulk => format!("bulk lane {index}"),
-    }
-}
-
-/// Waits until one of the descriptors is ready for what is asked of it: false when none is in time, an
-/// error when waiting is over for another reason, such as a signal.
-pub(crate) type Wait<'a> =
-    &'a dyn Fn(&[(BorrowedFd<'_>, PollFlags)], Option<Duration>) -> Result<bool>;

@@ -33,16 +33,19 @@ pub mod destination;
 pub mod doctor;
 pub mod embed;
 mod error;
+mod events;
 mod fault;
 mod follow;
 #[cfg(feature = "fuzz")]
 #[doc(hidden)]
 pub mod fuzz;
+mod hex;
 pub mod host;
 mod idle;
 mod inbox;
 mod install;
 mod lane;
+mod limits;
 mod lookup;
 mod memory;
 pub mod observe;
@@ -51,12 +54,16 @@ mod panics;
 mod polling;
 mod print;
 mod priority;
-mod progress;
-pub mod report;
+mod private_socket;
+mod process;
+mod role;
+mod screen;
 mod secure;
 mod session;
 mod single;
 pub mod source;
+pub mod statistics;
+mod tls;
 mod uri;
 mod worker;
 
@@ -65,4 +72,6 @@ pub use host::command::RamPath;
 pub use idle::IdleCores;
 pub use memory::kind::Kind;
 pub use secure::Security;
+#[doc(inline)]
+pub use statistics as report;
 pub use uri::Uri;

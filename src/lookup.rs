@@ -10,7 +10,7 @@ use std::sync::mpsc::{TryRecvError, channel};
 use nix::poll::PollFlags;
 
 use crate::error::{Context, Result};
-use crate::lane::Wait;
+use crate::inbox::Wait;
 use crate::panics;
 
 /// What the thread is called: it shows in /proc while a resolver does not answer.

@@ -7,6 +7,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Result};
 
 /// What stands for a byte: this and the byte, which is never ASCII.
 const ESCAPES: u32 = 0x10_ff00;
@@ -84,4 +87,9 @@ mod tests {
         assert_eq!(decode(&encode(looks_alike)), looks_alike);
         assert_ne!(encode(looks_alike), text);
     }
+}
+
+/// A path that means the same in another directory.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).context(|| path.display().to_string())
 }

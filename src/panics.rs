@@ -1,12 +1,11 @@
 //! What becomes of a panic: an error with its message.
 //!
 //! A program of its own prints it as well, as every Rust program does, but never waits for whoever reads that
-//! ([`print_at_once`]). As a part of another program umem prints nothing: [`keep_quiet`] then makes the panics of its threads, and of the calls into it,
+//! ([`print_panics`](crate::print::print_panics)). As a part of another program umem prints nothing: [`keep_quiet`] then makes the panics of its threads, and of the calls into it,
 //! end in the error alone. A panic hook is the whole process's; those of all other threads still go to
 //! the hook that was there before.
 
 use std::any::Any;
-use std::backtrace::{Backtrace, BacktraceStatus};
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 #[cfg(debug_assertions)]
@@ -16,7 +15,6 @@ use std::sync::Once;
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
-use crate::print;
 
 /// What the names of umem's threads begin with.
 pub(crate) const THREAD_PREFIX: &str = "umem-";
@@ -45,20 +43,6 @@ fn message(payload: &(dyn Any + Send)) -> &str {
 /// What `call` returns, or the error that its panic becomes. The caller undoes what was begun.
 pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| Err(error(&*payload)))
-}
-
-/// From here on panics are printed as everything else is: the standard library would wait for a standard error that
-/// nobody reads, and the thread that has panicked would tell nobody that it has.
-pub(crate) fn print_at_once() {
-    std::panic::set_hook(Box::new(|panic| {
-        let thread = std::thread::current();
-        let name = thread.name().unwrap_or("without a name");
-        let trace = match Backtrace::capture() {
-            trace if trace.status() == BacktraceStatus::Captured => format!("\n{trace}"),
-            _ => String::new(),
-        };
-        print::err_line(&format!("thread {name:?} {panic}{trace}"));
-    }));
 }
 
 /// A place at which a test has a thread panic, as [`PANIC_VARIABLE`] says. Only builds with debug assertions, as tests

@@ -5,6 +5,7 @@
 //! terminal is stopped) gets a thread that waits for it; there is room for [`WAITING_BYTES_MAX`], and what does not
 //! fit is lost. [`finish`] waits for the rest at the end, and says what could not be written.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -100,6 +101,20 @@ impl Write for Stderr {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// From here on panics are printed as everything else is: the standard library would wait for a standard error that
+/// nobody reads, and the thread that has panicked would tell nobody that it has.
+pub(crate) fn print_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("without a name");
+        let trace = match Backtrace::capture() {
+            trace if trace.status() == BacktraceStatus::Captured => format!("\n{trace}"),
+            _ => String::new(),
+        };
+        err_line(&format!("thread {name:?} {panic}{trace}"));
+    }));
 }
 
 /// Waits until everything is written, or `is_over` says that nobody waits for it any more. Why something that was

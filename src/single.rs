@@ -5,7 +5,7 @@
 //! do, or is ended a moment later. Ctrl-C is for umem alone, which may have to go on.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,9 +17,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, sockopt};
 
 use crate::error::{Context, Error, Result};
-use crate::host::command::ProcessHandle;
 use crate::inbox::{dispose, unblock_signals};
 use crate::polling::poll;
+use crate::process::ProcessHandle;
 use crate::uri::Uri;
 
 /// How long a command may take to end when its connection has closed, and once more when it was asked
@@ -168,10 +168,4 @@ impl Drop for Running {
             let _ = self.child.wait();
         }
     }
-}
-
-/// Whether a socket is TCP, so that TCP's options can be set on it.
-pub(crate) fn is_tcp(socket: &OwnedFd) -> bool {
-    // Other sockets do not know the option.
-    getsockopt(&socket.as_fd(), sockopt::TcpNoDelay).is_ok()
 }

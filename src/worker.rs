@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use umem_wire::LaneRole;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, lane_name};
 use crate::inbox::{Inbox, Post, Wake};
-use crate::lane::lane_name;
 use crate::panics;
+use umem_ring::Mailbox;
+use umem_ring::Waker;
 
 /// How far the demand lane may be behind a bulk lane when a peer gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -134,6 +135,12 @@ pub(crate) fn first_cause<N: Failure>(inbox: &Inbox<N>, error: Error) -> Error {
             return cause;
         }
     }
+}
+
+/// How others reach a thread that waits for its ring.
+pub(crate) struct ThreadHandle {
+    pub(crate) waker: Waker,
+    pub(crate) mailbox: Mailbox,
 }
 
 #[cfg(test)]

@@ -16,11 +16,11 @@ use io_uring::{EnterFlags, IoUring, opcode, squeue, types};
 use crate::chain::{CHAIN_MAX, Chain, Keys};
 use crate::completion::{Completion, Outcome, TOKEN_MESSAGE, TOKEN_WAKE};
 use crate::encode::{Aside, message_value};
-use crate::error::{Errno, Error, Rejected, buffers_error};
+use crate::error::{Errno, Error, buffers_error};
 use crate::key::{Key, UserData};
 use crate::mail::{Mailbox, Waker};
 use crate::memory::Span;
-use crate::op::{Fd, Op};
+use crate::op::{Fd, Op, Rejected};
 use crate::setup::{Config, setup};
 use crate::table::{Cqe, Next, Table};
 

@@ -6,8 +6,6 @@
 use std::fmt;
 use std::io;
 
-use crate::op::Op;
-
 /// An error of the ring. What an operation in flight met is an [`Outcome`](crate::Outcome) instead.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -130,34 +128,6 @@ impl Error {
             | Error::Closed
             | Error::LeftOver { .. } => None,
         }
-    }
-}
-
-/// An operation (or a whole [`Chain`](crate::Chain)) that was not submitted, and why. Nothing of it
-/// has reached the kernel, and its memory is in it.
-#[derive(Debug)]
-pub struct Rejected<T = Op> {
-    /// Why.
-    pub error: Error,
-    /// What was to be submitted.
-    pub op: T,
-}
-
-impl<T> fmt::Display for Rejected<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl<T: fmt::Debug> std::error::Error for Rejected<T> {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.error.source()
-    }
-}
-
-impl<T> From<Rejected<T>> for Error {
-    fn from(rejected: Rejected<T>) -> Error {
-        rejected.error
     }
 }
 

@@ -453,3 +453,31 @@ fn check_pieces(pieces: &[Memory]) -> Result<(), Error> {
 }
 
 const TOO_LONG: &str = "one operation moves at most 2 GiB less a page";
+
+/// An operation (or a whole [`Chain`](crate::Chain)) that was not submitted, and why. Nothing of it
+/// has reached the kernel, and its memory is in it.
+#[derive(Debug)]
+pub struct Rejected<T = Op> {
+    /// Why.
+    pub error: Error,
+    /// What was to be submitted.
+    pub op: T,
+}
+
+impl<T> std::fmt::Display for Rejected<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<T: std::fmt::Debug> std::error::Error for Rejected<T> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+impl<T> From<Rejected<T>> for Error {
+    fn from(rejected: Rejected<T>) -> Error {
+        rejected.error
+    }
+}

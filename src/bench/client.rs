@@ -1,42 +1,27 @@
 //! `umem bench client`: runs one test and reports it.
 
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::protocol::{Control, Direction, End, Message, Request, Test, hello};
-use super::report::{Report, Tick};
-use super::server::{JOIN_TIMEOUT, region_bytes, unexpected};
+use super::lanes;
+use super::options::Client;
+use super::protocol::{
+    Control, Direction, End, JOIN_TIMEOUT, Message, Request, Test, hello, region_bytes, unexpected,
+};
+use super::report::{self, Report, Tick};
 use super::side::Note;
 use super::sides::{Sides, SoFar, prepare};
-use super::{lanes, report};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{HELLO_TIMEOUT, connect_to};
+use crate::lane::HELLO_TIMEOUT;
 use crate::print;
-use crate::uri::Uri;
+use crate::secure::connect_to;
 
 /// How long a server may take to count, and to check what has landed.
 const RESULT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How far the control connection may be behind a lane when the server gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// What `umem bench client` was told.
-pub(crate) struct Client {
-    pub(crate) uri: Uri,
-    pub(crate) test: Test,
-    /// None with [`Test::bytes`].
-    pub(crate) duration: Option<Duration>,
-    pub(crate) omit: Duration,
-    /// None reports the whole only.
-    pub(crate) interval: Option<Duration>,
-    /// Cores of the lanes; none leaves the choice.
-    pub(crate) cores: Vec<usize>,
-    /// A file for a page of the test.
-    pub(crate) report: Option<PathBuf>,
-    pub(crate) json: bool,
-}
 
 /// Runs the test, and prints what it gave. The value is the exit status.
 pub(crate) fn run(options: &Client) -> Result<i32> {

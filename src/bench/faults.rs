@@ -14,35 +14,24 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use umem_wire::{Frame, LaneRole, Receiver, RegionTable, transmit};
 
+use super::fault_limits::{REGION_BYTES, REGION_PAGES};
 use super::memory::{Landing, filled, source_memory, wrong};
-use super::pages::{PAGE_BYTES, Place, word};
+use super::pages::{PAGE_BYTES, word};
 use super::protocol::Test;
 use crate::destination::acks::Acks;
 use crate::error::{Context, Result};
 use crate::idle::IdleCores;
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::report::{Latency, latency_histogram, record};
 use crate::source::memory::SourceMemory;
+use crate::statistics::{Latency, latency_histogram, record};
 use crate::worker::Started;
 use crate::{destination, source};
-
-/// Bytes of a region: little enough to be made in no time, and freed before much has come together.
-const REGION_BYTES: u64 = 16 << 20;
-
-/// Pages of it. A power of two, so that every odd step leads through all of them.
-const REGION_PAGES: u64 = REGION_BYTES / PAGE_BYTES;
 
 /// The step from one page to the next, far apart: no access prepares the next one.
 const STEP: u64 = 1597;
 
 const _: () = assert!(REGION_PAGES.is_power_of_two() && STEP % 2 == 1);
-
-/// The most faults of one test: as many regions as one lane may have.
-pub(crate) const FAULTS_MAX: u64 = umem_wire::limits::REGIONS_MAX as u64 * REGION_PAGES;
-
-/// Faults a second at most: what one userfaultfd takes before it becomes what is measured.
-pub(crate) const FAULT_RATE_MAX: u32 = 200_000;
 
 /// An access takes 0.1 to 1 ms, so that one thread can wait for about this many a second.
 const RATE_PER_THREAD: u32 = 1000;
@@ -239,43 +228,6 @@ impl FaultLanding {
     pub(super) fn let_go(&self) -> Result<()> {
         self.landing.guest.unregister_all()
     }
-}
-
-/// What is wrong with a test's faults, if anything.
-pub(super) fn check(test: &Test, place: Place) -> std::result::Result<(), String> {
-    if test.fault_rate == 0 {
-        return match test.faults {
-            0 => Ok(()),
-            _ => Err("there are no faults without --fault-rate".into()),
-        };
-    }
-    if test.fault_rate > FAULT_RATE_MAX {
-        return Err(format!(
-            "--fault-rate is at most {FAULT_RATE_MAX} a second, not {}: more is beyond one userfaultfd",
-            test.fault_rate
-        ));
-    }
-    if test.discard {
-        return Err("--discard has no memory to fault in: leave out --fault-rate".into());
-    }
-    if place.is_hugetlb() {
-        return Err("--fault-rate is for pages of 4 KiB: leave out --page-size 2M, or --kind \
-                    anonymous, whose pages come whole"
-            .into());
-    }
-    if test.faults == 0 || test.faults > FAULTS_MAX {
-        return Err(format!(
-            "a test has memory for {FAULTS_MAX} faults, not {}: take a lower --fault-rate, or a \
-             shorter -t",
-            test.faults
-        ));
-    }
-    Ok(())
-}
-
-/// The pages that a test of this length will touch, and a tenth more for what starts before the clock.
-pub(crate) fn faults(rate: u32, seconds: f64) -> u64 {
-    (f64::from(rate) * (seconds * 1.1 + 1.0)).ceil() as u64
 }
 
 #[cfg(test)]

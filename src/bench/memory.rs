@@ -22,8 +22,8 @@ use crate::error::{Context, Error, Result};
 use crate::fault::uffd::Uffd;
 use crate::memory::pages::PageState;
 use crate::memory::region::RamFile;
-use crate::report::Counters;
 use crate::source::memory::SourceMemory;
+use crate::statistics::Counters;
 
 /// Of the passes' memories there are two most of the time: the one that is filled and the one that is
 /// given back.

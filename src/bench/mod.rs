@@ -28,10 +28,12 @@
 
 mod client;
 mod clock;
+mod fault_limits;
 mod faults;
 mod lanes;
 mod lobby;
 mod memory;
+mod options;
 mod pages;
 mod passes;
 mod protocol;
@@ -41,11 +43,12 @@ mod side;
 mod sides;
 mod verdict;
 
-pub(crate) use client::{Client, run as run_client};
-pub(crate) use faults::faults;
+pub(crate) use client::run as run_client;
+pub(crate) use fault_limits::faults;
+pub(crate) use options::Client;
 pub(crate) use pages::{MemoryKind, PageKind, REGION_BYTES_MAX};
-pub(crate) use protocol::Test;
-pub(crate) use server::{JOIN_TIMEOUT, Server, run as run_server};
+pub(crate) use protocol::{JOIN_TIMEOUT, Test};
+pub(crate) use server::{Server, run as run_server};
 
 /// iperf3 has 5201.
 pub(crate) const PORT: u16 = 5202;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::protocol::Counts;
 use crate::error::Result;
-use crate::report::Counters;
+use crate::statistics::Counters;
 
 /// A memory that a pass goes from or into.
 pub(super) trait Memory: Send + Sync {

@@ -4,17 +4,18 @@
 //! of umem's is turned away before anything else of it is looked at.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::faults;
+use super::fault_limits::{self, Faults};
 use super::pages::{MemoryKind, PageKind, Place, REGION_BYTES_MAX};
-use crate::cores::Role;
 use crate::error::{Error, Result};
-use crate::report::Latency;
+use crate::role::Role;
+use crate::statistics::Latency;
 
 /// Bytes of a line at most, its end included.
 pub(super) const LINE_BYTES_MAX: usize = 4096;
@@ -33,6 +34,10 @@ const CONGESTION_BYTES_MAX: usize = 15;
 
 /// The most that a test may be told to move, 1 PiB: beyond it somebody mistook the unit.
 pub(crate) const TEST_BYTES_MAX: u64 = 1 << 50;
+
+/// How long a client may take to open its lanes, if nobody says otherwise: before that it fills the memory that it
+/// will send. And how long nothing may move then.
+pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What is to be measured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,7 +85,8 @@ impl Test {
         if self.bidir && self.reverse {
             return Err("-R and --bidir: with --bidir both send already; leave out -R".into());
         }
-        faults::check(self, self.place())?;
+        let faults = Faults { rate: self.fault_rate, count: self.faults, discard: self.discard };
+        fault_limits::check(&faults, self.place())?;
         if self.discard && (self.verify || self.zero_percent > 0) {
             return Err("--discard moves no pages: leave out --verify and --zero-percent".into());
         }
@@ -431,6 +437,18 @@ pub(super) fn refusal(text: &str) -> String {
     line(&Message::Refused(text.chars().take(LINE_BYTES_MAX / 8).collect()))
 }
 
+/// Bytes of a pass that this end has the memory for.
+pub(super) fn region_bytes(test: &Test, end: End) -> Result<u64> {
+    let directions = test.directions();
+    let lands = |direction: &Direction| !test.discard && end.role(*direction) == Role::Destination;
+    test.place().region_bytes(directions.len() as u64, directions.iter().any(lands))
+}
+
+/// The other side has said what does not belong there.
+pub(super) fn unexpected(message: &Message) -> Error {
+    Error::Bench(format!("the other side sent {message:?} in the wrong phase"))
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -496,7 +514,10 @@ pub(super) mod tests {
         refused(|test| (test.bidir, test.reverse) = (true, true), "-R");
         refused(|test| test.faults = 1, "--fault-rate");
         refused(|test| (test.fault_rate, test.faults) = (1, 0), "shorter -t");
-        refused(|test| (test.fault_rate, test.faults) = (1, faults::FAULTS_MAX + 1), "shorter -t");
+        refused(
+            |test| (test.fault_rate, test.faults) = (1, fault_limits::FAULTS_MAX + 1),
+            "shorter -t",
+        );
         refused(|test| (test.fault_rate, test.faults) = (1 << 20, 1), "userfaultfd");
         refused(|test| (test.fault_rate, test.faults, test.discard) = (1, 1, true), "--discard");
     }

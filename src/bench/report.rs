@@ -9,14 +9,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::sys::socket::{SockaddrStorage, getpeername};
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::options::Client;
 use super::protocol::{Counts, Direction, Measured, Test};
 use super::sides::SoFar;
 use super::verdict::Verdict;
 use crate::error::Error;
 use crate::observe::bench as page;
 use crate::print;
-use crate::report::Latency;
+use crate::statistics::Latency;
 use crate::uri::Uri;
 
 /// The end of an interval.

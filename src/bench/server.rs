@@ -6,22 +6,19 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::lobby::{Lobby, refuse};
-use super::protocol::{Control, Counts, Direction, End, Measured, Message, Request, Test};
+use super::protocol::region_bytes;
+use super::protocol::unexpected;
+use super::protocol::{Control, Counts, End, Measured, Message, Request, Test};
 use super::side::Note;
 use super::sides::{Sides, prepare};
 use super::{lanes, report};
 use crate::accepting::Accepted;
-use crate::cores::Role;
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{Lane, Listener, new_session};
-use crate::report::Output;
+use crate::observe::output::Output;
 use crate::secure::WayIn;
 use crate::uri::Uri;
-
-/// How long a client may take to open its lanes, if nobody says otherwise: before that it fills the memory that it
-/// will send. And how long nothing may move then.
-pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 const BUSY: &str = "the server is busy with another test: try again when that has ended";
 
@@ -300,15 +297,4 @@ fn gather(
         }
     }
     Ok(lanes.into_iter().flatten().collect())
-}
-
-/// Bytes of a pass that this end has the memory for.
-pub(super) fn region_bytes(test: &Test, end: End) -> Result<u64> {
-    let directions = test.directions();
-    let lands = |direction: &Direction| !test.discard && end.role(*direction) == Role::Destination;
-    test.place().region_bytes(directions.len() as u64, directions.iter().any(lands))
-}
-
-pub(super) fn unexpected(message: &Message) -> Error {
-    Error::Bench(format!("the other side sent {message:?} in the wrong phase"))
 }

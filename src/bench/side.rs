@@ -14,12 +14,13 @@ use super::lanes::{self, LandPages, SendPages};
 use super::memory::{self, Landing, Source};
 use super::passes::Passes;
 use super::protocol::{Counts, Direction, End, Measured, Test};
-use crate::cores::{Cores, Place, Role};
+use crate::cores::{Cores, Place};
 use crate::error::{Context, Error, Result};
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::report::{CpuTime, Latency};
+use crate::role::Role;
 use crate::source::memory::SourceMemory;
+use crate::statistics::{CpuTime, Latency};
 use crate::worker::{self, Failure};
 
 /// What threads tell the control thread.

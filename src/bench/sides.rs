@@ -7,7 +7,7 @@ use super::side::{Note, Prepared, Side};
 use crate::error::Result;
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::report::Latency;
+use crate::statistics::Latency;
 
 /// What has been moved since counting began, how long that took, and what was sent again.
 pub(super) type SoFar = (Duration, Counts, Option<u64>);

@@ -15,7 +15,7 @@ use crate::secure::Security;
 use crate::session::ResumeOptions;
 use crate::source::Precopy;
 use crate::uri::Uri;
-use crate::{doctor, observe, source};
+use crate::{limits, observe, source};
 
 /// Passes before the stop where nobody says how many: most of what they gain comes of the first two.
 const PRECOPY_PASSES: u32 = 4;
@@ -167,7 +167,7 @@ impl Migrate {
             ));
         };
         let lanes = lanes_to(&uri, self.lanes, 1)?;
-        doctor::limits::check(lanes)?;
+        limits::check(lanes)?;
         if self.no_background && !self.postcopy {
             return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
         }

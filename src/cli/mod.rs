@@ -19,7 +19,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use crate::error::Result;
 use crate::inbox::{Inbox, Wake};
-use crate::{os_text, panics, print, secure};
+use crate::{os_text, print, tls};
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -80,8 +80,8 @@ pub fn before_main() {
 
 /// Runs the command line; the value is the process's exit status.
 pub fn main() -> i32 {
-    panics::print_at_once();
-    secure::protect_process();
+    print::print_panics();
+    tls::protect_process();
     let given: Vec<OsString> = std::env::args_os().collect();
     if let Some(word) = not_utf8(&given) {
         let word = word.display();
@@ -108,7 +108,7 @@ pub fn main() -> i32 {
     let status = match result {
         Ok(status) => status,
         Err(error) => {
-            crate::report::Output::new(json).failed(&error);
+            crate::observe::output::Output::new(json).failed(&error);
             error.exit_status()
         }
     };

@@ -29,7 +29,6 @@ pub(crate) mod backoff;
 pub(crate) mod calling;
 pub(crate) mod destination;
 pub(crate) mod doubt;
-pub(crate) mod event;
 pub(crate) mod liveness;
 #[cfg(test)]
 mod simulate;

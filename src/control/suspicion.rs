@@ -4,7 +4,7 @@
 //! that changes all that passes would have both sides open lanes for ever, as fast as they can: after
 //! [`IN_A_ROW_MAX`] losses without a page in between that was right, they pause until a resume by hand.
 
-use crate::control::event::{Event, Remark};
+use crate::events::{Event, Remark};
 
 /// Losses because of wrong checksums, with no page in between that came whole, after which lanes are no more
 /// opened. Even a path that spoils 9 of 10 attempts gets a page through before that, more often than not.

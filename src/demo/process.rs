@@ -10,9 +10,9 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
-use crate::host::command::ProcessHandle;
 use crate::inbox::{Inbox, Wake, unblock_signals};
-use crate::report::Output;
+use crate::observe::output::Output;
+use crate::process::ProcessHandle;
 
 /// A child that says nothing for this long is stuck.
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);

@@ -3,6 +3,7 @@
 
 mod door;
 
+use crate::error;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -13,12 +14,12 @@ use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, Regio
 
 use super::prepare::{Adopted, Prepared};
 use super::{Note, peer};
-use crate::doctor::limits;
 use crate::error::{Context, Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
-use crate::report::Output;
-use crate::secure::{Guard, Opened, Opening, Progress, WayIn};
+use crate::limits;
+use crate::observe::output::Output;
+use crate::secure::{self, Guard, Opened, Opening, Progress, WayIn};
 use crate::uri::Uri;
 
 pub(super) use door::Door;
@@ -171,7 +172,7 @@ fn accept_single(
     prepared: &Prepared,
 ) -> Result<Lanes> {
     let refused = |why: String| {
-        let lane = lane::lane_name(LaneRole::Demand, 0);
+        let lane = error::lane_name(LaneRole::Demand, 0);
         Error::Lost { side: "source", lane, what: format!("no source: {why}") }
     };
     let mut opening = Opening::new(Lane::shared(socket)?, guard).map_err(refused)?;
@@ -203,7 +204,7 @@ fn accept_single(
         lane::refuse(&demand, FaultCode::Refused, &why);
         return Err(refused(why));
     }
-    lane::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
+    secure::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
     Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
 }
 

@@ -18,8 +18,8 @@ use crate::inbox::Post;
 use crate::lane::{self, Lane};
 use crate::panics;
 use crate::priority::{self, Courtesy};
-use crate::report::Counters;
-use crate::secure::Channel;
+use crate::statistics::Counters;
+use crate::tls::Channel;
 use crate::worker::Started;
 
 /// How long the other end of a lane of TLS that has ended may take to close it.

@@ -10,13 +10,13 @@
 //! guest's discards. On a new lane it first tells the source what has come, then asks again for what is
 //! waited for.
 
+use crate::error;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver as Commands;
 
 use umem_ring::{
-    Bytes, Completion, Config, Fd, Mailbox, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE,
-    Wait, Waker,
+    Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait,
 };
 use umem_wire::limits::{REQUEST_ENTRIES_MAX, STATE_BYTES_MAX};
 use umem_wire::{
@@ -36,10 +36,10 @@ use crate::follow::{self, Follower};
 use crate::idle::{IdleCores, Vigil};
 use crate::inbox::Post;
 use crate::lane::{self, Hearing, Lane};
-use crate::panics;
-use crate::priority;
-use crate::report::Counters;
+use crate::statistics::Counters;
 use crate::worker::Started;
+use crate::worker::ThreadHandle;
+use crate::{panics, priority};
 
 const TOKEN_SENT: u64 = TOKEN_FREE;
 const TOKEN_POSTED: u64 = TOKEN_FREE + 1;
@@ -93,12 +93,6 @@ pub(crate) struct DemandLane {
     pub(crate) acks: Acks,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
-}
-
-/// How the others reach the demand thread.
-pub(crate) struct Reach {
-    pub(crate) waker: Waker,
-    pub(crate) mailbox: Mailbox,
 }
 
 /// The lane that there is.
@@ -161,7 +155,7 @@ struct DemandThread {
 
 impl DemandLane {
     /// Serves until told to end. Returns what the faults took.
-    pub(crate) fn run(self, started: Started<Reach>) -> Result<Latencies> {
+    pub(crate) fn run(self, started: Started<ThreadHandle>) -> Result<Latencies> {
         let faults = self.serves_faults.then(|| {
             let sources = (0..self.guest.sources.len()).collect();
             Faults::new(self.guest.clone(), sources, TOKEN_FAULTS, TOKEN_FAULT_RETRY)
@@ -200,14 +194,19 @@ impl DemandLane {
             has_parted: false,
             ending: false,
         };
-        let name = lane::lane_name(LaneRole::Demand, 0);
+        let name = error::lane_name(LaneRole::Demand, 0);
         thread.serve(&name, self.core, started)?;
         Ok(thread.faults.map_or_else(Latencies::new, Faults::into_latencies))
     }
 }
 
 impl DemandThread {
-    fn serve(&mut self, name: &str, core: Option<usize>, started: Started<Reach>) -> Result<()> {
+    fn serve(
+        &mut self,
+        name: &str,
+        core: Option<usize>,
+        started: Started<ThreadHandle>,
+    ) -> Result<()> {
         let mut ring = Ring::new(&Config {
             name: name.to_owned(),
             core,
@@ -215,7 +214,7 @@ impl DemandThread {
             ..Config::default()
         })?;
         priority::go_first();
-        started.with(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
+        started.with(ThreadHandle { waker: ring.waker()?, mailbox: ring.mailbox() });
         self.link.iter_mut().try_for_each(|link| link.reader.arm(&mut ring))?;
         if let Some(faults) = &self.faults {
             faults.arm(&mut ring)?;
@@ -543,5 +542,5 @@ impl DemandThread {
 
 /// The source has said what it must not.
 fn violated(what: &str) -> Error {
-    Error::protocol(&lane::lane_name(LaneRole::Demand, 0), what)
+    Error::protocol(&error::lane_name(LaneRole::Demand, 0), what)
 }

@@ -12,17 +12,16 @@ use super::demand::Command;
 use super::farewell::{Farewell, Word};
 use super::guest::GuestRegion;
 use super::side::GuestSide;
-use super::{Migration, Note, ending};
+use super::{Migration, Note, encoded, ending};
 use crate::control::destination::{
     Effect, Entrance, Exit, FreeSpace, Input, Memory, Now, Outcome, Process,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, lane_name};
 use crate::host::thread::Answer;
-use crate::idle;
 use crate::inbox::Wake;
-use crate::lane::{Listener, lane_name};
-use crate::report::Completed;
-use crate::{panics, worker};
+use crate::lane::Listener;
+use crate::statistics::Completed;
+use crate::{idle, panics, worker};
 
 impl Migration<'_> {
     /// Goes on until everything has ended. After an error before the switchover the source is told, so
@@ -340,10 +339,4 @@ impl Migration<'_> {
     fn send(&self, frame: &Frame) {
         self.threads.command(Command::Send(encoded(frame)));
     }
-}
-
-pub(super) fn encoded(frame: &Frame) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    transmit::encode(frame, &mut bytes);
-    bytes
 }

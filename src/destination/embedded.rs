@@ -1,5 +1,6 @@
 //! The destination as a part of another program: its memory, its monitor's answers, its sockets.
 
+use crate::error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,17 +11,17 @@ use super::accept::{self, Lanes, Terms};
 use super::prepare::Prepared;
 use super::{Migration, Note, Open, Plan};
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::embed::desk::Desk;
-use crate::embed::link::{self, LinkOrder};
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
+use crate::host::embedder::{self, Embedder, LinkOrder};
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
-use crate::observe::watch::{Role, Watch};
-use crate::report::Completed;
-use crate::secure::Guard;
+use crate::observe::watch::Watch;
+use crate::role::Role;
+use crate::secure::{self, Guard};
+use crate::statistics::Completed;
 
 /// Where the source comes in.
 pub(crate) enum Entrance {
@@ -42,12 +43,12 @@ pub(crate) struct Reception {
 }
 
 /// Receives one guest into memory of this process. Nothing of it runs any more when this returns.
-pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Completed> {
+pub(crate) fn receive(reception: Reception, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
     let Reception { entrance, handed, lanes_max, recovers, cores } = reception;
-    let inbox = Inbox::embedded(desk.canceller())?;
+    let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
-    desk.answers(move |answer| post.send(Note::Host(answer)));
-    let output = desk.output();
+    embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
+    let output = embedder.clone().output();
     let mut prepared = Prepared::here(handed)?;
     // Who may connect is the program's own matter: it can give connections that it has secured.
     let guard = Arc::new(Guard::default());
@@ -70,9 +71,9 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
             Err(sockets) => accept_connected(sockets, recovers, &inbox)?,
         },
     };
-    desk.connected(lanes.severable());
+    embedder.connected(lanes.severable());
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared, STEP_TIMEOUT)?;
-    let asking = desk.clone();
+    let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
     // How deeply the whole machine sleeps is the monitor's affair.
     let idle_cores = IdleCores::Sleep;
@@ -87,20 +88,23 @@ pub(crate) fn receive(reception: Reception, desk: &Arc<Desk>) -> Result<Complete
     };
     let open = Open { lanes, guard, receiver, adopted, keeping: None };
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
-    desk.connected_by(migration.link.severable());
-    desk.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
+    embedder.connected_by(migration.link.severable());
+    embedder.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
     let (recovers, post) = (migration.link.recovers, inbox.post());
-    desk.takes_orders(migration.lane_count + 1, move |order| {
-        link::check(recovers, &watch)?;
-        post.send(match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume => Note::Resume(None),
-            LinkOrder::Listen(listener) => Note::Listen(listener),
-            LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
-            LinkOrder::Dial(_) => unreachable!("a destination dials nobody"),
-        });
-        Ok(())
-    });
+    embedder.takes_orders(
+        migration.lane_count + 1,
+        Box::new(move |order| {
+            embedder::check(recovers, &watch)?;
+            post.send(match order {
+                LinkOrder::Pause => Note::Pause,
+                LinkOrder::Resume => Note::Resume(None),
+                LinkOrder::Listen(listener) => Note::Listen(listener),
+                LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+                LinkOrder::Dial(_) => unreachable!("a destination dials nobody"),
+            });
+            Ok(())
+        }),
+    );
     // Nothing is kept of a session here that a source could come back to.
     let (report, _) = migration.drive(&mut prepared.side)?;
     report.check_digests().map(|()| report)
@@ -118,7 +122,7 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
     let mut lanes = Vec::new();
     for (index, socket) in (0..).zip(sockets) {
         let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
-        let mut lane = Lane::new(socket, lane::lane_name(role, index))?;
+        let mut lane = Lane::new(socket, error::lane_name(role, index))?;
         // Who has come says all of them.
         let deadline = first.as_ref().map(|_| Instant::now() + HELLO_TIMEOUT);
         let hello = hear(&lane, inbox, deadline)?;
@@ -137,7 +141,7 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
             lane::refuse(&lane, FaultCode::Refused, &text);
             return Err(Error::protocol(&lane.name, text));
         }
-        lane::welcome(&mut lane, &hello, lane::capabilities(recovers), None)?;
+        secure::welcome(&mut lane, &hello, lane::capabilities(recovers), None)?;
         first.get_or_insert(hello);
         lanes.push(lane);
     }

@@ -9,12 +9,11 @@ use umem_wire::{Fault, Frame};
 
 use super::Migration;
 use super::demand::Command;
-use super::driving::encoded;
+use super::encoded;
 use super::latency::Latencies;
-use crate::lane;
 use crate::memory::sums::RegionDigest;
-use crate::report::{Completed, CpuTime};
-use crate::worker;
+use crate::statistics::{Completed, CpuTime};
+use crate::{lane, worker};
 
 /// How long a process may take to end whose memory is gone.
 pub(super) const EXIT_PATIENCE: Duration = Duration::from_secs(5);

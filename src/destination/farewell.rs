@@ -23,7 +23,7 @@ use crate::control::destination::farewell::{Effect, Farewell as Core, Input};
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane};
-use crate::report::Output;
+use crate::observe::output::Output;
 use crate::session::{DestinationRecord, Keeper};
 
 /// How long a source may take to read what it is told, and then to close its lanes.

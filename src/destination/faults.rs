@@ -12,27 +12,20 @@ use std::time::{Duration, Instant};
 use umem_ring::{Completion, Config, Mailbox, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait};
 use umem_wire::RegionId;
 
-use super::demand::Reach;
+use super::guest::RETRY_INTERVAL;
+use super::guest::SHORTAGE_INTERVAL;
 use super::guest::{GuestMemory, PageId};
 use super::latency::{Latencies, Waiting};
 use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
 use crate::memory::pages::Fault;
 use crate::memory::words::EVENTS_BYTES;
-use crate::observe::faults::FaultCounts;
-use crate::panics;
-use crate::priority;
-use crate::worker::Started;
+use crate::statistics::faults::FaultCounts;
+use crate::worker::{Started, ThreadHandle};
+use crate::{panics, priority};
 
 /// Events taken with one read of a userfaultfd.
 const EVENTS_MAX: usize = 64;
-
-/// A page that could not be made visible because events were pending is tried again after the next
-/// events, or after this long.
-pub(crate) const RETRY_INTERVAL: Duration = Duration::from_micros(200);
-
-/// The same where there is no memory to make it visible with: somebody has to make room first.
-pub(super) const SHORTAGE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What a message from another ring says about its page.
 pub(crate) const MESSAGE_CACHED: u32 = 0;
@@ -318,7 +311,7 @@ pub(crate) struct FaultThread {
 
 impl FaultThread {
     /// Serves until it is woken to stop. Returns what the faults took.
-    pub(crate) fn run(self, started: Started<Reach>) -> Result<Latencies> {
+    pub(crate) fn run(self, started: Started<ThreadHandle>) -> Result<Latencies> {
         let mut ring = Ring::new(&Config {
             name: "faults".into(),
             core: self.core,
@@ -326,7 +319,7 @@ impl FaultThread {
             ..Config::default()
         })?;
         priority::go_first();
-        started.with(Reach { waker: ring.waker()?, mailbox: ring.mailbox() });
+        started.with(ThreadHandle { waker: ring.waker()?, mailbox: ring.mailbox() });
         let mut faults = Faults::new(self.guest, self.sources, TOKEN_FAULTS, TOKEN_RETRY);
         faults.arm(&mut ring)?;
         loop {

@@ -44,13 +44,21 @@ use crate::memory::claims::RunKind;
 use crate::memory::pages::PageState;
 use crate::memory::sums::Digests;
 use crate::memory::words::Words;
-use crate::report::Counters;
+use crate::statistics::Counters;
+use std::time::Duration;
 
 pub(crate) use gate::FaultSource;
 pub(crate) use region::{GuestRegion, Part, RegionSetup};
 use rounds::Rounds;
 pub(crate) use rounds::check as check_rounds;
 use takeover::Told;
+
+/// A page that could not be made visible because events were pending is tried again after the next
+/// events, or after this long.
+pub(crate) const RETRY_INTERVAL: Duration = Duration::from_micros(200);
+
+/// The same where there is no memory to make it visible with: somebody has to make room first.
+pub(crate) const SHORTAGE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Private memory: what has landed in the file and is not released yet. Bulk lanes pause above this,
 /// so that the guest's memory is never twice in this machine; demanded pages go on.

@@ -2,6 +2,7 @@
 //!
 //! What another one does with that, and why it is enough, is in [`takeover`](super::takeover).
 
+use crate::{hex, private_socket};
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,14 +15,15 @@ use super::prepare::{Adopted, Prepared};
 use super::side::GuestSide;
 use crate::control::destination::{Record, Session};
 use crate::error::{Context, Error, Result};
-use crate::host::command::{Created, began};
-use crate::lane;
+use crate::memory::created::Created;
 use crate::memory::words::State;
-use crate::observe::watch::Role;
-use crate::report::Output;
+use crate::observe::output::Output;
+use crate::os_text::absolute;
+use crate::process::began;
+use crate::role::Role;
 use crate::session::{
-    self, DestinationRecord, DestinationState, Directory, GuestRecord, Keeper, RegionRecord,
-    SecurityRecord, TotalsRecord, VERSION, absolute, since_boot,
+    DestinationRecord, DestinationState, Directory, GuestRecord, Keeper, RegionRecord,
+    SecurityRecord, TotalsRecord, VERSION, since_boot,
 };
 
 /// What is kept for the case that this process is killed, before it is.
@@ -75,7 +77,7 @@ pub(super) fn keep(
         uri: lanes.door.is_some().then(|| uri.to_owned()),
         bulk_lanes: lanes.hello.bulk_lanes,
         capabilities: lanes.hello.capabilities.0,
-        certificate: lanes.certificate.as_deref().map(session::hex),
+        certificate: lanes.certificate.as_deref().map(hex::hex),
         regions: regions.collect(),
         postcopy: true,
         background: true,
@@ -176,10 +178,10 @@ fn short(path: &Path) -> std::io::Result<(std::fs::File, PathBuf)> {
 
 pub(super) fn connect(path: &Path) -> std::io::Result<UnixStream> {
     let (_directory, short) = short(path)?;
-    lane::connect_at_once(&short)
+    private_socket::connect_at_once(&short)
 }
 
 fn listen(path: &Path) -> std::io::Result<UnixListener> {
     let (_directory, short) = short(path)?;
-    lane::bind_private(&short)
+    private_socket::bind_private(&short)
 }

@@ -11,7 +11,7 @@ use hdrhistogram::Histogram;
 use umem_wire::RegionId;
 
 use super::guest::PageId;
-use crate::report::{Completed, FaultStages, Latency, Stage, latency_histogram, record};
+use crate::statistics::{Completed, FaultStages, Latency, Stage, latency_histogram, record};
 
 /// Two digits tell stages apart; they cost 4 KiB for each power of two that occurs.
 const STAGE_DIGITS: u8 = 2;

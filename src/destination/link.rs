@@ -12,13 +12,14 @@ use umem_wire::{Capabilities, FaultCode, Frame, Hello, Standing};
 use super::Migration;
 use super::accept::{Door, Lanes};
 use super::demand::{Command, Resume};
-use super::driving::encoded;
+use super::encoded;
 use crate::control::destination::{Entrance, Input};
 use crate::error::Result;
+use crate::events::CUT;
+use crate::inbox::Interest;
 use crate::lane::{Listener, Severable};
-use crate::observe::watch::CUT;
-use crate::report::Output;
-use crate::secure::{Guard, Interest, WayIn};
+use crate::observe::output::Output;
+use crate::secure::{Guard, WayIn};
 use crate::uri::Uri;
 
 /// The lanes of the session, or their absence.

@@ -40,9 +40,9 @@ use umem_ring::Waker;
 use umem_wire::{Event, Fault, Receiver, RegionTable};
 
 use crate::control::destination::{Core, Outcome};
-use crate::control::event as control;
 use crate::cores::Cores;
 use crate::error::{Error, Result};
+use crate::events as control;
 use crate::host::command::RamPath;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
@@ -50,13 +50,15 @@ use crate::idle::{Awake, IdleCores};
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
-use crate::observe::watch::{LinkOrder, Role, Watch};
+use crate::observe::output::Output;
+use crate::observe::progress::Progress;
+use crate::observe::watch::{LinkOrder, Watch};
 use crate::observe::{self, Observer};
-use crate::progress::Progress;
-use crate::report::{Completed, Output};
+use crate::role::Role;
 use crate::secure::{Guard, Security};
 use crate::session::{DestinationRecord, Keeper};
 use crate::single::{self, Single};
+use crate::statistics::Completed;
 use crate::uri::Uri;
 use crate::worker::Failure;
 
@@ -410,4 +412,11 @@ impl Threads {
         let _ = self.commands.send(command);
         self.demand.wake();
     }
+}
+
+/// A frame as it is sent.
+fn encoded(frame: &umem_wire::Frame) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    umem_wire::transmit::encode(frame, &mut bytes);
+    bytes
 }

@@ -21,7 +21,7 @@ use crate::host::{DestinationHost, maps};
 use crate::inbox::{Inbox, Wake};
 use crate::memory::check_pages;
 use crate::memory::claim::{self, User};
-use crate::report::Output;
+use crate::observe::output::Output;
 
 pub(crate) use adopting::Adopted;
 use finding::find;

@@ -63,7 +63,7 @@ use super::guest::{GuestMemory, PageId};
 use crate::error::Result;
 use crate::lane::Lane;
 use crate::memory::kind::RegionMemory;
-use crate::secure::Channel;
+use crate::tls::Channel;
 
 use ahead::ReadAhead;
 use buffer::{AHEAD_BULK_BYTES, AHEAD_DEMAND_BYTES, Buffered, fits_ahead};

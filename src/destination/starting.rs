@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::acks::Acks;
 use super::bulk::BulkLane;
-use super::demand::{Command, DemandLane, Reach};
+use super::demand::{Command, DemandLane};
 use super::faults::{FaultThread, Servers};
 use super::guest::{self, GuestMemory};
 use super::keeping::session_of;
@@ -23,9 +23,10 @@ use crate::host::DestinationHost;
 use crate::host::thread::HostThread;
 use crate::inbox::Inbox;
 use crate::lane::{self, Lane};
-use crate::progress::Progress;
-use crate::report::Output;
+use crate::observe::output::Output;
+use crate::observe::progress::Progress;
 use crate::worker;
+use crate::worker::ThreadHandle;
 
 /// Threads that serve the faults of a guest in shards, each with its own ring.
 const FAULT_THREADS_MAX: usize = 16;
@@ -100,11 +101,11 @@ impl<'a> Migration<'a> {
         guest: Arc<GuestMemory>,
         serving: Serving,
         host: HostThread<dyn DestinationHost>,
-    ) -> Result<(Migration<'a>, Reach)> {
+    ) -> Result<(Migration<'a>, ThreadHandle)> {
         let Serving { core, link, keeper, lane, acks, lane_count, landing } = serving;
         let is_checked = link.is_checked();
         let has_whole_digests = link.has_whole_digests();
-        let cores = Cores::choose(plan.cores, crate::cores::Role::Destination);
+        let cores = Cores::choose(plan.cores, crate::role::Role::Destination);
         let (commands, queue) = channel();
         if link.recovers {
             let post = inbox.post();
@@ -165,7 +166,7 @@ impl<'a> Migration<'a> {
     }
 
     /// Starts those who serve the faults of a guest in shards; notes who serves which.
-    pub(super) fn start_faults(&mut self, demand: &Reach) -> Result<()> {
+    pub(super) fn start_faults(&mut self, demand: &ThreadHandle) -> Result<()> {
         let sources = self.guest.sources.len();
         if !self.guest.is_sharded() {
             self.threads.servers = Servers::new(vec![demand.mailbox.clone(); sources]);

@@ -17,6 +17,7 @@
 //!
 //! The new process is not the monitor's parent. It sees its end, and not how it ended.
 
+use crate::hex;
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -36,22 +37,25 @@ use super::side::{GuestProcess, GuestSide};
 use super::{Migration, Note, Serving};
 use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
 use crate::control::destination::{Core, Input, Terms};
-use crate::control::event::{Event, Remark, Undone};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Context, Error, Result};
+use crate::events::{Event, Remark, Undone};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
-use crate::host::command::{Created, Monitor, began};
+use crate::host::command::Monitor;
 use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::HostThread;
 use crate::host::{DestinationHost, RunsItself};
-use crate::inbox::{Inbox, Wake};
-use crate::lane::{Listener, is_deserted};
+use crate::inbox::{Inbox, Interest, Wake};
+use crate::lane::Listener;
+use crate::memory::created::Created;
 use crate::memory::words::State;
 use crate::observe::Observer;
-use crate::observe::watch::Role;
-use crate::report::Output;
-use crate::secure::{Guard, Interest, WayIn};
+use crate::observe::output::Output;
+use crate::private_socket::is_deserted;
+use crate::process::began;
+use crate::role::Role;
+use crate::secure::{Guard, WayIn};
 use crate::session::{
     self, DestinationRecord, DestinationState, Keeper, RegionRecord, ResumeOptions,
 };
@@ -249,7 +253,7 @@ impl Taken {
     }
 
     fn certificate(&self) -> Option<Vec<u8>> {
-        self.record.certificate.as_deref().and_then(session::unhex)
+        self.record.certificate.as_deref().and_then(hex::unhex)
     }
 
     /// Where the source comes in: where it did, or at the address that is named now.

@@ -24,8 +24,7 @@ use umem_ring::{
 use umem_wire::{PageRange, RegionId};
 
 use super::Note;
-use super::faults::{RETRY_INTERVAL, SHORTAGE_INTERVAL};
-use super::guest::{GuestMemory, GuestRegion, PageId};
+use super::guest::{GuestMemory, GuestRegion, PageId, RETRY_INTERVAL, SHORTAGE_INTERVAL};
 use crate::cores::Place;
 use crate::error::{Error, Result};
 use crate::inbox::Post;

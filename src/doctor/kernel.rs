@@ -5,10 +5,12 @@ use std::io::ErrorKind;
 
 use umem_ring::{Config, Ring};
 
-use super::{Check, read, sudo, user};
+use super::{Check, user};
 use crate::fault::open::{self, DEVICE, Faults, Way};
 use crate::idle;
 use crate::memory;
+use crate::process::read;
+use crate::process::sudo;
 
 /// What the README asks for: IORING_MSG_RING_FLAGS_PASS is the newest thing umem uses.
 const OLDEST: (u32, u32) = (6, 3);

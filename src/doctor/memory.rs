@@ -2,7 +2,9 @@
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
-use super::{Check, read, sudo};
+use super::Check;
+use crate::process::read;
+use crate::process::sudo;
 
 const SHARED_MEMORY: &str = "/dev/shm";
 

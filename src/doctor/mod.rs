@@ -9,13 +9,13 @@
 //! - [`network`]: congestion control
 
 mod kernel;
-pub(crate) mod limits;
+mod limits;
 mod memory;
 mod network;
 
 use serde_json::json;
 
-use crate::report::Output;
+use crate::observe::output::Output;
 
 /// What a check came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,11 +139,6 @@ impl Check {
     }
 }
 
-/// Before a command that takes root's rights.
-fn sudo() -> &'static str {
-    if nix::unistd::geteuid().is_root() { "" } else { "sudo " }
-}
-
 /// The name of this process's user.
 fn user() -> String {
     let id = nix::unistd::geteuid();
@@ -151,9 +146,4 @@ fn user() -> String {
         Ok(Some(user)) => user.name,
         _ => id.to_string(),
     }
-}
-
-/// A small file of the kernel's, without the white space around it.
-fn read(path: &str) -> Option<String> {
-    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }

@@ -3,8 +3,10 @@
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt};
 
-use super::{Check, read, sudo};
+use super::Check;
 use crate::lane::CONGESTION_CONTROL;
+use crate::process::read;
+use crate::process::sudo;
 
 /// Sets it for a socket as a lane does.
 pub(super) fn congestion_control() -> Check {

@@ -15,19 +15,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use umem_wire::RegionId;
 
-use super::link::LinkOrder;
 use super::{Event, Failure, Guest, Stats};
-use crate::control::event::{self, Place};
 use crate::error::{Context, Error, Result};
+use crate::events::{self, Place};
+use crate::host::embedder::{Answers, Embedder, LinkOrder, Orders};
 use crate::host::thread::{Answer, Question};
 use crate::inbox::Canceller;
 use crate::lane::Severable;
 use crate::memory::dirty::DirtyMap;
+use crate::observe::output::Output;
 use crate::polling::poll;
-use crate::report::{Completed, Counters, Output};
-
-type Answers = Arc<dyn Fn(Answer) + Send + Sync>;
-type Orders = Arc<dyn Fn(LinkOrder) -> Result<()> + Send + Sync>;
+use crate::statistics::{Completed, Counters};
 
 pub(crate) struct Desk {
     desk: Mutex<Papers>,
@@ -43,7 +41,7 @@ pub(crate) struct Desk {
 struct Papers {
     events: VecDeque<Event>,
     open: Option<Open>,
-    answers: Option<Answers>,
+    answers: Option<Arc<Answers>>,
     /// The source's guest was to stop.
     stop_asked: bool,
     /// It was to go on afterwards.
@@ -53,7 +51,7 @@ struct Papers {
     counters: Option<(Arc<Counters>, u64)>,
     lanes: Severable,
     /// While lanes can be given up and opened again: how many connections that takes.
-    orders: Option<(u16, Orders)>,
+    orders: Option<(u16, Arc<Orders>)>,
     /// The last event is there, and says so.
     has_failed: bool,
     has_ended: bool,
@@ -100,43 +98,39 @@ impl Desk {
 }
 
 /// For the control thread.
-impl Desk {
-    pub(crate) fn canceller(&self) -> Canceller {
+impl Embedder for Desk {
+    fn canceller(&self) -> Canceller {
         self.canceller.clone()
     }
 
     /// Where answers go from here on.
-    pub(crate) fn answers(&self, post: impl Fn(Answer) + Send + Sync + 'static) {
+    fn answers(&self, post: Answers) {
         self.papers().answers = Some(Arc::new(post));
     }
 
     /// Every lane is open.
-    pub(crate) fn connected(&self, lanes: Severable) {
+    fn connected(&self, lanes: Severable) {
         let mut papers = self.papers();
         papers.lanes = lanes;
         self.put(&mut papers, Event::Connected);
     }
 
     /// The lanes that may have to be ended from here on are these.
-    pub(crate) fn connected_by(&self, lanes: Severable) {
+    fn connected_by(&self, lanes: Severable) {
         self.papers().lanes = lanes;
     }
 
     /// Lanes can be given up and opened again, on as many `connections`.
-    pub(crate) fn takes_orders(
-        &self,
-        connections: u16,
-        post: impl Fn(LinkOrder) -> Result<()> + Send + Sync + 'static,
-    ) {
+    fn takes_orders(&self, connections: u16, post: Orders) {
         self.papers().orders = Some((connections, Arc::new(post)));
     }
 
     /// What is counted from here on, and the size of the guest's memory in bytes.
-    pub(crate) fn watch(&self, counters: Arc<Counters>, total_bytes: u64) {
+    fn watch(&self, counters: Arc<Counters>, total_bytes: u64) {
         self.papers().counters = Some((counters, total_bytes));
     }
 
-    pub(crate) fn ask(&self, question: Question) {
+    fn ask(&self, question: Question) {
         let mut papers = self.papers();
         let (open, event) = match question {
             // The program knows what comes, and may do what it likes.
@@ -171,32 +165,35 @@ impl Desk {
     }
 
     /// Where events go that are neither questions nor the end.
-    pub(crate) fn output(self: &Arc<Desk>) -> Output {
-        let desk = self.clone();
+    fn output(self: Arc<Desk>) -> Output {
+        let desk = self;
         Output::Host(Arc::new(move |event| {
             let event = match event {
                 // The guest is to go on now, and not when the destination has been told so, for which it is dialled
                 // for a while.
-                event::Event::Telling { lane, reason, .. } => {
+                events::Event::Telling { lane, reason, .. } => {
                     let (lane, what) = (lane.clone(), reason.clone());
                     let error = Error::Lost { side: "destination", lane, what };
                     return desk.fail(&mut desk.papers(), error);
                 }
                 // The destination's program has said so itself.
-                &event::Event::Running { place: Place::Source, downtime } => {
+                &events::Event::Running { place: Place::Source, downtime } => {
                     Event::Running { downtime }
                 }
-                event::Event::Recovering { reason, .. } => {
+                events::Event::Recovering { reason, .. } => {
                     Event::Recovering { reason: reason.clone() }
                 }
-                event::Event::Paused { reason, .. } => Event::Paused { reason: reason.clone() },
-                &event::Event::Resumed { disconnected, .. } => Event::Resumed { disconnected },
+                events::Event::Paused { reason, .. } => Event::Paused { reason: reason.clone() },
+                &events::Event::Resumed { disconnected, .. } => Event::Resumed { disconnected },
                 _ => return,
             };
             desk.put(&mut desk.papers(), event);
         }))
     }
+}
 
+/// For the thread that runs a migration.
+impl Desk {
     /// Whether the guest belongs to this side, a destination, and misses pages.
     pub(crate) fn guest_waits(&self) -> bool {
         let papers = self.papers();
@@ -378,7 +375,7 @@ mod tests {
     fn desk() -> (Desk, std::sync::mpsc::Receiver<Answer>) {
         let (sender, receiver) = std::sync::mpsc::channel();
         let desk = Desk::new().unwrap();
-        desk.answers(move |answer| sender.send(answer).unwrap());
+        desk.answers(Box::new(move |answer| sender.send(answer).unwrap()));
         (desk, receiver)
     }
 
@@ -419,18 +416,18 @@ mod tests {
     #[test]
     fn of_connections_that_come_and_go_the_last_news_is_kept() {
         let desk = Arc::new(desk().0);
-        let Output::Host(tell) = desk.output() else { unreachable!() };
+        let Output::Host(tell) = desk.clone().output() else { unreachable!() };
         let place = Place::Destination;
         let reason = || "why".to_owned();
         let disconnected = Duration::from_millis(1500);
         for recoveries in 0..1000 {
-            let route = event::Route::Waits { pages_missing: 1 };
-            tell(&event::Event::Recovering { reason: reason(), route });
-            tell(&event::Event::Resumed { place, disconnected, recoveries });
+            let route = events::Route::Waits { pages_missing: 1 };
+            tell(&events::Event::Recovering { reason: reason(), route });
+            tell(&events::Event::Resumed { place, disconnected, recoveries });
         }
         desk.ask(Question::Run);
-        tell(&event::Event::Paused { reason: reason(), pause: event::Pause::Ordered });
-        tell(&event::Event::Running { place, downtime: Duration::ZERO });
+        tell(&events::Event::Paused { reason: reason(), pause: events::Pause::Ordered });
+        tell(&events::Event::Running { place, downtime: Duration::ZERO });
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Resumed { disconnected }, Event::Run, Event::Paused { reason }] = &events[..]
         else {
@@ -444,12 +441,12 @@ mod tests {
     fn a_guest_goes_on_before_the_destination_is_told_that_it_does() {
         let (desk, _answers) = desk();
         let desk = Arc::new(desk);
-        let Output::Host(tell) = desk.output() else { unreachable!() };
+        let Output::Host(tell) = desk.clone().output() else { unreachable!() };
         desk.ask(Question::Stop);
         desk.ask(Question::Resume);
         let uri = crate::uri::Uri::Tcp { host: "host".into(), port: 1 };
         let (lane, reason) = ("demand lane".into(), "why".into());
-        tell(&event::Event::Telling { uri, lane, reason });
+        tell(&events::Event::Telling { uri, lane, reason });
         desk.end(Err(Error::Interrupted("said already".into())));
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Stop, Event::Failed(failure)] = &events[..] else { panic!("{events:?}") };
@@ -462,7 +459,7 @@ mod tests {
         let (desk, _answers) = desk();
         let refused = |desk: &Desk, order| desk.order(order).unwrap_err().to_string();
         assert!(refused(&desk, LinkOrder::Pause).contains("no connections yet"));
-        desk.takes_orders(2, |_| Ok(()));
+        desk.takes_orders(2, Box::new(|_| Ok(())));
         desk.order(LinkOrder::Pause).unwrap();
         assert!(refused(&desk, LinkOrder::Reconnect(Vec::new())).contains("0 connections"));
         desk.end(Err(Error::Interrupted("why".into())));

@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::desk::{Desk, Open};
 use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
-use super::link::LinkOrder;
 use super::{Event, Stats};
 use crate::destination::embedded::{Entrance, Reception, receive};
 use crate::error::{Context, Error, Result};
 use crate::fault::handoff::Handed;
 use crate::fault::own::{Area, Guarded, Mapped};
+use crate::host::embedder::LinkOrder;
 use crate::host::thread::Answer;
 use crate::lane::Listener;
 use crate::memory::check_pages;
@@ -174,7 +174,7 @@ impl DestinationSetup {
             }
             Some(guarded)
         };
-        match Handle::start(desk, move |desk| receive(reception, desk), end) {
+        match Handle::start(desk, move |desk| receive(reception, &(desk.clone() as _)), end) {
             Ok(handle) => Ok(Destination { handle, uri }),
             Err(error) => {
                 take(&shared).into_iter().for_each(Guarded::release);

@@ -13,8 +13,9 @@ use umem_wire::limits::LANES_MAX;
 
 use super::desk::Desk;
 use crate::error::{Context, Error, Result};
+use crate::host::embedder::Embedder as _;
 use crate::panics;
-use crate::report::Completed;
+use crate::statistics::Completed;
 use crate::uri::Uri;
 
 /// How long a migration whose handle is dropped may take to tell the other side; then its connections
@@ -59,6 +60,11 @@ impl<T: Send + 'static> Handle<T> {
     pub(super) fn end(&self) -> Option<T> {
         self.desk.canceller().abandon();
         self.join()
+    }
+
+    /// Gives up, where that is still possible.
+    pub(super) fn cancel(&self) {
+        self.desk.canceller().cancel();
     }
 
     /// Waits for its end, which is near.
@@ -164,7 +170,7 @@ macro_rules! handle {
             /// switchover this has no effect, because the guest needs both sides until its last page
             /// has come. May be called from any thread.
             pub fn cancel(&self) {
-                self.handle.desk.canceller().cancel();
+                self.handle.cancel();
             }
         }
 

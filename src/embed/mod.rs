@@ -126,7 +126,6 @@
 pub(crate) mod desk;
 mod destination;
 pub(crate) mod handle;
-pub(crate) mod link;
 mod source;
 
 use std::time::Duration;
@@ -135,7 +134,7 @@ pub use destination::{Destination, DestinationSetup, Memory};
 pub use source::{Source, SourceSetup};
 
 use crate::error::Error;
-use crate::report::Completed;
+use crate::statistics::Completed;
 
 /// What the program is asked or told; the [module](self) says what to do about each.
 #[derive(Debug)]

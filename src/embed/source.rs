@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::desk::{Desk, Open};
 use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
-use super::link::LinkOrder;
 use super::{Event, Stats};
 use crate::error::{Context, Error, Result};
+use crate::host::embedder::LinkOrder;
 use crate::host::thread::Answer;
 use crate::memory::check_pages;
 use crate::memory::region::RamFile;
@@ -136,7 +136,7 @@ impl SourceSetup {
         }
         let recovers = recovers.unwrap_or(matches!(way, Way::Dial { .. }));
         let departure = Departure { way, files, postcopy, precopy, recovers, checksum, cores };
-        let migrate = move |desk: &Arc<Desk>| send(departure, desk);
+        let migrate = move |desk: &Arc<Desk>| send(departure, &(desk.clone() as _));
         let handle = Handle::start(Arc::new(Desk::new()?), migrate, |_, _| ())?;
         Ok(Source { handle })
     }

@@ -12,9 +12,7 @@
 //! SIGTTOU comes. A process group alone would not do: when umem ends the kernel sends SIGHUP to one whose
 //! processes are stopped, and with it ends the guest.
 
-mod created;
 mod options;
-mod process;
 mod terminal;
 
 use std::ffi::OsString;
@@ -31,12 +29,12 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::error::{Context, Error, Result};
 use crate::inbox::unblock_signals;
+use crate::memory::created::Created;
 use crate::memory::kind::Kind;
 use crate::os_text;
+use crate::process::ProcessHandle;
 
-pub(crate) use created::Created;
 use options::{is_qemu, qemu_arguments};
-pub(crate) use process::{ProcessHandle, Standstill, began, standstill};
 use terminal::Terminal;
 
 /// The preload object, compiled by the build script.
@@ -421,6 +419,7 @@ mod tests {
     use crate::polling::poll;
 
     use super::*;
+    use crate::process::began;
 
     fn started(mut command: Command, survives_panics: bool) -> Monitor {
         let child = command.spawn().unwrap();

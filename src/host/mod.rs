@@ -8,9 +8,11 @@
 //! - [`command`]: the monitor that `umem incoming … -- COMMAND` starts, with the preload object
 //! - [`thread`]: the thread that waits for the monitor, so that nobody else has to
 //! - [`pieces`]: some of these one by one, for tests
+//! - [`embedder`]: a program that umem is a part of, in the monitor's place
 //! - [`guest`]: the demo's guest, which speaks the same QMP
 
 pub(crate) mod command;
+pub(crate) mod embedder;
 pub mod guest;
 pub(crate) mod maps;
 #[doc(hidden)]
@@ -22,9 +24,25 @@ pub(crate) mod thread;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 use crate::memory::dirty::DirtyLog;
-use crate::session::Undo;
+use qemu::Changes;
+use qmp::Process;
+
+/// What umem has changed in the source's monitor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Undo {
+    /// The guest went on by itself when it was stopped.
+    pub(crate) was_live: bool,
+    /// By which the monitor knows what this session has changed there; none where it has no claims.
+    pub(crate) claim: Option<String>,
+    /// Of its settings.
+    pub(crate) changes: Changes,
+    /// Which process it is, as far as its socket says: without it the guest cannot run here.
+    pub(crate) process: Option<Process>,
+}
 
 /// Writes down what a stop, and what comes after it, changes in a monitor.
 pub(crate) type BeforeStop = Box<dyn Fn(&Undo) -> Result<()> + Send>;

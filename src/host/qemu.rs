@@ -29,11 +29,10 @@ use serde_json::{Value, json};
 use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::qmp::{Process, Qmp, socket_pair};
-use super::{BeforeStop, DestinationHost, SourceHost};
+use super::{BeforeStop, DestinationHost, SourceHost, Undo};
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
 use crate::panics;
-use crate::session::Undo;
 use claim::Claim;
 use saving::Saving;
 use settings::Role;

@@ -11,8 +11,8 @@ use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::command::began;
 use crate::error::{Context, Error, Result};
+use crate::process::began;
 
 /// A QMP socket greets as soon as it accepts; one that is held by another client never does.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);

@@ -8,8 +8,7 @@ use umem_wire::{
 };
 
 use super::Lane;
-use crate::error::{Context, Error, Result};
-use crate::secure::Answer;
+use crate::error::{Context, Result};
 
 /// A hello or a welcome that is coming in, in as many pieces as it likes.
 pub(crate) struct HelloBytes {
@@ -55,27 +54,6 @@ const CHECKED: Capabilities = Capabilities::CHECKSUM.union(Capabilities::WHOLE_D
 pub(crate) fn capabilities(recovers: bool) -> Capabilities {
     let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
     Capabilities::ACKS.union(CHECKED).union(recovery).union(Capabilities::ROUNDS)
-}
-
-/// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
-pub(crate) fn welcome(
-    lane: &mut Lane,
-    hello: &Hello,
-    ours: Capabilities,
-    answer: Option<&Answer>,
-) -> Result<()> {
-    let mut welcome = match Welcome::answer(hello, PROTOCOL, ours, [0; 32]) {
-        Ok(welcome) => welcome,
-        Err(error) => {
-            refuse(lane, FaultCode::Protocol, &error.to_string());
-            return Err(Error::protocol(&lane.name, error));
-        }
-    };
-    if let Some(answer) = answer {
-        welcome.proof = answer.welcome_proof(hello, &welcome);
-    }
-    lane.capabilities = welcome.capabilities;
-    lane.say(&welcome.encode())
 }
 
 /// Answers a hello that does not fit. Who has gone already needs no answer.

@@ -2,24 +2,23 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollTimeout};
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, socket,
-};
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
 
-use super::Wait;
 use super::tuning::choose_congestion;
 use crate::accepting::{Accepted, Room};
 use crate::error::{Context, Error, Result};
+use crate::inbox::Wait;
 use crate::lookup;
 use crate::polling::poll;
+use crate::private_socket::bind_private;
 use crate::uri::Uri;
 
 /// How long a name's resolver may take whom nobody could stop waiting for it.
@@ -198,35 +197,6 @@ impl Drop for Listener {
             let _ = std::fs::remove_file(path);
         }
     }
-}
-
-/// Makes a listening unix socket that is the owner's alone.
-///
-/// The file that bind makes has the socket's own mode, so that no mask of the whole process has to
-/// change for it, whose other threads may make files meanwhile.
-pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    use nix::sys::socket::{Backlog, bind, listen};
-    use nix::sys::stat::{Mode, fchmod};
-    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&socket, Backlog::MAXCONN)?;
-    Ok(socket.into())
-}
-
-/// Connects to a unix socket without waiting: [`io::ErrorKind::WouldBlock`] where its queue of connections is full.
-pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    let stream = UnixStream::from(socket);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
-}
-
-/// Nobody listens at this socket any more: its process was killed.
-pub(crate) fn is_deserted(path: &Path) -> bool {
-    connect_at_once(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Every address of this machine, where none is named.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use nix::sys::socket::Shutdown;
 
 use super::Lane;
-use crate::single;
+use super::tuning::is_tcp;
 
 /// Connections that may have to be ended by somebody else than who serves them. Each closes when that
 /// one is done with it all the same. Clones are of the same connections.
@@ -43,7 +43,7 @@ pub(crate) fn sever(socket: &OwnedFd) {
     let nowhere =
         libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
     let length = size_of_val(&nowhere) as libc::socklen_t;
-    if single::is_tcp(socket) {
+    if is_tcp(socket) {
         // SAFETY: the address is a local variable of the length given; this address family undoes the
         // connection (connect(2)) and involves no other memory.
         unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length) };

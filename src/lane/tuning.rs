@@ -67,7 +67,7 @@ pub(super) fn tune(
 ///
 /// To be called before a socket connects, or listens, and not only afterwards: one that has begun with bbr
 /// stays paced by a timer whatever it is given later, which halves what a core sends over loopback.
-pub(super) fn choose_congestion(socket: &impl AsFd) {
+pub(crate) fn choose_congestion(socket: &impl AsFd) {
     let _ = setsockopt(socket, sockopt::TcpCongestion, &CONGESTION_CONTROL.into());
 }
 
@@ -89,4 +89,10 @@ pub(crate) fn setsockopt_raw(
         )
     };
     nix::errno::Errno::result(result).map(drop)
+}
+
+/// Whether a socket is TCP, so that TCP's options can be set on it.
+pub(super) fn is_tcp(socket: &OwnedFd) -> bool {
+    // Other sockets do not know the option.
+    nix::sys::socket::getsockopt(&socket.as_fd(), sockopt::TcpNoDelay).is_ok()
 }

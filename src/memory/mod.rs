@@ -26,6 +26,7 @@ pub(crate) mod blocks;
 pub(crate) mod claim;
 pub(crate) mod claims;
 pub(crate) mod copy;
+pub(crate) mod created;
 pub(crate) mod data;
 pub(crate) mod dirty;
 pub(crate) mod fragments;

@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use super::visitors::{self, Entrance, Visitor};
 use super::watch::{LinkOrder, Watch};
 use crate::error::{Error, Result};
-use crate::lane::{bind_private, is_deserted};
+use crate::private_socket::{bind_private, is_deserted};
 use crate::uri::Uri;
 
 /// Connections at a time. When there are more, the one goes that has said nothing for the longest time.
@@ -399,9 +399,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {
-    use super::super::watch::Role;
     use super::*;
     use crate::bandwidth::Bandwidth;
+    use crate::role::Role;
 
     #[test]
     fn lanes_are_given_up_and_opened_again_after_the_switchover() {

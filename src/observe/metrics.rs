@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 use nix::poll::PollFlags;
 use serde_json::json;
 
+use super::output::Output;
 use super::visitors::{self, Entrance, Visitor};
 use super::watch::{Status, Watch};
 use crate::error::{Error, Result};
-use crate::report::{CpuTime, Output};
+use crate::statistics::CpuTime;
 
 /// The most that is read of a request: its line, and the headers that clients send.
 const REQUEST_BYTES_MAX: usize = 8 << 10;

@@ -1,9 +1,9 @@
 //! What a migration lets others see, and do to it: progress, reports, metrics, a control socket.
 //!
-//! Threads that move pages only count ([`map`], [`faults`], [`Counters`](crate::report::Counters)); a
+//! Threads that move pages only count ([`Counters`](crate::statistics::Counters)); a
 //! [`Watch`] reads what they have counted, and everybody else asks the watch:
 //!
-//! - [`progress`](crate::progress): bars, lines or JSON events for whoever waits
+//! - [`progress`]: bars, lines or JSON events for whoever waits
 //! - [`recording`] and [`report`]: `--report FILE`, figures over time and pictures of them on a [`page`]
 //! - [`metrics`]: `--metrics ADDRESS`, for Prometheus
 //! - [`control`]: `--control SOCKET`, commands in lines of JSON
@@ -13,11 +13,11 @@
 
 pub(crate) mod bench;
 pub(crate) mod control;
-pub(crate) mod faults;
-pub(crate) mod map;
 pub(crate) mod metrics;
+pub(crate) mod output;
 pub mod page;
 mod pictures;
+pub(crate) mod progress;
 pub mod recording;
 mod report;
 pub mod svg;
@@ -30,10 +30,12 @@ use std::sync::Arc;
 
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
-use crate::report::{Completed, Output};
+use crate::statistics::Completed;
+use output::Output;
 
+use crate::role::Role;
 pub(crate) use report::{check_writable, write};
-use watch::{Role, Watch};
+use watch::Watch;
 
 pub use metrics::Address;
 

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 
 use super::recording::{CellRecord, MapRecord, Recording};
 use super::svg::{Scale, Svg, number, ticks};
-use super::watch::CUT;
-use crate::report::Latency;
+use crate::events::CUT;
+use crate::statistics::Latency;
 
 const WIDTH: f64 = 960.0;
 const LEFT: f64 = 64.0;

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::map::{Came, Map};
-use crate::report::{Completed, Counters};
+use crate::statistics::map::{Came, Map};
+use crate::statistics::{Completed, Counters};
 
 /// Samples that are kept: when there are more, every other one goes and half as many come.
 const SAMPLES_MAX: usize = 1024;

@@ -9,7 +9,7 @@ use super::page::Page;
 use super::pictures::{self, Timed};
 use super::recording::Recording;
 use crate::error::{Context, Error, Result};
-use crate::report::Completed;
+use crate::statistics::Completed;
 
 /// Before anything is moved: a report that could not be written would be missed afterwards.
 pub(crate) fn check_writable(path: &Path) -> Result<()> {
@@ -170,7 +170,7 @@ fn numbers(page: &mut Page, sides: &[&Completed]) {
         });
     }
     for (name, value) in [
-        ("faults", (|l| l.count) as fn(&crate::report::Latency) -> u64),
+        ("faults", (|l| l.count) as fn(&crate::statistics::Latency) -> u64),
         ("fault p50, µs", |l| l.p50),
         ("fault p90, µs", |l| l.p90),
         ("fault p99, µs", |l| l.p99),

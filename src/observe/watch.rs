@@ -20,7 +20,9 @@ use serde::Serialize;
 use super::recording::{Recorder, Recording, Sample, Span};
 use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
-use crate::report::{Completed, Counters};
+use crate::events::CUT;
+use crate::role::Role;
+use crate::statistics::{Completed, Counters};
 use crate::uri::Uri;
 
 /// Between the first samples of a recording; later ones come less often.
@@ -32,33 +34,14 @@ const RATE_WINDOW: Duration = Duration::from_secs(1);
 /// Orders that may wait for the control thread: people and programs give one at a time.
 const ORDERS_MAX: usize = 16;
 
-/// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
-pub(crate) const CUT: &str = "without connection";
-
 /// The last phase of either side.
 const COMPLETED: &str = "completed";
 
-/// A side of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    Source,
-    Destination,
-}
-
-impl Role {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Role::Source => "source",
-            Role::Destination => "destination",
-        }
-    }
-
-    /// Before there is a phase of the protocol.
-    fn first_phase(self) -> &'static str {
-        match self {
-            Role::Source => "connecting",
-            Role::Destination => "waiting for a source",
-        }
+/// Before there is a phase of the protocol.
+fn first_phase(role: Role) -> &'static str {
+    match role {
+        Role::Source => "connecting",
+        Role::Destination => "waiting for a source",
     }
 }
 
@@ -148,7 +131,7 @@ impl Watch {
             link: OnceLock::new(),
             orders: AtomicUsize::new(0),
             state: Mutex::new(State {
-                phase: role.first_phase(),
+                phase: first_phase(role),
                 phase_began: now,
                 recorder: records.then(|| Recorder::new(SAMPLE_INTERVAL.as_secs_f64())),
                 pace: Pace::new(now),

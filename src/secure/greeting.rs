@@ -13,7 +13,8 @@ use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, Nonce, PROTOCOL, W
 
 use super::{Challenge, Pass};
 use crate::error::{Error, Result};
-use crate::lane::{HELLO_TIMEOUT, HelloBytes, Lane, Wait};
+use crate::inbox::Wait;
+use crate::lane::{HELLO_TIMEOUT, HelloBytes, Lane};
 
 /// Makes a connection a lane: TLS and proofs of the secret, if there are to be any, hello and welcome.
 pub(crate) fn introduce(

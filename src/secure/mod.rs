@@ -1,54 +1,43 @@
 //! Who may be at the other end of a lane, and who may read what goes over it.
 //!
 //! Two means, and neither is tied to the other. *TLS 1.3* with certificates on both sides
-//! ([`credentials`]) keeps everything secret and whole. rustls shakes hands ([`session`]), then records are
-//! made and taken apart here ([`records`]): on a bulk lane by the lane's own thread, in the buffer that its
-//! ring receives into or sends from ([`channel`]). Before a demand lane a thread of its own does it
+//! ([`credentials`]) keeps everything secret and whole. rustls shakes hands ([`tls`](crate::tls)), then records are
+//! made and taken apart there: on a bulk lane by the lane's own thread, in the buffer that its
+//! ring receives into or sends from. Before a demand lane a thread of its own does it
 //! ([`pump`]), between the connection and a socket pair, whose other end is the lane. A *secret* that both sides have ([`secret`]) says who may open a lane, and nothing
 //! more: what follows can be read, and changed by whoever sits on the path.
 //!
 //! A destination has a [`Guard`], a source a [`Pass`]. Each lane is opened anew by them, whether it is
 //! the first or one that takes a lost lane's place: nothing is resumed.
 
-mod channel;
-mod credentials;
-mod explain;
+mod dialing;
 mod greeting;
 mod opening;
 mod pump;
-mod records;
 mod secret;
-mod session;
-#[cfg(test)]
-mod testing;
+mod welcome;
 
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::PollFlags;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ServerConfig};
 use umem_wire::LaneRole;
 
 use crate::error::{Error, Result};
-use crate::lane::{HELLO_TIMEOUT, Lane, Listener, Wait, is_local};
+use crate::inbox::Wait;
+use crate::lane::{HELLO_TIMEOUT, Lane, Listener};
+use crate::tls::{Fate, Handshake, Session, credentials, explain};
 use crate::uri::Uri;
 
-pub(crate) use channel::Channel;
-pub(crate) use credentials::protect_process;
+pub(crate) use dialing::{connect_to, dial, is_local, open, open_shared, stays_local};
 pub(crate) use greeting::introduce;
 pub(crate) use opening::{Opened, Opening, Progress};
-pub(crate) use pump::Fate;
-pub(crate) use records::Outgoing;
-#[cfg(feature = "fuzz")]
-pub(crate) use records::fuzz as fuzz_records;
-pub(crate) use secret::Answer;
+pub(crate) use welcome::welcome;
 
 use pump::Pumps;
 use secret::{Challenge, Secret};
-use session::{Handshake, Session};
 
 /// What the user asks for, the same on both sides but where it says otherwise.
 #[derive(Clone, Debug, Default)]
@@ -241,17 +230,6 @@ fn expected_name(uri: &Uri, named: Option<&str>) -> Result<ServerName<'static>> 
              could be for: give one with --tls-hostname"
         ))
     })
-}
-
-/// A descriptor and what to wait for at it.
-pub(crate) type Interest<'a> = (BorrowedFd<'a>, PollFlags);
-
-fn readable(socket: &impl AsFd) -> Interest<'_> {
-    (socket.as_fd(), PollFlags::POLLIN)
-}
-
-fn writable(socket: &impl AsFd) -> Interest<'_> {
-    (socket.as_fd(), PollFlags::POLLOUT)
 }
 
 #[cfg(test)]

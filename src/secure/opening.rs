@@ -4,10 +4,11 @@
 
 use umem_wire::{FaultCode, HELLO_BYTES, Hello, HelloError};
 
+use super::Guard;
 use super::secret::Answer;
-use super::session::{Handshake, Session};
-use super::{Guard, Interest, explain, readable};
+use crate::inbox::{Interest, readable};
 use crate::lane::{self, HelloBytes, Lane};
+use crate::tls::{Handshake, Session, explain};
 
 /// Bytes that a TLS connection begins with: a record of a handshake, of TLS 1.
 const TLS_BEGINS: &[u8] = &[22, 3];

@@ -12,9 +12,7 @@
 //! cut: the lane ends too, and [`Fate`] says why.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::AtomicU8;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,11 +25,10 @@ use nix::sys::socket::{
 use umem_wire::LaneRole;
 use umem_wire::limits::LANES_MAX;
 
-use super::channel::Channel;
-use super::records::Outgoing;
 use crate::error::{Context, Error, Result};
 use crate::lane::{self, Lane};
 use crate::polling::poll;
+use crate::tls::{Channel, Fate, Outgoing};
 use crate::{panics, priority};
 
 /// Bytes that are taken from a lane and encrypted at once: eight records, which fit a processor's second
@@ -51,42 +48,6 @@ const RUNNING_MAX: usize = 8;
 
 /// Connections that broke and are remembered: all of a session's lanes.
 const CAUSES_MAX: usize = LANES_MAX as usize + 1;
-
-/// What became of a lane's TLS connection.
-pub(crate) struct Fate {
-    /// Why it broke, set before the lane sees its end.
-    cause: OnceLock<String>,
-    lane: OnceLock<String>,
-    /// 0, or 1 + the lane's role, until the pump has heard of it.
-    role: AtomicU8,
-}
-
-impl Fate {
-    fn new() -> Fate {
-        Fate { cause: OnceLock::new(), lane: OnceLock::new(), role: AtomicU8::new(0) }
-    }
-
-    pub(super) fn unnamed() -> Arc<Fate> {
-        Arc::new(Fate::new())
-    }
-
-    pub(super) fn named(lane: String) -> Arc<Fate> {
-        let fate = Fate::new();
-        let _ = fate.lane.set(lane);
-        Arc::new(fate)
-    }
-
-    /// What the lane is for: its pump goes before others as the lane's own thread does.
-    pub(crate) fn assign(&self, lane: &str, role: LaneRole) {
-        let _ = self.lane.set(lane.to_owned());
-        self.role.store(1 + role as u8, Relaxed);
-    }
-
-    /// Why the connection broke, if it did.
-    pub(crate) fn cause(&self) -> Option<&str> {
-        self.cause.get().map(String::as_str)
-    }
-}
 
 /// All pumps of one side. When it goes they end: what lanes have sent leaves first.
 pub(super) struct Pumps {
@@ -167,7 +128,7 @@ impl Pumps {
         };
         let pumps = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let fates = pumps.iter().rev().map(|pump| &pump.fate);
-        let mut of_lane = fates.filter(|fate| fate.lane.get() == Some(&lane));
+        let mut of_lane = fates.filter(|fate| fate.lane() == Some(&*lane));
         let what = match of_lane.find_map(|fate| fate.cause()) {
             Some(cause) => format!("{what} (TLS: {cause})"),
             None => what,
@@ -178,7 +139,7 @@ impl Pumps {
 
 /// Keeps of those that have ended only the last that broke, for [`Pumps::explain`].
 fn forget_ended(pumps: &mut Vec<Running>) {
-    let tells = |pump: &Running| pump.fate.cause().is_some() && pump.fate.lane.get().is_some();
+    let tells = |pump: &Running| pump.fate.cause().is_some() && pump.fate.lane().is_some();
     pumps.retain(|pump| !pump.thread.is_finished() || tells(pump));
     let ended = pumps.iter().filter(|pump| pump.thread.is_finished()).count();
     let mut too_many = ended.saturating_sub(CAUSES_MAX);
@@ -262,7 +223,7 @@ impl Pump {
             Ok(())
         });
         if let Err(panic) = run {
-            let _ = fate.cause.set(panic.to_string());
+            fate.broke(panic.to_string());
         }
         // Both ends show it only now.
     }
@@ -298,10 +259,7 @@ impl Pump {
 
     /// Demand pages go first, as in the threads of their lanes.
     fn take_role(&self) {
-        if self.fate.role.load(Relaxed) == 0 {
-            return;
-        }
-        let role = self.fate.role.swap(0, Relaxed) - 1;
+        let Some(role) = self.fate.newly_assigned() else { return };
         if role == LaneRole::Demand as u8 {
             priority::go_first();
         } else {
@@ -350,7 +308,7 @@ impl Pump {
                 Err(Errno::EAGAIN) => return moved,
                 Err(errno) => {
                     // What has come before it broke may still be read.
-                    let _ = self.fate.cause.set(errno.desc().into());
+                    self.fate.broke(errno.desc().into());
                     self.lane_ended.get_or_insert_with(Instant::now);
                     self.said_all = true;
                     return true;
@@ -417,7 +375,7 @@ impl Pump {
 
     /// The connection is lost. What has come is still handed over, and then this ends.
     fn cut(&mut self, cause: String) {
-        let _ = self.fate.cause.set(cause);
+        self.fate.broke(cause);
         self.is_cut = true;
     }
 

@@ -20,8 +20,8 @@ use ring::hmac;
 use ring::rand::{SecureRandom, SystemRandom};
 use umem_wire::{HELLO_BYTES, Hello, Nonce, Welcome};
 
-use super::credentials::read_private;
 use crate::error::{Error, Result};
+use crate::tls::credentials::read_private;
 
 /// A shorter secret could be found by trying, by whoever has heard one lane being opened.
 const SECRET_BYTES_MIN: usize = 16;

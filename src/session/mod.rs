@@ -35,13 +35,14 @@ use serde::de::DeserializeOwned;
 use umem_wire::SessionId;
 
 use crate::error::{Context, Error, Result};
-use crate::observe::watch::Role;
+use crate::hex::{hex, unhex};
+use crate::role::Role;
 
 pub(crate) use clock::{since_boot, when};
 pub(crate) use directory::Directory;
 pub(crate) use record::{
     DestinationRecord, DestinationState, GuestRecord, RamRecord, RegionRecord, SecurityRecord,
-    SourceRecord, SourceState, TotalsRecord, Undo, VERSION, absolute,
+    SourceRecord, SourceState, TotalsRecord, VERSION,
 };
 pub use resume::Options as ResumeOptions;
 #[cfg(feature = "fuzz")]
@@ -50,18 +51,6 @@ pub(crate) use resume::check;
 /// A session's number as it is written.
 pub(crate) fn name(session: SessionId) -> String {
     hex(&session.0)
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// What [`hex`] has written.
-pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
-    if !text.is_ascii() || !text.len().is_multiple_of(2) {
-        return None;
-    }
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
 }
 
 /// The number that [`name`] has written.

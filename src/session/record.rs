@@ -1,16 +1,15 @@
 //! What is in a session file.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use umem_wire::Totals;
 
-use crate::error::{Context, Result};
-use crate::host::command::Created;
-use crate::host::qemu::Changes;
-use crate::host::qmp::Process;
+use crate::error::Result;
+use crate::host::Undo;
+use crate::memory::created::Created;
 use crate::memory::stamp::Stamp;
-use crate::os_text;
+use crate::os_text::{self, absolute};
 use crate::secure::Security;
 
 /// Of the records below. A umem that takes over has to know it.
@@ -46,11 +45,6 @@ impl SecurityRecord {
     }
 }
 
-/// A path that means the same in another directory.
-pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).context(|| path.display().to_string())
-}
-
 /// How far a source had come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -61,19 +55,6 @@ pub(crate) enum SourceState {
     Committed,
     /// The destination has said that it has everything: nobody needs what is here.
     Completed,
-}
-
-/// What umem has changed in the source's monitor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Undo {
-    /// The guest went on by itself when it was stopped.
-    pub(crate) was_live: bool,
-    /// By which the monitor knows what this session has changed there; none where it has no claims.
-    pub(crate) claim: Option<String>,
-    /// Of its settings.
-    pub(crate) changes: Changes,
-    /// Which process it is, as far as its socket says: without it the guest cannot run here.
-    pub(crate) process: Option<Process>,
 }
 
 /// A RAM file of the source's guest.

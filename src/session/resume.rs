@@ -11,7 +11,7 @@ use super::{DestinationRecord, Directory, Keeper, SourceRecord, VERSION};
 use crate::error::{Error, Result};
 use crate::idle::IdleCores;
 use crate::observe;
-use crate::observe::watch::Role;
+use crate::role::Role;
 use crate::secure::Security;
 use crate::uri::Uri;
 

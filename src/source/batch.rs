@@ -5,11 +5,14 @@ use umem_ring::{Fd, Memory, Op};
 use umem_wire::HEADER_BYTES;
 use umem_wire::limits::CHECKED_RUN_BYTES_MAX;
 
-use super::bulk::BATCH_RUNS;
 use super::pace::BATCH_BYTES_MIN;
 use crate::memory::copy::copy_out;
 use crate::memory::guarded::Gone;
-use crate::secure::{Channel, Outgoing};
+use crate::tls::{Channel, Outgoing};
+
+/// The most runs of a batch, which is sent when it holds these, or as many bytes of pages as [`Pace`](super::pace::Pace) says.
+/// Each run is two pieces at most, and a vectored send takes 1024.
+pub(super) const BATCH_RUNS: usize = 256;
 
 /// The headers that usually stand before a piece of pages.
 const HEADERS_BYTES: usize = 16 * HEADER_BYTES;

@@ -15,7 +15,7 @@ use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, W
 use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 
 use super::Note;
-use super::batch::{Storage, Unfit};
+use super::batch::{BATCH_RUNS, Storage, Unfit};
 use super::memory::{RoundsWalk, SourceMemory, Walk};
 use super::outlet::{Left, Outlet, Stuck};
 use super::pace::Pace;
@@ -27,8 +27,8 @@ use crate::lane::Lane;
 use crate::memory::claims::Run;
 use crate::panics;
 use crate::priority::{self, Courtesy};
-use crate::report::Counters;
-use crate::secure::Channel;
+use crate::statistics::Counters;
+use crate::tls::Channel;
 use crate::worker::Started;
 
 /// What the kernel answers to a zero-copy send that it does not do, and would do plainly: RLIMIT_MEMLOCK is used up by
@@ -46,10 +46,6 @@ const TOKEN_WRITABLE: u64 = 3;
 
 /// Acknowledgements, 32 bytes each, that are read at once.
 const RECEIVE_BYTES: usize = 4 << 10;
-
-/// The most runs of a batch, which is sent when it holds these, or as many bytes of pages as [`Pace`] says.
-/// Each run is two pieces at most, and a vectored send takes 1024.
-pub(super) const BATCH_RUNS: usize = 256;
 
 /// Operations of a lane's ring. Zero-copy sends stay until their bytes have been acknowledged, each of a batch.
 const OPS_MAX: u32 = 1024;

@@ -27,10 +27,9 @@ use crate::inbox::Post;
 use crate::lane::{Hearing, Lane, SHARED_QUEUE_BYTES};
 use crate::memory::claims::Run;
 use crate::memory::sequences::Detector;
-use crate::panics;
-use crate::priority;
-use crate::report::Counters;
+use crate::statistics::Counters;
 use crate::worker::Started;
+use crate::{panics, priority};
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;

@@ -12,13 +12,12 @@ use super::parting::Caller;
 use super::{Migration, Note, digest};
 use crate::control::Moment;
 use crate::control::calling::Word;
-use crate::control::event::{Event, Remark};
 use crate::control::source::closing::GOODBYE_PING;
 use crate::control::source::{Effect, Goodbye, Input, Order, Question};
 use crate::error::Result;
-use crate::idle;
+use crate::events::{Event, Remark};
 use crate::inbox::Wake;
-use crate::panics;
+use crate::{idle, panics};
 
 impl Migration {
     /// Until the core has come to an end.

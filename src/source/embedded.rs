@@ -5,20 +5,21 @@ use std::sync::Arc;
 
 use nix::poll::PollFlags;
 
+use super::link::open_over;
 use super::memory::SourceMemory;
 use super::{Link, Migration, Note, Order, Plan, Precopy, wait};
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::embed::desk::Desk;
-use crate::embed::link::{self, LinkOrder};
 use crate::error::Result;
+use crate::host::embedder::{self, Embedder, LinkOrder};
 use crate::host::thread::HostThread;
 use crate::idle::IdleCores;
 use crate::inbox::Inbox;
-use crate::lane::{self, Lane, Session, Wait};
+use crate::lane::Session;
 use crate::memory::region::RamFile;
-use crate::observe::watch::{Role, Watch};
-use crate::report::Completed;
-use crate::secure::Pass;
+use crate::observe::watch::Watch;
+use crate::role::Role;
+use crate::secure::{self, Pass};
+use crate::statistics::Completed;
 use crate::uri::Uri;
 
 /// The way to the destination.
@@ -45,11 +46,11 @@ pub(crate) struct Departure {
 }
 
 /// Moves one guest away. Nothing of it runs any more when this returns.
-pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> {
+pub(crate) fn send(departure: Departure, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
     let Departure { way, files, postcopy, precopy, recovers, checksum, cores } = departure;
-    let inbox = Inbox::embedded(desk.canceller())?;
+    let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
-    desk.answers(move |answer| post.send(Note::Host(answer)));
+    embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
     let memory = SourceMemory::new(files, false).checked(checksum).in_rounds(precopy.is_some());
     let memory = Arc::new(memory);
     memory.claim(false)?;
@@ -60,13 +61,13 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         Way::Dial { uri, lanes } => {
             let session = Session::new(lanes, false, recovers)?.checked(checksum);
             let session = session.in_rounds(precopy.is_some());
-            let open = |index| lane::dial(&uri, &session.hello(index, 0), &pass, &wait);
+            let open = |index| secure::dial(&uri, &session.hello(index, 0), &pass, &wait);
             let lanes = (0..=lanes).map(open).collect::<Result<Vec<_>>>()?;
-            let stays_local = lane::stays_local(&uri, &wait)?;
+            let stays_local = secure::stays_local(&uri, &wait)?;
             (session, lanes, Some(uri), stays_local)
         }
         Way::Connections(sockets) => {
-            let stays_local = sockets.iter().all(lane::is_local);
+            let stays_local = sockets.iter().all(secure::is_local);
             let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
             let session = Session::new(count, false, recovers)?.checked(checksum);
             let session = session.in_rounds(precopy.is_some());
@@ -75,9 +76,9 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         }
     };
     let link = Link::new(session, pass, uri, &lanes);
-    desk.connected(link.severable());
-    desk.watch(memory.counters.clone(), memory.total_bytes());
-    let asking = desk.clone();
+    embedder.connected(link.severable());
+    embedder.watch(memory.counters.clone(), memory.total_bytes());
+    let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
     let watch = Watch::new(Role::Source, false, None);
     let plan = Plan {
@@ -95,37 +96,22 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         stays_local,
     };
     let (recovers, post) = (link.recovers(), inbox.post());
-    let migration = Migration::start(&plan, desk.output(), inbox, (lanes, link), memory, host)?;
-    desk.takes_orders(session.bulk_lanes + 1, move |order| {
-        link::check(recovers, &watch)?;
-        post.send(match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume => Note::Resume(None),
-            LinkOrder::Dial(uri) => Note::Resume(Some(uri)),
-            LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
-            LinkOrder::Listen(_) => unreachable!("a source listens nowhere"),
-        });
-        Ok(())
-    });
+    let migration =
+        Migration::start(&plan, embedder.clone().output(), inbox, (lanes, link), memory, host)?;
+    embedder.takes_orders(
+        session.bulk_lanes + 1,
+        Box::new(move |order| {
+            embedder::check(recovers, &watch)?;
+            post.send(match order {
+                LinkOrder::Pause => Note::Pause,
+                LinkOrder::Resume => Note::Resume(None),
+                LinkOrder::Dial(uri) => Note::Resume(Some(uri)),
+                LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+                LinkOrder::Listen(_) => unreachable!("a source listens nowhere"),
+            });
+            Ok(())
+        }),
+    );
     let report = migration.drive()?;
     report.check_digests().map(|()| report)
-}
-
-/// Opens all lanes on connections that are there already; a single one is for all. The first answer may take as long
-/// as the destination's program does.
-pub(super) fn open_over(
-    sockets: Vec<OwnedFd>,
-    session: &Session,
-    epoch: u32,
-    pass: &Pass,
-    wait: Wait<'_>,
-) -> Result<Vec<Lane>> {
-    let open = |(index, socket)| {
-        let hello = session.hello(index, epoch);
-        match session.bulk_lanes {
-            0 => lane::open_shared(socket, &hello, pass, wait),
-            _ => lane::open(socket, &hello, wait),
-        }
-    };
-    (0..).zip(sockets).map(open).collect()
 }

@@ -9,13 +9,12 @@ use umem_wire::{Fault, Frame, PageSize, Totals};
 use super::Migration;
 use super::bulk;
 use super::demand::Command;
-use crate::control::event::{Event, Remark};
 use crate::control::source::{Guest, Outcome};
 use crate::error::{Error, Result};
-use crate::lane;
+use crate::events::{Event, Remark};
 use crate::memory::sums::RegionDigest;
-use crate::report::{Completed, CpuTime};
-use crate::worker;
+use crate::statistics::{Completed, CpuTime};
+use crate::{lane, worker};
 
 impl Migration {
     /// Nothing is freed on the way any more.

@@ -3,11 +3,22 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::reopening::Opened;
+use umem_wire::{Receiver, Standing};
+
+use crate::error::Result;
+use crate::inbox::Wait;
 use crate::lane::{Lane, Session, Severable};
-use crate::secure::Pass;
+use crate::secure::{self, Pass};
 use crate::session::{Keeper, SourceRecord};
 use crate::uri::Uri;
+
+/// Lanes of one attempt, opened.
+pub(super) struct Opened {
+    pub(super) lanes: Vec<Lane>,
+    /// Has read what the destination said first on the demand lane.
+    pub(super) receiver: Receiver,
+    pub(super) standing: Standing,
+}
 
 pub(super) struct Link {
     pub(super) recovers: bool,
@@ -59,4 +70,23 @@ impl Link {
     pub(super) fn severable(&self) -> Severable {
         self.sockets.clone()
     }
+}
+
+/// Opens all lanes on connections that are there already; a single one is for all. The first answer may take as long
+/// as the destination's program does.
+pub(super) fn open_over(
+    sockets: Vec<OwnedFd>,
+    session: &Session,
+    epoch: u32,
+    pass: &Pass,
+    wait: Wait<'_>,
+) -> Result<Vec<Lane>> {
+    let open = |(index, socket)| {
+        let hello = session.hello(index, epoch);
+        match session.bulk_lanes {
+            0 => secure::open_shared(socket, &hello, pass, wait),
+            _ => secure::open(socket, &hello, wait),
+        }
+    };
+    (0..).zip(sockets).map(open).collect()
 }

@@ -34,7 +34,7 @@ use crate::memory::sequences::Sequences;
 use crate::memory::sums::Digests;
 use crate::memory::words::Words;
 use crate::memory::zero;
-use crate::report::Counters;
+use crate::statistics::Counters;
 
 /// The largest page that is answered from a copy: for more a copy costs more than what it saves.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;

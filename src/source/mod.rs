@@ -38,7 +38,6 @@ use umem_ring::{Outcome, Waker};
 use umem_wire::{Event, Frame, transmit};
 
 use crate::bandwidth::Bandwidth;
-use crate::control::event as control;
 use crate::control::source::{Input, Source, peer};
 use crate::cores::Cores;
 use crate::error::{Error, Result};
@@ -49,19 +48,21 @@ use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
 use crate::idle::{Awake, IdleCores};
 use crate::inbox::Inbox;
-use crate::lane::{self, Lane, Session};
+use crate::lane::{Lane, Session};
 use crate::memory::claim;
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
-use crate::observe::watch::{LinkOrder, Role, Watch};
+use crate::observe::output::Output;
+use crate::observe::progress::Progress;
+use crate::observe::watch::{LinkOrder, Watch};
 use crate::observe::{self, Observer};
-use crate::panics;
-use crate::progress::Progress;
-use crate::report::{Completed, Output};
-use crate::secure::{Pass, Security};
+use crate::role::Role;
+use crate::secure::{self, Pass, Security};
 use crate::single::Single;
+use crate::statistics::Completed;
 use crate::uri::Uri;
 use crate::worker::Failure;
+use crate::{events as control, panics};
 
 use demand::Command;
 use link::Link;
@@ -279,7 +280,7 @@ fn migrate(
         precopy: options.precopy,
         has_monitor: options.qmp.is_some(),
         // Behind TLS, lanes end at a pump in this process.
-        stays_local: pass.has_tls() || lane::stays_local(&options.uri, &look)?,
+        stays_local: pass.has_tls() || secure::stays_local(&options.uri, &look)?,
         cores: &options.cores,
         idle_cores: options.idle_cores,
         order: options.order,
@@ -341,13 +342,13 @@ fn dial(
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
     if let Some(socket) = socket {
         let session = Session::new(0, options.release_ram, true)?.checked(options.checksum);
-        let lanes = vec![lane::open_shared(socket, &session.hello(0, 0), pass, &wait)?];
+        let lanes = vec![secure::open_shared(socket, &session.hello(0, 0), pass, &wait)?];
         let link = Link::new(session, pass.clone(), None, &lanes);
         return Ok((lanes, link));
     }
     let session = Session::new(options.lanes, options.release_ram, true)?.checked(options.checksum);
     let session = session.in_rounds(options.precopy.is_some());
-    let open = |index| lane::dial(&options.uri, &session.hello(index, 0), pass, &wait);
+    let open = |index| secure::dial(&options.uri, &session.hello(index, 0), pass, &wait);
     let lanes = (0..=options.lanes).map(open).collect::<Result<Vec<_>>>()?;
     let link = Link::new(session, pass.clone(), Some(options.uri.clone()), &lanes);
     Ok((lanes, link))

@@ -14,7 +14,7 @@ use crate::control::source::closing::GOODBYE_PING;
 use crate::error::{Error, Result};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Session};
-use crate::secure::Pass;
+use crate::secure::{self, Pass};
 use crate::uri::Uri;
 
 /// Who dials.
@@ -92,7 +92,7 @@ impl Caller<'_> {
             self.wait(fds, at)
         };
         let open =
-            |index| lane::dial(self.uri, &self.session.hello(index, epoch), self.pass, &wait);
+            |index| secure::dial(self.uri, &self.session.hello(index, epoch), self.pass, &wait);
         (0..=self.session.bulk_lanes).map(open).collect()
     }
 

@@ -6,6 +6,7 @@
 //! files, a few at a time, and what it has not come to at the end the control thread frees. Between those it looks
 //! whether somebody else has changed the files.
 
+use crate::screen;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
@@ -19,7 +20,6 @@ use super::memory::SourceMemory;
 use crate::error::{Error, Result};
 use crate::memory::stamp::Stamp;
 use crate::panics;
-use crate::progress;
 use crate::worker::Started;
 
 /// Holes punched at a time. The kernel does each on a thread of its own, which lanes compete with.
@@ -91,7 +91,7 @@ impl Releaser {
                     (_, other) => {
                         self.memory.digest_is_lost.store(true, Relaxed);
                         let why = super::outcome_text(other);
-                        progress::say(&format!(
+                        screen::say(&format!(
                             "umem: the guest's RAM here stays allocated: freeing it: {why}"
                         ));
                         return Ok(());

@@ -13,20 +13,15 @@ use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
 use umem_wire::{Event, FaultCode, Receiver, Standing, Target};
 
-use super::embedded;
+use super::link;
+use super::link::Opened;
 use super::{Migration, Note, peer};
-use crate::control::source::{self as control, Input, Way};
+use crate::control::source as control;
+use crate::control::source::{Input, Way};
 use crate::error::{Error, Result};
-use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session, Wait};
-
-/// Lanes of one attempt, opened.
-pub(super) struct Opened {
-    pub(super) lanes: Vec<Lane>,
-    /// Has read what the destination said first on the demand lane.
-    pub(super) receiver: Receiver,
-    pub(super) standing: Standing,
-}
+use crate::inbox::{Inbox, Wait, Wake};
+use crate::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session};
+use crate::secure;
 
 /// Why there was no attempt, or it came to nothing.
 enum Failed {
@@ -44,12 +39,12 @@ impl Migration {
         let attempt = match way {
             Way::Dial(uri) => self.attempt(&waiting, |session, wait| {
                 let open =
-                    |index| lane::dial(&uri, &session.hello(index, epoch), &self.link.pass, wait);
+                    |index| secure::dial(&uri, &session.hello(index, epoch), &self.link.pass, wait);
                 (0..=session.bulk_lanes).map(open).collect()
             }),
             Way::Given => self.attempt(&waiting, |session, wait| {
                 let sockets = given.unwrap_or_default();
-                embedded::open_over(sockets, session, epoch, &self.link.pass, wait)
+                link::open_over(sockets, session, epoch, &self.link.pass, wait)
             }),
         };
         let (notes, was_interrupted) = waiting.into_parts();

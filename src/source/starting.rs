@@ -16,7 +16,6 @@ use super::link::Link;
 use super::memory::SourceMemory;
 use super::release::Releaser;
 use super::{BulkReach, Migration, Note, Plan, Reach};
-use crate::control;
 use crate::control::source::{Kept, Source};
 use crate::cores::Cores;
 use crate::error::Result;
@@ -24,10 +23,10 @@ use crate::host::SourceHost;
 use crate::host::thread::HostThread;
 use crate::inbox::Inbox;
 use crate::lane::Lane;
-use crate::progress::Progress;
-use crate::report::Output;
+use crate::observe::output::Output;
+use crate::observe::progress::Progress;
 use crate::uri::Uri;
-use crate::worker;
+use crate::{control, worker};
 
 impl Migration {
     pub(super) fn start(
@@ -105,7 +104,7 @@ impl Migration {
             idle_cores: plan.idle_cores,
             awake: None,
             adapts: plan.order == super::Order::Adaptive,
-            cores: Cores::choose(plan.cores, crate::cores::Role::Source),
+            cores: Cores::choose(plan.cores, crate::role::Role::Source),
             zero_copy: !plan.stays_local,
             reach: None,
             demand_thread: None,

@@ -28,27 +28,28 @@ use super::parting::Caller;
 use super::{Migration, Order, Plan, wait};
 use crate::bandwidth::Bandwidth;
 use crate::control::calling::{Called, Word};
-use crate::control::event::{Event, Remark, Undone};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::control::source::leftover::{self, Leftover};
 use crate::control::source::{Heard, Left, Record, Source};
 use crate::error::{Error, Result};
+use crate::events::{Event, Remark, Undone};
 use crate::host::command::RamPath;
 use crate::host::qemu::Qemu;
 use crate::host::qmp::{Process, Qmp};
 use crate::host::thread::HostThread;
-use crate::host::{BeforeStop, SourceHost};
+use crate::host::{BeforeStop, SourceHost, Undo};
 use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, Lane, Session};
+use crate::lane::{Lane, Session};
 use crate::memory::region::RamFile;
 use crate::memory::words::Words;
 use crate::observe::Observer;
-use crate::observe::watch::Role;
-use crate::report::Output;
-use crate::secure::{Pass, Security};
+use crate::observe::output::Output;
+use crate::os_text::absolute;
+use crate::role::Role;
+use crate::secure::{self, Pass, Security};
 use crate::session::{
     self, Directory, Keeper, RamRecord, ResumeOptions, SecurityRecord, SourceRecord, SourceState,
-    Undo, VERSION, absolute, since_boot, when,
+    VERSION, since_boot, when,
 };
 use crate::uri::Uri;
 
@@ -238,7 +239,7 @@ impl Taken {
         let pass = inbox.wait_for_work("the session stays as it was", None, load)?;
         let epoch = self.next_epoch()?;
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
-        let open = |index| lane::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
+        let open = |index| secure::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
         (0..=session.bulk_lanes).map(open).collect()
     }
 
@@ -307,7 +308,7 @@ impl Taken {
             background: record.background,
             precopy: None,
             has_monitor: record.qmp.is_some(),
-            stays_local: pass.has_tls() || lane::stays_local(&uri, &look)?,
+            stays_local: pass.has_tls() || secure::stays_local(&uri, &look)?,
             cores: &resume.cores,
             idle_cores: resume.idle_cores,
             order: *order,

@@ -12,7 +12,7 @@
 //! caller's matter. The zeroes are checked. A destination may answer with a refusal instead.
 
 use crate::bytes::{array, put, u16_at};
-use crate::error::HelloError;
+use crate::hello::HelloError;
 use crate::hello::{HELLO_BYTES, Hello, Welcome, check_zero};
 
 const SOURCE_MAGIC: &[u8; 8] = b"UMEMAUTH";

@@ -24,8 +24,8 @@
 //! [`Capabilities::CHECKSUM`]: crate::Capabilities::CHECKSUM
 
 use crate::bytes::{put, u32_at};
-use crate::error::ReceiveError;
 use crate::frame::{BODY_BYTES_AT, EXTRA_AT, HEADER_BYTES, Kind, body_bytes};
+use crate::receive_error::ReceiveError;
 
 /// What one sum is of: bytes of a page, or of a piece of a larger one.
 pub const SUMMED_BYTES: usize = 4096;
@@ -162,8 +162,8 @@ const _: () = assert!(EXTRA_AT + 8 == HEADER_BYTES && BODY_BYTES_AT + 4 <= EXTRA
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::FrameError;
     use crate::fault::{Fault, FaultCode};
+    use crate::frame::FrameError;
     use crate::frame::{Frame, Header};
     use crate::transmit;
 

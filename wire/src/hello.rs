@@ -15,10 +15,11 @@
 
 use crate::bytes::{array, put, u16_at, u32_at, u64_at};
 use crate::checksum::body_sum;
-use crate::error::HelloError;
 use crate::fault::{FaultCode, parse_text, push_text};
 use crate::limits::*;
 use std::fmt;
+
+const _: () = assert!(REFUSAL_TEXT_BYTES_MAX == HELLO_BYTES - 12);
 
 /// Bytes of a hello, a welcome or a refusal.
 pub const HELLO_BYTES: usize = 128;
@@ -360,6 +361,68 @@ pub enum LaneRole {
     Demand = 1,
     /// Pages that nobody waits for.
     Bulk = 2,
+}
+
+/// Why a lane did not open.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum HelloError {
+    /// The first eight bytes are not ours.
+    #[error("the peer does not speak umem")]
+    NotUmem,
+    /// The versions are empty, reversed, or contain zero.
+    #[error("the peer's versions {0} are not a range")]
+    VersionRange(VersionRange),
+    /// The ranges of versions do not meet.
+    #[error("no common version: here {ours}, the peer {theirs}")]
+    NoCommonVersion {
+        /// What this end speaks.
+        ours: VersionRange,
+        /// What the peer speaks.
+        theirs: VersionRange,
+    },
+    /// The lane's role is neither demand nor bulk.
+    #[error("unknown lane role {0}")]
+    Role(u8),
+    /// The lane's index does not fit its role and the number of bulk lanes.
+    #[error("lane index {index} does not fit its role among {bulk_lanes} bulk lanes")]
+    Index {
+        /// The index that came.
+        index: u16,
+        /// The number of bulk lanes that came.
+        bulk_lanes: u16,
+    },
+    /// More bulk lanes than [`LANES_MAX`].
+    #[error("{0} bulk lanes, at most {LANES_MAX} are possible")]
+    Lanes(u16),
+    /// Bytes that must be zero are not.
+    #[error("reserved bytes of the hello are not zero")]
+    Reserved,
+    /// Bits have changed on the way.
+    #[error("the checksum of a hello or a welcome is wrong: bytes change on their way")]
+    Sum,
+    /// Proofs of a secret made in a way that this end does not know.
+    #[error("the peer proves secrets in way {0}, which is not known here")]
+    AuthVersion(u16),
+    /// The destination answered a nonce with something else.
+    #[error("the destination asks for no secret")]
+    NoNonce,
+    /// The destination refused the lane, and says why.
+    #[error("the destination refused: {text} ({code})")]
+    Refused {
+        /// The reason, for programs.
+        code: FaultCode,
+        /// The reason, for people.
+        text: String,
+    },
+    /// A refusal's code or text cannot be read.
+    #[error("the destination refused, but its reason is unreadable")]
+    RefusalUnreadable,
+    /// The welcome chose what the hello did not offer.
+    #[error("the destination chose {0} that was not offered")]
+    NotOffered(&'static str),
+    /// The welcome belongs to another session.
+    #[error("the welcome is for another session")]
+    OtherSession,
 }
 
 #[cfg(test)]

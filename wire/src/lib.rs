@@ -171,6 +171,7 @@ pub mod frame;
 pub mod hello;
 pub mod limits;
 pub mod receive;
+mod receive_error;
 pub mod region;
 pub mod resume;
 pub mod source;
@@ -178,15 +179,16 @@ pub mod transmit;
 
 pub use auth::{Nonce, Opening};
 pub use checksum::Seal;
-pub use error::{Error, FrameError, HelloError, PhaseError, ReceiveError, RegionError};
+pub use error::{Error, PhaseError};
 pub use fault::{Fault, FaultCode};
-pub use frame::{Frame, HEADER_BYTES, Kind, Totals};
+pub use frame::{Frame, FrameError, HEADER_BYTES, Kind, Standing, Totals};
 pub use hello::{
-    Capabilities, HELLO_BYTES, Hello, LaneRole, PROTOCOL, SessionId, VersionRange, Welcome,
-    select_version,
+    Capabilities, HELLO_BYTES, Hello, HelloError, LaneRole, PROTOCOL, SessionId, VersionRange,
+    Welcome, select_version,
 };
 pub use receive::{Event, Receiver, RunTarget, Target};
+pub use receive_error::ReceiveError;
 pub use region::{
-    Agreement, PageRange, PageSize, Region, RegionDifference, RegionId, RegionMismatch, RegionTable,
+    Agreement, PageRange, PageSize, Region, RegionDifference, RegionError, RegionId,
+    RegionMismatch, RegionTable,
 };
-pub use resume::Standing;

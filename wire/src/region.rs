@@ -7,11 +7,12 @@
 //! size. It is what page numbers on the wire refer to.
 
 use crate::bytes::{array, put, u64_at};
-use crate::error::RegionError;
 use crate::limits::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
+
+const _: () = assert!(REGIONS_MAX * DESCRIPTOR_BYTES <= BODY_BYTES_MAX);
 
 /// Bytes of one region in a regions frame.
 pub const DESCRIPTOR_BYTES: usize = 80;
@@ -385,6 +386,79 @@ impl fmt::Display for Bytes {
             None => write!(f, "{} bytes", self.0),
         }
     }
+}
+
+/// What is wrong with a table of regions, or with a range of pages in one.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum RegionError {
+    /// The table is empty.
+    #[error("a table without regions")]
+    Empty,
+    /// The table has more than [`REGIONS_MAX`] entries.
+    #[error("{0} regions, at most {REGIONS_MAX} are possible")]
+    TooMany(usize),
+    /// A name is empty, too long, not UTF-8, has control characters or is not padded with NUL.
+    #[error("region {0}: its name must be 1 to {REGION_NAME_BYTES_MAX} bytes of printable UTF-8")]
+    Name(usize),
+    /// Two regions have one name.
+    #[error("two regions are called '{0}'")]
+    Duplicate(String),
+    /// A page size is not a power of two from 4 KiB to 1 GiB.
+    #[error("region {index}: a page of 2^{shift} bytes (12 to 30 are possible)")]
+    PageSize {
+        /// Which region of the table.
+        index: usize,
+        /// The base-2 logarithm of the page size.
+        shift: u8,
+    },
+    /// A length is zero or not whole pages.
+    #[error("region '{name}': {bytes} bytes are not a positive multiple of its page size")]
+    Bytes {
+        /// The region's name.
+        name: String,
+        /// Its length in bytes.
+        bytes: u64,
+    },
+    /// All regions together are longer than [`TOTAL_BYTES_MAX`].
+    #[error("the regions are more than {TOTAL_BYTES_MAX} bytes in all")]
+    Total,
+    /// A ready frame has more or fewer landing units than there are regions.
+    #[error("{units} landing units for {regions} regions")]
+    UnitCount {
+        /// Units that came.
+        units: usize,
+        /// Regions in the table.
+        regions: usize,
+    },
+    /// A landing unit that is smaller than the region's pages, or leaves a rest of the region.
+    #[error("region '{name}' of {bytes} bytes in {page_size} pages cannot land in units of {unit}")]
+    Unit {
+        /// The region's name.
+        name: String,
+        /// Its length in bytes.
+        bytes: u64,
+        /// Its page size at the source.
+        page_size: PageSize,
+        /// The unit.
+        unit: PageSize,
+    },
+    /// Padding in a region's descriptor is not zero.
+    #[error("region {0}: reserved bytes are not zero")]
+    Reserved(usize),
+    /// No region has this number.
+    #[error("there is no region {}", .0.0)]
+    Unknown(RegionId),
+    /// A range without pages.
+    #[error("a range of no pages in region {}", .0.0)]
+    NoPages(RegionId),
+    /// A range that leaves its region.
+    #[error("{range} is outside its region of {region_pages} pages")]
+    Outside {
+        /// The range.
+        range: PageRange,
+        /// The pages that the region has.
+        region_pages: u64,
+    },
 }
 
 #[cfg(test)]

@@ -15,45 +15,11 @@
 //! The source compares what it hears with what it knows: a page that it has never claimed cannot be
 //! there, and one that has been acknowledged cannot be missing.
 
-use crate::error::{FrameError, ReceiveError};
-use crate::frame::{Kind, Totals};
+use crate::frame::Kind;
+pub use crate::frame::{HAVE_WORD_PAGES, Standing};
 use crate::limits::HAVE_PAGES_MAX;
+use crate::receive_error::ReceiveError;
 use crate::region::{PageRange, RegionId, RegionTable};
-
-/// Pages of one word in a have frame.
-pub const HAVE_WORD_PAGES: u64 = 64;
-
-/// Where the destination stands when a session goes on.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub struct Standing {
-    /// The switchover has come: the guest is the destination's. If not, it has to be sent again.
-    pub switched: bool,
-    /// The guest runs there, and since how many µs after the switchover frame's arrival. Only after the
-    /// switchover.
-    pub running: Option<u64>,
-    /// What has come in all so far.
-    pub totals: Totals,
-}
-
-/// Words in a have frame of this many pages.
-pub(crate) fn words(pages: u64) -> u64 {
-    pages.div_ceil(HAVE_WORD_PAGES)
-}
-
-/// Bytes of a have frame's body.
-pub(crate) fn body_bytes(pages: u64) -> u64 {
-    words(pages) * 8
-}
-
-/// The words in a have frame's body; bits past the last page must be zero.
-pub(crate) fn decode(range: PageRange, body: &[u8]) -> Result<Vec<u64>, FrameError> {
-    let words: Vec<u64> = body.as_chunks::<8>().0.iter().map(|&w| u64::from_le_bytes(w)).collect();
-    let used = range.pages % HAVE_WORD_PAGES;
-    match words.last() {
-        Some(last) if used > 0 && last >> used != 0 => Err(FrameError::HavePadding),
-        _ => Ok(words),
-    }
-}
 
 /// How the destination tells all that it has: the ranges of its have frames, in order.
 pub fn have_ranges(landing: &RegionTable) -> impl Iterator<Item = PageRange> + use<> {
@@ -162,13 +128,5 @@ mod tests {
         account.check_range(range(0, 64, 128), &landing).unwrap();
         account.check_range(range(0, 64, 936), &landing).unwrap();
         assert!(Account::Standing.check_range(range(0, 64, 64), &landing).is_err());
-    }
-
-    #[test]
-    fn bits_past_the_last_page_are_refused() {
-        let body = |last: u64| [u64::MAX.to_le_bytes(), last.to_le_bytes()].concat();
-        assert_eq!(decode(range(0, 0, 65), &body(1)), Ok(vec![u64::MAX, 1]));
-        assert_eq!(decode(range(0, 0, 65), &body(2)), Err(FrameError::HavePadding));
-        assert_eq!(decode(range(0, 0, 128), &body(1 << 63)), Ok(vec![u64::MAX, 1 << 63]));
     }
 }

@@ -30,10 +30,10 @@
 //! kernel: a frame whose sending failed may have arrived.
 
 use crate::error::PhaseError;
+use crate::frame::Standing;
 use crate::frame::Totals;
 use crate::limits::STATE_BYTES_MAX;
 use crate::receive::Event;
-use crate::resume::Standing;
 
 /// Where the source is.
 #[derive(Clone, PartialEq, Eq, Debug)]

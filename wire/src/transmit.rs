@@ -4,13 +4,12 @@
 
 use crate::fault::{Fault, push_text};
 use crate::frame::{
-    DIGEST_BYTES, Frame, HEADER_BYTES, Header, Kind, REMAINING_RUN_BYTES, REQUEST_ENTRY_BYTES,
-    Totals, UNIT_BYTES, remaining_flags, remaining_run, request_entry, standing_flags,
-    stopped_flags,
+    DIGEST_BYTES, Frame, HAVE_WORD_PAGES, HEADER_BYTES, Header, Kind, REMAINING_RUN_BYTES,
+    REQUEST_ENTRY_BYTES, Standing, Totals, UNIT_BYTES, have_body_bytes, have_words,
+    remaining_flags, remaining_run, request_entry, standing_flags, stopped_flags,
 };
 use crate::limits::*;
 use crate::region::{PageRange, PageSize, RegionId, RegionTable};
-use crate::resume::{self, HAVE_WORD_PAGES, Standing};
 
 /// Appends a frame. After [`Frame::Data`] the caller sends the pages, after [`Frame::DeviceState`]
 /// the state; all other frames are whole.
@@ -140,13 +139,13 @@ fn resume(out: &mut Vec<u8>, standing: &Standing) {
 pub fn have(out: &mut Vec<u8>, range: PageRange, words: impl ExactSizeIterator<Item = u64>) {
     assert!((1..=HAVE_PAGES_MAX).contains(&range.pages), "a have frame of {range}");
     assert!(range.first.is_multiple_of(HAVE_WORD_PAGES), "a have frame of {range}");
-    assert_eq!(words.len() as u64, resume::words(range.pages), "a word for each 64 pages");
+    assert_eq!(words.len() as u64, have_words(range.pages), "a word for each 64 pages");
     let PageRange { region, first, pages } = range;
     let header = Header {
         region: region.0,
         first,
         pages,
-        ..Header::with_body(Kind::Have, resume::body_bytes(pages) as usize)
+        ..Header::with_body(Kind::Have, have_body_bytes(pages) as usize)
     };
     out.extend_from_slice(&header.encode());
     words.for_each(|word| out.extend_from_slice(&word.to_le_bytes()));

@@ -10,13 +10,23 @@ use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 
 use super::beats::beats_in;
-use super::subject::Ram;
 
 /// A guest that has not booted by then never will.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 
 /// The guest counts as running evenly after this many beats of 100 ms.
 const SETTLED_BEATS: usize = 20;
+
+/// The guest's RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ram {
+    /// A memory-backend-file in /dev/shm with share=on.
+    File,
+    /// The same in a tmpfs with `huge=always`.
+    HugeFile,
+    /// A memory-backend-ram, which is QEMU's default.
+    Private,
+}
 
 /// What every subject is measured with.
 pub(super) struct Setup {

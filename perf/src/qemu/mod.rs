@@ -19,8 +19,8 @@ use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::statistics::{Spread, finite};
 use crate::svg::{Bar, Plot};
 
-use guest::{Artefacts, Setup};
-use subject::{Move, Ram, Subject};
+use guest::{Artefacts, Ram, Setup};
+use subject::{Move, Subject};
 
 /// The same Linux guest moved by QEMU's postcopy-preempt and by umem, in turns.
 #[derive(FromArgs)]

@@ -16,24 +16,13 @@ use crate::qmp::Qmp;
 use crate::scratch::{Scratch, SharedFile, warm_shared_memory};
 
 use super::beats::{Beat, Latency, beats_in};
-use super::guest::{Setup, Vm, check_arrived};
+use super::guest::{Ram, Setup, Vm, check_arrived};
 
 /// A move that takes longer than this never ends.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Bytes a second that no machine reaches: QEMU's way to say "no limit" where 0 is not one.
 const NO_LIMIT: u64 = 1 << 40;
-
-/// The guest's RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ram {
-    /// A memory-backend-file in /dev/shm with share=on.
-    File,
-    /// The same in a tmpfs with `huge=always`.
-    HugeFile,
-    /// A memory-backend-ram, which is QEMU's default.
-    Private,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {

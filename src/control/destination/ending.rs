@@ -4,8 +4,8 @@ use umem_wire::destination::Phase;
 use umem_wire::{Fault, FaultCode, Standing};
 
 use super::{Core, Effect, Effects, Failure, Input, Now, Owner, Process, Stage, Voice};
-use crate::control::event::{Event, Remark};
 use crate::error::Error;
+use crate::events::{Event, Remark};
 
 /// What is decided when the threads end.
 #[derive(Debug)]

@@ -27,11 +27,11 @@ use umem_wire::{Fault, FaultCode, Frame, LaneRole};
 
 use super::{Core, Effect, Effects, Failure, FreeSpace, Now, Owner, Stage, Terms, not_resumed};
 use crate::control::doubt::Doubt;
-use crate::control::event::{Event, Lost, Pause, Place, Remark, Room, Route};
 use crate::control::liveness::{self, Due, Liveness, stood_still_by_option};
 use crate::control::suspicion::Suspicion;
-use crate::error::{Error, Result};
-use crate::lane::{lane_name, not_bound};
+use crate::error::{Error, Result, lane_name};
+use crate::events::{Event, Lost, Pause, Place, Remark, Room, Route};
+use crate::lane::not_bound;
 use crate::uri::Uri;
 
 /// How long a destination that has everything waits for a source that has not heard of it. The guest

@@ -76,9 +76,9 @@ use std::time::{Duration, Instant};
 use umem_wire::destination::{Input as Step, Mode, Phase};
 use umem_wire::{Event as Heard, Fault, FaultCode, Frame, LaneRole, RegionTable, Standing, Totals};
 
-use super::event::{Event, Remark};
 use crate::control::liveness::Steps;
 use crate::error::{Error, Result};
+use crate::events::{Event, Remark};
 use crate::session::DestinationState;
 use crate::uri::Uri;
 

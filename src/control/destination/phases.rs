@@ -10,8 +10,8 @@ use super::{
     Core, Effect, Effects, Exit, Failure, Now, Owner, Pages, Record, Stage, Voice, micros,
     not_written,
 };
-use crate::control::event::{Event, Place, Remark, awaits_cont};
 use crate::error::{Error, Result};
+use crate::events::{Event, Place, Remark, awaits_cont};
 use crate::host::qemu::Qemu;
 use crate::session::DestinationState;
 

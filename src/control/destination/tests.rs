@@ -43,7 +43,7 @@ fn landing() -> RegionTable {
 }
 
 fn lost(lane: LaneRole) -> Input {
-    let name = crate::lane::lane_name(lane, u16::from(lane == LaneRole::Bulk));
+    let name = crate::error::lane_name(lane, u16::from(lane == LaneRole::Bulk));
     Input::LaneLost { lane, error: lost_error(name) }
 }
 

@@ -17,8 +17,8 @@ use crate::control::destination::{
     Core, Effect, Entrance, FreeSpace, Input, Memory, Now, Outcome, Process as After, Record,
     Session, Terms,
 };
-use crate::control::event::{Event, Lost, Remark};
 use crate::error::{Error, Result};
+use crate::events::{Event, Lost, Remark};
 use crate::session::DestinationState;
 
 /// How long a source is waited for that has to hear of a guest's end, or that it is complete.

@@ -10,7 +10,6 @@ use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World
 use super::{Fault, Random};
 use crate::control::Moment;
 use crate::control::calling::{Called, Word};
-use crate::control::event::{Event, Undone};
 use crate::control::source::closing::GOODBYE_PING;
 use crate::control::source::leftover::{self, Leftover};
 use crate::control::source::{
@@ -18,6 +17,7 @@ use crate::control::source::{
     Record, Source, peer,
 };
 use crate::error::{Error, Result};
+use crate::events::{Event, Undone};
 use crate::uri::Uri;
 
 /// What lies on the disk.

@@ -9,8 +9,8 @@ use super::{
     Doing, Effect, Goodbye, Input, Moment, Outcome, Parted, PutBack, Record, Source, Then, peer,
 };
 use crate::control::calling::{Call, Called, Next, Word};
-use crate::control::event::{Event, Remark};
 use crate::error::{Error, Result};
+use crate::events::{Event, Remark};
 
 /// How long a monitor may take to put back what has no effect on the guest.
 const TIDY_PATIENCE: Duration = Duration::from_secs(5);

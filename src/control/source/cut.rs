@@ -14,11 +14,8 @@ use super::{
 };
 use crate::control::backoff::Backoff;
 use crate::control::calling::is_nobody;
-use crate::control::event::{
-    Event, Missing, Pause, Place, Remark, Room, Route as Told, Unanswered,
-};
 use crate::error::{Error, Result};
-use crate::report::events;
+use crate::events::{Event, Missing, Pause, Place, Remark, Room, Route as Told, Unanswered, words};
 
 /// How long nobody may listen where the destination was before somebody is told what that means: one that is
 /// started again is there sooner.
@@ -348,7 +345,7 @@ impl Source {
             return Err(Error::Interrupted(format!(
                 "there was no connection to the destination; {}: keep this guest's RAM file, and do \
                  not start it here again{}",
-                events::missing(missing),
+                words::missing(missing),
                 how.unwrap_or_default()
             )));
         }

@@ -10,10 +10,9 @@ use super::{
     Then, is_effect, peer,
 };
 use crate::control::calling::{Call, Word, is_nobody};
-use crate::control::event::{Event, Remark};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, lane_name};
+use crate::events::{Event, Remark};
 use crate::host::thread::Answer;
-use crate::lane::lane_name;
 use crate::uri::Uri;
 
 /// How far the demand lane may be behind a bulk lane when a destination gives up.

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::control::Effects;
 use crate::control::calling::{Call, Called, Next, Word};
-use crate::control::event::{Event, Remark, Undone};
 use crate::error::{Error, Result};
+use crate::events::{Event, Remark, Undone};
 use crate::uri::Uri;
 
 /// How long a destination is tried that needs nothing but a word.

@@ -34,13 +34,12 @@ use umem_wire::{Fault, Frame, RegionTable, Standing, Totals};
 use super::backoff::Jitter;
 use super::calling::{Call, Called, Word};
 use super::doubt::{Doubt, is_effect};
-use super::event::Event;
 use super::liveness::Steps;
 use super::suspicion::Suspicion;
 use super::{Effects, Moment};
 use crate::error::{Error, Result};
+use crate::events::{CUT, Event};
 use crate::host::thread::Answer;
-use crate::observe::watch::CUT;
 use crate::uri::Uri;
 
 use closing::{Closing, Digests};

@@ -17,8 +17,8 @@ use umem_wire::Frame;
 use umem_wire::source::{Input as Step, Phase};
 
 use super::{Effect, Moment, Question, Source};
-use crate::control::event::Event;
 use crate::error::Result;
+use crate::events::Event;
 
 /// A pass that leaves more than this share of what the one before it left is not worth another one.
 const SHRINKS_TO: f64 = 0.7;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use umem_wire::{Event as Said, FaultCode, Frame, PageSize, Region, RegionTable, Standing, Totals};
 
 use super::*;
-use crate::control::event::Remark;
+use crate::events::Remark;
 
 const DIGESTS: [u64; 1] = [7];
 

@@ -15,9 +15,10 @@ use umem_wire::{FaultCode, Hello, LaneRole};
 use super::{Lanes, Terms, lost};
 use crate::accepting::Accepted;
 use crate::error::Result;
+use crate::inbox::Interest;
 use crate::lane::{self, HELLO_TIMEOUT, Lane, Listener};
-use crate::report::Output;
-use crate::secure::{Guard, Interest, Opened, Opening, Progress};
+use crate::observe::output::Output;
+use crate::secure::{self, Guard, Opened, Opening, Progress};
 
 /// Connections that have not said yet who they are. When there are more the oldest is dropped, which
 /// has had the most time: a source says it at once. Room for all lanes of a session and as many
@@ -308,7 +309,7 @@ impl Door {
             Err(error) => return self.ignored(&error.to_string()),
         };
         let ours = lane::capabilities(self.terms.recovers);
-        if lane::welcome(&mut lane, &hello, ours, answer.as_ref()).is_err() {
+        if secure::welcome(&mut lane, &hello, ours, answer.as_ref()).is_err() {
             return;
         }
         match (place, &mut self.session) {

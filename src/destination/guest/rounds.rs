@@ -19,12 +19,11 @@ use umem_wire::checksum::{ZERO_SUM, digest};
 use umem_wire::{PageRange, RegionId};
 
 use super::{GuestMemory, GuestRegion, PageId};
-use crate::error::{Error, Result};
-use crate::lane::lane_name;
+use crate::error::{Error, Result, lane_name};
 use crate::memory::bits::Bits;
 use crate::memory::claims::RunKind;
 use crate::memory::sums;
-use crate::report::Counters;
+use crate::statistics::Counters;
 
 /// What has come in rounds.
 pub(super) struct Rounds {

@@ -1,5 +1,6 @@
 //! Waiting for a guest's process to hand its memory over.
 
+use crate::screen;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -10,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
 use crate::host::command::Monitor;
 use crate::inbox::{Inbox, Wake};
-use crate::progress;
 
 /// A monitor maps its RAM within a second of its start; a machine under load gets this long.
 pub(super) const HANDOFF_TIMEOUT: Duration = Duration::from_secs(60);
@@ -168,7 +168,7 @@ impl<'a> Callers<'a> {
     }
 
     fn complain(&mut self, why: String) {
-        progress::say(&format!("umem: ignored a connection to the hand-over socket: {why}"));
+        screen::say(&format!("umem: ignored a connection to the hand-over socket: {why}"));
         self.complaint = Some(why);
     }
 

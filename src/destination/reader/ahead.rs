@@ -16,7 +16,7 @@ use super::lane_core::{LaneCore, Sink};
 use super::{Given, TOKEN_AHEAD};
 use crate::destination::guest::PageId;
 use crate::error::Result;
-use crate::secure::Channel;
+use crate::tls::Channel;
 
 /// The buffer of such a lane, and what has been given from it.
 pub(super) struct ReadAhead {

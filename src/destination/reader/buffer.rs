@@ -17,7 +17,7 @@ use super::lane_core::{LaneCore, Pause, Sink};
 use crate::error::Result;
 use crate::memory::kind::RegionMemory;
 use crate::memory::sums;
-use crate::secure::Channel;
+use crate::tls::Channel;
 
 /// Pages up to this size, 64 KiB, are read ahead: they wait whole in the buffer.
 const AHEAD_SHIFT_MAX: u8 = 16;

@@ -7,9 +7,9 @@ use nix::sys::socket::{MsgFlags, recv};
 use umem_ring::Outcome;
 use umem_wire::ReceiveError;
 
-use super::lane_core::{Current, Health, LaneCore};
+use super::lane_core::{Current, Health, LaneCore, out_of_memory};
 use crate::error::Error;
-use crate::report::Counters;
+use crate::statistics::Counters;
 
 impl LaneCore {
     /// What has come cannot be read, or is not what was sent. The latter is counted, once a lane.
@@ -68,17 +68,4 @@ impl LaneCore {
     pub(super) fn lost(&self, what: String) -> Error {
         Error::Lost { side: "source", lane: self.name.clone(), what }
     }
-}
-
-pub(super) fn not_written(ram: &str, error: std::io::Error) -> Error {
-    match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(ram),
-        _ => Error::System { what: format!("writing RAM {ram}"), source: error },
-    }
-}
-
-fn out_of_memory(ram: &str) -> Error {
-    Error::OutOfMemory(format!(
-        "no memory left for the pages of RAM {ram}: its file system is full, or a memory limit is reached"
-    ))
 }

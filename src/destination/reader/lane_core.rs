@@ -11,10 +11,8 @@ use std::sync::Arc;
 use umem_ring::{Chain, Fd, Op, Ring};
 use umem_wire::{Event, LaneRole, PageRange, Receiver, RunTarget, Target};
 
-use super::failing::not_written;
 use super::{Arrived, TOKEN_RETRY};
-use crate::destination::faults::RETRY_INTERVAL;
-use crate::destination::guest::{GuestMemory, PageId};
+use crate::destination::guest::{GuestMemory, PageId, RETRY_INTERVAL};
 use crate::error::{Error, Result};
 use crate::lane::Lane;
 use crate::memory::claims::RunKind;
@@ -370,4 +368,17 @@ impl LaneCore {
             ),
         }
     }
+}
+
+pub(super) fn not_written(ram: &str, error: std::io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::ENOMEM | libc::EFAULT) => out_of_memory(ram),
+        _ => Error::System { what: format!("writing RAM {ram}"), source: error },
+    }
+}
+
+pub(super) fn out_of_memory(ram: &str) -> Error {
+    Error::OutOfMemory(format!(
+        "no memory left for the pages of RAM {ram}: its file system is full, or a memory limit is reached"
+    ))
 }

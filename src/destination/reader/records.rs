@@ -18,7 +18,7 @@ use crate::destination::guest::GuestMemory;
 use crate::error::Result;
 use crate::memory::kind::RegionMemory;
 use crate::memory::sums;
-use crate::secure::Channel;
+use crate::tls::Channel;
 
 /// The buffer of such a lane.
 pub(super) struct Records {

@@ -17,13 +17,12 @@ use umem_ring::{Op, Outcome, Ring};
 use umem_wire::{LaneRole, RunTarget, Target};
 
 use super::buffer::{Buffer, Buffered, Step, fits_ahead};
-use super::failing::not_written;
-use super::lane_core::{LaneCore, Sink};
+use super::lane_core::{LaneCore, Sink, not_written};
 use super::pipe::{Pipe, Stage, Stuck};
 use super::{TOKEN_AHEAD, TOKEN_READABLE};
 use crate::error::Result;
 use crate::memory::kind::RegionMemory;
-use crate::secure::Channel;
+use crate::tls::Channel;
 
 /// The buffer and the pipe of such a lane.
 pub(super) struct Spliced {

@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
-use crate::lane::bind_private;
 use crate::print;
-use crate::report::Latency;
+use crate::private_socket::bind_private;
+use crate::statistics::Latency;
 
 use pattern::Pattern;
 use ram::GuestRam;

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::fault::uffd;
 use crate::memory::bits::Bits;
 use crate::print;
-use crate::report::{Latency, latency_histogram, record};
+use crate::statistics::{Latency, latency_histogram, record};
 
 /// Somebody is at work in the page.
 const LOCKED: u32 = 1 << 31;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::{handover, report, sys};
+use crate::{handover, report, state, sys};
 
 /// It needs little more than [`RECEIVE_SIZE`] and what formatting a short line takes.
 const STACK_SIZE: usize = 128 << 10;
@@ -23,30 +23,6 @@ const ANSWERS_SIZE_MAX: usize = 8 << 10;
 
 /// How often it is tried whether there is room for the connection of a umem that takes over.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
-
-/// umem has said `keep`: whatever becomes of it, this process stays.
-static KEEPS: AtomicBool = AtomicBool::new(false);
-
-/// All of the guest's memory has been handed over: what is mapped from now on is none that umem brings.
-static SETTLED: AtomicBool = AtomicBool::new(false);
-
-/// True once umem knows which memory the guest has.
-pub(crate) fn is_settled() -> bool {
-    SETTLED.load(Ordering::Relaxed)
-}
-
-/// umem has said something.
-static HAS_BEGUN: AtomicBool = AtomicBool::new(false);
-
-/// True once umem has begun its work. Before that it may not look at what the kernel reports to it.
-pub(crate) fn has_begun() -> bool {
-    HAS_BEGUN.load(Ordering::Relaxed)
-}
-
-/// True once the guest may be running here.
-pub(crate) fn guest_may_run() -> bool {
-    KEEPS.load(Ordering::Relaxed)
-}
 
 /// Starts the thread, once. All signals are blocked in it: QEMU's are for QEMU's threads.
 pub(crate) fn start(socket: i32) -> Result<(), i32> {
@@ -134,7 +110,7 @@ fn serve(socket: i32) {
         // To umem that is the end of this side; the guest's memory stays held.
         sys::shut_down(socket);
     }
-    if !guest_may_run() {
+    if !state::guest_may_run() {
         sys::kill_this_process();
     }
 }
@@ -152,7 +128,7 @@ fn carry_out_all(socket: i32) {
             Err(sys::EINTR) => continue,
             Ok(0) | Err(_) => break,
         };
-        HAS_BEGUN.store(true, Ordering::Relaxed);
+        state::begin();
         // No command has more.
         commands.descriptors.truncate(sys::DESCRIPTORS_MAX);
         let end = commands.carry_out(socket, received);
@@ -204,13 +180,13 @@ impl Commands {
 
     fn command(&mut self, line: &[u8]) -> End {
         match line {
-            b"keep" => KEEPS.store(true, Ordering::Relaxed),
-            b"settled" => SETTLED.store(true, Ordering::Relaxed),
+            b"keep" => state::keep(),
+            b"settled" => state::settle(),
             b"ping" => self.answers.push_str("{\"pong\":1}\n"),
             b"session" => keep_session(std::mem::take(&mut self.descriptors)),
             b"release" => {
-                KEEPS.store(true, Ordering::Relaxed);
-                SETTLED.store(true, Ordering::Relaxed);
+                state::keep();
+                state::settle();
                 self.answer(format_args!("{{\"released\":{}}}\n", release()));
                 return End::Released;
             }

@@ -6,9 +6,10 @@ use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, OnceLock};
 
-use crate::{qemu, sys};
+use crate::sys;
 
 const SOCKET: &str = "UMEM_PRELOAD_SOCKET";
 const RAM: &str = "UMEM_PRELOAD_RAM";
@@ -94,7 +95,7 @@ impl Config {
     /// The RAM file behind an open descriptor. The path is looked up each time, because QEMU makes
     /// the file itself, after we were loaded.
     pub(crate) fn ram_file(&self, descriptor: i32) -> Option<RamFile> {
-        if self.ram.is_empty() && !qemu::is_here() {
+        if self.ram.is_empty() && !is_qemu() {
             return None;
         }
         // SAFETY: the descriptor is the caller's and stays so: ManuallyDrop never closes it.
@@ -164,4 +165,12 @@ fn without_this_object(value: &OsStr) -> Option<OsString> {
         .filter(|entry| !entry.is_empty() && Some(*entry) != own.map(CStr::to_bytes))
         .collect();
     (!others.is_empty()).then(|| OsStr::from_bytes(&others.join(&b':')).to_owned())
+}
+
+/// This program is a QEMU that umem waits for.
+pub(crate) static IS_QEMU: AtomicBool = AtomicBool::new(false);
+
+/// Whether it is.
+pub(crate) fn is_qemu() -> bool {
+    IS_QEMU.load(Ordering::Relaxed)
 }

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::config::{self, Kind, RamFile};
 use crate::report::{self, Code, Failure};
 use crate::uffd::{self, Backing};
-use crate::{commands, sys, whole};
+use crate::{state, sys, whole};
 
 /// What has been handed over and is not released yet. The userfaultfds in it are the duplicates
 /// that make the guest wait when umem dies: only [`release`] closes them.
@@ -58,7 +58,7 @@ pub(crate) unsafe fn map(
         return sys::map_failed(sys::EINVAL);
     };
     config.hide();
-    if commands::is_settled() {
+    if state::is_settled() {
         // What has not come of it would read as zeroes there.
         if held().iter().any(|held| is_same(held, descriptor)) {
             report::complaint(
@@ -146,7 +146,7 @@ pub(crate) fn keeps(address: usize, length: usize) -> bool {
 
 /// Nothing of a RAM file has come yet, nor will before umem has said something.
 fn is_empty(descriptor: c_int) -> bool {
-    !commands::has_begun() && blocks_of(descriptor).is_ok_and(|blocks| blocks == 0)
+    !state::has_begun() && blocks_of(descriptor).is_ok_and(|blocks| blocks == 0)
 }
 
 /// Punches a hole into a file; through the mapping where the file is shared memory that was handed over. Fails
@@ -269,7 +269,7 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
         held.has_refused = true;
         let failure = Failure::new(code, sys::EFAULT, text);
         // A guest that may be running here must not end because of what has just been refused.
-        if commands::guest_may_run() {
+        if state::guest_may_run() {
             report::complaint(&held.name, &failure);
         } else {
             report::failure(config.socket, &held.name, &failure);
@@ -476,8 +476,7 @@ fn protect(socket: i32, mapped: &Mapped, file: OwnedFd) -> Result<(), Failure> {
         file,
         number: descriptor,
     });
-    let sent =
-        report::send(socket, message.as_bytes(), &sent).and_then(|()| commands::start(socket));
+    let sent = report::send(socket, message.as_bytes(), &sent).and_then(|()| state::listen(socket));
     if let Err(errno) = sent {
         held().retain(|held| held.address != address);
         return Err(Failure::new(Code::Send, errno, "the RAM could not be handed to umem"));

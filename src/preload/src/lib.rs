@@ -113,6 +113,7 @@ mod handover;
 mod made;
 mod qemu;
 mod report;
+mod state;
 mod sys;
 mod uffd;
 mod whole;
@@ -126,6 +127,7 @@ static INITIALISE: extern "C" fn() = initialise;
 
 extern "C" fn initialise() {
     config::read_environment();
+    state::listens_by(commands::start);
     if let Some(config) = config::get() {
         report::hello(config.socket);
     }

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::{commands, config, qemu, report, sys};
+use crate::{config, report, state, sys};
 
 /// `open(2)`. `mode` is none where the flags make no file.
 ///
@@ -17,8 +17,8 @@ use crate::{commands, config, qemu, report, sys};
 pub(crate) unsafe fn open(path: *const c_char, flags: c_int, mode: c_int) -> c_int {
     // SAFETY: the caller's path is a string.
     let is_ours = flags & sys::O_NEW == sys::O_NEW
-        && qemu::is_here()
-        && !commands::is_settled()
+        && config::is_qemu()
+        && !state::is_settled()
         && !path.is_null()
         && unsafe { is_in_memory(CStr::from_ptr(path)) };
     let mode = if is_ours { mode & 0o700 } else { mode };

@@ -12,9 +12,6 @@ use crate::config::{self, Adds};
 use crate::report::{self, Code, Failure};
 use crate::sys;
 
-/// This program is a QEMU that umem waits for.
-static IS_QEMU: AtomicBool = AtomicBool::new(false);
-
 type Main = extern "C" fn(c_int, *mut *mut c_char, *mut *mut c_char) -> c_int;
 type Start = unsafe extern "C" fn(
     Main,
@@ -25,10 +22,6 @@ type Start = unsafe extern "C" fn(
     *mut c_void,
     *mut c_void,
 ) -> c_int;
-
-pub(crate) fn is_here() -> bool {
-    IS_QEMU.load(Ordering::Relaxed)
-}
 
 /// The C library's start of every program, which calls `main`.
 ///
@@ -75,7 +68,7 @@ unsafe fn with_options(count: c_int, words: *mut *mut c_char) -> Option<(c_int, 
     if !is_qemu(texts.first()?) {
         return None;
     }
-    IS_QEMU.store(true, Ordering::Relaxed);
+    config::IS_QEMU.store(true, Ordering::Relaxed);
     let option = |word: &[u8]| -> Option<Vec<u8>> {
         let name = word.strip_prefix(b"-")?;
         Some(name.strip_prefix(b"-").unwrap_or(name).to_vec())

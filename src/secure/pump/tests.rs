@@ -8,8 +8,8 @@ use std::os::unix::net::UnixStream;
 use nix::sys::socket::getsockopt;
 use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
 
-use super::super::testing::{bytes, shaken};
 use super::*;
+use crate::tls::testing::{bytes, shaken};
 
 /// Two lanes with TLS between them, over sockets that hold little.
 fn lanes(pumps: &Pumps, records: u64) -> (Lane, Lane) {
@@ -147,7 +147,7 @@ fn a_cause_is_added_to_the_lane_it_is_of() {
     let lost =
         |lane: &str| Error::Lost { side: "source", lane: lane.into(), what: "closed".into() };
     assert!(!pumps.explain(lost("left")).to_string().contains("TLS"));
-    pumps.running.lock().unwrap()[0].fate.cause.set("why".into()).unwrap();
+    pumps.running.lock().unwrap()[0].fate.broke("why".into());
     assert!(pumps.explain(lost("left")).to_string().contains("closed (TLS: why)"));
     assert!(!pumps.explain(lost("right")).to_string().contains("TLS"));
     drop((left, right));

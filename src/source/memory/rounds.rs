@@ -14,8 +14,8 @@ use crate::memory::claims::{Run, RunKind, push_page};
 use crate::memory::dirty::DirtyMap;
 use crate::memory::guarded::Gone;
 use crate::memory::pages::low_bits;
-use crate::report::Counters;
 use crate::source::seal::Sealer;
+use crate::statistics::Counters;
 
 /// What is known of pages that go in rounds.
 pub(super) struct Tracked {

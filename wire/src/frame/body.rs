@@ -1,13 +1,14 @@
 //! Bodies: which length a header may announce, and what the bytes mean.
 
-use super::header::{is_last_remaining, standing_of};
-use super::{Frame, Header, Kind};
+use super::have::{self, HAVE_WORD_PAGES};
+use super::header::{Header, is_last_remaining, standing_of};
+use super::kind::Kind;
+use super::standing::{Standing, TOTALS_BYTES, Totals};
+use super::{Frame, FrameError};
 use crate::bytes::{put, u64_at};
-use crate::error::FrameError;
 use crate::fault::{Fault, FaultCode, parse_text};
 use crate::limits::*;
 use crate::region::{DESCRIPTOR_BYTES, PageRange, PageSize, RegionId, RegionTable};
-use crate::resume::{self, HAVE_WORD_PAGES, Standing};
 
 /// Bytes of one page in a request's body.
 pub(crate) const REQUEST_ENTRY_BYTES: usize = 8;
@@ -24,10 +25,10 @@ pub(crate) const DIGEST_BYTES: usize = 8;
 /// Bytes of one run of pages in a remaining frame's body.
 pub(crate) const REMAINING_RUN_BYTES: usize = 16;
 
-/// Bytes of a complete frame's body.
-const TOTALS_BYTES: usize = 40;
-
-const _: () = assert!(TOTALS_BYTES == size_of::<Totals>());
+const _: () = assert!(REQUEST_ENTRIES_MAX * REQUEST_ENTRY_BYTES <= BODY_BYTES_MAX);
+const _: () = assert!(REGIONS_MAX * UNIT_BYTES <= BODY_BYTES_MAX);
+const _: () = assert!(REGIONS_MAX * DIGEST_BYTES <= BODY_BYTES_MAX);
+const _: () = assert!(REMAINING_RUNS_MAX * REMAINING_RUN_BYTES <= BODY_BYTES_MAX);
 
 /// A body that is to come: what it is, and its length, which is within the kind's limit.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
@@ -76,7 +77,7 @@ impl Body {
             Content::Standing(switched, running) => {
                 Frame::Resume(Standing { switched, running, totals: Totals::decode(bytes) })
             }
-            Content::Have(range) => Frame::Have { range, words: resume::decode(range, bytes)? },
+            Content::Have(range) => Frame::Have { range, words: have::decode(range, bytes)? },
             Content::Digests => {
                 let digests = bytes.as_chunks::<DIGEST_BYTES>().0.iter();
                 Frame::Digests(digests.map(|&digest| u64::from_le_bytes(digest)).collect())
@@ -123,7 +124,7 @@ impl Header {
                 if !is_aligned || !(1..=HAVE_PAGES_MAX).contains(&self.pages) {
                     return Err(FrameError::HaveRange(range));
                 }
-                let bytes = resume::body_bytes(self.pages) as usize;
+                let bytes = have::body_bytes(self.pages) as usize;
                 (Content::Have(range), 1, bytes, bytes)
             }
             Kind::Digests => {
@@ -145,53 +146,6 @@ impl Header {
             return Err(FrameError::BodyLength { kind, body_bytes });
         }
         Ok(Body { content, bytes })
-    }
-}
-
-/// What one end has sent or received in all.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
-pub struct Totals {
-    /// Bytes of pages in data runs.
-    pub data_bytes: u64,
-    /// Bytes of pages in zero runs.
-    pub zero_bytes: u64,
-    /// Bytes of pages in hole runs.
-    pub hole_bytes: u64,
-    /// Pages that somebody waited for.
-    pub pages_demand: u64,
-    /// Pages that nobody waited for.
-    pub pages_background: u64,
-}
-
-impl Totals {
-    /// Bytes of all pages, however they came. What a peer counts may be anything: the sum stays in range.
-    pub fn bytes(&self) -> u64 {
-        self.data_bytes.saturating_add(self.zero_bytes).saturating_add(self.hole_bytes)
-    }
-
-    /// Pages, whether somebody waited for them or not, in the same way.
-    pub fn pages(&self) -> u64 {
-        self.pages_demand.saturating_add(self.pages_background)
-    }
-
-    pub(crate) fn encode(&self) -> [u8; TOTALS_BYTES] {
-        let Totals { data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background } = *self;
-        let mut out = [0; TOTALS_BYTES];
-        let fields = [data_bytes, zero_bytes, hole_bytes, pages_demand, pages_background];
-        for (out, field) in out.as_chunks_mut::<8>().0.iter_mut().zip(fields) {
-            *out = field.to_le_bytes();
-        }
-        out
-    }
-
-    fn decode(bytes: &[u8]) -> Totals {
-        Totals {
-            data_bytes: u64_at(bytes, 0),
-            zero_bytes: u64_at(bytes, 8),
-            hole_bytes: u64_at(bytes, 16),
-            pages_demand: u64_at(bytes, 24),
-            pages_background: u64_at(bytes, 32),
-        }
     }
 }
 

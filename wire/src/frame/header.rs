@@ -1,12 +1,11 @@
 //! Headers: their layout, their fields, and what they mean.
 
-use super::body::Body;
-use super::{Frame, HEADER_BYTES, Kind};
+use super::kind::Kind;
+use super::standing::Standing;
+use super::{FrameError, HEADER_BYTES};
 use crate::bytes::{put, u16_at, u32_at, u64_at};
-use crate::error::FrameError;
 use crate::limits::*;
 use crate::region::{PageRange, RegionId};
-use crate::resume::Standing;
 
 pub(super) mod field {
     pub(in crate::frame) const KIND: usize = 0;
@@ -18,8 +17,8 @@ pub(super) mod field {
     pub(in crate::frame) const EXTRA: usize = 24;
 }
 
-const FLAG_POSTCOPY: u8 = 1;
-const FLAG_BACKGROUND: u8 = 2;
+pub(super) const FLAG_POSTCOPY: u8 = 1;
+pub(super) const FLAG_BACKGROUND: u8 = 2;
 
 const FLAG_LAST: u8 = 1;
 
@@ -142,55 +141,6 @@ impl Header {
         ];
         unused.iter().find(|(differs, _)| *differs).map(|&(_, name)| name)
     }
-
-    /// What the header says, and what has to come before the frame is whole. Pages are not checked
-    /// here: that takes the table of regions.
-    pub(crate) fn head(self) -> Result<Head, FrameError> {
-        let range =
-            PageRange { region: RegionId(self.region), first: self.first, pages: self.pages };
-        let frame = match self.kind {
-            Kind::Data => return Ok(Head::Data(range)),
-            Kind::Zero => Frame::Zero(range),
-            Kind::Hole => Frame::Hole(range),
-            Kind::Ack => Frame::Ack(range),
-            Kind::Loaded => Frame::Loaded,
-            Kind::LaneEnd => Frame::LaneEnd,
-            Kind::Rounds => Frame::Rounds,
-            Kind::RoundsEnd => Frame::RoundsEnd,
-            Kind::Settled => Frame::Settled,
-            Kind::Stopped => Frame::Stopped {
-                postcopy: self.flags & FLAG_POSTCOPY != 0,
-                background: self.flags & FLAG_BACKGROUND != 0,
-            },
-            Kind::Load => Frame::Load { state_bytes: self.first },
-            Kind::Switchover => Frame::Switchover { stopped_us: self.first },
-            Kind::Running => Frame::Running { us_since_switchover: self.first },
-            Kind::Ping => Frame::Ping(self.first),
-            Kind::Pong => Frame::Pong(self.first),
-            Kind::Request
-            | Kind::Regions
-            | Kind::Ready
-            | Kind::DeviceState
-            | Kind::Complete
-            | Kind::Resume
-            | Kind::Have
-            | Kind::Digests
-            | Kind::Remaining
-            | Kind::Error => return self.body().map(Head::Body),
-        };
-        Ok(Head::Whole(frame))
-    }
-}
-
-/// What a header means.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Head {
-    /// The frame is whole.
-    Whole(Frame),
-    /// A body follows.
-    Body(Body),
-    /// Pages follow.
-    Data(PageRange),
 }
 
 /// The flags of a stopped frame.

@@ -33,27 +33,33 @@
 //! Nothing here panics on what a peer sent.
 
 mod body;
+mod error;
+mod have;
+mod head;
 mod header;
 mod kind;
+mod standing;
 #[cfg(test)]
 mod tests;
 
-pub use body::Totals;
 pub(crate) use body::{
     Body, Content, DIGEST_BYTES, REMAINING_RUN_BYTES, REQUEST_ENTRY_BYTES, UNIT_BYTES,
     remaining_run, request_entry,
 };
+pub use error::FrameError;
+pub use have::HAVE_WORD_PAGES;
+pub(crate) use have::{body_bytes as have_body_bytes, words as have_words};
+pub(crate) use head::Head;
 pub(crate) use header::{
-    BODY_BYTES_AT, EXTRA_AT, Head, Header, body_bytes, remaining_flags, standing_flags,
-    stopped_flags,
+    BODY_BYTES_AT, EXTRA_AT, Header, body_bytes, remaining_flags, standing_flags, stopped_flags,
 };
 pub use kind::Kind;
+pub use standing::{Standing, Totals};
 
 use crate::fault::Fault;
 #[cfg(doc)]
 use crate::limits::*;
 use crate::region::{PageRange, PageSize, RegionId, RegionTable};
-use crate::resume::Standing;
 
 /// Bytes of every frame's header.
 pub const HEADER_BYTES: usize = 32;

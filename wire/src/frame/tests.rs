@@ -2,9 +2,9 @@
 
 use super::header::field;
 use super::*;
-use crate::error::{FrameError, RegionError};
 use crate::fault::FaultCode;
 use crate::region::Region;
+use crate::region::RegionError;
 use crate::transmit;
 
 const RANGE: PageRange =

@@ -1,9 +1,9 @@
 //! What a receiver says has happened.
 
 use crate::fault::Fault;
+use crate::frame::Standing;
 use crate::frame::{Kind, Totals};
 use crate::region::{PageRange, RegionId, RegionTable};
-use crate::resume::Standing;
 #[cfg(doc)]
 use {super::Receiver, crate::frame::Frame, crate::limits::*};
 

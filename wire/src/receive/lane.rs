@@ -1,8 +1,8 @@
 //! Which kinds of frames may come at which end of which lane.
 
-use crate::error::ReceiveError;
 use crate::frame::Kind;
 use crate::hello::LaneRole;
+use crate::receive_error::ReceiveError;
 
 /// Which end of which lane this is: together with the kind it decides what may come.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]

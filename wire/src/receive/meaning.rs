@@ -1,9 +1,9 @@
 //! What has come whole: a header says what follows it, a frame is checked against what is known of the
 //! session, and becomes its event.
 
-use crate::error::ReceiveError;
 use crate::fault::Fault;
 use crate::frame::{Body, Content, Frame, Head, Header, Kind};
+use crate::receive_error::ReceiveError;
 use crate::region::{PageRange, RegionId};
 use crate::resume::Account;
 

@@ -53,10 +53,10 @@ pub(crate) use event::one_of_each;
 use std::collections::VecDeque;
 
 use crate::checksum::{Checker, SUMMED_BYTES, body_sum, run_sum};
-use crate::error::ReceiveError;
 use crate::frame::{Body, HEADER_BYTES, Header, Kind};
 use crate::hello::LaneRole;
 use crate::limits::*;
+use crate::receive_error::ReceiveError;
 use crate::region::{PageRange, RegionId, RegionTable};
 use crate::resume::Account;
 use lane::Lane;

@@ -5,9 +5,10 @@ mod checked;
 mod lane;
 
 use super::*;
-use crate::error::{FrameError, RegionError};
 use crate::fault::{Fault, FaultCode};
+use crate::frame::FrameError;
 use crate::frame::{Frame, Totals};
+use crate::region::RegionError;
 use crate::region::{PageSize, Region};
 use crate::transmit;
 

@@ -14,11 +14,11 @@ use nix::sys::socket::{
 };
 use umem_wire::Hello;
 
-use super::tuning::choose_congestion;
-use super::{HELLO_TIMEOUT, Lane, Wait, lane_name};
-use crate::error::{Context, Error, Result};
+use super::{Pass, introduce};
+use crate::error::{Context, Error, Result, lane_name};
+use crate::inbox::Wait;
+use crate::lane::{HELLO_TIMEOUT, Lane, choose_congestion};
 use crate::lookup;
-use crate::secure::{Pass, introduce};
 use crate::uri::Uri;
 
 /// How often a unix socket is tried whose queue of connections is full.

@@ -18,8 +18,9 @@ use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{ClientConfig, CommonState, Error, ServerConfig};
 
 use super::channel::Channel;
+use super::explain;
 use super::records::{Keys, RECORD_BYTES_MAX, Records};
-use super::{Interest, explain, readable, writable};
+use crate::inbox::{Interest, readable, writable};
 
 /// Bytes of a handshake's messages that are kept until they are whole: rustls takes no message of more.
 const HANDSHAKE_BYTES_MAX: usize = 64 << 10;
@@ -31,7 +32,7 @@ enum Connection {
 
 /// One side of a TLS connection, up to the end of its handshake, with the records that have come and those
 /// that are to leave.
-pub(super) struct Session {
+pub(crate) struct Session {
     connection: Box<Connection>,
     incoming: Incoming,
     outgoing: Outgoing,
@@ -50,7 +51,7 @@ enum State {
 }
 
 impl Session {
-    pub(super) fn client(
+    pub(crate) fn client(
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
     ) -> Result<Session, Error> {
@@ -58,7 +59,7 @@ impl Session {
         Ok(Session::new(Connection::Client(connection)))
     }
 
-    pub(super) fn server(config: Arc<ServerConfig>) -> Result<Session, Error> {
+    pub(crate) fn server(config: Arc<ServerConfig>) -> Result<Session, Error> {
         let connection = UnbufferedServerConnection::new(config)?;
         Ok(Session::new(Connection::Server(connection)))
     }
@@ -80,7 +81,7 @@ impl Session {
     }
 
     /// Receives records, without waiting: their number of bytes, 0 at the end.
-    pub(super) fn receive(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
+    pub(crate) fn receive(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
         let room = self.incoming.room();
         debug_assert!(!room.is_empty(), "records have been taken apart since");
         let count = recv(socket.as_fd().as_raw_fd(), room, MsgFlags::MSG_DONTWAIT)?;
@@ -90,7 +91,7 @@ impl Session {
 
     /// Takes apart what has come; what comes right behind it is appended to `plain`. False: the handshake is not over.
     /// After an error the alert that tells the other side is there to be sent.
-    pub(super) fn read(&mut self, plain: &mut Vec<u8>) -> Result<bool, Error> {
+    pub(crate) fn read(&mut self, plain: &mut Vec<u8>) -> Result<bool, Error> {
         loop {
             match self.process(plain) {
                 Ok(State::Moved) => {}
@@ -125,12 +126,12 @@ impl Session {
     }
 
     /// Whether records are to leave.
-    pub(super) fn has_outgoing(&self) -> bool {
+    pub(crate) fn has_outgoing(&self) -> bool {
         !self.outgoing.pending().is_empty()
     }
 
     /// Sends records, without waiting: their number of bytes.
-    pub(super) fn send(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
+    pub(crate) fn send(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         let count = send(socket.as_fd().as_raw_fd(), self.outgoing.pending(), flags)?;
         self.outgoing.start += count;
@@ -252,7 +253,7 @@ impl Outgoing {
 }
 
 /// A handshake that is going on, over a socket that nobody else uses meanwhile.
-pub(super) struct Handshake {
+pub(crate) struct Handshake {
     socket: Arc<OwnedFd>,
     session: Session,
     /// Of the first bytes that came.
@@ -265,11 +266,11 @@ pub(super) struct Handshake {
 const PLAIN: &[u8] = b"UMEM";
 
 impl Handshake {
-    pub(super) fn new(socket: Arc<OwnedFd>, session: Session) -> Handshake {
+    pub(crate) fn new(socket: Arc<OwnedFd>, session: Session) -> Handshake {
         Handshake { socket, session, began: Vec::new(), plain: Vec::new() }
     }
 
-    pub(super) fn interest(&self) -> Interest<'_> {
+    pub(crate) fn interest(&self) -> Interest<'_> {
         match self.session.has_outgoing() {
             true => writable(&self.socket),
             false => readable(&self.socket),
@@ -277,7 +278,7 @@ impl Handshake {
     }
 
     /// Goes on, without waiting. True: both sides have shown their certificates.
-    pub(super) fn advance(&mut self) -> Result<bool, String> {
+    pub(crate) fn advance(&mut self) -> Result<bool, String> {
         loop {
             let is_open = match self.session.read(&mut self.plain) {
                 Ok(is_open) => is_open,
@@ -318,12 +319,12 @@ impl Handshake {
     }
 
     /// Something has come of it.
-    pub(super) fn has_begun(&self) -> bool {
+    pub(crate) fn has_begun(&self) -> bool {
         !self.began.is_empty()
     }
 
     /// The other side does not know of TLS.
-    pub(super) fn is_plain(&self) -> bool {
+    pub(crate) fn is_plain(&self) -> bool {
         self.began == PLAIN
     }
 
@@ -335,12 +336,12 @@ impl Handshake {
     }
 
     /// The other side's own certificate, which it has shown to be its.
-    pub(super) fn peer_certificate(&self) -> Option<Vec<u8>> {
+    pub(crate) fn peer_certificate(&self) -> Option<Vec<u8>> {
         Some(self.session.common().peer_certificates()?.first()?.to_vec())
     }
 
     /// What goes on from here, with what has come already.
-    pub(super) fn finish(self) -> Result<Channel, Error> {
+    pub(crate) fn finish(self) -> Result<Channel, Error> {
         let Session { connection, mut incoming, peer_has_closed, .. } = self.session;
         let (secrets, keys) = match *connection {
             Connection::Client(connection) => {

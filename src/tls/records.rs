@@ -37,7 +37,7 @@ pub(crate) use fixed::fuzz;
 const HEADER_BYTES: usize = 5;
 
 /// Bytes of contents in a record, at most.
-pub(super) const PLAIN_BYTES_MAX: usize = 16 << 10;
+pub(crate) const PLAIN_BYTES_MAX: usize = 16 << 10;
 
 /// What an encrypted record may have beside its contents: their type, zeroes, the tag.
 const EXPANSION_BYTES_MAX: usize = 256;
@@ -52,23 +52,23 @@ const TAG_BYTES: usize = 16;
 const BESIDE_BYTES: usize = HEADER_BYTES + 1 + TAG_BYTES;
 
 /// Records one after another that bring nothing, at most: as in BoringSSL, whose limit rustls has too.
-pub(super) const VAIN_MAX: u32 = 32;
+pub(crate) const VAIN_MAX: u32 = 32;
 
 /// Types of records' contents.
-pub(super) const ALERT: u8 = 21;
-pub(super) const HANDSHAKE: u8 = 22;
-pub(super) const DATA: u8 = 23;
+pub(crate) const ALERT: u8 = 21;
+pub(crate) const HANDSHAKE: u8 = 22;
+pub(crate) const DATA: u8 = 23;
 
 /// Types of a handshake's messages that come after it.
 const NEW_SESSION_TICKET: u8 = 4;
-pub(super) const KEY_UPDATE: u8 = 24;
+pub(crate) const KEY_UPDATE: u8 = 24;
 
 /// An alert's level.
 const WARNING: u8 = 1;
 const FATAL: u8 = 2;
 
 /// Where keys come from.
-pub(super) enum Keys {
+pub(crate) enum Keys {
     Client(KernelConnection<ClientConnectionData>),
     Server(KernelConnection<ServerConnectionData>),
     #[cfg(any(test, feature = "fuzz"))]
@@ -177,7 +177,7 @@ pub(crate) struct Records {
 }
 
 impl Records {
-    pub(super) fn new(keys: Keys, secrets: ExtractedSecrets) -> Result<Records, Error> {
+    pub(crate) fn new(keys: Keys, secrets: ExtractedSecrets) -> Result<Records, Error> {
         Ok(Records {
             reading: Cipher::new(secrets.rx)?,
             writing: Cipher::new(secrets.tx)?,
@@ -190,13 +190,13 @@ impl Records {
     }
 
     /// The other side has said that nothing more comes.
-    pub(super) fn peer_has_closed(&self) -> bool {
+    pub(crate) fn peer_has_closed(&self) -> bool {
         self.peer_has_closed
     }
 
     /// Decrypts all records that are whole. After an error nothing more can be read; what came before it
     /// is there to be taken.
-    pub(super) fn open(&mut self, buffer: &mut [u8], window: &mut Window) -> Result<(), Error> {
+    pub(crate) fn open(&mut self, buffer: &mut [u8], window: &mut Window) -> Result<(), Error> {
         while let Some(record) = self.next_record(buffer, window)? {
             self.open_one(buffer, window, record)?;
         }
@@ -316,14 +316,14 @@ impl Records {
 
     /// Appends what is to be sent. It leaves in records as large as can be; the last one is not made
     /// before [`Records::flush`].
-    pub(super) fn append(&mut self, out: &mut Outgoing, bytes: &[u8]) -> Result<(), Error> {
+    pub(crate) fn append(&mut self, out: &mut Outgoing, bytes: &[u8]) -> Result<(), Error> {
         let copy = |at, room: &mut [u8]| room.copy_from_slice(&bytes[at..][..room.len()]);
         self.append_with(out, bytes.len(), copy)
     }
 
     /// The same for so many bytes that `copy` gives: those from an offset on, as many as it is given room
     /// for.
-    pub(super) fn append_with(
+    pub(crate) fn append_with(
         &mut self,
         out: &mut Outgoing,
         bytes: usize,
@@ -347,19 +347,19 @@ impl Records {
     }
 
     /// Makes the last record.
-    pub(super) fn flush(&mut self, out: &mut Outgoing) -> Result<(), Error> {
+    pub(crate) fn flush(&mut self, out: &mut Outgoing) -> Result<(), Error> {
         if out.filled == 0 { Ok(()) } else { self.seal(out, DATA) }
     }
 
     /// Says that nothing more comes.
-    pub(super) fn close(&mut self, out: &mut Outgoing) -> Result<(), Error> {
+    pub(crate) fn close(&mut self, out: &mut Outgoing) -> Result<(), Error> {
         self.flush(out)?;
         let close_notify = [WARNING, AlertDescription::CloseNotify.into()];
         self.say(out, ALERT, &close_notify)
     }
 
     /// Says why what has come is of no use; not where the other side has said such a thing itself.
-    pub(super) fn protest(&mut self, out: &mut Outgoing, error: &Error) -> Result<(), Error> {
+    pub(crate) fn protest(&mut self, out: &mut Outgoing, error: &Error) -> Result<(), Error> {
         match alert(error) {
             Some(alert) => self.say(out, ALERT, &[FATAL, alert.into()]),
             None => Ok(()),
@@ -371,7 +371,7 @@ impl Records {
         self.owes_update || self.writing.sequence + 1 >= self.records_max
     }
 
-    pub(super) fn renew(&mut self, out: &mut Outgoing) -> Result<(), Error> {
+    pub(crate) fn renew(&mut self, out: &mut Outgoing) -> Result<(), Error> {
         // Of the other side's key nothing is asked: it looks after that itself.
         self.say(out, HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, 0])?;
         self.writing = self.keys.next_for_writing()?;
@@ -380,7 +380,7 @@ impl Records {
     }
 
     /// Makes a record of its own.
-    pub(super) fn say(
+    pub(crate) fn say(
         &mut self,
         out: &mut Outgoing,
         content: u8,
@@ -459,12 +459,12 @@ impl Outgoing {
         &mut self.bytes[start + self.filled..start + PLAIN_BYTES_MAX]
     }
 
-    pub(super) fn pending(&self) -> &[u8] {
+    pub(crate) fn pending(&self) -> &[u8] {
         &self.bytes[self.start..self.end]
     }
 
     /// So many bytes of what is pending have left.
-    pub(super) fn sent(&mut self, count: usize) {
+    pub(crate) fn sent(&mut self, count: usize) {
         self.start += count;
         assert!(self.start <= self.end, "no more than there is");
         if self.start == self.end && self.filled == 0 {

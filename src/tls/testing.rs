@@ -28,14 +28,14 @@ fn limited(suite: SupportedCipherSuite, records: u64) -> SupportedCipherSuite {
 }
 
 /// What both sides of a connection shake hands with, and how many records a key is good for.
-pub(super) struct Certificates {
+pub(crate) struct Certificates {
     roots: Arc<RootCertStore>,
     own: CertificateDer<'static>,
     key: PrivateKeyDer<'static>,
 }
 
 impl Certificates {
-    pub(super) fn new() -> Certificates {
+    pub(crate) fn new() -> Certificates {
         let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -53,7 +53,7 @@ impl Certificates {
         Arc::new(CryptoProvider { cipher_suites: vec![suite], ..provider::default_provider() })
     }
 
-    pub(super) fn client(&self, suite: SupportedCipherSuite) -> ClientConfig {
+    pub(crate) fn client(&self, suite: SupportedCipherSuite) -> ClientConfig {
         let mut client = ClientConfig::builder_with_provider(Certificates::provider(suite))
             .with_safe_default_protocol_versions()
             .unwrap()
@@ -64,7 +64,7 @@ impl Certificates {
         client
     }
 
-    pub(super) fn server(&self, suite: SupportedCipherSuite) -> ServerConfig {
+    pub(crate) fn server(&self, suite: SupportedCipherSuite) -> ServerConfig {
         let provider = Certificates::provider(suite);
         let roots = self.roots.clone();
         let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone());
@@ -82,7 +82,7 @@ impl Certificates {
 
 /// Shakes hands over a connection that is there, a client's end and a server's, with keys for so many
 /// records each.
-pub(super) fn shaken(
+pub(crate) fn shaken(
     suite: SupportedCipherSuite,
     records: u64,
     (client, server): (Arc<OwnedFd>, Arc<OwnedFd>),
@@ -97,7 +97,7 @@ pub(super) fn shaken(
     (client.finish().unwrap(), server.finish().unwrap())
 }
 
-pub(super) fn bytes(seed: u64, count: usize) -> Vec<u8> {
+pub(crate) fn bytes(seed: u64, count: usize) -> Vec<u8> {
     let mut state = seed;
     let next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);

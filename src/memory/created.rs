@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::os_text;
-use crate::session::absolute;
+use crate::os_text::{self, absolute};
 
 /// A file that was made, under the name that it had then.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +23,7 @@ impl Created {
         Created { path, device, inode }
     }
 
-    pub(super) fn of(path: &Path, metadata: &Metadata) -> Created {
+    pub(crate) fn of(path: &Path, metadata: &Metadata) -> Created {
         Created::new(path.to_owned(), metadata.dev(), metadata.ino())
     }
 

@@ -37,7 +37,7 @@ impl ProcessHandle {
     }
 
     /// The pid it was opened with.
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.1
     }
 
@@ -93,6 +93,16 @@ fn stat(pid: u32) -> Option<(char, String)> {
     // The name before it, in parentheses, may hold anything.
     let mut rest = stat.rsplit_once(')')?.1.trim_start().chars();
     Some((rest.next()?, rest.collect()))
+}
+
+/// Before a command that takes root's rights.
+pub(crate) fn sudo() -> &'static str {
+    if nix::unistd::geteuid().is_root() { "" } else { "sudo " }
+}
+
+/// A small file of the kernel's, without the white space around it.
+pub(crate) fn read(path: &str) -> Option<String> {
+    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ impl Channel {
     }
 
     /// Behind a handshake, with what has been read of it already, and what has come and was not.
-    pub(super) fn secured(
+    pub(crate) fn secured(
         records: Records,
         plain: &[u8],
         sealed: &[u8],
@@ -154,7 +154,7 @@ impl Channel {
     }
 
     /// Receives without waiting: the number of bytes, 0 at the end.
-    pub(super) fn receive(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
+    pub(crate) fn receive(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
         let mut room = self.free();
         let socket = socket.as_fd().as_raw_fd();
         let received = recv(socket, room.as_mut_slice(), MsgFlags::MSG_DONTWAIT);
@@ -188,7 +188,7 @@ impl Channel {
     }
 
     /// Appends what tells the other side what is wrong with what it sent, if something is.
-    pub(super) fn protest(&mut self, out: &mut Outgoing) {
+    pub(crate) fn protest(&mut self, out: &mut Outgoing) {
         if let (Some(records), Some(End::Broken(error))) = (&mut self.records, &self.end) {
             // Without it the other side sees that the connection ends.
             let _ = records.protest(out, error);

@@ -2,13 +2,13 @@
 
 use serde_json::{Value, json};
 
-use crate::control::event::{
+use super::{
     AWAITS_STANDSTILL, Event, Lost, Missing, Pause, Place, Remark, Room, Route, Unanswered, Undone,
     awaits_cont,
 };
 
 /// What a JSON event has beside its name.
-pub(super) fn fields(event: &Event) -> Value {
+pub(crate) fn fields(event: &Event) -> Value {
     match event {
         Event::Listening { uri, guest_pid, handoff } => {
             json!({ "uri": uri, "guest_pid": guest_pid, "handoff": handoff })
@@ -82,7 +82,7 @@ pub(super) fn fields(event: &Event) -> Value {
 }
 
 /// The event for a person; empty where there is nothing to say.
-pub(super) fn sentence(event: &Event) -> String {
+pub(crate) fn sentence(event: &Event) -> String {
     match event {
         Event::Listening { uri, handoff: Some(path), .. } => {
             format!("waiting for a guest on {path} and a source on {uri}")

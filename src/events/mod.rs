@@ -1,9 +1,14 @@
 //! What a migration tells those who look on, as values. JSON and sentences are made of them at the edge
-//! (`report/events.rs`), and a program that embeds umem takes them as they are.
+//! ([`words`]), and a program that embeds umem takes them as they are.
+
+pub(crate) mod words;
 
 use std::time::Duration;
 
 use crate::uri::Uri;
+
+/// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
+pub(crate) const CUT: &str = "without connection";
 
 /// Something that has happened on the way.
 #[derive(Clone, Debug, PartialEq)]

@@ -3,7 +3,7 @@
 use rustls::{AlertDescription, CertificateError, Error, InconsistentKeys, InvalidMessage};
 
 /// Why a connection is not to be trusted, or does not trust us; of "it", the other side.
-pub(super) fn failure(error: &Error) -> String {
+pub(crate) fn failure(error: &Error) -> String {
     match error {
         Error::InvalidCertificate(error) => format!("its certificate {}", certificate(error)),
         Error::NoCertificatesPresented => "it shows no certificate".into(),
@@ -75,7 +75,7 @@ fn refused(alert: AlertDescription) -> String {
 }
 
 /// Why a certificate and a key of ours are of no use.
-pub(super) fn pair(error: &Error) -> String {
+pub(crate) fn pair(error: &Error) -> String {
     match error {
         Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
             "the key beside it is not this certificate's".into()

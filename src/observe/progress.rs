@@ -3,16 +3,17 @@
 //! The control thread calls [`Progress::update`] as it wakes; nothing here waits, not for stderr either.
 
 use std::io::IsTerminal;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
+use super::output::Output;
 use crate::observe::trace;
 use crate::observe::watch::{Status, Watch};
-use crate::print;
-use crate::report::{Counters, Output};
+use crate::statistics::Counters;
+use crate::{print, screen};
 
 /// How often the bar moves.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -89,7 +90,7 @@ impl Progress {
             _ => ProgressBar::hidden(),
         };
         if matches!(self.show, Show::Bars) {
-            *on_screen() = Some(bar.clone());
+            screen::show(bar.clone());
         }
         let done_bytes = self.watch.status().done_bytes;
         self.phase = Some(Phase { name, began: Instant::now(), done_bytes, bar });
@@ -101,7 +102,7 @@ impl Progress {
         if !matches!(self.show, Show::Bars) {
             return;
         }
-        on_screen().take();
+        screen::clear();
         if print::stderr_is_ready() {
             bar.finish_and_clear();
         } else {
@@ -131,7 +132,7 @@ impl Progress {
             Show::Lines { next } if now >= *next => {
                 *next = now + LINE_INTERVAL;
                 let name = self.phase.as_ref().map(|phase| phase.name);
-                say(&format!("umem: {}", sentence(name, &self.watch.status())));
+                screen::say(&format!("umem: {}", sentence(name, &self.watch.status())));
             }
             Show::Events { output, next } if now >= *next => {
                 *next = now + LINE_INTERVAL;
@@ -214,22 +215,6 @@ fn sentence(phase: Option<&str>, status: &Status) -> String {
         HumanBytes(status.bytes_per_s),
         waiting(status),
     )
-}
-
-/// The bar on this process's terminal.
-static ON_SCREEN: Mutex<Option<ProgressBar>> = Mutex::new(None);
-
-fn on_screen() -> std::sync::MutexGuard<'static, Option<ProgressBar>> {
-    ON_SCREEN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A line on stderr, above the bar if there is one.
-pub(crate) fn say(line: &str) {
-    let bar = on_screen().clone();
-    match bar {
-        Some(bar) if print::stderr_is_ready() => bar.suspend(|| print::err_line(line)),
-        _ => print::err_line(line),
-    }
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ use crate::error::{Error, Result};
 const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// What a destination shows and wants.
-pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
+pub(crate) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
     let provider = provider();
     let own = Own::load(directory, "server")?;
     let mut verifier = WebPkiClientVerifier::builder_with_provider(
@@ -62,7 +62,7 @@ pub(super) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
 }
 
 /// What a source shows and wants.
-pub(super) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
+pub(crate) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
     let provider = provider();
     let own = Own::load(directory, "client")?;
     let mut verifier = WebPkiServerVerifier::builder_with_provider(
@@ -188,7 +188,7 @@ fn open_trusted(path: &Path) -> Result<(File, u32)> {
 }
 
 /// Reads a file that must be its owner's alone, of `bytes_max` bytes at most.
-pub(super) fn read_private(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+pub(crate) fn read_private(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let (file, mode) = open_trusted(path)?;
     if mode & 0o077 != 0 {
         return Err(Error::Environment(format!(

@@ -1,0 +1,93 @@
+//! Where a migration tells its events and its end: JSON, sentences for a person, or the program around it.
+
+use std::sync::Arc;
+
+use crate::error::Error;
+use crate::events::{Event, words};
+use crate::statistics::Completed;
+use crate::{print, screen};
+
+/// Where events go.
+#[derive(Clone)]
+pub(crate) enum Output {
+    /// Sentences on stderr, the report on stdout.
+    Person,
+    /// JSON objects on stdout.
+    Json,
+    /// To the program that umem is a part of; nothing is printed.
+    Host(Take),
+}
+
+type Take = Arc<dyn Fn(&Event) + Send + Sync>;
+
+impl Output {
+    /// For a program of its own, with or without `--json`.
+    pub(crate) fn new(json: bool) -> Output {
+        if json { Output::Json } else { Output::Person }
+    }
+
+    pub(crate) fn is_for_person(&self) -> bool {
+        matches!(self, Output::Person)
+    }
+
+    /// What a migration has to tell.
+    pub(crate) fn tell(&self, event: &Event) {
+        match (self, event.name()) {
+            (Output::Host(take), _) => take(event),
+            (_, None) => self.remark(&words::sentence(event)),
+            (_, Some(name)) => self.event(name, words::fields(event), &words::sentence(event)),
+        }
+    }
+
+    /// An event of a program that is no migration, with its sentence for a person.
+    pub(crate) fn event(&self, name: &str, fields: serde_json::Value, sentence: &str) {
+        match self {
+            Output::Json => {
+                let mut object = serde_json::json!({ "event": name });
+                if let (Some(object), serde_json::Value::Object(fields)) =
+                    (object.as_object_mut(), fields)
+                {
+                    object.extend(fields);
+                }
+                self.line(&object.to_string());
+            }
+            Output::Person if !sentence.is_empty() => screen::say(&format!("umem: {sentence}")),
+            Output::Person | Output::Host(_) => {}
+        }
+    }
+
+    /// A sentence for whoever started this program.
+    pub(crate) fn remark(&self, sentence: &str) {
+        if !matches!(self, Output::Host(_)) {
+            screen::say(&format!("umem: {sentence}"));
+        }
+    }
+
+    pub(crate) fn completed(&self, report: &Completed) {
+        match self {
+            Output::Json => {
+                self.line(&serde_json::to_string(report).expect("plain numbers and strings"));
+            }
+            Output::Person => {
+                print::out(&report.summary());
+            }
+            // It gets the report itself.
+            Output::Host(_) => {}
+        }
+    }
+
+    /// The one line that an error ends in.
+    pub(crate) fn failed(&self, error: &Error) {
+        // What monitors and commands say may have lines of its own.
+        self.remark(&error.to_string().lines().collect::<Vec<_>>().join(" "));
+        if matches!(self, Output::Json) {
+            let object = serde_json::json!({ "event": "failed", "error": error.to_string() });
+            self.line(&object.to_string());
+        }
+    }
+
+    /// One line on stdout. That it cannot be written shows in the exit status, at the end.
+    pub(crate) fn line(&self, text: &str) {
+        print::out_line(text);
+    }
+}

@@ -1,0 +1,37 @@
+//! Unix sockets that are one user's alone.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
+
+/// Makes a listening unix socket that is the owner's alone.
+///
+/// The file that bind makes has the socket's own mode, so that no mask of the whole process has to
+/// change for it, whose other threads may make files meanwhile.
+pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    use nix::sys::socket::{Backlog, bind, listen};
+    use nix::sys::stat::{Mode, fchmod};
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
+}
+
+/// Connects to a unix socket without waiting: [`io::ErrorKind::WouldBlock`] where its queue of connections is full.
+pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// Nobody listens at this socket any more: its process was killed.
+pub(crate) fn is_deserted(path: &Path) -> bool {
+    connect_at_once(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
