@@ -138,8 +138,8 @@ fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
         while let Some(event) = source.wait(None).expect("events") {
             match event {
                 Event::Stop => {
-                    // What is written as late as this remains.
-                    for page in (0..bytes / PAGE).step_by(9 * 16) {
+                    // What is written as late as this remains. The pages of runs that do not grow with the guest.
+                    for page in (0..SMALL / PAGE).step_by(9 * 16) {
                         let offset = (page * PAGE) as u64;
                         ram_of_source.write_all_at(&[contents(page); PAGE], offset).expect("room");
                         source.written(0, offset, PAGE as u64).expect("it is there");

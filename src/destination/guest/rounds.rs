@@ -154,7 +154,7 @@ impl GuestMemory {
     /// Every copy has landed, and all that remains has been named: the rest is here for good. Calls `wake` with each
     /// page of it that a vCPU waits for. True when this was the last page of all.
     pub(crate) fn settle(&self, mut wake: impl FnMut(PageId)) -> Result<bool> {
-        let mut is_last = false;
+        let (mut is_last, lane) = (false, demand_lane());
         for (index, region) in self.regions.iter().enumerate() {
             let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
             let rounds = self.of_rounds(id);
@@ -163,7 +163,7 @@ impl GuestMemory {
             })?;
             rounds.remaining.each_run(false, |first, pages| {
                 let range = PageRange { region: id, first, pages };
-                is_last = self.keep_copies(rounds, range, &mut wake)?;
+                is_last = self.keep_copies(rounds, range, &lane, &mut wake)?;
                 Ok::<(), Error>(())
             })?;
         }
@@ -196,6 +196,7 @@ impl GuestMemory {
         &self,
         rounds: &RegionRounds,
         range: PageRange,
+        lane: &str,
         wake: &mut impl FnMut(PageId),
     ) -> Result<bool> {
         let end = range.first + range.pages;
@@ -212,7 +213,7 @@ impl GuestMemory {
             let next = rounds.data.next(page, !is_data).min(end);
             let run = PageRange { first: page, pages: next - page, ..range };
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
-            self.begin(run, &demand_lane())?;
+            self.begin(run, lane)?;
             is_last = self.finish(run, kind, &mut *wake)?;
             Counters::add(&self.counters.pages_background, run.pages);
             page = next;
