@@ -13,8 +13,7 @@ use super::destination::Word;
 use super::world::{CHUNK, Happening, LANES, Lane, PAGES, STATE_BYTES, Sent, Told, World, nobody};
 use crate::control::destination::farewell;
 use crate::control::destination::{Exit, FreeSpace, Input};
-use crate::error::lane_name;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, lane_name};
 
 /// What happens by itself.
 #[derive(Clone, Copy, Debug)]
