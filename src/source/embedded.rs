@@ -8,6 +8,7 @@ use nix::poll::PollFlags;
 use super::memory::SourceMemory;
 use super::{Link, Migration, Note, Order, Plan, wait};
 use crate::control::liveness::STEP_TIMEOUT;
+use crate::control::source::Input;
 use crate::embed::desk::Desk;
 use crate::embed::link::{self, LinkOrder};
 use crate::error::Result;
@@ -101,7 +102,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
         });
         Ok(())
     });
-    let report = migration.drive()?;
+    let report = migration.drive(Input::Begin)?;
     report.check_digests().map(|()| report)
 }
 
