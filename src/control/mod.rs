@@ -2,20 +2,19 @@
 //!
 //! Each side of a migration has a core: a value that is told what has happened and says what is to be done. It
 //! owns no descriptor, starts no thread, reads no clock and prints nothing, so that a test can run it in a
-//! time of its own, and end it between any two things that it does. A driver does what a core says, for the
-//! source in `src/source`, for the destination in `src/destination/driving.rs`:
+//! time of its own, and end it between any two things that it does. Both have one contract, and a driver does what
+//! they say, in `src/source/effects.rs` and `src/destination/driving.rs`:
 //!
 //! ```text
-//! loop {
-//!     while let Some(effect) = core.next_effect() {
-//!         // Its answer, if it has one, is the next input.
-//!         if let Err(error) = carry_out(effect) {
-//!             core.handle(Input::NotDone(error), &now);
-//!         }
+//! for effect in core.handle(input, &now) {
+//!     match carry_out(effect) {
+//!         // The answer, if there is one, is among the next inputs.
+//!         Ok(answer) => inputs.extend(answer),
+//!         // What is behind it is not done.
+//!         Err(error) => { the next input is NotDone(error); break }
 //!     }
-//!     if core.has_ended() { return core.take_outcome() }
-//!     core.handle(answer_or_wait_until(core.deadline()), &now);
 //! }
+//! wait until core.deadline(), a note, a signal, a connection
 //! ```
 //!
 //! - *Inputs* are what the other side, the monitor, threads, people and the clock bring. Time and counters are an
@@ -23,6 +22,7 @@
 //! - *Effects* are carried out one at a time, in order. One that fails comes back at once as `NotDone`, and
 //!   nothing that was queued behind it is carried out.
 //! - An effect that has an answer is the last of its batch: what depends on the answer is queued when it has come.
+//! - *Records* that cannot be written stop what is behind them only where `is_vital` says so.
 //! - *States* are enums, and a variant owns what exists in that state alone.
 
 pub(crate) mod backoff;
@@ -38,14 +38,27 @@ pub(crate) mod suspicion;
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use crate::uri::Uri;
+
 /// When something is handled, and what had been counted by then.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Moment {
+pub(crate) struct Moment<M = ()> {
     pub(crate) at: Instant,
-    /// Bytes of the guest's memory that have moved, of any kind.
+    /// Bytes of the guest's memory and device state that have moved, of any kind.
     pub(crate) moved_bytes: u64,
     /// What has come and was not what had been sent, where there are checksums.
     pub(crate) checksum_errors: u64,
+    /// How the guest's memory stands, where that matters.
+    pub(crate) memory: M,
+}
+
+/// What somebody wants done with the lanes, by hand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Give them up, and open or take none before a resume.
+    Pause,
+    /// Open or take them again, at another address if one is named.
+    Resume(Option<Uri>),
 }
 
 /// What is to be done, in order.
@@ -63,20 +76,17 @@ impl<E: Effect> Effects<E> {
         self.0.push_back(effect);
     }
 
-    pub(crate) fn pop(&mut self) -> Option<E> {
-        self.0.pop_front()
-    }
-
-    /// After one that has failed.
-    pub(crate) fn drop_rest(&mut self) {
-        self.0.clear();
-    }
-
     /// Something else follows than the answer that the last one has: that one is not carried out.
     pub(crate) fn drop_question(&mut self) {
         if self.0.back().is_some_and(Effect::has_answer) {
             self.0.pop_back();
         }
+    }
+}
+
+impl<E: Effect> Extend<E> for Effects<E> {
+    fn extend<I: IntoIterator<Item = E>>(&mut self, effects: I) {
+        effects.into_iter().for_each(|effect| self.push(effect));
     }
 }
 

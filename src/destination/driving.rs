@@ -13,8 +13,9 @@ use super::farewell::{Farewell, Word};
 use super::guest::GuestRegion;
 use super::side::GuestSide;
 use super::{Migration, Note, encoded, ending};
+use crate::control::Order;
 use crate::control::destination::{
-    Effect, Entrance, Exit, FreeSpace, Input, Memory, Now, Outcome, Process,
+    Effect, Entrance, Exit, FreeSpace, Input, Memory, Moment, Outcome, Process,
 };
 use crate::error::{Error, Result, lane_name};
 use crate::host::thread::Answer;
@@ -34,7 +35,7 @@ impl Migration<'_> {
                     // What is to become of the guest after a panic is decided as after any other failure.
                     let turned = panics::caught(|| self.turn(side, &mut watches_guest));
                     if let Err(error) = turned {
-                        self.feed(Input::Failed(error), side);
+                        self.feed(Input::NotDone(error), side);
                     }
                 }
                 Some(Outcome::Failed(error)) => return Err(error),
@@ -108,7 +109,7 @@ impl Migration<'_> {
                     Ok(result) => inputs.extend(result),
                     // What is behind it is not done.
                     Err(error) => {
-                        inputs.push_back(Input::Failed(error));
+                        inputs.push_front(Input::NotDone(error));
                         break;
                     }
                 }
@@ -116,19 +117,22 @@ impl Migration<'_> {
         }
     }
 
-    fn now(&self) -> Now {
+    fn now(&self) -> Moment {
         let counters = &self.guest.counters;
         let memory = Memory {
             pages_missing: self.guest.pages_missing(),
             bytes_missing: self.guest.bytes_missing(),
             pages_done: counters.pages_done.load(SeqCst),
-            bytes_moved: counters.done_bytes()
+            totals: counters.totals(),
+        };
+        Moment {
+            at: Instant::now(),
+            moved_bytes: counters.done_bytes()
                 + counters.rounds_bytes.load(Relaxed)
                 + counters.state_bytes.load(Relaxed),
             checksum_errors: counters.checksum_errors.load(Relaxed),
-            totals: counters.totals(),
-        };
-        Now { at: Instant::now(), memory }
+            memory,
+        }
     }
 
     /// What a note is to the core; none if it is nothing.
@@ -147,11 +151,11 @@ impl Migration<'_> {
             Note::Settled => Input::Settled,
             Note::Pause => {
                 self.progress.watch().heard();
-                Input::Pause
+                Input::Order(Order::Pause)
             }
             Note::Resume(uri) => {
                 self.progress.watch().heard();
-                Input::Resume(uri)
+                Input::Order(Order::Resume(uri))
             }
             Note::Found { order, uri, found } => Input::Found { order, uri, found },
             Note::Listen(listener) => {
@@ -247,10 +251,12 @@ impl Migration<'_> {
                 self.progress.watch().commit("the guest stays at the source")?;
                 return Ok(Some(Input::Committed));
             }
-            Effect::Write(record) => {
-                let state = record.state();
-                return Ok(Some(Input::Written { state, result: self.write(record) }));
-            }
+            Effect::Persist(record) => match self.write(record) {
+                Err(error) if !record.is_vital() => {
+                    return Ok(Some(Input::NotWritten { state: record.state(), error }));
+                }
+                written => written?,
+            },
             Effect::WriteAddress(uri) => {
                 return Ok(self.write_address(&uri).err().map(Input::AddressNotWritten));
             }

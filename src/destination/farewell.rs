@@ -13,7 +13,8 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv, send};
 use umem_wire::{
-    Event, Frame, PageRange, Receiver, RegionTable, Seal, Standing, Target, resume, transmit,
+    Event as Heard, Frame, PageRange, Receiver, RegionTable, Seal, Standing, Target, resume,
+    transmit,
 };
 
 use super::Note;
@@ -21,6 +22,7 @@ use super::accept::{Door, Lanes};
 use super::side::GuestSide;
 use crate::control::destination::farewell::{Effect, Farewell as Core, Input};
 use crate::error::{Error, Result};
+use crate::events::{Event, Remark};
 use crate::inbox::{Inbox, Wake};
 use crate::lane::{self, Lane};
 use crate::observe::output::Output;
@@ -103,7 +105,7 @@ impl Farewell {
             }
             self.look(inbox)?;
             if self.core.outcome().is_some() {
-                output.remark("the source has come, and knows now that its guest is complete");
+                output.tell(&Event::Remark(Remark::SourceTold));
                 drop(self);
                 return side.outlive(inbox, output);
             }
@@ -197,7 +199,7 @@ impl<'a> Talk<'a> {
         let has_word = self.receiver.is_some();
         while let Some(event) = self.hear(until)? {
             // What it says in the second case it will not come back for.
-            if let Event::Complete(_) | Event::Error(_) = event {
+            if let Heard::Complete(_) | Heard::Error(_) = event {
                 return Ok(Input::Parted);
             }
         }
@@ -208,7 +210,7 @@ impl<'a> Talk<'a> {
     fn answer(&mut self) -> Result<()> {
         let until = Instant::now() + CLOSE_PATIENCE;
         while let Some(event) = self.hear(until)? {
-            if let Event::Ping(number) = event
+            if let Heard::Ping(number) = event
                 && !self.say(&Frame::Pong(number), until)?
             {
                 return Ok(());
@@ -227,7 +229,7 @@ impl<'a> Talk<'a> {
     /// What the source says next; none at the lane's end, when the time is up, and where somebody interrupts. What it
     /// says is read in any case: a connection that is closed over what was not read is reset, and what was said on it
     /// could be lost.
-    fn hear(&mut self, until: Instant) -> Result<Option<Event>> {
+    fn hear(&mut self, until: Instant) -> Result<Option<Heard>> {
         let mut buffer = vec![0; 4096];
         loop {
             let exact = match &mut self.receiver {

@@ -297,7 +297,8 @@ impl Taken {
                     if source.kind() == ErrorKind::AddrInUse && Instant::now() < deadline =>
                 {
                     if !std::mem::replace(&mut has_told, true) {
-                        self.output.remark(&format!("{uri} is still in use; waiting for it"));
+                        let uri = uri.clone();
+                        self.output.tell(&Event::Remark(Remark::AddressInUse { uri }));
                     }
                 }
                 other => return other,
@@ -312,7 +313,7 @@ impl Taken {
     fn tell_of_completion(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
         let standing = Recalled::from(&self.record).standing(self.record.totals.into());
         let word = Word::Complete { standing, landing: landing(&self.record)? };
-        self.output.remark("the guest has all of its memory; waiting for the source to tell it so");
+        self.output.tell(&Event::Remark(Remark::AwaitsSource));
         let told = self.farewell(options, inbox, word)?;
         self.has_undone(Undone::Heard { is_told: told });
         if !told {
@@ -327,14 +328,10 @@ impl Taken {
     fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
         const WHAT: &str =
             "the guest's process ended while no umem served it, before all of its memory had come";
-        match self.farewell(options, inbox, Word::Failed(Error::Ended(WHAT.into()))) {
-            Ok(true) => {}
-            Ok(false) => self.output.remark(
-                "the source did not come to hear that the guest has ended: end its umem, too",
-            ),
-            Err(error) => self.output.remark(&format!(
-                "the source has not heard that the guest has ended ({error}): end its umem, too"
-            )),
+        let told = self.farewell(options, inbox, Word::Failed(Error::Ended(WHAT.into())));
+        if !matches!(told, Ok(true)) {
+            let reason = told.err().map(|error| error.to_string());
+            self.output.tell(&Event::Remark(Remark::SourceNotToldOfEnd { reason }));
         }
         self.record.guest.created.iter().for_each(Created::remove);
         self.keeper.remove();

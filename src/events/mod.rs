@@ -183,6 +183,14 @@ pub(crate) enum Remark {
     InterruptAgainHere { lost: Lost },
     /// The source has not heard that its guest is complete.
     SourceUnaware { session: String, command: String },
+    /// A umem that takes over a guest which is complete waits for the source, to tell it so.
+    AwaitsSource,
+    /// The source has come, and has been told that its guest is complete.
+    SourceTold,
+    /// The guest has ended, and the source has not been told; why it could not be, if it came.
+    SourceNotToldOfEnd { reason: Option<String> },
+    /// The address of a umem that was killed cannot be listened at yet.
+    AddressInUse { uri: Uri },
     /// The destination of a session that was undone could not be told.
     DestinationNotTold { uri: Uri, reason: String },
 }

@@ -326,6 +326,19 @@ fn remark(remark: &Remark) -> String {
             };
             format!("{}; {hint}", lost.in_words())
         }
+        Remark::AwaitsSource => {
+            "the guest has all of its memory; waiting for the source to tell it so".into()
+        }
+        Remark::SourceTold => {
+            "the source has come, and knows now that its guest is complete".into()
+        }
+        Remark::SourceNotToldOfEnd { reason: None } => {
+            "the source did not come to hear that the guest has ended: end its umem, too".into()
+        }
+        Remark::SourceNotToldOfEnd { reason: Some(reason) } => format!(
+            "the source has not heard that the guest has ended ({reason}): end its umem, too"
+        ),
+        Remark::AddressInUse { uri } => format!("{uri} is still in use; waiting for it"),
         Remark::SourceUnaware { session, command } => format!(
             "the source has not heard that its guest is complete: if its umem comes back it is told by \
              {command}, or end it there with `umem migrate --resume {session} --abandon`"

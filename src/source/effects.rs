@@ -10,10 +10,10 @@ use super::bulk;
 use super::demand::Command;
 use super::parting::Caller;
 use super::{Migration, Note, digest};
-use crate::control::Moment;
 use crate::control::calling::Word;
 use crate::control::source::closing::GOODBYE_PING;
-use crate::control::source::{Effect, Goodbye, Input, Order, Question};
+use crate::control::source::{Effect, Goodbye, Input, Question};
+use crate::control::{Moment, Order};
 use crate::error::Result;
 use crate::events::{Event, Remark};
 use crate::inbox::Wake;
@@ -22,30 +22,33 @@ use crate::{idle, panics};
 impl Migration {
     /// Until the core has come to an end.
     pub(super) fn until_ended(&mut self) {
-        loop {
-            while let Some(effect) = self.core.next_effect() {
-                if let Err(error) = self.carry_out(effect) {
-                    self.handle(Input::NotDone(error));
-                }
-            }
-            if self.core.has_ended() {
-                return;
-            }
+        while !self.core.has_ended() {
             let input = self.answers.pop_front().unwrap_or_else(|| self.wait());
             self.handle(input);
             self.progress.update();
         }
     }
 
+    /// Has the core handle this, and does what it says.
     pub(super) fn handle(&mut self, input: Input) {
-        let now = Moment {
-            at: Instant::now(),
-            moved_bytes: self.bytes_done() + self.memory.counters.rounds_bytes.load(Relaxed),
-            checksum_errors: self.memory.counters.checksum_errors.load(Relaxed),
-        };
-        self.core.handle(input, &now);
-        if let Some(phase) = self.core.phase_name() {
-            self.progress.watch().entered(phase);
+        let mut next = Some(input);
+        while let Some(input) = next.take() {
+            let now = Moment {
+                at: Instant::now(),
+                moved_bytes: self.bytes_done() + self.memory.counters.rounds_bytes.load(Relaxed),
+                checksum_errors: self.memory.counters.checksum_errors.load(Relaxed),
+                memory: (),
+            };
+            let effects = self.core.handle(input, &now);
+            if let Some(phase) = self.core.phase_name() {
+                self.progress.watch().entered(phase);
+            }
+            for effect in effects {
+                if let Err(error) = self.carry_out(effect) {
+                    next = Some(Input::NotDone(error));
+                    break;
+                }
+            }
         }
     }
 
@@ -83,7 +86,7 @@ impl Migration {
             }
             Note::Reconnect(sockets) => {
                 self.link.given = Some(sockets);
-                Input::Order(Order::Reconnect)
+                Input::Given
             }
         }
     }

@@ -9,6 +9,7 @@ use super::link::open_over;
 use super::memory::SourceMemory;
 use super::{Link, Migration, Note, Order, Plan, Precopy, wait};
 use crate::control::liveness::STEP_TIMEOUT;
+use crate::control::source::Input;
 use crate::error::Result;
 use crate::host::embedder::{self, Embedder, LinkOrder};
 use crate::host::thread::HostThread;
@@ -112,6 +113,6 @@ pub(crate) fn send(departure: Departure, embedder: &Arc<dyn Embedder>) -> Result
             Ok(())
         }),
     );
-    let report = migration.drive()?;
+    let report = migration.drive(Input::Begin)?;
     report.check_digests().map(|()| report)
 }

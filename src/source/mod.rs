@@ -289,7 +289,7 @@ fn migrate(
         quiet: options.observe.quiet,
     };
     let host = HostThread::<dyn SourceHost>::tracking(host, log, inbox.post())?;
-    Migration::start(&plan, output, inbox, (lanes, link), memory, host)?.drive()
+    Migration::start(&plan, output, inbox, (lanes, link), memory, host)?.drive(Input::Begin)
 }
 
 /// A guest that can be moved.
@@ -456,9 +456,10 @@ struct Migration {
 }
 
 impl Migration {
-    /// Carries out what the core decides, to its end.
-    fn drive(mut self) -> Result<Completed> {
+    /// Carries out what the core decides, from this on and to its end.
+    fn drive(mut self, first: Input) -> Result<Completed> {
         let caught = panics::caught(|| {
+            self.handle(first);
             self.until_ended();
             Ok(())
         });

@@ -30,7 +30,7 @@ use crate::bandwidth::Bandwidth;
 use crate::control::calling::{Called, Word};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::control::source::leftover::{self, Leftover};
-use crate::control::source::{Heard, Left, Record, Source};
+use crate::control::source::{Heard, Input, Left, Record, Source};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark, Undone};
 use crate::host::command::RamPath;
@@ -124,21 +124,10 @@ impl Taken {
     /// Carries out what is left to do in a session in which nothing is served.
     fn carry_out(self, mut core: Leftover) -> Result<()> {
         let inbox = Inbox::new()?;
-        loop {
-            let mut answer = None;
-            while let Some(effect) = core.next_effect() {
-                match self.effect(effect, &inbox) {
-                    Ok(input) => answer = input,
-                    Err(error) => core.handle(leftover::Input::NotDone(error), Instant::now()),
-                }
-            }
-            if core.has_ended() {
-                let none = || Err(Error::Internal("the session has come to no end".into()));
-                return core.into_outcome().unwrap_or_else(none);
-            }
-            let input = answer.unwrap_or_else(|| {
-                let until = core.deadline();
-                let left = until.map(|at| at.saturating_duration_since(Instant::now()));
+        let mut next = Some(leftover::Input::Begin);
+        while !core.has_ended() {
+            let input = next.take().unwrap_or_else(|| {
+                let left = core.deadline().map(|at| at.saturating_duration_since(Instant::now()));
                 match inbox.wait(&[], left) {
                     Ok(Wake::Signal) => {
                         let error = Error::Interrupted("nobody is told".into());
@@ -148,8 +137,18 @@ impl Taken {
                     Err(error) => leftover::Input::NotDone(error),
                 }
             });
-            core.handle(input, Instant::now());
+            for effect in core.handle(input, Instant::now()) {
+                match self.effect(effect, &inbox) {
+                    Ok(answer) => next = answer,
+                    Err(error) => {
+                        next = Some(leftover::Input::NotDone(error));
+                        break;
+                    }
+                }
+            }
         }
+        let none = || Err(Error::Internal("the session has come to no end".into()));
+        core.into_outcome().unwrap_or_else(none)
     }
 
     fn effect(
@@ -331,7 +330,7 @@ impl Taken {
             |plan, uri, background| Source::taken_over(plan, uri, background, left, Instant::now());
         let mut migration = Migration::new(&plan, output.clone(), inbox, link, memory, host, core);
         migration.allocated_bytes = record.allocated_bytes;
-        let driven = migration.drive().map_err(|error| pass.explain(error));
+        let driven = migration.drive(Input::TakeOver).map_err(|error| pass.explain(error));
         observer.ended(driven.as_ref());
         let report = driven?;
         output.completed(&report);

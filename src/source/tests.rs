@@ -177,7 +177,7 @@ fn a_pause_gives_up_every_lane_and_a_resume_goes_on_at_another_address() {
     };
     let output = Output::Host(Arc::new(|_| {}));
     let migration = Migration::start(&plan, output, inbox, (lanes, link), memory, host);
-    let report = migration.unwrap().drive().unwrap();
+    let report = migration.unwrap().drive(Input::Begin).unwrap();
     assert_eq!(report.recoveries, 1);
     destination.join().unwrap();
 }

@@ -3,7 +3,9 @@
 use umem_wire::destination::Phase;
 use umem_wire::{Fault, FaultCode, Standing};
 
-use super::{Core, Effect, Effects, Failure, Input, Now, Owner, Process, Stage, Voice};
+use super::{
+    Core, Effect, Effects, Failure, Input, Moment, Owner, Process, Stage, Voice, say_not_written,
+};
 use crate::error::Error;
 use crate::events::{Event, Remark};
 
@@ -34,6 +36,7 @@ impl Core {
     /// Nothing can go on. Whoever knows better why is asked before anything is decided.
     pub(super) fn fail(&mut self, failure: Failure, effects: &mut Effects) {
         let Failure { error, voice } = failure;
+        effects.drop_question();
         let is_taken_up = !matches!(self.stage, Stage::TakingOver);
         if is_taken_up {
             self.stage = Stage::Seeking(voice);
@@ -46,25 +49,24 @@ impl Core {
     }
 
     /// Takes what happens while it ends.
-    pub(super) fn end(&mut self, input: Input, now: &Now, effects: &mut Effects) {
+    pub(super) fn end(&mut self, input: Input, now: &Moment, effects: &mut Effects) {
         match (&self.stage, input) {
             (&Stage::Seeking(voice), Input::Cause { error, process }) => {
                 self.decide(voice, error, process, effects);
             }
             // Nobody could say what has become of the guest: it is not ended for that.
-            (&Stage::Seeking(voice), Input::Failed(error)) => {
+            (&Stage::Seeking(voice), Input::Failed(error) | Input::NotDone(error)) => {
                 self.decide(voice, error, Process::Stays, effects);
             }
-            (Stage::Stopping(_), Input::ThreadsEnded | Input::Failed(_)) => self.part(now, effects),
+            (Stage::Stopping(_), Input::ThreadsEnded | Input::Failed(_) | Input::NotDone(_)) => {
+                self.part(now, effects);
+            }
             (Stage::Releasing, Input::Released) => self.say_goodbye(now, effects),
             // In the first case the guest is complete; only its process has not been heard.
-            (Stage::Releasing | Stage::Ended, Input::Failed(error)) => {
+            (Stage::Releasing | Stage::Ended, Input::Failed(error) | Input::NotDone(error)) => {
                 self.finish(Outcome::Failed(error), effects);
             }
-            (_, Input::Written { state, result }) => {
-                // An error here is told, and nothing else.
-                let _ = self.written(state, result, effects);
-            }
+            (_, Input::NotWritten { state, error }) => say_not_written(state, &error, effects),
             _ => {}
         }
     }
@@ -97,7 +99,7 @@ impl Core {
     }
 
     /// The threads have ended.
-    fn part(&mut self, now: &Now, effects: &mut Effects) {
+    fn part(&mut self, now: &Moment, effects: &mut Effects) {
         let stage = std::mem::replace(&mut self.stage, Stage::Ended);
         let Stage::Stopping(verdict) = stage else { return };
         match verdict {
@@ -130,7 +132,7 @@ impl Core {
 
     /// The end of the session, unless the source has not heard of it: then there is somebody for it to
     /// find, as long as this process stays, and a record for who resumes after that.
-    fn say_goodbye(&mut self, now: &Now, effects: &mut Effects) {
+    fn say_goodbye(&mut self, now: &Moment, effects: &mut Effects) {
         let unheard = match (&self.phase, &self.terms.session) {
             (Phase::Completed(None), Some(session)) => {
                 let (session, command) = (session.number.clone(), session.command());
@@ -155,7 +157,7 @@ impl Core {
     }
 
     /// Adds what an error means for the guest.
-    fn explain(&self, error: Error, now: &Now) -> Error {
+    fn explain(&self, error: Error, now: &Moment) -> Error {
         match error {
             Error::Lost { side, lane, what } if self.owner() == Owner::Ours => Error::Lost {
                 side,

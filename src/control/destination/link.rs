@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use umem_wire::destination::{Input as Step, Phase};
 use umem_wire::{Fault, FaultCode, Frame, LaneRole};
 
-use super::{Core, Effect, Effects, Failure, FreeSpace, Now, Owner, Stage, Terms, not_resumed};
+use super::{Core, Effect, Effects, Failure, FreeSpace, Moment, Owner, Stage, Terms, not_resumed};
 use crate::control::doubt::Doubt;
 use crate::control::liveness::{self, Due, Liveness, stood_still_by_option};
 use crate::control::suspicion::Suspicion;
@@ -197,7 +197,7 @@ impl Core {
         &mut self,
         lane: LaneRole,
         error: Error,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> Handled {
         let Some(error) = self.outlives(error, effects)? else { return Ok(()) };
@@ -233,7 +233,7 @@ impl Core {
     pub(super) fn source_gives_up(
         &mut self,
         fault: Fault,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> Handled {
         let may_come_back = fault.code == FaultCode::SourceMemory
@@ -251,7 +251,7 @@ impl Core {
     }
 
     /// Looks after what has become due.
-    pub(super) fn tick(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn tick(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         self.look_after_step(now)?;
         self.look_for_room(now, effects);
         match self.link.liveness.due(now.at) {
@@ -276,7 +276,7 @@ impl Core {
     }
 
     /// Ends a migration whose source does not take its next step, while the guest is still its own.
-    fn look_after_step(&mut self, now: &Now) -> Result<()> {
+    fn look_after_step(&mut self, now: &Moment) -> Result<()> {
         let step = match self.phase {
             Phase::Ready
             | Phase::Rounds
@@ -290,7 +290,7 @@ impl Core {
             // From *loaded* on the source may give its guest up, and silence decides nothing.
             self.link.liveness.begin(false, now.at);
         }
-        match self.steps.look(step, now.memory.bytes_moved, now.at) {
+        match self.steps.look(step, now.moved_bytes, now.at) {
             liveness::Step::Waits => Ok(()),
             liveness::Step::Moves => {
                 self.link.liveness.moved(now.at);
@@ -312,7 +312,7 @@ impl Core {
     }
 
     /// The source has opened lanes again: it has lost the old ones, whatever they look like from here.
-    pub(super) fn came(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn came(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         if !self.phase.outlives_its_lanes() {
             // It was told so at the entrance.
             effects.push(Effect::DropLanes);
@@ -337,12 +337,12 @@ impl Core {
     }
 
     /// Gives up all lanes. The demand thread says when it has let go of its own.
-    fn break_lanes(&mut self, why: &str, now: &Now, effects: &mut Effects) -> Handled {
+    fn break_lanes(&mut self, why: &str, now: &Moment, effects: &mut Effects) -> Handled {
         self.step(Step::Broken, effects)?;
         effects.push(Effect::Sever);
         self.link.state =
             State::Down { since: now.at, old: Old::Ending, until: None, was_interrupted: false };
-        let (done, errors) = (now.memory.pages_done, now.memory.checksum_errors);
+        let (done, errors) = (now.memory.pages_done, now.checksum_errors);
         let (events, in_vain) = self.link.suspicion.lost(why, done, errors).into_parts();
         effects.extend(events.into_iter().map(Effect::Report));
         self.link.is_paused |= in_vain.is_some();
@@ -353,7 +353,7 @@ impl Core {
     }
 
     /// Says that there are no lanes, and what becomes of the guest.
-    pub(super) fn announce(&self, reason: String, now: &Now, effects: &mut Effects) {
+    pub(super) fn announce(&self, reason: String, now: &Moment, effects: &mut Effects) {
         let pages_missing = now.memory.pages_missing;
         let has_way = self.link.entrance.is_some() && !self.link.is_paused;
         effects.push(Effect::Report(match has_way {
@@ -365,7 +365,7 @@ impl Core {
     /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
     /// more. What they have said of their lanes is on its way, and must not be taken for news of the
     /// next ones.
-    pub(super) fn quiet(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn quiet(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         // The lane that had no room for a page was its own.
         if let State::Doubtful(doubt) = &self.link.state {
             let why = doubt.error.to_string();
@@ -377,7 +377,7 @@ impl Core {
         Ok(())
     }
 
-    pub(super) fn settled(&mut self, now: &Now, effects: &mut Effects) {
+    pub(super) fn settled(&mut self, now: &Moment, effects: &mut Effects) {
         let State::Down { old, .. } = &mut self.link.state else { return };
         let before = std::mem::replace(old, Old::Gone);
         effects.push(Effect::RollBack);
@@ -387,7 +387,7 @@ impl Core {
     }
 
     /// Goes on over the lanes that have come in: nothing is left of the old ones.
-    fn reconnect(&mut self, now: &Now, effects: &mut Effects) {
+    fn reconnect(&mut self, now: &Moment, effects: &mut Effects) {
         let State::Down { since, .. } = self.link.state else { return };
         let disconnected = now.at.saturating_duration_since(since);
         self.link.state = State::Up;
@@ -406,7 +406,7 @@ impl Core {
         &mut self,
         error: Error,
         free: Option<FreeSpace>,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> Handled {
         let Some(error) = self.outlives(error, effects)? else { return Ok(()) };
@@ -430,7 +430,7 @@ impl Core {
         &mut self,
         why: &str,
         free: Option<&FreeSpace>,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) {
         let is_told = self.link.short_of_tables.replace(now.at);
@@ -440,7 +440,7 @@ impl Core {
     }
 
     /// Has room looked for when that is due.
-    fn look_for_room(&mut self, now: &Now, effects: &mut Effects) {
+    fn look_for_room(&mut self, now: &Moment, effects: &mut Effects) {
         if let Some(shortage) = &mut self.link.shortage
             && shortage.refusal.is_some()
             && shortage.until <= now.at
@@ -451,7 +451,7 @@ impl Core {
     }
 
     /// Lets the source in again when there may be room: where the file systems cannot say so, after a while.
-    pub(super) fn measured(&mut self, free: Option<&FreeSpace>, now: &Now) {
+    pub(super) fn measured(&mut self, free: Option<&FreeSpace>, now: &Moment) {
         // Less would be gone at once.
         let wanted = ROOM_BYTES_MIN.min(now.memory.bytes_missing);
         if free.is_none_or(|free| free.bytes >= wanted) {
@@ -460,7 +460,7 @@ impl Core {
     }
 
     /// By hand: no lanes until a resume.
-    pub(super) fn pause(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn pause(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         if !self.link.recovers || !self.phase.outlives_its_lanes() {
             let place = Place::Destination;
             effects.push(Effect::Report(Event::Remark(Remark::NotPaused { place })));
@@ -526,7 +526,7 @@ impl Core {
     pub(super) fn offered(
         &mut self,
         entrance: Entrance,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> Handled {
         if entrance == Entrance::Given && (!self.link.recovers || !self.phase.outlives_its_lanes())
@@ -580,7 +580,12 @@ impl Lost {
 }
 
 /// Says what lacks, how much of it, and what to do.
-fn say_shortage(what: &str, free: Option<&FreeSpace>, now: &Now, effects: &mut Effects) -> String {
+fn say_shortage(
+    what: &str,
+    free: Option<&FreeSpace>,
+    now: &Moment,
+    effects: &mut Effects,
+) -> String {
     let missing = now.memory.bytes_missing;
     let room = free.map_or_else(String::new, |FreeSpace { ram, bytes }| {
         format!(", and the file system of RAM {ram} has room for {} MiB", bytes >> 20)

@@ -1,22 +1,10 @@
 //! Whose the guest is at the destination: every decision about it, as a state machine without descriptors,
 //! threads, clock or output.
 //!
-//! [`Core::handle`] takes what has happened and returns what is to be done. The driver (`crate::destination`)
-//! does that and reports what comes of it:
-//!
-//! ```text
-//! loop {
-//!     let mut effects = core.handle(input, &now);
-//!     carry out each effect in order; results become the next inputs
-//!     wait until core.deadline(), a note, a signal, a connection
-//! }
-//! ```
-//!
-//! - Effects of one answer are carried out in their order.
-//! - An effect that fails drops those behind it in its answer and comes back as [`Input::Failed`].
-//!   [`Effect::Write`] is the exception: its result comes back as [`Input::Written`], and what is behind it is done.
-//! - Where the core must not go on before an effect has succeeded, that effect is the last of its answer, and its
-//!   success is an input: [`Input::Committed`], [`Input::Written`], [`Input::Held`] and so on.
+//! [`Core::handle`] follows the contract of both cores ([`control`](crate::control)). Where the core must not go on
+//! before an effect has succeeded, that effect is the last of its answer, and its success is an input:
+//! [`Input::Committed`], [`Input::Held`] and so on. The record of *loaded* is vital; of others that cannot be written
+//! [`Input::NotWritten`] tells.
 //!
 //! # States
 //!
@@ -28,8 +16,7 @@
 //! | `Receiving` | comparing … receiving device state | the source's | nothing | the guest here ends, the source's goes on |
 //! | `Loading`, `Loaded` | loading | the source's | nothing | the same |
 //! | `Committing` | loading | the source's, which can no longer cancel | nothing | the same |
-//! | `Writing` | loading | the source's | nothing, or *loaded* | the same; `--resume` tells the source so |
-//! | `Holding` | loading | the source's | *loaded* | the guest waits if it was held, and ends if not |
+//! | `Holding` | loading | the source's | nothing, then *loaded* | the guest waits if it was held, and ends if not |
 //! | `Awaiting` | loaded | only the source knows | *loaded* | the guest waits for `--resume` |
 //! | `Starting` | switched | ours | *loaded*, then *switched* | the guest waits; a switchover not written comes again |
 //! | `Serving` | running | ours | *switched*, then *running* | the guest waits for its pages |
@@ -50,7 +37,7 @@
 //! | `PagesSettled` | `Receiving`, and *settled* is sent |
 //! | `Received(stopped, device state, load)` | `Receiving` → `Loading` |
 //! | `Loaded` | `Loading` → `Loaded`, with postcopy or every page → `Committing` |
-//! | `Committed`, `Written(loaded)`, `Held` | `Committing` → `Writing` → `Holding` → `Awaiting`, and *loaded* is sent |
+//! | `Committed`, `Held` | `Committing` → `Holding` → `Awaiting`: write *loaded*, hold the guest, send *loaded* |
 //! | `Received(switchover)` | `Awaiting` → `Starting`: keep the guest, write *switched*, run it |
 //! | `Running` | `Starting` → `Serving`: write *running*, send it |
 //! | `AllCached`, `AllReleased` | `Serving` → `Unregistering` once both have come (one for shared memory) |
@@ -76,6 +63,7 @@ use std::time::{Duration, Instant};
 use umem_wire::destination::{Input as Step, Mode, Phase};
 use umem_wire::{Event as Heard, Fault, FaultCode, Frame, LaneRole, RegionTable, Standing, Totals};
 
+use super::Order;
 use crate::control::liveness::Steps;
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark};
@@ -120,12 +108,8 @@ impl Session {
     }
 }
 
-/// The moment of an input, and how the guest's memory stands then.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Now {
-    pub(crate) at: Instant,
-    pub(crate) memory: Memory,
-}
+/// The moment of an input.
+pub(crate) type Moment = super::Moment<Memory>;
 
 /// How the guest's memory stands.
 #[derive(Clone, Copy, Debug, Default)]
@@ -133,9 +117,6 @@ pub(crate) struct Memory {
     pub(crate) pages_missing: u64,
     pub(crate) bytes_missing: u64,
     pub(crate) pages_done: u64,
-    /// Bytes of pages and device state that have come.
-    pub(crate) bytes_moved: u64,
-    pub(crate) checksum_errors: u64,
     pub(crate) totals: Totals,
 }
 
@@ -188,8 +169,10 @@ pub(crate) enum Input {
     Loaded,
     /// The monitor has let the guest run.
     Running,
-    /// An effect, the monitor or a thread has failed, and nothing can go on.
+    /// The monitor or a thread has failed, and nothing can go on.
     Failed(Error),
+    /// An effect could not be carried out, or the driver has a bug.
+    NotDone(Error),
     /// A lane is lost.
     LaneLost { lane: LaneRole, error: Error },
     /// There is no room for what has come.
@@ -206,10 +189,8 @@ pub(crate) enum Input {
     Came,
     /// Of the connections that were given one has gone, or leads elsewhere.
     GivenInVain,
-    /// By hand: give up the lanes, and take none until a resume.
-    Pause,
-    /// By hand: take lanes again, at another address if one is named.
-    Resume(Option<Uri>),
+    /// By hand.
+    Order(Order),
     /// The address of that order has been looked up.
     Found { order: u64, uri: Uri, found: io::Result<Vec<SocketAddr>> },
     /// [`Effect::Bind`] has come to this address.
@@ -228,8 +209,8 @@ pub(crate) enum Input {
     Tick,
     /// [`Effect::Commit`] has succeeded: nobody cancels any more.
     Committed,
-    /// A record of this state was written, or was not.
-    Written { state: DestinationState, result: Result<()> },
+    /// A record of this state, which is not vital, could not be written.
+    NotWritten { state: DestinationState, error: Error },
     /// [`Effect::Hold`] has succeeded: the guest's process waits should umem be killed.
     Held,
     /// [`Effect::TakeUp`] has succeeded: faults are served again.
@@ -261,8 +242,8 @@ pub(crate) enum Effect {
     Sleep { downtime: Duration },
     /// Decide against everybody who would still cancel.
     Commit,
-    /// Write this down.
-    Write(Record),
+    /// Write this down, before anything that follows.
+    Persist(Record),
     /// Have the guest's process wait, should umem be killed. It still ends when umem ends by itself.
     Hold,
     /// Have the guest's process end when umem ends by itself, as before *switched*; it waits if umem is killed.
@@ -331,6 +312,54 @@ pub(crate) enum Effect {
     Finish(Outcome),
 }
 
+impl super::Effect for Effect {
+    fn has_answer(&self) -> bool {
+        match self {
+            Effect::SettlePages
+            | Effect::Commit
+            | Effect::Hold
+            | Effect::TakeUp
+            | Effect::Unregister
+            | Effect::SeekCause(_)
+            | Effect::EndThreads { .. }
+            | Effect::Release => true,
+            Effect::Prepare
+            | Effect::Load(_)
+            | Effect::Run
+            | Effect::StayAwake
+            | Effect::Sleep { .. }
+            | Effect::Persist(_)
+            | Effect::Doom
+            | Effect::Keep
+            | Effect::TouchTheRest
+            | Effect::Free
+            | Effect::Compare(_)
+            | Effect::Send(_)
+            | Effect::SendCompletion
+            | Effect::Ping(_)
+            | Effect::Sever
+            | Effect::Settle
+            | Effect::RollBack
+            | Effect::Reconnect { .. }
+            | Effect::DropLanes
+            | Effect::LookUp { .. }
+            | Effect::Bind { .. }
+            | Effect::Open
+            | Effect::Decline
+            | Effect::ForgetGiven
+            | Effect::WriteAddress(_)
+            | Effect::MeasureRoom
+            | Effect::Entered(_)
+            | Effect::Show(_)
+            | Effect::Report(_)
+            | Effect::LetWait
+            | Effect::EndGuest
+            | Effect::Forget
+            | Effect::Finish(_) => false,
+        }
+    }
+}
+
 /// What is written down for a process that takes over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
@@ -342,6 +371,12 @@ pub(crate) enum Record {
 }
 
 impl Record {
+    /// Whether what follows must not be done where this cannot be written. Once the guest is this side's it goes on
+    /// all the same: what is there says less than is so, which the source makes up for.
+    pub(crate) fn is_vital(&self) -> bool {
+        matches!(self, Record::Loaded { .. })
+    }
+
     pub(crate) fn state(&self) -> DestinationState {
         match self {
             Record::Loaded { .. } => DestinationState::Loaded,
@@ -372,9 +407,7 @@ enum Stage {
     Committing {
         runs: bool,
     },
-    /// The record of *loaded*.
-    Writing,
-    /// [`Effect::Hold`].
+    /// The record of *loaded*, and [`Effect::Hold`].
     Holding,
     /// The switchover.
     Awaiting,
@@ -452,7 +485,7 @@ impl From<Error> for Failure {
 }
 
 /// What a handler adds its effects to.
-type Effects = Vec<Effect>;
+type Effects = super::Effects<Effect>;
 
 /// The state machine.
 #[derive(Debug)]
@@ -489,8 +522,8 @@ impl Core {
     }
 
     /// Takes what has happened; the answer is what is to be done, in order.
-    pub(crate) fn handle(&mut self, input: Input, now: &Now) -> Vec<Effect> {
-        let mut effects = Vec::new();
+    pub(crate) fn handle(&mut self, input: Input, now: &Moment) -> Effects {
+        let mut effects = Effects::new();
         let handled = match self.stage {
             Stage::Seeking(_) | Stage::Stopping(_) | Stage::Releasing | Stage::Ended => {
                 self.end(input, now, &mut effects);
@@ -508,7 +541,7 @@ impl Core {
     fn go_on(
         &mut self,
         input: Input,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> std::result::Result<(), Failure> {
         match input {
@@ -529,7 +562,10 @@ impl Core {
             Input::AllReleased => self.all_released(effects),
             Input::Loaded => self.loaded(effects),
             Input::Committed => self.committed(effects),
-            Input::Written { state, result } => self.written(state, result, effects),
+            Input::NotWritten { state, error } => {
+                say_not_written(state, &error, effects);
+                Ok(())
+            }
             Input::Held => self.held(effects),
             Input::Running => self.running(now, effects),
             Input::Unregistered { exit, unmapped_bytes } => {
@@ -539,7 +575,7 @@ impl Core {
             Input::GuestEnded(Exit::Fine) if self.has_run() => Ok(()),
             Input::GuestEnded(Exit::Fine) => Err(self.guest_died("").into()),
             Input::GuestEnded(Exit::Failed { how }) => Err(self.guest_died(&how).into()),
-            Input::Failed(error) => Err(error.into()),
+            Input::Failed(error) | Input::NotDone(error) => Err(error.into()),
             Input::Interrupt => self.interrupted(now, effects),
             Input::LaneLost { lane, error } => self.lane_lost(lane, error, now, effects),
             Input::NoRoom { error, free } => self.no_room(error, free, now, effects),
@@ -561,8 +597,8 @@ impl Core {
                 self.given_in_vain(effects);
                 Ok(())
             }
-            Input::Pause => self.pause(now, effects),
-            Input::Resume(uri) => {
+            Input::Order(Order::Pause) => self.pause(now, effects),
+            Input::Order(Order::Resume(uri)) => {
                 self.resume(uri, effects);
                 Ok(())
             }
@@ -619,7 +655,6 @@ impl Core {
             Stage::Loading { .. }
             | Stage::Loaded { .. }
             | Stage::Committing { .. }
-            | Stage::Writing
             | Stage::Holding => matches!(self.phase, Phase::Loading { .. }),
             Stage::Awaiting => matches!(self.phase, Phase::Loaded { .. }),
             Stage::Starting { .. } => matches!(self.phase, Phase::Switched { .. }),
@@ -645,7 +680,7 @@ impl Core {
     }
 
     /// Where this side stands, as a source hears it on other lanes.
-    fn standing(&self, now: &Now) -> Standing {
+    fn standing(&self, now: &Moment) -> Standing {
         // A time that could not be written down is not known to a process that takes over.
         let times = self.times.running.zip(self.times.switched);
         let ran_after = times.map_or(Duration::ZERO, |(r, s)| r.saturating_duration_since(s));
@@ -684,6 +719,13 @@ impl Core {
 fn not_resumed(error: &Error, effects: &mut Effects) {
     let reason = error.to_string();
     effects.push(Effect::Report(Event::Remark(Remark::NotResumed { reason })));
+}
+
+/// Of a guest that is complete that would be found again.
+fn say_not_written(state: DestinationState, error: &Error, effects: &mut Effects) {
+    if state != DestinationState::Complete {
+        not_written(error, effects);
+    }
 }
 
 fn not_written(error: &Error, effects: &mut Effects) {

@@ -7,13 +7,11 @@ use umem_wire::{Event as Heard, Frame, RegionTable};
 
 use super::ending::Verdict;
 use super::{
-    Core, Effect, Effects, Exit, Failure, Now, Owner, Pages, Record, Stage, Voice, micros,
-    not_written,
+    Core, Effect, Effects, Exit, Failure, Moment, Owner, Pages, Record, Stage, Voice, micros,
 };
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::events::{Event, Place, Remark, awaits_cont};
 use crate::host::qemu::Qemu;
-use crate::session::DestinationState;
 
 type Handled = std::result::Result<(), Failure>;
 
@@ -21,7 +19,7 @@ impl Core {
     pub(super) fn begin(
         &mut self,
         landing: RegionTable,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> Handled {
         let ready = Frame::Ready(landing.units());
@@ -33,7 +31,12 @@ impl Core {
         Ok(())
     }
 
-    pub(super) fn received(&mut self, heard: Heard, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn received(
+        &mut self,
+        heard: Heard,
+        now: &Moment,
+        effects: &mut Effects,
+    ) -> Handled {
         if let Heard::Error(fault) = heard {
             return self.source_gives_up(fault, now, effects);
         }
@@ -57,7 +60,7 @@ impl Core {
             Heard::Switchover { stopped_us } => self.switch(stopped_us, now, effects),
             // Before the question behind it is answered.
             Heard::Complete(_) => {
-                effects.push(Effect::Write(Record::Parted));
+                effects.push(Effect::Persist(Record::Parted));
                 self.complete(effects);
             }
             Heard::Digests(digests) if self.terms.is_checked => {
@@ -116,34 +119,17 @@ impl Core {
     }
 
     pub(super) fn committed(&mut self, effects: &mut Effects) -> Handled {
+        if let Stage::TakingOver = self.stage {
+            effects.push(Effect::TakeUp);
+            return Ok(());
+        }
         let Stage::Committing { runs } = self.stage else { return Ok(()) };
         let Phase::Loading { mode, .. } = self.phase else { return Ok(()) };
         if self.terms.session.is_none() {
             return self.say_loaded(effects);
         }
-        self.stage = Stage::Writing;
-        effects.push(Effect::Write(Record::Loaded { mode, runs }));
-        Ok(())
-    }
-
-    /// Once the guest is this side's it goes on whether that can be written down or not: what is there says less
-    /// than is so, which the source makes up for.
-    pub(super) fn written(
-        &mut self,
-        state: DestinationState,
-        result: Result<()>,
-        effects: &mut Effects,
-    ) -> Handled {
-        match (&self.stage, state, result) {
-            (Stage::Writing, DestinationState::Loaded, result) => {
-                result?;
-                self.stage = Stage::Holding;
-                effects.push(Effect::Hold);
-            }
-            // Nobody waits for the first, and the second would be found again.
-            (_, DestinationState::Loaded | DestinationState::Complete, _) | (_, _, Ok(())) => {}
-            (_, _, Err(error)) => not_written(&error, effects),
-        }
+        self.stage = Stage::Holding;
+        effects.extend([Effect::Persist(Record::Loaded { mode, runs }), Effect::Hold]);
         Ok(())
     }
 
@@ -167,27 +153,27 @@ impl Core {
     }
 
     /// The guest is this side's.
-    fn switch(&mut self, stopped_us: u64, now: &Now, effects: &mut Effects) {
+    fn switch(&mut self, stopped_us: u64, now: &Moment, effects: &mut Effects) {
         self.times.switched = Some(now.at);
         self.times.downtime = Duration::from_micros(stopped_us);
         self.times.stopped = now.at.checked_sub(self.times.downtime).or(Some(now.at));
         self.stage = Stage::Starting { is_told: false };
         effects.extend([
             Effect::Keep,
-            Effect::Write(Record::Switched { stopped_us, at: now.at }),
+            Effect::Persist(Record::Switched { stopped_us, at: now.at }),
             Effect::Run,
         ]);
     }
 
     /// The monitor says that it runs.
-    pub(super) fn running(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn running(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         let Stage::Starting { .. } = self.stage else { return Ok(()) };
         let since_switchover =
             self.times.switched.map_or(Duration::ZERO, |at| now.at.saturating_duration_since(at));
         self.times.running = Some(now.at);
         self.times.downtime += since_switchover;
         let downtime = self.times.downtime;
-        effects.push(Effect::Write(Record::Running { at: now.at }));
+        effects.push(Effect::Persist(Record::Running { at: now.at }));
         self.step(Step::GuestRunning, effects)?;
         self.stage = Stage::Serving;
         effects.extend([
@@ -204,7 +190,7 @@ impl Core {
         matches!(self.pages, Pages::Cached | Pages::Whole)
     }
 
-    pub(super) fn all_cached(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn all_cached(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         self.times.cached = Some(now.at);
         self.pages = match self.pages {
             Pages::Released => Pages::Whole,
@@ -242,7 +228,7 @@ impl Core {
         &mut self,
         exit: Option<Exit>,
         unmapped_bytes: u64,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> Handled {
         let Stage::Unregistering = self.stage else { return Ok(()) };
@@ -253,14 +239,14 @@ impl Core {
         if unmapped_bytes > 0 {
             effects.push(Effect::Report(Event::Unmapped { bytes: unmapped_bytes }));
         }
-        effects.push(Effect::Write(Record::Complete { totals: now.memory.totals }));
+        effects.push(Effect::Persist(Record::Complete { totals: now.memory.totals }));
         self.step(Step::AllCached, effects)?;
         self.stage = Stage::Parting;
         effects.push(Effect::SendCompletion);
         Ok(())
     }
 
-    pub(super) fn interrupted(&mut self, now: &Now, effects: &mut Effects) -> Handled {
+    pub(super) fn interrupted(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         if self.link.is_down() {
             return self.interrupted_without_lanes(effects);
         }

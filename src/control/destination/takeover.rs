@@ -9,7 +9,7 @@ use umem_wire::Standing;
 use umem_wire::destination::{Mode, Phase};
 
 use super::link::Link;
-use super::{Core, Effect, Effects, Failure, Now, Stage, Terms, Times, micros};
+use super::{Core, Effect, Effects, Failure, Moment, Stage, Terms, Times, micros};
 use crate::session::{DestinationRecord, DestinationState, when};
 
 /// What has become of the guest, `G` where it is there.
@@ -119,13 +119,13 @@ impl Core {
 
     /// Nobody cancels any more what a process before this has begun.
     pub(super) fn take_over(effects: &mut Effects) {
-        effects.extend([Effect::Commit, Effect::TakeUp]);
+        effects.push(Effect::Commit);
     }
 
     /// Faults are served again.
     pub(super) fn taken_up(
         &mut self,
-        now: &Now,
+        now: &Moment,
         effects: &mut Effects,
     ) -> std::result::Result<(), Failure> {
         let Stage::TakingOver = self.stage else { return Ok(()) };

@@ -14,10 +14,11 @@ use umem_wire::{
 use super::link::GOODBYE_PATIENCE;
 use super::takeover::{Found, Plan, Recalled, plan};
 use super::{
-    Core, Effect, Entrance, Exit, FreeSpace, Input, Memory, Now, Outcome, Process, Session, Stage,
-    Terms,
+    Core, Effect, Entrance, Exit, FreeSpace, Input, Memory, Moment, Outcome, Process, Session,
+    Stage, Terms,
 };
 
+use crate::control::Order;
 use crate::control::suspicion::IN_A_ROW_MAX;
 use crate::error::Error;
 use crate::lane::CAUSE_PATIENCE;
@@ -66,7 +67,7 @@ fn failed() -> Input {
 /// A core with its clock.
 struct Bench {
     core: Core,
-    now: Now,
+    now: Moment,
 }
 
 impl Bench {
@@ -74,11 +75,11 @@ impl Bench {
         let now = Instant::now();
         let core = Core::new(terms, Some(Entrance::Listener), now);
         let memory = Memory { pages_missing: 7, bytes_missing: 8 << 20, ..Memory::default() };
-        Bench { core, now: Now { at: now, memory } }
+        Bench { core, now: Moment { at: now, moved_bytes: 0, checksum_errors: 0, memory } }
     }
 
     fn feed(&mut self, input: Input) -> Vec<Effect> {
-        self.core.handle(input, &self.now)
+        self.core.handle(input, &self.now).collect()
     }
 
     fn feed_all(mut self, inputs: impl IntoIterator<Item = Input>) -> Bench {
@@ -97,7 +98,6 @@ impl Bench {
 
 /// What leads to the next stage, in order.
 fn way() -> Vec<(&'static str, Vec<Input>)> {
-    let written = |state| Input::Written { state, result: Ok(()) };
     let received = Input::Received;
     vec![
         ("Comparing", vec![]),
@@ -111,8 +111,7 @@ fn way() -> Vec<(&'static str, Vec<Input>)> {
             ],
         ),
         ("Committing", vec![Input::Loaded]),
-        ("Writing", vec![Input::Committed]),
-        ("Holding", vec![written(DestinationState::Loaded)]),
+        ("Holding", vec![Input::Committed]),
         ("Awaiting", vec![Input::Held]),
         ("Starting", vec![received(Heard::Switchover { stopped_us: 3 })]),
         ("Serving", vec![Input::Running]),
@@ -169,8 +168,8 @@ fn sidings() -> Vec<(&'static str, Bench)> {
 
 /// One of each input, with lanes up.
 fn inputs() -> Vec<(&'static str, Input)> {
-    let written = |state, result| Input::Written { state, result };
-    let wrong = || Err(Error::Environment("disk full".into()));
+    let not_written =
+        |state| Input::NotWritten { state, error: Error::Environment("disk full".into()) };
     let cause = |process| Input::Cause { error: Error::Host("failed".into()), process };
     vec![
         ("stopped", Input::Received(Heard::Stopped { postcopy: true, background: true })),
@@ -186,10 +185,8 @@ fn inputs() -> Vec<(&'static str, Input)> {
         ("AllReleased", Input::AllReleased),
         ("Loaded", Input::Loaded),
         ("Committed", Input::Committed),
-        ("Written(loaded)", written(DestinationState::Loaded, Ok(()))),
-        ("Written(loaded) fails", written(DestinationState::Loaded, wrong())),
-        ("Written(running) fails", written(DestinationState::Running, wrong())),
-        ("Written(complete) fails", written(DestinationState::Complete, wrong())),
+        ("NotWritten(running)", not_written(DestinationState::Running)),
+        ("NotWritten(complete)", not_written(DestinationState::Complete)),
         ("Held", Input::Held),
         ("Running", Input::Running),
         ("Unregistered", Input::Unregistered { exit: None, unmapped_bytes: 4 }),
@@ -202,11 +199,12 @@ fn inputs() -> Vec<(&'static str, Input)> {
         ),
         ("TakenUp", Input::TakenUp),
         ("Failed", failed()),
+        ("NotDone", Input::NotDone(Error::Environment("disk full".into()))),
         ("demand lane lost", lost(LaneRole::Demand)),
         ("bulk lane lost", lost(LaneRole::Bulk)),
         ("no room", no_room(None)),
         ("Came", Input::Came),
-        ("Pause", Input::Pause),
+        ("Pause", Input::Order(Order::Pause)),
         ("Offered(given)", Input::Offered(Entrance::Given)),
         ("Interrupt", Input::Interrupt),
         ("GuestEnded(fine)", Input::GuestEnded(Exit::Fine)),
@@ -223,8 +221,8 @@ fn inputs() -> Vec<(&'static str, Input)> {
 /// An effect without times and addresses of memory.
 fn short(effect: &Effect) -> String {
     match effect {
-        Effect::Write(record) => {
-            format!("Write({})", format!("{:?}", record.state()).to_lowercase())
+        Effect::Persist(record) => {
+            format!("Persist({})", format!("{:?}", record.state()).to_lowercase())
         }
         Effect::Load(state) => format!("Load({state:?})"),
         Effect::Send(frame) => {
@@ -375,7 +373,7 @@ fn a_guest_without_room_is_served_again_when_there_is_room() {
 fn losses_to_wrong_checksums_without_a_page_end_in_a_pause() {
     let mut bench = at("Serving", terms());
     for round in 1..=IN_A_ROW_MAX {
-        bench.now.memory.checksum_errors += 1;
+        bench.now.checksum_errors += 1;
         let said = bench.says(lost(LaneRole::Demand));
         let is_last = round == IN_A_ROW_MAX;
         assert_eq!(said.ends_with("Report(paused)"), is_last, "{round}: {said}");
@@ -386,7 +384,7 @@ fn losses_to_wrong_checksums_without_a_page_end_in_a_pause() {
             assert!(bench.says(Input::Came).starts_with("Reconnect"));
         }
     }
-    assert_eq!(bench.says(Input::Resume(None)), "");
+    assert_eq!(bench.says(Input::Order(Order::Resume(None))), "");
     assert!(bench.core.refusal().is_none());
 }
 
@@ -395,11 +393,11 @@ fn an_address_that_was_looked_up_for_an_earlier_order_is_not_listened_at() {
     let uri = || "tcp::4444".parse::<crate::uri::Uri>().unwrap();
     let found = |order| Input::Found { order, uri: uri(), found: Ok(Vec::new()) };
     let mut bench = at("Serving", terms());
-    assert_eq!(bench.says(Input::Pause), "Sever, Report(paused)");
-    assert!(bench.says(Input::Resume(Some(uri()))).starts_with("LookUp { order: 2"));
-    assert_eq!(bench.says(Input::Pause), "Report(paused)");
+    assert_eq!(bench.says(Input::Order(Order::Pause)), "Sever, Report(paused)");
+    assert!(bench.says(Input::Order(Order::Resume(Some(uri())))).starts_with("LookUp { order: 2"));
+    assert_eq!(bench.says(Input::Order(Order::Pause)), "Report(paused)");
     assert_eq!(bench.says(found(2)), "");
-    assert!(bench.says(Input::Resume(Some(uri()))).starts_with("LookUp { order: 4"));
+    assert!(bench.says(Input::Order(Order::Resume(Some(uri())))).starts_with("LookUp { order: 4"));
     assert!(bench.says(found(4)).starts_with("Bind"));
     assert!(bench.core.refusal().is_some(), "the pause goes on until somebody listens");
     let bound = Input::Bound { uri: "tcp:[::]:4444".into() };
@@ -414,7 +412,11 @@ fn connections_that_were_given_are_used_once() {
     assert_eq!(bench.says(Input::GivenInVain), "ForgetGiven, Report(paused)");
     assert_eq!(bench.says(Input::Offered(Entrance::Given)), "Open");
     assert_eq!(bench.says(Input::Came), "ForgetGiven");
-    assert_eq!(bench.says(Input::Pause), "DropLanes, Report(paused)", "they wait for the old ones");
+    assert_eq!(
+        bench.says(Input::Order(Order::Pause)),
+        "DropLanes, Report(paused)",
+        "they wait for the old ones"
+    );
 }
 
 #[test]
@@ -532,7 +534,6 @@ fn a_stage_that_waits_has_a_name_in_the_table() {
             ("Comparing" | "Ready" | "Receiving", Stage::Receiving { .. })
                 | ("Loading", Stage::Loading { .. })
                 | ("Committing", Stage::Committing { .. })
-                | ("Writing", Stage::Writing)
                 | ("Holding", Stage::Holding)
                 | ("Awaiting", Stage::Awaiting)
                 | ("Starting", Stage::Starting { .. })

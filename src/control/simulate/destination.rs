@@ -14,7 +14,7 @@ use super::world::{CHUNK, Happening, PAGES, World};
 use crate::control::destination::farewell::{self, Farewell};
 use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
 use crate::control::destination::{
-    Core, Effect, Entrance, FreeSpace, Input, Memory, Now, Outcome, Process as After, Record,
+    Core, Effect, Entrance, FreeSpace, Input, Memory, Moment, Outcome, Process as After, Record,
     Session, Terms,
 };
 use crate::error::{Error, Result};
@@ -209,7 +209,7 @@ impl World {
         self.destination.process = Some(Process::Migration(Box::new(core)));
     }
 
-    pub(super) fn destination_moment(&self) -> Now {
+    pub(super) fn destination_moment(&self) -> Moment {
         let destination = &self.destination;
         let pages_done = destination.have.len() as u64;
         let pages_missing = PAGES - pages_done;
@@ -217,11 +217,10 @@ impl World {
             pages_missing,
             bytes_missing: pages_missing * CHUNK,
             pages_done,
-            bytes_moved: self.moved_bytes(),
-            checksum_errors: 0,
             totals: destination.totals(),
         };
-        Now { at: self.instant(), memory }
+        let moved_bytes = self.moved_bytes();
+        Moment { at: self.instant(), moved_bytes, checksum_errors: 0, memory }
     }
 
     /// Hands this in, and carries out what follows; then looks at the clock.
@@ -246,7 +245,7 @@ impl World {
                 match self.carry_out_there(effect) {
                     Ok(result) => inputs.extend(result),
                     Err(error) => {
-                        inputs.push_back(Input::Failed(error));
+                        inputs.push_front(Input::NotDone(error));
                         break;
                     }
                 }
@@ -313,10 +312,12 @@ impl World {
                 return Err(Error::Interrupted("the guest stays at the source".into()));
             }
             Effect::Commit => return Ok(Some(Input::Committed)),
-            Effect::Write(record) => {
-                let state = record.state();
-                return Ok(Some(Input::Written { state, result: self.write(record) }));
-            }
+            Effect::Persist(record) => match self.write(record) {
+                Err(error) if !record.is_vital() => {
+                    return Ok(Some(Input::NotWritten { state: record.state(), error }));
+                }
+                written => written?,
+            },
             Effect::Hold => {
                 self.binds(Bond::Held);
                 return Ok(Some(Input::Held));

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::threads::Bond;
 use super::world::{Happening, World};
+use crate::control::Order;
 use crate::control::destination::Input as There;
-use crate::control::source::Order;
 
 /// From one look to the next.
 const INTERVAL: Duration = Duration::from_secs(20);
@@ -52,7 +52,7 @@ impl World {
             self.resume_destination();
         }
         if self.destination.take_paused() {
-            self.tell_destination(There::Resume(None));
+            self.tell_destination(There::Order(Order::Resume(None)));
         }
         // Its source has gone, and says that the guest goes on there, or that nobody can go on.
         let is_in_vain = !is_source_there && !self.destination.can_do_alone();

@@ -8,14 +8,14 @@ use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Totals};
 use super::threads::kills;
 use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World, lost};
 use super::{Fault, Random};
-use crate::control::Moment;
 use crate::control::calling::{Called, Word};
 use crate::control::source::closing::GOODBYE_PING;
 use crate::control::source::leftover::{self, Leftover};
 use crate::control::source::{
-    Effect, Goodbye, Guest, Heard, Input, Kept, Left, Opened, Order, Outcome, Plan, Question,
-    Record, Source, peer,
+    Effect, Goodbye, Guest, Heard, Input, Kept, Left, Opened, Outcome, Plan, Question, Record,
+    Source, peer,
 };
+use crate::control::{Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::{Event, Undone};
 use crate::uri::Uri;
@@ -58,7 +58,6 @@ pub(super) struct SourceSide {
     attempts: u32,
     notes: VecDeque<Input>,
     answers: VecDeque<Input>,
-    leftover_answer: Option<leftover::Input>,
     /// Where a fault is put in: what comes after something else, and what comes next.
     held: Option<Effect>,
     late: Option<Effect>,
@@ -104,7 +103,6 @@ impl SourceSide {
             attempts: 0,
             notes: VecDeque::new(),
             answers: VecDeque::new(),
-            leftover_answer: None,
             held: None,
             late: None,
             sent: BTreeSet::new(),
@@ -222,7 +220,7 @@ impl World {
         self.source.number = 1;
         self.source.link = Some(link);
         self.source.process = Some(Process::Migration(Box::new(core)));
-        self.run_source();
+        self.tell_source(Input::Begin);
     }
 
     /// Somebody starts umem again with `--resume`.
@@ -238,6 +236,7 @@ impl World {
         self.source.sent = (0..PAGES).collect();
         let (session, uri) = ("5e55".to_owned(), World::uri());
         let now = self.instant();
+        let mut first = Input::Begin;
         self.source.process = Some(match disk.state {
             State::Stopped => {
                 Process::Leftover(Box::new(Leftover::stopped(session, uri, disk.epoch)))
@@ -254,96 +253,85 @@ impl World {
                 };
                 let plan = self.source_plan();
                 let core = Source::taken_over(plan, Some(uri), disk.background, left, now);
+                first = Input::TakeOver;
                 Process::Migration(Box::new(core))
             }
         });
-        self.tell_source(Input::Time);
+        self.tell_source(first);
     }
 
-    /// Hands this in, and carries out what follows.
+    /// Hands this in, and carries out what follows, until the source waits, has ended, or is killed.
     pub(super) fn tell_source(&mut self, input: Input) {
-        let now = self.moment();
-        match (&mut self.source.process, input) {
-            (Some(Process::Migration(core)), input) => core.handle(input, &now),
-            (Some(Process::Leftover(core)), Input::Called(called)) => {
-                core.handle(leftover::Input::Called(called), now.at);
-            }
-            (Some(Process::Leftover(core)), Input::Time) => {
-                core.handle(leftover::Input::Time, now.at);
-            }
-            (Some(Process::Leftover(core)), Input::Interrupted) => {
-                let error = Error::Interrupted("nobody is told".into());
-                core.handle(leftover::Input::NotDone(error), now.at);
-            }
-            (Some(Process::Leftover(_)), _) | (None, _) => return,
-        }
-        self.run_source();
-    }
-
-    /// Carries out effects until the source waits, has ended, or is killed.
-    fn run_source(&mut self) {
-        loop {
-            let effect = match &mut self.source.process {
-                Some(Process::Migration(core)) => {
-                    self.source.late.take().or_else(|| core.next_effect())
-                }
-                Some(Process::Leftover(core)) => {
-                    let effect = core.next_effect();
-                    self.run_leftover(effect);
-                    return;
-                }
-                None => return,
-            };
-            if self.is_killed() {
-                return self.kill_source();
-            }
-            let Some(effect) = effect else {
-                let Some(answer) = self.source.answers.pop_front() else { break };
-                self.tell_core(answer);
-                continue;
-            };
-            let Some(effect) = self.with_fault(effect) else { continue };
-            self.note(format_args!("source: {effect:?}"));
-            if let Err(error) = self.carry_out(effect) {
-                self.tell_core(Input::NotDone(error));
-            }
-        }
-        if let Some(Process::Migration(core)) = &mut self.source.process
-            && core.has_ended()
-        {
-            let outcome = core.take_outcome();
-            self.source.process = None;
-            for link in [self.source.link.take(), self.source.opened.take()].into_iter().flatten() {
-                self.source_hangs_up(link, true);
-            }
-            self.note(format_args!("source has ended: {outcome:?}"));
-            match outcome {
-                Some(Outcome::Completed(_)) if self.source.record.is_some() => {
-                    self.violated("a record is left of a session that is complete");
-                }
-                // The error says to have it go on by hand, unless there is a record to resume.
-                Some(Outcome::Failed { guest: Guest::Stopped(_) | Guest::Asked, .. }) => {
-                    self.source.is_by_hand = self.source.record.is_none();
-                    self.source.can_be_by_hand = true;
-                }
-                Some(Outcome::Failed { guest: Guest::Away | Guest::Complete, .. }) => {
-                    self.source.has_left = true;
+        match &self.source.process {
+            Some(Process::Migration(_)) => self.run_source(input),
+            Some(Process::Leftover(_)) => match input {
+                Input::Begin => self.run_leftover(leftover::Input::Begin),
+                Input::Time => self.run_leftover(leftover::Input::Time),
+                Input::Called(called) => self.run_leftover(leftover::Input::Called(called)),
+                Input::Interrupted => {
+                    let error = Error::Interrupted("nobody is told".into());
+                    self.run_leftover(leftover::Input::NotDone(error));
                 }
                 _ => {}
+            },
+            None => {}
+        }
+    }
+
+    fn run_source(&mut self, input: Input) {
+        self.source.answers.push_front(input);
+        while let Some(input) = self.source.answers.pop_front() {
+            let now = self.moment();
+            let Some(Process::Migration(core)) = &mut self.source.process else { return };
+            let mut effects: VecDeque<Effect> = core.handle(input, &now).collect();
+            while let Some(effect) = effects.pop_front() {
+                if self.is_killed() {
+                    return self.kill_source();
+                }
+                let Some(effect) = self.with_fault(effect) else { continue };
+                self.note(format_args!("source: {effect:?}"));
+                if let Err(error) = self.carry_out(effect) {
+                    self.source.answers.push_front(Input::NotDone(error));
+                    break;
+                }
+                if let Some(late) = self.source.late.take() {
+                    effects.push_front(late);
+                }
             }
+        }
+        self.end_source();
+    }
+
+    fn end_source(&mut self) {
+        let Some(Process::Migration(core)) = &mut self.source.process else { return };
+        if !core.has_ended() {
+            return;
+        }
+        let outcome = core.take_outcome();
+        self.source.process = None;
+        for link in [self.source.link.take(), self.source.opened.take()].into_iter().flatten() {
+            self.source_hangs_up(link, true);
+        }
+        self.note(format_args!("source has ended: {outcome:?}"));
+        match outcome {
+            Some(Outcome::Completed(_)) if self.source.record.is_some() => {
+                self.violated("a record is left of a session that is complete");
+            }
+            // The error says to have it go on by hand, unless there is a record to resume.
+            Some(Outcome::Failed { guest: Guest::Stopped(_) | Guest::Asked, .. }) => {
+                self.source.is_by_hand = self.source.record.is_none();
+                self.source.can_be_by_hand = true;
+            }
+            Some(Outcome::Failed { guest: Guest::Away | Guest::Complete, .. }) => {
+                self.source.has_left = true;
+            }
+            _ => {}
         }
     }
 
     fn moment(&self) -> Moment {
         let moved_bytes = self.source.sent.len() as u64 * CHUNK;
-        Moment { at: self.instant(), moved_bytes, checksum_errors: 0 }
-    }
-
-    fn tell_core(&mut self, input: Input) {
-        let now = self.moment();
-        if let Some(Process::Migration(core)) = &mut self.source.process {
-            core.handle(input, &now);
-        }
+        Moment { at: self.instant(), moved_bytes, checksum_errors: 0, memory: () }
     }
 
     /// An effect as a driver with this fault has it.
@@ -392,7 +380,6 @@ impl World {
         self.source.kills.pop_front();
         self.source.process = None;
         self.source.answers.clear();
-        self.source.leftover_answer = None;
         self.source.notes.clear();
         let opening = self.source.opening.take().and_then(|opening| opening.link);
         (self.source.held, self.source.late) = (None, None);
@@ -515,7 +502,8 @@ impl World {
     /// The record goes: nobody may need this side any more.
     fn forget(&mut self) {
         self.source.record = None;
-        if !self.runs_here && !self.destination.can_do_alone() {
+        let is_needed = self.habits.is_kept && !self.destination.can_do_alone();
+        if !self.runs_here && is_needed {
             self.violated("the session is forgotten, and the guest needs it");
         }
     }
@@ -575,39 +563,18 @@ impl World {
 
 /// A session in which nothing is served.
 impl World {
-    fn run_leftover(&mut self, mut effect: Option<leftover::Effect>) {
-        loop {
-            if self.is_killed() {
-                return self.kill_source();
-            }
-            let Some(next) = effect.take() else {
-                let Some(answer) = self.source.leftover_answer.take() else { break };
-                effect = self.tell_leftover(answer);
-                continue;
-            };
-            self.note(format_args!("source: {next:?}"));
-            match next {
-                leftover::Effect::Undo => {
-                    let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
-                    self.runs_here |= !is_wrong;
-                    let undone = match is_wrong {
-                        true => Err(Error::Host("it refuses".into())),
-                        false => Ok(Undone::GoesOn),
-                    };
-                    self.source.leftover_answer = Some(leftover::Input::Undone(undone));
+    fn run_leftover(&mut self, input: leftover::Input) {
+        let mut next = Some(input);
+        while let Some(input) = next.take() {
+            let now = self.instant();
+            let Some(Process::Leftover(core)) = &mut self.source.process else { return };
+            for effect in core.handle(input, now) {
+                if self.is_killed() {
+                    return self.kill_source();
                 }
-                leftover::Effect::Epoch(epoch) => {
-                    self.persist(&Record::Epoch { epoch, uri: None }, false);
-                }
-                leftover::Effect::Call { epoch, word, .. } => self.dials(epoch, Some(word)),
-                leftover::Effect::Free => self.free(),
-                leftover::Effect::Forget => self.forget(),
-                leftover::Effect::Tell(_) => {}
+                self.note(format_args!("source: {effect:?}"));
+                next = self.carry_out_leftover(effect);
             }
-            effect = match &mut self.source.process {
-                Some(Process::Leftover(core)) => core.next_effect(),
-                _ => None,
-            };
         }
         if let Some(Process::Leftover(core)) = &self.source.process
             && core.has_ended()
@@ -617,13 +584,25 @@ impl World {
         }
     }
 
-    fn tell_leftover(&mut self, input: leftover::Input) -> Option<leftover::Effect> {
-        let now = self.instant();
-        let Some(Process::Leftover(core)) = &mut self.source.process else { return None };
-        core.handle(input, now);
-        // A call begins at once.
-        core.handle(leftover::Input::Time, now);
-        core.next_effect()
+    fn carry_out_leftover(&mut self, effect: leftover::Effect) -> Option<leftover::Input> {
+        match effect {
+            leftover::Effect::Undo => {
+                let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
+                self.runs_here |= !is_wrong;
+                return Some(leftover::Input::Undone(match is_wrong {
+                    true => Err(Error::Host("it refuses".into())),
+                    false => Ok(Undone::GoesOn),
+                }));
+            }
+            leftover::Effect::Epoch(epoch) => {
+                self.persist(&Record::Epoch { epoch, uri: None }, false);
+            }
+            leftover::Effect::Call { epoch, word, .. } => self.dials(epoch, Some(word)),
+            leftover::Effect::Free => self.free(),
+            leftover::Effect::Forget => self.forget(),
+            leftover::Effect::Tell(_) => {}
+        }
+        None
     }
 }
 

@@ -11,9 +11,10 @@ use super::source::Opening;
 use super::source::SourceSide;
 use super::threads::Own;
 use super::{CHAOS, END, Fault, Random};
+use crate::control::Order;
 use crate::control::calling::Word;
 use crate::control::destination::Input as There;
-use crate::control::source::{Input, Order, Question};
+use crate::control::source::{Input, Question};
 use crate::error::Error;
 use crate::host::thread::Answer;
 use crate::lane::HELLO_TIMEOUT;
@@ -477,10 +478,10 @@ impl World {
             Happening::Pause { side: Side::Source } => self.order_source(Order::Pause),
             Happening::Resume { side: Side::Source } => self.order_source(Order::Resume(None)),
             Happening::Pause { side: Side::Destination } => {
-                self.tell_destination(There::Pause);
+                self.tell_destination(There::Order(Order::Pause));
             }
             Happening::Resume { side: Side::Destination } => {
-                self.tell_destination(There::Resume(None));
+                self.tell_destination(There::Order(Order::Resume(None)));
             }
             Happening::Panic { side } => self.panic(side),
             Happening::FileFails => {

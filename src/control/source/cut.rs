@@ -117,7 +117,15 @@ impl Source {
             Input::Failed(error) => Err(error),
             Input::Monitor(answer) => self.answered(answer, now),
             Input::Digested(outcome) => self.digested(outcome, now),
+            Input::TakeOver => {
+                self.do_next(Effect::Commit);
+                Ok(())
+            }
             Input::Order(order) => self.ordered_without_lanes(order, now),
+            Input::Given => {
+                self.give();
+                self.attempt_if_waiting(now)
+            }
             Input::Interrupted => self.interrupted_without_lanes(now),
             Input::Committed => {
                 self.do_next(Effect::StartRelease);
@@ -126,7 +134,7 @@ impl Source {
             }
             Input::LanesDown => self.lanes_are_down(now),
             Input::Opened(opened) => self.opened(opened, now),
-            Input::Time | Input::Called(_) => Ok(()),
+            Input::Time | Input::Begin | Input::Called(_) => Ok(()),
             Input::Abandoned(_) | Input::NotDone(_) => unreachable!("taken in every state"),
         }
     }
@@ -320,8 +328,11 @@ impl Source {
                 }
                 self.route.is_paused = false;
             }
-            Order::Reconnect => self.give(),
         }
+        self.attempt_if_waiting(now)
+    }
+
+    fn attempt_if_waiting(&mut self, now: &Moment) -> Result<()> {
         match &self.doing {
             Doing::Cut(Cut { stage: Stage::Waiting { .. }, .. }) if self.route.is_open() => {
                 self.attempt(now)

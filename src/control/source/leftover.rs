@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 #[derive(Debug)]
 pub(crate) enum Input {
+    Begin,
     Time,
     /// The monitor has been asked to have the guest go on: answers [`Effect::Undo`].
     Undone(Result<Undone>),
@@ -85,9 +86,7 @@ pub(crate) struct Leftover {
 impl Leftover {
     /// No switchover had left.
     pub(crate) fn stopped(session: String, uri: Uri, epoch: u32) -> Leftover {
-        let mut effects = Effects::new();
-        effects.push(Effect::Undo);
-        Leftover { session, uri, epoch, doing: Doing::Undoing, effects }
+        Leftover { session, uri, epoch, doing: Doing::Undoing, effects: Effects::new() }
     }
 
     /// The destination has everything, and may not have heard the goodbye.
@@ -97,26 +96,26 @@ impl Leftover {
         Leftover { session, uri, epoch, doing, effects: Effects::new() }
     }
 
-    pub(crate) fn handle(&mut self, input: Input, now: Instant) {
+    /// Takes what has happened; the answer is what is to be done, in order.
+    pub(crate) fn handle(&mut self, input: Input, now: Instant) -> Effects<Effect> {
+        self.take(input, now);
+        std::mem::replace(&mut self.effects, Effects::new())
+    }
+
+    fn take(&mut self, input: Input, now: Instant) {
         let next = match (input, &mut self.doing) {
+            (Input::Begin, Doing::Undoing) => return self.effects.push(Effect::Undo),
             (Input::Undone(Ok(how)), Doing::Undoing) => return self.is_undone(how, now),
             (Input::Undone(Err(error)) | Input::NotDone(error), Doing::Undoing) => {
                 self.doing = Doing::Ended(Err(error));
                 return;
             }
             (Input::Called(called), Doing::Calling(call, _)) => call.called(called, now),
-            (Input::NotDone(error), Doing::Calling(..)) => {
-                self.effects.drop_rest();
-                Next::Over(Err(error))
-            }
-            (Input::Time, Doing::Calling(call, _)) => call.look(now),
+            (Input::NotDone(error), Doing::Calling(..)) => Next::Over(Err(error)),
+            (Input::Begin | Input::Time, Doing::Calling(call, _)) => call.look(now),
             _ => return,
         };
         self.call_goes_on(next);
-    }
-
-    pub(crate) fn next_effect(&mut self) -> Option<Effect> {
-        self.effects.pop()
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {

@@ -49,6 +49,11 @@ impl Source {
 
     pub(super) fn linked(&mut self, input: Input, now: &Moment) -> Result<()> {
         match input {
+            Input::Begin => {
+                self.step(Step::SentRegions)?;
+                self.do_next(Effect::SendRegions);
+                Ok(())
+            }
             Input::Received(event) => self.received(event, now),
             Input::StateLeft => {
                 if matches!(self.phase, Phase::Loading { .. }) {
@@ -69,10 +74,15 @@ impl Source {
             Input::Failed(error) => Err(error),
             Input::Monitor(answer) => self.answered(answer, now),
             Input::Digested(outcome) => self.digested(outcome, now),
-            Input::Order(order) => self.ordered(order, now),
+            Input::Order(order) => self.ordered(&order, now),
+            Input::Given => self.given(now),
             Input::Interrupted => self.interrupted(now),
             Input::Committed => self.switch_over(now),
-            Input::Time | Input::LanesDown | Input::Opened(_) | Input::Called(_) => Ok(()),
+            Input::Time
+            | Input::TakeOver
+            | Input::LanesDown
+            | Input::Opened(_)
+            | Input::Called(_) => Ok(()),
             Input::Abandoned(_) | Input::NotDone(_) => unreachable!("taken in every state"),
         }
     }
@@ -321,10 +331,14 @@ impl Source {
         }
     }
 
-    fn ordered(&mut self, order: Order, now: &Moment) -> Result<()> {
-        let has_left = self.plan.recovers && !self.phase.may_run();
+    /// Lanes can be replaced.
+    fn has_left(&self) -> bool {
+        self.plan.recovers && !self.phase.may_run()
+    }
+
+    fn ordered(&mut self, order: &Order, now: &Moment) -> Result<()> {
         match order {
-            Order::Pause if has_left => {
+            Order::Pause if self.has_left() => {
                 self.route.is_paused = true;
                 self.recover("paused by hand", now)
             }
@@ -332,13 +346,17 @@ impl Source {
                 self.tell(Event::Remark(Remark::NotPaused { place: Place::Source }));
                 Ok(())
             }
-            Order::Reconnect if has_left => {
-                self.give();
-                self.recover("other connections were given", now)
-            }
             // Nothing has been paused.
-            Order::Resume(_) | Order::Reconnect => Ok(()),
+            Order::Resume(_) => Ok(()),
         }
+    }
+
+    fn given(&mut self, now: &Moment) -> Result<()> {
+        if !self.has_left() {
+            return Ok(());
+        }
+        self.give();
+        self.recover("other connections were given", now)
     }
 
     /// By hand: lanes are opened on connections from here on, and no address is dialled.

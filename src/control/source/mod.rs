@@ -36,7 +36,7 @@ use super::calling::{Call, Called, Word};
 use super::doubt::{Doubt, is_effect};
 use super::liveness::Steps;
 use super::suspicion::Suspicion;
-use super::{Effects, Moment};
+use super::{Effects, Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::{CUT, Event};
 use crate::host::thread::Answer;
@@ -103,6 +103,10 @@ pub(crate) struct Left {
 /// What has happened.
 #[derive(Debug)]
 pub(crate) enum Input {
+    /// All lanes are open, and nothing has been said.
+    Begin,
+    /// Another process has had lanes.
+    TakeOver,
     /// Nothing but time has passed.
     Time,
     /// A frame has come on the demand lane.
@@ -124,6 +128,8 @@ pub(crate) enum Input {
     Digested(Result<Option<Vec<u64>>>),
     /// By hand.
     Order(Order),
+    /// By hand: the driver has been given connections, over which lanes are opened.
+    Given,
     /// Somebody wants umem to end.
     Interrupted,
     /// Nothing can be waited for any more.
@@ -138,17 +144,6 @@ pub(crate) enum Input {
     Opened(Opened),
     /// Answers [`Effect::Call`].
     Called(Called),
-}
-
-/// What somebody wants done with the lanes.
-#[derive(Debug)]
-pub(crate) enum Order {
-    /// Give them up, and open none before a resume.
-    Pause,
-    /// Open them again, at another address if one is named.
-    Resume(Option<Uri>),
-    /// Open them on connections that the driver has been given.
-    Reconnect,
 }
 
 /// What became of an attempt to open lanes.
@@ -239,7 +234,11 @@ pub(crate) enum Effect {
 impl super::Effect for Effect {
     fn has_answer(&self) -> bool {
         match self {
-            Effect::Commit | Effect::TakeDown | Effect::Open { .. } | Effect::Call { .. } => true,
+            Effect::CountDirty
+            | Effect::Commit
+            | Effect::TakeDown
+            | Effect::Open { .. }
+            | Effect::Call { .. } => true,
             Effect::Persist(_)
             | Effect::Forget
             | Effect::Ask(_)
@@ -252,7 +251,6 @@ impl super::Effect for Effect {
             | Effect::Goodbye(_)
             | Effect::Ping(_)
             | Effect::SendPass
-            | Effect::CountDirty
             | Effect::EndRounds
             | Effect::SendBulk
             | Effect::StartRelease
@@ -524,6 +522,7 @@ pub(crate) struct Source {
     times: Times,
     recoveries: u32,
     disconnected: Duration,
+    /// What is to be done after this input.
     effects: Effects<Effect>,
 }
 
@@ -531,11 +530,7 @@ impl Source {
     /// All lanes are open, at this address or on connections that were given.
     pub(crate) fn new(plan: Plan, uri: Option<Uri>, background: bool, now: Instant) -> Source {
         let doing = Doing::Linked(Linked::new(plan.step_timeout));
-        let mut source = Source::of(plan, doing, uri, background, now);
-        let stepped = source.step(Step::SentRegions);
-        debug_assert!(stepped.is_ok(), "the first step of all");
-        source.effects.push(Effect::SendRegions);
-        source
+        Source::of(plan, doing, uri, background, now)
     }
 
     /// Another process has had lanes, and the guest may have been given away by it.
@@ -553,7 +548,6 @@ impl Source {
         source.has_arrived = left.heard.is_running;
         source.times.stopped = Some(left.stopped);
         source.times.switched = Some(left.switched);
-        source.effects.push(Effect::Commit);
         source
     }
 
@@ -582,15 +576,12 @@ impl Source {
         }
     }
 
-    /// Takes what has happened. The effects before it have been carried out, or this is the answer to the last.
-    pub(crate) fn handle(&mut self, input: Input, now: &Moment) {
+    /// Takes what has happened; the answer is what is to be done, in order.
+    pub(crate) fn handle(&mut self, input: Input, now: &Moment) -> Effects<Effect> {
         if let Err(error) = self.take(input, now).and_then(|()| self.look_after(now)) {
             self.fail(error, now);
         }
-    }
-
-    pub(crate) fn next_effect(&mut self) -> Option<Effect> {
-        self.effects.pop()
+        std::mem::replace(&mut self.effects, Effects::new())
     }
 
     /// When time alone changes something, at the latest.
@@ -656,12 +647,8 @@ impl Source {
 impl Source {
     fn take(&mut self, input: Input, now: &Moment) -> Result<()> {
         match input {
-            Input::NotDone(error) => {
-                self.effects.drop_rest();
-                Err(error)
-            }
+            Input::NotDone(error) => Err(error),
             Input::Abandoned(error) => {
-                self.effects.drop_rest();
                 self.abandon(error, now);
                 Ok(())
             }

@@ -39,9 +39,12 @@ impl Bench {
     }
 
     fn tell(&mut self, input: Input) -> Vec<Effect> {
-        let at = self.now;
-        self.core.handle(input, &Moment { at, moved_bytes: 0, checksum_errors: 0 });
-        std::iter::from_fn(|| self.core.next_effect()).collect()
+        self.handle(input).collect()
+    }
+
+    fn handle(&mut self, input: Input) -> Effects<Effect> {
+        let now = Moment { at: self.now, moved_bytes: 0, checksum_errors: 0, memory: () };
+        self.core.handle(input, &now)
     }
 
     fn say(&mut self, said: Said) -> Vec<Effect> {
@@ -55,7 +58,7 @@ impl Bench {
     fn ready(&mut self) -> Vec<Effect> {
         let page_size = PageSize::from_shift(12).unwrap();
         let region = Region { name: "ram0".into(), bytes: 4096, page_size };
-        self.tell(Input::Time);
+        self.tell(Input::Begin);
         self.say(Said::Ready(RegionTable::new(vec![region]).unwrap()))
     }
 
@@ -172,9 +175,7 @@ fn nothing_behind_an_effect_that_failed_is_done() {
     let mut bench = Bench::new(true, false);
     bench.serve();
     bench.say(Said::Running { us_since_switchover: 1 });
-    let at = Moment { at: bench.now, moved_bytes: 0, checksum_errors: 0 };
-    bench.core.handle(Input::Received(Said::Complete(Totals::default())), &at);
-    let first = bench.core.next_effect();
+    let first = bench.handle(Input::Received(Said::Complete(Totals::default()))).next();
     assert!(matches!(first, Some(Effect::CheckFiles { are_compared: false })), "{first:?}");
     let rest = bench.tell(Input::NotDone(file_failed()));
     assert!(!has(&rest, |effect| matches!(effect, Effect::Goodbye(_) | Effect::Persist(_))));
@@ -188,9 +189,7 @@ fn a_file_that_fails_at_the_end_fails_a_migration_that_nobody_could_take_over() 
     bench.serve();
     bench.tell(Input::Monitor(Answer::PutBack(Ok(()))));
     bench.say(Said::Running { us_since_switchover: 1 });
-    let at = Moment { at: bench.now, moved_bytes: 0, checksum_errors: 0 };
-    bench.core.handle(Input::Received(Said::Complete(Totals::default())), &at);
-    let first = bench.core.next_effect();
+    let first = bench.handle(Input::Received(Said::Complete(Totals::default()))).next();
     assert!(matches!(first, Some(Effect::CheckFiles { .. })), "{first:?}");
     bench.tell(Input::NotDone(file_failed()));
     assert!(matches!(bench.failure(), (Error::RamFailed { .. }, Guest::Complete)));

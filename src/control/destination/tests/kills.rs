@@ -11,7 +11,7 @@ use umem_wire::destination::Mode;
 use umem_wire::{Event as Heard, Fault, FaultCode, Frame, LaneRole, Totals};
 
 use super::super::takeover::{Found, Plan, Recalled, plan};
-use super::super::{Core, Effect, Entrance, Input, Memory, Now, Outcome, Process, Record};
+use super::super::{Core, Effect, Entrance, Input, Memory, Moment, Outcome, Process, Record};
 use super::{landing, lost, terms};
 use crate::error::Error;
 use crate::session::DestinationState;
@@ -161,9 +161,9 @@ impl World {
         }
     }
 
-    fn at(&self) -> Now {
+    fn at(&self) -> Moment {
         let memory = Memory { pages_missing: self.pages_missing, ..Memory::default() };
-        Now { at: self.now, memory }
+        Moment { at: self.now, moved_bytes: 0, checksum_errors: 0, memory }
     }
 
     fn next_input(&mut self) -> Option<Input> {
@@ -290,10 +290,7 @@ impl World {
                 self.notes.push_back(Input::Running);
             }
             Effect::Commit => return Some(Input::Committed),
-            Effect::Write(record) => {
-                self.write(record);
-                return Some(Input::Written { state: record.state(), result: Ok(()) });
-            }
+            Effect::Persist(record) => self.write(record),
             Effect::Hold => {
                 self.guest = Guest::Held;
                 return Some(Input::Held);
