@@ -102,15 +102,28 @@ impl Source {
     }
 }
 
-/// Has the QEMU at this QMP socket, which waits for a guest, load a device state and run.
-///
-/// # Errors
-/// QEMU's own.
-pub fn load_and_run(qmp: &Path, state: Vec<u8>) -> Result<()> {
-    let mut qemu = Qemu::new(Qmp::connect(qmp)?);
-    qemu.prepare()?;
-    qemu.load_state(state)?;
-    qemu.run()
+/// A QEMU that waits for a guest.
+pub struct Destination(Qemu);
+
+impl Destination {
+    /// Has the QEMU at this QMP socket wait for a device state, load it, and not run yet.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn load(qmp: &Path, state: Vec<u8>) -> Result<Destination> {
+        let mut qemu = Qemu::new(Qmp::connect(qmp)?);
+        qemu.prepare()?;
+        qemu.load_state(state)?;
+        Ok(Destination(qemu))
+    }
+
+    /// Has the guest run, if it ran at the source.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn run(&mut self) -> Result<()> {
+        self.0.run()
+    }
 }
 
 /// What a stream of QEMU's was.

@@ -15,6 +15,7 @@ mod huge_pages;
 mod movers;
 mod moving;
 mod refusals;
+mod stream;
 #[path = "../support/mod.rs"]
 mod support;
 mod terminal;
