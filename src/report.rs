@@ -29,6 +29,8 @@ pub(crate) struct Counters {
     /// Bytes that zero-copy sends put on the wire without copying, and with.
     pub(crate) zero_copied_bytes: AtomicU64,
     pub(crate) copied_bytes: AtomicU64,
+    /// Bytes of page contents that were moved while the guest ran, each time they were.
+    pub(crate) rounds_bytes: AtomicU64,
     /// At the destination: of the device state, as it comes.
     pub(crate) state_bytes: AtomicU64,
     /// What came and was not what had been sent, where there are checksums.

@@ -106,8 +106,12 @@ impl SendPages {
             };
             // What the first pass has learnt of the way need not be learnt again.
             memory.zero_copy_is_copied.fetch_or(is_copied, Relaxed);
+            // Nobody gives orders.
+            let (_, orders) = std::sync::mpsc::channel();
             source::bulk::BulkLane {
                 lane: self.lane.clone(),
+                orders,
+                has_rounds: false,
                 memory: memory.clone(),
                 index: self.index.into(),
                 lanes: self.lanes.into(),

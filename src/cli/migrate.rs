@@ -1,6 +1,7 @@
 //! `umem migrate`
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
 
@@ -12,8 +13,15 @@ use crate::idle::IdleCores;
 use crate::observe::Address;
 use crate::secure::Security;
 use crate::session::ResumeOptions;
+use crate::source::Precopy;
 use crate::uri::Uri;
 use crate::{doctor, observe, source};
+
+/// Passes before the stop where nobody says how many: most of what they gain comes of the first two.
+const PRECOPY_PASSES: u32 = 4;
+
+/// QEMU's own default, milliseconds.
+const DOWNTIME_LIMIT_MS: u64 = 300;
 
 /// Move a guest away: stop it, switch over to the `umem incoming` at URI, send its memory.
 #[derive(FromArgs, ArgsInfo)]
@@ -40,6 +48,18 @@ pub(super) struct Migrate {
     /// postcopy: switch over first, then send pages (default: send all pages first)
     #[argh(switch, short = 'p')]
     postcopy: bool,
+    /// send pages before the guest stops, too, and again those that it writes meanwhile; with -p the guest then runs
+    /// at its destination while the last ones come, without -p they come before
+    #[argh(switch)]
+    precopy: bool,
+    /// with --precopy: passes over what the guest has written, at most (default 4); the first one is over all of its
+    /// memory
+    #[argh(option)]
+    precopy_passes: Option<u32>,
+    /// with --precopy: stop the guest as soon as what is left takes no longer than this to send, in milliseconds
+    /// (default 300)
+    #[argh(option)]
+    downtime_limit: Option<u64>,
     /// send only the pages that the guest touches, to measure (needs -p)
     #[argh(switch, short = 'n')]
     no_background: bool,
@@ -169,12 +189,14 @@ impl Migrate {
                     .into(),
             ));
         }
+        let precopy = self.precopy(&uri)?;
         source::run(&source::Options {
             security: self.security(),
             observe: self.observe(),
             uri,
             postcopy: self.postcopy,
             background: !self.no_background,
+            precopy,
             ram: self.ram,
             qmp: self.qmp,
             lanes,
@@ -191,10 +213,37 @@ impl Migrate {
         Ok(0)
     }
 
+    /// How pages go before the guest stops, if they do.
+    fn precopy(&self, uri: &Uri) -> Result<Option<Precopy>> {
+        let (passes, limit) = (self.precopy_passes, self.downtime_limit);
+        let usage = |text: &str| Err(Error::Usage(text.into()));
+        match passes {
+            _ if !self.precopy && (passes.is_some() || limit.is_some()) => {
+                usage("--precopy-passes and --downtime-limit are about --precopy: add it")
+            }
+            _ if !self.precopy => Ok(None),
+            Some(0) => usage("--precopy-passes 0 would send nothing: leave out --precopy"),
+            _ if uri.is_one_connection() => usage(
+                "--precopy needs bulk lanes, and one connection has none: give an address to connect to, or leave out \
+                 --precopy",
+            ),
+            _ if self.qmp.is_none() => usage(
+                "--precopy is for a guest that runs, and files alone have none: give its monitor's socket with --qmp",
+            ),
+            _ => Ok(Some(Precopy {
+                passes_max: passes.unwrap_or(PRECOPY_PASSES),
+                downtime_limit: Duration::from_millis(limit.unwrap_or(DOWNTIME_LIMIT_MS)),
+            })),
+        }
+    }
+
     /// `--resume`
     fn go_on(self) -> Result<i32> {
         let begins = [
             ("-p", self.postcopy),
+            ("--precopy", self.precopy),
+            ("--precopy-passes", self.precopy_passes.is_some()),
+            ("--downtime-limit", self.downtime_limit.is_some()),
             ("-n", self.no_background),
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),

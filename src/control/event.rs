@@ -14,6 +14,8 @@ pub(crate) enum Event {
     ListeningAgain { uri: String },
     /// All lanes are open; at the source with the address that was dialled.
     Connected { to: Option<Uri>, lanes: u16, security: &'static str, checksum: bool },
+    /// A pass over the running guest's memory has ended, and has left so much written again.
+    Pass { pass: u32, took: Duration, sent_bytes: u64, dirty_bytes: u64 },
     /// The guest has stopped here, in a session of this number if one is kept.
     Stopped { postcopy: bool, session: Option<String> },
     /// The source has stopped its guest.
@@ -209,6 +211,7 @@ impl Event {
         Some(match self {
             Event::Listening { .. } | Event::ListeningAgain { .. } => "listening",
             Event::Connected { .. } => "connected",
+            Event::Pass { .. } => "pass",
             Event::Stopped { .. } | Event::StoppedAtSource { .. } => "stopped",
             Event::Running { .. } => "running",
             Event::Resumable { .. } => "resumable",

@@ -42,6 +42,11 @@ impl Lanes {
     }
 
     /// Both sides go on over new lanes when these are lost.
+    /// Pages come while the source's guest runs.
+    pub(super) fn has_rounds(&self) -> bool {
+        self.demand.capabilities.contains(Capabilities::ROUNDS)
+    }
+
     pub(super) fn recovers(&self) -> bool {
         self.demand.capabilities.contains(Capabilities::RECOVERY)
     }

@@ -152,6 +152,7 @@ impl BulkLane {
                 }
             }
             Arrived::Other(Event::LaneEnd) => *ended = true,
+            Arrived::Other(Event::RoundsEnd) => self.post.send(Note::RoundsEnded),
             Arrived::Other(Event::Error(fault)) => {
                 return Err(Error::Peer { side: "source", code: fault.code, text: fault.text });
             }

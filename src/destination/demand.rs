@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Send(Vec<u8>),
     /// Send a ping of this number, whose pong is expected.
     Ping(u64),
+    /// Vcpus wait for these pages, which are cached.
+    Show(Vec<PageId>),
     /// Go on over this lane. Comes only when the thread has let go of the one before.
     Resume(Box<Resume>),
     /// Faults are served by other threads: tell them of pages that have come.
@@ -375,6 +377,17 @@ impl DemandThread {
                 }
             }
             Arrived::Other(Event::Ping(number)) => self.ping = Some(number),
+            Arrived::Other(Event::Remaining { runs, last }) => {
+                guest.remains(&runs)?;
+                if last {
+                    self.hearing.take(&Event::Settled).map_err(violated)?;
+                    let runs = Vec::new();
+                    self.post.send(Note::Received(Event::Remaining { runs, last }));
+                }
+            }
+            Arrived::Other(Event::Stopped { .. }) if guest.is_in_rounds() => {
+                return Err(violated("the stop before what remains of its rounds is settled"));
+            }
             Arrived::Other(Event::DeviceState(chunk)) => self.gather_state(&chunk)?,
             Arrived::Other(event) => {
                 self.hearing.take(&event).map_err(violated)?;
@@ -419,6 +432,9 @@ impl DemandThread {
                 }
                 Command::Send(_) | Command::Ping(_) => {}
                 Command::Resume(resume) => self.resume(ring, *resume)?,
+                Command::Show(pages) => {
+                    pages.into_iter().try_for_each(|page| self.cached(ring, page))?;
+                }
                 Command::Servers(servers) => self.servers = Some(servers),
                 Command::End => self.ending = true,
             }

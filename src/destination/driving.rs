@@ -123,7 +123,9 @@ impl Migration<'_> {
             pages_missing: self.guest.pages_missing(),
             bytes_missing: self.guest.bytes_missing(),
             pages_done: counters.pages_done.load(SeqCst),
-            bytes_moved: counters.done_bytes() + counters.state_bytes.load(Relaxed),
+            bytes_moved: counters.done_bytes()
+                + counters.rounds_bytes.load(Relaxed)
+                + counters.state_bytes.load(Relaxed),
             checksum_errors: counters.checksum_errors.load(Relaxed),
             totals: counters.totals(),
         };
@@ -137,6 +139,10 @@ impl Migration<'_> {
             Note::AllCached => Input::AllCached,
             Note::AllReleased => Input::AllReleased,
             Note::BulkEnded => return None,
+            Note::RoundsEnded => {
+                self.rounds_ended += 1;
+                return (self.rounds_ended == self.lane_count).then_some(Input::RoundsEnded);
+            }
             Note::Failed(error) => self.failed(error),
             Note::Quiet => Input::Quiet,
             Note::Settled => Input::Settled,
@@ -218,6 +224,17 @@ impl Migration<'_> {
     fn carry_out(&mut self, effect: Effect, side: &mut GuestSide) -> Result<Option<Input>> {
         match effect {
             Effect::Prepare => self.host.prepare(),
+            Effect::SettlePages => {
+                let mut wanted = Vec::new();
+                let is_last = self.guest.settle(|page| wanted.push(page))?;
+                if !wanted.is_empty() {
+                    self.threads.command(Command::Show(wanted));
+                }
+                if is_last {
+                    self.inbox.post().send(Note::AllCached);
+                }
+                return Ok(Some(Input::PagesSettled));
+            }
             Effect::Load(state) => self.host.load_state(state),
             Effect::Run => self.host.run(),
             Effect::StayAwake => {

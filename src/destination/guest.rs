@@ -28,6 +28,7 @@ mod gate;
 mod giving;
 mod placing;
 mod region;
+mod rounds;
 mod takeover;
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -47,6 +48,8 @@ use crate::report::Counters;
 
 pub(crate) use gate::FaultSource;
 pub(crate) use region::{GuestRegion, Part, RegionSetup};
+use rounds::Rounds;
+pub(crate) use rounds::check as check_rounds;
 use takeover::Told;
 
 /// Private memory: what has landed in the file and is not released yet. Bulk lanes pause above this,
@@ -76,6 +79,8 @@ pub(crate) struct GuestMemory {
     unmapped_bytes: AtomicU64,
     /// Why pages that have come cannot be made visible for want of memory, until somebody has heard of it.
     shortage: Mutex<Option<String>>,
+    /// Pages come while the source's guest runs, before they come once.
+    rounds: Option<Rounds>,
     /// Where another process may have to go on: what has come, for its report ([`Told`]).
     told: Option<Words>,
     pages_total: u64,
@@ -117,6 +122,7 @@ impl GuestMemory {
             comes_in_records: AtomicBool::new(false),
             unmapped_bytes: AtomicU64::new(0),
             shortage: Mutex::new(None),
+            rounds: None,
             told: None,
             pages_total,
         }

@@ -125,6 +125,8 @@ pub(crate) enum Note {
     AllReleased,
     /// A bulk lane has ended in order.
     BulkEnded,
+    /// What came on a bulk lane in rounds is in place, and each page comes once there from now on.
+    RoundsEnded,
     /// A worker could not go on.
     Failed(Error),
     /// The monitor has answered.
@@ -372,6 +374,8 @@ struct Migration<'a> {
     /// What the source's memory comes to, once it has said so.
     source_digests: Option<Vec<u64>>,
     lane_count: u16,
+    /// Bulk lanes whose rounds are over.
+    rounds_ended: u16,
     congestion: String,
     idle_cores: IdleCores,
     /// Keeps cores awake while the guest stands still.

@@ -8,7 +8,7 @@ use super::acks::Acks;
 use super::bulk::BulkLane;
 use super::demand::{Command, DemandLane, Reach};
 use super::faults::{FaultThread, Servers};
-use super::guest::GuestMemory;
+use super::guest::{self, GuestMemory};
 use super::keeping::session_of;
 use super::latency::Latencies;
 use super::link::Link;
@@ -41,7 +41,16 @@ impl<'a> Migration<'a> {
     ) -> Result<Migration<'a>> {
         let Open { mut lanes, guard, receiver, adopted, keeping } = open;
         let Adopted { regions, sources, landing } = adopted;
+        let has_rounds = lanes.has_rounds();
+        if has_rounds {
+            guest::check_rounds(&regions).inspect_err(|error| {
+                lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
+            })?;
+        }
         let mut guest = GuestMemory::new(regions, sources);
+        if has_rounds {
+            guest.begin_rounds(lanes.demand.is_checked());
+        }
         if let Some(pid) = side.memory_pid() {
             guest.belongs_to(pid);
         }
@@ -146,6 +155,7 @@ impl<'a> Migration<'a> {
             digests_are_known: has_whole_digests,
             source_digests: None,
             lane_count: u16::try_from(lane_count).expect("at most 64"),
+            rounds_ended: 0,
             congestion: "none".into(),
             idle_cores: plan.idle_cores,
             awake: None,

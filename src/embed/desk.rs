@@ -136,6 +136,9 @@ impl Desk {
         let (open, event) = match question {
             // The program knows what comes, and may do what it likes.
             Question::Prepare => return,
+            Question::Track(_) | Question::Look => {
+                unreachable!("a program that embeds umem is asked for no rounds")
+            }
             Question::Stop => {
                 papers.stop_asked = true;
                 (Open::Stop, Event::Stop)

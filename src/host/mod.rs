@@ -23,6 +23,7 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use crate::error::Result;
+use crate::memory::dirty::DirtyLog;
 use crate::session::Undo;
 
 /// Writes down what a stop, and what comes after it, changes in a monitor.
@@ -33,6 +34,10 @@ pub(crate) trait SourceHost: Send {
     /// Has `note` called before every stop, which fails if that does: what would have to be undone is
     /// written down then, should this process be killed.
     fn before_stop(&mut self, _note: BeforeStop) {}
+    /// Who knows which pages the guest writes while it runs; none where nobody does.
+    fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
+        None
+    }
     /// Stops every vCPU, after whatever can be done while they still run, and saves the device state. From here on
     /// neither that nor the guest's memory changes. Says since when the guest stands still, where that is later
     /// than this call.

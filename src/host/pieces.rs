@@ -7,8 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use umem_wire::RegionId;
+
 use super::qemu::Qemu;
-use super::qemu::stream::log::{QemuStream, Region, SharedQemu, share};
+use super::qemu::stream::log::SharedQemu;
 use super::qemu::stream::{Cut, Event, Parser};
 use super::qmp::Qmp;
 use super::{DestinationHost, SourceHost};
@@ -24,9 +26,8 @@ const CUT_BYTES_MAX: usize = 256 << 20;
 /// A QEMU whose guest is on its way.
 pub struct Source {
     host: SharedQemu,
-    log: QemuStream,
+    log: Box<dyn DirtyLog>,
     marks: Arc<DirtyMap>,
-    units: Vec<u64>,
 }
 
 impl Source {
@@ -37,11 +38,11 @@ impl Source {
     pub fn connect(qmp: &Path, backends: &[(&str, u64)]) -> Result<Source> {
         let mut qemu = Qemu::new(Qmp::connect(qmp)?);
         qemu.claim()?;
-        let region =
-            |&(id, _): &(&str, u64)| Region { backend: id.to_owned(), unit_shift: UNIT_SHIFT };
-        let units: Vec<u64> = backends.iter().map(|(_, bytes)| bytes >> UNIT_SHIFT).collect();
-        let (host, log) = share(qemu, backends.iter().map(region).collect());
-        Ok(Source { host, log, marks: Arc::new(DirtyMap::new(&units)), units })
+        let units = |&(_, bytes): &(&str, u64)| (bytes >> UNIT_SHIFT, UNIT_SHIFT);
+        let marks = DirtyMap::new(&backends.iter().map(units).collect::<Vec<_>>());
+        let mut host = SharedQemu::new(qemu, backends.iter().map(|&(id, _)| id.to_owned()));
+        let log = host.dirty_log().expect("every QEMU has one");
+        Ok(Source { host, log, marks: Arc::new(marks) })
     }
 
     /// Has QEMU migrate.
@@ -62,8 +63,9 @@ impl Source {
 
     /// The pages of a region that have been marked since this was asked before.
     #[must_use]
-    pub fn marked(&self, region: usize) -> Vec<u64> {
-        (0..self.units[region]).filter(|&unit| self.marks.take(region, unit)).collect()
+    pub fn marked(&self, region: u16) -> Vec<u64> {
+        let bits = self.marks.region(RegionId(region));
+        (0..bits.pages()).filter(|&page| bits.take_word(page, 1) != 0).collect()
     }
 
     /// Has the guest stop, and marks what is left. Says since when it stands still.

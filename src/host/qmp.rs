@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, IoSlice, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -118,6 +118,12 @@ impl Qmp {
         let peer = getsockopt(self.reader.get_ref(), PeerCredentials).ok()?;
         let pid = u32::try_from(peer.pid()).ok()?;
         Some(Process { pid, began: began(pid)? })
+    }
+
+    /// Where its socket is, if it has a name.
+    pub(crate) fn path(&self) -> Option<PathBuf> {
+        let peer = self.reader.get_ref().peer_addr().ok()?;
+        peer.as_pathname().map(Path::to_owned)
     }
 
     /// Another descriptor of the socket.

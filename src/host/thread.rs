@@ -3,17 +3,23 @@
 
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use super::{DestinationHost, SourceHost};
 use crate::error::{Error, Result};
 use crate::inbox::Post;
+use crate::memory::dirty::{DirtyLog, DirtyMap};
 use crate::panics;
 
 /// The monitor's answers, in the order of the questions.
 #[derive(Debug)]
 pub(crate) enum Answer {
+    /// The guest's writes are tracked from now on.
+    Tracking(Result<()>),
+    /// What had been written when that was asked is marked.
+    Looked(Result<()>),
     /// When it was asked to, where that is later than the question.
     Stopped(Result<Option<Instant>>),
     Saved(Result<Vec<u8>>),
@@ -29,6 +35,10 @@ pub(crate) enum Answer {
 
 /// What the monitor is asked to do.
 pub(crate) enum Question {
+    /// Mark the pages that the guest writes from now on.
+    Track(Arc<DirtyMap>),
+    /// Whether all is marked that has been written so far.
+    Look,
     Stop,
     Save,
     /// Whether it may be given away.
@@ -86,6 +96,8 @@ impl Question {
     /// The answer that says why there is no other one.
     fn failed(&self) -> fn(Error) -> Answer {
         match self {
+            Question::Track(_) => |error| Answer::Tracking(Err(error)),
+            Question::Look => |error| Answer::Looked(Err(error)),
             Question::Stop => |error| Answer::Stopped(Err(error)),
             Question::Save => |error| Answer::Saved(Err(error)),
             Question::StandsStill => |error| Answer::StandsStill(Err(error)),
@@ -100,20 +112,51 @@ impl Question {
 
 impl HostThread<dyn SourceHost> {
     pub(crate) fn start<T: From<Answer> + Send + 'static>(
+        host: Box<dyn SourceHost>,
+        post: Post<T>,
+    ) -> Result<Self> {
+        HostThread::tracking(host, None, post)
+    }
+
+    /// The same, with who tracks the guest's writes until it stops.
+    pub(crate) fn tracking<T: From<Answer> + Send + 'static>(
         mut host: Box<dyn SourceHost>,
+        mut log: Option<Box<dyn DirtyLog>>,
         post: Post<T>,
     ) -> Result<Self> {
         let answer = move |question| match question {
-            Question::Stop => Answer::Stopped(host.stop()),
+            Question::Track(marks) => Answer::Tracking(match &mut log {
+                Some(log) => log.start(marks),
+                None => Err(untracked()),
+            }),
+            Question::Look => {
+                Answer::Looked(log.as_mut().map_or_else(|| Err(untracked()), |log| log.next()))
+            }
+            Question::Stop => Answer::Stopped(host.stop().and_then(|at| {
+                log.as_mut().map_or(Ok(()), |log| log.finish())?;
+                Ok(at)
+            })),
             Question::Save => Answer::Saved(host.save_state()),
             Question::StandsStill => Answer::StandsStill(host.stands_still()),
             Question::PutBack => Answer::PutBack(host.put_back()),
-            Question::Resume => Answer::Resumed(host.resume()),
+            Question::Resume => {
+                // The guest goes on untracked.
+                log = None;
+                Answer::Resumed(host.resume())
+            }
             Question::Prepare | Question::Load(_) | Question::Run => {
                 unreachable!("a source is not asked that")
             }
         };
         HostThread::with(answer, post)
+    }
+
+    pub(crate) fn track(&self, marks: Arc<DirtyMap>) {
+        (self.ask)(Question::Track(marks));
+    }
+
+    pub(crate) fn look(&self) {
+        (self.ask)(Question::Look);
     }
 
     pub(crate) fn stop(&self) {
@@ -146,7 +189,9 @@ impl HostThread<dyn DestinationHost> {
             Question::Prepare => Answer::Prepared(host.prepare()),
             Question::Load(state) => Answer::Loaded(host.load_state(state)),
             Question::Run => Answer::Running(host.run()),
-            Question::Stop
+            Question::Track(_)
+            | Question::Look
+            | Question::Stop
             | Question::Save
             | Question::StandsStill
             | Question::PutBack
@@ -166,6 +211,10 @@ impl HostThread<dyn DestinationHost> {
     pub(crate) fn run(&self) {
         (self.ask)(Question::Run);
     }
+}
+
+fn untracked() -> Error {
+    Error::Internal("nobody tracks what the guest writes".into())
 }
 
 #[cfg(test)]

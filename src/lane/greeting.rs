@@ -54,7 +54,7 @@ const CHECKED: Capabilities = Capabilities::CHECKSUM.union(Capabilities::WHOLE_D
 /// or told by somebody how.
 pub(crate) fn capabilities(recovers: bool) -> Capabilities {
     let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
-    Capabilities::ACKS.union(CHECKED).union(recovery)
+    Capabilities::ACKS.union(CHECKED).union(recovery).union(Capabilities::ROUNDS)
 }
 
 /// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
@@ -104,6 +104,12 @@ impl Session {
     pub(crate) fn checked(self, checked: bool) -> Session {
         let sums = if checked { CHECKED } else { Capabilities::NONE };
         Session { capabilities: self.capabilities.union(sums), ..self }
+    }
+
+    /// The same, with pages that come while the guest runs, or without.
+    pub(crate) fn in_rounds(self, has_rounds: bool) -> Session {
+        let rounds = if has_rounds { Capabilities::ROUNDS } else { Capabilities::NONE };
+        Session { capabilities: self.capabilities.union(rounds), ..self }
     }
 
     /// The hello of lane `index`, 0 for the demand lane, in an attempt to open them all.

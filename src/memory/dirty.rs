@@ -1,48 +1,113 @@
-//! Which pages a running guest has written: what is marked by a log, and taken by whoever sends pages.
+//! Which pages a running guest has written: what a dirty log marks, and what the source takes from that.
 
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
+use umem_wire::{PageRange, RegionId};
+
+use super::bits::Bits;
 use crate::error::Result;
 
-/// A log of the pages that a guest writes.
+/// Knows which pages a running guest writes, whoever writes them: vCPUs, devices, other threads of its monitor.
+///
+/// Calls come from one thread, in this order: [`start`](DirtyLog::start) once, [`next`](DirtyLog::next) any number
+/// of times, [`finish`](DirtyLog::finish) at most once. A log that is dropped ends its tracking, and leaves the guest as it
+/// is.
 pub(crate) trait DirtyLog: Send {
     /// Begins to track. From its return on every write is marked sooner or later, before `finish` returns.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()>;
+
     /// Returns once a whole look over the guest is done: every page written before the call is marked.
     fn next(&mut self) -> Result<()>;
+
     /// The guest stands still (it has been stopped by the host): the last marks.
     fn finish(&mut self) -> Result<()>;
 }
 
-/// A bit a landing unit of each region.
-#[derive(Debug)]
+/// Pages of all regions, a bit each: written at the source since they were sent.
+///
+/// [`Bits::take_word`] comes before the page is read: what is written later sets the bit again.
 pub(crate) struct DirtyMap {
-    regions: Vec<Vec<AtomicU64>>,
+    regions: Box<[Bits]>,
+    /// log2 of the bytes of each region's pages.
+    shifts: Box<[u8]>,
 }
 
 impl DirtyMap {
-    /// Of regions of so many units, none of them marked.
-    pub(crate) fn new(units: &[u64]) -> DirtyMap {
-        let words = |units: &u64| {
-            let words = usize::try_from(units.div_ceil(64)).expect("memory of this machine");
-            std::iter::repeat_with(AtomicU64::default).take(words).collect()
+    /// For regions of so many pages of `1 << shift` bytes.
+    pub(crate) fn new(regions: &[(u64, u8)]) -> DirtyMap {
+        let bits = regions.iter().map(|&(pages, _)| Bits::new(pages));
+        let shifts = regions.iter().map(|&(_, shift)| shift);
+        DirtyMap { regions: bits.collect(), shifts: shifts.collect() }
+    }
+
+    pub(crate) fn region(&self, id: RegionId) -> &Bits {
+        &self.regions[usize::from(id.0)]
+    }
+
+    /// Somebody has written to these bytes of a region: the pages that they lie in are dirty. False where there are no
+    /// such bytes.
+    #[must_use]
+    pub(crate) fn mark_bytes(&self, id: RegionId, offset: u64, len: u64) -> bool {
+        let index = usize::from(id.0);
+        let (Some(bits), Some(shift)) = (self.regions.get(index), self.shifts.get(index)) else {
+            return false;
         };
-        DirtyMap { regions: units.iter().map(words).collect() }
-    }
-
-    pub(crate) fn mark(&self, region: usize, pages: Range<u64>) {
-        for page in pages {
-            self.regions[region][(page / 64) as usize]
-                .fetch_or(1 << (page % 64), Ordering::Release);
+        let Some(end) = offset.checked_add(len).map(|end| end.div_ceil(1 << shift)) else {
+            return false;
+        };
+        let is_there = end <= bits.pages();
+        if is_there && len > 0 {
+            let first = offset >> shift;
+            self.mark(PageRange { region: id, first, pages: end - first });
         }
+        is_there
     }
 
-    /// Takes the mark of a page: whether there was one.
-    pub(crate) fn take(&self, region: usize, page: u64) -> bool {
-        let bit = 1 << (page % 64);
-        let word = &self.regions[region][(page / 64) as usize];
-        word.fetch_and(!bit, Ordering::Acquire) & bit != 0
+    /// Pages of a region have been written to, in landing units.
+    pub(crate) fn mark(&self, range: PageRange) {
+        self.region(range.region).set(range.first, range.pages);
+    }
+
+    /// Every page is dirty.
+    pub(crate) fn mark_all(&self) {
+        self.regions.iter().for_each(|bits| bits.set(0, bits.pages()));
+    }
+
+    /// Bytes of all dirty pages.
+    pub(crate) fn bytes(&self) -> u64 {
+        let regions = self.regions.iter().zip(&self.shifts);
+        regions.map(|(bits, shift)| bits.count() << shift).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_lie_in_units() {
+        let map = DirtyMap::new(&[(8, 12), (4, 21)]);
+        assert!(map.mark_bytes(RegionId(0), 4095, 2));
+        assert!(map.mark_bytes(RegionId(1), (2 << 20) - 1, 1));
+        assert!(map.mark_bytes(RegionId(1), 9, 0));
+        assert!(!map.mark_bytes(RegionId(0), 7 * 4096, 4097));
+        assert!(!map.mark_bytes(RegionId(0), u64::MAX, 2));
+        assert!(!map.mark_bytes(RegionId(2), 0, 1));
+        map.mark(PageRange { region: RegionId(1), first: 3, pages: 1 });
+        assert_eq!(runs(&map, 0), [(0, 2)]);
+        assert_eq!(runs(&map, 1), [(0, 1), (3, 1)]);
+        assert_eq!(map.bytes(), 2 * 4096 + 2 * (2 << 20));
+        map.mark_all();
+        assert_eq!(map.bytes(), 8 * 4096 + 4 * (2 << 20));
+    }
+
+    fn runs(map: &DirtyMap, region: u16) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        let push = |first, pages| {
+            runs.push((first, pages));
+            Ok::<(), ()>(())
+        };
+        map.region(RegionId(region)).each_run(true, push).unwrap();
+        runs
     }
 }

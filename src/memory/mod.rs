@@ -9,8 +9,9 @@
 //! - [`acks`]: what the destination has of the source's pages, so that they may be freed
 //! - [`claim`]: whose a RAM file is, and who moves it
 //! - [`claims`]: the source's claim bitmap and the order in which pages leave
+//! - [`bits`]: a bit a page
+//! - [`dirty`]: which pages a running guest has written, and who knows
 //! - [`data`]: where a RAM file has data, and where holes
-//! - [`dirty`]: which pages a running guest has written
 //! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
 //! - [`sync`]: the atomics of all of these, so that a model checker can take their place
@@ -19,6 +20,7 @@
 //! - [`zero`]: is this page all zeroes
 
 pub(crate) mod acks;
+pub(crate) mod bits;
 pub(crate) mod blocks;
 pub(crate) mod claim;
 pub(crate) mod claims;

@@ -19,6 +19,13 @@ pub(super) fn fields(event: &Event) -> Value {
         Event::Connected { to: None, lanes, security, checksum } => {
             json!({ "lanes": lanes, "security": security, "checksum": checksum })
         }
+        Event::Pass { pass, took, sent_bytes, dirty_bytes } => json!({
+            "pass": pass,
+            "seconds": took.as_secs_f64(),
+            "sent_bytes": sent_bytes,
+            "remaining_bytes": dirty_bytes,
+            "dirty_bytes_per_s": dirty_rate(*took, *dirty_bytes),
+        }),
         Event::Stopped { postcopy, session } => json!({ "postcopy": postcopy, "session": session }),
         Event::StoppedAtSource { postcopy } => json!({ "postcopy": postcopy }),
         Event::Running { downtime, .. } => {
@@ -83,6 +90,15 @@ pub(super) fn sentence(event: &Event) -> String {
         Event::ListeningAgain { uri } => format!("waiting for the source on {uri}"),
         Event::Connected { to: Some(uri), .. } => format!("connected to {uri}"),
         Event::Connected { to: None, lanes, .. } => format!("connected, {lanes} bulk lane(s)"),
+        Event::Pass { pass, took, sent_bytes, dirty_bytes } => {
+            let mib = |bytes: u64| bytes >> 20;
+            let (sent, dirty) = (mib(*sent_bytes), mib(*dirty_bytes));
+            let rate = mib(dirty_rate(*took, *dirty_bytes));
+            format!(
+                "pass {pass}: {sent} MiB sent in {:.1} s, {dirty} MiB written meanwhile ({rate} MiB/s)",
+                took.as_secs_f64()
+            )
+        }
         Event::Running { place, downtime } => {
             let place = match place {
                 Place::Source => "at the destination",
@@ -158,6 +174,11 @@ pub(super) fn sentence(event: &Event) -> String {
         | Event::Retrying { .. }
         | Event::ChecksumError { .. } => String::new(),
     }
+}
+
+/// Bytes a second that the guest writes pages at, each page once in a pass.
+fn dirty_rate(took: std::time::Duration, dirty_bytes: u64) -> u64 {
+    (dirty_bytes as f64 / took.as_secs_f64().max(1e-6)) as u64
 }
 
 fn recovering(reason: &str, route: &Route) -> String {

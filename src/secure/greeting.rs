@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, send};
-use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, Nonce, Welcome};
+use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, Nonce, PROTOCOL, Welcome};
 
 use super::{Challenge, Pass};
 use crate::error::{Error, Result};
@@ -74,6 +74,13 @@ impl Greeting<'_> {
                  there"
                     .into(),
             ));
+        }
+        if lacks(Capabilities::ROUNDS) {
+            return Err(Error::Unsupported(format!(
+                "the destination speaks protocol {} without rounds, in which pages come while the guest runs; this \
+                 side speaks {} with rounds: leave out --precopy, or use a newer umem there",
+                welcome.version, PROTOCOL.max
+            )));
         }
         if !lacks(Capabilities::ACKS) {
             return Ok(welcome.capabilities);

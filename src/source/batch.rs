@@ -3,6 +3,7 @@
 
 use umem_ring::{Fd, Memory, Op};
 use umem_wire::HEADER_BYTES;
+use umem_wire::limits::CHECKED_RUN_BYTES_MAX;
 
 use super::bulk::BATCH_RUNS;
 use super::pace::BATCH_BYTES_MIN;
@@ -16,6 +17,11 @@ const HEADERS_BYTES: usize = 16 * HEADER_BYTES;
 /// A batch of zeroes and holes has no more than this of headers.
 const HEADERS_BYTES_MAX: usize = BATCH_RUNS * HEADER_BYTES;
 
+/// Copies of runs that are kept for the next batch, and the least that one has room for: a run on a checked lane.
+const COPIES_MAX: usize = BATCH_RUNS;
+const COPY_BYTES: usize = CHECKED_RUN_BYTES_MAX as usize;
+const _: () = assert!(COPY_BYTES > HEADERS_BYTES_MAX);
+
 /// What batches are made of, used again and again: the kernel gives each batch back.
 #[derive(Default)]
 pub(super) struct Storage {
@@ -23,6 +29,8 @@ pub(super) struct Storage {
     pieces: Vec<Vec<Memory>>,
     /// Empty; one for each piece of headers.
     headers: Vec<Vec<u8>>,
+    /// Full of what was sent; one for each run that is copied before it leaves.
+    copies: Vec<Vec<u8>>,
     /// With TLS: where records are made. One batch is in the kernel at once.
     records: Option<Outgoing>,
 }
@@ -36,6 +44,20 @@ impl Storage {
         }
         let room = BATCH_BYTES_MIN as usize + HEADERS_BYTES_MAX;
         Batch::Secured(self.records.take().unwrap_or_else(|| Outgoing::with_room(room)))
+    }
+
+    /// Room for the pages of a run, of any length.
+    pub(super) fn copy(&mut self) -> Vec<u8> {
+        self.copies.pop().unwrap_or_else(|| Vec::with_capacity(COPY_BYTES))
+    }
+
+    fn take_back_bytes(&mut self, mut bytes: Vec<u8>) {
+        if bytes.capacity() <= HEADERS_BYTES_MAX {
+            bytes.clear();
+            self.headers.push(bytes);
+        } else if self.copies.len() < COPIES_MAX {
+            self.copies.push(bytes);
+        }
     }
 
     fn headers(&mut self) -> Vec<u8> {
@@ -53,12 +75,7 @@ impl Storage {
         };
         for piece in pieces.drain(..) {
             if let Memory::Bytes(bytes) = piece {
-                let mut headers = bytes.into_vec();
-                // A copy of a large page is not what the next header needs.
-                if headers.capacity() <= HEADERS_BYTES_MAX {
-                    headers.clear();
-                    self.headers.push(headers);
-                }
+                self.take_back_bytes(bytes.into_vec());
             }
         }
         self.pieces.push(pieces);
@@ -108,6 +125,9 @@ impl Batch {
                         copied = copied.and_then(|()| copy_out(&pages, offset, room));
                     };
                     let appended = channel.append_with(out, pages.len(), copy);
+                    if let Memory::Bytes(bytes) = pages {
+                        storage.take_back_bytes(bytes.into_vec());
+                    }
                     copied.map_err(|Gone| Unfit::Gone)?;
                     appended.map_err(Unfit::Secured)?;
                 }

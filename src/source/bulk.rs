@@ -9,13 +9,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver as Orders, TryRecvError};
 
 use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
 use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 
 use super::Note;
 use super::batch::{Storage, Unfit};
-use super::memory::{SourceMemory, Walk};
+use super::memory::{RoundsWalk, SourceMemory, Walk};
 use super::outlet::{Left, Outlet, Stuck};
 use super::pace::Pace;
 use super::seal::Sealer;
@@ -56,9 +57,40 @@ const OPS_MAX: u32 = 1024;
 /// Sends that may wait for that: 250 MiB at least are on their way then. The rest are for everything else.
 const IN_FLIGHT_MAX: usize = OPS_MAX as usize - 64;
 
+/// What a bulk thread is told, followed by a wake. A wake without an order, where nobody can give one any more, is a
+/// [`Order::Stop`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Send what is dirty of the lane's blocks, once around, and say so.
+    Pass,
+    /// The guest stands still: no page goes a second time from here on.
+    EndRounds,
+    /// Send every page that is left, then the lane's end.
+    Serve,
+    /// End.
+    Stop,
+}
+
+/// What a lane does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Nothing, until there is an order.
+    Waits,
+    /// A pass of the rounds.
+    Pass,
+    /// Says that the rounds are over, and then waits.
+    EndsRounds,
+    /// Sends what is left, each page once.
+    Serves,
+}
+
 /// What a bulk thread needs.
 pub(crate) struct BulkLane {
     pub(crate) lane: Lane,
+    /// What it is told.
+    pub(crate) orders: Orders<Order>,
+    /// It waits for orders, and sends nothing before.
+    pub(crate) has_rounds: bool,
     pub(crate) memory: Arc<SourceMemory>,
     pub(crate) index: usize,
     pub(crate) lanes: usize,
@@ -76,6 +108,10 @@ struct BulkThread {
     sealer: Sealer,
     pace: Pace,
     memory: Arc<SourceMemory>,
+    stage: Stage,
+    orders: Orders<Order>,
+    post: Post<Note>,
+    rounds: RoundsWalk,
     walk: Walk,
     zero_copy: bool,
     /// Runs gathered and not sent yet.
@@ -105,7 +141,7 @@ impl BulkLane {
     /// closed the lane: an end that closes before all has been read resets the connection, and what
     /// is on its way there would be lost.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
-        let post = self.post;
+        let post = self.post.clone();
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
             core: self.core.enter(),
@@ -130,6 +166,10 @@ impl BulkLane {
             socket: socket.clone(),
             // A batch of records is as large as the buffer that they are made in.
             pace: Pace::new(is_tcp.then(|| socket.clone())),
+            stage: if self.has_rounds { Stage::Waits } else { Stage::Serves },
+            orders: self.orders,
+            post: self.post,
+            rounds: RoundsWalk::new(self.index, self.lanes),
             walk: Walk::new(&self.memory, self.index, self.lanes),
             memory: self.memory,
             // A record has no place in the guest's memory.
@@ -172,8 +212,10 @@ impl BulkLane {
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => {
-                        thread.part(&socket);
-                        return Ok(());
+                        if thread.is_to_stop() {
+                            thread.part(&socket);
+                            return Ok(());
+                        }
                     }
                     TOKEN_SENT => thread.sent(completion)?,
                     TOKEN_LOOK => thread.pausing = false,
@@ -188,10 +230,31 @@ impl BulkLane {
 }
 
 impl BulkThread {
+    /// Takes the orders that there are; true if the thread is to end.
+    fn is_to_stop(&mut self) -> bool {
+        loop {
+            // Orders come one at a time: the next one follows the answer to the last.
+            match self.orders.try_recv() {
+                Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return true,
+                Ok(Order::Pass) => {
+                    self.rounds.begin_pass();
+                    self.stage = Stage::Pass;
+                }
+                Ok(Order::EndRounds) => self.stage = Stage::EndsRounds,
+                Ok(Order::Serve) => self.stage = Stage::Serves,
+                Err(TryRecvError::Empty) => return false,
+            }
+            self.exhausted = false;
+        }
+    }
+
     /// Sends a batch if none is on its way, and gathers the next one.
     fn advance(&mut self, ring: &mut Ring) -> Result<()> {
         if self.runs.is_empty() {
             self.gather(ring)?;
+        }
+        if self.stage != Stage::Serves && self.runs.is_empty() && self.sending.is_none() {
+            return self.end_stage(ring);
         }
         let has_some = !self.runs.is_empty();
         let has_room = self.in_flight < IN_FLIGHT_MAX;
@@ -217,6 +280,38 @@ impl BulkThread {
         Ok(())
     }
 
+    /// Everything of a stage of the rounds has been handed to the kernel.
+    fn end_stage(&mut self, ring: &mut Ring) -> Result<()> {
+        match self.stage {
+            Stage::Pass if self.exhausted => {
+                self.stage = Stage::Waits;
+                self.post.send(Note::PassEnded);
+            }
+            Stage::EndsRounds => {
+                self.stage = Stage::Waits;
+                let op = self.rounds_end()?;
+                self.submit(ring, op)?;
+            }
+            Stage::Pass | Stage::Waits | Stage::Serves => {}
+        }
+        Ok(())
+    }
+
+    /// What the destination waits for before a page counts as come.
+    fn rounds_end(&mut self) -> Result<Op> {
+        let mut frame = Vec::with_capacity(HEADER_BYTES);
+        transmit::encode(&Frame::RoundsEnd, &mut frame);
+        self.sealer.frames(&mut frame);
+        let mut batch = self.storage.batch(self.channel.has_tls());
+        match batch.add(&mut self.storage, &mut self.channel, &frame, None) {
+            Ok(()) | Err(Unfit::Gone) => {}
+            Err(Unfit::Secured(what)) => return Err(self.lost(what)),
+        }
+        let socket = Fd::from(self.socket.clone());
+        let op = batch.into_op(&mut self.storage, &mut self.channel, &socket, false);
+        op.map_err(|what| self.lost(what))
+    }
+
     fn submit(&mut self, ring: &mut Ring, op: Op) -> Result<()> {
         ring.submit(op, TOKEN_SENT).map_err(|rejected| Error::Ring(rejected.error))?;
         self.in_flight += 1;
@@ -227,7 +322,12 @@ impl BulkThread {
 
     /// There is something to send, and no send in the kernel.
     fn is_ready(&self) -> bool {
-        let has_last = self.exhausted && !self.lane_end_sent;
+        let has_last = match self.stage {
+            Stage::Serves => self.exhausted && !self.lane_end_sent,
+            Stage::Pass => self.exhausted,
+            Stage::EndsRounds => true,
+            Stage::Waits => false,
+        };
         self.sending.is_none() && (!self.runs.is_empty() || has_last)
     }
 
@@ -266,6 +366,18 @@ impl BulkThread {
         if self.exhausted || self.pausing {
             return Ok(());
         }
+        match self.stage {
+            Stage::Serves => {}
+            Stage::Waits | Stage::EndsRounds => return Ok(()),
+            Stage::Pass => {
+                let most = self.pace.batch_bytes();
+                while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered(most) < most
+                {
+                    self.exhausted = !self.rounds.next_runs(&self.memory, most, &mut self.runs)?;
+                }
+                return Ok(());
+            }
+        }
         if let Some(wait) = self.memory.bandwidth.wait() {
             ring.submit(Op::timeout(wait), TOKEN_LOOK)
                 .map_err(|rejected| Error::Ring(rejected.error))?;
@@ -302,7 +414,13 @@ impl BulkThread {
             if sending.len() == BATCH_RUNS || bytes >= self.pace.batch_bytes() {
                 break;
             }
-            let (header, pages) = self.memory.pieces(run, &mut self.sealer)?;
+            let (header, pages) = match self.stage {
+                Stage::Serves => self.memory.pieces(run, &mut self.sealer)?,
+                _ => {
+                    let copy = || self.storage.copy();
+                    self.memory.pieces_in_rounds(run, &mut self.sealer, copy)?
+                }
+            };
             if pages.is_some() {
                 bytes += self.memory.bytes(run.range);
             }
@@ -314,7 +432,9 @@ impl BulkThread {
             sending.push(*run);
         }
         self.memory.check_runs(&sending)?;
-        self.memory.bandwidth.sent(bytes);
+        if self.stage == Stage::Serves {
+            self.memory.bandwidth.sent(bytes);
+        }
         self.runs.drain(..sending.len());
         self.sending = Some(sending);
         let zero_copy =
@@ -381,10 +501,14 @@ impl BulkThread {
     /// The batch has been handed to the kernel.
     fn left(&mut self, without_copy: bool) {
         let runs = self.sending.take().unwrap_or_default();
-        runs.iter().for_each(|run| self.memory.count(run, false));
-        let pages = runs.iter().map(|run| run.range.pages).sum();
         let counters = &self.memory.counters;
-        Counters::add(&counters.pages_background, pages);
+        if self.stage == Stage::Serves {
+            runs.iter().for_each(|run| self.memory.count(run, false));
+            let pages = runs.iter().map(|run| run.range.pages).sum();
+            Counters::add(&counters.pages_background, pages);
+        } else {
+            runs.iter().for_each(|run| self.memory.count_in_round(run));
+        }
         let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
         self.pace.sent(bytes);
         let counter =
@@ -488,7 +612,10 @@ mod tests {
             theirs.read_to_end(&mut bytes).map(|_| bytes)
         });
         let inbox = Inbox::new().unwrap();
+        let (_orders, queue) = std::sync::mpsc::channel();
         let lane = BulkLane {
+            orders: queue,
+            has_rounds: false,
             lane: Lane::new(ours.into(), "bulk lane 1".into()).unwrap(),
             memory: memory.clone(),
             index: 0,

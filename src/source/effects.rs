@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use umem_wire::limits::STATE_CHUNK_BYTES_MAX;
 use umem_wire::{Frame, transmit};
 
+use super::bulk;
 use super::demand::Command;
 use super::parting::Caller;
 use super::{Migration, Note, digest};
@@ -40,7 +41,7 @@ impl Migration {
     pub(super) fn handle(&mut self, input: Input) {
         let now = Moment {
             at: Instant::now(),
-            moved_bytes: self.bytes_done(),
+            moved_bytes: self.bytes_done() + self.memory.counters.rounds_bytes.load(Relaxed),
             checksum_errors: self.memory.counters.checksum_errors.load(Relaxed),
         };
         self.core.handle(input, &now);
@@ -69,6 +70,7 @@ impl Migration {
             Note::Received(event) => Input::Received(event),
             Note::StateLeft => Input::StateLeft,
             Note::BulkEnded => Input::BulkEnded,
+            Note::PassEnded => Input::PassEnded,
             Note::Failed(error) => Input::Failed(error),
             Note::Host(answer) => Input::Monitor(answer),
             Note::Digested(outcome) => Input::Digested(outcome),
@@ -104,6 +106,8 @@ impl Migration {
             }
             Effect::Ask(question) => {
                 match question {
+                    Question::Track => self.host.track(self.memory.marks()),
+                    Question::Look => self.host.look(),
                     Question::Stop => self.host.stop(),
                     Question::Save => self.host.save_state(),
                     Question::StandsStill => self.host.stands_still(),
@@ -144,6 +148,18 @@ impl Migration {
                 Ok(())
             }
             Effect::SendBulk => self.start_bulk(),
+            Effect::SendPass => self.send_pass(),
+            Effect::CountDirty => {
+                let dirty_bytes = self.memory.dirty_bytes();
+                let sent_bytes = self.memory.counters.rounds_bytes.load(Relaxed);
+                self.answers.push_back(Input::Counted { dirty_bytes, sent_bytes });
+                Ok(())
+            }
+            Effect::EndRounds => {
+                self.order_bulk(bulk::Order::EndRounds);
+                self.send_bytes(self.memory.end_rounds());
+                Ok(())
+            }
             Effect::StartRelease => self.start_release(),
             Effect::EndRelease => {
                 self.end_release();
@@ -237,7 +253,8 @@ impl Migration {
         self.link.sockets.sever();
         self.idle.clear();
         self.command(Command::End);
-        self.bulk_wakers.drain(..).for_each(|waker| waker.wake());
+        self.order_bulk(bulk::Order::Stop);
+        self.bulk.clear();
         for thread in self.bulk_threads.drain(..).chain(self.demand_thread.take()) {
             let _ = thread.join();
         }

@@ -78,6 +78,7 @@ pub(crate) fn send(departure: Departure, desk: &Arc<Desk>) -> Result<Completed> 
     let plan = Plan {
         postcopy,
         background: true,
+        precopy: None,
         cores: &cores,
         // How deeply the whole machine sleeps is the monitor's affair.
         idle_cores: IdleCores::Sleep,

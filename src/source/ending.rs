@@ -7,6 +7,7 @@ use umem_ring::Waker;
 use umem_wire::{Fault, Frame, PageSize, Totals};
 
 use super::Migration;
+use super::bulk;
 use super::demand::Command;
 use crate::control::event::{Event, Remark};
 use crate::control::source::{Guest, Outcome};
@@ -42,7 +43,7 @@ impl Migration {
             self.send(&Frame::Error(fault.clone()));
         }
         self.command(Command::End);
-        self.bulk_wakers.iter().for_each(Waker::wake);
+        self.order_bulk(bulk::Order::Stop);
         for thread in self.bulk_threads.drain(..) {
             let _ = thread.join();
         }

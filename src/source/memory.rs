@@ -4,6 +4,7 @@
 //! or several where the destination's pages are larger.
 
 mod holes;
+mod rounds;
 mod walk;
 
 use std::collections::BTreeMap;
@@ -18,6 +19,8 @@ use umem_wire::{
 };
 
 pub(crate) use holes::Holes;
+use rounds::Tracked;
+pub(crate) use rounds::{RoundsWalk, no_dirty_log};
 pub(crate) use walk::Walk;
 
 use super::seal::Sealer;
@@ -56,6 +59,10 @@ pub(crate) struct SourceMemory {
     pub(crate) regions: Vec<SourceRegion>,
     /// The landing table: what page numbers refer to.
     landing: OnceLock<RegionTable>,
+    /// Pages go while the guest runs.
+    has_rounds: bool,
+    /// With rounds, once pages can be counted.
+    tracked: OnceLock<Tracked>,
     pub(crate) counters: Arc<Counters>,
     /// The limit of the background.
     pub(crate) bandwidth: Arc<Bandwidth>,
@@ -90,6 +97,8 @@ impl SourceMemory {
         SourceMemory {
             regions: files.into_iter().map(region).collect(),
             landing: OnceLock::new(),
+            has_rounds: false,
+            tracked: OnceLock::new(),
             counters,
             bandwidth: Arc::new(Bandwidth::new(None)),
             pivot: Pivot::default(),
@@ -113,6 +122,15 @@ impl SourceMemory {
     /// With checksums or without.
     pub(crate) fn checked(self, is_checked: bool) -> SourceMemory {
         SourceMemory { is_checked, ..self }
+    }
+
+    /// With rounds or without.
+    pub(crate) fn in_rounds(self, has_rounds: bool) -> SourceMemory {
+        SourceMemory { has_rounds, ..self }
+    }
+
+    fn landing_tracked(&self) -> Option<&Tracked> {
+        self.tracked.get()
     }
 
     /// The most pages of a region that one data run may have.
@@ -156,6 +174,12 @@ impl SourceMemory {
                 false => None,
             };
             region.landing.get_or_init(|| Landing { unit: landed.page_size, claims, acks });
+        }
+        if self.has_rounds {
+            let units =
+                landing.iter().map(|(_, region)| (region.pages(), region.page_size.shift()));
+            let units: Vec<_> = units.collect();
+            self.tracked.get_or_init(|| Tracked::new(&units));
         }
         self.landing.get_or_init(|| landing);
         Ok(())

@@ -43,6 +43,7 @@ use crate::control::source::{Input, Source, peer};
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
+use crate::host::qemu::stream::log::SharedQemu;
 use crate::host::qemu::{self, Qemu, RamOfQemu};
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
@@ -76,6 +77,8 @@ pub struct Options {
     pub postcopy: bool,
     /// Send pages that nobody asked for.
     pub background: bool,
+    /// Send pages before the guest stops; none to stop it first.
+    pub precopy: Option<Precopy>,
     /// The guest's RAM files; empty to ask its monitor.
     pub ram: Vec<RamPath>,
     /// The monitor's QMP socket.
@@ -105,6 +108,15 @@ pub struct Options {
     pub json: bool,
     /// What others may see.
     pub observe: observe::Options,
+}
+
+/// How pages are sent before the guest stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precopy {
+    /// Passes at most; the first one is over all of the memory.
+    pub passes_max: u32,
+    /// The guest is stopped once what is left can be sent within this.
+    pub downtime_limit: Duration,
 }
 
 pub use takeover::{Options as ResumeOptions, run as resume};
@@ -139,6 +151,8 @@ pub(crate) enum Note {
     StateLeft,
     /// A bulk lane has sent all it found.
     BulkEnded,
+    /// A bulk lane has sent what was dirty of its blocks.
+    PassEnded,
     /// A worker could not go on.
     Failed(Error),
     /// The monitor has answered.
@@ -234,7 +248,12 @@ fn migrate(
     let (asked, said) = (options.clone(), output.clone());
     let Guest { mut host, ram, files } =
         inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
+    let log = match options.precopy {
+        Some(_) => Some(host.dirty_log().ok_or_else(memory::no_dirty_log)?),
+        None => None,
+    };
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
+    let memory = memory.in_rounds(options.precopy.is_some());
     let memory = Arc::new(memory.checked(options.checksum));
     memory.claim(false)?;
     if options.qmp.is_none() {
@@ -255,6 +274,7 @@ fn migrate(
     let plan = Plan {
         postcopy: options.postcopy,
         background: options.background,
+        precopy: options.precopy,
         has_monitor: options.qmp.is_some(),
         // Behind TLS, lanes end at a pump in this process.
         stays_local: pass.has_tls() || lane::stays_local(&options.uri, &look)?,
@@ -265,7 +285,7 @@ fn migrate(
         watch: &observer.watch,
         quiet: options.observe.quiet,
     };
-    let host = HostThread::<dyn SourceHost>::start(host, inbox.post())?;
+    let host = HostThread::<dyn SourceHost>::tracking(host, log, inbox.post())?;
     Migration::start(&plan, output, inbox, (lanes, link), memory, host)?.drive()
 }
 
@@ -297,6 +317,9 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     let mut qemu = Qemu::new(Qmp::connect(path)?);
     qemu.claim()?;
     let found = qemu.check(Kind::Shared)?;
+    if options.precopy.is_some() {
+        qemu.check_stream()?;
+    }
     let (mut ram, mut files) = (Vec::new(), Vec::new());
     for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
         let RamOfQemu { name, part, file, path } = opened;
@@ -306,7 +329,8 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     if let Some(advice) = qemu::advice(&found, "destination") {
         output.remark(&advice);
     }
-    Ok(Guest { host: Box::new(qemu), ram, files })
+    let host = SharedQemu::new(qemu, found.into_iter().map(|backend| backend.name));
+    Ok(Guest { host: Box::new(host), ram, files })
 }
 
 /// Opens every lane, the demand lane first; only this one where there is a connection already.
@@ -324,6 +348,7 @@ fn dial(
         return Ok((lanes, link));
     }
     let session = Session::new(options.lanes, options.release_ram, true)?.checked(options.checksum);
+    let session = session.in_rounds(options.precopy.is_some());
     let open = |index| lane::dial(&options.uri, &session.hello(index, 0), pass, &wait);
     let lanes = (0..=options.lanes).map(open).collect::<Result<Vec<_>>>()?;
     let link = Link::new(session, pass.clone(), Some(options.uri.clone()), &lanes);
@@ -361,6 +386,7 @@ struct Plan<'a> {
     /// As in [`Options`].
     postcopy: bool,
     background: bool,
+    precopy: Option<Precopy>,
     cores: &'a [usize],
     idle_cores: IdleCores,
     order: Order,
@@ -379,6 +405,20 @@ struct Reach {
     commands: Sender<Command>,
     waker: Waker,
     socket: Arc<OwnedFd>,
+}
+
+/// How a bulk lane's thread is reached.
+struct BulkReach {
+    orders: Sender<bulk::Order>,
+    waker: Waker,
+}
+
+impl BulkReach {
+    fn order(&self, order: bulk::Order) {
+        // The thread has ended where this fails.
+        let _ = self.orders.send(order);
+        self.waker.wake();
+    }
 }
 
 /// A migration with its lanes open: its core, and what the core's effects are carried out with.
@@ -406,7 +446,7 @@ struct Migration {
     demand_thread: Option<JoinHandle<Option<()>>>,
     /// Bulk lanes that are not sending yet.
     idle: Vec<Lane>,
-    bulk_wakers: Vec<Waker>,
+    bulk: Vec<BulkReach>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     release_thread: Option<JoinHandle<Option<()>>>,
     /// What the RAM files held at the switchover, where they are freed, and what of that has been freed at the end.

@@ -10,12 +10,12 @@ use std::time::Instant;
 use umem_ring::Waker;
 use umem_wire::{Capabilities, Receiver};
 
-use super::bulk::BulkLane;
+use super::bulk::{BulkLane, Order};
 use super::demand::{Command, DemandLane};
 use super::link::Link;
 use super::memory::SourceMemory;
 use super::release::Releaser;
-use super::{Migration, Note, Order, Plan, Reach};
+use super::{BulkReach, Migration, Note, Plan, Reach};
 use crate::control;
 use crate::control::source::{Kept, Source};
 use crate::cores::Cores;
@@ -79,6 +79,10 @@ impl Migration {
         let decided = control::source::Plan {
             postcopy: plan.postcopy,
             bulk_lanes: link.session.bulk_lanes,
+            rounds: plan.precopy.map(|precopy| control::source::RoundsPlan {
+                passes_max: precopy.passes_max,
+                downtime_limit: precopy.downtime_limit,
+            }),
             recovers: link.recovers(),
             kept,
             is_checked: memory.is_checked,
@@ -100,13 +104,13 @@ impl Migration {
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
             awake: None,
-            adapts: plan.order == Order::Adaptive,
+            adapts: plan.order == super::Order::Adaptive,
             cores: Cores::choose(plan.cores, crate::cores::Role::Source),
             zero_copy: !plan.stays_local,
             reach: None,
             demand_thread: None,
             idle: Vec::new(),
-            bulk_wakers: Vec::new(),
+            bulk: Vec::new(),
             bulk_threads: Vec::new(),
             release_thread: None,
             allocated_bytes: 0,
@@ -117,15 +121,38 @@ impl Migration {
         }
     }
 
+    /// Has the bulk lanes send what is left, each page once.
     pub(super) fn start_bulk(&mut self) -> Result<()> {
         if self.lane_count == 0 {
             self.command(Command::Background);
             return Ok(());
         }
+        // Lanes that have had rounds.
+        self.order_bulk(Order::Serve);
+        self.start_bulk_threads(false)
+    }
+
+    /// Has them send what is dirty, once around.
+    pub(super) fn send_pass(&mut self) -> Result<()> {
+        self.start_bulk_threads(true)?;
+        self.order_bulk(Order::Pass);
+        Ok(())
+    }
+
+    /// Tells all bulk lanes that are served.
+    pub(super) fn order_bulk(&self, order: Order) {
+        self.bulk.iter().for_each(|lane| lane.order(order));
+    }
+
+    /// Of lanes that have none yet.
+    fn start_bulk_threads(&mut self, has_rounds: bool) -> Result<()> {
         let lanes = self.idle.len();
         for (index, lane) in std::mem::take(&mut self.idle).into_iter().enumerate() {
+            let (orders, queue) = channel();
             let bulk = BulkLane {
                 lane,
+                orders: queue,
+                has_rounds,
                 memory: self.memory.clone(),
                 index,
                 lanes,
@@ -136,7 +163,7 @@ impl Migration {
             let name = format!("umem-bulk-{}", index + 1);
             let (waker, thread) =
                 worker::start(&name, &self.inbox, move |started| bulk.run(started))?;
-            self.bulk_wakers.push(waker);
+            self.bulk.push(BulkReach { orders, waker });
             self.bulk_threads.push(thread);
         }
         Ok(())

@@ -305,6 +305,7 @@ impl Taken {
         let plan = Plan {
             postcopy: record.postcopy,
             background: record.background,
+            precopy: None,
             has_monitor: record.qmp.is_some(),
             stays_local: pass.has_tls() || lane::stays_local(&uri, &look)?,
             cores: &resume.cores,

@@ -164,6 +164,7 @@ fn a_pause_gives_up_every_lane_and_a_resume_goes_on_at_another_address() {
     let plan = Plan {
         postcopy: true,
         background: true,
+        precopy: None,
         cores: &[],
         idle_cores: IdleCores::Sleep,
         order: Order::Adaptive,

@@ -7,6 +7,8 @@
 //!              |
 //!              +--AllCached--> Completing --Complete--> Completed
 //!
+//! Ready --Rounds--> Rounds --Remaining (last)--> Settling --PagesSettled--> Settled --Stopped--> Receiving
+//!
 //! Loaded, Switched, Running, Completing --Broken--> the same: new lanes will come
 //!
 //! any but Completing, Completed --Lost--> Failed
@@ -15,7 +17,8 @@
 //! any before Loaded --Cancel--> Failed
 //! ```
 //!
-//! Pages come, and may be asked for, from [`Phase::Receiving`] on: loading the device state touches
+//! In [`Phase::Rounds`] pages come that may come again, and none may be asked for: nobody touches the memory.
+//! Otherwise pages come, and may be asked for, from [`Phase::Receiving`] on: loading the device state touches
 //! memory. The guest may run from [`Phase::Switched`] on, and from there on it belongs to this side
 //! whatever happens: the source has given it up. It may have done so from [`Phase::Loaded`] on, where a
 //! broken lane leaves open whether a switchover was on its way: the guest does not run, and is kept.
@@ -43,6 +46,12 @@ pub enum Phase {
     Preparing,
     /// Our guest waits.
     Ready,
+    /// The source's guest runs, and its pages come, again where it writes to them.
+    Rounds,
+    /// It has stopped, and has said which pages are still to come.
+    Settling,
+    /// What remains is settled: each page comes once from here on.
+    Settled,
     /// The source's guest has stopped: pages and device state come.
     Receiving {
         /// How pages are sent.
@@ -96,6 +105,8 @@ pub enum Input<'a> {
     Received(&'a Event),
     /// The regions match, our guest is prepared, and a ready frame is about to be sent.
     GuestReady,
+    /// All that came in rounds is in place and counted, and a settled frame is about to be sent.
+    PagesSettled,
     /// Our guest has taken the device state, and a loaded frame is about to be sent.
     StateLoaded,
     /// Our guest runs, and a running frame is about to be sent.
@@ -136,6 +147,9 @@ impl Phase {
             Phase::Comparing
             | Phase::Preparing
             | Phase::Ready
+            | Phase::Rounds
+            | Phase::Settling
+            | Phase::Settled
             | Phase::Receiving { .. }
             | Phase::Loading { .. }
             | Phase::Loaded { .. } => false,
@@ -158,6 +172,9 @@ impl Phase {
             Phase::Comparing
             | Phase::Preparing
             | Phase::Ready
+            | Phase::Rounds
+            | Phase::Settling
+            | Phase::Settled
             | Phase::Receiving { .. }
             | Phase::Loading { .. }
             | Phase::Completed(_)
@@ -176,6 +193,9 @@ impl Phase {
             Phase::Comparing
             | Phase::Preparing
             | Phase::Ready
+            | Phase::Rounds
+            | Phase::Settling
+            | Phase::Settled
             | Phase::Completing
             | Phase::Completed(_)
             | Phase::Failed { .. } => false,
@@ -188,6 +208,9 @@ impl Phase {
             Phase::Comparing => "waiting for regions",
             Phase::Preparing => "preparing the guest",
             Phase::Ready => "ready",
+            Phase::Rounds => "receiving pages while the guest runs",
+            Phase::Settling => "settling which pages are still to come",
+            Phase::Settled => "waiting for the rest",
             Phase::Receiving { .. } => "receiving device state",
             Phase::Loading { .. } => "loading device state",
             Phase::Loaded { .. } => "waiting for the switchover",
@@ -214,6 +237,7 @@ impl Phase {
             (phase, Input::Received(event)) => phase.receive(event),
 
             (Phase::Preparing, Input::GuestReady) => Ok(Phase::Ready),
+            (Phase::Settling, Input::PagesSettled) => Ok(Phase::Settled),
             (Phase::Loading { mode, .. }, Input::StateLoaded) => Ok(Phase::Loaded { mode }),
             (Phase::Switched { mode, stopped_us }, Input::GuestRunning) => {
                 Ok(Phase::Running { mode, stopped_us })
@@ -234,8 +258,16 @@ impl Phase {
             {
                 Ok(phase)
             }
+            // Those of bulk lanes are not ordered against this.
+            (
+                Phase::Rounds,
+                Event::RunBegins(_) | Event::Data(_) | Event::Zero(_) | Event::Hole(_),
+            ) => Ok(Phase::Rounds),
             (Phase::Comparing, Event::Regions(_)) => Ok(Phase::Preparing),
-            (Phase::Ready, &Event::Stopped { postcopy, background }) => {
+            (Phase::Ready, Event::Rounds) => Ok(Phase::Rounds),
+            (Phase::Rounds, Event::Remaining { last: false, .. }) => Ok(Phase::Rounds),
+            (Phase::Rounds, Event::Remaining { last: true, .. }) => Ok(Phase::Settling),
+            (Phase::Ready | Phase::Settled, &Event::Stopped { postcopy, background }) => {
                 Ok(Phase::Receiving { mode: Mode { postcopy, background }, state_bytes: 0 })
             }
             (Phase::Receiving { mode, state_bytes }, Event::DeviceState(chunk)) => {
@@ -282,6 +314,7 @@ impl Input<'_> {
         match self {
             Input::Received(event) => event.name(),
             Input::GuestReady => "the guest's readiness",
+            Input::PagesSettled => "the settled pages",
             Input::StateLoaded => "loaded device state",
             Input::GuestRunning => "the running guest",
             Input::AllCached => "the last cached page",
@@ -300,12 +333,15 @@ mod tests {
 
     /// Every phase, in order, each with the names of the inputs and events that it accepts besides
     /// pings and, from the second list on, pages.
-    fn phases() -> [(Phase, &'static [&'static str]); 11] {
+    fn phases() -> [(Phase, &'static [&'static str]); 14] {
         let (mode, stopped_us) = (MODE, 3);
         [
             (Phase::Comparing, &["regions"]),
             (Phase::Preparing, &["the guest's readiness"]),
-            (Phase::Ready, &["stopped"]),
+            (Phase::Ready, &["stopped", "rounds"]),
+            (Phase::Rounds, &["remaining", "data", "zero", "hole", "the start of a data run"]),
+            (Phase::Settling, &["the settled pages"]),
+            (Phase::Settled, &["stopped"]),
             (Phase::Receiving { mode, state_bytes: 2 }, &["device state", "load"]),
             (Phase::Loading { mode, state_bytes: 2 }, &["loaded device state"]),
             (Phase::Loaded { mode }, &["cancelling", "switchover", "a broken lane"]),
@@ -329,6 +365,7 @@ mod tests {
     fn all(events: &[Event]) -> Vec<Input<'_>> {
         let mut inputs = vec![
             Input::GuestReady,
+            Input::PagesSettled,
             Input::StateLoaded,
             Input::GuestRunning,
             Input::AllCached,
@@ -383,7 +420,10 @@ mod tests {
     #[test]
     fn pages_come_from_stopped_on() {
         let asking = phases().map(|(phase, _)| phase.may_request_pages());
-        let expected = [false, false, false, true, true, true, true, true, false, false, false];
+        let expected = [
+            false, false, false, false, false, false, true, true, true, true, true, false, false,
+            false,
+        ];
         assert_eq!(asking, expected);
     }
 

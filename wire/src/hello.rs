@@ -328,6 +328,10 @@ impl Capabilities {
     /// [`Capabilities::CHECKSUM`]; without this no digest is said, as the other end would add up less.
     pub const WHOLE_DIGESTS: Capabilities = Capabilities(8);
 
+    /// Rounds: the source sends pages while its guest runs, and sends again what the guest writes meanwhile.
+    /// A source asks for this where it means to; the destination then expects them, before *stopped*.
+    pub const ROUNDS: Capabilities = Capabilities(16);
+
     /// What either can do.
     pub const fn union(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 | other.0)

@@ -45,8 +45,12 @@
 //! | 26 | resume | ← | demand | where the destination stands, first on a lane that replaces a lost one |
 //! | 27 | have | ← | demand | which pages the destination has, behind resume |
 //! | 28 | digests | both | demand | what all pages come to, before complete, with [`Capabilities::WHOLE_DIGESTS`] |
+//! | 29 | rounds | → | demand | pages come while the source's guest runs, with [`Capabilities::ROUNDS`] |
+//! | 30 | rounds end | → | bulk | a page comes once on this lane from here on |
+//! | 31 | remaining | → | demand | the guest has stopped, and these pages are still to come |
 //! | 32 | ping | both | any | please answer |
 //! | 33 | pong | both | any | the answer, with the ping's number |
+//! | 34 | settled | ← | demand | what remains is known: each page comes once from here on |
 //! | 255 | error | both | any | the sender gives up: a code and a text |
 //!
 //! → to the destination, ← to the source. Region numbers are always the source's.
@@ -91,6 +95,30 @@
 //!
 //! Where both ends know a secret, each lane begins with a nonce from each end ([`auth`]), and hello and
 //! welcome prove with them that their senders know it.
+//!
+//! # Rounds
+//!
+//! With [`Capabilities::ROUNDS`] pages go before the source's guest stops, and go again where it has written to
+//! them meanwhile:
+//!
+//! ```text
+//! source                  demand lane and bulk lanes            destination
+//!    | <------------------------------------------------------ ready |
+//!    | rounds -----------------------------------------------------> | pages come, again and again
+//!  stops its guest                                                   |
+//!    | rounds end, on each bulk lane ------------------------------> |
+//!    | remaining … ------------------------------------------------> | waits for every rounds end
+//!    | <---------------------------------------------------- settled |
+//!    | stopped, and on as without rounds --------------------------> |
+//! ```
+//!
+//! The last copy of a page that comes counts, so all copies of a page come on one lane, which keeps their order.
+//! A page comes as what it is then: data where a hole came before, a hole where data came. Nothing of the memory
+//! is asked for, acknowledged or shown before *settled*. *Remaining* names the pages whose last copy is not what
+//! the guest has left there; they count as missing, all others as cached. So *remaining* names every page that
+//! has not come. From *settled* on each page that is missing comes once, as without rounds.
+//!
+//! A lane that is lost in rounds ends the migration, and the guest goes on at the source.
 //!
 //! # Recovery
 //!

@@ -35,6 +35,9 @@ pub const REQUEST_ENTRIES_MAX: usize = 256;
 /// destination tells what it has of 1 TiB in 512 frames.
 pub const HAVE_PAGES_MAX: u64 = 8 * (64 << 10);
 
+/// Runs of pages in one remaining frame, 64 KiB of them.
+pub const REMAINING_RUNS_MAX: usize = 4096;
+
 /// Bytes of device state in one frame.
 pub const STATE_CHUNK_BYTES_MAX: usize = 64 << 10;
 
@@ -52,6 +55,7 @@ pub const REFUSAL_TEXT_BYTES_MAX: usize = crate::HELLO_BYTES - 12;
 pub const BODY_BYTES_MAX: usize = STATE_CHUNK_BYTES_MAX;
 
 const _: () = assert!(REQUEST_ENTRIES_MAX * crate::frame::REQUEST_ENTRY_BYTES <= BODY_BYTES_MAX);
+const _: () = assert!(REMAINING_RUNS_MAX * crate::frame::REMAINING_RUN_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * crate::region::DESCRIPTOR_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * crate::frame::UNIT_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * crate::frame::DIGEST_BYTES <= BODY_BYTES_MAX);

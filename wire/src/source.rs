@@ -6,6 +6,8 @@
 //!                                               Precopying <--- not ---+                  |
 //!                                                    +----------- PagesAllSent -----------+
 //!
+//! Ready --SentRounds--> Rounds --SentRemaining--> Settling --Settled--> Settled --GuestStopped--> as from Ready
+//!
 //! Saving --SentLoad--> Loading --Loaded--> Loaded --SentSwitchover--> Committed
 //!                                                                         |
 //!              Completed <--Complete-- Serving <--Running-----------------+
@@ -17,6 +19,9 @@
 //! any before Committed --Broken--> Failed
 //! any before Committed --Cancel--> Failed
 //! ```
+//!
+//! In [`Phase::Rounds`] pages go while the guest runs, and go again. It has stopped by the time of
+//! [`Input::SentRemaining`], which names the pages that are still to go, each once.
 //!
 //! Up to [`Phase::Loaded`] every failure leaves the source's guest as it was: it may be resumed. The
 //! *commit point* is [`Input::SentSwitchover`]: from there on it never runs again, because the
@@ -38,6 +43,12 @@ pub enum Phase {
     Comparing,
     /// Both guests are ready; ours runs.
     Ready,
+    /// Ours runs, and its pages go, again where it writes to them.
+    Rounds,
+    /// Ours has stopped, and the destination takes in which pages are still to come.
+    Settling,
+    /// It has: each page goes once from here on.
+    Settled,
     /// Ours has stopped, and every page goes before the device state.
     Precopying,
     /// Ours has stopped, and its device state goes.
@@ -74,6 +85,11 @@ pub enum Phase {
 pub enum Input<'a> {
     /// The table of regions is about to be sent.
     SentRegions,
+    /// A rounds frame is about to be sent.
+    SentRounds,
+    /// Our guest has stopped after rounds, every bulk lane has had its rounds end, and the remaining frames are
+    /// about to be sent.
+    SentRemaining,
     /// Our guest has stopped, and a stopped frame is about to be sent.
     GuestStopped {
         /// Whether pages are sent after the switchover; if not, all go now.
@@ -129,6 +145,9 @@ impl Phase {
             Phase::Connected
             | Phase::Comparing
             | Phase::Ready
+            | Phase::Rounds
+            | Phase::Settling
+            | Phase::Settled
             | Phase::Precopying
             | Phase::Saving { .. }
             | Phase::Loading { .. }
@@ -138,7 +157,7 @@ impl Phase {
         }
     }
 
-    /// Whether pages may be sent: our guest has stopped and they are still wanted.
+    /// Whether pages may be sent, each once: our guest has stopped and they are still wanted.
     pub fn may_send_pages(&self) -> bool {
         self.has_stopped() && !matches!(self, Phase::Completed(_))
     }
@@ -149,6 +168,9 @@ impl Phase {
             Phase::Connected => "connected",
             Phase::Comparing => "comparing regions",
             Phase::Ready => "ready",
+            Phase::Rounds => "sending pages while the guest runs",
+            Phase::Settling => "settling which pages are still to come",
+            Phase::Settled => "about to send the rest",
             Phase::Precopying => "sending pages before the switchover",
             Phase::Saving { .. } => "sending device state",
             Phase::Loading { .. } => "the destination loads device state",
@@ -177,10 +199,14 @@ impl Phase {
             (phase, Input::Received(event)) => phase.receive(event),
 
             (Phase::Connected, Input::SentRegions) => Ok(Phase::Comparing),
-            (Phase::Ready, Input::GuestStopped { postcopy: true, .. }) => {
+            (Phase::Ready, Input::SentRounds) => Ok(Phase::Rounds),
+            (Phase::Rounds, Input::SentRemaining) => Ok(Phase::Settling),
+            (Phase::Ready | Phase::Settled, Input::GuestStopped { postcopy: true, .. }) => {
                 Ok(Phase::Saving { state_bytes: 0 })
             }
-            (Phase::Ready, Input::GuestStopped { postcopy: false, .. }) => Ok(Phase::Precopying),
+            (Phase::Ready | Phase::Settled, Input::GuestStopped { postcopy: false, .. }) => {
+                Ok(Phase::Precopying)
+            }
             (Phase::Precopying, Input::PagesAllSent) => Ok(Phase::Saving { state_bytes: 0 }),
             (Phase::Saving { state_bytes }, Input::SentState { bytes }) => {
                 match state_bytes.saturating_add(bytes) {
@@ -205,6 +231,7 @@ impl Phase {
             }
             (phase, Event::Request(_) | Event::Ack(_)) if phase.has_stopped() => Ok(phase),
             (Phase::Comparing, Event::Ready(_)) => Ok(Phase::Ready),
+            (Phase::Settling, Event::Settled) => Ok(Phase::Settled),
             (Phase::Loading { state_bytes }, Event::Loaded) => Ok(Phase::Loaded { state_bytes }),
             (Phase::Committed, Event::Running { .. }) => Ok(Phase::Serving),
             (Phase::Serving, Event::Digests(_)) => Ok(Phase::Serving),
@@ -224,10 +251,16 @@ impl Phase {
         }
     }
 
-    /// Whether our guest has been stopped for good or for now, and nothing has failed.
+    /// Whether our guest has been stopped for good or for now, the destination knows it, and nothing has failed.
     fn has_stopped(&self) -> bool {
         match self {
-            Phase::Connected | Phase::Comparing | Phase::Ready | Phase::Failed { .. } => false,
+            Phase::Connected
+            | Phase::Comparing
+            | Phase::Ready
+            | Phase::Rounds
+            | Phase::Settling
+            | Phase::Settled
+            | Phase::Failed { .. } => false,
             Phase::Precopying
             | Phase::Saving { .. }
             | Phase::Loading { .. }
@@ -258,6 +291,8 @@ impl Input<'_> {
     pub fn name(&self) -> &'static str {
         match self {
             Input::SentRegions => "sending regions",
+            Input::SentRounds => "sending rounds",
+            Input::SentRemaining => "sending what remains",
             Input::GuestStopped { .. } => "stopping the guest",
             Input::SentState { .. } => "sending device state",
             Input::SentLoad => "sending load",
@@ -281,12 +316,15 @@ mod tests {
 
     /// Every phase, in order, each with the names of the inputs and events that it accepts besides
     /// pings.
-    fn phases() -> [(Phase, &'static [&'static str]); 11] {
+    fn phases() -> [(Phase, &'static [&'static str]); 14] {
         let totals = Totals { data_bytes: 7, ..Totals::default() };
         [
             (Phase::Connected, &["sending regions"]),
             (Phase::Comparing, &["ready"]),
-            (Phase::Ready, &["stopping the guest"]),
+            (Phase::Ready, &["stopping the guest", "sending rounds"]),
+            (Phase::Rounds, &["sending what remains"]),
+            (Phase::Settling, &["settled"]),
+            (Phase::Settled, &["stopping the guest"]),
             (Phase::Precopying, &["the last page", "request", "ack"]),
             (
                 Phase::Saving { state_bytes: 5 },
@@ -337,6 +375,8 @@ mod tests {
     fn all(events: &[Event]) -> Vec<Input<'_>> {
         let mut inputs = vec![
             Input::SentRegions,
+            Input::SentRounds,
+            Input::SentRemaining,
             STOP,
             Input::SentState { bytes: 1 },
             Input::SentLoad,
@@ -388,9 +428,22 @@ mod tests {
     }
 
     #[test]
+    fn rounds_end_in_what_remains() {
+        let next = |phase: Phase, input| phase.step(input).unwrap();
+        let settling = next(next(Phase::Ready, Input::SentRounds), Input::SentRemaining);
+        let settled = next(settling, Input::Received(&Event::Settled));
+        assert_eq!(next(settled.clone(), STOP), Phase::Saving { state_bytes: 0 });
+        assert_eq!(next(settled, STOP_PRECOPY), Phase::Precopying);
+        assert!(Phase::Rounds.step(STOP).is_err(), "the destination does not know what has come");
+    }
+
+    #[test]
     fn pages_go_while_the_guest_stands_still() {
         let sending = phases().map(|(phase, _)| phase.may_send_pages());
-        let expected = [false, false, false, true, true, true, true, true, true, false, false];
+        let expected = [
+            false, false, false, false, false, false, true, true, true, true, true, true, false,
+            false,
+        ];
         assert_eq!(sending, expected);
     }
 

@@ -4,8 +4,9 @@
 
 use crate::fault::{Fault, push_text};
 use crate::frame::{
-    DIGEST_BYTES, Frame, HEADER_BYTES, Header, Kind, REQUEST_ENTRY_BYTES, Totals, UNIT_BYTES,
-    request_entry, standing_flags, stopped_flags,
+    DIGEST_BYTES, Frame, HEADER_BYTES, Header, Kind, REMAINING_RUN_BYTES, REQUEST_ENTRY_BYTES,
+    Totals, UNIT_BYTES, remaining_flags, remaining_run, request_entry, standing_flags,
+    stopped_flags,
 };
 use crate::limits::*;
 use crate::region::{PageRange, PageSize, RegionId, RegionTable};
@@ -27,6 +28,9 @@ pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         Frame::Switchover { stopped_us } => Header::with_first(Kind::Switchover, *stopped_us),
         Frame::Running { us_since_switchover: us } => Header::with_first(Kind::Running, *us),
         Frame::LaneEnd => Header::new(Kind::LaneEnd),
+        Frame::Rounds => Header::new(Kind::Rounds),
+        Frame::RoundsEnd => Header::new(Kind::RoundsEnd),
+        Frame::Settled => Header::new(Kind::Settled),
         Frame::Ping(number) => Header::with_first(Kind::Ping, *number),
         Frame::Pong(number) => Header::with_first(Kind::Pong, *number),
         Frame::DeviceState { bytes } => {
@@ -40,6 +44,7 @@ pub fn encode(frame: &Frame, out: &mut Vec<u8>) {
         Frame::Resume(standing) => return resume(out, standing),
         Frame::Have { range, words } => return have(out, *range, words.iter().copied()),
         Frame::Digests(digests) => return self::digests(out, digests),
+        Frame::Remaining { runs, last } => return remaining(out, runs, *last),
         Frame::Error(fault) => return error(out, fault),
     };
     out.extend_from_slice(&header.encode());
@@ -106,6 +111,17 @@ fn digests(out: &mut Vec<u8>, digests: &[u64]) {
     let header = Header::with_body(Kind::Digests, digests.len() * DIGEST_BYTES);
     out.extend_from_slice(&header.encode());
     digests.iter().for_each(|digest| out.extend_from_slice(&digest.to_le_bytes()));
+}
+
+/// Appends which pages are still to come after rounds: at most [`REMAINING_RUNS_MAX`] runs of them.
+pub fn remaining(out: &mut Vec<u8>, runs: &[PageRange], last: bool) {
+    assert!(runs.len() <= REMAINING_RUNS_MAX, "a remaining frame of {} runs", runs.len());
+    let header = Header {
+        flags: remaining_flags(last),
+        ..Header::with_body(Kind::Remaining, runs.len() * REMAINING_RUN_BYTES)
+    };
+    out.extend_from_slice(&header.encode());
+    runs.iter().for_each(|&run| out.extend_from_slice(&remaining_run(run)));
 }
 
 fn resume(out: &mut Vec<u8>, standing: &Standing) {

@@ -161,6 +161,13 @@ fn runs_that_no_region_has() {
                     let [_, mut bulk, ..] = receivers();
                     assert_eq!(bulk.control(&header(range)).is_ok(), exists, "{range}");
                 }
+                let [mut demand, ..] = receivers();
+                let mut remaining = Vec::new();
+                if first >> 48 == 0 {
+                    transmit::remaining(&mut remaining, &[range], true);
+                    let (_, fed) = feed(&mut demand, &remaining);
+                    assert_eq!(fed.is_ok(), exists, "{range}");
+                }
                 let [_, _, _, mut acks, ..] = receivers();
                 assert_eq!(acks.control(&transmit::ack_header(range)).is_ok(), exists, "{range}");
             }
@@ -255,6 +262,9 @@ fn check_pages(event: &Event) {
             for &(region, page) in pages {
                 assert!(page < table().pages(region));
             }
+        }
+        Event::Remaining { runs, .. } => {
+            runs.iter().for_each(|&run| table().check(run).unwrap());
         }
         _ => {}
     }

@@ -81,6 +81,11 @@ fn frames() -> impl Strategy<Value = Frame> {
             Frame::Have { range, words: words.into() }
         }),
         any::<[u64; 3]>().prop_map(|digests| Frame::Digests(digests.into())),
+        Just(Frame::Rounds),
+        Just(Frame::RoundsEnd),
+        (vec(ranges(), 0..limits::REMAINING_RUNS_MAX), any::<bool>())
+            .prop_map(|(runs, last)| Frame::Remaining { runs, last }),
+        Just(Frame::Settled),
         number.prop_map(Frame::Ping),
         number.prop_map(Frame::Pong),
         faults().prop_map(Frame::Error),

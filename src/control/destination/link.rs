@@ -276,9 +276,12 @@ impl Core {
     /// Ends a migration whose source does not take its next step, while the guest is still its own.
     fn look_after_step(&mut self, now: &Now) -> Result<()> {
         let step = match self.phase {
-            Phase::Ready | Phase::Receiving { .. } | Phase::Loading { .. } => {
-                Some((self.phase.name(), Duration::MAX))
-            }
+            Phase::Ready
+            | Phase::Rounds
+            | Phase::Settling
+            | Phase::Settled
+            | Phase::Receiving { .. }
+            | Phase::Loading { .. } => Some((self.phase.name(), Duration::MAX)),
             _ => None,
         };
         if step.is_none() {

@@ -46,6 +46,8 @@
 //!
 //! | input | where it moves on |
 //! |---|---|
+//! | `Received(remaining)`, `RoundsEnded` | with both: settle the pages |
+//! | `PagesSettled` | `Receiving`, and *settled* is sent |
 //! | `Received(stopped, device state, load)` | `Receiving` → `Loading` |
 //! | `Loaded` | `Loading` → `Loaded`, with postcopy or every page → `Committing` |
 //! | `Committed`, `Written(loaded)`, `Held` | `Committing` → `Writing` → `Holding` → `Awaiting`, and *loaded* is sent |
@@ -174,6 +176,10 @@ pub(crate) enum Input {
     TakeOver,
     /// The source said this on the demand lane.
     Received(Heard),
+    /// Every copy that came in rounds has landed, on all lanes.
+    RoundsEnded,
+    /// [`Effect::SettlePages`] has succeeded.
+    PagesSettled,
     /// Every page is cached.
     AllCached,
     /// Private memory: every page is the guest's own.
@@ -243,6 +249,8 @@ pub(crate) enum Input {
 pub(crate) enum Effect {
     /// Ask the monitor to get ready.
     Prepare,
+    /// What came in rounds and does not remain is here for good.
+    SettlePages,
     /// Ask the monitor to load this.
     Load(Vec<u8>),
     /// Ask the monitor to let the guest run.
@@ -452,6 +460,8 @@ pub(crate) struct Core {
     phase: Phase,
     stage: Stage,
     pages: Pages,
+    /// Every copy that came in rounds has landed.
+    have_rounds_ended: bool,
     link: Link,
     steps: Steps,
     times: Times,
@@ -471,6 +481,7 @@ impl Core {
             phase,
             stage,
             pages: Pages::Coming,
+            have_rounds_ended: false,
             link,
             times: Times::default(),
         }
@@ -507,6 +518,12 @@ impl Core {
             }
             Input::TakenUp => self.taken_up(now, effects),
             Input::Received(heard) => self.received(heard, now, effects),
+            Input::RoundsEnded => {
+                self.have_rounds_ended = true;
+                self.settle_pages(effects);
+                Ok(())
+            }
+            Input::PagesSettled => self.pages_settled(effects),
             Input::AllCached => self.all_cached(now, effects),
             Input::AllReleased => self.all_released(effects),
             Input::Loaded => self.loaded(effects),
@@ -588,7 +605,13 @@ impl Core {
         match &self.stage {
             Stage::Receiving { .. } => matches!(
                 self.phase,
-                Phase::Comparing | Phase::Preparing | Phase::Ready | Phase::Receiving { .. }
+                Phase::Comparing
+                    | Phase::Preparing
+                    | Phase::Ready
+                    | Phase::Rounds
+                    | Phase::Settling
+                    | Phase::Settled
+                    | Phase::Receiving { .. }
             ),
             Stage::Loading { .. }
             | Stage::Loaded { .. }

@@ -39,6 +39,8 @@ impl Core {
         }
         self.step(Step::Received(&heard), effects)?;
         match heard {
+            Heard::Rounds => effects.push(Effect::Show("copying")),
+            Heard::Remaining { .. } => self.settle_pages(effects),
             Heard::Pong(number) => self.link.liveness.answered(number, now.at),
             Heard::Stopped { postcopy, .. } => {
                 self.times.stopped = Some(now.at);
@@ -65,6 +67,22 @@ impl Core {
                 return Err(Error::protocol("demand lane", "digests that nobody asked for").into());
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// Once what remains has been named and every copy of what came before has landed, which are not ordered.
+    pub(super) fn settle_pages(&self, effects: &mut Effects) {
+        if self.phase == Phase::Settling && self.have_rounds_ended {
+            effects.push(Effect::SettlePages);
+        }
+    }
+
+    /// Each page comes once from here on.
+    pub(super) fn pages_settled(&mut self, effects: &mut Effects) -> Handled {
+        if self.phase == Phase::Settling {
+            self.step(Step::PagesSettled, effects)?;
+            effects.push(Effect::Send(Frame::Settled));
         }
         Ok(())
     }

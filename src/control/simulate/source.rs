@@ -157,6 +157,7 @@ impl World {
         let kept = Kept { session: "5e55".into(), directory_option: String::new() };
         Plan {
             postcopy: self.habits.postcopy,
+            rounds: None,
             bulk_lanes: 1,
             recovers: self.habits.recovers,
             kept: self.habits.is_kept.then_some(kept),
@@ -388,6 +389,9 @@ impl World {
             }
             Effect::Ping(number) => self.send_frame(Frame::Ping(number)),
             Effect::SendBulk => self.send_pages(),
+            Effect::SendPass | Effect::CountDirty | Effect::EndRounds => {
+                unreachable!("there are no rounds here")
+            }
             Effect::Digest => {
                 let process = self.source.number;
                 let at = self.now + self.random.millis(12);

@@ -554,6 +554,7 @@ impl World {
             false => Ok(()),
         };
         let answer = match question {
+            Question::Track | Question::Look => unreachable!("there are no rounds here"),
             Question::Stop => {
                 // Written down before anything is changed.
                 self.source.stops(self.habits.is_kept);

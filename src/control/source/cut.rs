@@ -112,7 +112,11 @@ impl Source {
     pub(super) fn cut(&mut self, input: Input, now: &Moment) -> Result<()> {
         match input {
             Input::Received(event) => self.received(event, now),
-            Input::Failed(Error::Lost { .. }) | Input::BulkEnded | Input::StateLeft => Ok(()),
+            Input::Failed(Error::Lost { .. })
+            | Input::BulkEnded
+            | Input::PassEnded
+            | Input::Counted { .. }
+            | Input::StateLeft => Ok(()),
             Input::Failed(error) => Err(error),
             Input::Monitor(answer) => self.answered(answer, now),
             Input::Digested(outcome) => self.digested(outcome, now),

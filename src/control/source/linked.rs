@@ -58,6 +58,14 @@ impl Source {
                 Ok(())
             }
             Input::BulkEnded => self.bulk_has_ended(),
+            Input::PassEnded => {
+                self.pass_has_ended();
+                Ok(())
+            }
+            Input::Counted { dirty_bytes, sent_bytes } => {
+                self.counted(dirty_bytes, sent_bytes, now);
+                Ok(())
+            }
             Input::Failed(error @ Error::Lost { .. }) => self.lane_lost(error, now),
             Input::Failed(error) => Err(error),
             Input::Monitor(answer) => self.answered(answer, now),
@@ -79,13 +87,13 @@ impl Source {
         match event {
             Said::Ready(landing) => {
                 self.do_next(Effect::Land(landing));
-                self.times.stopped = Some(now.at);
-                if self.plan.postcopy {
-                    self.do_next(Effect::StayAwake);
-                }
                 self.watch_over(now);
-                self.do_next(Effect::Ask(Question::Stop));
+                match self.plan.rounds {
+                    Some(rounds) => self.begin_rounds(rounds, now),
+                    None => self.ask_to_stop(now),
+                }
             }
+            Said::Settled => self.stopped(now)?,
             Said::Loaded => self.prepare_to_commit(now),
             Said::Running { .. } => self.running(now.at),
             Said::Pong(number) => {
@@ -103,6 +111,14 @@ impl Source {
         Ok(())
     }
 
+    pub(super) fn ask_to_stop(&mut self, now: &Moment) {
+        self.times.stopped = Some(now.at);
+        if self.plan.postcopy {
+            self.do_next(Effect::StayAwake);
+        }
+        self.do_next(Effect::Ask(Question::Stop));
+    }
+
     /// From *ready* on, and each time there are lanes again. Once the guest is not ours any more only where its
     /// lanes can be replaced: without them it would be lost.
     pub(super) fn watch_over(&mut self, now: &Moment) {
@@ -114,11 +130,16 @@ impl Source {
 
     pub(super) fn answered(&mut self, answer: Answer, now: &Moment) -> Result<()> {
         match answer {
+            Answer::Tracking(result) => self.tracking(result, now),
+            Answer::Looked(result) => self.looked(result),
             Answer::Stopped(result) => {
                 if let Some(asked) = result? {
                     self.times.stopped = Some(asked);
                 }
-                self.stopped(now)
+                match self.phase {
+                    Phase::Rounds => self.end_rounds(),
+                    _ => self.stopped(now),
+                }
             }
             Answer::Saved(result) => self.send_state(result?, now),
             Answer::StandsStill(result) => self.may_be_given_away(result),
@@ -372,7 +393,9 @@ impl Source {
     pub(super) fn look_after_step(&mut self, now: &Moment) -> Result<()> {
         let step = match self.phase {
             Phase::Comparing => Some((self.phase.name(), READY_TIMEOUT)),
-            Phase::Precopying | Phase::Loading { .. } => Some((self.phase.name(), Duration::MAX)),
+            Phase::Settling | Phase::Precopying | Phase::Loading { .. } => {
+                Some((self.phase.name(), Duration::MAX))
+            }
             _ => None,
         };
         match self.steps.look(step, now.moved_bytes, now.at) {

@@ -22,6 +22,7 @@ mod cut;
 mod failing;
 pub(crate) mod leftover;
 mod linked;
+mod rounds;
 #[cfg(test)]
 mod tests;
 
@@ -46,12 +47,16 @@ use closing::{Closing, Digests};
 use cut::Cut;
 use failing::Resuming;
 use linked::Linked;
+use rounds::Rounds;
+pub(crate) use rounds::RoundsPlan;
 
 /// What is known before lanes are open, and does not change.
 #[derive(Debug)]
 pub(crate) struct Plan {
     /// Pages are sent after the switchover.
     pub(crate) postcopy: bool,
+    /// Pages are sent before the stop, too.
+    pub(crate) rounds: Option<RoundsPlan>,
     /// 0 where one connection is everything.
     pub(crate) bulk_lanes: u16,
     /// Both sides go on over other lanes when these are lost after the switchover.
@@ -107,6 +112,11 @@ pub(crate) enum Input {
     StateLeft,
     /// A bulk lane has sent all it found.
     BulkEnded,
+    /// A bulk lane has sent what was dirty of its blocks.
+    PassEnded,
+    /// Answers [`Effect::CountDirty`]: bytes that have been written since they were sent, and bytes that have been
+    /// sent in rounds.
+    Counted { dirty_bytes: u64, sent_bytes: u64 },
     /// A thread could not go on: a lane is lost, or something worse has happened.
     Failed(Error),
     /// The monitor has answered.
@@ -178,6 +188,13 @@ pub(crate) enum Effect {
     /// Say that nothing more comes, with what has been sent.
     Goodbye(Goodbye),
     Ping(u64),
+    /// Have the bulk lanes send what is dirty, once around; each says so with [`Input::PassEnded`].
+    SendPass,
+    /// Report how much is dirty, as [`Input::Counted`].
+    CountDirty,
+    /// The guest stands still: no page goes a second time from here on, and what is dirty remains to go. Say so on
+    /// all lanes.
+    EndRounds,
     /// Have the bulk lanes send what nobody has asked for.
     SendBulk,
     /// Free what the destination has, from now on.
@@ -235,6 +252,9 @@ impl super::Effect for Effect {
             | Effect::Switchover
             | Effect::Goodbye(_)
             | Effect::Ping(_)
+            | Effect::SendPass
+            | Effect::CountDirty
+            | Effect::EndRounds
             | Effect::SendBulk
             | Effect::StartRelease
             | Effect::EndRelease
@@ -289,6 +309,10 @@ pub(crate) enum Goodbye {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Question {
+    /// Track the guest's writes.
+    Track,
+    /// Whether all is marked that the guest has written so far.
+    Look,
     Stop,
     Save,
     /// Whether the guest stands still, and nobody but this side would have it go on.
@@ -477,6 +501,8 @@ pub(crate) struct Source {
     digests: Digests,
     /// Pages are sent that nobody has asked for.
     background: bool,
+    /// Once the destination is ready, where there are any.
+    rounds: Option<Rounds>,
     steps: Steps,
     suspicion: Suspicion,
     jitter: Jitter,
@@ -527,6 +553,7 @@ impl Source {
             heard: Heard::default(),
             digests: Digests::new(plan.is_checked),
             background,
+            rounds: None,
             steps: Steps::new(plan.step_timeout, now),
             suspicion: Suspicion::default(),
             jitter: Jitter::of(plan.seed),

@@ -19,6 +19,7 @@ impl Bench {
         let kept = Kept { session: "5e55".into(), directory_option: String::new() };
         let plan = Plan {
             postcopy: true,
+            rounds: None,
             bulk_lanes: 1,
             recovers: true,
             kept: is_kept.then_some(kept),

@@ -52,6 +52,8 @@ pub(super) struct LaneCore {
     pub(super) receiver: Receiver,
     pub(super) guest: Arc<GuestMemory>,
     pub(super) role: LaneRole,
+    /// Pages of this lane may come again.
+    is_in_rounds: bool,
     /// The data run whose bytes are coming.
     pub(super) current: Option<Current>,
     pub(super) health: Health,
@@ -106,6 +108,7 @@ impl LaneCore {
         LaneCore {
             name: lane.name.clone(),
             socket: lane.socket(),
+            is_in_rounds: role == LaneRole::Bulk && guest.is_in_rounds(),
             receiver,
             guest,
             role,
@@ -265,12 +268,17 @@ impl LaneCore {
         while let Some(event) = self.receiver.poll_event() {
             match event {
                 Event::RunBegins(range) => {
-                    self.guest.begin(range, &self.name)?;
+                    if !self.is_in_rounds {
+                        self.guest.begin(range, &self.name)?;
+                    }
                     self.current = Some(Current { range, is_verified: false, is_given: false });
                 }
                 Event::Data(range) => self.data_landed(range, sink)?,
                 Event::Zero(range) => self.zeroes_landed(range, RunKind::Zero, sink)?,
                 Event::Hole(range) => self.zeroes_landed(range, RunKind::Hole, sink)?,
+                Event::RoundsEnd if !std::mem::take(&mut self.is_in_rounds) => {
+                    return Err(Error::protocol(&self.name, "the end of rounds that it has not"));
+                }
                 other => sink.arrived(Arrived::Other(other))?,
             }
         }
@@ -280,6 +288,10 @@ impl LaneCore {
     fn data_landed(&mut self, range: PageRange, sink: &mut impl Sink) -> Result<()> {
         let current = self.current.take().expect("a run has begun");
         debug_assert_eq!(current.range, range);
+        if self.is_in_rounds {
+            self.guest.copied(range, &self.sums);
+            return Ok(());
+        }
         // Before the pages count as here: with the last of them the digests are read.
         if current.is_verified {
             let unit_shift = self.guest.region(range.region).memory.unit_shift;
@@ -301,6 +313,9 @@ impl LaneCore {
         kind: RunKind,
         sink: &mut impl Sink,
     ) -> Result<()> {
+        if self.is_in_rounds {
+            return self.guest.emptied(range);
+        }
         self.guest.begin(range, &self.name)?;
         // Before the pages count as here, as well.
         if self.receiver.is_checked() {

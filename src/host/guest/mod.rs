@@ -7,6 +7,7 @@
 //! is evidence.
 
 pub mod handover;
+pub(crate) mod log;
 mod monitor;
 mod pattern;
 mod ram;

@@ -11,8 +11,8 @@ use std::thread::JoinHandle;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
-use super::Options;
 use super::threads::Machine;
+use super::{Options, log};
 use crate::error::{Context, Result};
 
 /// Accepts clients, each on a thread of its own, until one says quit.
@@ -211,6 +211,11 @@ impl Client {
                 let loading = super::thread("load", load).map_err(|error| error.to_string())?;
                 self.migration = Migration::Loading(loading);
                 Ok(json!({}))
+            }
+            log::COMMAND => {
+                let from = arguments["from"].as_u64().unwrap_or(0);
+                let (runs, next) = machine.take_dirty(from);
+                Ok(json!({ "runs": runs, "next": next }))
             }
             "umem-verify" => {
                 serde_json::to_value(machine.verify()).map_err(|error| error.to_string())

@@ -11,6 +11,7 @@ use super::pattern::{Fill, Pattern, Words, mix};
 use super::ram::GuestRam;
 use crate::error::Result;
 use crate::fault::uffd;
+use crate::memory::bits::Bits;
 use crate::print;
 use crate::report::{Latency, latency_histogram, record};
 
@@ -29,6 +30,9 @@ const MOVES: u32 = DISCARDED | GENERATION;
 /// them, its device state, stays small.
 const HOT_PAGES: u64 = 4096;
 
+/// Runs of written pages that are told at once: an answer is a line.
+const RUNS_TOLD: usize = 4096;
+
 /// Accesses that discard their page where the guest does that, percent.
 const DISCARD_PERCENT: u64 = 5;
 
@@ -44,6 +48,8 @@ pub(crate) struct Machine {
     write_percent: u32,
     discard: bool,
     pages: Box<[AtomicU32]>,
+    /// Pages that have been written, or discarded, since somebody was told.
+    dirty: Bits,
     arrived: AtomicBool,
     reads: AtomicU64,
     writes: AtomicU64,
@@ -72,6 +78,7 @@ impl Machine {
     ) -> Machine {
         Machine {
             pages: (0..ram.pages()).map(|_| AtomicU32::new(0)).collect(),
+            dirty: Bits::new(ram.pages()),
             ram,
             pattern: Mutex::new(pattern),
             write_percent,
@@ -166,6 +173,27 @@ impl Machine {
         Ok(())
     }
 
+    /// Runs of pages from this one on, first and count, that have been written since they were told; and where the
+    /// next call goes on, unless this was all.
+    pub(crate) fn take_dirty(&self, from: u64) -> (Vec<(u64, u64)>, Option<u64>) {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for word in (from / 64 * 64..self.ram.pages()).step_by(64) {
+            if runs.len() >= RUNS_TOLD {
+                return (runs, Some(word));
+            }
+            let mut bits = self.dirty.take_word(word, 64.min(self.ram.pages() - word));
+            while bits != 0 {
+                let page = word + u64::from(bits.trailing_zeros());
+                bits &= bits - 1;
+                match runs.last_mut().filter(|(first, pages)| first + pages == page) {
+                    Some((_, pages)) => *pages += 1,
+                    None => runs.push((page, 1)),
+                }
+            }
+        }
+        (runs, None)
+    }
+
     fn pattern(&self) -> Pattern {
         *self.pattern.lock().expect("no vCPU panics")
     }
@@ -232,6 +260,8 @@ impl Machine {
         let may_write = arrived || page < HOT_PAGES;
         if may_write && (random >> 32) % 100 < u64::from(self.write_percent) {
             self.ram.write(page, pattern.words(page, (state & GENERATION) + 1));
+            // After the write, so that whoever takes the mark finds it.
+            self.dirty.set(page, 1);
             cell.fetch_add(1, Ordering::Relaxed);
             cell.fetch_and(!DISCARDED, Ordering::Relaxed);
             self.writes.fetch_add(1, Ordering::Relaxed);
@@ -259,7 +289,9 @@ impl Machine {
             (first..busy).for_each(unlock);
             return;
         }
-        let state = match self.ram.discard(first) {
+        let discarded = self.ram.discard(first);
+        self.dirty.set(first, self.ram.discard_pages);
+        let state = match discarded {
             Ok(()) => DISCARDED,
             Err(errno) => {
                 print::err_line(&format!("umem guest: page {first} cannot be discarded: {errno}"));

@@ -1,7 +1,7 @@
 //! What one end may say to the other, as a fuzzer makes it up: valid frames over one table of regions.
 
 use arbitrary::Arbitrary;
-use umem_wire::limits::{REQUEST_ENTRIES_MAX, STATE_CHUNK_BYTES_MAX};
+use umem_wire::limits::{REMAINING_RUNS_MAX, REQUEST_ENTRIES_MAX, STATE_CHUNK_BYTES_MAX};
 use umem_wire::{
     Event, Fault, FaultCode, Frame, PageRange, PageSize, Region, RegionId, RegionTable, Standing,
     Totals,
@@ -39,6 +39,10 @@ pub(crate) enum Word {
     Resume { switched: bool, running: Option<u64>, totals: [u64; 5] },
     Have([u64; 5]),
     Digests([u64; 3]),
+    Rounds,
+    RoundsEnd,
+    Remaining { runs: Vec<Pages>, last: bool },
+    Settled,
 }
 
 /// 300 pages of 4 KiB, 3 of 2 MiB, 2 of 1 GiB.
@@ -104,6 +108,13 @@ impl Word {
                 Frame::Resume(Standing { switched, running, totals: totals_of(totals) })
             }
             Word::Digests(digests) => Frame::Digests(digests.into()),
+            Word::Rounds => Frame::Rounds,
+            Word::RoundsEnd => Frame::RoundsEnd,
+            Word::Remaining { runs, last } => {
+                let runs = runs.iter().take(REMAINING_RUNS_MAX).map(|pages| pages.range(false));
+                Frame::Remaining { runs: runs.collect(), last }
+            }
+            Word::Settled => Frame::Settled,
             Word::Have(mut words) => {
                 // 300 pages are four words and 44 bits.
                 words[4] &= (1 << 44) - 1;
@@ -137,6 +148,10 @@ impl Word {
             Frame::Resume(standing) => Event::Resume(standing),
             Frame::Have { range, words } => Event::Have { range, words },
             Frame::Digests(digests) => Event::Digests(digests),
+            Frame::Rounds => Event::Rounds,
+            Frame::RoundsEnd => Event::RoundsEnd,
+            Frame::Remaining { runs, last } => Event::Remaining { runs, last },
+            Frame::Settled => Event::Settled,
         }
     }
 

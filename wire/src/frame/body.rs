@@ -1,8 +1,8 @@
 //! Bodies: which length a header may announce, and what the bytes mean.
 
-use super::header::standing_of;
+use super::header::{is_last_remaining, standing_of};
 use super::{Frame, Header, Kind};
-use crate::bytes::u64_at;
+use crate::bytes::{put, u64_at};
 use crate::error::FrameError;
 use crate::fault::{Fault, FaultCode, parse_text};
 use crate::limits::*;
@@ -20,6 +20,9 @@ const REQUEST_PAGE_BITS: u32 = 48;
 
 /// Bytes of one region in a digests frame's body.
 pub(crate) const DIGEST_BYTES: usize = 8;
+
+/// Bytes of one run of pages in a remaining frame's body.
+pub(crate) const REMAINING_RUN_BYTES: usize = 16;
 
 /// Bytes of a complete frame's body.
 const TOTALS_BYTES: usize = 40;
@@ -45,6 +48,8 @@ pub(crate) enum Content {
     Standing(bool, Option<u64>),
     Have(PageRange),
     Digests,
+    /// Whether it is the last one.
+    Remaining(bool),
     Fault(FaultCode),
 }
 
@@ -75,6 +80,9 @@ impl Body {
             Content::Digests => {
                 let digests = bytes.as_chunks::<DIGEST_BYTES>().0.iter();
                 Frame::Digests(digests.map(|&digest| u64::from_le_bytes(digest)).collect())
+            }
+            Content::Remaining(last) => {
+                Frame::Remaining { runs: decode_remaining(bytes).collect(), last }
             }
             Content::Fault(code) => {
                 let text = parse_text(bytes).ok_or(FrameError::FaultText)?.to_owned();
@@ -120,6 +128,11 @@ impl Header {
             }
             Kind::Digests => {
                 (Content::Digests, DIGEST_BYTES, DIGEST_BYTES, REGIONS_MAX * DIGEST_BYTES)
+            }
+            Kind::Remaining => {
+                let unit = REMAINING_RUN_BYTES;
+                let last = is_last_remaining(self.flags);
+                (Content::Remaining(last), unit, 0, REMAINING_RUNS_MAX * unit)
             }
             Kind::Error => {
                 let code = u16::try_from(self.first).ok().and_then(FaultCode::from_number);
@@ -193,6 +206,23 @@ fn decode_request(body: &[u8]) -> impl Iterator<Item = (RegionId, u64)> {
     let entries = entries.map(|&entry| u64::from_le_bytes(entry));
     let page_mask = (1 << REQUEST_PAGE_BITS) - 1;
     entries.map(move |e| (RegionId((e >> REQUEST_PAGE_BITS) as u16), e & page_mask))
+}
+
+/// One run of a remaining frame's body.
+pub(crate) fn remaining_run(run: PageRange) -> [u8; REMAINING_RUN_BYTES] {
+    let mut out = [0; REMAINING_RUN_BYTES];
+    put(&mut out, 0, &request_entry(run.region, run.first));
+    put(&mut out, REQUEST_ENTRY_BYTES, &run.pages.to_le_bytes());
+    out
+}
+
+fn decode_remaining(body: &[u8]) -> impl Iterator<Item = PageRange> {
+    body.as_chunks::<REMAINING_RUN_BYTES>().0.iter().map(|run| {
+        let (first, pages) = (u64_at(run, 0), u64_at(run, REQUEST_ENTRY_BYTES));
+        let page_mask = (1 << REQUEST_PAGE_BITS) - 1;
+        let region = RegionId((first >> REQUEST_PAGE_BITS) as u16);
+        PageRange { region, first: first & page_mask, pages }
+    })
 }
 
 /// The landing units in a ready frame's body.

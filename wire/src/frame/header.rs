@@ -21,6 +21,8 @@ pub(super) mod field {
 const FLAG_POSTCOPY: u8 = 1;
 const FLAG_BACKGROUND: u8 = 2;
 
+const FLAG_LAST: u8 = 1;
+
 const FLAG_SWITCHED: u8 = 1;
 const FLAG_RUNNING: u8 = 2;
 
@@ -120,7 +122,10 @@ impl Header {
                 let first = if known & FLAG_RUNNING == 0 { 0 } else { first };
                 Header { flags: known, first, body_bytes, ..nothing }
             }
-            Kind::Loaded | Kind::LaneEnd => nothing,
+            Kind::Loaded | Kind::LaneEnd | Kind::Rounds | Kind::RoundsEnd | Kind::Settled => {
+                nothing
+            }
+            Kind::Remaining => Header { flags: flags & FLAG_LAST, body_bytes, ..nothing },
             Kind::Stopped => Header { flags: flags & (FLAG_POSTCOPY | FLAG_BACKGROUND), ..nothing },
             Kind::Load | Kind::Switchover | Kind::Running | Kind::Ping | Kind::Pong => {
                 Header { first, ..nothing }
@@ -150,6 +155,9 @@ impl Header {
             Kind::Ack => Frame::Ack(range),
             Kind::Loaded => Frame::Loaded,
             Kind::LaneEnd => Frame::LaneEnd,
+            Kind::Rounds => Frame::Rounds,
+            Kind::RoundsEnd => Frame::RoundsEnd,
+            Kind::Settled => Frame::Settled,
             Kind::Stopped => Frame::Stopped {
                 postcopy: self.flags & FLAG_POSTCOPY != 0,
                 background: self.flags & FLAG_BACKGROUND != 0,
@@ -167,6 +175,7 @@ impl Header {
             | Kind::Resume
             | Kind::Have
             | Kind::Digests
+            | Kind::Remaining
             | Kind::Error => return self.body().map(Head::Body),
         };
         Ok(Head::Whole(frame))
@@ -187,6 +196,16 @@ pub(crate) enum Head {
 /// The flags of a stopped frame.
 pub(crate) fn stopped_flags(postcopy: bool, background: bool) -> u8 {
     (u8::from(postcopy) * FLAG_POSTCOPY) | (u8::from(background) * FLAG_BACKGROUND)
+}
+
+/// The flags of a remaining frame.
+pub(crate) fn remaining_flags(last: bool) -> u8 {
+    u8::from(last) * FLAG_LAST
+}
+
+/// Whether no remaining frame follows the one with these flags.
+pub(super) fn is_last_remaining(flags: u8) -> bool {
+    flags & FLAG_LAST != 0
 }
 
 /// The flags of a resume frame.

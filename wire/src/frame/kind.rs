@@ -42,17 +42,25 @@ pub enum Kind {
     Have = 27,
     /// What all that has landed comes to, region by region.
     Digests = 28,
+    /// The source sends pages while its guest runs.
+    Rounds = 29,
+    /// No page comes a second time on this bulk lane from here on.
+    RoundsEnd = 30,
+    /// Pages that are still to come, of those that came in rounds.
+    Remaining = 31,
     /// Please answer.
     Ping = 32,
     /// The answer.
     Pong = 33,
+    /// The destination has taken what remains: from here on each page comes once.
+    Settled = 34,
     /// The sender gives up.
     Error = 255,
 }
 
 impl Kind {
     /// Every kind, in order of its tag.
-    pub const ALL: [Kind; 21] = [
+    pub const ALL: [Kind; 25] = [
         Kind::Data,
         Kind::Zero,
         Kind::Hole,
@@ -71,8 +79,12 @@ impl Kind {
         Kind::Resume,
         Kind::Have,
         Kind::Digests,
+        Kind::Rounds,
+        Kind::RoundsEnd,
+        Kind::Remaining,
         Kind::Ping,
         Kind::Pong,
+        Kind::Settled,
         Kind::Error,
     ];
 
@@ -101,8 +113,12 @@ impl Kind {
             Kind::Resume => "resume",
             Kind::Have => "have",
             Kind::Digests => "digests",
+            Kind::Rounds => "rounds",
+            Kind::RoundsEnd => "rounds end",
+            Kind::Remaining => "remaining",
             Kind::Ping => "ping",
             Kind::Pong => "pong",
+            Kind::Settled => "settled",
             Kind::Error => "error",
         }
     }

@@ -15,7 +15,7 @@
 //! | request | | 8 bytes a page: region in the top 16 bits, page in the lower 48 |
 //! | regions | | 80 bytes a region, see [`region`](crate::region) |
 //! | ready | | 1 byte a region: base-2 logarithm of its landing unit, 12 to 30 |
-//! | loaded, lane end | | |
+//! | loaded, lane end, rounds, rounds end, settled | | |
 //! | stopped | flags: 1 postcopy, 2 background | |
 //! | device state | | opaque |
 //! | load | first: bytes of state in all | |
@@ -24,6 +24,7 @@
 //! | resume | flags: 1 switched, 2 running; first: µs if it runs | five u64, see [`Totals`] |
 //! | have | region, first page, pages | a bit a page, in words of 8 bytes |
 //! | digests | | 8 bytes a region |
+//! | remaining | flags: 1 last | 16 bytes a run: its first page as in a request, then its pages |
 //! | ping, pong | first: any number | |
 //! | error | first: code | UTF-8 without control characters |
 //!
@@ -39,10 +40,12 @@ mod tests;
 
 pub use body::Totals;
 pub(crate) use body::{
-    Body, Content, DIGEST_BYTES, REQUEST_ENTRY_BYTES, UNIT_BYTES, request_entry,
+    Body, Content, DIGEST_BYTES, REMAINING_RUN_BYTES, REQUEST_ENTRY_BYTES, UNIT_BYTES,
+    remaining_run, request_entry,
 };
 pub(crate) use header::{
-    BODY_BYTES_AT, EXTRA_AT, Head, Header, body_bytes, standing_flags, stopped_flags,
+    BODY_BYTES_AT, EXTRA_AT, Head, Header, body_bytes, remaining_flags, standing_flags,
+    stopped_flags,
 };
 pub use kind::Kind;
 
@@ -120,6 +123,20 @@ pub enum Frame {
     /// A digest of each region ([`checksum::digest`](crate::checksum::digest)), in the order of the
     /// source's table: of all that has landed, or of all that was to. Before complete, from either end.
     Digests(Vec<u64>),
+    /// The source's guest runs, and its pages come all the same; they may come again.
+    Rounds,
+    /// What came on this bulk lane in rounds has all come: from here on a page comes once.
+    RoundsEnd,
+    /// Pages that came in rounds, or never, and are still to come: at most [`REMAINING_RUNS_MAX`] runs. All
+    /// others have come.
+    Remaining {
+        /// Runs of pages, in any order.
+        runs: Vec<PageRange>,
+        /// No further remaining frame follows.
+        last: bool,
+    },
+    /// The destination has taken what remains, and all that came in rounds: each page comes once from here on.
+    Settled,
     /// Please answer with this number.
     Ping(u64),
     /// The answer to the ping of this number.

@@ -55,7 +55,10 @@ fn assert_literal(frame: &Frame, bytes: &[u8]) {
 #[test]
 fn tags_keep_their_numbers() {
     let tags = Kind::ALL.map(|kind| kind as u8);
-    let expected = [1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 32, 33, 255];
+    let expected = [
+        1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34,
+        255,
+    ];
     assert_eq!(tags, expected);
     for tag in 0..=255 {
         assert_eq!(Kind::from_tag(tag).map(|kind| kind as u8), tags.contains(&tag).then_some(tag));
@@ -83,6 +86,9 @@ fn frames_without_fields() {
     let bytes = |kind| literal(kind, 0, [0; 2], [0; 4], [0; 8], [0; 8]);
     assert_literal(&Frame::Loaded, &bytes(21));
     assert_literal(&Frame::LaneEnd, &bytes(24));
+    assert_literal(&Frame::Rounds, &bytes(29));
+    assert_literal(&Frame::RoundsEnd, &bytes(30));
+    assert_literal(&Frame::Settled, &bytes(34));
 }
 
 #[test]
@@ -220,6 +226,20 @@ fn digests_are_a_number_for_each_region() {
 }
 
 #[test]
+fn remaining_has_sixteen_bytes_a_run() {
+    let header = |flags, body: u8| literal(31, flags, [0; 2], [body, 0, 0, 0], [0; 8], [0; 8]);
+    assert_literal(&Frame::Remaining { runs: Vec::new(), last: true }, &header(1, 0));
+    let mut bytes = header(0, 32);
+    bytes.extend([6, 5, 4, 3, 2, 1, 0xfe, 0xff, 7, 0, 0, 0, 0, 0, 0, 1]);
+    bytes.extend([9, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    let run = |region, first, pages| PageRange { region: RegionId(region), first, pages };
+    let runs = vec![run(0xfffe, 0x0102_0304_0506, 1 << 56 | 7), run(1, 9, 1)];
+    assert_literal(&Frame::Remaining { runs, last: false }, &bytes);
+    let unused = FrameError::Unused { kind: Kind::Remaining, field: "flags" };
+    assert_eq!(decoded(&header(2, 0)), Err(unused));
+}
+
+#[test]
 fn an_error_has_a_code_and_a_text() {
     let mut bytes = literal(255, 0, [0; 2], [3, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0], [0; 8]);
     bytes.extend("né".as_bytes());
@@ -262,6 +282,7 @@ fn bodies_keep_their_limits() {
         (Kind::DeviceState, [0, 65537, 1 << 20, u32::MAX], [1, 65536]),
         (Kind::Complete, [0, 39, 41, u32::MAX], [40, 40]),
         (Kind::Digests, [0, 7, 12, 2056], [8, 2048]),
+        (Kind::Remaining, [1, 8, 65_552, u32::MAX], [0, 65_536]),
     ];
     for (kind, wrong, right) in limits {
         for body_bytes in wrong {

@@ -68,6 +68,19 @@ pub enum Event {
     },
     /// See [`Frame::Digests`]: one for each region.
     Digests(Vec<u64>),
+    /// See [`Frame::Rounds`].
+    Rounds,
+    /// See [`Frame::RoundsEnd`].
+    RoundsEnd,
+    /// See [`Frame::Remaining`]; all pages exist.
+    Remaining {
+        /// Runs of pages that are still to come.
+        runs: Vec<PageRange>,
+        /// No further runs follow.
+        last: bool,
+    },
+    /// See [`Frame::Settled`].
+    Settled,
     /// The last have frame has come: every page has been spoken of.
     Accounted,
     /// To be answered with a pong of this number.
@@ -102,6 +115,10 @@ impl Event {
             Event::Resume(_) => Kind::Resume,
             Event::Have { .. } => Kind::Have,
             Event::Digests(_) => Kind::Digests,
+            Event::Rounds => Kind::Rounds,
+            Event::RoundsEnd => Kind::RoundsEnd,
+            Event::Remaining { .. } => Kind::Remaining,
+            Event::Settled => Kind::Settled,
             Event::Ping(_) => Kind::Ping,
             Event::Pong(_) => Kind::Pong,
             Event::Error(_) => Kind::Error,
@@ -140,6 +157,10 @@ pub(crate) fn one_of_each() -> Vec<Event> {
         Event::Have { range, words: vec![1] },
         Event::Accounted,
         Event::Digests(vec![5]),
+        Event::Rounds,
+        Event::RoundsEnd,
+        Event::Remaining { runs: vec![range], last: true },
+        Event::Settled,
         Event::Ping(1),
         Event::Pong(1),
         Event::Error(Fault::new(FaultCode::Other, "why")),

@@ -53,11 +53,12 @@ enum Lanes {
 fn route(kind: Kind) -> (Way, Lanes) {
     match kind {
         Kind::Data | Kind::Zero | Kind::Hole => (Way::ToDestination, Lanes::Any),
-        Kind::LaneEnd => (Way::ToDestination, Lanes::Bulk),
+        Kind::LaneEnd | Kind::RoundsEnd => (Way::ToDestination, Lanes::Bulk),
+        Kind::Rounds | Kind::Remaining => (Way::ToDestination, Lanes::Demand),
         Kind::Regions | Kind::Stopped | Kind::DeviceState | Kind::Load | Kind::Switchover => {
             (Way::ToDestination, Lanes::Demand)
         }
-        Kind::Request | Kind::Ready | Kind::Loaded | Kind::Running => {
+        Kind::Request | Kind::Ready | Kind::Settled | Kind::Loaded | Kind::Running => {
             (Way::ToSource, Lanes::Demand)
         }
         Kind::Resume | Kind::Have => (Way::ToSource, Lanes::Demand),

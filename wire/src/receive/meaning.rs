@@ -28,6 +28,10 @@ impl Receiver {
                 self.events.push_back(Event::Error(Fault { code, text: String::new() }));
                 Ok(State::NEXT_HEADER)
             }
+            Head::Body(Body { bytes: 0, content: Content::Remaining(last) }) => {
+                self.whole(Frame::Remaining { runs: Vec::new(), last })?;
+                Ok(State::NEXT_HEADER)
+            }
             Head::Body(body) => {
                 if let (Content::Have(range), Some(account)) = (body.content, &self.account) {
                     self.check_pages(Kind::Have, range)?;
@@ -130,6 +134,13 @@ impl Receiver {
                 }
                 Event::Digests(digests)
             }
+            Frame::Rounds => Event::Rounds,
+            Frame::RoundsEnd => Event::RoundsEnd,
+            Frame::Remaining { runs, last } => {
+                runs.iter().try_for_each(|&run| self.check_pages(Kind::Remaining, run))?;
+                Event::Remaining { runs, last }
+            }
+            Frame::Settled => Event::Settled,
             Frame::Ping(number) => Event::Ping(number),
             Frame::Pong(number) => Event::Pong(number),
             Frame::Error(fault) => Event::Error(fault),

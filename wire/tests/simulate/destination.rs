@@ -20,6 +20,11 @@ pub(super) struct Destination {
     pub(super) are_intact: Vec<bool>,
     /// Each lane's current run.
     begun: Vec<Option<PageRange>>,
+    /// Lanes on which a page may come again.
+    in_rounds: Vec<bool>,
+    /// What came last of each page in rounds.
+    copies: Vec<Vec<Option<Content>>>,
+    remaining: Vec<PageRange>,
     pub(super) totals: Totals,
     pub(super) is_checked: bool,
     pub(super) digests: Vec<u64>,
@@ -42,6 +47,9 @@ impl Destination {
             lanes: (0..=bulk_lanes).map(|_| LaneEnd::Opening(Vec::new())).collect(),
             are_intact: vec![true; usize::from(bulk_lanes) + 1],
             begun: vec![None; usize::from(bulk_lanes) + 1],
+            in_rounds: vec![false; usize::from(bulk_lanes) + 1],
+            copies: Vec::new(),
+            remaining: Vec::new(),
             totals: Totals::default(),
             is_checked: false,
             digests: Vec::new(),
@@ -132,6 +140,11 @@ impl Destination {
                 let landing = self.landing.as_ref().expect("the regions have come");
                 send(&mut pipes[0].to_source, &Frame::Ready(landing.units()));
             }
+            destination::Phase::Settling if !self.in_rounds[1..].contains(&true) => {
+                self.settle();
+                self.input(destination::Input::PagesSettled);
+                self.say(pipes, &Frame::Settled);
+            }
             destination::Phase::Loading { .. } if random.chance(20) => {
                 self.input(destination::Input::StateLoaded);
                 send(&mut pipes[0].to_source, &Frame::Loaded);
@@ -153,6 +166,58 @@ impl Destination {
         if can_ask && self.phase.may_request_pages() && random.chance(20) {
             self.request(&mut pipes[0].to_source, random);
         }
+    }
+
+    /// What remains is missing, all else is here.
+    fn settle(&mut self) {
+        for range in std::mem::take(&mut self.remaining) {
+            let ours = usize::from(self.id(range.region).0);
+            let (first, pages) = (range.first as usize, range.pages as usize);
+            self.copies[ours][first..first + pages].fill(None);
+        }
+        let landing = self.landing.clone().expect("pages come after the regions");
+        for (theirs, region) in landing.iter() {
+            let ours = usize::from(self.id(theirs).0);
+            for page in 0..region.pages() {
+                let Some(content) = self.copies[ours][page as usize] else { continue };
+                let range = PageRange { region: theirs, first: page, pages: 1 };
+                match content {
+                    Content::Data => self.data(range, Page::Missing),
+                    Content::Zero => self.zero(range),
+                    Content::Hole => self.hole(range),
+                }
+            }
+        }
+    }
+
+    /// What came in a round.
+    fn copied(&mut self, range: PageRange, content: Content) {
+        let ours = usize::from(self.id(range.region).0);
+        let (first, pages) = (range.first as usize, range.pages as usize);
+        self.copies[ours][first..first + pages].fill(Some(content));
+    }
+
+    fn data(&mut self, range: PageRange, from: Page) {
+        self.move_pages(range, from, Page::Cached(Content::Data));
+        self.totals.data_bytes += self.bytes(range);
+        if self.is_checked {
+            let landing = self.landing.as_ref().expect("pages come after the regions");
+            let (first, sums) = sums(landing, range);
+            let digests = &mut self.digests[usize::from(range.region.0)];
+            *digests = digests.wrapping_add(digest(first, &sums));
+        }
+    }
+
+    fn zero(&mut self, range: PageRange) {
+        self.move_pages(range, Page::Missing, Page::Cached(Content::Zero));
+        self.totals.zero_bytes += self.bytes(range);
+        self.count_zeroes(range);
+    }
+
+    fn hole(&mut self, range: PageRange) {
+        self.move_pages(range, Page::Missing, Page::Cached(Content::Hole));
+        self.totals.hole_bytes += self.bytes(range);
+        self.count_zeroes(range);
     }
 
     /// What cannot be said, as there is no open lane, is in the account that comes first on the next.
@@ -260,12 +325,13 @@ impl Destination {
         };
         assert_eq!(usize::from(hello.index), lane);
         let ours = if self.recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
-        let ours = ours.union(Capabilities::CHECKSUM);
+        let ours = ours.union(Capabilities::CHECKSUM).union(Capabilities::ROUNDS);
         let welcome = Welcome::answer(&hello, PROTOCOL, ours, hello.proof).unwrap();
         answers.send_bytes(&welcome.encode());
         let receiver = Receiver::for_destination(hello.role).checked(self.is_checked);
         self.lanes[lane] = LaneEnd::Open(Box::new(receiver));
         if hello.epoch == 0 {
+            self.in_rounds[lane] = lane > 0 && hello.capabilities.contains(Capabilities::ROUNDS);
             return;
         }
         let landing = self.landing.as_ref().expect("the regions were agreed on");
@@ -298,36 +364,29 @@ impl Destination {
                     let ours = usize::from(ids[usize::from(theirs.0)].0);
                     self.pages[ours] = vec![Page::Missing; region.pages() as usize];
                 }
+                self.copies = self.pages.iter().map(|pages| vec![None; pages.len()]).collect();
                 self.digests = vec![0; ids.len()];
                 (self.ids, self.landing) = (ids, Some(landing));
             }
             Event::RunBegins(range) => {
                 self.begun[lane] = Some(*range);
-                self.move_pages(*range, Page::Missing, Page::Landing);
-            }
-            Event::Data(range) => {
-                self.move_pages(*range, Page::Landing, Page::Cached(Content::Data));
-                self.totals.data_bytes += self.bytes(*range);
-                if self.is_checked {
-                    let landing = self.landing.as_ref().expect("pages come after the regions");
-                    let (first, sums) = sums(landing, *range);
-                    let digests = &mut self.digests[usize::from(range.region.0)];
-                    *digests = digests.wrapping_add(digest(first, &sums));
+                if !self.in_rounds[lane] {
+                    self.move_pages(*range, Page::Missing, Page::Landing);
                 }
+            }
+            Event::Data(range) if self.in_rounds[lane] => self.copied(*range, Content::Data),
+            Event::Zero(range) if self.in_rounds[lane] => self.copied(*range, Content::Zero),
+            Event::Hole(range) if self.in_rounds[lane] => self.copied(*range, Content::Hole),
+            Event::RoundsEnd => self.in_rounds[lane] = false,
+            Event::Remaining { runs, .. } => self.remaining.extend(runs),
+            Event::Data(range) => {
+                self.data(*range, Page::Landing);
                 if random.chance(50) {
                     answers.send(&transmit::ack_header(*range));
                 }
             }
-            Event::Zero(range) => {
-                self.move_pages(*range, Page::Missing, Page::Cached(Content::Zero));
-                self.totals.zero_bytes += self.bytes(*range);
-                self.count_zeroes(*range);
-            }
-            Event::Hole(range) => {
-                self.move_pages(*range, Page::Missing, Page::Cached(Content::Hole));
-                self.totals.hole_bytes += self.bytes(*range);
-                self.count_zeroes(*range);
-            }
+            Event::Zero(range) => self.zero(*range),
+            Event::Hole(range) => self.hole(*range),
             Event::Digests(digests) => self.heard_digests = Some(digests.clone()),
             Event::Ping(number) => send(answers, &Frame::Pong(*number)),
             _ => {}

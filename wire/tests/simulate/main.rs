@@ -8,6 +8,9 @@
 //! In a session that recovers lanes are cut again and again, also while they are being opened and while
 //! the destination says what it has, and opened anew: everything arrives all the same, each page once.
 //!
+//! Some sessions have rounds: the source's guest writes while its pages go, and they go again, each on the lane
+//! of its block. When it has stopped, what is clean counts as come, as what came last.
+//!
 //! With checksums bits change on the way too, and bytes come again: no page is cached that is not as it was
 //! sent, everything arrives all the same, and both ends' digests are equal.
 //!

@@ -16,6 +16,10 @@ pub(super) struct Source {
     /// Of each unit, once they are known.
     pub(super) contents: Vec<Vec<Content>>,
     claimed: Vec<Vec<bool>>,
+    /// What is to go (again) in rounds, if there are any.
+    dirty: Vec<Vec<bool>>,
+    /// Runs that are still sent in rounds.
+    rounds: u64,
     lanes: Vec<LaneEnd>,
     pub(super) hellos: Vec<Hello>,
     postcopy: bool,
@@ -52,6 +56,8 @@ impl Source {
             failure: None,
             committed: false,
             claimed: Vec::new(),
+            dirty: Vec::new(),
+            rounds: 0,
             contents: Vec::new(),
             regions,
             lanes: Vec::new(),
@@ -87,6 +93,8 @@ impl Source {
         });
         self.contents = contents.collect();
         self.claimed = self.contents.iter().map(|pages| vec![false; pages.len()]).collect();
+        self.dirty = self.contents.iter().map(|pages| vec![true; pages.len()]).collect();
+        self.rounds = random.below(100);
         self.regions = landing.clone();
         for lane in &mut self.lanes[1..] {
             let LaneEnd::Open(receiver) = lane else { panic!("regions before a welcome") };
@@ -183,7 +191,22 @@ impl Source {
                 self.input(source::Input::SentRegions);
                 self.say(pipes, &Frame::Regions(self.regions.clone()));
             }
-            source::Phase::Ready => {
+            source::Phase::Ready if self.has_rounds() => {
+                self.input(source::Input::SentRounds);
+                self.say(pipes, &Frame::Rounds);
+            }
+            source::Phase::Rounds if self.rounds > 0 => {
+                self.rounds -= 1;
+                self.send_in_round(pipes, random);
+            }
+            source::Phase::Rounds => {
+                for lane in &mut pipes[1..] {
+                    send(&mut lane.to_destination, &Frame::RoundsEnd);
+                }
+                self.input(source::Input::SentRemaining);
+                self.say_what_remains(pipes, random);
+            }
+            source::Phase::Ready | source::Phase::Settled => {
                 let (postcopy, background) = (self.postcopy, self.background);
                 self.input(source::Input::GuestStopped { postcopy, background });
                 self.say(pipes, &Frame::Stopped { postcopy, background });
@@ -208,6 +231,67 @@ impl Source {
             }
             _ => {}
         }
+    }
+
+    fn has_rounds(&self) -> bool {
+        self.hellos[0].capabilities.contains(Capabilities::ROUNDS)
+    }
+
+    /// The guest writes somewhere, then a run of what it has written goes, on the lane of its 64 pages.
+    fn send_in_round(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        let kinds = [Content::Data, Content::Zero, Content::Hole];
+        for _ in 0..random.below(20) {
+            let region = random.index(self.contents.len());
+            let page = random.index(self.contents[region].len());
+            self.contents[region][page] = kinds[random.index(kinds.len())];
+            self.dirty[region][page] = true;
+        }
+        let region = random.index(self.contents.len());
+        let start = random.index(self.contents[region].len());
+        let dirty = &self.dirty[region];
+        let Some(first) = (start..dirty.len()).find(|&page| dirty[page]) else { return };
+        let lane = 1 + (region + first / 64) % (pipes.len() - 1);
+        let most = 1 + random.below(64 - first as u64 % 64);
+        // As if nobody had sent anything before: what is clean goes again, too.
+        self.claimed[region].fill(false);
+        let totals = self.totals;
+        let sent = self.send_run(&mut pipes[lane].to_destination, region, first, most) as usize;
+        self.totals = totals;
+        self.claimed[region].fill(false);
+        self.dirty[region][first..first + sent].fill(false);
+    }
+
+    /// The guest stands still: what is clean has gone.
+    fn say_what_remains(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
+        let mut runs: Vec<PageRange> = Vec::new();
+        for (id, region) in self.regions.clone().iter() {
+            let index = usize::from(id.0);
+            for page in 0..region.pages() as usize {
+                if !self.dirty[index][page] {
+                    self.claimed[index][page] = true;
+                    let bytes = region.page_size.bytes();
+                    match self.contents[index][page] {
+                        Content::Data => self.totals.data_bytes += bytes,
+                        Content::Zero => self.totals.zero_bytes += bytes,
+                        Content::Hole => self.totals.hole_bytes += bytes,
+                    }
+                    continue;
+                }
+                let first = page as u64;
+                match runs
+                    .last_mut()
+                    .filter(|run| run.region == id && run.first + run.pages == first)
+                {
+                    Some(run) => run.pages += 1,
+                    None => runs.push(PageRange { region: id, first, pages: 1 }),
+                }
+            }
+        }
+        while !runs.is_empty() && random.chance(50) {
+            let some = runs.split_off(random.index(runs.len()));
+            self.say(pipes, &Frame::Remaining { runs: some, last: false });
+        }
+        self.say(pipes, &Frame::Remaining { runs, last: true });
     }
 
     fn say_goodbye(&mut self, pipes: &mut [LanePipes]) {

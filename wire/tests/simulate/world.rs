@@ -47,7 +47,10 @@ impl World {
         let mut source = Source::new(RegionTable::new(theirs).unwrap(), bulk_lanes, &mut random);
         let mut destination = Destination::new(RegionTable::new(ours.into()).unwrap(), bulk_lanes);
         let sums = if is_checked { Capabilities::CHECKSUM } else { Capabilities::NONE };
-        source.hellos.iter_mut().for_each(|hello| hello.capabilities = sums);
+        // Without bulk lanes there are no rounds in this model.
+        let has_rounds = bulk_lanes > 0 && random.chance(40);
+        let rounds = if has_rounds { Capabilities::ROUNDS } else { Capabilities::NONE };
+        source.hellos.iter_mut().for_each(|hello| hello.capabilities = sums.union(rounds));
         (source.is_checked, destination.is_checked) = (is_checked, is_checked);
         let lanes = (0..=bulk_lanes).map(|_| LanePipes::new(is_checked)).collect();
         World { random, source, destination, lanes, is_checked }

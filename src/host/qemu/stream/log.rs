@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use umem_wire::RegionId;
 use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::reading::{Moved, Reading};
@@ -22,7 +23,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::qemu::saving::Saving;
 use crate::host::qemu::settings::{self, Role};
 use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
-use crate::host::{BeforeStop, SourceHost};
+use crate::host::{BeforeStop, SourceHost, guest};
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 
 /// The first QEMU whose log has every write of TCG's. Those before it lose writes (36 to 93 of 32768 pages with 7.2.22,
@@ -40,42 +41,35 @@ const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(150);
 const SYNC_INTERVAL_MIN: Duration = Duration::from_micros(200);
 const SYNC_INTERVAL: Duration = Duration::from_millis(5);
 
-/// What umem moves of a guest, as the other parts of umem call it.
-#[derive(Clone, Debug)]
-pub(crate) struct Region {
-    /// The id of its RAM backend.
-    pub(crate) backend: String,
-    /// log2 of its landing unit.
-    pub(crate) unit_shift: u8,
-}
-
 /// A QEMU that its log shares with whoever asks for the guest.
 #[derive(Clone)]
-pub(crate) struct SharedQemu(Arc<Mutex<Qemu>>);
+pub(crate) struct SharedQemu {
+    qemu: Arc<Mutex<Qemu>>,
+    /// The ids of the RAM backends that are moved, in the order of the regions.
+    backends: Arc<[String]>,
+}
 
 /// QEMU's stream as a log of the pages that its guest writes.
-pub(crate) struct QemuStream {
+struct QemuStream {
     host: SharedQemu,
-    regions: Vec<Region>,
     reading: Option<Arc<Reading>>,
 }
 
-/// Has a QEMU tell of these regions, in the order of their indices.
-pub(crate) fn share(qemu: Qemu, regions: Vec<Region>) -> (SharedQemu, QemuStream) {
-    let host = SharedQemu(Arc::new(Mutex::new(qemu)));
-    (host.clone(), QemuStream { host, regions, reading: None })
-}
-
 impl SharedQemu {
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Qemu> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// One whose regions are these RAM backends, in this order.
+    pub(crate) fn new(qemu: Qemu, backends: impl IntoIterator<Item = String>) -> SharedQemu {
+        SharedQemu { qemu: Arc::new(Mutex::new(qemu)), backends: backends.into_iter().collect() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Qemu> {
+        self.qemu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl DirtyLog for QemuStream {
     /// The first pass has every page.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()> {
-        self.reading = Some(self.host.lock().start_stream(&self.regions, marks)?);
+        self.reading = Some(self.host.lock().start_stream(&self.host.backends, marks)?);
         Ok(())
     }
 
@@ -108,6 +102,12 @@ impl SourceHost for SharedQemu {
         self.lock().before_stop(note);
     }
 
+    /// The demo's guest is asked itself.
+    fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
+        let own = guest::log::of(&mut self.lock().qmp);
+        own.or_else(|| Some(Box::new(QemuStream { host: self.clone(), reading: None })))
+    }
+
     fn stop(&mut self) -> Result<Option<Instant>> {
         self.lock().stop()
     }
@@ -130,10 +130,10 @@ impl SourceHost for SharedQemu {
 }
 
 impl Qemu {
-    /// Checks that its stream tells of every write, and is one that umem reads. Changes nothing.
+    /// Checks that its stream tells of every write, and is one that umem reads, if it is a QEMU. Changes nothing.
     pub(crate) fn check_stream(&mut self) -> Result<()> {
-        let instead = "move the guest without rounds before the switchover";
-        let kvm = self.qmp.execute("query-kvm", json!({}))?;
+        let instead = "leave out --precopy";
+        let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(()) };
         let (major, minor) = run_state::version(&mut self.qmp)?;
         if kvm["enabled"] != json!(true) && (major, minor) < LOGS_TCG {
             let (since, _) = LOGS_TCG;
@@ -160,9 +160,9 @@ impl Qemu {
         settings::Changes::needed(&mut self.qmp, Role::Stream).map(drop)
     }
 
-    fn start_stream(&mut self, regions: &[Region], marks: Arc<DirtyMap>) -> Result<Arc<Reading>> {
+    fn start_stream(&mut self, backends: &[String], marks: Arc<DirtyMap>) -> Result<Arc<Reading>> {
         self.check_stream()?;
-        let moved = self.moved(regions)?;
+        let moved = self.moved(backends)?;
         self.change_settings(Role::Stream)?;
         let started = self.migrate_into_reader(moved, marks);
         if started.is_err() {
@@ -193,20 +193,18 @@ impl Qemu {
         Ok(reading)
     }
 
-    /// The RAM blocks that these regions are.
-    fn moved(&mut self, regions: &[Region]) -> Result<Vec<Moved>> {
+    /// The RAM blocks of these backends.
+    fn moved(&mut self, backends: &[String]) -> Result<Vec<Moved>> {
         let blocks = self.blocks()?;
-        let moved = |(index, region): (usize, &Region)| {
-            let Some(block) = blocks.iter().find(|block| block.is_of(&region.backend)) else {
+        let moved = |(index, id): (u16, &String)| {
+            let Some(block) = blocks.iter().find(|block| block.is_of(id)) else {
                 return Err(Error::Host(format!(
-                    "no RAM block is of its backend {}",
-                    region.backend
+                    "it has no RAM block of its backend {id} any more"
                 )));
             };
-            let (name, bytes) = (block.name.clone(), block.bytes);
-            Ok(Moved { block: name, region: index, bytes, unit_shift: region.unit_shift })
+            Ok(Moved { block: block.name.clone(), bytes: block.bytes, region: RegionId(index) })
         };
-        regions.iter().enumerate().map(moved).collect()
+        (0..).zip(backends).map(moved).collect()
     }
 
     /// How often QEMU has collected what the guest has written.

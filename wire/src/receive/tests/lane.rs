@@ -24,8 +24,12 @@ fn each_kind_has_its_way_and_its_lanes() {
         (Kind::Resume, "s"),
         (Kind::Have, "s"),
         (Kind::Digests, "sd"),
+        (Kind::Rounds, "d"),
+        (Kind::RoundsEnd, "D"),
+        (Kind::Remaining, "d"),
         (Kind::Ping, "sSdD"),
         (Kind::Pong, "sSdD"),
+        (Kind::Settled, "s"),
         (Kind::Error, "sSdD"),
     ];
     assert_eq!(routes.map(|(kind, _)| kind), Kind::ALL);

@@ -1,0 +1,231 @@
+//! Pages that come while the source's guest runs, and come again where it writes to them.
+//!
+//! They land in the file, the last copy of each counts, and nobody sees them: here the guest does not run, and no page
+//! is asked for. When the source's guest has stopped it names the pages that are still to come. They are taken out of
+//! the file and are Missing, as they were; all others become Cached, as if they had come once.
+//!
+//! ```text
+//! rounds   data, zeroes, holes --> file, again and again          every page Missing
+//! settle   remaining pages     --> no longer in the file          Missing
+//!          all others          --> counted, digested              Cached; complete blocks leave the userfaultfd
+//! ```
+//!
+//! All copies of a page come on one lane, in order. A lane that does otherwise spoils its own pages, and nothing else.
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32};
+
+use umem_wire::checksum::{ZERO_SUM, digest};
+use umem_wire::{PageRange, RegionId};
+
+use super::{GuestMemory, GuestRegion, PageId};
+use crate::error::{Error, Result};
+use crate::lane::lane_name;
+use crate::memory::bits::Bits;
+use crate::memory::claims::RunKind;
+use crate::memory::sums;
+use crate::report::Counters;
+
+/// What has come in rounds.
+pub(super) struct Rounds {
+    regions: Vec<RegionRounds>,
+    /// What remains is settled: pages come once from now on.
+    are_over: AtomicBool,
+}
+
+struct RegionRounds {
+    /// Pages that have come at least once.
+    came: Bits,
+    /// Pages that the file has: the last copy was data.
+    data: Bits,
+    /// Pages that are to come again.
+    remaining: Bits,
+    /// With checksums: of each 4 KiB that has come.
+    sums: Option<Box<[AtomicU32]>>,
+}
+
+impl RegionRounds {
+    fn new(region: &GuestRegion, is_checked: bool) -> RegionRounds {
+        let pages = region.bytes >> region.unit_shift();
+        let all = PageRange { region: RegionId(0), first: 0, pages };
+        let summed = sums::pages_summed(all, region.unit_shift());
+        RegionRounds {
+            came: Bits::new(pages),
+            data: Bits::new(pages),
+            remaining: Bits::new(pages),
+            sums: is_checked.then(|| (0..summed).map(|_| AtomicU32::new(0)).collect()),
+        }
+    }
+}
+
+/// Why memory cannot take pages in rounds.
+pub(crate) fn check(regions: &[GuestRegion]) -> Result<()> {
+    let Some(region) = regions.iter().find(|region| !region.memory.kind.lands_in_file()) else {
+        return Ok(());
+    };
+    Err(Error::Unsupported(format!(
+        "RAM {} is {} memory here, in which a page cannot land twice, and the source sends pages while its guest runs: \
+         leave out --precopy there, or give the guest here memory of kind shared or private",
+        region.name, region.memory.kind
+    )))
+}
+
+impl GuestMemory {
+    /// Pages come in rounds, before any has come. The regions are fit for that ([`check`]).
+    pub(crate) fn begin_rounds(&mut self, is_checked: bool) {
+        let regions = self.regions.iter().map(|region| RegionRounds::new(region, is_checked));
+        self.rounds = Some(Rounds { regions: regions.collect(), are_over: AtomicBool::new(false) });
+    }
+
+    /// Pages may come again.
+    pub(crate) fn is_in_rounds(&self) -> bool {
+        self.rounds.as_ref().is_some_and(|rounds| !rounds.are_over.load(SeqCst))
+    }
+
+    fn of_rounds(&self, region: RegionId) -> &RegionRounds {
+        let rounds = self.rounds.as_ref().expect("rounds have begun");
+        &rounds.regions[usize::from(region.0)]
+    }
+
+    /// A copy of these pages has landed in the file, with these sums where there are checksums.
+    pub(crate) fn copied(&self, range: PageRange, page_sums: &[u32]) {
+        let rounds = self.of_rounds(range.region);
+        self.sum_anew(rounds, range, |index| page_sums[index]);
+        rounds.data.set(range.first, range.pages);
+        rounds.came.set(range.first, range.pages);
+        Counters::add(&self.counters.rounds_bytes, self.bytes(range));
+    }
+
+    /// These pages are zeroes, or holes: what the file has of them goes.
+    pub(crate) fn emptied(&self, range: PageRange) -> Result<()> {
+        let rounds = self.of_rounds(range.region);
+        self.sum_anew(rounds, range, |_| ZERO_SUM);
+        self.punch(range, |page| rounds.data.get(page))?;
+        rounds.data.clear(range.first, range.pages);
+        rounds.came.set(range.first, range.pages);
+        Ok(())
+    }
+
+    /// Takes the pages' former sums out of the digest, and these in.
+    fn sum_anew(&self, rounds: &RegionRounds, range: PageRange, sum: impl Fn(usize) -> u32) {
+        let Some(all) = &rounds.sums else { return };
+        let shift = self.region(range.region).unit_shift();
+        let first = sums::first_summed(range, shift);
+        let each = sums::pages_summed(PageRange { pages: 1, ..range }, shift);
+        let mut change = 0u64;
+        for (index, page) in (first..first + sums::pages_summed(range, shift)).enumerate() {
+            let new = sum(index);
+            let old = all[usize::try_from(page).expect("sums are in memory")].swap(new, Relaxed);
+            if rounds.came.get(page / each) {
+                change = change.wrapping_sub(digest(page, &[old]));
+            }
+            change = change.wrapping_add(digest(page, &[new]));
+        }
+        self.digests.add_digest(range.region, change);
+    }
+
+    /// Punches those pages of a range out of the file for which this is so.
+    fn punch(&self, range: PageRange, is_there: impl Fn(u64) -> bool) -> Result<()> {
+        let region = self.region(range.region);
+        let (mut page, end) = (range.first, range.first + range.pages);
+        while page < end {
+            let start = (page..end).find(|&page| is_there(page)).unwrap_or(end);
+            let stop = (start..end).find(|&page| !is_there(page)).unwrap_or(end);
+            if start < stop {
+                region
+                    .file()
+                    .discard(region.byte_offset(start), region.byte_offset(stop - start))?;
+            }
+            page = stop;
+        }
+        Ok(())
+    }
+
+    /// The source names pages that are still to come.
+    pub(crate) fn remains(&self, runs: &[PageRange]) -> Result<()> {
+        if !self.is_in_rounds() {
+            return Err(violated("pages that remain of no rounds"));
+        }
+        for run in runs {
+            self.of_rounds(run.region).remaining.set(run.first, run.pages);
+        }
+        Ok(())
+    }
+
+    /// Every copy has landed, and all that remains has been named: the rest is here for good. Calls `wake` with each
+    /// page of it that a vCPU waits for. True when this was the last page of all.
+    pub(crate) fn settle(&self, mut wake: impl FnMut(PageId)) -> Result<bool> {
+        let mut is_last = false;
+        for (index, region) in self.regions.iter().enumerate() {
+            let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
+            let rounds = self.of_rounds(id);
+            rounds.remaining.each_run(true, |first, pages| {
+                self.take_back(region, PageRange { region: id, first, pages })
+            })?;
+            rounds.remaining.each_run(false, |first, pages| {
+                let range = PageRange { region: id, first, pages };
+                is_last = self.keep_copies(rounds, range, &mut wake)?;
+                Ok::<(), Error>(())
+            })?;
+        }
+        if let Some(rounds) = &self.rounds {
+            rounds.are_over.store(true, SeqCst);
+        }
+        Ok(is_last)
+    }
+
+    /// These pages come once more: what has come of them is as if it had not.
+    fn take_back(&self, region: &GuestRegion, range: PageRange) -> Result<()> {
+        let rounds = self.of_rounds(range.region);
+        if let Some(all) = &rounds.sums {
+            let shift = region.unit_shift();
+            let each = sums::pages_summed(PageRange { pages: 1, ..range }, shift);
+            let first = sums::first_summed(range, shift);
+            let change = (first..first + sums::pages_summed(range, shift))
+                .filter(|page| rounds.came.get(page / each))
+                .fold(0u64, |change, page| {
+                    let sum = all[usize::try_from(page).expect("sums are in memory")].load(Relaxed);
+                    change.wrapping_sub(digest(page, &[sum]))
+                });
+            self.digests.add_digest(range.region, change);
+        }
+        self.punch(range, |page| rounds.data.get(page))
+    }
+
+    /// The last copies of these pages count.
+    fn keep_copies(
+        &self,
+        rounds: &RegionRounds,
+        range: PageRange,
+        wake: &mut impl FnMut(PageId),
+    ) -> Result<bool> {
+        let end = range.first + range.pages;
+        let missing = rounds.came.next(range.first, false);
+        if missing < end {
+            let name = &self.region(range.region).name;
+            return Err(violated(&format!(
+                "page {missing} of RAM {name} has not come and is not said to remain"
+            )));
+        }
+        let (mut page, mut is_last) = (range.first, false);
+        while page < end {
+            let is_data = rounds.data.get(page);
+            let next = rounds.data.next(page, !is_data).min(end);
+            let run = PageRange { first: page, pages: next - page, ..range };
+            let kind = if is_data { RunKind::Data } else { RunKind::Hole };
+            self.begin(run, &demand_lane())?;
+            is_last = self.finish(run, kind, &mut *wake)?;
+            Counters::add(&self.counters.pages_background, run.pages);
+            page = next;
+        }
+        Ok(is_last)
+    }
+}
+
+fn demand_lane() -> String {
+    lane_name(umem_wire::LaneRole::Demand, 0)
+}
+
+fn violated(what: &str) -> Error {
+    Error::protocol(&demand_lane(), what)
+}

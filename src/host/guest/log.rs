@@ -1,0 +1,71 @@
+//! The dirty log of the demo's guest: its monitor is asked which pages it has written.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use umem_wire::RegionId;
+
+use super::ram::PAGE_BYTES;
+use crate::error::{Error, Result};
+use crate::host::qmp::Qmp;
+use crate::memory::dirty::{DirtyLog, DirtyMap};
+
+/// The command by which its monitor tells, and forgets, what has been written since it was given last.
+pub(super) const COMMAND: &str = "umem-dirty";
+
+/// What its monitor knows, over a connection of its own.
+struct GuestLog {
+    qmp: Qmp,
+    marks: Option<Arc<DirtyMap>>,
+}
+
+/// The log of the guest whose monitor this is; none of one that is not the demo's.
+pub(crate) fn of(qmp: &mut Qmp) -> Option<Box<dyn DirtyLog>> {
+    qmp.try_execute(COMMAND, json!({})).ok()?.ok()?;
+    let path = qmp.path()?;
+    let qmp = Qmp::open(UnixStream::connect(&path).ok()?, &path.display().to_string()).ok()?;
+    Some(Box::new(GuestLog { qmp, marks: None }))
+}
+
+impl GuestLog {
+    fn look(&mut self) -> Result<()> {
+        let mut from = Some(0);
+        while let Some(page) = from {
+            let answer = self.qmp.execute(COMMAND, json!({ "from": page }))?;
+            from = answer["next"].as_u64().filter(|&next| next > page);
+            self.mark(&answer["runs"])?;
+        }
+        Ok(())
+    }
+
+    fn mark(&self, runs: &Value) -> Result<()> {
+        let Some(marks) = &self.marks else { return Ok(()) };
+        let strange = || Error::Host(format!("{COMMAND}: not a list of pages"));
+        for run in runs.as_array().ok_or_else(strange)? {
+            let number = |index: usize| run.get(index).and_then(Value::as_u64);
+            let (first, pages) = number(0).zip(number(1)).ok_or_else(strange)?;
+            let bytes = (first.checked_mul(PAGE_BYTES)).zip(pages.checked_mul(PAGE_BYTES));
+            let (offset, len) = bytes.ok_or_else(strange)?;
+            if !marks.mark_bytes(RegionId(0), offset, len) {
+                return Err(strange());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DirtyLog for GuestLog {
+    fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()> {
+        self.marks = Some(marks);
+        self.look()
+    }
+
+    fn next(&mut self) -> Result<()> {
+        self.look()
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.look()
+    }
+}

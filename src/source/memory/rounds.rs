@@ -1,0 +1,276 @@
+//! The memory of a guest that runs: what has been written since it was sent, in which order it goes again, and what
+//! is left of it when the guest stops.
+
+use std::sync::Arc;
+
+use umem_ring::Memory;
+use umem_wire::limits::REMAINING_RUNS_MAX;
+use umem_wire::{HEADER_BYTES, PageRange, RegionId, transmit};
+
+use super::{Holes, SourceMemory};
+use crate::error::{Error, Result};
+use crate::memory::bits::Bits;
+use crate::memory::claims::{Run, RunKind, push_page};
+use crate::memory::dirty::DirtyMap;
+use crate::memory::guarded::Gone;
+use crate::memory::pages::low_bits;
+use crate::report::Counters;
+use crate::source::seal::Sealer;
+
+/// What is known of pages that go in rounds.
+pub(super) struct Tracked {
+    /// Pages that are to go (again), marked by the dirty log.
+    pub(super) marks: Arc<DirtyMap>,
+    /// Of each region: pages whose last copy went as data.
+    data: Box<[Bits]>,
+}
+
+impl Tracked {
+    /// Every page is to go. For regions of so many pages of `1 << shift` bytes.
+    pub(super) fn new(regions: &[(u64, u8)]) -> Tracked {
+        let data = regions.iter().map(|&(pages, _)| Bits::new(pages)).collect();
+        let marks = DirtyMap::new(regions);
+        marks.mark_all();
+        Tracked { marks: Arc::new(marks), data }
+    }
+}
+
+/// Words of 64 pages in a block, at most.
+const BLOCK_WORDS: usize = 8;
+
+/// A lane's way through what is dirty, once around in each pass. A block is one lane's for all passes, as the copies of
+/// a page must stay in their order.
+pub(crate) struct RoundsWalk {
+    index: u64,
+    lanes: u64,
+    region: usize,
+    /// The next block of that region to look at.
+    block: u64,
+    /// Blocks of the regions before it.
+    before: u64,
+    current: Block,
+    holes: Holes,
+}
+
+/// The block at hand.
+#[derive(Clone, Copy)]
+struct Block {
+    region: RegionId,
+    first: u64,
+    /// Its pages that were dirty and have not gone yet, a bit each.
+    dirty: [u64; BLOCK_WORDS],
+}
+
+impl Block {
+    fn next(&self) -> Option<u64> {
+        let word = self.dirty.iter().position(|&word| word != 0)?;
+        let bit = u64::from(self.dirty[word].trailing_zeros());
+        Some(self.first + word as u64 * 64 + bit)
+    }
+}
+
+impl RoundsWalk {
+    /// Of lane `index` of `lanes`.
+    pub(crate) fn new(index: usize, lanes: usize) -> RoundsWalk {
+        let current = Block { region: RegionId(0), first: 0, dirty: [0; BLOCK_WORDS] };
+        RoundsWalk {
+            index: index as u64,
+            lanes: lanes.max(1) as u64,
+            region: 0,
+            block: 0,
+            before: 0,
+            current,
+            holes: Holes::default(),
+        }
+    }
+
+    /// Begins anew with the first block.
+    pub(crate) fn begin_pass(&mut self) {
+        (self.region, self.block, self.before) = (0, 0, 0);
+    }
+
+    /// Takes the next `most` bytes of dirty data, or a block of what goes without its bytes, and appends their runs;
+    /// false at the end of the pass.
+    pub(crate) fn next_runs(
+        &mut self,
+        memory: &SourceMemory,
+        most: u64,
+        runs: &mut Vec<Run>,
+    ) -> Result<bool> {
+        if self.current.next().is_none() && !self.take_block(memory)? {
+            return Ok(false);
+        }
+        let region = memory.region(self.current.region);
+        let (unit, max) = (region.unit(), memory.run_pages_max(region.unit()));
+        let mut bytes = 0;
+        while bytes < most
+            && let Some(page) = self.current.next()
+        {
+            let kind = self.holes.kind(&region.ram, page * unit.bytes(), unit.bytes())?;
+            push_page(runs, kind, self.current.region, page, max);
+            if kind == RunKind::Data {
+                bytes += unit.bytes();
+            }
+            let at = page - self.current.first;
+            let word = usize::try_from(at / 64).expect("inside a block");
+            self.current.dirty[word] &= !(1 << (at % 64));
+        }
+        Ok(true)
+    }
+
+    /// Goes on to the next of this lane's blocks with anything dirty.
+    fn take_block(&mut self, memory: &SourceMemory) -> Result<bool> {
+        while let Some(region) = memory.regions.get(self.region) {
+            let id = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
+            let blocks = region.claims().blocks();
+            while self.block < blocks {
+                let block = self.block;
+                self.block += 1;
+                if (self.before + block) % self.lanes == self.index
+                    && self.take_dirty(memory, id, block)?
+                {
+                    return Ok(true);
+                }
+            }
+            self.before += blocks;
+            self.region += 1;
+            self.block = 0;
+        }
+        Ok(false)
+    }
+
+    /// Takes what is dirty of a block, all of it before anything of the file is looked at: what is written later is
+    /// marked again, and goes in the next pass.
+    fn take_dirty(&mut self, memory: &SourceMemory, id: RegionId, block: u64) -> Result<bool> {
+        let region = memory.region(id);
+        let (first, pages) = region.claims().block_range(block);
+        let marks = memory.tracked().marks.region(id);
+        let mut dirty = [0; BLOCK_WORDS];
+        let mut page = first;
+        while page < first + pages {
+            // A block may be less than a word of the bitmap, and begin within one.
+            let count = (64 - page % 64).min(first + pages - page);
+            let at = page - first;
+            dirty[usize::try_from(at / 64).expect("inside a block")] |=
+                marks.take_word(page, count) << (at % 64);
+            page += count;
+        }
+        self.current = Block { region: id, first, dirty };
+        if self.current.next().is_none() {
+            return Ok(false);
+        }
+        let shift = region.unit().shift();
+        self.holes.look_at(&region.ram, first << shift, pages << shift)?;
+        Ok(true)
+    }
+}
+
+impl SourceMemory {
+    fn tracked(&self) -> &Tracked {
+        let tracked = self.landing_tracked();
+        tracked.expect("rounds begin after the destination is ready")
+    }
+
+    /// What the dirty log marks.
+    ///
+    /// # Panics
+    /// Without rounds, and before the destination is ready.
+    pub(crate) fn marks(&self) -> Arc<DirtyMap> {
+        self.tracked().marks.clone()
+    }
+
+    /// Bytes of pages that have been written since they were sent, as far as that is marked.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        self.tracked().marks.bytes()
+    }
+
+    /// A run as it is sent while the guest runs: its header, and its pages if they go with it. With checksums the
+    /// pages are copied first, into `copy`: the sum is of what leaves, whatever the guest writes meanwhile.
+    pub(crate) fn pieces_in_rounds(
+        &self,
+        run: &Run,
+        sealer: &mut Sealer,
+        copy: impl FnOnce() -> Vec<u8>,
+    ) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
+        let region = self.region(run.range.region);
+        let contents = match run.kind {
+            RunKind::Data if self.is_checked => {
+                let (offset, len) =
+                    (run.range.first * region.unit().bytes(), self.bytes(run.range));
+                let mut bytes = copy();
+                bytes.resize(usize::try_from(len).expect("64-bit Linux"), 0);
+                region.ram.read_into(&mut bytes, offset)?;
+                Some(Memory::from(bytes))
+            }
+            RunKind::Data => Some(self.contents(run.range)?),
+            RunKind::Zero | RunKind::Hole => None,
+        };
+        let header = sealer.run(run, contents.as_ref()).map_err(|Gone| region.ram.gone())?;
+        Ok((header, contents))
+    }
+
+    /// Notes that a run has been handed to the kernel in a round.
+    pub(crate) fn count_in_round(&self, run: &Run) {
+        let data = &self.tracked().data[usize::from(run.range.region.0)];
+        match run.kind {
+            RunKind::Data => {
+                data.set(run.range.first, run.range.pages);
+                Counters::add(&self.counters.rounds_bytes, self.bytes(run.range));
+            }
+            RunKind::Zero | RunKind::Hole => data.clear(run.range.first, run.range.pages),
+        }
+    }
+
+    /// The guest stands still, and every mark has been made: what is dirty remains to be sent, once, and all else
+    /// counts as sent. Returns the remaining frames.
+    pub(crate) fn end_rounds(&self) -> Vec<u8> {
+        let (mut frames, mut runs) = (Vec::new(), Vec::new());
+        for (index, region) in self.regions.iter().enumerate() {
+            let id = RegionId(u16::try_from(index).expect("at most 256 regions"));
+            let marks = self.tracked().marks.region(id);
+            let claims = region.claims();
+            claims.claim_all();
+            for first in (0..marks.pages()).step_by(64) {
+                let clean = !marks.word(first) & low_bits(marks.pages() - first);
+                claims.account(first, clean).expect("every page is claimed");
+            }
+            claims.free_blocks();
+            let Ok(()) = marks.each_run(true, |first, pages| {
+                runs.push(PageRange { region: id, first, pages });
+                if runs.len() == REMAINING_RUNS_MAX {
+                    transmit::remaining(&mut frames, &runs, false);
+                    runs.clear();
+                }
+                Ok::<(), std::convert::Infallible>(())
+            });
+            let Ok(()) = marks.each_run(false, |first, pages| {
+                self.count_clean(id, first, pages);
+                Ok::<(), std::convert::Infallible>(())
+            });
+        }
+        transmit::remaining(&mut frames, &runs, true);
+        frames
+    }
+
+    /// These pages have arrived for good.
+    fn count_clean(&self, region: RegionId, first: u64, pages: u64) {
+        let data = &self.tracked().data[usize::from(region.0)];
+        let (mut page, end) = (first, first + pages);
+        while page < end {
+            let is_data = data.get(page);
+            let next = data.next(page, !is_data).min(end);
+            let range = PageRange { region, first: page, pages: next - page };
+            let kind = if is_data { RunKind::Data } else { RunKind::Hole };
+            self.count(&Run { kind, range }, false);
+            Counters::add(&self.counters.pages_background, range.pages);
+            page = next;
+        }
+    }
+}
+
+/// Why a migration cannot have rounds.
+pub(crate) fn no_dirty_log() -> Error {
+    Error::Unsupported(
+        "nobody tells which pages this guest writes while it runs: leave out --precopy".into(),
+    )
+}
