@@ -40,7 +40,8 @@ impl Source {
         qemu.claim()?;
         let units = |&(_, bytes): &(&str, u64)| (bytes >> UNIT_SHIFT, UNIT_SHIFT);
         let marks = DirtyMap::new(&backends.iter().map(units).collect::<Vec<_>>());
-        let mut host = SharedQemu::new(qemu, backends.iter().map(|&(id, _)| id.to_owned()));
+        let mut host =
+            SharedQemu::new(qemu, backends.iter().map(|&(id, _)| id.to_owned()).collect());
         let log = host.dirty_log().expect("every QEMU has one");
         Ok(Source { host, log, marks: Arc::new(marks) })
     }

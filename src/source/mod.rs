@@ -317,8 +317,9 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     let mut qemu = Qemu::new(Qmp::connect(path)?);
     qemu.claim()?;
     let found = qemu.check(Kind::Shared)?;
+    let names: Vec<String> = found.iter().map(|backend| backend.name.clone()).collect();
     if options.precopy.is_some() {
-        qemu.check_stream()?;
+        qemu.check_stream(&names)?;
     }
     let (mut ram, mut files) = (Vec::new(), Vec::new());
     for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
@@ -329,8 +330,7 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     if let Some(advice) = qemu::advice(&found, "destination") {
         output.remark(&advice);
     }
-    let host = SharedQemu::new(qemu, found.into_iter().map(|backend| backend.name));
-    Ok(Guest { host: Box::new(host), ram, files })
+    Ok(Guest { host: Box::new(SharedQemu::new(qemu, names)), ram, files })
 }
 
 /// Opens every lane, the demand lane first; only this one where there is a connection already.

@@ -9,8 +9,10 @@ use std::os::unix::net::UnixListener;
 use serde_json::{Value, json};
 use umem::host::pieces::{Destination, Parsed, Source, parse};
 
-use crate::support::{Machine, Qemu, QemuVersion, Qmp, Random, Scratch, Serial, Side, seed};
-use crate::{boot, says};
+use crate::destination;
+use crate::moving::Moved;
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Random, Scratch, Serial, Side, seed};
+use crate::{boot, migrate, says};
 
 const PAGE: usize = 4096;
 const RAM_BYTES: u64 = 256 << 20;
@@ -309,4 +311,74 @@ fn a_stream_that_would_not_tell_all_is_refused_before_anything_is_changed() {
     source.qmp.execute("migrate_cancel", json!({}));
     drop(listener);
     source.serial.goes_on();
+}
+
+/// Moves a guest with rounds before the switchover, by umem's own two sides.
+fn moves(machine: &Machine, options: &[&str]) {
+    let scratch = Scratch::new();
+    let mut source = boot(machine, &scratch);
+    let before = settings(&mut source.qmp);
+    let destination = destination::Destination::start(machine, &scratch);
+    let mut moving =
+        Moved::start(source, destination, &[&["--precopy", "--checksum"], options].concat());
+    let pass = moving.umem.event("pass");
+    assert_eq!(pass["pass"], 1);
+    let reports = [moving.umem.event("completed"), moving.destination.umem.event("completed")];
+    for report in &reports {
+        for digest in report["digests"].as_array().expect("sums were compared") {
+            assert_eq!(digest["digest"], digest["peer"], "{report}");
+        }
+    }
+    moving.is_whole_at_the_destination();
+    assert_eq!(moving.source.qmp.status(), "postmigrate");
+    moving.umem.succeeds();
+    assert_eq!(settings(&mut moving.source.qmp), before);
+}
+
+#[test]
+fn a_guest_is_moved_in_rounds_and_then_by_postcopy() {
+    moves(&machine(QemuVersion::V10_0), &["-p", "--downtime-limit", "0"]);
+}
+
+#[test]
+fn a_guest_is_moved_in_rounds_before_the_switchover() {
+    moves(&machine(QemuVersion::V10_0), &["--lanes", "2"]);
+}
+
+/// Without KVM: an old QEMU's log, and that of each QEMU for any but its first RAM block.
+#[test]
+fn rounds_are_refused_where_the_log_loses_writes() {
+    let node = |id| Ram { id, mib: 128 };
+    let ram = vec![node("node0"), node("node1")];
+    let two = Machine { name: "two", ram, ..machine(QemuVersion::V10_0) };
+    let scratch = Scratch::new();
+    for (machine, why) in [
+        (machine(QemuVersion::V7_2), "QEMU 7.2 without KVM loses writes"),
+        (two, "except to its first RAM block, and node1 is another one"),
+    ] {
+        let mut source = boot(&machine, &scratch);
+        let umem = migrate(&source, crate::NOBODY, &["--precopy", "-p"]);
+        says(&umem.fails(), why);
+        assert_eq!(source.qmp.status(), "running");
+    }
+}
+
+/// Killed with the destination waiting and pages on their way.
+#[test]
+fn a_guest_goes_on_whose_umem_is_killed_in_a_round() {
+    let scratch = Scratch::new();
+    let machine = machine(QemuVersion::V10_0);
+    let mut source = boot(&machine, &scratch);
+    let before = settings(&mut source.qmp);
+    let destination = destination::Destination::start(&machine, &scratch);
+    // The guest writes more than goes in that time, so that there is a next pass.
+    let slow = ["--precopy", "-p", "--downtime-limit", "0", "--precopy-passes", "100"];
+    let mut umem = migrate(&source, &destination.uri, &slow);
+    umem.event("pass");
+    umem.kill();
+    source.serial.goes_on();
+    let mut ours = connect(&source);
+    assert_eq!(source.qmp.status(), "running");
+    assert_eq!(settings(&mut source.qmp), before);
+    ours.resume().expect("nothing is to be done");
 }
