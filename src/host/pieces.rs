@@ -58,7 +58,7 @@ impl Source {
     ///
     /// # Errors
     /// QEMU's migration has failed, or its stream is not understood.
-    pub fn next(&mut self) -> Result<()> {
+    pub fn look(&mut self) -> Result<()> {
         self.log.next()
     }
 
@@ -72,7 +72,7 @@ impl Source {
     /// Has the guest stop, and marks what is left. Says since when it stands still.
     ///
     /// # Errors
-    /// As of [`Source::next`].
+    /// As of [`Source::look`].
     pub fn stop(&mut self) -> Result<Option<Instant>> {
         let stopped = self.host.stop()?;
         self.log.finish()?;

@@ -199,7 +199,7 @@ fn a_guest_that_writes_all_the_while_arrives_by_what_its_stream_has_marked() {
     ours.start().expect("QEMU migrates");
     let mut counts = Vec::new();
     for _ in 0..4 {
-        ours.next().expect("a look");
+        ours.look().expect("a look");
         counts.push(copied.take(&ours));
         assert_eq!(source.qmp.status(), "running");
     }
@@ -234,7 +234,7 @@ fn a_guest_that_does_nothing_is_not_stopped_before_its_time() {
     ours.start().expect("QEMU migrates");
     let mut copied = Copied::of(&machine, &scratch);
     for _ in 0..10 {
-        ours.next().expect("a look");
+        ours.look().expect("a look");
         copied.take(&ours);
         source.serial.goes_on();
     }
@@ -257,7 +257,7 @@ fn a_guest_goes_on_whose_umem_ends_in_a_round_and_the_next_one_moves_it() {
     for is_undone in [true, false] {
         let mut ours = connect(&source);
         ours.start().expect("QEMU migrates");
-        ours.next().expect("a look");
+        ours.look().expect("a look");
         if is_undone {
             ours.resume().expect("it goes on");
             assert_eq!(settings(&mut source.qmp), before);
@@ -271,7 +271,7 @@ fn a_guest_goes_on_whose_umem_ends_in_a_round_and_the_next_one_moves_it() {
     assert_eq!(settings(&mut source.qmp), before);
     let mut copied = Copied::of(&machine, &scratch);
     ours.start().expect("QEMU migrates");
-    ours.next().expect("a look");
+    ours.look().expect("a look");
     copied.take(&ours);
     ours.stop().expect("the guest stops");
     copied.take(&ours);
