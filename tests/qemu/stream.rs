@@ -115,7 +115,6 @@ fn a_recorded_stream_says_the_same_in_any_pieces_and_what_is_left_of_it_is_loade
             // Not with assert_eq, which would print both.
             assert!(apart == whole, "{version:?}: other pieces say something else");
         }
-        println!("{version:?}: {} bytes, {} left", stream.len(), whole.cut.len());
         assert!(whole.cut.len() < 2 << 20 && stream.len() > 60 << 20);
         let again = in_one(&whole.cut);
         assert!(again.cut == whole.cut, "{version:?}: more is cut out of what is left");
@@ -206,9 +205,11 @@ fn a_guest_that_writes_all_the_while_arrives_by_what_its_stream_has_marked() {
     ours.stop().expect("the guest stops");
     assert_eq!(source.qmp.status(), "finish-migrate");
     counts.push(copied.take(&ours));
-    println!("pages marked in each round and after the stop: {counts:?}");
     assert_eq!(counts[0], copied.ram.len() / PAGE, "the first look is at every page");
-    assert!(counts[1..].iter().all(|&count| count > 0), "the guest writes all the while");
+    assert!(
+        counts[1..].iter().all(|&count| count > 0),
+        "the guest writes all the while: {counts:?}"
+    );
     assert_eq!(copied.wrong(), Vec::<usize>::new());
     let state = ours.state().expect("it was saved");
     assert!(state.len() < 2 << 20, "{} bytes", state.len());
