@@ -52,12 +52,9 @@ pub(crate) trait SourceHost: Send {
     /// Has `note` called before every stop, which fails if that does: what would have to be undone is
     /// written down then, should this process be killed.
     fn before_stop(&mut self, _note: BeforeStop) {}
-    /// Who knows which pages of these regions, in this order, the guest writes while it runs; none where nobody does.
-    ///
-    /// # Errors
-    /// Its log would miss writes, or cannot be had now.
-    fn dirty_log(&mut self, _regions: &[String]) -> Result<Option<Box<dyn DirtyLog>>> {
-        Ok(None)
+    /// Who knows which pages the guest writes while it runs; none where nobody does.
+    fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
+        None
     }
     /// Stops every vCPU, after whatever can be done while they still run, and saves the device state. From here on
     /// neither that nor the guest's memory changes. Says since when the guest stands still, where that is later

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use umem_wire::RegionId;
+
 use super::qemu::Qemu;
 use super::qemu::stream::log::SharedQemu;
 use super::qemu::stream::{Cut, Event, Parser};
@@ -14,7 +16,6 @@ use super::qmp::Qmp;
 use super::{DestinationHost, SourceHost};
 use crate::Result;
 use crate::memory::dirty::{DirtyLog, DirtyMap};
-use umem_wire::RegionId;
 
 /// log2 of the landing units here: small pages.
 const UNIT_SHIFT: u8 = 12;
@@ -37,12 +38,12 @@ impl Source {
     pub fn connect(qmp: &Path, backends: &[(&str, u64)]) -> Result<Source> {
         let mut qemu = Qemu::new(Qmp::connect(qmp)?);
         qemu.claim()?;
-        let names: Vec<String> = backends.iter().map(|&(id, _)| id.to_owned()).collect();
-        let units: Vec<(u64, u8)> =
-            backends.iter().map(|(_, bytes)| (bytes >> UNIT_SHIFT, UNIT_SHIFT)).collect();
-        let mut host = SharedQemu::new(qemu);
-        let log = host.dirty_log(&names)?.expect("every QEMU has one");
-        Ok(Source { host, log, marks: Arc::new(DirtyMap::new(&units)) })
+        let units = |&(_, bytes): &(&str, u64)| (bytes >> UNIT_SHIFT, UNIT_SHIFT);
+        let marks = DirtyMap::new(&backends.iter().map(units).collect::<Vec<_>>());
+        let mut host =
+            SharedQemu::new(qemu, backends.iter().map(|&(id, _)| id.to_owned()).collect());
+        let log = host.dirty_log().expect("every QEMU has one");
+        Ok(Source { host, log, marks: Arc::new(marks) })
     }
 
     /// Has QEMU migrate.
@@ -57,7 +58,7 @@ impl Source {
     ///
     /// # Errors
     /// QEMU's migration has failed, or its stream is not understood.
-    pub fn next(&mut self) -> Result<()> {
+    pub fn look(&mut self) -> Result<()> {
         self.log.next()
     }
 
@@ -65,14 +66,13 @@ impl Source {
     #[must_use]
     pub fn marked(&self, region: u16) -> Vec<u64> {
         let bits = self.marks.region(RegionId(region));
-        let is_marked = |page: &u64| bits.take_word(*page, 1) != 0;
-        (0..bits.pages()).filter(is_marked).collect()
+        (0..bits.pages()).filter(|&page| bits.take_word(page, 1) != 0).collect()
     }
 
     /// Has the guest stop, and marks what is left. Says since when it stands still.
     ///
     /// # Errors
-    /// As of [`Source::next`].
+    /// As of [`Source::look`].
     pub fn stop(&mut self) -> Result<Option<Instant>> {
         let stopped = self.host.stop()?;
         self.log.finish()?;
@@ -105,15 +105,28 @@ impl Source {
     }
 }
 
-/// Has the QEMU at this QMP socket, which waits for a guest, load a device state and run.
-///
-/// # Errors
-/// QEMU's own.
-pub fn load_and_run(qmp: &Path, state: Vec<u8>) -> Result<()> {
-    let mut qemu = Qemu::new(Qmp::connect(qmp)?);
-    qemu.prepare()?;
-    qemu.load_state(state)?;
-    qemu.run()
+/// A QEMU that waits for a guest.
+pub struct Destination(Qemu);
+
+impl Destination {
+    /// Has the QEMU at this QMP socket wait for a device state, load it, and not run yet.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn load(qmp: &Path, state: Vec<u8>) -> Result<Destination> {
+        let mut qemu = Qemu::new(Qmp::connect(qmp)?);
+        qemu.prepare()?;
+        qemu.load_state(state)?;
+        Ok(Destination(qemu))
+    }
+
+    /// Has the guest run, if it ran at the source.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn run(&mut self) -> Result<()> {
+        self.0.run()
+    }
 }
 
 /// What a stream of QEMU's was.

@@ -40,7 +40,6 @@ use stream::reading::Reading;
 
 pub(crate) use backends::{Backend, RamOfQemu, advice};
 pub(crate) use settings::Changes;
-pub(crate) use stream::log::SharedQemu;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\

@@ -12,7 +12,6 @@
 //! - [`bits`]: a bit a page
 //! - [`dirty`]: which pages a running guest has written, and who knows
 //! - [`data`]: where a RAM file has data, and where holes
-//! - [`dirty`]: which pages a running guest has written
 //! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
 //! - [`sync`]: the atomics of all of these, so that a model checker can take their place

@@ -42,7 +42,8 @@ use crate::control::source::{Input, Source, peer};
 use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
-use crate::host::qemu::{self, Qemu, RamOfQemu, SharedQemu};
+use crate::host::qemu::stream::log::SharedQemu;
+use crate::host::qemu::{self, Qemu, RamOfQemu};
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
@@ -249,10 +250,7 @@ fn migrate(
     let Guest { mut host, ram, files } =
         inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
     let log = match options.precopy {
-        Some(_) => {
-            let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
-            Some(host.dirty_log(&names)?.ok_or_else(memory::no_dirty_log)?)
-        }
+        Some(_) => Some(host.dirty_log().ok_or_else(memory::no_dirty_log)?),
         None => None,
     };
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
@@ -320,6 +318,10 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     let mut qemu = Qemu::new(Qmp::connect(path)?);
     qemu.claim()?;
     let found = qemu.check(Kind::Shared)?;
+    let names: Vec<String> = found.iter().map(|backend| backend.name.clone()).collect();
+    if options.precopy.is_some() {
+        qemu.check_stream(&names)?;
+    }
     let (mut ram, mut files) = (Vec::new(), Vec::new());
     for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
         let RamOfQemu { name, part, file, path } = opened;
@@ -329,7 +331,7 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     if let Some(advice) = qemu::advice(&found, "destination") {
         output.remark(&advice);
     }
-    Ok(Guest { host: Box::new(SharedQemu::new(qemu)), ram, files })
+    Ok(Guest { host: Box::new(SharedQemu::new(qemu, names)), ram, files })
 }
 
 /// Opens every lane, the demand lane first; only this one where there is a connection already.

@@ -16,6 +16,7 @@ mod movers;
 mod moving;
 mod precopy;
 mod refusals;
+mod stream;
 #[path = "../support/mod.rs"]
 mod support;
 mod terminal;

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 pub(super) struct Block {
     pub(super) name: String,
     pub(super) bytes: u64,
+    /// Among the addresses that QEMU has for all of its RAM.
+    pub(super) offset: u64,
     /// In QEMU's own address space. None where it does not say.
     pub(super) address: Option<u64>,
 }
@@ -102,7 +104,7 @@ fn blocks_in(text: &str) -> Option<Vec<Block>> {
         };
         let address = if has_address { Some(number(3)?) } else { None };
         // What is used is what QEMU migrates; the rest is room to grow.
-        Some(Block { name, bytes: number(1)?, address })
+        Some(Block { name, bytes: number(1)?, offset: number(0)?, address })
     };
     let blocks: Option<Vec<Block>> =
         lines.filter(|line| !line.trim().is_empty()).map(block).collect();
@@ -153,13 +155,19 @@ mod tests {
     #[test]
     fn blocks_are_read_from_both_tables() {
         let old = "              Block Name    PSize              Offset               Used              Total\n                    ram0    4 KiB  0x0000000000000000 0x0000000008000000 0x0000000008000000\n                            4 KiB  0x000000000c000000 0x0000000001000000 0x0000000001000000\n         0000:00:01.0/mm    2 MiB  0x0000000014000000 0x0000000004000000 0x0000000004000000\n";
-        let block = |name: &str, bytes, address| Block { name: name.into(), bytes, address };
-        let expected = [block("ram0", 128 << 20, None), block("0000:00:01.0/mm", 64 << 20, None)];
+        let block = |name: &str, bytes, offset, address| {
+            let name = name.into();
+            Block { name, bytes, offset, address }
+        };
+        let expected = [
+            block("ram0", 128 << 20, 0, None),
+            block("0000:00:01.0/mm", 64 << 20, 0x1400_0000, None),
+        ];
         assert_eq!(blocks_in(old).unwrap(), expected);
         let new = "              Block Name    PSize              Offset               Used              Total                HVA  RO\n           /objects/ram0    4 KiB  0x0000000000000000 0x0000000008000000 0x0000000008000000 0x00007f8927fff000  rw\n    /rom@etc/acpi/tables    4 KiB  0x000000000d880000 0x0000000000020000 0x0000000000200000 0x00007f8974e00000  ro\n";
         let expected = [
-            block("/objects/ram0", 128 << 20, Some(0x7f89_27ff_f000)),
-            block("/rom@etc/acpi/tables", 128 << 10, Some(0x7f89_74e0_0000)),
+            block("/objects/ram0", 128 << 20, 0, Some(0x7f89_27ff_f000)),
+            block("/rom@etc/acpi/tables", 128 << 10, 0xd88_0000, Some(0x7f89_74e0_0000)),
         ];
         assert_eq!(blocks_in(new).unwrap(), expected);
         assert!(expected[0].is_of("ram0") && !expected[0].is_of("objects"));

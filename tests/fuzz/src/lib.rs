@@ -11,6 +11,7 @@ mod hello;
 mod pair;
 mod phases;
 mod receiver;
+mod stream;
 mod text;
 mod words;
 
@@ -31,6 +32,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "frames", run: frames::run },
     Target { name: "hello", run: hello::run },
     Target { name: "handoff", run: handoff::run },
+    Target { name: "stream", run: stream::run },
     Target { name: "uri", run: text::uri },
     Target { name: "qmp", run: text::qmp },
     Target { name: "maps", run: text::maps },

@@ -20,14 +20,17 @@ use umem_wire::limits::STATE_BYTES_MAX;
 use super::reading::{Moved, Reading};
 use super::{Event, Parser};
 use crate::error::{Context, Error, Result};
+use crate::host::qemu::blocks::Block;
 use crate::host::qemu::saving::Saving;
 use crate::host::qemu::settings::{self, Role};
 use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
 use crate::host::{BeforeStop, SourceHost, guest};
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 
-/// The first QEMU whose log has every write of TCG's. Those before it lose writes (36 to 93 of 32768 pages with 7.2.22,
-/// none with 10.0: `ram_addr.h` clears the translated code's flags since).
+/// The first QEMU whose log has every write of TCG's to its first RAM block, at offset 0. Those before it forget to tell
+/// the vCPUs that a page is logged again (36 to 93 of 32768 pages were lost with 7.2.22). This and later ones tell them
+/// of the first block, whichever block it was (`cpu_physical_memory_sync_dirty_bitmap` in its include/exec/ram_addr.h
+/// passes an offset in the block as one in all RAM): of a second NUMA node 10.0 lost 3 of 32768 pages.
 const LOGS_TCG: (u64, u64) = (9, 0);
 
 /// The message `MIG_RP_MSG_SWITCHOVER_ACK` of QEMU's migration/migration.c, without data: the guest may be stopped.
@@ -43,39 +46,43 @@ const SYNC_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A QEMU that its log shares with whoever asks for the guest.
 #[derive(Clone)]
-pub(crate) struct SharedQemu(Arc<Mutex<Qemu>>);
+pub(crate) struct SharedQemu {
+    qemu: Arc<Mutex<Qemu>>,
+    /// The ids of the RAM backends that are moved, in the order of the regions.
+    backends: Arc<[String]>,
+}
 
 /// QEMU's stream as a log of the pages that its guest writes.
-pub(crate) struct QemuStream {
+struct QemuStream {
     host: SharedQemu,
-    /// The RAM backend of each region.
-    backends: Vec<String>,
     reading: Option<Arc<Reading>>,
 }
 
 impl SharedQemu {
-    pub(crate) fn new(qemu: Qemu) -> SharedQemu {
-        SharedQemu(Arc::new(Mutex::new(qemu)))
+    /// One whose regions are these RAM backends, in this order.
+    pub(crate) fn new(qemu: Qemu, backends: Vec<String>) -> SharedQemu {
+        SharedQemu { qemu: Arc::new(Mutex::new(qemu)), backends: backends.into() }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Qemu> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Qemu> {
+        self.qemu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl DirtyLog for QemuStream {
     /// QEMU's first pass has every page, so it is read before anything is sent: what it marks would go twice.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()> {
-        let reading = self.host.lock().start_stream(&self.backends, marks)?;
+        let reading = self.host.lock().start_stream(&self.host.backends, marks)?;
         self.reading.insert(reading).first_pass()
     }
 
     /// QEMU waits afterwards until more is asked for.
     fn next(&mut self) -> Result<()> {
         let Some(reading) = &self.reading else { return Err(is_not_started()) };
+        // One that stops its guest by itself holds its main loop's lock then, and answers only while somebody reads.
+        reading.go_on();
         // A sync that is under way now may have passed what was written before this call.
         let before = self.host.lock().syncs()?;
-        reading.go_on();
         let mut interval = SYNC_INTERVAL_MIN;
         while !reading.is_over()? && self.host.lock().syncs()? <= before {
             std::thread::sleep(interval);
@@ -95,18 +102,14 @@ fn is_not_started() -> Error {
 }
 
 impl SourceHost for SharedQemu {
-    fn dirty_log(&mut self, backends: &[String]) -> Result<Option<Box<dyn DirtyLog>>> {
-        let mut qemu = self.lock();
-        if let Some(log) = guest::log::of(&mut qemu.qmp) {
-            return Ok(Some(log));
-        }
-        qemu.check_stream()?;
-        let (host, backends) = (self.clone(), backends.to_vec());
-        Ok(Some(Box::new(QemuStream { host, backends, reading: None })))
-    }
-
     fn before_stop(&mut self, note: BeforeStop) {
         self.lock().before_stop(note);
+    }
+
+    /// The demo's guest is asked itself.
+    fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
+        let own = guest::log::of(&mut self.lock().qmp);
+        own.or_else(|| Some(Box::new(QemuStream { host: self.clone(), reading: None })))
     }
 
     fn stop(&mut self) -> Result<Option<Instant>> {
@@ -131,17 +134,29 @@ impl SourceHost for SharedQemu {
 }
 
 impl Qemu {
-    /// Checks that its stream tells of every write, and is one that umem reads. Changes nothing.
-    pub(crate) fn check_stream(&mut self) -> Result<()> {
-        let instead = "move the guest without rounds before the switchover";
-        let kvm = self.qmp.execute("query-kvm", json!({}))?;
-        let (major, minor) = run_state::version(&mut self.qmp)?;
-        if kvm["enabled"] != json!(true) && (major, minor) < LOGS_TCG {
-            let (since, _) = LOGS_TCG;
-            return Err(Error::Unsupported(format!(
-                "QEMU {major}.{minor} without KVM loses writes in its log of dirty pages, which QEMU {since}.0 does \
-                 not: {instead}, or use a later QEMU"
-            )));
+    /// Checks that its stream tells of every write to these RAM backends, and is one that umem reads, if it is a QEMU.
+    /// Changes nothing.
+    pub(crate) fn check_stream(&mut self, backends: &[String]) -> Result<()> {
+        let instead = "leave out --precopy";
+        let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(()) };
+        if kvm["enabled"] != json!(true) {
+            let (major, minor) = run_state::version(&mut self.qmp)?;
+            if (major, minor) < LOGS_TCG {
+                let (since, _) = LOGS_TCG;
+                return Err(Error::Unsupported(format!(
+                    "QEMU {major}.{minor} without KVM loses writes in its log of dirty pages, which QEMU {since}.0 \
+                     does not: {instead}, or use a later QEMU"
+                )));
+            }
+            let mut blocks = self.blocks()?.into_iter().filter(|block| block.offset != 0);
+            let is_moved = |block: &Block| backends.iter().any(|id| block.is_of(id));
+            if let Some(block) = blocks.find(is_moved) {
+                return Err(Error::Unsupported(format!(
+                    "QEMU without KVM loses writes in its log of dirty pages, except to its first RAM block, and {} \
+                     is another one: {instead}, or give the guest one RAM backend",
+                    block.name
+                )));
+            }
         }
         let confidential = self.qmp.property("/machine", "confidential-guest-support")?;
         if confidential.as_ref().and_then(Value::as_str).is_some_and(|object| !object.is_empty()) {
@@ -162,7 +177,8 @@ impl Qemu {
     }
 
     fn start_stream(&mut self, backends: &[String], marks: Arc<DirtyMap>) -> Result<Arc<Reading>> {
-        let moved = self.moved(backends, &marks)?;
+        self.check_stream(backends)?;
+        let moved = self.moved(backends)?;
         self.change_settings(Role::Stream)?;
         let started = self.migrate_into_reader(moved, marks);
         if started.is_err() {
@@ -186,24 +202,35 @@ impl Qemu {
         // The byte in front of it is umem's.
         let state_bytes_max = STATE_BYTES_MAX as usize - 1;
         // QEMU writes before it answers.
-        let reading = Arc::new(Reading::start(socket, moved, marks, state_bytes_max)?);
+        let reading = Reading::start(socket, moved, marks, state_bytes_max)?;
+        if !self.is_live || !self.waits_for_a_word()? {
+            reading.finish();
+        }
+        let reading = Arc::new(reading);
         self.stream = Some(reading.clone());
         self.qmp.execute("migrate", json!({ "uri": format!("fd:{STATE_SOCKET}") }))?;
         self.saving = Saving::Held(ours);
         Ok(reading)
     }
 
-    /// The RAM blocks of these backends, which are the regions in their order.
-    fn moved(&mut self, backends: &[String], marks: &DirtyMap) -> Result<Vec<Moved>> {
+    /// The RAM blocks of these backends.
+    fn moved(&mut self, backends: &[String]) -> Result<Vec<Moved>> {
         let blocks = self.blocks()?;
-        let moved = |(index, backend): (u16, &String)| {
-            let Some(block) = blocks.iter().find(|block| block.is_of(backend)) else {
-                return Err(Error::Host(format!("no RAM block is of its backend {backend}")));
+        let moved = |(index, id): (u16, &String)| {
+            let Some(block) = blocks.iter().find(|block| block.is_of(id)) else {
+                return Err(Error::Host(format!(
+                    "it has no RAM block of its backend {id} any more"
+                )));
             };
-            let (name, bytes, region) = (block.name.clone(), block.bytes, RegionId(index));
-            Ok(Moved { block: name, region, bytes, unit_shift: marks.shift(region) })
+            Ok(Moved { block: block.name.clone(), bytes: block.bytes, region: RegionId(index) })
         };
         (0..).zip(backends).map(moved).collect()
+    }
+
+    /// Whether it goes on until it may stop its guest. One that does not, or whose guest stands still already, must not
+    /// be kept waiting: it holds its main loop's lock when it writes the rest.
+    fn waits_for_a_word(&mut self) -> Result<bool> {
+        Ok(settings::capabilities(&mut self.qmp)?.contains_key(settings::SWITCHOVER_ACK))
     }
 
     /// How often QEMU has collected what the guest has written.
@@ -218,7 +245,7 @@ impl Qemu {
     /// Has the guest stop whose stream is being read, and reads the rest of it.
     pub(in crate::host::qemu) fn stop_stream(&mut self, reading: &Reading) -> Result<Vec<u8>> {
         reading.finish();
-        if settings::capabilities(&mut self.qmp)?.contains_key(settings::SWITCHOVER_ACK) {
+        if self.waits_for_a_word()? {
             // If QEMU does not take it, the stream says why.
             let _ = reading.socket().write_all(&SWITCHOVER_ACK);
         }

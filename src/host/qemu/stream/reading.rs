@@ -3,6 +3,7 @@
 //! It reads only while somebody wants to know: QEMU waits when nobody reads, and the guest goes on meanwhile. From
 //! the moment the guest is to stop it reads to the end.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,11 +13,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{MsgFlags, recv};
-use umem_wire::{PageRange, RegionId};
+use umem_wire::RegionId;
 
 use super::cut::Cut;
 use super::look::Look;
-use super::{Block, Event, Parser};
+use super::{Block, Event, PAGE_BYTES, Parser};
 use crate::error::{Context, Error, Result};
 use crate::host::qemu::saving;
 use crate::memory::dirty::DirtyMap;
@@ -32,13 +33,11 @@ nix::ioctl_read_bad!(bytes_to_read, libc::FIONREAD, libc::c_int);
 
 /// A RAM block that umem moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Moved {
+pub(super) struct Moved {
     /// QEMU's name of it.
-    pub(crate) block: String,
-    pub(crate) region: RegionId,
-    pub(crate) bytes: u64,
-    /// log2 of the region's landing unit.
-    pub(crate) unit_shift: u8,
+    pub(super) block: String,
+    pub(super) bytes: u64,
+    pub(super) region: RegionId,
 }
 
 /// A stream that is being read.
@@ -292,7 +291,7 @@ impl Reader<'_> {
             }
             sorter.take(parser.blocks(), &event)
         })?;
-        sorter.mark_run();
+        sorter.mark_run()?;
         Ok(is_looked)
     }
 }
@@ -300,34 +299,33 @@ impl Reader<'_> {
 /// Parts a stream into marks and what is left of it.
 struct Sorter {
     moved: Vec<Moved>,
-    /// Of each block of the stream, once those are known.
-    of_block: Vec<Option<Moved>>,
+    /// The region of each block of the stream, once those are known.
+    regions: Vec<Option<RegionId>>,
     marks: Arc<DirtyMap>,
-    /// Units of a region that are yet to be marked.
-    run: Option<PageRange>,
+    /// Bytes of a region that are yet to be marked.
+    run: Option<(RegionId, Range<u64>)>,
     cut: Cut,
     is_ram_over: bool,
 }
 
 impl Sorter {
     fn new(moved: Vec<Moved>, marks: Arc<DirtyMap>, cut: Cut) -> Sorter {
-        Sorter { moved, of_block: Vec::new(), marks, run: None, cut, is_ram_over: false }
+        Sorter { moved, regions: Vec::new(), marks, run: None, cut, is_ram_over: false }
     }
 
     fn take(&mut self, blocks: &[Block], event: &Event<'_>) -> Result<()> {
         match *event {
-            Event::Began { .. } if self.of_block.len() != blocks.len() => self.find(blocks)?,
+            Event::Began { .. } if self.regions.len() != blocks.len() => self.find(blocks)?,
             Event::Page { block, offset, .. } => {
-                if let Some(moved) = &self.of_block[block] {
-                    let (region, unit) = (moved.region, offset >> moved.unit_shift);
-                    self.mark(region, unit);
+                if let Some(region) = self.regions[block] {
+                    self.mark(region, offset)?;
                 }
             }
             Event::Ended { is_last: true } => self.is_ram_over = true,
             _ => {}
         }
-        let of_block = &self.of_block;
-        self.cut.take(blocks, |block| of_block[block].is_some(), event)
+        let regions = &self.regions;
+        self.cut.take(blocks, |block| regions[block].is_some(), event)
     }
 
     /// Finds what umem moves among the blocks of the stream.
@@ -342,28 +340,38 @@ impl Sorter {
                 )));
             }
         }
-        let of = |block: &Block| self.moved.iter().find(|moved| moved.block == block.name).cloned();
-        self.of_block = blocks.iter().map(of).collect();
+        let of = |block: &Block| {
+            let moved = self.moved.iter().find(|moved| moved.block == block.name);
+            moved.map(|moved| moved.region)
+        };
+        self.regions = blocks.iter().map(of).collect();
         Ok(())
     }
 
-    fn mark(&mut self, region: RegionId, unit: u64) {
-        if let Some(run) = &mut self.run
-            && run.region == region
-            && (run.first..=run.first + run.pages).contains(&unit)
-        {
-            run.pages = run.pages.max(unit + 1 - run.first);
-            return;
+    /// Marks a page, with those before it if it follows them.
+    fn mark(&mut self, region: RegionId, offset: u64) -> Result<()> {
+        let end = offset + PAGE_BYTES as u64;
+        match &mut self.run {
+            Some((before, bytes)) if *before == region && bytes.end == offset => bytes.end = end,
+            _ => {
+                self.mark_run()?;
+                self.run = Some((region, offset..end));
+            }
         }
-        self.mark_run();
-        self.run = Some(PageRange { region, first: unit, pages: 1 });
+        Ok(())
     }
 
     /// Marks what is yet to be.
-    fn mark_run(&mut self) {
-        if let Some(run) = self.run.take() {
-            self.marks.mark(run);
+    fn mark_run(&mut self) -> Result<()> {
+        let Some((region, bytes)) = self.run.take() else { return Ok(()) };
+        if self.marks.mark_bytes(region, bytes.start, bytes.end - bytes.start) {
+            return Ok(());
         }
+        let (start, end) = (bytes.start, bytes.end);
+        Err(Error::Host(format!(
+            "its migration stream has the bytes {start:#x} to {end:#x} of region {}, which are not moved",
+            region.0
+        )))
     }
 }
 

@@ -1,0 +1,385 @@
+//! QEMU's own migration stream: recorded and read in pieces, and read while it comes, as a log of the pages that the
+//! guest writes. The guest checks at the destination that no word was missed.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+
+use serde_json::{Value, json};
+use umem::host::pieces::{Destination, Parsed, Source, parse};
+
+use crate::destination;
+use crate::moving::Moved;
+use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Random, Scratch, Serial, Side, seed};
+use crate::{boot, migrate, says};
+
+const PAGE: usize = 4096;
+const RAM_BYTES: u64 = 256 << 20;
+
+/// Our Linux guest with its one backend, `ram0`.
+fn machine(version: QemuVersion) -> Machine {
+    Machine { guest: "umem.mib=64".into(), ..Machine::linux(version) }
+}
+
+/// The same machine, which waits for its guest. Its memory is what `ram` says.
+fn waits(machine: &Machine, scratch: &Scratch, ram: &[u8]) -> Qemu {
+    let mut words = machine.command_line(scratch, Side::Destination);
+    words.extend(["-incoming", "defer"].map(str::to_owned));
+    let test = machine.socket(scratch, Side::Destination, "test");
+    let umem = machine.socket(scratch, Side::Destination, "umem");
+    let serial = machine.serial(scratch, Side::Destination);
+    let qemu = Qemu::start(&words, &test, umem, serial);
+    let file =
+        File::options().write(true).open(machine.ram_file(scratch, Side::Destination, "ram0"));
+    let file = file.expect("QEMU has made it");
+    for (offset, page) in (0..).step_by(PAGE).zip(ram.chunks(PAGE)) {
+        if page.iter().any(|&byte| byte != 0) {
+            file.write_all_at(page, offset).expect("it is as large");
+        }
+    }
+    qemu
+}
+
+/// Waits until the guest has checked all of its memory where it is now.
+fn is_whole(before: &mut Serial, now: &mut Serial) {
+    let last = before.last_beat();
+    let first = now.beat("a number after the source's last", |beat| beat.number > last.number);
+    now.beat("two more sweeps", |beat| beat.passes >= first.passes + 2);
+    assert_eq!(before.last_beat().number, last.number, "both guests run");
+}
+
+/// Has QEMU migrate by itself, and returns its stream. The guest writes until the first pass is over.
+fn record(source: &mut Qemu, scratch: &Scratch) -> Vec<u8> {
+    let path = scratch.path("stream");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let fast = json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": 1 });
+    source.qmp.execute("migrate-set-parameters", fast);
+    let uri = format!("unix:{}", path.display());
+    source.qmp.execute("migrate", json!({ "uri": uri }));
+    let (mut socket, _) = listener.accept().expect("QEMU connects");
+    let mut stream = Vec::new();
+    // More than the guest has written, so that what was written meanwhile has come, too.
+    let first = (&mut socket).take(3 * RAM_BYTES / 2).read_to_end(&mut stream);
+    first.expect("QEMU writes");
+    source.qmp.execute("stop", json!({}));
+    socket.read_to_end(&mut stream).expect("QEMU writes");
+    stream
+}
+
+fn in_one(stream: &[u8]) -> Parsed {
+    parse([stream], |name| name.ends_with("ram0")).expect("it is understood")
+}
+
+fn in_pieces(stream: &[u8], random: &mut Random) -> Parsed {
+    let mut left = stream;
+    let pieces = std::iter::from_fn(|| {
+        let count = usize::try_from(random.magnitude(20)).expect("a count").min(left.len());
+        let (now, later) = left.split_at(count);
+        left = later;
+        (!now.is_empty()).then_some(now)
+    });
+    parse(pieces, |name| name.ends_with("ram0")).expect("it is understood")
+}
+
+/// What the stream says of RAM is what the file has: the last record of each page.
+fn is_the_memory(parsed: &Parsed, ram: &[u8]) {
+    let block =
+        parsed.blocks.iter().position(|(name, _)| name.ends_with("ram0")).expect("it is there");
+    assert_eq!(parsed.blocks[block].1, RAM_BYTES);
+    let mut last = vec![None; ram.len() / PAGE];
+    for (of, offset, is_zero, _) in &parsed.pages {
+        if *of == block {
+            last[usize::try_from(*offset).expect("an offset") / PAGE] = Some(*is_zero);
+        }
+    }
+    for (page, is_zero) in ram.chunks(PAGE).zip(last) {
+        let is_zero = is_zero.expect("the first pass has every page");
+        assert!(!is_zero || page.iter().all(|&byte| byte == 0));
+    }
+}
+
+#[test]
+fn a_recorded_stream_says_the_same_in_any_pieces_and_what_is_left_of_it_is_loaded() {
+    let mut random = Random::new(seed(1));
+    for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
+        let scratch = Scratch::new();
+        let machine = machine(version);
+        let mut source = boot(&machine, &scratch);
+        let stream = record(&mut source, &scratch);
+        let whole = in_one(&stream);
+        assert!(whole.is_device_state && whole.parts > 1, "{} parts", whole.parts);
+        assert_eq!(whole.capabilities, Vec::<String>::new());
+        for _ in 0..3 {
+            let apart = in_pieces(&stream, &mut random);
+            // Not with assert_eq, which would print both.
+            assert!(apart == whole, "{version:?}: other pieces say something else");
+        }
+        assert!(whole.cut.len() < 2 << 20 && stream.len() > 60 << 20);
+        let again = in_one(&whole.cut);
+        assert!(again.cut == whole.cut, "{version:?}: more is cut out of what is left");
+        // This one's log loses writes under TCG.
+        if version == QemuVersion::V7_2 {
+            continue;
+        }
+        let ram = fs::read(machine.ram_file(&scratch, Side::Source, "ram0")).expect("RAM");
+        is_the_memory(&whole, &ram);
+        let mut destination = waits(&machine, &scratch, &ram);
+        let cut = scratch.path("cut");
+        fs::write(&cut, &whole.cut).expect("a file");
+        let uri = format!("exec:cat {}", cut.display());
+        destination.qmp.execute("migrate-incoming", json!({ "uri": uri }));
+        loaded(&mut destination.qmp);
+        destination.qmp.execute("cont", json!({}));
+        is_whole(&mut source.serial, &mut destination.serial);
+    }
+}
+
+/// Waits until QEMU has its device state.
+fn loaded(qmp: &mut Qmp) {
+    crate::support::wait_for("the device state", || {
+        let migration = qmp.execute("query-migrate", json!({}));
+        assert_ne!(migration["status"], "failed", "{migration}");
+        (migration["status"] == "completed").then_some(())
+    });
+}
+
+/// What may be changed for the time of a move.
+fn settings(qmp: &mut Qmp) -> [Value; 2] {
+    ["query-migrate-capabilities", "query-migrate-parameters"]
+        .map(|ask| qmp.execute(ask, json!({})))
+}
+
+/// A copy of the guest's RAM that has of each page what was in the file when its mark was taken.
+struct Copied {
+    file: File,
+    ram: Vec<u8>,
+}
+
+impl Copied {
+    fn of(machine: &Machine, scratch: &Scratch) -> Copied {
+        let file = File::open(machine.ram_file(scratch, Side::Source, "ram0")).expect("RAM");
+        Copied { file, ram: vec![0; usize::try_from(RAM_BYTES).expect("it fits")] }
+    }
+
+    /// Takes the marked pages; how many those were.
+    fn take(&mut self, source: &Source) -> usize {
+        let marked = source.marked(0);
+        for &page in &marked {
+            let at = usize::try_from(page).expect("a page") * PAGE;
+            self.file.read_exact_at(&mut self.ram[at..at + PAGE], at as u64).expect("RAM");
+        }
+        marked.len()
+    }
+
+    /// Pages that are not as in the file.
+    fn wrong(&self) -> Vec<usize> {
+        let mut page = [0; PAGE];
+        let mut is_wrong = |index: &usize| {
+            self.file.read_exact_at(&mut page, (index * PAGE) as u64).expect("RAM");
+            page != self.ram[index * PAGE..][..PAGE]
+        };
+        (0..self.ram.len() / PAGE).filter(|index| is_wrong(index)).collect()
+    }
+}
+
+fn connect(source: &Qemu) -> Source {
+    Source::connect(&source.socket, &[("ram0", RAM_BYTES)]).expect("it is free")
+}
+
+#[test]
+fn a_guest_that_writes_all_the_while_arrives_by_what_its_stream_has_marked() {
+    let scratch = Scratch::new();
+    let machine = machine(QemuVersion::V10_0);
+    let mut source = boot(&machine, &scratch);
+    let before = settings(&mut source.qmp);
+    let mut ours = connect(&source);
+    let mut copied = Copied::of(&machine, &scratch);
+    ours.start().expect("QEMU migrates");
+    let mut counts = Vec::new();
+    for _ in 0..4 {
+        ours.look().expect("a look");
+        counts.push(copied.take(&ours));
+        assert_eq!(source.qmp.status(), "running");
+    }
+    ours.stop().expect("the guest stops");
+    assert_eq!(source.qmp.status(), "finish-migrate");
+    counts.push(copied.take(&ours));
+    assert_eq!(counts[0], copied.ram.len() / PAGE, "the first look is at every page");
+    assert!(
+        counts[1..].iter().all(|&count| count > 0),
+        "the guest writes all the while: {counts:?}"
+    );
+    assert_eq!(copied.wrong(), Vec::<usize>::new());
+    let state = ours.state().expect("it was saved");
+    assert!(state.len() < 2 << 20, "{} bytes", state.len());
+    let mut destination = waits(&machine, &scratch, &copied.ram);
+    let of_destination = settings(&mut destination.qmp);
+    let mut arrived = Destination::load(&destination.socket, state).expect("it is loaded");
+    ours.give_away().expect("it stands still");
+    arrived.run().expect("it runs");
+    is_whole(&mut source.serial, &mut destination.serial);
+    assert_eq!(source.qmp.status(), "postmigrate");
+    assert_eq!(settings(&mut source.qmp), before);
+    assert_eq!(settings(&mut destination.qmp), of_destination);
+}
+
+#[test]
+fn a_guest_that_does_nothing_is_not_stopped_before_its_time() {
+    let scratch = Scratch::new();
+    let machine =
+        Machine { guest: "umem.mib=64 umem.mode=idle".into(), ..machine(QemuVersion::V10_0) };
+    let mut source = machine.start(&scratch);
+    source.serial.beat("anything", |_| true);
+    let mut ours = connect(&source);
+    ours.start().expect("QEMU migrates");
+    let mut copied = Copied::of(&machine, &scratch);
+    for _ in 0..10 {
+        ours.look().expect("a look");
+        copied.take(&ours);
+        source.serial.goes_on();
+    }
+    let stopped = ours.stop().expect("the guest stops");
+    assert!(stopped.is_some());
+    // By QEMU itself, so that it goes on by itself as well.
+    copied.take(&ours);
+    assert_eq!(copied.wrong(), Vec::<usize>::new());
+    ours.resume().expect("it goes on");
+    assert_eq!(source.qmp.status(), "running");
+    source.serial.goes_on();
+}
+
+#[test]
+fn a_guest_goes_on_whose_umem_ends_in_a_round_and_the_next_one_moves_it() {
+    let scratch = Scratch::new();
+    let machine = machine(QemuVersion::V10_0);
+    let mut source = boot(&machine, &scratch);
+    let before = settings(&mut source.qmp);
+    for is_undone in [true, false] {
+        let mut ours = connect(&source);
+        ours.start().expect("QEMU migrates");
+        ours.look().expect("a look");
+        if is_undone {
+            ours.resume().expect("it goes on");
+            assert_eq!(settings(&mut source.qmp), before);
+        }
+        drop(ours);
+        source.serial.goes_on();
+        assert_eq!(source.qmp.status(), "running");
+    }
+    // Undoes what the one before has left.
+    let mut ours = connect(&source);
+    assert_eq!(settings(&mut source.qmp), before);
+    let mut copied = Copied::of(&machine, &scratch);
+    ours.start().expect("QEMU migrates");
+    ours.look().expect("a look");
+    copied.take(&ours);
+    ours.stop().expect("the guest stops");
+    copied.take(&ours);
+    assert_eq!(copied.wrong(), Vec::<usize>::new());
+    ours.resume().expect("it goes on");
+    assert_eq!(source.qmp.status(), "running");
+    source.serial.goes_on();
+    assert_eq!(settings(&mut source.qmp), before);
+}
+
+#[test]
+fn a_stream_that_would_not_tell_all_is_refused_before_anything_is_changed() {
+    let scratch = Scratch::new();
+    let mut old = machine(QemuVersion::V7_2);
+    old.name = "old";
+    let mut source = boot(&old, &scratch);
+    let before = settings(&mut source.qmp);
+    let error = connect(&source).start().expect_err("its log loses writes").to_string();
+    says(&error, "QEMU 7.2 without KVM loses writes");
+    assert_eq!(settings(&mut source.qmp), before);
+    drop(source);
+
+    let mut source = boot(&machine(QemuVersion::V10_0), &scratch);
+    let set = |state: bool| json!({ "capabilities": [{ "capability": "dirty-bitmaps", "state": state }] });
+    source.qmp.execute("migrate-set-capabilities", set(true));
+    let before = settings(&mut source.qmp);
+    let error = connect(&source).start().expect_err("disks are not read").to_string();
+    says(&error, "capability dirty-bitmaps is on");
+    assert_eq!(settings(&mut source.qmp), before);
+    source.qmp.execute("migrate-set-capabilities", set(false));
+    let mut ours = connect(&source);
+    let listener = UnixListener::bind(scratch.path("other")).expect("a socket");
+    let uri = format!("unix:{}", scratch.path("other").display());
+    source.qmp.execute("migrate", json!({ "uri": uri }));
+    let error = ours.start().expect_err("somebody else migrates it").to_string();
+    says(&error, "a migration of QEMU's own is under way");
+    source.qmp.execute("migrate_cancel", json!({}));
+    drop(listener);
+    source.serial.goes_on();
+}
+
+/// Moves a guest with rounds before the switchover, by umem's own two sides.
+fn moves(machine: &Machine, options: &[&str]) {
+    let scratch = Scratch::new();
+    let mut source = boot(machine, &scratch);
+    let before = settings(&mut source.qmp);
+    let destination = destination::Destination::start(machine, &scratch);
+    let mut moving =
+        Moved::start(source, destination, &[&["--precopy", "--checksum"], options].concat());
+    let pass = moving.umem.event("pass");
+    assert_eq!(pass["pass"], 1);
+    let reports = [moving.umem.event("completed"), moving.destination.umem.event("completed")];
+    for report in &reports {
+        for digest in report["digests"].as_array().expect("sums were compared") {
+            assert_eq!(digest["digest"], digest["peer"], "{report}");
+        }
+    }
+    moving.is_whole_at_the_destination();
+    assert_eq!(moving.source.qmp.status(), "postmigrate");
+    moving.umem.succeeds();
+    assert_eq!(settings(&mut moving.source.qmp), before);
+}
+
+#[test]
+fn a_guest_is_moved_in_rounds_and_then_by_postcopy() {
+    moves(&machine(QemuVersion::V10_0), &["-p", "--downtime-limit", "0"]);
+}
+
+#[test]
+fn a_guest_is_moved_in_rounds_before_the_switchover() {
+    moves(&machine(QemuVersion::V10_0), &["--lanes", "2"]);
+}
+
+/// Without KVM: an old QEMU's log, and that of each QEMU for any but its first RAM block.
+#[test]
+fn rounds_are_refused_where_the_log_loses_writes() {
+    let node = |id| Ram { id, mib: 128 };
+    let ram = vec![node("node0"), node("node1")];
+    let two = Machine { name: "two", ram, ..machine(QemuVersion::V10_0) };
+    let scratch = Scratch::new();
+    for (machine, why) in [
+        (machine(QemuVersion::V7_2), "QEMU 7.2 without KVM loses writes"),
+        (two, "except to its first RAM block, and node1 is another one"),
+    ] {
+        let mut source = boot(&machine, &scratch);
+        let umem = migrate(&source, crate::NOBODY, &["--precopy", "-p"]);
+        says(&umem.fails(), why);
+        assert_eq!(source.qmp.status(), "running");
+    }
+}
+
+/// Killed with the destination waiting and pages on their way.
+#[test]
+fn a_guest_goes_on_whose_umem_is_killed_in_a_round() {
+    let scratch = Scratch::new();
+    let machine = machine(QemuVersion::V10_0);
+    let mut source = boot(&machine, &scratch);
+    let before = settings(&mut source.qmp);
+    let destination = destination::Destination::start(&machine, &scratch);
+    // The guest writes more than goes in that time, so that there is a next pass.
+    let slow = ["--precopy", "-p", "--downtime-limit", "0", "--precopy-passes", "100"];
+    let mut umem = migrate(&source, &destination.uri, &slow);
+    umem.event("pass");
+    umem.kill();
+    source.serial.goes_on();
+    let mut ours = connect(&source);
+    assert_eq!(source.qmp.status(), "running");
+    assert_eq!(settings(&mut source.qmp), before);
+    ours.resume().expect("nothing is to be done");
+}
