@@ -44,11 +44,6 @@ impl DirtyMap {
         &self.regions[usize::from(id.0)]
     }
 
-    /// log2 of the bytes of a region's pages.
-    pub(crate) fn shift(&self, id: RegionId) -> u8 {
-        self.shifts[usize::from(id.0)]
-    }
-
     /// Somebody has written to these bytes of a region: the pages that they lie in are dirty. False where there are no
     /// such bytes.
     #[must_use]
