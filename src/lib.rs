@@ -21,57 +21,34 @@
 
 #![warn(missing_docs)]
 
-mod accepting;
-mod bandwidth;
-mod bench;
 pub mod capi;
 pub mod cli;
 mod control;
-mod cores;
-pub mod demo;
 pub mod destination;
-pub mod doctor;
 pub mod embed;
 mod error;
 mod events;
 mod fault;
-mod follow;
-#[cfg(feature = "fuzz")]
-#[doc(hidden)]
-pub mod fuzz;
-mod hex;
 pub mod host;
-mod idle;
-mod inbox;
-mod install;
-mod lane;
-mod limits;
-mod lookup;
 mod memory;
 pub mod observe;
-mod os_text;
-mod panics;
-mod polling;
-mod print;
-mod priority;
-mod private_socket;
-mod process;
-mod role;
-mod screen;
-mod secure;
+mod programs;
+mod runtime;
 mod session;
-mod single;
 pub mod source;
 pub mod statistics;
-mod tls;
-mod uri;
-mod worker;
+mod transport;
 
+pub use crate::runtime::idle::IdleCores;
+pub use crate::transport::secure::Security;
+pub use crate::transport::uri::Uri;
 pub use error::{Error, Result};
 pub use host::command::RamPath;
-pub use idle::IdleCores;
 pub use memory::kind::Kind;
-pub use secure::Security;
+pub use programs::demo;
+pub use programs::doctor;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub use programs::fuzz;
 #[doc(inline)]
 pub use statistics as report;
-pub use uri::Uri;

@@ -54,7 +54,7 @@ fn every_event_and_every_metric_is_listed_for_observers() {
         let text = read(source);
         events.extend(events_in(&text));
     }
-    events.extend(events_of_control(&read(Path::new("src/control/event.rs"))));
+    events.extend(events_of_control(&read(Path::new("src/events/mod.rs"))));
     assert!(events.len() > 20, "only {events:?} were found");
     events.extend(["completed".to_owned(), "failed".to_owned()]);
     let cells: Vec<&str> =

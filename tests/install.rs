@@ -155,7 +155,7 @@ fn pages_are_set_without_a_warning() {
 #[test]
 fn systemd_understands_the_units() {
     let scratch = Scratch::new();
-    let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/install");
+    let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/programs/install");
     let [service, socket] = ["service", "socket"].map(|kind| {
         let text = std::fs::read_to_string(units.join(format!("umem-incoming@.{kind}"))).unwrap();
         let path = scratch.path(&format!("umem-incoming@4444.{kind}"));

@@ -1,6 +1,6 @@
 //! Panics of umem's threads: the guest runs on at one side, and whoever waits is told.
 //!
-//! Builds with debug assertions have places at which a test can have a thread panic (`src/panics.rs`).
+//! Builds with debug assertions have places at which a test can have a thread panic (`src/runtime/panics.rs`).
 //! `docs/design/panics.md` says for each thread what its panic means.
 
 mod support;

@@ -613,7 +613,7 @@ fn who_does_not_know_the_secret_is_not_let_in() {
     moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
 }
 
-/// Made from the description in `src/secure/secret.rs` alone.
+/// Made from the description in `src/transport/secure/secret.rs` alone.
 fn proof(secret: &str, label: &str, said: &[&[u8]]) -> [u8; 32] {
     let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
     let tag = hmac::sign(&key, &[&[label.as_bytes()], said].concat().concat());

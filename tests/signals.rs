@@ -115,7 +115,8 @@ fn no_signal_ends_a_destination_whose_guest_misses_memory() {
 /// What systemd does to a service of ours that is stopped (systemd.kill(5)): the unit says by which signal, and
 /// whether it is sent to all of its processes or to umem alone.
 fn stop_service(incoming: &Umem, guest: Pid) {
-    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/install/umem-incoming@.service");
+    let unit =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("src/programs/install/umem-incoming@.service");
     let unit = std::fs::read_to_string(unit).expect("it is there");
     let says = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key));
     let signal: Signal = says("KillSignal=").unwrap_or("SIGTERM").parse().expect("a signal");

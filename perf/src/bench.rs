@@ -52,10 +52,10 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// A pass of a bench is not larger (`REGION_BYTES_MAX` in src/bench/pages.rs), MiB.
+/// A pass of a bench is not larger (`REGION_BYTES_MAX` in src/programs/bench/pages.rs), MiB.
 const PASS_MIB_MAX: usize = 512;
 
-/// The memory of as many passes as a bench has at most (`REGIONS_ALIVE_MAX` in src/bench/pages.rs).
+/// The memory of as many passes as a bench has at most (`REGIONS_ALIVE_MAX` in src/programs/bench/pages.rs).
 const POOL_BYTES: usize = 6 * (PASS_MIB_MAX << 20);
 
 /// What one `umem bench` gave.

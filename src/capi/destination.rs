@@ -11,7 +11,7 @@ use super::types::{
 };
 use crate::embed::{Destination, DestinationSetup, Memory};
 use crate::error::Error;
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// The side that a guest comes to. One handle is for one migration.
 pub struct umem_destination {

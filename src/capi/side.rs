@@ -10,7 +10,7 @@ use super::types::{c_text, umem_event, umem_event_kind, umem_guest, umem_status}
 use crate::embed::handle::check_connections;
 use crate::embed::{Event, Failure};
 use crate::error::{Context, Error, Result};
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// A setup `S` that becomes a migration `R`.
 pub(super) struct Side<S, R> {

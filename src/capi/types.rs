@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 
 use crate::embed::{Guest, Stats};
 use crate::error::{Error, Result};
-use crate::panics;
+use crate::runtime::panics;
 
 /// What became of a call, or of a migration.
 #[repr(C)]

@@ -7,8 +7,9 @@ use argh::{ArgsInfo, FromArgs};
 
 use super::values::{CoreList, Seconds, Size};
 use crate::error::{Error, Result};
-use crate::uri::Uri;
-use crate::{bench, observe};
+use crate::observe;
+use crate::programs::bench;
+use crate::transport::uri::Uri;
 
 /// Measure the throughput of a link for pages: a server here, a client there.
 #[derive(FromArgs, ArgsInfo)]

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::values::Size;
 use crate::error::{Error, Result};
 use crate::observe::control;
-use crate::print;
+use crate::runtime::print;
 
 /// Show the state of a running migration, or change it, through its --control socket.
 #[derive(FromArgs, ArgsInfo)]

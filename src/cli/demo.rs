@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use argh::{ArgsInfo, FromArgs};
 
 use super::values::{PostcopyFlags, Size, check_lanes, check_percent};
-use crate::demo;
 use crate::error::{Error, Result};
 use crate::memory::kind::Kind;
+use crate::programs::demo;
 
 /// Move a guest of umem's own between processes on this machine, and check every page of it.
 #[derive(FromArgs, ArgsInfo)]

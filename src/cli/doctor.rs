@@ -2,8 +2,8 @@
 
 use argh::{ArgsInfo, FromArgs};
 
-use crate::doctor;
 use crate::error::Result;
+use crate::programs::doctor;
 
 /// Check what umem needs on this machine, and print the command that mends each problem.
 #[derive(FromArgs, ArgsInfo)]

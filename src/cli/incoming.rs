@@ -6,15 +6,16 @@ use argh::{ArgsInfo, FromArgs};
 
 use super::values::{CoreList, PostcopyFlags, Seconds, lanes_to, several_lanes};
 use crate::control::liveness::STEP_TIMEOUT;
+use crate::destination;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
-use crate::idle::IdleCores;
 use crate::memory::kind::Kind;
-use crate::observe::Address;
-use crate::secure::Security;
+use crate::observe::{self, Address};
+use crate::runtime::idle::IdleCores;
 use crate::session::ResumeOptions;
-use crate::uri::Uri;
-use crate::{destination, observe, single};
+use crate::transport::secure::Security;
+use crate::transport::single;
+use crate::transport::uri::Uri;
 
 /// Receive a guest: listen at URI, start COMMAND (its monitor), fill its memory.
 #[derive(FromArgs, ArgsInfo)]

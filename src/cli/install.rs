@@ -4,7 +4,8 @@ use argh::{ArgsInfo, FromArgs};
 
 use super::Arguments;
 use crate::error::{Error, Result};
-use crate::{install, print};
+use crate::programs::install;
+use crate::runtime::print;
 
 /// Print a page of the manual in roff.
 #[derive(FromArgs, ArgsInfo)]

@@ -9,13 +9,13 @@ use super::values::{CoreList, Seconds, Size, lanes_to};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
-use crate::idle::IdleCores;
-use crate::observe::Address;
-use crate::secure::Security;
+use crate::observe::{self, Address};
+use crate::runtime::idle::IdleCores;
 use crate::session::ResumeOptions;
-use crate::source::Precopy;
-use crate::uri::Uri;
-use crate::{limits, observe, source};
+use crate::source::{self, Precopy};
+use crate::transport::limits;
+use crate::transport::secure::Security;
+use crate::transport::uri::Uri;
 
 /// Passes before the stop where nobody says how many: most of what they gain comes of the first two.
 const PRECOPY_PASSES: u32 = 4;

@@ -18,8 +18,9 @@ use std::ffi::OsString;
 use argh::{ArgsInfo, FromArgs};
 
 use crate::error::Result;
-use crate::inbox::{Inbox, Wake};
-use crate::{os_text, print, tls};
+use crate::runtime::inbox::{Inbox, Wake};
+use crate::runtime::{os_text, print};
+use crate::transport::tls;
 
 /// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
@@ -103,7 +104,7 @@ pub fn main() -> i32 {
     let command = arguments.command;
     // The others end as any program does.
     let (moves_guest, reads_signals) = (command.moves_guest(), command.reads_signals());
-    let blocked = if reads_signals { crate::inbox::block_signals() } else { Ok(()) };
+    let blocked = if reads_signals { crate::runtime::inbox::block_signals() } else { Ok(()) };
     let result = blocked.and_then(|()| run(command));
     let status = match result {
         Ok(status) => status,

@@ -1,7 +1,7 @@
 //! What options take, and what several subcommands check alike
 
 use crate::error::{Error, Result};
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// The RFC's `-postcopy-flags`.
 #[derive(Clone, Copy)]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use umem_wire::Fault;
 
 use crate::error::{Error, Result};
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// From one attempt to the next.
 const INTERVAL: Duration = Duration::from_millis(200);

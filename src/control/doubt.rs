@@ -5,7 +5,7 @@ use std::time::Instant;
 use umem_wire::LaneRole;
 
 use crate::error::{Error, lane_name};
-use crate::lane::CAUSE_PATIENCE;
+use crate::transport::lane::CAUSE_PATIENCE;
 
 /// A lane that is lost, and the cause that may still come.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 //! Each side of a migration has a core: a value that is told what has happened and says what is to be done. It
 //! owns no descriptor, starts no thread, reads no clock and prints nothing, so that a test can run it in a
 //! time of its own, and end it between any two things that it does. Both have one contract, and a driver does what
-//! they say, in `src/source/effects.rs` and `src/destination/driving.rs`:
+//! they say, in `src/source/driving.rs` and `src/destination/driving.rs`:
 //!
 //! ```text
 //! for effect in core.handle(input, &now) {
@@ -38,7 +38,7 @@ pub(crate) mod suspicion;
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// When something is handled, and what had been counted by then.
 #[derive(Clone, Copy, Debug)]

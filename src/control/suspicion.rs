@@ -12,7 +12,7 @@ pub(crate) const IN_A_ROW_MAX: u32 = 8;
 
 /// What one side has seen of it.
 #[derive(Debug, Default)]
-pub(crate) struct Suspicion {
+pub(crate) struct ChecksumBreaker {
     errors: u64,
     progress: u64,
     in_a_row: u32,
@@ -29,7 +29,7 @@ pub(crate) enum Verdict {
     InVain { events: [Event; 2], reason: String },
 }
 
-impl Suspicion {
+impl ChecksumBreaker {
     /// Lanes are lost, as `why` says, when so much of the guest had come to the destination and so many wrong
     /// checksums had been noticed.
     pub(crate) fn lost(&mut self, why: &str, progress: u64, errors: u64) -> Verdict {
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn it_is_enough_when_nothing_comes_of_it() {
-        let (mut errors, mut suspicion) = (0, Suspicion::default());
+        let (mut errors, mut suspicion) = (0, ChecksumBreaker::default());
         let mut lost = |wrong, progress| {
             errors += wrong;
             let (events, in_vain) = suspicion.lost("why", progress, errors).into_parts();

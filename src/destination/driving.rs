@@ -8,9 +8,9 @@ use std::time::Instant;
 use nix::poll::PollFlags;
 use umem_wire::{Frame, LaneRole, transmit};
 
-use super::demand::Command;
-use super::farewell::{Farewell, Word};
-use super::guest::GuestRegion;
+use super::lanes::demand::Command;
+use super::memory::GuestRegion;
+use super::session::farewell::{CompletionNotifier, Word};
 use super::side::GuestSide;
 use super::{Migration, Note, encoded, ending};
 use crate::control::Order;
@@ -19,15 +19,18 @@ use crate::control::destination::{
 };
 use crate::error::{Error, Result, lane_name};
 use crate::host::thread::Answer;
-use crate::inbox::Wake;
-use crate::lane::Listener;
+use crate::runtime::inbox::Wake;
+use crate::runtime::{idle, panics, worker};
 use crate::statistics::Completed;
-use crate::{idle, panics, worker};
+use crate::transport::lane::Listener;
 
 impl Migration<'_> {
     /// Goes on until everything has ended. After an error before the switchover the source is told, so
     /// that its guest goes on there.
-    pub(super) fn drive(mut self, side: &mut GuestSide) -> Result<(Completed, Option<Farewell>)> {
+    pub(super) fn drive(
+        mut self,
+        side: &mut GuestSide,
+    ) -> Result<(Completed, Option<CompletionNotifier>)> {
         let mut watches_guest = true;
         loop {
             match self.outcome.take() {
@@ -42,7 +45,12 @@ impl Migration<'_> {
                 Some(Outcome::Complete { unheard }) => {
                     let farewell = unheard.and_then(|standing| {
                         let word = Word::Complete { standing, landing: self.landing.clone() };
-                        Some(Farewell::new(self.link.leave()?, word, self.keeper.clone()?, None))
+                        Some(CompletionNotifier::new(
+                            self.link.leave()?,
+                            word,
+                            self.keeper.clone()?,
+                            None,
+                        ))
                     });
                     return Ok((self.report(), farewell));
                 }
@@ -275,7 +283,10 @@ impl Migration<'_> {
                 return Ok(Some(Input::TakenUp));
             }
             Effect::TouchTheRest => {
-                self.threads.toucher.iter().for_each(super::touch::Toucher::touch_the_rest);
+                self.threads
+                    .toucher
+                    .iter()
+                    .for_each(crate::destination::memory::touch::Toucher::touch_the_rest);
             }
             Effect::Unregister => {
                 self.guest.unregister_all()?;

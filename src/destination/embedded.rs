@@ -7,21 +7,21 @@ use std::time::Instant;
 
 use umem_wire::{FaultCode, Hello, LaneRole};
 
-use super::accept::{self, Lanes, Terms};
-use super::prepare::Prepared;
+use super::admission::accept::{self, Lanes, Terms};
+use super::admission::prepare::Prepared;
 use super::{Migration, Note, Open, Plan};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
 use crate::host::embedder::{self, Embedder, LinkOrder};
 use crate::host::thread::HostThread;
-use crate::idle::IdleCores;
-use crate::inbox::{Inbox, Wake};
-use crate::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
 use crate::observe::watch::Watch;
-use crate::role::Role;
-use crate::secure::{self, Guard};
+use crate::runtime::idle::IdleCores;
+use crate::runtime::inbox::{Inbox, Wake};
+use crate::runtime::role::Role;
 use crate::statistics::Completed;
+use crate::transport::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
+use crate::transport::secure::{self, ServerAuth};
 
 /// Where the source comes in.
 pub(crate) enum Entrance {
@@ -31,7 +31,7 @@ pub(crate) enum Entrance {
 }
 
 /// What to receive, and how.
-pub(crate) struct Reception {
+pub(crate) struct IncomingConfig {
     pub(crate) entrance: Entrance,
     pub(crate) handed: Vec<Handed>,
     /// Bulk lanes that a source may open at an address.
@@ -43,15 +43,18 @@ pub(crate) struct Reception {
 }
 
 /// Receives one guest into memory of this process. Nothing of it runs any more when this returns.
-pub(crate) fn receive(reception: Reception, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
-    let Reception { entrance, handed, lanes_max, recovers, cores } = reception;
+pub(crate) fn receive(
+    reception: IncomingConfig,
+    embedder: &Arc<dyn Embedder>,
+) -> Result<Completed> {
+    let IncomingConfig { entrance, handed, lanes_max, recovers, cores } = reception;
     let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
     embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
     let output = embedder.clone().output();
     let mut prepared = Prepared::here(handed)?;
     // Who may connect is the program's own matter: it can give connections that it has secured.
-    let guard = Arc::new(Guard::default());
+    let guard = Arc::new(ServerAuth::default());
     let lanes = match entrance {
         Entrance::Listener(listener) => accept::Entrance::Listener(listener).accept(
             &guard,

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use umem_ring::Waker;
 use umem_wire::{Fault, Frame};
 
-use super::Migration;
-use super::demand::Command;
-use super::encoded;
-use super::latency::Latencies;
+use super::faults::latency::Latencies;
+use super::lanes::demand::Command;
+use super::{Migration, encoded};
 use crate::memory::sums::RegionDigest;
+use crate::runtime::worker;
 use crate::statistics::{Completed, CpuTime};
-use crate::{lane, worker};
+use crate::transport::lane;
 
 /// How long a process may take to end whose memory is gone.
 pub(super) const EXIT_PATIENCE: Duration = Duration::from_secs(5);

@@ -9,18 +9,17 @@ use std::time::Instant;
 
 use umem_wire::{Capabilities, FaultCode, Frame, Hello, Standing};
 
-use super::Migration;
-use super::accept::{Door, Lanes};
-use super::demand::{Command, Resume};
-use super::encoded;
+use super::admission::accept::{LaneAcceptor, Lanes};
+use super::lanes::demand::{Command, Resume};
+use super::{Migration, encoded};
 use crate::control::destination::{Entrance, Input};
 use crate::error::Result;
 use crate::events::CUT;
-use crate::inbox::Interest;
-use crate::lane::{Listener, Severable};
 use crate::observe::output::Output;
-use crate::secure::{Guard, WayIn};
-use crate::uri::Uri;
+use crate::runtime::inbox::Interest;
+use crate::transport::lane::{Listener, Severable};
+use crate::transport::secure::{ServerAuth, WayIn};
+use crate::transport::uri::Uri;
 
 /// The lanes of the session, or their absence.
 pub(super) struct Link {
@@ -28,11 +27,11 @@ pub(super) struct Link {
     /// The demand lane's, of the last attempt that has come to something.
     hello: Hello,
     /// What those who come have to show.
-    guard: Arc<Guard>,
+    guard: Arc<ServerAuth>,
     /// Who began the session, where TLS is asked for.
     certificate: Option<Vec<u8>>,
     /// None where there were connections, which cannot be opened again, and no others have been given.
-    door: Option<Door>,
+    door: Option<LaneAcceptor>,
     pub(super) sockets: Severable,
     /// All lanes of one attempt, which wait until nothing is left of those before.
     arrived: Option<Lanes>,
@@ -48,7 +47,7 @@ pub(super) enum Offer {
 }
 
 impl Link {
-    pub(super) fn new(lanes: &mut Lanes, guard: Arc<Guard>) -> Link {
+    pub(super) fn new(lanes: &mut Lanes, guard: Arc<ServerAuth>) -> Link {
         let (hello, certificate) = (lanes.hello.clone(), lanes.certificate.clone());
         Link {
             recovers: lanes.recovers(),
@@ -60,9 +59,9 @@ impl Link {
     /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
     pub(super) fn taken_over(
         hello: Hello,
-        guard: Arc<Guard>,
+        guard: Arc<ServerAuth>,
         certificate: Option<Vec<u8>>,
-        door: Door,
+        door: LaneAcceptor,
     ) -> Link {
         Link::down(hello, guard, certificate, Some(door))
     }
@@ -70,9 +69,9 @@ impl Link {
     /// One that recovers and has no lanes.
     fn down(
         hello: Hello,
-        guard: Arc<Guard>,
+        guard: Arc<ServerAuth>,
         certificate: Option<Vec<u8>>,
-        door: Option<Door>,
+        door: Option<LaneAcceptor>,
     ) -> Link {
         Link {
             recovers: true,
@@ -115,13 +114,13 @@ impl Link {
     }
 
     /// Everything is here: where a source comes in that has not heard of it, if it can come.
-    pub(super) fn leave(&mut self) -> Option<Door> {
+    pub(super) fn leave(&mut self) -> Option<LaneAcceptor> {
         self.door.take_if(|door| !door.is_of_connections())
     }
 
     /// Where new lanes come in: what is ready is for [`answer`](Link::answer).
     pub(super) fn fds(&self) -> Vec<Interest<'_>> {
-        self.door.as_ref().map_or_else(Vec::new, Door::fds)
+        self.door.as_ref().map_or_else(Vec::new, LaneAcceptor::fds)
     }
 
     pub(super) fn answer(&mut self, index: usize) -> Result<()> {
@@ -130,7 +129,7 @@ impl Link {
 
     /// When [`look`](Link::look) has something to do at the latest.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.door.as_ref().and_then(Door::next_deadline)
+        self.door.as_ref().and_then(LaneAcceptor::next_deadline)
     }
 
     /// Looks at who has come in, and says whether that is news. Whoever comes is refused for that reason.
@@ -182,10 +181,10 @@ impl Link {
         let (guard, certificate) = (self.guard.clone(), self.certificate.clone());
         self.door = self.offer.take().map(|offer| match offer {
             Offer::Listener(listener) => {
-                Door::of_session(listener, guard, &self.hello, certificate, output)
+                LaneAcceptor::of_session(listener, guard, &self.hello, certificate, output)
             }
             Offer::Connections(sockets) => {
-                Door::of_connections(sockets, guard, &self.hello, certificate, output)
+                LaneAcceptor::of_connections(sockets, guard, &self.hello, certificate, output)
             }
         });
     }

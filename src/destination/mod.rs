@@ -5,26 +5,18 @@
 //! inbox. The pages are moved by the threads of [`demand`] and [`bulk`] into [`guest`], and the monitor is waited for by
 //! a thread of its own.
 
-mod accept;
-pub(crate) mod acks;
-pub(crate) mod bulk;
-pub(crate) mod demand;
+mod admission;
 mod driving;
 pub(crate) mod embedded;
 mod ending;
-mod farewell;
 pub(crate) mod faults;
-pub(crate) mod guest;
-mod keeping;
-mod latency;
+pub(crate) mod landing;
+pub(crate) mod lanes;
 mod link;
-mod prepare;
-pub(crate) mod reader;
+pub(crate) mod memory;
+pub(crate) mod session;
 mod side;
 mod starting;
-pub(crate) mod takeover;
-mod touch;
-mod window;
 
 use std::io;
 use std::net::SocketAddr;
@@ -40,38 +32,38 @@ use umem_ring::Waker;
 use umem_wire::{Event, Fault, Receiver, RegionTable};
 
 use crate::control::destination::{Core, Outcome};
-use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::events as control;
 use crate::host::command::RamPath;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
-use crate::idle::{Awake, IdleCores};
-use crate::inbox::Inbox;
-use crate::lane::{self, Lane, Listener};
 use crate::memory::kind::Kind;
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
 use crate::observe::watch::{LinkOrder, Watch};
 use crate::observe::{self, Observer};
-use crate::role::Role;
-use crate::secure::{Guard, Security};
-use crate::session::{DestinationRecord, Keeper};
-use crate::single::{self, Single};
+use crate::runtime::cores::Cores;
+use crate::runtime::idle::{Awake, IdleCores};
+use crate::runtime::inbox::Inbox;
+use crate::runtime::role::Role;
+use crate::runtime::worker::Failure;
+use crate::session::{DestinationRecord, SessionFile};
 use crate::statistics::Completed;
-use crate::uri::Uri;
-use crate::worker::Failure;
+use crate::transport::lane::{self, Lane, Listener};
+use crate::transport::secure::{Security, ServerAuth};
+use crate::transport::single::{self, SharedConnection};
+use crate::transport::uri::Uri;
 
-use accept::{Entrance, Lanes, Terms};
-use demand::Command;
-use farewell::Farewell;
-use faults::Servers;
-use guest::GuestMemory;
-use keeping::Keeping;
-use latency::Latencies;
+use self::admission::accept::{Entrance, Lanes, Terms};
+use self::admission::prepare::{Adopted, Expected, Prepared};
+use self::faults::latency::Latencies;
+use self::faults::serving::Servers;
+use self::lanes::demand::Command;
+use self::session::farewell::CompletionNotifier;
+use self::session::keeping::Persistence;
 use link::Link;
-use prepare::{Adopted, Expected, Prepared};
-use touch::Toucher;
+use memory::GuestMemory;
+use memory::touch::Toucher;
 
 /// What `umem incoming` is asked to do.
 #[derive(Clone, Debug)]
@@ -114,8 +106,8 @@ pub struct Options {
     pub command: Vec<String>,
 }
 
+pub use self::session::takeover::run as resume;
 pub use crate::session::ResumeOptions;
-pub use takeover::run as resume;
 
 /// What reaches the control thread.
 pub(crate) enum Note {
@@ -190,7 +182,7 @@ pub fn run(options: &Options) -> Result<i32> {
     // Before anything else makes descriptors.
     let single = match single::is_listening(&options.uri) {
         true => None,
-        false => Single::open(&options.uri)?,
+        false => SharedConnection::open(&options.uri)?,
     };
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let inbox = Inbox::new()?;
@@ -199,7 +191,7 @@ pub fn run(options: &Options) -> Result<i32> {
     let observer = Observer::start(&options.observe, Role::Destination, None, &output)?;
     // Files may be FIFOs, which wait for who writes to them.
     let security = options.security.clone();
-    let loaded = inbox.wait_for_work(NO_GUEST, None, move || Guard::load(&security));
+    let loaded = inbox.wait_for_work(NO_GUEST, None, move || ServerAuth::load(&security));
     let (guard, received) = match loaded.map(Arc::new) {
         Ok(guard) => {
             let received = receive(options, socket, &guard, &inbox, &observer);
@@ -240,14 +232,14 @@ struct Received {
     prepared: Prepared,
     report: Completed,
     /// For a source that has not heard of it.
-    farewell: Option<Farewell>,
+    farewell: Option<CompletionNotifier>,
 }
 
 /// Receives it.
 fn receive(
     options: &Options,
     socket: Option<OwnedFd>,
-    guard: &Arc<Guard>,
+    guard: &Arc<ServerAuth>,
     inbox: &Inbox<Note>,
     observer: &Observer,
 ) -> Result<Received> {
@@ -286,11 +278,16 @@ fn receive(
         security: guard.describe(),
         checksum: lanes.demand.is_checked(),
     });
-    let (receiver, adopted) =
-        accept::compare(&lanes.demand, inbox, &mut prepared, options.step_timeout)?;
-    let keeping = keeping::keep(options, &uri, &lanes, &prepared, &adopted, &output).inspect_err(
-        |error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error),
+    let (receiver, adopted) = crate::destination::admission::accept::compare(
+        &lanes.demand,
+        inbox,
+        &mut prepared,
+        options.step_timeout,
     )?;
+    let keeping = crate::destination::session::keeping::keep(
+        options, &uri, &lanes, &prepared, &adopted, &output,
+    )
+    .inspect_err(|error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error))?;
     let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
     let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
     let plan = Plan {
@@ -335,18 +332,18 @@ struct Plan<'a> {
 struct Open {
     lanes: Lanes,
     /// What those who replace them have to show.
-    guard: Arc<Guard>,
+    guard: Arc<ServerAuth>,
     receiver: Receiver,
     adopted: Adopted,
     /// For the case that this process is killed.
-    keeping: Option<Keeping>,
+    keeping: Option<Persistence>,
 }
 
 /// What the demand thread begins with.
 struct Serving {
     core: Core,
     link: Link,
-    keeper: Option<Keeper<DestinationRecord>>,
+    keeper: Option<SessionFile<DestinationRecord>>,
     /// None where a process before this has lost it.
     lane: Option<(Lane, Receiver)>,
     /// The source wants to hear which pages have come.
@@ -367,7 +364,7 @@ struct Migration<'a> {
     link: Link,
     threads: Threads,
     /// Where another process finds what it needs to go on, should this one be killed.
-    keeper: Option<Keeper<DestinationRecord>>,
+    keeper: Option<SessionFile<DestinationRecord>>,
     landing: RegionTable,
     /// What comes is checked.
     is_checked: bool,

@@ -15,10 +15,10 @@ use crate::error::{Context, Error, Result};
 use crate::events::Event;
 use crate::fault::handoff::{HandoffSocket, Message};
 use crate::host::command::Monitor;
-use crate::inbox::{Inbox, Wake};
 use crate::observe::output::Output;
-use crate::polling::poll;
-use crate::process::{Standstill, standstill};
+use crate::runtime::inbox::{Inbox, Wake};
+use crate::runtime::polling::poll;
+use crate::runtime::process::{Standstill, standstill};
 
 /// How long the guest's process may take to let go of its userfaultfds before that is remarked on. It takes
 /// milliseconds, unless it does not run, or maps a large guest by huge pages meanwhile.

@@ -4,29 +4,28 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
-use super::acks::Acks;
-use super::bulk::BulkLane;
-use super::demand::{Command, DemandLane};
-use super::faults::{FaultThread, Servers};
-use super::guest::{self, GuestMemory};
-use super::keeping::session_of;
-use super::latency::Latencies;
+use super::admission::prepare::Adopted;
+use super::faults::latency::Latencies;
+use super::faults::serving::{FaultThread, Servers};
+use super::lanes::acks::Acks;
+use super::lanes::bulk::BulkLane;
+use super::lanes::demand::{Command, DemandLane};
 use super::link::Link;
-use super::prepare::Adopted;
+use super::memory::touch::{self, TouchThread};
+use super::memory::{self, GuestMemory};
+use super::session::keeping::session_of;
 use super::side::GuestSide;
-use super::touch::{self, TouchThread};
 use super::{Migration, Note, Open, Plan, Serving, Threads};
 use crate::control::destination::{Core, Input, Terms};
-use crate::cores::Cores;
 use crate::error::{Context, Result};
 use crate::host::DestinationHost;
 use crate::host::thread::HostThread;
-use crate::inbox::Inbox;
-use crate::lane::{self, Lane};
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
-use crate::worker;
-use crate::worker::ThreadHandle;
+use crate::runtime::cores::Cores;
+use crate::runtime::inbox::Inbox;
+use crate::runtime::worker::{self, ThreadHandle};
+use crate::transport::lane::{self, Lane};
 
 /// Threads that serve the faults of a guest in shards, each with its own ring.
 const FAULT_THREADS_MAX: usize = 16;
@@ -44,7 +43,7 @@ impl<'a> Migration<'a> {
         let Adopted { regions, sources, landing } = adopted;
         let has_rounds = lanes.has_rounds();
         if has_rounds {
-            guest::check_rounds(&regions).inspect_err(|error| {
+            memory::check_rounds(&regions).inspect_err(|error| {
                 lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
             })?;
         }
@@ -105,7 +104,7 @@ impl<'a> Migration<'a> {
         let Serving { core, link, keeper, lane, acks, lane_count, landing } = serving;
         let is_checked = link.is_checked();
         let has_whole_digests = link.has_whole_digests();
-        let cores = Cores::choose(plan.cores, crate::role::Role::Destination);
+        let cores = Cores::choose(plan.cores, crate::runtime::role::Role::Destination);
         let (commands, queue) = channel();
         if link.recovers {
             let post = inbox.post();

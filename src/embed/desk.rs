@@ -20,15 +20,15 @@ use crate::error::{Context, Error, Result};
 use crate::events::{self, Place};
 use crate::host::embedder::{Answers, Embedder, LinkOrder, Orders};
 use crate::host::thread::{Answer, Question};
-use crate::inbox::Canceller;
-use crate::lane::Severable;
 use crate::memory::dirty::DirtyMap;
 use crate::observe::output::Output;
-use crate::polling::poll;
+use crate::runtime::inbox::Canceller;
+use crate::runtime::polling::poll;
 use crate::statistics::{Completed, Counters};
+use crate::transport::lane::Severable;
 
-pub(crate) struct Desk {
-    desk: Mutex<Papers>,
+pub(crate) struct HostChannel {
+    desk: Mutex<ChannelState>,
     /// Counts the events that are there.
     bell: EventFd,
     /// Once the guest's writes are to be told: where they are marked, by whatever thread.
@@ -38,7 +38,7 @@ pub(crate) struct Desk {
 }
 
 #[derive(Default)]
-struct Papers {
+struct ChannelState {
     events: VecDeque<Event>,
     open: Option<Open>,
     answers: Option<Arc<Answers>>,
@@ -66,10 +66,10 @@ pub(crate) enum Open {
     Run,
 }
 
-impl Desk {
-    pub(crate) fn new() -> Result<Desk> {
+impl HostChannel {
+    pub(crate) fn new() -> Result<HostChannel> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
-        Ok(Desk {
+        Ok(HostChannel {
             desk: Mutex::default(),
             bell: EventFd::from_flags(flags).context(|| "eventfd")?,
             marks: OnceLock::new(),
@@ -78,11 +78,11 @@ impl Desk {
         })
     }
 
-    fn papers(&self) -> MutexGuard<'_, Papers> {
+    fn papers(&self) -> MutexGuard<'_, ChannelState> {
         self.desk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, papers: &mut Papers, event: Event) {
+    fn put(&self, papers: &mut ChannelState, event: Event) {
         // Connections may come and go as often as they like, and nobody has to take events: of those
         // that tell of it in a row the last is kept.
         if event.is_of_link()
@@ -98,7 +98,7 @@ impl Desk {
 }
 
 /// For the control thread.
-impl Embedder for Desk {
+impl Embedder for HostChannel {
     fn canceller(&self) -> Canceller {
         self.canceller.clone()
     }
@@ -165,7 +165,7 @@ impl Embedder for Desk {
     }
 
     /// Where events go that are neither questions nor the end.
-    fn output(self: Arc<Desk>) -> Output {
+    fn output(self: Arc<HostChannel>) -> Output {
         let desk = self;
         Output::Host(Arc::new(move |event| {
             let event = match event {
@@ -193,7 +193,7 @@ impl Embedder for Desk {
 }
 
 /// For the thread that runs a migration.
-impl Desk {
+impl HostChannel {
     /// Whether the guest belongs to this side, a destination, and misses pages.
     pub(crate) fn guest_waits(&self) -> bool {
         let papers = self.papers();
@@ -202,7 +202,7 @@ impl Desk {
     }
 
     /// The last event, if it has failed.
-    fn fail(&self, papers: &mut Papers, error: Error) {
+    fn fail(&self, papers: &mut ChannelState, error: Error) {
         if std::mem::replace(&mut papers.has_failed, true) {
             return;
         }
@@ -227,7 +227,7 @@ impl Desk {
 }
 
 /// For the program.
-impl Desk {
+impl HostChannel {
     pub(crate) fn event_fd(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
     }
@@ -318,7 +318,7 @@ impl Desk {
 
     /// False when it has not ended after `patience`.
     pub(crate) fn wait_for_end(&self, patience: Duration) -> bool {
-        let running = |papers: &mut Papers| !papers.has_ended;
+        let running = |papers: &mut ChannelState| !papers.has_ended;
         let waited = self.ended.wait_timeout_while(self.papers(), patience, running);
         waited.unwrap_or_else(PoisonError::into_inner).0.has_ended
     }
@@ -329,7 +329,7 @@ impl Desk {
     }
 }
 
-impl Papers {
+impl ChannelState {
     fn answer(&mut self, answer: Answer) {
         self.open = None;
         if let Some(answers) = &self.answers {
@@ -354,7 +354,7 @@ impl Papers {
 }
 
 /// For what the program does not have to be asked.
-fn answer_at_once(papers: MutexGuard<'_, Papers>, answer: Answer) {
+fn answer_at_once(papers: MutexGuard<'_, ChannelState>, answer: Answer) {
     let answers = papers.answers.clone();
     drop(papers);
     if let Some(answers) = answers {
@@ -372,14 +372,14 @@ fn not_asked(what: &str) -> Error {
 mod tests {
     use super::*;
 
-    fn desk() -> (Desk, std::sync::mpsc::Receiver<Answer>) {
+    fn desk() -> (HostChannel, std::sync::mpsc::Receiver<Answer>) {
         let (sender, receiver) = std::sync::mpsc::channel();
-        let desk = Desk::new().unwrap();
+        let desk = HostChannel::new().unwrap();
         desk.answers(Box::new(move |answer| sender.send(answer).unwrap()));
         (desk, receiver)
     }
 
-    fn is_readable(desk: &Desk) -> bool {
+    fn is_readable(desk: &HostChannel) -> bool {
         let mut fds = [PollFd::new(desk.event_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).unwrap() == 1
     }
@@ -444,7 +444,7 @@ mod tests {
         let Output::Host(tell) = desk.clone().output() else { unreachable!() };
         desk.ask(Question::Stop);
         desk.ask(Question::Resume);
-        let uri = crate::uri::Uri::Tcp { host: "host".into(), port: 1 };
+        let uri = crate::transport::uri::Uri::Tcp { host: "host".into(), port: 1 };
         let (lane, reason) = ("demand lane".into(), "why".into());
         tell(&events::Event::Telling { uri, lane, reason });
         desk.end(Err(Error::Interrupted("said already".into())));
@@ -457,7 +457,7 @@ mod tests {
     #[test]
     fn orders_are_taken_while_there_is_somebody_to_follow_them() {
         let (desk, _answers) = desk();
-        let refused = |desk: &Desk, order| desk.order(order).unwrap_err().to_string();
+        let refused = |desk: &HostChannel, order| desk.order(order).unwrap_err().to_string();
         assert!(refused(&desk, LinkOrder::Pause).contains("no connections yet"));
         desk.takes_orders(2, Box::new(|_| Ok(())));
         desk.order(LinkOrder::Pause).unwrap();

@@ -7,18 +7,18 @@ use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::desk::{Desk, Open};
+use super::desk::{HostChannel, Open};
 use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
 use super::{Event, Stats};
-use crate::destination::embedded::{Entrance, Reception, receive};
+use crate::destination::embedded::{Entrance, IncomingConfig, receive};
 use crate::error::{Context, Error, Result};
 use crate::fault::handoff::Handed;
 use crate::fault::own::{Area, Guarded, Mapped};
 use crate::host::embedder::LinkOrder;
 use crate::host::thread::Answer;
-use crate::lane::Listener;
 use crate::memory::check_pages;
-use crate::uri::Uri;
+use crate::transport::lane::Listener;
+use crate::transport::uri::Uri;
 
 /// Memory of this process that is to be a region of the guest.
 #[derive(Clone, Copy, Debug)]
@@ -158,15 +158,15 @@ impl DestinationSetup {
             }
             Way::Connections(sockets) => (Entrance::Connections(sockets), None, 0),
         };
-        let desk = Arc::new(Desk::new()?);
+        let desk = Arc::new(HostChannel::new()?);
         let (areas, files): (Vec<_>, Vec<_>) = regions.into_iter().unzip();
         let guarded = Guarded::new(areas, userfaultfd.as_ref().map(std::os::fd::AsFd::as_fd))?;
         let handed = hand_over(&guarded, files);
-        let reception = Reception { entrance, handed, lanes_max, recovers, cores };
+        let reception = IncomingConfig { entrance, handed, lanes_max, recovers, cores };
         // Taken back where no thread could be started.
         let shared = Arc::new(Mutex::new(Some(guarded)));
         let theirs = shared.clone();
-        let end = move |desk: &Desk, is_completed: bool| {
+        let end = move |desk: &HostChannel, is_completed: bool| {
             let guarded = take(&theirs)?;
             if is_completed || !desk.guest_waits() {
                 guarded.release();

@@ -11,12 +11,12 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::socket::{SockType, SockaddrStorage, getpeername, getsockopt, sockopt};
 use umem_wire::limits::LANES_MAX;
 
-use super::desk::Desk;
+use super::desk::HostChannel;
 use crate::error::{Context, Error, Result};
 use crate::host::embedder::Embedder as _;
-use crate::panics;
+use crate::runtime::panics;
 use crate::statistics::Completed;
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// How long a migration whose handle is dropped may take to tell the other side; then its connections
 /// are cut.
@@ -24,7 +24,7 @@ const PARTING_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The control thread, which leaves a `T` behind.
 pub(super) struct Handle<T> {
-    pub(super) desk: Arc<Desk>,
+    pub(super) desk: Arc<HostChannel>,
     thread: Mutex<Option<JoinHandle<T>>>,
 }
 
@@ -32,9 +32,9 @@ impl<T: Send + 'static> Handle<T> {
     /// Runs `migrate` on a thread that takes no signal; `end` comes after it, whatever became of it,
     /// and before the last event.
     pub(super) fn start(
-        desk: Arc<Desk>,
-        migrate: impl FnOnce(&Arc<Desk>) -> Result<Completed> + Send + 'static,
-        end: impl FnOnce(&Desk, bool) -> T + Send + 'static,
+        desk: Arc<HostChannel>,
+        migrate: impl FnOnce(&Arc<HostChannel>) -> Result<Completed> + Send + 'static,
+        end: impl FnOnce(&HostChannel, bool) -> T + Send + 'static,
     ) -> Result<Handle<T>> {
         let ours = desk.clone();
         let body = move || {

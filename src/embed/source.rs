@@ -5,7 +5,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::desk::{Desk, Open};
+use super::desk::{HostChannel, Open};
 use super::handle::{Handle, check_address, check_connections, check_lanes, handle};
 use super::{Event, Stats};
 use crate::error::{Context, Error, Result};
@@ -14,8 +14,8 @@ use crate::host::thread::Answer;
 use crate::memory::check_pages;
 use crate::memory::region::RamFile;
 use crate::source::Precopy;
-use crate::source::embedded::{Departure, Way, send};
-use crate::uri::Uri;
+use crate::source::embedded::{OutgoingConfig, Way, send};
+use crate::transport::uri::Uri;
 
 /// What a source is to move, and where to.
 pub struct SourceSetup {
@@ -135,9 +135,9 @@ impl SourceSetup {
             return Err(Error::Usage(what.into()));
         }
         let recovers = recovers.unwrap_or(matches!(way, Way::Dial { .. }));
-        let departure = Departure { way, files, postcopy, precopy, recovers, checksum, cores };
-        let migrate = move |desk: &Arc<Desk>| send(departure, &(desk.clone() as _));
-        let handle = Handle::start(Arc::new(Desk::new()?), migrate, |_, _| ())?;
+        let departure = OutgoingConfig { way, files, postcopy, precopy, recovers, checksum, cores };
+        let migrate = move |desk: &Arc<HostChannel>| send(departure, &(desk.clone() as _));
+        let handle = Handle::start(Arc::new(HostChannel::new()?), migrate, |_, _| ())?;
         Ok(Source { handle })
     }
 }

@@ -5,7 +5,7 @@ pub(crate) mod words;
 
 use std::time::Duration;
 
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
 pub(crate) const CUT: &str = "without connection";

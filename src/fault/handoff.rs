@@ -30,10 +30,10 @@ use nix::sys::socket::{
 use serde::Deserialize;
 
 use super::uffd::Uffd;
-use crate::accepting::Accepted;
 use crate::error::{Context, Error, Result};
 use crate::memory::created::Created;
 use crate::memory::kind::Kind;
+use crate::runtime::accepting::Accepted;
 
 /// A piece of the guest's memory as it was handed over.
 pub(crate) struct Handed {
@@ -432,7 +432,7 @@ pub(crate) struct HandoffListener {
 impl HandoffListener {
     /// Makes the socket, for this user alone.
     pub(crate) fn bind(path: &Path) -> Result<HandoffListener> {
-        let listener = crate::private_socket::bind_private(path).map_err(|error| match error.kind() {
+        let listener = crate::runtime::private_socket::bind_private(path).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => Error::Usage(format!(
                 "{} exists: another umem waits there, or a killed one has left it; remove it if no umem waits there",
                 path.display()

@@ -28,11 +28,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::error::{Context, Error, Result};
-use crate::inbox::unblock_signals;
 use crate::memory::created::Created;
 use crate::memory::kind::Kind;
-use crate::os_text;
-use crate::process::ProcessHandle;
+use crate::runtime::inbox::unblock_signals;
+use crate::runtime::os_text;
+use crate::runtime::process::ProcessHandle;
 
 use options::{is_qemu, qemu_arguments};
 use terminal::Terminal;
@@ -416,10 +416,10 @@ mod tests {
 
     use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-    use crate::polling::poll;
+    use crate::runtime::polling::poll;
 
     use super::*;
-    use crate::process::began;
+    use crate::runtime::process::began;
 
     fn started(mut command: Command, survives_panics: bool) -> Monitor {
         let child = command.spawn().unwrap();

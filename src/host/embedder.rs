@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use super::thread::{Answer, Question};
 use crate::error::{Error, Result};
-use crate::inbox::Canceller;
-use crate::lane::{Listener, Severable};
 use crate::observe::output::Output;
 use crate::observe::watch::Watch;
+use crate::runtime::inbox::Canceller;
 use crate::statistics::Counters;
-use crate::uri::Uri;
+use crate::transport::lane::{Listener, Severable};
+use crate::transport::uri::Uri;
 
 /// Where answers go.
 pub(crate) type Answers = Box<dyn Fn(Answer) + Send + Sync>;

@@ -32,7 +32,7 @@ use super::qmp::{Process, Qmp, socket_pair};
 use super::{BeforeStop, DestinationHost, SourceHost, Undo};
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
-use crate::panics;
+use crate::runtime::panics;
 use claim::Claim;
 use saving::Saving;
 use settings::Role;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::{Context, Error, Result};
-use crate::process::began;
+use crate::runtime::process::began;
 
 /// A QMP socket greets as soon as it accepts; one that is held by another client never does.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);

@@ -9,9 +9,9 @@ use std::time::Instant;
 
 use super::{DestinationHost, SourceHost};
 use crate::error::{Error, Result};
-use crate::inbox::Post;
 use crate::memory::dirty::{DirtyLog, DirtyMap};
-use crate::panics;
+use crate::runtime::inbox::Post;
+use crate::runtime::panics;
 
 /// The monitor's answers, in the order of the questions.
 #[derive(Debug)]
@@ -220,7 +220,7 @@ fn untracked() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inbox::{Inbox, Wake};
+    use crate::runtime::inbox::{Inbox, Wake};
 
     struct Panics;
 

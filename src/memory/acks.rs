@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::pages::low_bits;
 use super::sync::AtomicU64;
 use super::sync::Ordering::{AcqRel, Acquire};
-use super::words::Words;
+use super::words::AtomicWords;
 
 /// Pages that are looked through at once for pending ones: 64 words.
 const GROUP_PAGES: u64 = 64 * 64;
@@ -27,18 +27,18 @@ pub(crate) struct Acks {
     sent: Box<[AtomicU64]>,
     pending: Box<[AtomicU64]>,
     /// Known to a process that takes over as well: these may be gone.
-    acknowledged: Words,
+    acknowledged: AtomicWords,
     /// A bit a group, set after the pages' own.
     groups: Box<[AtomicU64]>,
 }
 
 impl Acks {
     pub(crate) fn new(pages: u64) -> Acks {
-        Acks::over(Words::zeroed(pages.div_ceil(64)), pages)
+        Acks::over(AtomicWords::zeroed(pages.div_ceil(64)), pages)
     }
 
     /// With what has been acknowledged to a process before this.
-    pub(crate) fn over(acknowledged: Words, pages: u64) -> Acks {
+    pub(crate) fn over(acknowledged: AtomicWords, pages: u64) -> Acks {
         assert_eq!(acknowledged.len() as u64, pages.div_ceil(64));
         Acks {
             pages,

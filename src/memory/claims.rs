@@ -144,12 +144,12 @@ impl Claims {
 
 /// Where the last demand was, for bulk lanes to go on from.
 #[derive(Default)]
-pub(crate) struct Pivot(AtomicU64);
+pub(crate) struct LastDemand(AtomicU64);
 
 /// Bits for the page number in a packed (region, page), as in a request on the wire.
 const PAGE_BITS: u32 = 48;
 
-impl Pivot {
+impl LastDemand {
     pub(crate) fn set(&self, region: RegionId, page: u64) {
         // Zero means "no demand yet", so that page 0 of region 0 needs another bit.
         let packed = u64::from(region.0) << PAGE_BITS | page;
@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_pivot_is_seen_once() {
-        let pivot = Pivot::default();
+        let pivot = LastDemand::default();
         let mut seen = 0;
         assert_eq!(pivot.moved(&mut seen), None);
         pivot.set(RegionId(0), 0);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::os_text::{self, absolute};
+use crate::runtime::os_text::{self, absolute};
 
 /// A file that was made, under the name that it had then.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

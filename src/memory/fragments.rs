@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::sync::{AtomicBool, Mutex, MutexGuard, Ordering::SeqCst, PoisonError};
-use super::words::Words;
+use super::words::AtomicWords;
 
 /// Discarded pages of units that have not come, for one region.
 ///
@@ -19,7 +19,7 @@ pub(crate) struct Fragments {
     units: Mutex<BTreeMap<u64, Box<[u64]>>>,
     /// For a process that takes over: every page that was ever added, a bit each. Those of units that
     /// have come mean nothing.
-    shared: Option<Words>,
+    shared: Option<AtomicWords>,
 }
 
 impl Fragments {
@@ -35,7 +35,7 @@ impl Fragments {
 
     /// Notes from now on in these words as well, and begins with what is noted there of units that have
     /// not come.
-    pub(crate) fn share(&mut self, words: Words, has_come: impl Fn(u64) -> bool) {
+    pub(crate) fn share(&mut self, words: AtomicWords, has_come: impl Fn(u64) -> bool) {
         let bits = words.iter().enumerate().filter_map(|(at, word)| {
             let bits = word.load(SeqCst);
             (bits != 0).then_some((at as u64 * 64, bits))
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn another_process_finds_what_is_discarded_of_units_that_have_not_come() {
-        let words = || Words::zeroed(8 * 16 / 64);
+        let words = || AtomicWords::zeroed(8 * 16 / 64);
         let (mut fragments, shared) = (Fragments::new(16), words());
         fragments.share(words(), |_| false);
         fragments.add(3, 15, 1);

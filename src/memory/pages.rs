@@ -18,7 +18,7 @@
 //! consistent, so at least one of them sees the other and the vCPU is woken.
 
 use super::sync::Ordering::SeqCst;
-use super::words::Words;
+use super::words::AtomicWords;
 use crate::error::Error;
 
 /// What the destination knows of a page. The numbers are the two bits in memory.
@@ -61,9 +61,9 @@ impl From<AlreadyHere> for Error {
 
 /// The states of one region's pages.
 pub(crate) struct PageStates {
-    states: Words,
+    states: AtomicWords,
     /// This process's own: whoever waits is woken when another one takes over, and wants anew.
-    wanted: Words,
+    wanted: AtomicWords,
     pages: u64,
 }
 
@@ -75,13 +75,13 @@ const LOWER_ALL: u64 = 0x5555_5555_5555_5555;
 impl PageStates {
     /// All `pages` Missing, none wanted. Takes 3 bits of memory a page.
     pub(crate) fn new(pages: u64) -> PageStates {
-        PageStates::over(Words::zeroed(pages.div_ceil(STATES_PER_WORD)), pages)
+        PageStates::over(AtomicWords::zeroed(pages.div_ceil(STATES_PER_WORD)), pages)
     }
 
     /// In words that may have been another process's.
-    pub(crate) fn over(states: Words, pages: u64) -> PageStates {
+    pub(crate) fn over(states: AtomicWords, pages: u64) -> PageStates {
         assert_eq!(states.len() as u64, pages.div_ceil(STATES_PER_WORD));
-        PageStates { states, wanted: Words::zeroed(pages.div_ceil(BITS_PER_WORD)), pages }
+        PageStates { states, wanted: AtomicWords::zeroed(pages.div_ceil(BITS_PER_WORD)), pages }
     }
 
     pub(crate) fn get(&self, page: u64) -> PageState {

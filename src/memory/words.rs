@@ -60,14 +60,14 @@ const HEAD_BYTES: usize = 4096;
 pub(crate) const COUNTERS: usize = 8;
 
 /// Some words, all of them zero at first.
-pub(crate) enum Words {
+pub(crate) enum AtomicWords {
     /// This process's own.
     Heap(Box<[AtomicU64]>),
     /// A part of a mapping.
     Shared(SharedWords),
 }
 
-/// See [`Words`].
+/// See [`AtomicWords`].
 pub(crate) struct SharedWords {
     start: NonNull<AtomicU64>,
     len: usize,
@@ -80,14 +80,14 @@ unsafe impl Send for SharedWords {}
 // SAFETY: as above.
 unsafe impl Sync for SharedWords {}
 
-impl Words {
+impl AtomicWords {
     /// On the heap.
-    pub(crate) fn zeroed(words: u64) -> Words {
-        Words::Heap((0..words).map(|_| AtomicU64::new(0)).collect())
+    pub(crate) fn zeroed(words: u64) -> AtomicWords {
+        AtomicWords::Heap((0..words).map(|_| AtomicU64::new(0)).collect())
     }
 
     /// In a file, which is made if it is not there, for this user alone.
-    pub(crate) fn in_file(path: &Path, words: u64) -> Result<Words> {
+    pub(crate) fn in_file(path: &Path, words: u64) -> Result<AtomicWords> {
         let what = || format!("{}", path.display());
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -98,15 +98,15 @@ impl Words {
     }
 }
 
-impl Deref for Words {
+impl Deref for AtomicWords {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
         match self {
-            Words::Heap(words) => words,
+            AtomicWords::Heap(words) => words,
             // SAFETY: the mapping has so many words there, aligned, for as long as it is held; whoever
             // else has it mapped is another process, and accesses to atomics may race with anything.
-            Words::Shared(words) => unsafe {
+            AtomicWords::Shared(words) => unsafe {
                 std::slice::from_raw_parts(words.start.as_ptr(), words.len)
             },
         }
@@ -135,11 +135,11 @@ impl Mapping {
     }
 
     /// Words from this byte on.
-    fn words(self: &Arc<Mapping>, offset: usize, len: usize) -> Words {
+    fn words(self: &Arc<Mapping>, offset: usize, len: usize) -> AtomicWords {
         assert!(offset.is_multiple_of(8) && offset + len * 8 <= self.len);
         // SAFETY: inside the mapping, as asserted, which begins at a page.
         let start = unsafe { self.start.add(offset) }.cast();
-        Words::Shared(SharedWords { start, len, _mapping: self.clone() })
+        AtomicWords::Shared(SharedWords { start, len, _mapping: self.clone() })
     }
 }
 
@@ -184,9 +184,9 @@ pub(crate) struct State {
 
 /// A region's share of the file.
 pub(crate) struct RegionWords {
-    pub(crate) states: Words,
+    pub(crate) states: AtomicWords,
     /// None where a page is one of the guest's.
-    pub(crate) parts: Option<Words>,
+    pub(crate) parts: Option<AtomicWords>,
 }
 
 impl State {
@@ -229,7 +229,7 @@ impl State {
         Ok(state)
     }
 
-    pub(crate) fn counters(&self) -> Words {
+    pub(crate) fn counters(&self) -> AtomicWords {
         self.mapping.words(0, COUNTERS)
     }
 

@@ -30,8 +30,8 @@ use serde_json::{Value, json};
 use super::visitors::{self, Entrance, Visitor};
 use super::watch::{LinkOrder, Watch};
 use crate::error::{Error, Result};
-use crate::private_socket::{bind_private, is_deserted};
-use crate::uri::Uri;
+use crate::runtime::private_socket::{bind_private, is_deserted};
+use crate::transport::uri::Uri;
 
 /// Connections at a time. When there are more, the one goes that has said nothing for the longest time.
 const CLIENTS_MAX: usize = 16;
@@ -400,8 +400,8 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bandwidth::Bandwidth;
-    use crate::role::Role;
+    use crate::runtime::bandwidth::Bandwidth;
+    use crate::runtime::role::Role;
 
     #[test]
     fn lanes_are_given_up_and_opened_again_after_the_switchover() {

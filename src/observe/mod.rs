@@ -28,12 +28,12 @@ pub(crate) mod watch;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
+use crate::runtime::bandwidth::Bandwidth;
 use crate::statistics::Completed;
 use output::Output;
 
-use crate::role::Role;
+use crate::runtime::role::Role;
 pub(crate) use report::{check_writable, write};
 use watch::Watch;
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::error::Error;
 use crate::events::{Event, words};
+use crate::runtime::{print, screen};
 use crate::statistics::Completed;
-use crate::{print, screen};
 
 /// Where events go.
 #[derive(Clone)]

@@ -12,8 +12,8 @@ use serde_json::Value;
 use super::output::Output;
 use crate::observe::trace;
 use crate::observe::watch::{Status, Watch};
+use crate::runtime::{print, screen};
 use crate::statistics::Counters;
-use crate::{print, screen};
 
 /// How often the bar moves.
 const INTERVAL: Duration = Duration::from_millis(100);

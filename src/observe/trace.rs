@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use tracing_subscriber::EnvFilter;
 
-use crate::print;
+use crate::runtime::print;
 
 static IS_ON: AtomicBool = AtomicBool::new(false);
 

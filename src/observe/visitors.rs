@@ -13,10 +13,10 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::accepting::{Accepted, Room};
 use crate::error::{Context, Result};
-use crate::panics;
-use crate::polling::poll;
+use crate::runtime::accepting::{Accepted, Room};
+use crate::runtime::panics;
+use crate::runtime::polling::poll;
 
 /// A connection, with what has come and what is to leave.
 pub(super) trait Visitor: AsFd {
@@ -225,7 +225,7 @@ mod tests {
         let tries: Vec<Instant> = (0..6).map(|_| tries.recv().unwrap()).collect();
         // Three without room and one that panics, each followed by a rest.
         for pair in tries.windows(2).take(4) {
-            assert!(pair[1] - pair[0] >= crate::accepting::ROOM_INTERVAL, "{tries:?}");
+            assert!(pair[1] - pair[0] >= crate::runtime::accepting::ROOM_INTERVAL, "{tries:?}");
         }
         panics.write_all(b"!").unwrap();
         assert_eq!(panics.read(&mut [0]).unwrap(), 0, "it is cut off");

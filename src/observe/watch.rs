@@ -18,12 +18,12 @@ use nix::unistd::Pid;
 use serde::Serialize;
 
 use super::recording::{Recorder, Recording, Sample, Span};
-use crate::bandwidth::Bandwidth;
 use crate::error::{Error, Result};
 use crate::events::CUT;
-use crate::role::Role;
+use crate::runtime::bandwidth::Bandwidth;
+use crate::runtime::role::Role;
 use crate::statistics::{Completed, Counters};
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// Between the first samples of a recording; later ones come less often.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(10);

@@ -11,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::AccessFlags;
 
 use crate::error::{Error, Result};
-use crate::role::Role;
+use crate::runtime::role::Role;
 
 /// Where session files are.
 #[derive(Clone, Debug)]

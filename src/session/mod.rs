@@ -2,8 +2,8 @@
 //!
 //! A side writes a *session file* before the moment from which on nobody else could end its migration
 //! well: the source before it stops its guest, the destination before it says that its guest could run.
-//! `--resume SESSION` reads it ([at the source](crate::source::takeover),
-//! [at the destination](crate::destination::takeover)). The file is gone when the migration has ended.
+//! `--resume SESSION` reads it ([at the source](crate::source::session::takeover),
+//! [at the destination](crate::destination::session::takeover)). The file is gone when the migration has ended.
 //!
 //! Three files a side, in a directory that is its user's alone ([`Directory`]):
 //!
@@ -35,8 +35,8 @@ use serde::de::DeserializeOwned;
 use umem_wire::SessionId;
 
 use crate::error::{Context, Error, Result};
-use crate::hex::{hex, unhex};
-use crate::role::Role;
+use crate::runtime::hex::{hex, unhex};
+use crate::runtime::role::Role;
 
 pub(crate) use clock::{since_boot, when};
 pub(crate) use directory::Directory;
@@ -76,11 +76,11 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// A record that lies in a file of its own while a session needs it. Clones share it.
-pub(crate) struct Keeper<R>(Arc<Mutex<Kept<R>>>);
+pub(crate) struct SessionFile<R>(Arc<Mutex<Kept<R>>>);
 
-impl<R> Clone for Keeper<R> {
-    fn clone(&self) -> Keeper<R> {
-        Keeper(self.0.clone())
+impl<R> Clone for SessionFile<R> {
+    fn clone(&self) -> SessionFile<R> {
+        SessionFile(self.0.clone())
     }
 }
 
@@ -96,17 +96,17 @@ struct Kept<R> {
     _lock: Flock<File>,
 }
 
-impl<R: Serialize + DeserializeOwned> Keeper<R> {
-    /// For a session that begins. Nothing but the lock is written before the first [`edit`](Keeper::edit).
+impl<R: Serialize + DeserializeOwned> SessionFile<R> {
+    /// For a session that begins. Nothing but the lock is written before the first [`edit`](SessionFile::edit).
     pub(crate) fn new(
         directory: &Directory,
         session: SessionId,
         role: Role,
         record: R,
-    ) -> Result<Keeper<R>> {
+    ) -> Result<SessionFile<R>> {
         let session = name(session);
         let lock = directory.lock(&session, role)?;
-        Ok(Keeper::of(record, directory, session, role, false, lock))
+        Ok(SessionFile::of(record, directory, session, role, false, lock))
     }
 
     /// Takes a session over whose process is gone.
@@ -114,7 +114,7 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
         directory: &Directory,
         beginning: &str,
         role: Role,
-    ) -> Result<(Keeper<R>, R)>
+    ) -> Result<(SessionFile<R>, R)>
     where
         R: Clone,
     {
@@ -126,7 +126,7 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
         let record: R = serde_json::from_slice(&text).map_err(|error| {
             Error::Environment(format!("{} is not one of this umem's: {error}", what()))
         })?;
-        Ok((Keeper::of(record.clone(), directory, session, role, true, lock), record))
+        Ok((SessionFile::of(record.clone(), directory, session, role, true, lock), record))
     }
 
     fn of(
@@ -136,11 +136,11 @@ impl<R: Serialize + DeserializeOwned> Keeper<R> {
         role: Role,
         is_written: bool,
         lock: Flock<File>,
-    ) -> Keeper<R> {
+    ) -> SessionFile<R> {
         let directory = directory.clone();
         let kept =
             Kept { record, directory, session, role, is_written, is_removed: false, _lock: lock };
-        Keeper(Arc::new(Mutex::new(kept)))
+        SessionFile(Arc::new(Mutex::new(kept)))
     }
 
     /// The session's number, as `--resume` takes it.
@@ -249,9 +249,9 @@ mod tests {
     #[test]
     fn a_session_is_taken_over_by_one_process_once_the_other_is_gone() {
         let (_scratch, directory) = directory();
-        let keeper = Keeper::new(&directory, ID, Role::Source, Record(1)).unwrap();
+        let keeper = SessionFile::new(&directory, ID, Role::Source, Record(1)).unwrap();
         let take = |beginning: &str, role| {
-            Keeper::<Record>::take_over(&directory, beginning, role)
+            SessionFile::<Record>::take_over(&directory, beginning, role)
                 .map(|(keeper, r)| (keeper, r.0))
         };
         let fails = |beginning: &str, role| take(beginning, role).err().unwrap().to_string();
@@ -276,7 +276,7 @@ mod tests {
         let (_scratch, directory) = directory();
         let path = directory.path(&name(ID), Role::Source.name());
         let refused = || {
-            let taken = Keeper::<Record>::take_over(&directory, "ab", Role::Source);
+            let taken = SessionFile::<Record>::take_over(&directory, "ab", Role::Source);
             let error = taken.err().unwrap().to_string();
             fs::remove_file(&path).unwrap();
             error
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn a_session_that_came_to_nothing_leaves_nothing() {
         let (_scratch, directory) = directory();
-        let keeper = Keeper::new(&directory, ID, Role::Destination, Record(1)).unwrap();
+        let keeper = SessionFile::new(&directory, ID, Role::Destination, Record(1)).unwrap();
         fs::write(keeper.file("guest"), "").unwrap();
         drop(keeper);
         assert_eq!(files(&directory), 0);

@@ -9,8 +9,8 @@ use crate::error::Result;
 use crate::host::Undo;
 use crate::memory::created::Created;
 use crate::memory::stamp::Stamp;
-use crate::os_text::{self, absolute};
-use crate::secure::Security;
+use crate::runtime::os_text::{self, absolute};
+use crate::transport::secure::Security;
 
 /// Of the records below. A umem that takes over has to know it.
 pub(crate) const VERSION: u32 = 3;

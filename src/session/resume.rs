@@ -7,13 +7,13 @@ use serde::de::DeserializeOwned;
 
 use umem_wire::limits::LANES_MAX;
 
-use super::{DestinationRecord, Directory, Keeper, SourceRecord, VERSION};
+use super::{DestinationRecord, Directory, SessionFile, SourceRecord, VERSION};
 use crate::error::{Error, Result};
-use crate::idle::IdleCores;
 use crate::observe;
-use crate::role::Role;
-use crate::secure::Security;
-use crate::uri::Uri;
+use crate::runtime::idle::IdleCores;
+use crate::runtime::role::Role;
+use crate::transport::secure::Security;
+use crate::transport::uri::Uri;
 
 /// What a process is asked to do that takes over.
 #[derive(Clone, Debug)]
@@ -86,9 +86,9 @@ impl Options {
     ///
     /// # Errors
     /// No such session, one that is served by a process which lives, or the record of another umem.
-    pub(crate) fn take_over<R: Record>(&self) -> Result<(Keeper<R>, R)> {
+    pub(crate) fn take_over<R: Record>(&self) -> Result<(SessionFile<R>, R)> {
         let directory = Directory::find(self.session_dir.as_deref())?.ok_or_else(no_directory)?;
-        let (keeper, record) = Keeper::<R>::take_over(&directory, &self.session, R::ROLE)?;
+        let (keeper, record) = SessionFile::<R>::take_over(&directory, &self.session, R::ROLE)?;
         check(&record)?;
         Ok((keeper, record))
     }

@@ -13,15 +13,15 @@ use crate::control::source::Input;
 use crate::error::Result;
 use crate::host::embedder::{self, Embedder, LinkOrder};
 use crate::host::thread::HostThread;
-use crate::idle::IdleCores;
-use crate::inbox::Inbox;
-use crate::lane::Session;
 use crate::memory::region::RamFile;
 use crate::observe::watch::Watch;
-use crate::role::Role;
-use crate::secure::{self, Pass};
+use crate::runtime::idle::IdleCores;
+use crate::runtime::inbox::Inbox;
+use crate::runtime::role::Role;
 use crate::statistics::Completed;
-use crate::uri::Uri;
+use crate::transport::lane::Session;
+use crate::transport::secure::{self, ClientAuth};
+use crate::transport::uri::Uri;
 
 /// The way to the destination.
 pub(crate) enum Way {
@@ -32,7 +32,7 @@ pub(crate) enum Way {
 }
 
 /// What to send, and how.
-pub(crate) struct Departure {
+pub(crate) struct OutgoingConfig {
     pub(crate) way: Way,
     pub(crate) files: Vec<RamFile>,
     pub(crate) postcopy: bool,
@@ -47,8 +47,8 @@ pub(crate) struct Departure {
 }
 
 /// Moves one guest away. Nothing of it runs any more when this returns.
-pub(crate) fn send(departure: Departure, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
-    let Departure { way, files, postcopy, precopy, recovers, checksum, cores } = departure;
+pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
+    let OutgoingConfig { way, files, postcopy, precopy, recovers, checksum, cores } = departure;
     let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
     embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
@@ -57,7 +57,7 @@ pub(crate) fn send(departure: Departure, embedder: &Arc<dyn Embedder>) -> Result
     memory.claim(false)?;
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     // Who is there is the program's own matter: it can give connections that it has secured.
-    let pass = Arc::new(Pass::default());
+    let pass = Arc::new(ClientAuth::default());
     let (session, lanes, uri, stays_local) = match way {
         Way::Dial { uri, lanes } => {
             let session = Session::new(lanes, false, recovers)?.checked(checksum);

@@ -7,14 +7,15 @@ use umem_ring::Waker;
 use umem_wire::{Fault, Frame, PageSize, Totals};
 
 use super::Migration;
-use super::bulk;
-use super::demand::Command;
+use super::lanes::bulk;
+use super::lanes::demand::Command;
 use crate::control::source::{Guest, Outcome};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark};
 use crate::memory::sums::RegionDigest;
+use crate::runtime::worker;
 use crate::statistics::{Completed, CpuTime};
-use crate::{lane, worker};
+use crate::transport::lane;
 
 impl Migration {
     /// Nothing is freed on the way any more.

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use umem_wire::{Receiver, Standing};
 
 use crate::error::Result;
-use crate::inbox::Wait;
-use crate::lane::{Lane, Session, Severable};
-use crate::secure::{self, Pass};
-use crate::session::{Keeper, SourceRecord};
-use crate::uri::Uri;
+use crate::runtime::inbox::Wait;
+use crate::session::{SessionFile, SourceRecord};
+use crate::transport::lane::{Lane, Session, Severable};
+use crate::transport::secure::{self, ClientAuth};
+use crate::transport::uri::Uri;
 
 /// Lanes of one attempt, opened.
 pub(super) struct Opened {
@@ -24,7 +24,7 @@ pub(super) struct Link {
     pub(super) recovers: bool,
     pub(super) session: Session,
     /// What is shown, and asked for, each time lanes are opened.
-    pub(super) pass: Arc<Pass>,
+    pub(super) pass: Arc<ClientAuth>,
     /// Where the destination listens; none where there were connections, which cannot be opened again.
     pub(super) uri: Option<Uri>,
     /// Connections in place of lost ones, good for one attempt.
@@ -32,13 +32,18 @@ pub(super) struct Link {
     /// Lanes that have been opened, and are not served yet.
     pub(super) opened: Option<Opened>,
     /// Where another process finds what it needs to go on, should this one be killed.
-    pub(super) keeper: Option<Keeper<SourceRecord>>,
+    pub(super) keeper: Option<SessionFile<SourceRecord>>,
     pub(super) sockets: Severable,
 }
 
 impl Link {
     /// With the lanes that have just been opened, demand lane first.
-    pub(super) fn new(session: Session, pass: Arc<Pass>, uri: Option<Uri>, lanes: &[Lane]) -> Link {
+    pub(super) fn new(
+        session: Session,
+        pass: Arc<ClientAuth>,
+        uri: Option<Uri>,
+        lanes: &[Lane],
+    ) -> Link {
         let recovers = |lane: &Lane| lane.capabilities.contains(umem_wire::Capabilities::RECOVERY);
         Link {
             recovers: lanes.iter().all(recovers),
@@ -55,9 +60,9 @@ impl Link {
     /// Of a session whose process is gone: there are no lanes.
     pub(super) fn taken_over(
         session: Session,
-        pass: Arc<Pass>,
+        pass: Arc<ClientAuth>,
         uri: Option<Uri>,
-        keeper: Keeper<SourceRecord>,
+        keeper: SessionFile<SourceRecord>,
     ) -> Link {
         Link { recovers: true, keeper: Some(keeper), ..Link::new(session, pass, uri, &[]) }
     }
@@ -78,7 +83,7 @@ pub(super) fn open_over(
     sockets: Vec<OwnedFd>,
     session: &Session,
     epoch: u32,
-    pass: &Pass,
+    pass: &ClientAuth,
     wait: Wait<'_>,
 ) -> Result<Vec<Lane>> {
     let open = |(index, socket)| {

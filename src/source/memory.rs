@@ -3,7 +3,9 @@
 //! Pages here are landing units, which the destination names when it is ready: a page of the file,
 //! or several where the destination's pages are larger.
 
+pub(in crate::source) mod digest;
 mod holes;
+pub(in crate::source) mod release;
 mod rounds;
 mod walk;
 
@@ -23,17 +25,17 @@ use rounds::Tracked;
 pub(crate) use rounds::{RoundsWalk, no_dirty_log};
 pub(crate) use walk::Walk;
 
-use super::seal::Sealer;
-use crate::bandwidth::Bandwidth;
+use super::sending::seal::Sealer;
 use crate::error::{Error, Result};
 use crate::memory::acks::{Acks, NotSent};
-use crate::memory::claims::{Claims, Pivot, Run, RunKind};
+use crate::memory::claims::{Claims, LastDemand, Run, RunKind};
 use crate::memory::guarded::Gone;
 use crate::memory::region::RamFile;
 use crate::memory::sequences::Sequences;
 use crate::memory::sums::Digests;
-use crate::memory::words::Words;
+use crate::memory::words::AtomicWords;
 use crate::memory::zero;
+use crate::runtime::bandwidth::Bandwidth;
 use crate::statistics::Counters;
 
 /// The largest page that is answered from a copy: for more a copy costs more than what it saves.
@@ -67,7 +69,7 @@ pub(crate) struct SourceMemory {
     /// The limit of the background.
     pub(crate) bandwidth: Arc<Bandwidth>,
     /// The last demand: bulk lanes go on from there.
-    pub(crate) pivot: Pivot,
+    pub(crate) pivot: LastDemand,
     /// What the demands look like going on with: bulk lanes run ahead of that first.
     pub(crate) sequences: Sequences,
     /// The guest has stopped: only from then on are its pages what the destination must get.
@@ -101,7 +103,7 @@ impl SourceMemory {
             tracked: OnceLock::new(),
             counters,
             bandwidth: Arc::new(Bandwidth::new(None)),
-            pivot: Pivot::default(),
+            pivot: LastDemand::default(),
             sequences: Sequences::default(),
             stopped: AtomicBool::new(false),
             zero_copy_is_copied: AtomicBool::new(false),
@@ -162,7 +164,7 @@ impl SourceMemory {
     pub(crate) fn land_keeping(
         &self,
         landing: RegionTable,
-        freed: impl Fn(RegionId, u64) -> Result<Option<Words>>,
+        freed: impl Fn(RegionId, u64) -> Result<Option<AtomicWords>>,
     ) -> Result<()> {
         for (region, (id, landed)) in self.regions.iter().zip(landing.iter()) {
             let claims = Claims::new(landed.pages(), landed.page_size.shift());

@@ -4,23 +4,15 @@
 //! ([`control::source`](crate::control::source)): compare, stop the guest, send its device state, switch over, and
 //! serve its pages until the destination has them all.
 
-mod batch;
-pub(crate) mod bulk;
-pub(crate) mod demand;
-mod digest;
-mod effects;
+mod driving;
 pub(crate) mod embedded;
 mod ending;
+pub(crate) mod lanes;
 mod link;
 pub(crate) mod memory;
-mod outlet;
-mod pace;
-mod parting;
-mod release;
-mod reopening;
-pub(crate) mod seal;
+pub(crate) mod sending;
+pub(crate) mod session;
 mod starting;
-pub(crate) mod takeover;
 #[cfg(test)]
 mod tests;
 
@@ -37,19 +29,15 @@ use nix::poll::PollFlags;
 use umem_ring::{Outcome, Waker};
 use umem_wire::{Event, Frame, transmit};
 
-use crate::bandwidth::Bandwidth;
 use crate::control::source::{Input, Source, peer};
-use crate::cores::Cores;
 use crate::error::{Error, Result};
+use crate::events as control;
 use crate::host::command::RamPath;
 use crate::host::qemu::stream::log::SharedQemu;
 use crate::host::qemu::{self, Qemu, RamOfQemu};
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
-use crate::idle::{Awake, IdleCores};
-use crate::inbox::Inbox;
-use crate::lane::{Lane, Session};
 use crate::memory::claim;
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
@@ -57,15 +45,20 @@ use crate::observe::output::Output;
 use crate::observe::progress::Progress;
 use crate::observe::watch::{LinkOrder, Watch};
 use crate::observe::{self, Observer};
-use crate::role::Role;
-use crate::secure::{self, Pass, Security};
-use crate::single::Single;
+use crate::runtime::bandwidth::Bandwidth;
+use crate::runtime::cores::Cores;
+use crate::runtime::idle::{Awake, IdleCores};
+use crate::runtime::inbox::Inbox;
+use crate::runtime::panics;
+use crate::runtime::role::Role;
+use crate::runtime::worker::Failure;
 use crate::statistics::Completed;
-use crate::uri::Uri;
-use crate::worker::Failure;
-use crate::{events as control, panics};
+use crate::transport::lane::{Lane, Session};
+use crate::transport::secure::{self, ClientAuth, Security};
+use crate::transport::single::SharedConnection;
+use crate::transport::uri::Uri;
 
-use demand::Command;
+use self::lanes::demand::Command;
 use link::Link;
 use memory::SourceMemory;
 
@@ -120,7 +113,7 @@ pub struct Precopy {
     pub downtime_limit: Duration,
 }
 
-pub use takeover::{Options as ResumeOptions, run as resume};
+pub use self::session::takeover::{Options as ResumeOptions, run as resume};
 
 /// In which order pages are sent that nobody has asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -206,7 +199,7 @@ const GOES_ON: &str = "the guest goes on here";
 /// Anything that kept the guest from moving; until the switchover it runs here as before then.
 pub fn run(options: &Options) -> Result<()> {
     // Before anything else makes descriptors.
-    let single = Single::open(&options.uri)?;
+    let single = SharedConnection::open(&options.uri)?;
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let output = Output::new(options.json);
     let inbox = Inbox::new()?;
@@ -216,7 +209,7 @@ pub fn run(options: &Options) -> Result<()> {
     let observer = Observer::start(&options.observe, Role::Source, limit, &output)?;
     // Files may be FIFOs, which wait for who writes to them.
     let (security, uri) = (options.security.clone(), options.uri.clone());
-    let loaded = inbox.wait_for_work(GOES_ON, None, move || Pass::load(&security, &uri));
+    let loaded = inbox.wait_for_work(GOES_ON, None, move || ClientAuth::load(&security, &uri));
     let (pass, migrated) = match loaded.map(Arc::new) {
         Ok(pass) => {
             let migrated = migrate(options, socket, &pass, inbox, bandwidth, &observer);
@@ -240,7 +233,7 @@ pub fn run(options: &Options) -> Result<()> {
 fn migrate(
     options: &Options,
     socket: Option<OwnedFd>,
-    pass: &Arc<Pass>,
+    pass: &Arc<ClientAuth>,
     inbox: Inbox<Note>,
     bandwidth: Arc<Bandwidth>,
     observer: &Observer,
@@ -261,9 +254,9 @@ fn migrate(
         memory.fix(true)?;
     }
     let (lanes, mut link) = dial(options, socket, pass, &inbox)?;
-    link.keeper = takeover::keep(options, &link, &ram, &memory, &output)?;
+    link.keeper = crate::source::session::takeover::keep(options, &link, &ram, &memory, &output)?;
     if let Some(keeper) = link.keeper.clone() {
-        host.before_stop(takeover::note_stop(keeper));
+        host.before_stop(crate::source::session::takeover::note_stop(keeper));
     }
     output.tell(&control::Event::Connected {
         to: Some(options.uri.clone()),
@@ -338,7 +331,7 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
 fn dial(
     options: &Options,
     socket: Option<OwnedFd>,
-    pass: &Arc<Pass>,
+    pass: &Arc<ClientAuth>,
     inbox: &Inbox<Note>,
 ) -> Result<(Vec<Lane>, Link)> {
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
@@ -410,12 +403,12 @@ struct Reach {
 
 /// How a bulk lane's thread is reached.
 struct BulkReach {
-    orders: Sender<bulk::Order>,
+    orders: Sender<crate::source::lanes::bulk::Order>,
     waker: Waker,
 }
 
 impl BulkReach {
-    fn order(&self, order: bulk::Order) {
+    fn order(&self, order: crate::source::lanes::bulk::Order) {
         // The thread has ended where this fails.
         let _ = self.orders.send(order);
         self.waker.wake();

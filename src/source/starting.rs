@@ -10,23 +10,24 @@ use std::time::Instant;
 use umem_ring::Waker;
 use umem_wire::{Capabilities, Receiver};
 
-use super::bulk::{BulkLane, Order};
-use super::demand::{Command, DemandLane};
+use super::lanes::bulk::{BulkLane, Order};
+use super::lanes::demand::{Command, DemandLane};
 use super::link::Link;
 use super::memory::SourceMemory;
-use super::release::Releaser;
+use super::memory::release::Releaser;
 use super::{BulkReach, Migration, Note, Plan, Reach};
+use crate::control;
 use crate::control::source::{Kept, Source};
-use crate::cores::Cores;
 use crate::error::Result;
 use crate::host::SourceHost;
 use crate::host::thread::HostThread;
-use crate::inbox::Inbox;
-use crate::lane::Lane;
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
-use crate::uri::Uri;
-use crate::{control, worker};
+use crate::runtime::cores::Cores;
+use crate::runtime::inbox::Inbox;
+use crate::runtime::worker;
+use crate::transport::lane::Lane;
+use crate::transport::uri::Uri;
 
 impl Migration {
     pub(super) fn start(
@@ -104,7 +105,7 @@ impl Migration {
             idle_cores: plan.idle_cores,
             awake: None,
             adapts: plan.order == super::Order::Adaptive,
-            cores: Cores::choose(plan.cores, crate::role::Role::Source),
+            cores: Cores::choose(plan.cores, crate::runtime::role::Role::Source),
             zero_copy: !plan.stays_local,
             reach: None,
             demand_thread: None,

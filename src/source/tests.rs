@@ -15,17 +15,17 @@ use super::*;
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::host::SourceHost;
 use crate::host::thread::{Answer, HostThread, Question};
-use crate::idle::IdleCores;
-use crate::inbox::{Canceller, Inbox, Post};
-use crate::lane::{Lane, Session};
 use crate::memory::region::RamFile;
 use crate::observe::output::Output;
 use crate::observe::watch::Watch;
-use crate::role::Role;
-use crate::secure::{self, Pass};
+use crate::runtime::idle::IdleCores;
+use crate::runtime::inbox::{Canceller, Inbox, Post};
+use crate::runtime::role::Role;
 use crate::source::memory::SourceMemory;
 use crate::source::{Order, Plan, wait};
-use crate::uri::Uri;
+use crate::transport::lane::{Lane, Session};
+use crate::transport::secure::{self, ClientAuth};
+use crate::transport::uri::Uri;
 
 const PAGES: u64 = 512;
 
@@ -147,7 +147,7 @@ fn a_pause_gives_up_every_lane_and_a_resume_goes_on_at_another_address() {
     let (post, answers) = (inbox.post(), inbox.post());
     let destination = std::thread::spawn(move || play(&listeners, &post));
     let session = Session::new(1, false, true).unwrap();
-    let pass = Arc::new(Pass::default());
+    let pass = Arc::new(ClientAuth::default());
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
     let open = |index| secure::dial(&uri, &session.hello(index, 0), &pass, &wait).unwrap();
     let lanes: Vec<Lane> = (0..=1).map(open).collect();

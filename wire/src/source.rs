@@ -3,7 +3,7 @@
 //! ```text
 //! Connected --SentRegions--> Comparing --Ready--> Ready --GuestStopped--+-- postcopy --> Saving
 //!                                                                      |                  ^
-//!                                               Precopying <--- not ---+                  |
+//!                                           CopyingStopped <--- not ---+                  |
 //!                                                    +----------- PagesAllSent -----------+
 //!
 //! Ready --SentRounds--> Rounds --SentRemaining--> Settling --Settled--> Settled --GuestStopped--> as from Ready
@@ -51,7 +51,7 @@ pub enum Phase {
     /// It has: each page goes once from here on.
     Settled,
     /// Ours has stopped, and every page goes before the device state.
-    Precopying,
+    CopyingStopped,
     /// Ours has stopped, and its device state goes.
     Saving {
         /// Bytes of device state sent.
@@ -149,7 +149,7 @@ impl Phase {
             | Phase::Rounds
             | Phase::Settling
             | Phase::Settled
-            | Phase::Precopying
+            | Phase::CopyingStopped
             | Phase::Saving { .. }
             | Phase::Loading { .. }
             | Phase::Loaded { .. } => true,
@@ -172,7 +172,7 @@ impl Phase {
             Phase::Rounds => "sending pages while the guest runs",
             Phase::Settling => "settling which pages are still to come",
             Phase::Settled => "about to send the rest",
-            Phase::Precopying => "sending pages before the switchover",
+            Phase::CopyingStopped => "sending pages before the switchover",
             Phase::Saving { .. } => "sending device state",
             Phase::Loading { .. } => "the destination loads device state",
             Phase::Loaded { .. } => "about to switch over",
@@ -206,9 +206,9 @@ impl Phase {
                 Ok(Phase::Saving { state_bytes: 0 })
             }
             (Phase::Ready | Phase::Settled, Input::GuestStopped { postcopy: false, .. }) => {
-                Ok(Phase::Precopying)
+                Ok(Phase::CopyingStopped)
             }
-            (Phase::Precopying, Input::PagesAllSent) => Ok(Phase::Saving { state_bytes: 0 }),
+            (Phase::CopyingStopped, Input::PagesAllSent) => Ok(Phase::Saving { state_bytes: 0 }),
             (Phase::Saving { state_bytes }, Input::SentState { bytes }) => {
                 match state_bytes.saturating_add(bytes) {
                     state_bytes if state_bytes <= STATE_BYTES_MAX => {
@@ -263,7 +263,7 @@ impl Phase {
             | Phase::Settling
             | Phase::Settled
             | Phase::Failed { .. } => false,
-            Phase::Precopying
+            Phase::CopyingStopped
             | Phase::Saving { .. }
             | Phase::Loading { .. }
             | Phase::Loaded { .. }
@@ -327,7 +327,7 @@ mod tests {
             (Phase::Rounds, &["sending what remains"]),
             (Phase::Settling, &["settled"]),
             (Phase::Settled, &["stopping the guest"]),
-            (Phase::Precopying, &["the last page", "request", "ack"]),
+            (Phase::CopyingStopped, &["the last page", "request", "ack"]),
             (
                 Phase::Saving { state_bytes: 5 },
                 &["sending device state", "sending load", "the last page", "request", "ack"],
@@ -423,8 +423,8 @@ mod tests {
         let next = |phase: Phase, input| phase.step(input).unwrap();
         let saving = Phase::Saving { state_bytes: 0 };
         assert_eq!(next(Phase::Ready, STOP), saving);
-        assert_eq!(next(Phase::Ready, STOP_PRECOPY), Phase::Precopying);
-        assert_eq!(next(Phase::Precopying, Input::PagesAllSent), saving);
+        assert_eq!(next(Phase::Ready, STOP_PRECOPY), Phase::CopyingStopped);
+        assert_eq!(next(Phase::CopyingStopped, Input::PagesAllSent), saving);
         let more = next(saving, Input::SentState { bytes: 9 });
         assert_eq!(next(more, Input::SentLoad), Phase::Loading { state_bytes: 9 });
     }
@@ -435,7 +435,7 @@ mod tests {
         let settling = next(next(Phase::Ready, Input::SentRounds), Input::SentRemaining);
         let settled = next(settling, Input::Received(&Event::Settled));
         assert_eq!(next(settled.clone(), STOP), Phase::Saving { state_bytes: 0 });
-        assert_eq!(next(settled, STOP_PRECOPY), Phase::Precopying);
+        assert_eq!(next(settled, STOP_PRECOPY), Phase::CopyingStopped);
         assert!(Phase::Rounds.step(STOP).is_err(), "the destination does not know what has come");
     }
 

@@ -28,11 +28,11 @@ use umem_wire::{Fault, FaultCode, Frame, LaneRole};
 use super::{Core, Effect, Effects, Failure, FreeSpace, Moment, Owner, Stage, Terms, not_resumed};
 use crate::control::doubt::Doubt;
 use crate::control::liveness::{self, Due, Liveness, stood_still_by_option};
-use crate::control::suspicion::Suspicion;
+use crate::control::suspicion::ChecksumBreaker;
 use crate::error::{Error, Result, lane_name};
 use crate::events::{Event, Lost, Pause, Place, Remark, Room, Route};
-use crate::lane::not_bound;
-use crate::uri::Uri;
+use crate::transport::lane::not_bound;
+use crate::transport::uri::Uri;
 
 /// How long a destination that has everything waits for a source that has not heard of it. The guest
 /// does not need either of them any more.
@@ -64,7 +64,7 @@ pub(super) struct Link {
     /// no use.
     orders: u64,
     pub(super) liveness: Liveness,
-    suspicion: Suspicion,
+    suspicion: ChecksumBreaker,
     shortage: Option<Shortage>,
     /// When somebody was told last that pages cannot be made visible for want of memory.
     short_of_tables: Option<Instant>,
@@ -86,7 +86,7 @@ pub(super) enum State {
     Up,
     /// A bulk lane is lost. A source that gives up says why on the demand lane, which is not ordered
     /// against it.
-    Doubtful(Doubt),
+    AwaitingCause(Doubt),
     Down {
         since: Instant,
         old: Old,
@@ -139,7 +139,7 @@ impl Link {
             is_paused: false,
             orders: 0,
             liveness: Liveness::off(terms.step_timeout),
-            suspicion: Suspicion::default(),
+            suspicion: ChecksumBreaker::default(),
             shortage: None,
             short_of_tables: None,
             recoveries: 0,
@@ -178,7 +178,7 @@ impl Link {
     pub(super) fn deadline(&self) -> Option<Instant> {
         let own = match &self.state {
             State::Up => None,
-            State::Doubtful(doubt) => Some(doubt.until),
+            State::AwaitingCause(doubt) => Some(doubt.until),
             State::Down { until, .. } => *until,
         };
         let shortage = self.shortage.as_ref().filter(|shortage| shortage.refusal.is_some());
@@ -203,10 +203,10 @@ impl Core {
         let Some(error) = self.outlives(error, effects)? else { return Ok(()) };
         match (&self.link.state, lane) {
             (State::Up, LaneRole::Bulk) => {
-                self.link.state = State::Doubtful(Doubt::new(error, now.at));
+                self.link.state = State::AwaitingCause(Doubt::new(error, now.at));
                 Ok(())
             }
-            (State::Up | State::Doubtful(_), LaneRole::Demand) => {
+            (State::Up | State::AwaitingCause(_), LaneRole::Demand) => {
                 self.break_lanes(&error.to_string(), now, effects)
             }
             _ => Ok(()),
@@ -263,7 +263,7 @@ impl Core {
             }
         }
         match &mut self.link.state {
-            State::Doubtful(doubt) if doubt.until <= now.at => {
+            State::AwaitingCause(doubt) if doubt.until <= now.at => {
                 let why = doubt.error.to_string();
                 self.break_lanes(&why, now, effects)
             }
@@ -367,7 +367,7 @@ impl Core {
     /// next ones.
     pub(super) fn quiet(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         // The lane that had no room for a page was its own.
-        if let State::Doubtful(doubt) = &self.link.state {
+        if let State::AwaitingCause(doubt) = &self.link.state {
             let why = doubt.error.to_string();
             self.break_lanes(&why, now, effects)?;
         }
@@ -422,7 +422,7 @@ impl Core {
         // The source hears why before it loses its lanes.
         let error = Error::OutOfMemory(why);
         effects.push(Effect::Send(Frame::Error(error.to_fault())));
-        self.link.state = State::Doubtful(Doubt::new(error, now.at));
+        self.link.state = State::AwaitingCause(Doubt::new(error, now.at));
         Ok(())
     }
 

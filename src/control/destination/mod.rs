@@ -68,7 +68,7 @@ use crate::control::liveness::Steps;
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark};
 use crate::session::DestinationState;
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 pub(crate) use ending::Outcome;
 pub(crate) use link::Entrance;

@@ -21,8 +21,8 @@ use super::{
 use crate::control::Order;
 use crate::control::suspicion::IN_A_ROW_MAX;
 use crate::error::Error;
-use crate::lane::CAUSE_PATIENCE;
 use crate::session::DestinationState;
+use crate::transport::lane::CAUSE_PATIENCE;
 
 const STEP_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -390,7 +390,7 @@ fn losses_to_wrong_checksums_without_a_page_end_in_a_pause() {
 
 #[test]
 fn an_address_that_was_looked_up_for_an_earlier_order_is_not_listened_at() {
-    let uri = || "tcp::4444".parse::<crate::uri::Uri>().unwrap();
+    let uri = || "tcp::4444".parse::<crate::transport::uri::Uri>().unwrap();
     let found = |order| Input::Found { order, uri: uri(), found: Ok(Vec::new()) };
     let mut bench = at("Serving", terms());
     assert_eq!(bench.says(Input::Order(Order::Pause)), "Sever, Report(paused)");

@@ -18,7 +18,7 @@ use crate::control::source::{
 use crate::control::{Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::{Event, Undone};
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// What lies on the disk.
 #[derive(Clone, Debug)]

@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use umem_wire::{Event as Said, Frame, PageSize, Region, RegionTable, Standing};
 
 use super::destination::Destination;
-use super::source::Opening;
-use super::source::SourceSide;
+use super::source::{Opening, SourceSide};
 use super::threads::Own;
 use super::{CHAOS, END, Fault, Random};
 use crate::control::Order;
@@ -17,7 +16,7 @@ use crate::control::destination::Input as There;
 use crate::control::source::{Input, Question};
 use crate::error::Error;
 use crate::host::thread::Answer;
-use crate::lane::HELLO_TIMEOUT;
+use crate::transport::lane::HELLO_TIMEOUT;
 
 /// Pages of the guest.
 pub(super) const PAGES: u64 = 6;

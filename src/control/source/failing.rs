@@ -13,7 +13,7 @@ use crate::control::calling::{Call, Word, is_nobody};
 use crate::error::{Error, Result, lane_name};
 use crate::events::{Event, Remark};
 use crate::host::thread::Answer;
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// How far the demand lane may be behind a bulk lane when a destination gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);

@@ -13,7 +13,7 @@ use crate::control::Effects;
 use crate::control::calling::{Call, Called, Next, Word};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark, Undone};
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 /// How long a destination is tried that needs nothing but a word.
 const PATIENCE: Duration = Duration::from_secs(3);

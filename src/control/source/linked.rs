@@ -285,7 +285,7 @@ impl Source {
                 return Ok(());
             }
         }
-        let stood_still = matches!(self.phase, Phase::Precopying);
+        let stood_still = matches!(self.phase, Phase::CopyingStopped);
         self.step(Step::PagesAllSent)?;
         if stood_still {
             self.do_next(Effect::Show("switching"));
@@ -453,7 +453,7 @@ impl Source {
     pub(super) fn look_after_step(&mut self, now: &Moment) -> Result<()> {
         let step = match self.phase {
             Phase::Comparing => Some((self.phase.name(), READY_TIMEOUT)),
-            Phase::Settling | Phase::Precopying | Phase::Loading { .. } => {
+            Phase::Settling | Phase::CopyingStopped | Phase::Loading { .. } => {
                 Some((self.phase.name(), Duration::MAX))
             }
             _ => None,

@@ -35,12 +35,12 @@ use super::backoff::Jitter;
 use super::calling::{Call, Called, Word};
 use super::doubt::{Doubt, is_effect};
 use super::liveness::Steps;
-use super::suspicion::Suspicion;
+use super::suspicion::ChecksumBreaker;
 use super::{Effects, Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::{CUT, Event};
 use crate::host::thread::Answer;
-use crate::uri::Uri;
+use crate::transport::uri::Uri;
 
 use closing::{Closing, Digests};
 use cut::Cut;
@@ -517,7 +517,7 @@ pub(crate) struct Source {
     /// Once the destination is ready, where there are any.
     rounds: Option<Rounds>,
     steps: Steps,
-    suspicion: Suspicion,
+    suspicion: ChecksumBreaker,
     jitter: Jitter,
     times: Times,
     recoveries: u32,
@@ -566,7 +566,7 @@ impl Source {
             background,
             rounds: None,
             steps: Steps::new(plan.step_timeout, now),
-            suspicion: Suspicion::default(),
+            suspicion: ChecksumBreaker::default(),
             jitter: Jitter::of(plan.seed),
             times: Times::default(),
             recoveries: 0,

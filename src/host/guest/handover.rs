@@ -27,10 +27,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
-use crate::accepting::{Accepted, ROOM_INTERVAL};
 use crate::error::{Context, Error, Result};
 use crate::fault::open::{self, Faults};
 use crate::memory::kind::Kind;
+use crate::runtime::accepting::{Accepted, ROOM_INTERVAL};
 
 use commands::serve;
 

@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
-use crate::print;
-use crate::private_socket::bind_private;
+use crate::runtime::print;
+use crate::runtime::private_socket::bind_private;
 use crate::statistics::Latency;
 
 use pattern::Pattern;

@@ -12,7 +12,7 @@ use super::ram::GuestRam;
 use crate::error::Result;
 use crate::fault::uffd;
 use crate::memory::bits::Bits;
-use crate::print;
+use crate::runtime::print;
 use crate::statistics::{Latency, latency_histogram, record};
 
 /// Somebody is at work in the page.

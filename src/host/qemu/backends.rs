@@ -427,7 +427,8 @@ mod tests {
 
     /// A file in a tmpfs with huge pages, where it can be opened as long as this is there.
     fn huge_file() -> (std::os::fd::OwnedFd, PathBuf) {
-        let file = crate::demo::huge_tmpfs_file(4).expect("a tmpfs; run the tests as root");
+        let file =
+            crate::programs::demo::huge_tmpfs_file(4).expect("a tmpfs; run the tests as root");
         let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
         (file, path)
     }

@@ -20,8 +20,8 @@ use serde_json::json;
 
 use super::settings::Changes;
 use crate::error::{Context, Error, Result};
-use crate::hex::hex;
 use crate::host::qmp::{Qmp, socket_pair};
+use crate::runtime::hex::hex;
 
 /// What the device is called.
 const DEVICE: &str = "umem-mover";

@@ -14,7 +14,7 @@ use crate::memory::claims::{Run, RunKind, push_page};
 use crate::memory::dirty::DirtyMap;
 use crate::memory::guarded::Gone;
 use crate::memory::pages::low_bits;
-use crate::source::seal::Sealer;
+use crate::source::sending::seal::Sealer;
 use crate::statistics::Counters;
 
 /// What is known of pages that go in rounds.

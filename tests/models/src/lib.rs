@@ -42,8 +42,8 @@ mod memory {
     }
 }
 
-/// As the product's `src/destination/guest`.
-#[path = "../../../src/destination/guest"]
+/// As the product's `src/destination/memory`.
+#[path = "../../../src/destination/memory"]
 mod guest {
     mod region;
 

@@ -19,15 +19,15 @@ pub(crate) mod words {
     use crate::sync::AtomicU64;
 
     /// Of one process.
-    pub(crate) struct Words(Box<[AtomicU64]>);
+    pub(crate) struct AtomicWords(Box<[AtomicU64]>);
 
-    impl Words {
-        pub(crate) fn zeroed(words: u64) -> Words {
-            Words((0..words).map(|_| AtomicU64::new(0)).collect())
+    impl AtomicWords {
+        pub(crate) fn zeroed(words: u64) -> AtomicWords {
+            AtomicWords((0..words).map(|_| AtomicU64::new(0)).collect())
         }
     }
 
-    impl Deref for Words {
+    impl Deref for AtomicWords {
         type Target = [AtomicU64];
 
         fn deref(&self) -> &[AtomicU64] {

@@ -106,7 +106,7 @@ fn receive_all(stream: &UnixStream) -> (Value, Vec<OwnedFd>) {
 fn fault(uffd: &OwnedFd) -> u64 {
     use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-    use crate::polling::poll;
+    use crate::runtime::polling::poll;
     use std::os::fd::AsFd;
     let mut waiting = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut waiting, PollTimeout::NONE).unwrap(), 1);

@@ -21,7 +21,7 @@ use super::{Block, Event, PAGE_BYTES, Parser};
 use crate::error::{Context, Error, Result};
 use crate::host::qemu::saving;
 use crate::memory::dirty::DirtyMap;
-use crate::{panics, polling};
+use crate::runtime::{panics, polling};
 
 /// Bytes that are read at once: what a socket holds.
 const PIECE_BYTES: usize = 256 << 10;

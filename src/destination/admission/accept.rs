@@ -1,0 +1,319 @@
+//! Lanes at the destination: a source dials, its lanes are accepted, its regions are read. In a session
+//! that recovers the door stays open, and lanes that replace lost ones come in there too.
+
+mod door;
+
+use crate::error;
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
+
+use super::prepare::{Adopted, Prepared};
+use crate::destination::{Note, peer};
+use crate::error::{Context, Error, Result};
+use crate::observe::output::Output;
+use crate::runtime::inbox::{Inbox, Wake};
+use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
+use crate::transport::limits;
+use crate::transport::secure::{self, Opened, Opening, Progress, ServerAuth, WayIn};
+use crate::transport::uri::Uri;
+
+pub(in crate::destination) use door::LaneAcceptor;
+
+/// The lanes of one session, all opened in one attempt.
+pub(in crate::destination) struct Lanes {
+    pub(in crate::destination) demand: Lane,
+    pub(in crate::destination) bulk: Vec<Lane>,
+    /// The demand lane's.
+    pub(in crate::destination) hello: Hello,
+    /// What all of them have shown, where TLS is asked for.
+    pub(in crate::destination) certificate: Option<Vec<u8>>,
+    /// Where more of them may come in.
+    pub(in crate::destination) door: Option<LaneAcceptor>,
+}
+
+impl Lanes {
+    /// The source wants to hear which pages have come.
+    pub(in crate::destination) fn acks(&self) -> bool {
+        self.hello.capabilities.contains(Capabilities::ACKS)
+    }
+
+    /// Both sides go on over new lanes when these are lost.
+    /// Pages come while the source's guest runs.
+    pub(in crate::destination) fn has_rounds(&self) -> bool {
+        self.demand.capabilities.contains(Capabilities::ROUNDS)
+    }
+
+    pub(in crate::destination) fn recovers(&self) -> bool {
+        self.demand.capabilities.contains(Capabilities::RECOVERY)
+    }
+
+    pub(in crate::destination) fn all(&self) -> impl Iterator<Item = &Lane> {
+        self.bulk.iter().chain([&self.demand])
+    }
+
+    pub(in crate::destination) fn severable(&self) -> Severable {
+        Severable::new(self.all())
+    }
+}
+
+/// What a session has to be like.
+#[derive(Clone, Copy)]
+pub(in crate::destination) struct Terms {
+    /// The most bulk lanes.
+    pub(in crate::destination) lanes_max: u16,
+    /// This side is able to go on over other lanes.
+    pub(in crate::destination) recovers: bool,
+    /// No session without checksums.
+    pub(in crate::destination) checksum: bool,
+}
+
+impl Terms {
+    /// Those of a session that has begun: what else it has is compared with its first hello.
+    fn of_session(hello: &Hello) -> Terms {
+        Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false }
+    }
+
+    /// Why a source is refused, if it is.
+    fn refusal(&self, hello: &Hello) -> Option<String> {
+        if hello.bulk_lanes > self.lanes_max {
+            return Some(format!("at most {} lanes here; use --lanes there", self.lanes_max));
+        }
+        let is_checked = hello.capabilities.contains(Capabilities::CHECKSUM);
+        (self.checksum && !is_checked)
+            .then(|| "checksums are asked for here: give --checksum".to_owned())
+    }
+}
+
+/// Where the source comes in.
+pub(in crate::destination) enum Entrance {
+    Listener(Listener),
+    /// The one connection there is.
+    Connection(OwnedFd),
+}
+
+impl Entrance {
+    /// Its address, with a port that the kernel chose.
+    pub(in crate::destination) fn uri(&self, asked: &Uri) -> Uri {
+        match self {
+            Entrance::Listener(listener) => listener.uri(asked),
+            Entrance::Connection(_) => asked.clone(),
+        }
+    }
+
+    /// For the question who could come in.
+    pub(in crate::destination) fn way_in(&self) -> WayIn<'_> {
+        match self {
+            Entrance::Listener(listener) => WayIn::Listener(listener),
+            Entrance::Connection(socket) => WayIn::Connection(socket),
+        }
+    }
+
+    /// Opens all lanes of a session. Nobody else comes in then.
+    pub(in crate::destination) fn accept(
+        self,
+        guard: &Arc<ServerAuth>,
+        terms: Terms,
+        output: &Output,
+        inbox: &Inbox<Note>,
+        prepared: &Prepared,
+    ) -> Result<Lanes> {
+        let lanes = match self {
+            Entrance::Listener(listener) => {
+                let door = LaneAcceptor::new(listener, guard.clone(), terms, output);
+                accept(door, inbox, prepared)
+            }
+            Entrance::Connection(socket) => accept_single(socket, guard, terms, inbox, prepared),
+        }?;
+        let count = u16::try_from(lanes.bulk.len()).expect("there are LANES_MAX at most");
+        let demand = &lanes.demand;
+        let told = |error: &Error| lane::tell(&demand.socket(), demand.is_checked(), error);
+        limits::check(count).inspect_err(told)?;
+        Ok(lanes)
+    }
+}
+
+/// Accepts the lanes of the first session that opens all of them. No connection holds up another, and
+/// a session that comes to nothing does not keep the next one out.
+fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
+    loop {
+        if let Some(mut lanes) = door.whole() {
+            if lanes.recovers() {
+                door.begun(&lanes);
+                lanes.door = Some(door);
+            }
+            return Ok(lanes);
+        }
+        let mut fds = vec![(prepared.side.exited(), PollFlags::POLLIN)];
+        fds.extend(door.fds());
+        let limit = door.next_deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        match inbox.wait_for(&fds, limit)? {
+            Wake::Signal => return Err(interrupted()),
+            Wake::Ready(0) => return Err(exited()),
+            Wake::Ready(index) => door.answer(index - 1)?,
+            Wake::Message(Note::Failed(error)) => return Err(error),
+            // Nobody else posts before there are workers.
+            Wake::Message(_) | Wake::Timeout => {}
+        }
+        door.forget_late(Instant::now());
+    }
+}
+
+/// Opens the lane of the one connection there is. The source may come at any time.
+fn accept_single(
+    socket: OwnedFd,
+    guard: &ServerAuth,
+    terms: Terms,
+    inbox: &Inbox<Note>,
+    prepared: &Prepared,
+) -> Result<Lanes> {
+    let refused = |why: String| {
+        let lane = error::lane_name(LaneRole::Demand, 0);
+        Error::Lost { side: "source", lane, what: format!("no source: {why}") }
+    };
+    let mut opening = Opening::new(Lane::shared(socket)?, guard).map_err(refused)?;
+    let mut deadline = None;
+    let opened = loop {
+        let fds = [opening.interest(), (prepared.side.exited(), PollFlags::POLLIN)];
+        match inbox.wait_for(&fds, left(deadline, &refused)?)? {
+            Wake::Signal => return Err(interrupted()),
+            Wake::Ready(0) => {}
+            Wake::Ready(_) => return Err(exited()),
+            Wake::Message(_) | Wake::Timeout => continue,
+        }
+        match opening.advance(guard).map_err(refused)? {
+            Progress::Opened(opened) => break opened,
+            Progress::Waits(again) => opening = again,
+        }
+        if opening.has_begun() {
+            deadline.get_or_insert(Instant::now() + HELLO_TIMEOUT);
+        }
+    };
+    let Opened { lane: demand, hello, answer, certificate } = opened;
+    let mut demand = guard.seat(demand, LaneRole::Demand, 0)?;
+    if hello.role != LaneRole::Demand || hello.bulk_lanes > 0 || hello.epoch > 0 {
+        let text = "one connection here: the source must use fd: or exec: too";
+        lane::refuse(&demand, FaultCode::Refused, text);
+        return Err(Error::protocol(&demand.name, "a lane of several, on the only connection"));
+    }
+    if let Some(why) = terms.refusal(&hello) {
+        lane::refuse(&demand, FaultCode::Refused, &why);
+        return Err(refused(why));
+    }
+    secure::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
+    Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
+}
+
+/// How long a source that has begun to say who it is may still take; no limit before that.
+pub(in crate::destination) fn left(
+    deadline: Option<Instant>,
+    late: &dyn Fn(String) -> Error,
+) -> Result<Option<Duration>> {
+    let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    match left {
+        Some(Duration::ZERO) => {
+            let seconds = HELLO_TIMEOUT.as_secs();
+            Err(late(format!("it has not said who it is within {seconds} s")))
+        }
+        left => Ok(left),
+    }
+}
+
+fn interrupted() -> Error {
+    Error::Interrupted("no guest had arrived".into())
+}
+
+fn exited() -> Error {
+    Error::Host("it exited before the guest arrived (its own messages say why)".into())
+}
+
+/// How long the source's regions may take, which it sends as soon as all lanes are open.
+const REGIONS_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Reads the source's regions and puts ours in their order; an error is told to the source. The
+/// answer has the landing table.
+pub(in crate::destination) fn compare(
+    demand: &Lane,
+    inbox: &Inbox<Note>,
+    prepared: &mut Prepared,
+    step_timeout: Duration,
+) -> Result<(Receiver, Adopted)> {
+    let receiver = Receiver::for_destination(LaneRole::Demand);
+    let mut receiver = receiver.checked(demand.is_checked());
+    let limit = REGIONS_TIMEOUT.min(step_timeout);
+    let compared = read_regions(demand, inbox, prepared, &mut receiver, limit)
+        .and_then(|table| prepared.adopt(&table))
+        .and_then(|adopted| {
+            let regions = adopted.landing.iter();
+            limits::check_mappings(regions.map(|(_, region)| region.bytes)).map(|()| adopted)
+        });
+    match compared {
+        Ok(adopted) => {
+            receiver.set_regions(&adopted.landing);
+            Ok((receiver, adopted))
+        }
+        Err(error) => {
+            lane::tell(&demand.socket(), demand.is_checked(), &error);
+            Err(error)
+        }
+    }
+}
+
+fn read_regions(
+    demand: &Lane,
+    inbox: &Inbox<Note>,
+    prepared: &Prepared,
+    receiver: &mut Receiver,
+    limit: Duration,
+) -> Result<RegionTable> {
+    let mut socket = demand.blocking()?;
+    let mut buffer = Vec::new();
+    let deadline = Instant::now() + limit;
+    loop {
+        // Whatever else comes does not make it longer.
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let what = format!("its regions have not come for {} s", limit.as_secs_f64());
+            return Err(lost(demand, &what));
+        }
+        match inbox.wait(&[socket.as_fd(), prepared.side.exited()], Some(left))? {
+            Wake::Signal => return Err(interrupted()),
+            Wake::Ready(0) => {}
+            Wake::Ready(_) => return Err(exited()),
+            Wake::Message(_) | Wake::Timeout => continue,
+        }
+        let Target::Control { exact } = receiver.next_target() else {
+            return Err(Error::protocol(&demand.name, "pages before the regions"));
+        };
+        buffer.resize(exact, 0);
+        let count = match socket.read(&mut buffer) {
+            Ok(0) => return Err(lost(demand, "the source closed it")),
+            Ok(count) => count,
+            Err(error) => match error.kind() {
+                ErrorKind::ConnectionReset => return Err(lost(demand, "the source closed it")),
+                // A socket that was given to us may be one that does not block.
+                ErrorKind::Interrupted | ErrorKind::WouldBlock => continue,
+                _ => return Err(error).context(|| demand.name.clone()),
+            },
+        };
+        let read = receiver.control(&buffer[..count]);
+        read.map_err(|error| Error::received("source", &demand.name, &error))?;
+        match receiver.poll_event() {
+            None | Some(Event::Ping(_) | Event::Pong(_)) => {}
+            Some(Event::Regions(table)) => return Ok(table),
+            Some(Event::Error(fault)) => return Err(peer(fault)),
+            Some(other) => {
+                let what = format!("{} before the regions", other.name());
+                return Err(Error::protocol(&demand.name, what));
+            }
+        }
+    }
+}
+
+fn lost(lane: &Lane, what: &str) -> Error {
+    Error::Lost { side: "source", lane: lane.name.clone(), what: what.into() }
+}

@@ -1,0 +1,394 @@
+//! The door: where sources dial, and what becomes of a connection until its lane is one of a whole session.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, recv};
+use umem_wire::limits::LANES_MAX;
+use umem_wire::{FaultCode, Hello, LaneRole};
+
+use super::{Lanes, Terms, lost};
+use crate::error::Result;
+use crate::observe::output::Output;
+use crate::runtime::accepting::Accepted;
+use crate::runtime::inbox::Interest;
+use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Listener};
+use crate::transport::secure::{self, Opened, Opening, Progress, ServerAuth};
+
+/// Connections that have not said yet who they are. When there are more the oldest is dropped, which
+/// has had the most time: a source says it at once. Room for all lanes of a session and as many
+/// strangers.
+const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
+
+/// How long all lanes of a session may take to come, 64 of them on a long way.
+const SESSION_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Where sources dial, and everybody who has and is not a lane of a whole session yet. Or nobody dials,
+/// and there are connections that were given.
+pub(in crate::destination) struct LaneAcceptor {
+    listener: Option<Listener>,
+    guard: Arc<ServerAuth>,
+    terms: Terms,
+    output: Output,
+    /// The oldest first.
+    pending: VecDeque<Pending>,
+    session: Option<Session>,
+    /// The session that has begun: only lanes of it come in, to replace lost ones.
+    known: Option<Known>,
+}
+
+/// A session that has begun, and what is needed to replace its lanes.
+struct Known {
+    hello: Hello,
+    /// Who began it: nobody else goes on with it, whatever the authority has signed.
+    certificate: Option<Vec<u8>>,
+    /// The highest that a demand lane has had.
+    epoch: u32,
+    /// Why no lanes are wanted now, if they are not.
+    refusal: Option<Refusal>,
+}
+
+/// Why no lanes are wanted, as a source that dials hears it.
+pub(in crate::destination) type Refusal = (FaultCode, Cow<'static, str>);
+
+impl Known {
+    fn new(hello: &Hello, certificate: Option<Vec<u8>>) -> Known {
+        Known { hello: hello.clone(), certificate, epoch: hello.epoch, refusal: None }
+    }
+
+    fn is_of_session(&self, hello: &Hello) -> bool {
+        let ours = &self.hello;
+        let bulk_lanes = hello.bulk_lanes == ours.bulk_lanes;
+        hello.session == ours.session && bulk_lanes && hello.capabilities == ours.capabilities
+    }
+}
+
+/// A connection that has not said who it is.
+struct Pending {
+    opening: Opening,
+    /// None for one that was given and has said nothing: its other end may come into the source's hands at any time.
+    deadline: Option<Instant>,
+}
+
+/// A session some of whose lanes have come, the demand lane among them.
+struct Session {
+    hello: Hello,
+    /// Who opened it, where TLS is asked for: nobody else opens a lane of it.
+    certificate: Option<Vec<u8>>,
+    demand: Lane,
+    /// Lane i at index i - 1.
+    bulk: Vec<Option<Lane>>,
+    /// The next lane has to come before this …
+    deadline: Instant,
+    /// … and the last one before this, however often one comes.
+    until: Instant,
+    /// The source has begun to speak on the demand lane, which is read later: its end does not show
+    /// then.
+    has_spoken: bool,
+}
+
+#[derive(Clone, Copy)]
+enum Who {
+    Stranger,
+    Pending(usize),
+    Session,
+}
+
+impl LaneAcceptor {
+    pub(super) fn new(
+        listener: Listener,
+        guard: Arc<ServerAuth>,
+        terms: Terms,
+        output: &Output,
+    ) -> LaneAcceptor {
+        LaneAcceptor {
+            listener: Some(listener),
+            guard,
+            terms,
+            output: output.clone(),
+            pending: VecDeque::new(),
+            session: None,
+            known: None,
+        }
+    }
+
+    /// A door for a session that has begun, at another address than before or the first one.
+    pub(in crate::destination) fn of_session(
+        listener: Listener,
+        guard: Arc<ServerAuth>,
+        hello: &Hello,
+        certificate: Option<Vec<u8>>,
+        output: &Output,
+    ) -> LaneAcceptor {
+        let door = LaneAcceptor::new(listener, guard, Terms::of_session(hello), output);
+        LaneAcceptor { known: Some(Known::new(hello, certificate)), ..door }
+    }
+
+    /// For a session that has begun, with a connection for each lane of it.
+    pub(in crate::destination) fn of_connections(
+        sockets: Vec<OwnedFd>,
+        guard: Arc<ServerAuth>,
+        hello: &Hello,
+        certificate: Option<Vec<u8>>,
+        output: &Output,
+    ) -> LaneAcceptor {
+        let mut door = LaneAcceptor {
+            listener: None,
+            guard,
+            terms: Terms::of_session(hello),
+            output: output.clone(),
+            pending: VecDeque::new(),
+            session: None,
+            known: Some(Known::new(hello, certificate)),
+        };
+        for socket in sockets {
+            let lane = match hello.bulk_lanes {
+                0 => Lane::shared(socket),
+                _ => Lane::new(socket, "a lane".into()),
+            };
+            door.open(lane, None);
+        }
+        door
+    }
+
+    /// Nobody dials.
+    pub(in crate::destination) fn is_of_connections(&self) -> bool {
+        self.listener.is_none()
+    }
+
+    /// Connections that were given are of use only together: false when one is gone.
+    pub(in crate::destination) fn has_all(&self) -> bool {
+        let of_session = |session: &Session| 1 + session.bulk.iter().flatten().count();
+        let count = self.pending.len() + self.session.as_ref().map_or(0, of_session);
+        count == usize::from(self.terms.lanes_max) + 1
+    }
+
+    /// This session has begun: what comes in from now on are lanes that replace its lost ones.
+    pub(super) fn begun(&mut self, lanes: &Lanes) {
+        self.known = Some(Known::new(&lanes.hello, lanes.certificate.clone()));
+    }
+
+    /// Whether lanes of the session that has begun are wanted; if not, why.
+    pub(in crate::destination) fn set_refusal(&mut self, refusal: Option<Refusal>) {
+        if let Some(known) = &mut self.known {
+            known.refusal = refusal;
+        }
+    }
+
+    /// Whom to listen to; when one of these is ready [`answer`](LaneAcceptor::answer) takes its index.
+    pub(in crate::destination) fn fds(&self) -> Vec<Interest<'_>> {
+        self.who().into_iter().map(|(_, interest)| interest).collect()
+    }
+
+    fn who(&self) -> Vec<(Who, Interest<'_>)> {
+        let session = self.session.iter().filter(|session| !session.has_spoken);
+        let session =
+            session.map(|session| (Who::Session, (session.demand.as_fd(), PollFlags::POLLIN)));
+        let pending = self.pending.iter().enumerate();
+        let pending = pending.map(|(i, p)| (Who::Pending(i), p.opening.interest()));
+        // The last, so that nobody else's index depends on whether it is listened to.
+        let listener = self.listener.iter().filter_map(Listener::interest);
+        let stranger = listener.map(|fd| (Who::Stranger, (fd, PollFlags::POLLIN)));
+        session.chain(pending).chain(stranger).collect()
+    }
+
+    pub(in crate::destination) fn answer(&mut self, index: usize) -> Result<()> {
+        match self.who().get(index) {
+            Some((Who::Stranger, _)) => self.knock(),
+            Some(&(who, _)) => {
+                self.hear(who);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// All lanes of a session, once they are here.
+    pub(in crate::destination) fn whole(&mut self) -> Option<Lanes> {
+        self.session.take_if(|session| session.is_whole()).map(Session::into_lanes)
+    }
+
+    pub(in crate::destination) fn next_deadline(&self) -> Option<Instant> {
+        let session = self.session.iter().map(|session| session.deadline);
+        let listener = self.listener.iter().filter_map(Listener::deadline);
+        let pending = self.pending.iter().filter_map(|pending| pending.deadline);
+        pending.chain(session).chain(listener).min()
+    }
+
+    fn knock(&mut self) -> Result<()> {
+        let Some(listener) = &mut self.listener else { return Ok(()) };
+        let socket = match listener.accept()? {
+            Accepted::One(socket) => socket,
+            Accepted::Gone => return Ok(()),
+            // Somebody who has had time has to go; where nobody has come yet there is only time.
+            Accepted::NoRoom(error) => {
+                match self.pending.pop_front() {
+                    Some(_) => self.ignored(&format!("it had not said who it is: {error}")),
+                    None => listener.leave(),
+                }
+                return Ok(());
+            }
+        };
+        if self.pending.len() == PENDING_MAX {
+            self.pending.pop_front();
+            self.ignored("others came before it had said who it is");
+        }
+        self.open(Lane::new(socket, "a lane".into()), Some(Instant::now() + HELLO_TIMEOUT));
+        Ok(())
+    }
+
+    fn open(&mut self, lane: Result<Lane>, deadline: Option<Instant>) {
+        let lane = lane.map_err(|error| error.to_string());
+        match lane.and_then(|lane| Opening::new(lane, &self.guard)) {
+            Ok(opening) => self.pending.push_back(Pending { opening, deadline }),
+            Err(why) => self.ignored(&why),
+        }
+    }
+
+    fn hear(&mut self, who: Who) {
+        let index = match who {
+            Who::Pending(index) => index,
+            Who::Session => return self.look_after_session(),
+            Who::Stranger => return,
+        };
+        let Pending { opening, deadline } = self.pending.remove(index).expect("it is there");
+        match opening.advance(&self.guard) {
+            Ok(Progress::Waits(opening)) => {
+                let now_has = || Instant::now() + HELLO_TIMEOUT;
+                let deadline = deadline.or_else(|| opening.has_begun().then(now_has));
+                self.pending.insert(index, Pending { opening, deadline });
+            }
+            Ok(Progress::Opened(opened)) => self.greet(opened),
+            Err(why) => self.ignored(&why),
+        }
+    }
+
+    /// A lane that has said what it is for.
+    fn greet(&mut self, opened: Opened) {
+        let Opened { lane, hello, answer, certificate } = opened;
+        let refused = |why: &'static str| Err((FaultCode::Refused, Cow::Borrowed(why)));
+        let may_come = match &mut self.known {
+            None if hello.epoch > 0 => refused("there is no migration here to go on with"),
+            None => Ok(()),
+            Some(known) if !known.is_of_session(&hello) => refused(ANOTHER),
+            Some(known) if known.certificate != certificate => refused(SOMEBODY_ELSE),
+            Some(Known { refusal: Some(refusal), .. }) => Err(refusal.clone()),
+            Some(known) if hello.role == LaneRole::Demand => {
+                // Lanes of a later attempt end those of one before it; they are refused afterwards.
+                let is_later = hello.epoch > known.epoch;
+                if is_later {
+                    known.epoch = hello.epoch;
+                    self.session = None;
+                }
+                if is_later { Ok(()) } else { refused("another attempt was later") }
+            }
+            Some(_) => Ok(()),
+        };
+        if let Err((code, why)) = may_come {
+            return lane::refuse(&lane, code, &why);
+        }
+        let place = match &mut self.session {
+            None if hello.role == LaneRole::Demand => None,
+            Some(session) => match session.place(&hello, certificate.as_ref()) {
+                Some(place) => Some(place),
+                None => return refuse(&lane),
+            },
+            None => return refuse(&lane),
+        };
+        if let Some(why) = self.terms.refusal(&hello) {
+            return lane::refuse(&lane, FaultCode::Refused, &why);
+        }
+        // It is let in: threads and priority are for lanes of the session alone.
+        let mut lane = match self.guard.seat(lane, hello.role, hello.index) {
+            Ok(lane) => lane,
+            Err(error) => return self.ignored(&error.to_string()),
+        };
+        let ours = lane::capabilities(self.terms.recovers);
+        if secure::welcome(&mut lane, &hello, ours, answer.as_ref()).is_err() {
+            return;
+        }
+        match (place, &mut self.session) {
+            (Some(place), Some(session)) => {
+                session.bulk[place] = Some(lane);
+                session.deadline = session.until.min(Instant::now() + HELLO_TIMEOUT);
+            }
+            _ => self.session = Some(Session::new(lane, hello, certificate)),
+        }
+    }
+
+    /// The demand lane of a session that is not whole is readable: mostly because it was closed.
+    fn look_after_session(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(session.demand.as_fd().as_raw_fd(), &mut [0], flags) {
+            Ok(1..) => session.has_spoken = true,
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Ok(0) | Err(_) => {
+                self.session = None;
+                self.ignored("its demand lane closed before all of its lanes had come");
+            }
+        }
+    }
+
+    pub(in crate::destination) fn forget_late(&mut self, now: Instant) {
+        let before = self.pending.len();
+        self.pending.retain(|pending| pending.deadline.is_none_or(|deadline| deadline > now));
+        for _ in self.pending.len()..before {
+            self.ignored("it did not say who it is");
+        }
+        if let Some(session) = self.session.take_if(|session| session.deadline <= now) {
+            let what = "not all of its lanes have come";
+            let demand = &session.demand;
+            lane::tell(&demand.socket(), demand.is_checked(), &lost(demand, what));
+            self.ignored(what);
+        }
+    }
+
+    fn ignored(&self, why: &str) {
+        self.output.remark(&format!("ignored a connection: {why}"));
+    }
+}
+
+impl Session {
+    fn new(demand: Lane, hello: Hello, certificate: Option<Vec<u8>>) -> Session {
+        let bulk = (0..hello.bulk_lanes).map(|_| None).collect();
+        let now = Instant::now();
+        let (deadline, until) = (now + HELLO_TIMEOUT, now + SESSION_TIMEOUT);
+        Session { hello, certificate, demand, bulk, deadline, until, has_spoken: false }
+    }
+
+    /// Where a lane belongs, if it is one of ours that has not come.
+    fn place(&self, hello: &Hello, certificate: Option<&Vec<u8>>) -> Option<usize> {
+        let is_ours = hello.role == LaneRole::Bulk
+            && hello.session == self.hello.session
+            && certificate == self.certificate.as_ref()
+            && hello.epoch == self.hello.epoch
+            && hello.bulk_lanes == self.hello.bulk_lanes
+            && hello.capabilities == self.hello.capabilities;
+        let place = usize::from(hello.index).checked_sub(1)?;
+        (is_ours && self.bulk.get(place)?.is_none()).then_some(place)
+    }
+
+    fn is_whole(&self) -> bool {
+        self.bulk.iter().all(Option::is_some)
+    }
+
+    fn into_lanes(self) -> Lanes {
+        let Session { demand, hello, certificate, bulk, .. } = self;
+        let bulk = bulk.into_iter().flatten().collect();
+        Lanes { demand, bulk, hello, certificate, door: None }
+    }
+}
+
+const ANOTHER: &str = "another migration is being received";
+const SOMEBODY_ELSE: &str =
+    "this migration began with another certificate, and goes on with it alone";
+
+fn refuse(lane: &Lane) {
+    lane::refuse(lane, FaultCode::Refused, ANOTHER);
+}

@@ -1,0 +1,322 @@
+//! Which memory a started QEMU has: it is asked, and the preload object has handed over what may be RAM.
+//!
+//! At the moment when a mapping is made nobody can be asked what it is for, and it has to be caught at that moment. So
+//! the preload object hands over whatever a QEMU maps in the way in which it maps its RAM; once QEMU answers, its RAM
+//! blocks say by their addresses which of that a migration brings, and under which names. The rest is let go. All of
+//! this is before the source is asked for anything, and whatever does not fit ends it.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{MsgFlags, recv};
+
+use super::handing::{HANDOFF_TIMEOUT, Memory, closed, exited, never_handed_over};
+use super::{Options, connect};
+use crate::destination::{NO_GUEST, Note};
+use crate::error::{Error, Result};
+use crate::fault::handoff::{Handed, HandoffSocket, Message};
+use crate::host::command::Monitor;
+use crate::host::qemu::{Backend, Qemu};
+use crate::host::qmp::Qmp;
+use crate::memory::claim::{self, User};
+use crate::runtime::inbox::{Inbox, Wake};
+
+/// A QEMU that was asked which memory it has, and its answer.
+type Asked = (Qemu, Vec<Backend>);
+
+/// Waits until COMMAND has mapped the guest's memory, and asks it which that is, where it is a QEMU or has a QMP socket.
+pub(super) fn find(
+    options: &Options,
+    monitor: &mut Monitor,
+    handoff: &mut HandoffSocket,
+    inbox: &Inbox<Note>,
+) -> Result<(Memory, Option<Asked>)> {
+    let mut coming = Coming::new(options);
+    let waited = coming.wait(monitor, handoff, inbox);
+    let asked = waited.and_then(|()| coming.ask(monitor, inbox));
+    // Why QEMU has failed to start, if that is why it does not answer.
+    let drained = coming.drain(handoff, inbox);
+    // Those go if the guest does not come.
+    handoff.created().iter().for_each(|file| monitor.note_created(file.clone()));
+    drained?;
+    let asked = asked?;
+    let mut handed = coming.handed;
+    if let Some((_, backends)) = &asked {
+        handed = assign(options, handoff, handed, backends)?;
+    }
+    // What QEMU maps from now on, as it plugs in memory, nobody would fill.
+    handoff.settled()?;
+    let memory = Memory { handed, knows_umem: true, keeps_sessions: coming.keeps_sessions };
+    Ok((memory, asked))
+}
+
+/// What has come so far of a process that was started.
+struct Coming<'a> {
+    options: &'a Options,
+    /// The names that the user has given, of what has not been handed over.
+    missing: HashMap<&'a str, ()>,
+    handed: Vec<Handed>,
+    keeps_sessions: bool,
+    loaded: bool,
+    is_qemu: bool,
+    /// Our end of the monitor that QEMU was given.
+    qmp: Option<UnixStream>,
+}
+
+impl<'a> Coming<'a> {
+    fn new(options: &'a Options) -> Coming<'a> {
+        Coming {
+            options,
+            missing: options.ram.iter().map(|ram| (ram.name.as_str(), ())).collect(),
+            handed: Vec::new(),
+            keeps_sessions: true,
+            loaded: false,
+            is_qemu: false,
+            qmp: None,
+        }
+    }
+
+    /// There is nothing to wait for but QEMU's answers.
+    fn is_there(&mut self) -> bool {
+        if self.is_qemu && self.options.qmp.is_none() {
+            return self.missing.is_empty() && self.greets();
+        }
+        match (&self.options.qmp, self.options.ram.is_empty()) {
+            (_, false) => self.missing.is_empty(),
+            (Some(path), true) => self.is_qemu && (!self.handed.is_empty() || path.exists()),
+            (None, true) => false,
+        }
+    }
+
+    /// Whether the monitor has said something. One of a process that has ended, which was only asked for its version,
+    /// is let go.
+    fn greets(&mut self) -> bool {
+        let Some(qmp) = &self.qmp else { return false };
+        match recv(qmp.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => {
+                self.qmp = None;
+                false
+            }
+            Ok(_) => true,
+            Err(_) => false,
+        }
+    }
+
+    fn wait(
+        &mut self,
+        monitor: &Monitor,
+        handoff: &mut HandoffSocket,
+        inbox: &Inbox<Note>,
+    ) -> Result<()> {
+        let deadline = Instant::now() + HANDOFF_TIMEOUT;
+        while !self.is_there() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut extra = vec![handoff.stream().as_fd(), monitor.exited()];
+            extra.extend(self.qmp.as_ref().map(AsFd::as_fd));
+            match inbox.wait(&extra, Some(left))? {
+                Wake::Signal => return Err(Error::Interrupted(NO_GUEST.into())),
+                Wake::Timeout => return Err(self.never_came()),
+                Wake::Ready(0) => match handoff.read()? {
+                    Some(messages) => self.take(messages)?,
+                    None if closed(monitor, inbox)? => return Err(self.ended()),
+                    None => return Err(self.never_came()),
+                },
+                Wake::Ready(1) => {
+                    // What it has said before.
+                    self.drain(handoff, inbox)?;
+                    return Err(self.ended());
+                }
+                // It greets, or has ended.
+                Wake::Ready(_) | Wake::Message(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, messages: Vec<Message>) -> Result<()> {
+        for message in messages {
+            match message {
+                Message::Loaded => self.loaded = true,
+                Message::Qemu(qmp) => {
+                    self.is_qemu = true;
+                    self.qmp = qmp.or(self.qmp.take());
+                }
+                Message::Memory { pieces, keeps_sessions, .. } => {
+                    self.keeps_sessions &= keeps_sessions;
+                    for piece in pieces {
+                        self.check(&piece)?;
+                        let name = piece.name.as_deref().unwrap_or_default();
+                        if self.options.ram.is_empty() || self.missing.remove(name).is_some() {
+                            self.handed.push(piece);
+                        }
+                    }
+                }
+                Message::Released | Message::Session(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whoever may have put a file there, or may put another one in its place.
+    fn check(&self, piece: &Handed) -> Result<()> {
+        let (Some(name), Some(file)) = (&piece.name, &piece.file) else { return Ok(()) };
+        match self.options.ram.iter().find(|ram| ram.name == *name) {
+            Some(ram) => claim::check_file(name, &ram.path, file, User::Destination),
+            // Its name is its path, as the process knows it.
+            None => {
+                claim::check_path(name, Path::new(name), User::Destination)?;
+                claim::check_file(name, Path::new(name), file, User::Destination)
+            }
+        }
+    }
+
+    /// Takes what is there by now: a process that has answered has handed over what it had mapped before.
+    fn drain(&mut self, handoff: &mut HandoffSocket, inbox: &Inbox<Note>) -> Result<()> {
+        loop {
+            match inbox.wait(&[handoff.stream().as_fd()], Some(Duration::ZERO))? {
+                Wake::Signal => return Err(Error::Interrupted(NO_GUEST.into())),
+                Wake::Timeout => return Ok(()),
+                Wake::Message(_) => {}
+                Wake::Ready(_) => match handoff.read()? {
+                    Some(messages) => self.take(messages)?,
+                    None => return Ok(()),
+                },
+            }
+        }
+    }
+
+    fn ask(&mut self, monitor: &mut Monitor, inbox: &Inbox<Note>) -> Result<Option<Asked>> {
+        let (stream, name) = match (self.qmp.take(), &self.options.qmp) {
+            (Some(stream), _) => (stream, None),
+            (None, Some(path)) => (connect(path, monitor, inbox)?, Some(path)),
+            (None, None) => return Ok(None),
+        };
+        let is_ours = name.is_none();
+        let name = name.map_or("QEMU's monitor".to_owned(), |path| path.display().to_string());
+        let kind = self.options.kind;
+        // A monitor need not answer.
+        let (qemu, backends, pid) = inbox.wait_for_work(NO_GUEST, None, move || {
+            let qmp = Qmp::open(stream, &name)?;
+            let pid = qmp.peer();
+            let mut qemu = Qemu::new(qmp);
+            qemu.awaits_a_guest()?;
+            let backends = qemu.check(kind)?;
+            Ok((qemu, backends, pid))
+        })?;
+        // QEMU has made the socket. It may be the child of what we have started.
+        if let Some(pid) = pid.filter(|&pid| is_ours && pid != monitor.pid()) {
+            monitor.hold(pid)?;
+        }
+        Ok(Some((qemu, backends)))
+    }
+
+    fn ended(&self) -> Error {
+        if !self.loaded || !self.options.ram.is_empty() {
+            return exited(self.loaded, &self.missing);
+        }
+        if !self.is_qemu {
+            return no_qemu("has ended");
+        }
+        Error::Host(
+            "it exited before it could be asked for its RAM (its own messages say why)".into(),
+        )
+    }
+
+    fn never_came(&self) -> Error {
+        if !self.loaded || !self.options.ram.is_empty() && !self.missing.is_empty() {
+            return never_handed_over(self.loaded, &self.missing);
+        }
+        if !self.is_qemu {
+            return no_qemu("starts none");
+        }
+        Error::Host(
+            "it is started and does not answer at its monitor: see what it waits for (its own messages may say)"
+                .into(),
+        )
+    }
+}
+
+fn no_qemu(what: &str) -> Error {
+    Error::Usage(format!(
+        "COMMAND started no QEMU that umem's preload object was loaded into, and {what}: a QEMU is known by its \
+         name (qemu-system-…, qemu-kvm, kvm), and LD_PRELOAD has to reach it; for another monitor name its RAM \
+         files with --ram NAME=PATH"
+    ))
+}
+
+/// Gives what was handed over its names, by the addresses that QEMU tells, and lets go what is no RAM. What the user has
+/// named is named already; that has to be all of the guest's RAM and nothing else.
+fn assign(
+    options: &Options,
+    handoff: &mut HandoffSocket,
+    mut handed: Vec<Handed>,
+    backends: &[Backend],
+) -> Result<Vec<Handed>> {
+    let is_named = !options.ram.is_empty();
+    let mut memory = Vec::new();
+    for backend in backends {
+        let is_it = |piece: &Handed| Some(piece.address) == backend.address;
+        let Some(index) = handed.iter().position(is_it) else {
+            return Err(not_handed_over(options, backend));
+        };
+        let mut piece = handed.swap_remove(index);
+        check_length(&piece, backend)?;
+        if !is_named {
+            backend.check_name()?;
+            handoff.name(piece.address, &backend.name)?;
+            piece.name = Some(backend.name.clone());
+        }
+        memory.push(piece);
+    }
+    for piece in handed {
+        if is_named {
+            return Err(Error::Usage(format!(
+                "--ram {} names a file that is no RAM of the guest: leave it out",
+                piece.name.unwrap_or_default()
+            )));
+        }
+        // Our userfaultfd goes with the piece.
+        handoff.forget(piece.address)?;
+    }
+    Ok(memory)
+}
+
+/// An early QEMU with offset= maps what lies behind a file's end, and would be ended by a signal as it is touched.
+fn check_length(piece: &Handed, backend: &Backend) -> Result<()> {
+    let Some(length) = piece.file.as_ref().and_then(|file| file.metadata().ok()) else {
+        return Ok(());
+    };
+    let (length, end) = (length.len(), piece.file_offset.saturating_add(piece.bytes));
+    if length >= end && piece.bytes >= backend.bytes {
+        return Ok(());
+    }
+    let (name, path) = (&backend.name, backend.path.display());
+    Err(Error::Unsupported(format!(
+        "RAM backend {name} reaches to byte {end} of its file {path}, which has {length} bytes: QEMU makes no file \
+         longer that is there; make it as long before, with `truncate -s {end} {path}`, or begin with the backend \
+         whose offset= is the largest"
+    )))
+}
+
+fn not_handed_over(options: &Options, backend: &Backend) -> Error {
+    let (name, path) = (&backend.name, backend.path.display());
+    if options.kind.needs_touch() && backend.is_shared {
+        return Error::Unsupported(format!(
+            "RAM backend {name} has share=on, and --kind private is for memory that becomes the guest's own: give it \
+             share=off, or leave out --kind"
+        ));
+    }
+    if !options.ram.is_empty() {
+        return Error::Unsupported(format!(
+            "the guest's RAM backend {name} ({path}) is none of those that --ram names: leave out --ram, and umem asks \
+             QEMU"
+        ));
+    }
+    Error::Unsupported(format!(
+        "RAM backend {name} has its memory in {path}, which cannot be filled as it is asked for: userfaultfd knows \
+         files of tmpfs and hugetlbfs that have a name; let mem-path name one in /dev/shm"
+    ))
+}

@@ -1,0 +1,4 @@
+//! Faults of the guest, and what they take.
+
+pub(in crate::destination) mod latency;
+pub(crate) mod serving;

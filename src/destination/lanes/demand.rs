@@ -1,0 +1,545 @@
+//! The demand lane at the destination: faults in, requests out, answers into the guest's pages.
+//!
+//! One thread, one ring. It reads the userfaultfds ([`Faults`]), asks for each missing page once,
+//! lands the answers, and is the only one that marks single pages cached; bulk lanes tell it by message
+//! which of their pages somebody waits for. The faults of a guest in shards are served by other
+//! threads, and it only asks and lands. Control frames share the lane and go to the control thread.
+//!
+//! In a session that recovers the thread outlives its lane. When that is lost it says so, waits until no
+//! operation of the lane is left, says that too, and goes on showing pages that have come and taking the
+//! guest's discards. On a new lane it first tells the source what has come, then asks again for what is
+//! waited for.
+
+use crate::error;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver as Commands;
+
+use umem_ring::{
+    Bytes, Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_MESSAGE, TOKEN_WAKE, Wait,
+};
+use umem_wire::limits::{REQUEST_ENTRIES_MAX, STATE_BYTES_MAX};
+use umem_wire::{
+    Event, Frame, LaneRole, PageRange, Receiver, RegionId, RegionTable, Seal, transmit,
+};
+
+use super::acks::Acks;
+use crate::destination::Note;
+use crate::destination::faults::latency::Latencies;
+use crate::destination::faults::serving::{self, Faults, MESSAGE_ASK, Servers};
+use crate::destination::landing::{
+    Arrived, Given, LaneReader, TOKEN_AHEAD, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN,
+};
+use crate::destination::memory::{GuestMemory, PageId};
+use crate::error::{Error, Result};
+use crate::runtime::follow::{self, AffinityFollower};
+use crate::runtime::idle::{CpuLatencyHold, IdleCores};
+use crate::runtime::inbox::Post;
+use crate::runtime::worker::{Started, ThreadHandle};
+use crate::runtime::{panics, priority};
+use crate::statistics::Counters;
+use crate::transport::lane::{self, Hearing, Lane};
+
+const TOKEN_SENT: u64 = TOKEN_FREE;
+const TOKEN_POSTED: u64 = TOKEN_FREE + 1;
+const TOKEN_FAULT_RETRY: u64 = TOKEN_FREE + 2;
+const TOKEN_CALM: u64 = TOKEN_FREE + 3;
+/// The guest's userfaultfds have this token and those after it.
+const TOKEN_FAULTS: u64 = TOKEN_FREE + 4;
+
+/// What the control thread tells the demand thread, followed by a wake.
+pub(crate) enum Command {
+    /// Send these bytes, whole frames. Without a lane nobody gets them.
+    Send(Vec<u8>),
+    /// Send a ping of this number, whose pong is expected.
+    Ping(u64),
+    /// Vcpus wait for these pages, which are cached.
+    Show(Vec<PageId>),
+    /// Go on over this lane. Comes only when the thread has let go of the one before.
+    Resume(Box<Resume>),
+    /// Faults are served by other threads: tell them of pages that have come.
+    Servers(Servers),
+    /// The guest is complete or lost: end, once what was to be sent has been.
+    End,
+}
+
+/// A lane that replaces a lost one.
+pub(crate) struct Resume {
+    pub(crate) lane: Lane,
+    pub(crate) landing: RegionTable,
+    /// Whole frames, to be sent first.
+    pub(crate) first: Vec<u8>,
+    /// Whole frames, to be sent after the account of what has come.
+    pub(crate) last: Vec<u8>,
+}
+
+/// What the demand thread needs.
+pub(crate) struct DemandLane {
+    /// With a receiver that has read the regions already. None where a process before this has lost it:
+    /// the first one comes as a [`Command::Resume`] then.
+    pub(crate) lane: Option<(Lane, Receiver)>,
+    pub(crate) guest: Arc<GuestMemory>,
+    /// Serve the guest's faults as well; if not, [`Command::Servers`] says who does.
+    pub(crate) serves_faults: bool,
+    pub(crate) core: Option<usize>,
+    /// Nobody has named that core: go where the guest's vCPUs are.
+    pub(crate) follows: bool,
+    pub(crate) idle_cores: IdleCores,
+    /// There are no bulk lanes: pages come here that nobody asked for.
+    pub(crate) has_background: bool,
+    /// The session goes on when the lane is lost.
+    pub(crate) recovers: bool,
+    pub(crate) acks: Acks,
+    pub(crate) commands: Commands<Command>,
+    pub(crate) post: Post<Note>,
+}
+
+/// The lane that there is.
+struct Link {
+    socket: Arc<OwnedFd>,
+    reader: LaneReader,
+    /// What is said on it.
+    seal: Seal,
+    /// It is lost, and its operations are ending.
+    is_lost: bool,
+    /// What is to be told on it before anything else.
+    account: Option<Account>,
+}
+
+/// What has come, as the source is told on a lane that replaces a lost one.
+struct Account {
+    first: Vec<u8>,
+    ranges: Box<dyn Iterator<Item = PageRange> + Send>,
+}
+
+struct DemandThread {
+    guest: Arc<GuestMemory>,
+    /// None from when a lost lane has been let go of until there is another one.
+    link: Option<Link>,
+    recovers: bool,
+    has_background: bool,
+    /// Pages that have come since they were counted, where the lane has a background.
+    pages_arrived: u64,
+    acks: Acks,
+    commands: Commands<Command>,
+    post: Post<Note>,
+    /// The source's guest has stopped: before that its pages may still change.
+    may_ask: bool,
+    /// None when the guest's faults are served by other threads.
+    faults: Option<Faults>,
+    servers: Option<Servers>,
+    follower: AffinityFollower,
+    vigil: CpuLatencyHold,
+    /// Pages have been asked for since the last look at where from.
+    has_asked: bool,
+    /// Pages that other threads' guests wait for.
+    ask: Vec<(RegionId, u64)>,
+    /// Pages that have come and that somebody waits for.
+    wanted: Vec<PageId>,
+    /// Whole frames to send.
+    outbox: Vec<u8>,
+    /// The last ping that has not been answered: of a flood of them no more is kept.
+    ping: Option<u64>,
+    /// What goes to the control thread from this lane.
+    hearing: Hearing,
+    /// What has come of the device state; none once it is whole.
+    state: Option<Vec<u8>>,
+    /// The buffer that is not in flight.
+    spare: Option<Vec<u8>>,
+    /// The source has said goodbye, and may close the lane. A question that came behind that is answered at the
+    /// end, when it has been written down.
+    has_parted: bool,
+    ending: bool,
+}
+
+impl DemandLane {
+    /// Serves until told to end. Returns what the faults took.
+    pub(crate) fn run(self, started: Started<ThreadHandle>) -> Result<Latencies> {
+        let faults = self.serves_faults.then(|| {
+            let sources = (0..self.guest.sources.len()).collect();
+            Faults::new(self.guest.clone(), sources, TOKEN_FAULTS, TOKEN_FAULT_RETRY)
+        });
+        // Without a lane the guest has long stopped at the source.
+        let may_ask = self.lane.is_none();
+        let link = self.lane.map(|(lane, receiver)| Link {
+            socket: lane.socket(),
+            reader: LaneReader::demand(&lane, receiver, self.guest.clone()),
+            seal: Seal::new(lane.is_checked()),
+            is_lost: false,
+            account: None,
+        });
+        let mut thread = DemandThread {
+            guest: self.guest.clone(),
+            link,
+            recovers: self.recovers,
+            has_background: self.has_background,
+            pages_arrived: 0,
+            acks: self.acks,
+            commands: self.commands,
+            post: self.post,
+            may_ask,
+            faults,
+            servers: None,
+            follower: AffinityFollower::new(self.follows, self.core),
+            vigil: CpuLatencyHold::new(self.idle_cores, TOKEN_CALM),
+            has_asked: false,
+            ask: Vec::with_capacity(REQUEST_ENTRIES_MAX),
+            wanted: Vec::with_capacity(REQUEST_ENTRIES_MAX),
+            outbox: Vec::with_capacity(4096),
+            ping: None,
+            hearing: Hearing::new(),
+            state: (!may_ask).then(Vec::new),
+            spare: Some(Vec::with_capacity(4096)),
+            has_parted: false,
+            ending: false,
+        };
+        let name = error::lane_name(LaneRole::Demand, 0);
+        thread.serve(&name, self.core, started)?;
+        Ok(thread.faults.map_or_else(Latencies::new, Faults::into_latencies))
+    }
+}
+
+impl DemandThread {
+    fn serve(
+        &mut self,
+        name: &str,
+        core: Option<usize>,
+        started: Started<ThreadHandle>,
+    ) -> Result<()> {
+        let mut ring = Ring::new(&Config {
+            name: name.to_owned(),
+            core,
+            ops_max: 64 + self.guest.sources.len() as u32,
+            ..Config::default()
+        })?;
+        priority::go_first();
+        started.with(ThreadHandle { waker: ring.waker()?, mailbox: ring.mailbox() });
+        self.link.iter_mut().try_for_each(|link| link.reader.arm(&mut ring))?;
+        if let Some(faults) = &self.faults {
+            faults.arm(&mut ring)?;
+        }
+        loop {
+            ring.enter(Wait::One)?;
+            panics::point(format_args!("demand"));
+            while let Some(completion) = ring.next() {
+                self.completed(&mut ring, completion)?;
+            }
+            self.take_commands(&mut ring)?;
+            self.let_go(&mut ring)?;
+            self.send(&mut ring)?;
+            self.listen_again(&mut ring)?;
+            self.follow(&mut ring)?;
+            if self.ending && self.spare.is_some() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn completed(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
+        match completion.token {
+            // After its goodbye the source closes the lane.
+            TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD if self.ending => Ok(()),
+            TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD | TOKEN_RETRY => {
+                self.received(ring, completion)
+            }
+            TOKEN_MESSAGE => match completion.outcome {
+                Outcome::Message { value, extra: MESSAGE_ASK } => {
+                    let page = PageId::unpack(value);
+                    self.ask.push((page.region, page.page));
+                    Ok(())
+                }
+                Outcome::Message { value, .. } => self.cached(ring, PageId::unpack(value)),
+                other => unreachable!("{other:?} as a message"),
+            },
+            // Commands are taken in any case.
+            TOKEN_WAKE => Ok(()),
+            TOKEN_SENT => self.sent(completion),
+            TOKEN_POSTED => serving::posted(completion.outcome),
+            TOKEN_CALM => self.vigil.calm(ring),
+            _ => {
+                self.faults.as_mut().expect("only these tokens are left").complete(ring, completion)
+            }
+        }
+    }
+
+    /// Something has come on the lane.
+    fn received(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
+        let mut link =
+            self.link.take().expect("a lane is let go of when nothing of it is in flight");
+        let mut wanted = std::mem::take(&mut self.wanted);
+        let guest = self.guest.clone();
+        let received = link.reader.complete(
+            ring,
+            completion,
+            |page| wanted.push(page),
+            |arrived| self.arrived(&guest, arrived),
+        );
+        // What has come is shown, whatever happened then.
+        let given = link.reader.take_given(|Given { page, arrived }| {
+            self.faults.iter_mut().for_each(|faults| faults.given(page, arrived));
+        });
+        let count = given + wanted.len();
+        self.link = Some(link);
+        self.count_arrived(count as u64);
+        wanted.drain(..).try_for_each(|page| self.cached(ring, page))?;
+        self.wanted = wanted;
+        if self.has_parted && received.as_ref().is_err_and(Error::ends_lanes) {
+            return Ok(());
+        }
+        received.or_else(|error| self.lost(error))
+    }
+
+    /// Where others come here too, a page was asked for if somebody waits for it now.
+    fn count_arrived(&mut self, wanted: u64) {
+        let arrived = std::mem::take(&mut self.pages_arrived);
+        let demand = arrived.min(wanted);
+        self.guest.count_demand(demand);
+        Counters::add(&self.guest.counters.pages_background, arrived - demand);
+    }
+
+    /// The lane cannot go on. In a session that recovers the thread does, without it.
+    fn lost(&mut self, error: Error) -> Result<()> {
+        let (true, true, Some(link)) = (error.ends_lanes(), self.recovers, &mut self.link) else {
+            return Err(error);
+        };
+        if !std::mem::replace(&mut link.is_lost, true) {
+            // The source hears why, if nothing else is on its way there; otherwise when it comes back.
+            if matches!(error, Error::OutOfMemory(_)) && self.spare.is_some() {
+                lane::tell(&link.socket, link.reader.is_checked(), &error);
+            }
+            lane::sever(&link.socket);
+            self.post.send(Note::Failed(error));
+        }
+        Ok(())
+    }
+
+    /// Lets go of a lost lane once nothing of it is in flight, so that no page of it is written to any
+    /// more, and says so.
+    fn let_go(&mut self, ring: &mut Ring) -> Result<()> {
+        let is_quiet = |link: &mut Link| link.is_lost && link.reader.is_quiet();
+        // The buffer is not here while it is being sent.
+        if self.spare.is_none() {
+            return Ok(());
+        }
+        let Some(mut link) = self.link.take_if(is_quiet) else { return Ok(()) };
+        let (mut wanted, guest) = (Vec::new(), self.guest.clone());
+        link.reader.settle(|page| wanted.push(page), |arrived| self.arrived(&guest, arrived))?;
+        self.count_arrived(wanted.len() as u64);
+        wanted.into_iter().try_for_each(|page| self.cached(ring, page))?;
+        self.post.send(Note::Quiet);
+        Ok(())
+    }
+
+    fn resume(&mut self, ring: &mut Ring, resume: Resume) -> Result<()> {
+        assert!(self.link.is_none(), "the lane before has been let go of");
+        let Resume { lane, landing, first, last } = resume;
+        let receiver = Receiver::for_resumed_destination(&landing).checked(lane.is_checked());
+        let mut reader = LaneReader::demand(&lane, receiver, self.guest.clone());
+        reader.arm(ring)?;
+        self.outbox.extend_from_slice(&last);
+        let ranges = Box::new(umem_wire::resume::have_ranges(&landing));
+        let account = Some(Account { first, ranges });
+        let seal = Seal::new(lane.is_checked());
+        self.hearing = Hearing::new();
+        self.link = Some(Link { socket: lane.socket(), reader, seal, is_lost: false, account });
+        Ok(())
+    }
+
+    /// What somebody waits for and has not come, asked for before the lane was lost or not.
+    fn ask_again(&mut self) {
+        self.faults.as_mut().into_iter().for_each(Faults::forget_unasked);
+        self.ask.clear();
+        self.guest.each_unanswered(|region, page| self.ask.push((region, page)));
+    }
+
+    /// A page that somebody waits for is there.
+    fn cached(&mut self, ring: &mut Ring, page: PageId) -> Result<()> {
+        match (&mut self.faults, &self.servers) {
+            (Some(faults), _) => faults.cached(ring, page),
+            (None, Some(servers)) => servers.tell(ring, &self.guest, page, TOKEN_POSTED),
+            (None, None) => unreachable!("nobody's fault was read before there are servers"),
+        }
+    }
+
+    fn arrived(&mut self, guest: &GuestMemory, arrived: Arrived) -> Result<()> {
+        match arrived {
+            Arrived::Run { range, last } => {
+                self.acks.cached(range, guest.bytes(range));
+                if self.has_background {
+                    self.pages_arrived += range.pages;
+                } else {
+                    guest.count_demand(range.pages);
+                }
+                if last {
+                    self.post.send(Note::AllCached);
+                }
+            }
+            Arrived::Other(Event::Ping(number)) => self.ping = Some(number),
+            Arrived::Other(Event::Remaining { runs, last }) => {
+                guest.remains(&runs)?;
+                if last {
+                    self.hearing.take(&Event::Settled).map_err(violated)?;
+                    let runs = Vec::new();
+                    self.post.send(Note::Received(Event::Remaining { runs, last }));
+                }
+            }
+            Arrived::Other(Event::Stopped { .. }) if guest.is_in_rounds() => {
+                return Err(violated("the stop before what remains of its rounds is settled"));
+            }
+            Arrived::Other(Event::DeviceState(chunk)) => self.gather_state(&chunk)?,
+            Arrived::Other(event) => {
+                self.hearing.take(&event).map_err(violated)?;
+                match event {
+                    Event::Stopped { .. } => self.may_ask = true,
+                    Event::Complete(_) => self.has_parted = true,
+                    Event::Load { .. } => {
+                        let state = self.state.take().filter(|state| !state.is_empty());
+                        let whole = state.map(|state| Note::Received(Event::DeviceState(state)));
+                        whole.into_iter().for_each(|note| self.post.send(note));
+                    }
+                    _ => {}
+                }
+                self.post.send(Note::Received(event));
+            }
+        }
+        Ok(())
+    }
+
+    /// Pieces of device state go on as one: a source may cut it as small as it likes.
+    fn gather_state(&mut self, chunk: &[u8]) -> Result<()> {
+        let state = self.state.as_mut().filter(|_| self.may_ask);
+        let state = state.ok_or_else(|| violated("device state where none belongs"))?;
+        if (state.len() + chunk.len()) as u64 > STATE_BYTES_MAX {
+            let what = format!("more than {STATE_BYTES_MAX} bytes of device state");
+            return Err(violated(&what));
+        }
+        state.extend_from_slice(chunk);
+        Counters::add(&self.guest.counters.state_bytes, chunk.len() as u64);
+        Ok(())
+    }
+
+    fn take_commands(&mut self, ring: &mut Ring) -> Result<()> {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Send(bytes) if self.link.is_some() => {
+                    self.outbox.extend_from_slice(&bytes);
+                }
+                Command::Ping(number) if self.link.is_some() => {
+                    self.hearing.asks(number);
+                    transmit::encode(&Frame::Ping(number), &mut self.outbox);
+                }
+                Command::Send(_) | Command::Ping(_) => {}
+                Command::Resume(resume) => self.resume(ring, *resume)?,
+                Command::Show(pages) => {
+                    pages.into_iter().try_for_each(|page| self.cached(ring, page))?;
+                }
+                Command::Servers(servers) => self.servers = Some(servers),
+                Command::End => self.ending = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes to the core where vCPUs wait; after a fault has been dealt with, not before.
+    fn follow(&mut self, ring: &mut Ring) -> Result<()> {
+        if !std::mem::take(&mut self.has_asked) {
+            return Ok(());
+        }
+        if let Some(thread) = self.faults.as_mut().and_then(Faults::take_thread)
+            && self.follower.is_due()
+            && let Some(core) = follow::core_of_thread(thread)
+        {
+            self.follower.saw(core);
+        }
+        self.vigil.fault(ring)
+    }
+
+    /// Sends what there is, requests first, all in one.
+    fn send(&mut self, ring: &mut Ring) -> Result<()> {
+        let Some(link) = self.link.as_mut().filter(|link| !link.is_lost) else {
+            // The page states remember what is asked for again.
+            self.faults.as_mut().into_iter().for_each(Faults::forget_unasked);
+            self.ask.clear();
+            self.outbox.clear();
+            self.ping = None;
+            self.acks.clear();
+            return Ok(());
+        };
+        let Some(mut buffer) = self.spare.take() else {
+            return Ok(());
+        };
+        buffer.clear();
+        let socket = Fd::from(link.socket.clone());
+        if let Some(account) = &mut link.account {
+            buffer.append(&mut account.first);
+            match account.ranges.next() {
+                Some(range) => transmit::have(&mut buffer, range, self.guest.have(range)),
+                None => {
+                    link.account = None;
+                    self.ask_again();
+                }
+            }
+        }
+        let is_telling = self.link.as_ref().is_some_and(|link| link.account.is_some());
+        if !is_telling {
+            self.gather(&mut buffer);
+        }
+        if buffer.is_empty() {
+            self.spare = Some(buffer);
+            return Ok(());
+        }
+        self.link.iter_mut().for_each(|link| link.seal.frames(&mut buffer));
+        ring.submit(Op::send(socket, buffer).wait_all(), TOKEN_SENT)
+            .map_err(|rejected| Error::Ring(rejected.error))?;
+        self.listen_again(ring)?;
+        ring.enter(Wait::No)?;
+        self.faults.as_mut().into_iter().for_each(Faults::asked);
+        Ok(())
+    }
+
+    /// Behind what is sent, if there is anything.
+    fn listen_again(&mut self, ring: &mut Ring) -> Result<()> {
+        self.faults.iter_mut().try_for_each(|faults| faults.listen_again(ring))
+    }
+
+    /// What there is to say.
+    fn gather(&mut self, buffer: &mut Vec<u8>) {
+        if self.may_ask {
+            let own = self.faults.as_mut().map_or(&[][..], Faults::take_unasked);
+            for asked in [own, &self.ask] {
+                self.has_asked |= !asked.is_empty();
+                for batch in asked.chunks(REQUEST_ENTRIES_MAX) {
+                    transmit::request(buffer, batch);
+                }
+            }
+            self.ask.clear();
+        }
+        buffer.append(&mut self.outbox);
+        if (!self.has_parted || self.ending)
+            && let Some(number) = self.ping.take()
+        {
+            transmit::encode(&Frame::Pong(number), buffer);
+        }
+        if self.acks.is_due() {
+            self.acks.encode(buffer);
+        }
+    }
+
+    fn sent(&mut self, completion: Completion) -> Result<()> {
+        let outcome = completion.outcome;
+        self.spare = completion.memory.and_then(Memory::into_bytes).map(Bytes::into_vec);
+        match outcome {
+            Outcome::Done(_) => Ok(()),
+            _ => self.lost(Error::Lost {
+                side: "source",
+                lane: "demand lane".into(),
+                what: format!("sending: {outcome:?}"),
+            }),
+        }
+    }
+}
+
+/// The source has said what it must not.
+fn violated(what: &str) -> Error {
+    Error::protocol(&error::lane_name(LaneRole::Demand, 0), what)
+}

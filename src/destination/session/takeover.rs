@@ -1,0 +1,437 @@
+//! Should this process be killed: what it leaves behind, and how another one goes on.
+//!
+//! From *loaded* on the source may give its guest up, so from then on the guest's side has been told to
+//! wait for whoever takes over (`keep`), and has been given what that one needs (`session`): the state of
+//! every page, a socket to be reached at, our end of the monitor's. What else there is to know lies in the
+//! session file, which is written before what it speaks of is done: before *loaded* is said, before the
+//! guest is let run, before it is said to run. A process that is killed in between leaves the earlier
+//! state, and the source says the rest: it sends a switchover again that has not come.
+//!
+//! Whoever takes over goes on as after the loss of all lanes ([`link`](crate::destination::link)), with these
+//! steps before: pages that were landing are missing again, events that were read and not carried out are,
+//! what is complete leaves its userfaultfd, and all who wait are woken, so that they fault again. Which
+//! moments a process can be killed at, and why each is safe, is in [`words`](crate::memory::words).
+//!
+//! Epochs begin anew at the lowest: lanes of the dead process went with it, and so did its listener with
+//! whoever waited there. The source's next attempt is later than all of its own before.
+//!
+//! The new process is not the monitor's parent. It sees its end, and not how it ended.
+
+use crate::runtime::hex;
+use std::io::ErrorKind;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, RegionTable};
+
+use super::farewell::{CompletionNotifier, Word};
+use super::keeping::{GUEST_SOCKET, connect, session_of};
+use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
+use crate::control::destination::{Core, Input, Terms};
+use crate::control::liveness::STEP_TIMEOUT;
+use crate::destination::admission::accept::LaneAcceptor;
+use crate::destination::admission::prepare::{Adopted, Prepared, check_pieces};
+use crate::destination::link::Link;
+use crate::destination::memory::GuestMemory;
+use crate::destination::side::{GuestProcess, GuestSide};
+use crate::destination::{Migration, Note, Serving};
+use crate::error::{Context, Error, Result};
+use crate::events::{Event, Remark, Undone};
+use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
+use crate::host::command::Monitor;
+use crate::host::qemu::Qemu;
+use crate::host::qmp::Qmp;
+use crate::host::thread::HostThread;
+use crate::host::{DestinationHost, RunsItself};
+use crate::memory::created::Created;
+use crate::memory::words::State;
+use crate::observe::Observer;
+use crate::observe::output::Output;
+use crate::runtime::inbox::{Inbox, Interest, Wake};
+use crate::runtime::private_socket::is_deserted;
+use crate::runtime::process::began;
+use crate::runtime::role::Role;
+use crate::session::{
+    self, DestinationRecord, DestinationState, RegionRecord, ResumeOptions, SessionFile,
+};
+use crate::transport::lane::Listener;
+use crate::transport::secure::{ServerAuth, WayIn};
+use crate::transport::uri::Uri;
+
+/// How long the guest's side may take to hand over again. It does nothing else.
+const HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long an address may still be in use, and how often it is tried.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(10);
+const ADDRESS_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How long a source is waited for that has to hear of a guest's end, or that it is complete.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What an interrupt means that comes early.
+const WAITS: &str = "the guest waits for another --resume";
+
+/// Goes on with a session whose process is gone, until the guest has all of its memory. It is no child of
+/// ours: nobody waits for its end, and the value is 0.
+///
+/// # Errors
+/// No such session, or one that is served by a process which lives; a guest that has ended meanwhile; all
+/// that ends a migration after its switchover.
+pub fn run(options: &ResumeOptions) -> Result<i32> {
+    let output = Output::new(options.json);
+    let (keeper, record) = options.take_over::<DestinationRecord>()?;
+    let inbox = Inbox::new()?;
+    let security = options.security(&record);
+    let guard = inbox.wait_for_work(WAITS, None, move || ServerAuth::load(&security))?;
+    let guard = Arc::new(guard);
+    let taken = Taken { keeper, record, guard, output };
+    let result = taken.run(options, &inbox).map_err(|error| taken.guard.explain(error));
+    // What lanes have sent leaves first.
+    drop(taken);
+    result.map(|()| 0)
+}
+
+/// A session that is this process's now.
+struct Taken {
+    keeper: SessionFile<DestinationRecord>,
+    record: DestinationRecord,
+    guard: Arc<ServerAuth>,
+    output: Output,
+}
+
+/// A guest that waits, and what its side has kept.
+struct Guest {
+    side: GuestSide,
+    handed: Vec<Handed>,
+    entrusted: Entrusted,
+}
+
+impl Taken {
+    fn run(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+        match plan(self.record.state, self.find(inbox)?) {
+            Plan::Serve(guest) => return self.go_on(options, inbox, guest),
+            Plan::Release(mut guest) => guest.side.release(inbox, &self.output)?,
+            Plan::Nothing => {}
+            Plan::TellOfCompletion => return self.tell_of_completion(options, inbox),
+            Plan::TellOfEnd => return self.tell_of_the_end(options, inbox),
+        }
+        self.has_undone(Undone::Complete);
+        self.keeper.remove();
+        Ok(())
+    }
+
+    fn has_undone(&self, how: Undone) {
+        self.output.tell(&Event::Undone { session: self.keeper.session(), how });
+    }
+
+    /// Looks for the guest, and has everything handed over again.
+    fn find(&self, inbox: &Inbox<Note>) -> Result<Found<Guest>> {
+        let guest = &self.record.guest;
+        let path = self.keeper.file(GUEST_SOCKET);
+        let is_alive = || began(guest.pid) == Some(guest.began);
+        if !is_alive() {
+            return Ok(Found::Ended);
+        }
+        let stream = match connect(&path) {
+            Ok(stream) => stream,
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionRefused) => {
+                return Ok(if is_alive() { Found::Complete } else { Found::Ended });
+            }
+            Err(error) => return Err(error).context(|| format!("the guest at {}", path.display())),
+        };
+        let created = guest.created.clone();
+        // It is the process that is meant if it is that now: the handle does not go over to another one.
+        let monitor = match Monitor::taken_over(guest.pid, guest.owner, created, true) {
+            Ok(monitor) if is_alive() => monitor,
+            _ => return Ok(Found::Ended),
+        };
+        let handoff = HandoffSocket::new(stream);
+        let mut process = Box::new(GuestProcess::new(monitor, handoff, true, true));
+        let Some((handed, entrusted)) = receive(&mut process, inbox)? else {
+            return Ok(Found::Ended);
+        };
+        let side = GuestSide::Process(process);
+        Ok(Found::Waiting(Guest { side, handed, entrusted }))
+    }
+
+    /// Serves the guest.
+    fn go_on(&self, options: &ResumeOptions, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
+        let Guest { side, handed, entrusted } = guest;
+        let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
+        let host =
+            HostThread::<dyn DestinationHost>::start(self.host(entrusted.qmp), inbox.post())?;
+        let landing = landing(&self.record)?;
+        let mut prepared = Prepared::again(side, handed);
+        let Adopted { regions, sources, landing } = prepared.adopt_again(&landing)?;
+        let mut memory = GuestMemory::new(regions, sources);
+        if let Some(pid) = prepared.side.memory_pid() {
+            memory.belongs_to(pid);
+        }
+        let state = State::found(entrusted.state, memory.extents(), memory.sources.len())?;
+        memory.share(&state);
+        memory.take_over()?;
+        let plan = crate::destination::Plan {
+            touch: self.record.touch,
+            cores: &options.cores,
+            idle_cores: options.idle_cores,
+            watch: &observer.watch,
+            quiet: options.observe.quiet,
+            step_timeout: STEP_TIMEOUT,
+        };
+        let hello = self.hello()?;
+        let door = self.door(options, &hello, inbox)?;
+        let link = Link::taken_over(hello, self.guard.clone(), self.certificate(), door);
+        let terms = Terms {
+            recovers: true,
+            has_bulk_lanes: self.record.bulk_lanes > 0,
+            is_checked: link.is_checked(),
+            is_private: memory.needs_touch(),
+            is_embedded: inbox.is_embedded(),
+            session: Some(session_of(&self.keeper)),
+            step_timeout: plan.step_timeout,
+        };
+        let recalled = Recalled::from(&self.record);
+        let serving = Serving {
+            core: Core::recalled(terms, &recalled, Instant::now()),
+            link,
+            keeper: Some(self.keeper.clone()),
+            lane: None,
+            acks: self.record.capabilities & Capabilities::ACKS.0 != 0,
+            lane_count: usize::from(self.record.bulk_lanes),
+            landing,
+        };
+        memory.set_lanes_down(true);
+        let memory = Arc::new(memory);
+        let output = self.output.clone();
+        let (mut migration, reach) = Migration::begin(&plan, output, inbox, memory, serving, host)?;
+        // Those of the pages that had come before are gone with the process that summed them.
+        migration.digests_are_known = false;
+        let started = migration
+            .start_faults(&reach)
+            .and_then(|()| migration.start_toucher(plan.touch, &prepared.side));
+        if let Err(error) = started {
+            return Err(migration.give_up(error, &mut prepared.side));
+        }
+        migration.feed(Input::TakeOver, &mut prepared.side);
+        let driven = migration.drive(&mut prepared.side).map(|(report, _)| report);
+        let driven = driven.map_err(|error| self.guard.explain(error));
+        observer.ended(driven.as_ref());
+        self.output.completed(&driven?);
+        // It is no child of ours: there is nothing to stay for.
+        prepared.side.say_where(&self.output);
+        Ok(())
+    }
+
+    /// The monitor, which may still have to be told to run.
+    fn host(&self, entrusted: Option<UnixStream>) -> Box<dyn DestinationHost> {
+        let guest = &self.record.guest;
+        let runs =
+            !matches!(self.record.state, DestinationState::Loaded | DestinationState::Switched);
+        if !guest.has_monitor || runs {
+            return Box::new(RunsItself);
+        }
+        Box::new(WaitingMonitor { path: guest.qmp.clone(), entrusted, runs: guest.runs })
+    }
+
+    /// As if it were the one of the session's first demand lane.
+    fn hello(&self) -> Result<Hello> {
+        let session = session::parse(&self.keeper.session());
+        Ok(Hello {
+            versions: PROTOCOL,
+            capabilities: Capabilities(self.record.capabilities),
+            session: session
+                .ok_or_else(|| Error::Environment("the session's number is none".into()))?,
+            role: LaneRole::Demand,
+            index: 0,
+            bulk_lanes: self.record.bulk_lanes,
+            epoch: 0,
+            proof: [0; 32],
+        })
+    }
+
+    fn certificate(&self) -> Option<Vec<u8>> {
+        self.record.certificate.as_deref().and_then(hex::unhex)
+    }
+
+    /// Where the source comes in: where it did, or at the address that is named now.
+    fn door(
+        &self,
+        options: &ResumeOptions,
+        hello: &Hello,
+        inbox: &Inbox<Note>,
+    ) -> Result<LaneAcceptor> {
+        let recorded = self.record.uri.as_deref().map(str::parse::<Uri>).transpose();
+        let uri = match (&options.uri, recorded.map_err(Error::Environment)?) {
+            (Some(uri), _) => uri.clone(),
+            (None, Some(uri)) if !uri.is_one_connection() => uri,
+            (None, _) => {
+                return Err(Error::Usage(
+                    "the session had one connection, which is gone: say where to listen now, such as \
+                     tcp::4444, and tell the source with `umem migrate --resume SESSION URI` or its \
+                     control socket"
+                        .into(),
+                ));
+            }
+        };
+        remove_stale(&uri);
+        let listener = self.listen(&uri, inbox)?;
+        let uri = listener.uri(&uri);
+        let open = self.guard.check_open(&WayIn::Listener(&listener), &uri)?;
+        if let Some(open) = open {
+            self.output.remark(&open);
+        }
+        let uri = uri.to_string();
+        self.keeper.edit(|record| record.uri = Some(uri.clone()))?;
+        self.output.tell(&Event::ListeningAgain { uri });
+        let (guard, certificate) = (self.guard.clone(), self.certificate());
+        Ok(LaneAcceptor::of_session(listener, guard, hello, certificate, &self.output))
+    }
+
+    /// Listens there, if not at once then soon: sockets of a process that was killed may outlive it for a
+    /// moment, as the kernel closes them when io_uring has ended.
+    fn listen(&self, uri: &Uri, inbox: &Inbox<Note>) -> Result<Listener> {
+        let deadline = Instant::now() + ADDRESS_PATIENCE;
+        let mut has_told = false;
+        let look = |fds: &[Interest<'_>], limit| inbox.wait_ready(fds, limit, WAITS);
+        loop {
+            match Listener::bind_waiting(uri, &look) {
+                Err(Error::Listen { source, .. })
+                    if source.kind() == ErrorKind::AddrInUse && Instant::now() < deadline =>
+                {
+                    if !std::mem::replace(&mut has_told, true) {
+                        let uri = uri.clone();
+                        self.output.tell(&Event::Remark(Remark::AddressInUse { uri }));
+                    }
+                }
+                other => return other,
+            }
+            if let Wake::Signal = inbox.wait(&[], Some(ADDRESS_INTERVAL))? {
+                return Err(Error::Interrupted(WAITS.into()));
+            }
+        }
+    }
+
+    /// The guest has everything, and the source has not said goodbye. It would look for this side for ever.
+    fn tell_of_completion(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+        let standing = Recalled::from(&self.record).standing(self.record.totals.into());
+        let word = Word::Complete { standing, landing: landing(&self.record)? };
+        self.output.tell(&Event::Remark(Remark::AwaitsSource));
+        let told = self.farewell(options, inbox, word)?;
+        self.has_undone(Undone::Heard { is_told: told });
+        if !told {
+            let session = session_of(&self.keeper);
+            let (session, command) = (session.number.clone(), session.command());
+            self.output.tell(&Event::Remark(Remark::SourceUnaware { session, command }));
+        }
+        Ok(())
+    }
+
+    /// The guest has ended while nobody served it. The source would serve it for ever.
+    fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+        const WHAT: &str =
+            "the guest's process ended while no umem served it, before all of its memory had come";
+        let told = self.farewell(options, inbox, Word::Failed(Error::Ended(WHAT.into())));
+        if !matches!(told, Ok(true)) {
+            let reason = told.err().map(|error| error.to_string());
+            self.output.tell(&Event::Remark(Remark::SourceNotToldOfEnd { reason }));
+        }
+        self.record.guest.created.iter().for_each(Created::remove);
+        self.keeper.remove();
+        Err(Error::Ended(WHAT.into()))
+    }
+
+    /// Waits for the source, and tells it on its new lanes; false if it does not come.
+    fn farewell(&self, options: &ResumeOptions, inbox: &Inbox<Note>, word: Word) -> Result<bool> {
+        let door = self.door(options, &self.hello()?, inbox)?;
+        let until = Some(Instant::now() + FAREWELL_PATIENCE);
+        CompletionNotifier::new(door, word, self.keeper.clone(), until).wait(inbox)
+    }
+}
+
+/// The regions in the order of the source's table, with their landing units.
+pub(crate) fn landing(record: &DestinationRecord) -> Result<RegionTable> {
+    let strange = |what: String| Error::Environment(format!("the session file: {what}"));
+    let region = |region: &RegionRecord| {
+        let page_size = PageSize::from_shift(region.unit_shift);
+        let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
+        Ok(Region { name: region.name.clone(), bytes: region.bytes, page_size })
+    };
+    let regions = record.regions.iter().map(region).collect::<Result<Vec<_>>>()?;
+    RegionTable::new(regions).map_err(|error| strange(error.to_string()))
+}
+
+/// A monitor that is spoken to when there is something to say, and its guest's faults are served: it may
+/// wait for a page itself, and answer nobody until then.
+struct WaitingMonitor {
+    /// Where it listens; otherwise `entrusted` leads there.
+    path: Option<PathBuf>,
+    entrusted: Option<UnixStream>,
+    /// The guest ran at the source.
+    runs: bool,
+}
+
+impl DestinationHost for WaitingMonitor {
+    fn load_state(&mut self, _: Vec<u8>) -> Result<()> {
+        unreachable!("the guest was loaded by a process before this")
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let qmp = match (&self.path, self.entrusted.take()) {
+            (Some(path), _) => Qmp::connect(path)?,
+            (None, Some(stream)) => Qmp::go_on(stream)?,
+            (None, None) => {
+                return Err(Error::Host(
+                    "its QMP socket was not kept: tell it to run with the monitor command `cont`"
+                        .into(),
+                ));
+            }
+        };
+        Qemu::loaded(qmp, self.runs).run()
+    }
+}
+
+/// A unix socket's file outlives a process that was killed.
+fn remove_stale(uri: &Uri) {
+    let Uri::Unix { path } = uri else { return };
+    if is_deserted(path) {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// Everything that the guest's side has; none if it ends meanwhile.
+fn receive(
+    process: &mut GuestProcess,
+    inbox: &Inbox<Note>,
+) -> Result<Option<(Vec<Handed>, Entrusted)>> {
+    let deadline = Instant::now() + HANDOFF_TIMEOUT;
+    let mut handed = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let extra = [process.handoff.stream().as_fd(), process.monitor.exited()];
+        match inbox.wait(&extra, Some(left))? {
+            Wake::Signal => {
+                return Err(Error::Interrupted(WAITS.into()));
+            }
+            Wake::Timeout => {
+                return Err(process.does_not_hand_over());
+            }
+            Wake::Ready(0) => {}
+            Wake::Ready(_) => return Ok(None),
+            Wake::Message(_) => continue,
+        }
+        let Some(messages) = process.handoff.read()? else { return Ok(None) };
+        for message in messages {
+            match message {
+                Message::Memory { pieces, .. } => {
+                    handed.extend(pieces);
+                    check_pieces(handed.len())?;
+                }
+                Message::Session(entrusted) => return Ok(Some((handed, entrusted))),
+                Message::Loaded | Message::Qemu(_) | Message::Released => {}
+            }
+        }
+    }
+}

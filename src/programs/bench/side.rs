@@ -1,0 +1,508 @@
+//! One side of one direction of a test while it runs: its lanes' threads, and what they have moved.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::clock::{clock_time, thread_time, waited};
+use super::faults::{self, FaultLanding, FaultSource};
+use super::lanes::{self, LandPages, SendPages};
+use super::memory::{self, Landing, Source};
+use super::passes::Passes;
+use super::protocol::{Counts, Direction, End, Measured, Test};
+use crate::error::{Context, Error, Result};
+use crate::runtime::cores::{Cores, Place};
+use crate::runtime::inbox::Inbox;
+use crate::runtime::role::Role;
+use crate::runtime::worker::{self, Failure};
+use crate::source::memory::SourceMemory;
+use crate::statistics::{CpuTime, Latency};
+use crate::transport::lane::Lane;
+
+/// What threads tell the control thread.
+pub(super) enum Note {
+    /// A lane of this direction has moved its last byte.
+    LaneEnded(Direction),
+    /// A thread could not go on.
+    Failed(Error),
+}
+
+impl Failure for Note {
+    fn failed(error: Error) -> Note {
+        Note::Failed(error)
+    }
+
+    fn into_failure(self) -> Option<Error> {
+        match self {
+            Note::LaneEnded(_) => None,
+            Note::Failed(error) => Some(error),
+        }
+    }
+}
+
+/// What takes a while before the lanes may start, and memory: to be made when the test is agreed on.
+pub(super) struct Prepared {
+    direction: Direction,
+    role: Role,
+    work: Work,
+    faults: Option<Faults>,
+    placing_s_per_gib: Option<f64>,
+}
+
+/// This side's part in faults.
+#[derive(Clone)]
+enum Faults {
+    Answers(Arc<FaultSource>),
+    Has(Arc<FaultLanding>),
+}
+
+#[derive(Clone)]
+enum Work {
+    Send(Arc<Passes<SourceMemory>>),
+    Land(Arc<Passes<Landing>>),
+    SendAny(Arc<AtomicU64>),
+    ReceiveAny(Arc<AtomicU64>),
+}
+
+impl Prepared {
+    pub(super) fn new(test: &Test, end: End, direction: Direction) -> Result<Prepared> {
+        let (place, zero_percent, bytes) = (test.place(), test.zero_percent, test.whole_bytes());
+        let role = end.role(direction);
+        let mut placing_s_per_gib = None;
+        let work = match (role, test.discard) {
+            (Role::Source, true) => Work::SendAny(Arc::default()),
+            (Role::Destination, true) => Work::ReceiveAny(Arc::default()),
+            (Role::Source, false) => {
+                let source = Source::new(place, zero_percent, test.region_bytes, bytes)?;
+                let make = move |bytes| source.memory(bytes);
+                Work::Send(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
+            }
+            (Role::Destination, false) => {
+                let region_bytes = test.region_bytes.min(bytes.unwrap_or(u64::MAX));
+                memory::warm(place, region_bytes)?;
+                placing_s_per_gib = Some(memory::placing_s_per_gib(place, region_bytes)?);
+                let make = move |bytes| Landing::new(place, bytes);
+                Work::Land(Arc::new(Passes::new(test.lanes, test.region_bytes, bytes, make)))
+            }
+        };
+        let faults = match role {
+            _ if test.fault_rate == 0 => None,
+            Role::Source => Some(Faults::Answers(Arc::new(FaultSource::new(test)?))),
+            Role::Destination => Some(Faults::Has(Arc::new(FaultLanding::new(test)?))),
+        };
+        Ok(Prepared { direction, role, work, faults, placing_s_per_gib })
+    }
+}
+
+/// A side that runs.
+pub(super) struct Side {
+    direction: Direction,
+    work: Work,
+    faults: Option<Faults>,
+    placing_s_per_gib: Option<f64>,
+    /// Those of the stream.
+    lanes: Vec<Lane>,
+    fault_lane: Option<Lane>,
+    threads: Vec<JoinHandle<Option<()>>>,
+    clocks: Vec<Arc<Clock>>,
+    retirer: Option<JoinHandle<Option<Result<u64>>>>,
+    zero_percent: u32,
+    verify: bool,
+    /// Lanes are cut off: what they have to say of it is no failure.
+    stopping: Arc<AtomicBool>,
+    running: usize,
+    since: Moment,
+    until: Option<Moment>,
+}
+
+/// A moment, and what had been counted by then.
+#[derive(Clone)]
+struct Moment {
+    at: Instant,
+    counts: Counts,
+    retransmits: Option<u64>,
+    cpu: CpuTime,
+    threads: Vec<Times>,
+}
+
+/// A lane's thread's times.
+struct Clock {
+    id: libc::clockid_t,
+    thread: i32,
+    /// All of them, once it has ended.
+    total: OnceLock<Times>,
+}
+
+/// What a thread has done with its time.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    /// It ran.
+    ran: Duration,
+    /// It could have run, and had no core; none where that is not known.
+    waited: Option<Duration>,
+}
+
+impl Clock {
+    fn of_this_thread() -> Result<Clock> {
+        let mut id = 0;
+        // SAFETY: the call writes to a local variable; the thread is the calling one.
+        let result = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut id) };
+        if result != 0 {
+            return Err(std::io::Error::from_raw_os_error(result))
+                .context(|| "pthread_getcpuclockid");
+        }
+        Ok(Clock { id, thread: nix::unistd::gettid().as_raw(), total: OnceLock::new() })
+    }
+
+    fn now(&self) -> Times {
+        let of_the_living =
+            || Times { ran: clock_time(self.id).unwrap_or_default(), waited: waited(self.thread) };
+        self.total.get().copied().unwrap_or_else(of_the_living)
+    }
+
+    /// By the thread itself, at its end.
+    fn end(&self) {
+        let _ = self.total.set(Times { ran: thread_time(), waited: waited(self.thread) });
+    }
+}
+
+impl Side {
+    /// Starts the threads of these connections, all of the direction. `cores` are those that were named,
+    /// if any.
+    pub(super) fn start(
+        test: &Test,
+        prepared: Prepared,
+        mut lanes: Vec<Lane>,
+        cores: &[usize],
+        zero_copy: bool,
+        inbox: &Inbox<Note>,
+    ) -> Result<Side> {
+        let Prepared { direction, role, work, faults, placing_s_per_gib } = prepared;
+        let fault_lane = faults.is_some().then(|| lanes.pop()).flatten();
+        let mut side = Side {
+            direction,
+            since: Moment::none(),
+            work,
+            faults,
+            placing_s_per_gib,
+            running: lanes.len(),
+            lanes,
+            fault_lane,
+            threads: Vec::new(),
+            clocks: Vec::new(),
+            retirer: None,
+            zero_percent: test.zero_percent,
+            verify: test.verify,
+            stopping: Arc::default(),
+            until: None,
+        };
+        // Before the first byte moves.
+        side.since = side.moment();
+        let retire = side.start_retirer(inbox)?;
+        if test.discard {
+            side.lanes.iter().try_for_each(lanes::queue_freely)?;
+        }
+        let chosen = Cores::choose(&[], role);
+        for (index, lane) in side.lanes.clone().into_iter().enumerate() {
+            let core = match cores {
+                // As in iperf3, which is what the figure stands beside.
+                [] if test.discard => Place::Anywhere,
+                // As in a migration.
+                [] => chosen.bulk(index),
+                named => Place::At(named[index % named.len()]),
+            };
+            let bytes = test.bytes.map(|bytes| share(bytes, index, side.lanes.len()));
+            let index = index as u16;
+            let work = side.work.clone();
+            let (lanes, retire, name) = (test.lanes, retire.clone(), lane.name.clone());
+            let clock = side.spawn(inbox, name, core, true, move || match work {
+                Work::Send(passes) => {
+                    SendPages { lane, index, lanes, core, zero_copy, passes }.run()
+                }
+                Work::Land(passes) => LandPages { lane, core, passes, retire }.run(),
+                Work::SendAny(sent) => lanes::send_any(&lane, bytes, &sent),
+                Work::ReceiveAny(received) => lanes::receive_any(&lane, bytes, &received),
+            })?;
+            side.clocks.push(clock);
+        }
+        let core = if cores.is_empty() { chosen.demand() } else { None };
+        side.start_faults(test.fault_rate, core, inbox)?;
+        Ok(side)
+    }
+
+    /// The thread that gives memory back, where pages land.
+    fn start_retirer(&mut self, inbox: &Inbox<Note>) -> Result<SyncSender<Arc<Landing>>> {
+        let (retire, retired) = sync_channel(1);
+        if matches!(self.work, Work::Land(_)) {
+            let (zero_percent, verify) = (self.zero_percent, self.verify);
+            let ((), thread) = worker::start("bench-retire", inbox, move |started| {
+                started.with(());
+                Ok(give_back(&retired, verify, zero_percent))
+            })?;
+            self.retirer = Some(thread);
+        }
+        Ok(retire)
+    }
+
+    /// The thread that serves the fault lane, and those that touch pages.
+    fn start_faults(&mut self, rate: u32, core: Option<usize>, inbox: &Inbox<Note>) -> Result<()> {
+        let (Some(faults), Some(lane)) = (self.faults.clone(), self.fault_lane.clone()) else {
+            return Ok(());
+        };
+        let name = lane.name.clone();
+        let place = core.map_or(Place::Anywhere, Place::At);
+        match faults {
+            Faults::Answers(source) => {
+                self.spawn(inbox, name, place, false, move || source.serve(lane, core))?;
+            }
+            Faults::Has(landing) => {
+                let serving = landing.clone();
+                self.spawn(inbox, name, place, false, move || serving.serve(lane, core))?;
+                let began = Instant::now();
+                for _ in 0..faults::threads(rate) {
+                    let landing = landing.clone();
+                    let touch = move || landing.touch(began);
+                    self.spawn(inbox, "bench-touch".into(), Place::Anywhere, false, touch)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a thread of this side; `is_lane` has its end counted.
+    fn spawn(
+        &mut self,
+        inbox: &Inbox<Note>,
+        name: String,
+        place: Place,
+        is_lane: bool,
+        body: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<Arc<Clock>> {
+        let (stopping, post, direction) = (self.stopping.clone(), inbox.post(), self.direction);
+        let (clock, thread) = worker::start(&name, inbox, move |started| {
+            if let Some(core) = place.enter() {
+                core_affinity::set_for_current(core_affinity::CoreId { id: core });
+            }
+            let clock = Arc::new(Clock::of_this_thread()?);
+            started.with(clock.clone());
+            let result = body();
+            clock.end();
+            if stopping.load(SeqCst) {
+                return Ok(());
+            }
+            result?;
+            if is_lane {
+                post.send(Note::LaneEnded(direction));
+            }
+            Ok(())
+        })?;
+        self.threads.push(thread);
+        Ok(clock)
+    }
+
+    /// Counts from here.
+    pub(super) fn measure(&mut self) {
+        self.since = self.moment();
+        if let Some(landing) = self.fault_landing() {
+            landing.measure();
+        }
+    }
+
+    fn fault_landing(&self) -> Option<&FaultLanding> {
+        match &self.faults {
+            Some(Faults::Has(landing)) => Some(landing),
+            _ => None,
+        }
+    }
+
+    /// What faults have taken here since the last call; none where there are none.
+    pub(super) fn interval_faults(&self) -> Option<Latency> {
+        self.fault_landing().map(FaultLanding::interval)
+    }
+
+    pub(super) fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// A lane has ended; with the last one counting ends.
+    pub(super) fn lane_ended(&mut self) {
+        self.running -= 1;
+        if self.running == 0 {
+            self.until = Some(self.moment());
+        }
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.running == 0
+    }
+
+    /// Cuts the lanes off from here on: what their threads say from now on is no failure. The other side
+    /// is to know before [`Side::end`], which closes them.
+    pub(super) fn stop(&mut self) {
+        if self.until.is_none() {
+            self.until = Some(self.moment());
+        }
+        self.stopping.store(true, SeqCst);
+        if let Some(landing) = self.fault_landing() {
+            landing.stop();
+        }
+    }
+
+    /// Ends the threads, checks what has landed if that was asked for, and gives the memory back.
+    pub(super) fn end(mut self) -> Result<Measured> {
+        self.stop();
+        let verified_pages = self.join()?;
+        let until = self.until.take().expect("it has been stopped");
+        let seconds = until.at.duration_since(self.since.at).as_secs_f64();
+        let (busy, pressed) = shares(&self.since.threads, &until.threads, seconds);
+        Ok(Measured {
+            seconds,
+            counts: until.counts - self.since.counts,
+            retransmits: until
+                .retransmits
+                .zip(self.since.retransmits)
+                .map(|(until, since)| until.saturating_sub(since)),
+            user_s: until.cpu.user - self.since.cpu.user,
+            system_s: until.cpu.system - self.since.cpu.system,
+            busy,
+            pressed,
+            placing_s_per_gib: self.placing_s_per_gib,
+            verified_pages,
+            faults: self.fault_landing().map(FaultLanding::latency),
+            congestion: self.lanes[0].congestion.clone().unwrap_or_else(|| "none".into()),
+        })
+    }
+
+    /// Returns the number of pages that were checked.
+    fn join(&mut self) -> Result<u64> {
+        self.stopping.store(true, SeqCst);
+        for lane in self.lanes.iter().chain(&self.fault_lane) {
+            // Fails where the other side has gone.
+            let _ = nix::sys::socket::shutdown(
+                lane.as_fd().as_raw_fd(),
+                nix::sys::socket::Shutdown::Both,
+            );
+        }
+        if let Some(landing) = self.fault_landing() {
+            landing.stop();
+        }
+        let let_go = self.fault_landing().map_or(Ok(()), FaultLanding::let_go);
+        for thread in self.threads.drain(..) {
+            // What it died of has been posted.
+            let _ = thread.join();
+        }
+        let_go?;
+        let mut verified = 0;
+        if let Some(retirer) = self.retirer.take() {
+            let checked = retirer.join().ok().flatten();
+            let lost = || Error::Internal("the thread that gives memory back panicked".into());
+            verified += checked.ok_or_else(lost)??;
+        }
+        if let Work::Land(passes) = &self.work {
+            for landing in passes.take_rest() {
+                if self.verify {
+                    verified += landing.verify(self.zero_percent)?;
+                }
+            }
+        }
+        Ok(verified)
+    }
+
+    /// What has been moved since counting began, how long that took, and what was sent again.
+    pub(super) fn so_far(&self) -> (Duration, Counts, Option<u64>) {
+        let now = self.until.clone().unwrap_or_else(|| self.moment());
+        let again = now.retransmits.zip(self.since.retransmits);
+        (
+            now.at.duration_since(self.since.at),
+            now.counts - self.since.counts,
+            again.map(|(now, since)| now.saturating_sub(since)),
+        )
+    }
+
+    fn moment(&self) -> Moment {
+        let counts = match &self.work {
+            Work::Send(passes) => passes.counts(),
+            Work::Land(passes) => passes.counts(),
+            Work::SendAny(bytes) | Work::ReceiveAny(bytes) => {
+                Counts { bytes: bytes.load(Relaxed), ..Counts::default() }
+            }
+        };
+        Moment {
+            at: Instant::now(),
+            counts,
+            retransmits: self.lanes.iter().map(lanes::retransmits).sum(),
+            cpu: CpuTime::of_this_process(),
+            threads: self.clocks.iter().map(|clock| clock.now()).collect(),
+        }
+    }
+}
+
+impl Moment {
+    fn none() -> Moment {
+        Moment {
+            at: Instant::now(),
+            counts: Counts::default(),
+            retransmits: None,
+            cpu: CpuTime::default(),
+            threads: Vec::new(),
+        }
+    }
+}
+
+impl Drop for Side {
+    /// A test that has failed leaves no thread behind.
+    fn drop(&mut self) {
+        let _ = self.join();
+    }
+}
+
+/// Gives back the memory of passes that all lanes have left, after it has been checked if that was asked
+/// for. Returns how many pages were.
+fn give_back(retired: &Receiver<Arc<Landing>>, verify: bool, zero_percent: u32) -> Result<u64> {
+    let mut verified = 0;
+    while let Ok(landing) = retired.recv() {
+        if verify {
+            verified += landing.verify(zero_percent)?;
+        }
+    }
+    Ok(verified)
+}
+
+/// The most that any thread ran, and ran or waited for a core, as shares of the time between. Threads that
+/// had not started when counting began had used no time.
+fn shares(since: &[Times], until: &[Times], seconds: f64) -> (f64, Option<f64>) {
+    let since = since.iter().copied().chain(std::iter::repeat(Times::default()));
+    let (mut busy, mut pressed) = (0.0_f64, None::<f64>);
+    for (until, since) in until.iter().zip(since) {
+        let share = |time: Duration| time.as_secs_f64() / seconds.max(f64::MIN_POSITIVE);
+        let ran = share(until.ran.saturating_sub(since.ran));
+        busy = busy.max(ran);
+        if let Some(waited) = until.waited {
+            let waited = share(waited.saturating_sub(since.waited.unwrap_or_default()));
+            pressed = Some(pressed.unwrap_or(0.0).max(ran + waited));
+        }
+    }
+    (busy, pressed)
+}
+
+/// Lane `index`'s part of the bytes of a test.
+fn share(bytes: u64, index: usize, lanes: usize) -> u64 {
+    let (lanes, index) = (lanes as u64, index as u64);
+    bytes / lanes + u64::from(index < bytes % lanes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn lanes_share_all_of_the_bytes() {
+        for (bytes, lanes) in [(10, 3), (2, 5), (1 << 40, 7), (0, 1)] {
+            assert_eq!((0..lanes).map(|lane| share(bytes, lane, lanes)).sum::<u64>(), bytes);
+        }
+    }
+}

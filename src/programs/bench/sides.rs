@@ -1,0 +1,85 @@
+//! What one of the two programs does in a test: a [`Side`] for each direction.
+
+use std::time::Duration;
+
+use super::protocol::{Counts, End, Measured, Test};
+use super::side::{Note, Prepared, Side};
+use crate::error::Result;
+use crate::runtime::inbox::Inbox;
+use crate::statistics::Latency;
+use crate::transport::lane::Lane;
+
+/// What has been moved since counting began, how long that took, and what was sent again.
+pub(super) type SoFar = (Duration, Counts, Option<u64>);
+
+/// In the order of [`Test::directions`].
+pub(super) struct Sides(Vec<Side>);
+
+/// What takes a while before the lanes may start.
+pub(super) fn prepare(test: &Test, end: End) -> Result<Vec<Prepared>> {
+    test.directions().iter().map(|&direction| Prepared::new(test, end, direction)).collect()
+}
+
+impl Sides {
+    /// Starts the threads of all connections, which are in their order.
+    pub(super) fn start(
+        test: &Test,
+        prepared: Vec<Prepared>,
+        lanes: Vec<Lane>,
+        cores: &[usize],
+        zero_copy: bool,
+        inbox: &Inbox<Note>,
+    ) -> Result<Sides> {
+        let mut lanes = lanes.into_iter();
+        let mut sides = Sides(Vec::new());
+        for prepared in prepared {
+            let lanes = lanes.by_ref().take(test.connections_each().into()).collect();
+            let side = Side::start(test, prepared, lanes, cores, zero_copy, inbox)?;
+            sides.0.push(side);
+        }
+        Ok(sides)
+    }
+
+    /// Counts from here.
+    pub(super) fn measure(&mut self) {
+        self.0.iter_mut().for_each(Side::measure);
+    }
+
+    /// Takes a note; true when the last lane of all has ended.
+    pub(super) fn take(&mut self, note: Note) -> Result<bool> {
+        match note {
+            Note::Failed(error) => Err(error),
+            Note::LaneEnded(direction) => {
+                let side = self.0.iter_mut().find(|side| side.direction() == direction);
+                side.expect("lanes belong to a direction").lane_ended();
+                Ok(self.has_ended())
+            }
+        }
+    }
+
+    /// Every byte has been moved.
+    pub(super) fn has_ended(&self) -> bool {
+        self.0.iter().all(Side::has_ended)
+    }
+
+    /// Cuts the lanes off, as [`Side::stop`] does.
+    pub(super) fn stop(&mut self) {
+        self.0.iter_mut().for_each(Side::stop);
+    }
+
+    /// Ends the threads, and says what they have done.
+    pub(super) fn end(mut self) -> Result<Vec<Measured>> {
+        // All of them first: no direction goes on alone.
+        self.stop();
+        self.0.into_iter().map(Side::end).collect()
+    }
+
+    pub(super) fn so_far(&self) -> Vec<SoFar> {
+        self.0.iter().map(Side::so_far).collect()
+    }
+
+    /// What faults have taken in this program since the last call; none where there are none.
+    pub(super) fn interval_faults(&self) -> Option<Latency> {
+        self.0.iter().find_map(Side::interval_faults)
+    }
+}

@@ -1,0 +1,190 @@
+//! The kernel: its version, and its interfaces that umem cannot do without.
+
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+
+use umem_ring::{Config, Ring};
+
+use super::{Check, user};
+use crate::fault::open::{self, DEVICE, Faults, Way};
+use crate::memory;
+use crate::runtime::idle;
+use crate::runtime::process::{read, sudo};
+
+/// What the README asks for: IORING_MSG_RING_FLAGS_PASS is the newest thing umem uses.
+const OLDEST: (u32, u32) = (6, 3);
+
+pub(super) fn release() -> Check {
+    let release = read("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let check = Check::ok("kernel", "umem needs Linux 6.3 or later", format!("Linux {release}"));
+    match version(&release) {
+        Some(version) if version >= OLDEST => check,
+        _ => check.missing("boot Linux 6.3 or later"),
+    }
+}
+
+pub(super) fn pages() -> Check {
+    let bytes = memory::small_page_bytes();
+    let check = Check::ok("pages", "what memory comes in", format!("{bytes} bytes"));
+    match memory::check_pages() {
+        Ok(()) => check,
+        Err(_) => check.missing("boot a kernel with pages of 4 KiB"),
+    }
+}
+
+/// The first two numbers.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+/// Makes a ring as umem's threads do, with every check of theirs.
+pub(super) fn io_uring() -> Check {
+    let check = |found: &str| Check::ok("io_uring", "all that umem sends and receives", found);
+    let disabled = read("/proc/sys/kernel/io_uring_disabled");
+    match Ring::new(&Config { name: "doctor".into(), ..Config::default() }) {
+        Ok(_) => check("allowed, with every flag and operation that is used"),
+        Err(umem_ring::Error::Unavailable { source, .. })
+            if disabled.as_deref().is_some_and(|value| value != "0") =>
+        {
+            check(&format!("forbidden by a sysctl: {source}"))
+                .missing(format!("{}sysctl -w kernel.io_uring_disabled=0", sudo()))
+        }
+        Err(umem_ring::Error::Unavailable { remedy, source }) => {
+            check(&source.to_string()).missing(remedy)
+        }
+        Err(error @ umem_ring::Error::Missing { .. }) => {
+            check(&error.to_string()).missing("boot Linux 6.3 or later")
+        }
+        Err(error) => check("there is no ring").missing(error.to_string()),
+    }
+}
+
+/// What is wrong with a limit of descriptors shows in a check of its own, so that each of these two
+/// opens one alone.
+pub(super) fn userfaultfd() -> Check {
+    let check = |found: &str| {
+        Check::ok("userfaultfd", "at the destination, tells which page a vCPU waits for", found)
+    };
+    match open::open(Faults::All) {
+        Ok((_, Way::Device)) => check(&format!("allowed by the permissions of {DEVICE}")),
+        Ok((_, Way::SystemCall)) => {
+            check("allowed by vm.unprivileged_userfaultfd or CAP_SYS_PTRACE")
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+            check("the kernel has none, or a seccomp filter hides it")
+                .missing("boot a kernel with CONFIG_USERFAULTFD, or allow the call userfaultfd")
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            let found = match open::open(Faults::UserMode) {
+                Ok(_) => "user-mode faults only, without those of KVM and of system calls",
+                Err(_) => "no permission",
+            };
+            check(found).missing(permission(std::path::Path::new(DEVICE).exists()))
+        }
+        Err(error) => check("there is none").missing(error.to_string()),
+    }
+}
+
+/// How this user gets it.
+fn permission(has_device: bool) -> String {
+    match has_device {
+        true => format!("{}setfacl -m u:{}:rw {DEVICE}", sudo(), user()),
+        false => format!("{}sysctl -w vm.unprivileged_userfaultfd=1", sudo()),
+    }
+}
+
+/// The features with their names, and whether a guest in shared memory of small pages needs them.
+const FEATURES: [(u64, &str, bool); 5] = [
+    (open::MISSING_SHMEM, "MISSING_SHMEM", true),
+    (open::MINOR_SHMEM, "MINOR_SHMEM", true),
+    (open::EVENT_REMOVE, "EVENT_REMOVE", true),
+    (open::MISSING_HUGETLBFS, "MISSING_HUGETLBFS", false),
+    (open::MINOR_HUGETLBFS, "MINOR_HUGETLBFS", false),
+];
+
+/// The kernel tells every user what it has: of a userfaultfd for user mode too.
+pub(super) fn userfaultfd_features() -> Check {
+    let check = |found: String| {
+        Check::ok("userfaultfd features", "which kinds of memory a guest may have", found)
+    };
+    let opened = open::open(Faults::All).or_else(|_| open::open(Faults::UserMode));
+    let offered = match opened.and_then(|(uffd, _)| open::handshake(&uffd, 0)) {
+        Ok(offered) => offered,
+        Err(error) => return check(format!("unknown: {error}")).warning("see userfaultfd"),
+    };
+    let names = |wanted: &dyn Fn(&(u64, &str, bool)) -> bool| {
+        let chosen = FEATURES.iter().filter(|feature| wanted(feature));
+        chosen.map(|(_, name, _)| *name).collect::<Vec<_>>().join(", ")
+    };
+    let lacking = names(&|(bit, ..)| offered & bit == 0);
+    let needed = FEATURES.iter().any(|(bit, _, needed)| *needed && offered & bit == 0);
+    let check = check(match lacking.as_str() {
+        "" => names(&|_| true),
+        lacking => format!("lacks {lacking}"),
+    });
+    match (lacking.is_empty(), needed) {
+        (true, _) => check,
+        (false, true) => check.missing("boot Linux 5.14 or later with CONFIG_USERFAULTFD"),
+        (false, false) => {
+            check.warning("for guests in hugetlb pages, boot a kernel with CONFIG_HUGETLBFS")
+        }
+    }
+}
+
+/// Keeps them awake as a demand thread does, and lets go at once.
+pub(super) fn idle_cores() -> Check {
+    let check = |found: &str| {
+        Check::ok(
+            "idle cores",
+            "kept awake while a vCPU waits for a page, as they take long to wake",
+            found,
+        )
+    };
+    match idle::hold(idle::DEVICE) {
+        Ok(_) => check("umem can keep them awake"),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            let remedy = format!("{}setfacl -m u:{}:w {}", sudo(), user(), idle::DEVICE);
+            check(&format!("no permission for {}", idle::DEVICE)).warning(remedy)
+        }
+        Err(error) => check(&format!("{}: {error}", idle::DEVICE))
+            .warning("give the container that device, or boot a kernel with CONFIG_CPU_IDLE"),
+    }
+}
+
+pub(super) fn kvm() -> Check {
+    let check = |found: &str| {
+        Check::ok(
+            "/dev/kvm",
+            "none of umem's: QEMU's -accel kvm; without it guests are emulated",
+            found,
+        )
+    };
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => check("may be used"),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            check("no permission").warning(format!("{}usermod -aG kvm {}", sudo(), user()))
+        }
+        Err(_) => check("not there"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_are_compared_by_number() {
+        for (release, expected) in [
+            ("6.18.44", Some((6, 18))),
+            ("6.3.0-rc1+", Some((6, 3))),
+            ("5.15-generic", Some((5, 15))),
+            ("10.2", Some((10, 2))),
+            ("6", None),
+            ("", None),
+        ] {
+            assert_eq!(version(release), expected, "{release}");
+        }
+        assert!(version("6.18.44") > Some(OLDEST) && version("5.19.1") < Some(OLDEST));
+    }
+}

@@ -1,0 +1,186 @@
+//! The threads that serve lanes: how they are started, how they say that they could not go on.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use umem_wire::LaneRole;
+
+use super::inbox::{Inbox, Post, Wake};
+use super::panics;
+use crate::error::{Context, Error, Result, lane_name};
+use umem_ring::{Mailbox, Waker};
+
+/// How far the demand lane may be behind a bulk lane when a peer gives up.
+const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long the reason of a failure may take to leave.
+const PARTING_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A note that can carry a worker's failure.
+pub(crate) trait Failure: Send + 'static {
+    /// The note that says why a worker could not go on.
+    fn failed(error: Error) -> Self;
+    /// The failure in a note, a worker's or the peer's, if that is what it is.
+    fn into_failure(self) -> Option<Error>;
+}
+
+/// Starts `body` on a thread of its own and waits until it has said that it runs; what it says then
+/// is returned. A failure at any time, a panic included, is posted to the inbox.
+pub(crate) fn start<N: Failure, S: Send + 'static, T: Send + 'static>(
+    name: &str,
+    inbox: &Inbox<N>,
+    body: impl FnOnce(Started<S>) -> Result<T> + Send + 'static,
+) -> Result<(S, JoinHandle<Option<T>>)> {
+    let (sender, receiver) = channel();
+    let post = inbox.post();
+    let thread = std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            tracing::debug!("begins");
+            let result = run(&post, || {
+                panics::point(format_args!("beginning of {}", current_name()));
+                body(Started(sender))
+            });
+            tracing::debug!("ends");
+            result
+        })
+        .context(|| format!("starting thread {name}"))?;
+    Ok((started_or_failed(&receiver, inbox)?, thread))
+}
+
+fn current_name() -> String {
+    std::thread::current().name().unwrap_or_default().to_owned()
+}
+
+/// What a worker says once, when it can be reached.
+pub(crate) struct Started<S>(Sender<S>);
+
+impl<S> Started<S> {
+    /// For work that nobody has to reach.
+    pub(crate) fn unheard() -> Started<S> {
+        Started(channel().0)
+    }
+
+    pub(crate) fn with(self, reach: S) {
+        // The control thread waits for this; where it has gone nobody needs it.
+        let _ = self.0.send(reach);
+    }
+}
+
+/// A worker that panics must not leave the control thread waiting for ever: what it served stands
+/// still, and whoever depends on it is told.
+fn run<N: Failure, T>(post: &Post<N>, body: impl FnOnce() -> Result<T>) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(value)) => Some(value),
+        Ok(Err(error)) => {
+            post.send(N::failed(error));
+            None
+        }
+        Err(payload) => {
+            post.send(N::failed(panics::error(&*payload)));
+            None
+        }
+    }
+}
+
+fn started_or_failed<N: Failure, S>(started: &Receiver<S>, inbox: &Inbox<N>) -> Result<S> {
+    if let Ok(reach) = started.recv() {
+        return Ok(reach);
+    }
+    // The worker has dropped its end, and posts its error.
+    loop {
+        if let Wake::Message(note) = inbox.wait(&[], None)?
+            && let Some(error) = note.into_failure()
+        {
+            return Err(error);
+        }
+    }
+}
+
+/// Waits for a thread's end. After a failure it gets [`PARTING_TIMEOUT`] to send what is left, as the other side
+/// may not read it; then `sever` has to end what it waits for.
+pub(crate) fn part<T>(
+    thread: JoinHandle<T>,
+    has_failed: bool,
+    sever: impl FnOnce(),
+) -> std::thread::Result<T> {
+    let deadline = Instant::now() + PARTING_TIMEOUT;
+    while has_failed && !thread.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    if has_failed && !thread.is_finished() {
+        sever();
+    }
+    thread.join()
+}
+
+/// Why a bulk lane was lost: a peer that gives up says so on the demand lane and closes them all, and
+/// lanes are not ordered against each other. Other errors are causes already.
+pub(crate) fn first_cause<N: Failure>(inbox: &Inbox<N>, error: Error) -> Error {
+    let demand = lane_name(LaneRole::Demand, 0);
+    let is_effect = |error: &Error| matches!(error, Error::Lost { lane, .. } if *lane != demand);
+    if !is_effect(&error) {
+        return error;
+    }
+    let deadline = Instant::now() + CAUSE_TIMEOUT;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(Wake::Message(note)) = inbox.wait(&[], Some(left)) else {
+            return error;
+        };
+        if let Some(cause) = note.into_failure().filter(|cause| !is_effect(cause)) {
+            return cause;
+        }
+    }
+}
+
+/// How others reach a thread that waits for its ring.
+pub(crate) struct ThreadHandle {
+    pub(crate) waker: Waker,
+    pub(crate) mailbox: Mailbox,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Note(Option<Error>);
+
+    impl Failure for Note {
+        fn failed(error: Error) -> Note {
+            Note(Some(error))
+        }
+
+        fn into_failure(self) -> Option<Error> {
+            self.0
+        }
+    }
+
+    fn lost(lane: &str) -> Error {
+        Error::Lost { side: "source", lane: lane.into(), what: "closed".into() }
+    }
+
+    #[test]
+    fn a_lost_bulk_lane_has_the_cause_that_the_demand_lane_brings() {
+        let inbox = Inbox::new().unwrap();
+        inbox.post().send(Note(None));
+        inbox.post().send(Note(Some(lost("bulk lane 2"))));
+        inbox.post().send(Note(Some(Error::Interrupted("why".into()))));
+        let cause = first_cause(&inbox, lost("bulk lane 1"));
+        assert!(matches!(cause, Error::Interrupted(_)), "{cause}");
+
+        inbox.post().send(Note(Some(lost("demand lane"))));
+        let cause = first_cause(&inbox, lost("bulk lane 1"));
+        assert!(cause.to_string().contains("demand lane"), "{cause}");
+    }
+
+    #[test]
+    fn a_cause_of_its_own_is_not_waited_for() {
+        let inbox = Inbox::<Note>::new().unwrap();
+        inbox.post().send(Note(Some(Error::Internal("why".into()))));
+        let cause = first_cause(&inbox, lost("demand lane"));
+        assert!(cause.to_string().contains("demand lane"), "{cause}");
+    }
+}

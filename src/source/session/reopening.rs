@@ -1,0 +1,199 @@
+//! Opens the source's lanes again, once.
+//!
+//! On a new demand lane the destination first says where it stands and what it has, which is compared with what has
+//! been claimed here. Orders that come by hand meanwhile, and interrupts, end the attempt.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::socket::{MsgFlags, recv};
+use umem_wire::{Event, FaultCode, Receiver, Standing, Target};
+
+use crate::control::source as control;
+use crate::control::source::{Input, Way};
+use crate::error::{Error, Result};
+use crate::runtime::inbox::{Inbox, Wait, Wake};
+use crate::source::link::{self, Opened};
+use crate::source::{Migration, Note, peer};
+use crate::transport::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session};
+use crate::transport::secure;
+
+/// Why there was no attempt, or it came to nothing.
+enum Failed {
+    /// Another attempt may come to something.
+    Attempt(Error),
+    /// The two sides do not agree on what has come: nothing can go on.
+    Migration(Error),
+}
+
+impl Migration {
+    /// Opens all lanes once, and hears what the destination has. What else comes meanwhile is for the core first.
+    pub(in crate::source) fn open(&mut self, way: Way, epoch: u32) -> Result<()> {
+        let given = self.link.given.take();
+        let waiting = Waiting::new(&self.inbox);
+        let attempt = match way {
+            Way::Dial(uri) => self.attempt(&waiting, |session, wait| {
+                let open =
+                    |index| secure::dial(&uri, &session.hello(index, epoch), &self.link.pass, wait);
+                (0..=session.bulk_lanes).map(open).collect()
+            }),
+            Way::Given => self.attempt(&waiting, |session, wait| {
+                let sockets = given.unwrap_or_default();
+                link::open_over(sockets, session, epoch, &self.link.pass, wait)
+            }),
+        };
+        let (notes, was_interrupted) = waiting.into_parts();
+        for note in notes {
+            let input = self.input(note);
+            self.answers.push_back(input);
+        }
+        if was_interrupted {
+            self.answers.push_back(Input::Interrupted);
+        }
+        self.answers.push_back(Input::Opened(match attempt {
+            Ok(opened) => {
+                self.memory.accounted(&opened.standing.totals);
+                let standing = opened.standing;
+                self.link.opened = Some(opened);
+                control::Opened::Lanes(standing)
+            }
+            Err(Failed::Attempt(error)) => control::Opened::NotNow(error),
+            Err(Failed::Migration(error)) => control::Opened::Never(error),
+        }));
+        Ok(())
+    }
+
+    fn attempt(
+        &self,
+        waiting: &Waiting<'_>,
+        open: impl FnOnce(&Session, Wait<'_>) -> Result<Vec<Lane>>,
+    ) -> std::result::Result<Opened, Failed> {
+        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| waiting.wait(fds, limit);
+        let lanes = open(&self.link.session, &wait).map_err(Failed::Attempt)?;
+        let receiver = Receiver::for_resumed_source(self.memory.landing());
+        let mut receiver = receiver.checked(lanes[0].is_checked());
+        let standing = self.hear(&lanes[0], &mut receiver, waiting).inspect_err(|failed| {
+            if let Failed::Migration(error) = failed {
+                lane::tell(&lanes[0].socket(), lanes[0].is_checked(), error);
+            }
+        })?;
+        Ok(Opened { lanes, receiver, standing })
+    }
+
+    /// Hears where the destination stands and what it has, and claims accordingly.
+    fn hear(
+        &self,
+        demand: &Lane,
+        receiver: &mut Receiver,
+        waiting: &Waiting<'_>,
+    ) -> std::result::Result<Standing, Failed> {
+        let lost = |what: String| {
+            let lane = demand.name.clone();
+            Failed::Attempt(Error::Lost { side: "destination", lane, what })
+        };
+        let mut standing = None;
+        // Whatever else comes does not keep us here.
+        let mut hearing = Hearing::new();
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let fds = [(demand.as_fd(), PollFlags::POLLIN)];
+            if !waiting.wait(&fds, Some(HELLO_TIMEOUT)).map_err(Failed::Attempt)? {
+                return Err(lost("it does not say what it has".into()));
+            }
+            // What comes after the account is for the demand thread.
+            let Target::Control { exact } = receiver.next_target() else {
+                unreachable!("no pages come to a source");
+            };
+            let exact = exact.min(buffer.len());
+            let flags = MsgFlags::MSG_DONTWAIT;
+            let count = match recv(demand.as_fd().as_raw_fd(), &mut buffer[..exact], flags) {
+                Ok(0) => return Err(lost("the destination closed it".into())),
+                Ok(count) => count,
+                Err(Errno::EAGAIN | Errno::EINTR) => continue,
+                Err(errno) => return Err(lost(errno.to_string())),
+            };
+            receiver.control(&buffer[..count]).map_err(|error| {
+                match self.memory.received(&demand.name, &error) {
+                    error @ Error::Lost { .. } => Failed::Attempt(error),
+                    error => Failed::Migration(error),
+                }
+            })?;
+            while let Some(event) = receiver.poll_event() {
+                if !matches!(event, Event::Have { .. }) {
+                    let taken = hearing.take(&event);
+                    let violated = |why| Error::protocol(&demand.name, why);
+                    taken.map_err(violated).map_err(Failed::Migration)?;
+                }
+                match (event, standing) {
+                    (Event::Resume(heard), _) => standing = Some(heard),
+                    (Event::Have { range, words }, _) => {
+                        let accounted = self.memory.account(range, &words, &demand.name);
+                        accounted.map_err(Failed::Migration)?;
+                    }
+                    (Event::Accounted, Some(standing)) => return Ok(standing),
+                    (Event::Error(fault), _) if fault.code == FaultCode::Ended => {
+                        return Err(Failed::Migration(peer(fault)));
+                    }
+                    // Whoever takes over from it there may still need what is here.
+                    (Event::Error(fault), _) => return Err(Failed::Attempt(peer(fault))),
+                    // A ping is answered by nobody but the demand thread, which is not there yet.
+                    (_, _) => {}
+                }
+            }
+        }
+    }
+}
+
+impl Note {
+    /// Whether somebody decides with it what is to be done about the lanes.
+    fn is_order(&self) -> bool {
+        matches!(self, Note::Pause | Note::Resume(_) | Note::Reconnect(_))
+    }
+}
+
+/// Waits for a lane that is being opened again, and keeps what else comes for afterwards.
+struct Waiting<'a> {
+    inbox: &'a Inbox<Note>,
+    notes: RefCell<VecDeque<Note>>,
+    was_interrupted: Cell<bool>,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(inbox: &'a Inbox<Note>) -> Waiting<'a> {
+        Waiting { inbox, notes: RefCell::default(), was_interrupted: Cell::new(false) }
+    }
+
+    /// An error where the attempt is to be given up: a signal has come, or word from whoever directs
+    /// this.
+    fn wait(&self, fds: &[(BorrowedFd<'_>, PollFlags)], limit: Option<Duration>) -> Result<bool> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        loop {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            match self.inbox.wait_for(fds, left)? {
+                Wake::Ready(_) => return Ok(true),
+                Wake::Timeout => return Ok(false),
+                // Without effect in another program.
+                Wake::Signal if self.inbox.is_embedded() => {}
+                Wake::Signal => {
+                    self.was_interrupted.set(true);
+                    return Err(Error::Interrupted("the attempt is given up".into()));
+                }
+                Wake::Message(note) => {
+                    let is_order = note.is_order();
+                    self.notes.borrow_mut().push_back(note);
+                    if is_order {
+                        return Err(Error::Interrupted("the attempt is given up".into()));
+                    }
+                }
+            }
+        }
+    }
+
+    fn into_parts(self) -> (VecDeque<Note>, bool) {
+        (self.notes.into_inner(), self.was_interrupted.get())
+    }
+}

@@ -1,0 +1,575 @@
+//! Should this process be killed: what it leaves behind, and how another one goes on.
+//!
+//! Before the guest is stopped the session file says what has to be undone in its monitor, and before the
+//! switchover leaves that it may have. So there are two kinds of sessions to take over:
+//!
+//! - *Stopped.* No switchover has left, and none will: the guest goes on here, and the destination is
+//!   told, as it may have loaded the guest and wait for a switchover.
+//! - *Committed.* The guest may run at the destination. All that it could need is in the RAM files; what it
+//!   has of that it says itself, as after the loss of all lanes ([`cut`](crate::control::source)). The
+//!   process that takes over only has to take everything for sent.
+//!
+//! The file is written before what it speaks of is done: a process that is killed between the two is
+//! taken to have done it. For the switchover that is the safe side, as the destination says whether it
+//! has come.
+
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use nix::poll::PollFlags;
+use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
+
+use super::parting::Caller;
+use crate::control::calling::{Called, Word};
+use crate::control::liveness::STEP_TIMEOUT;
+use crate::control::source::leftover::{self, Leftover};
+use crate::control::source::{Heard, Input, Left, Record, Source};
+use crate::error::{Error, Result};
+use crate::events::{Event, Remark, Undone};
+use crate::host::command::RamPath;
+use crate::host::qemu::Qemu;
+use crate::host::qmp::{Process, Qmp};
+use crate::host::thread::HostThread;
+use crate::host::{BeforeStop, SourceHost, Undo};
+use crate::memory::region::RamFile;
+use crate::memory::words::AtomicWords;
+use crate::observe::Observer;
+use crate::observe::output::Output;
+use crate::runtime::bandwidth::Bandwidth;
+use crate::runtime::inbox::{Inbox, Wake};
+use crate::runtime::os_text::absolute;
+use crate::runtime::role::Role;
+use crate::session::{
+    self, Directory, RamRecord, ResumeOptions, SecurityRecord, SessionFile, SourceRecord,
+    SourceState, VERSION, since_boot, when,
+};
+use crate::source::link::Link;
+use crate::source::memory::SourceMemory;
+use crate::source::{Migration, Order, Plan, wait};
+use crate::transport::lane::{Lane, Session};
+use crate::transport::secure::{self, ClientAuth, Security};
+use crate::transport::uri::Uri;
+
+/// What `umem migrate --resume` is asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// As at the destination.
+    pub resume: ResumeOptions,
+    /// What the background sends next.
+    pub order: Order,
+    /// End the session instead, for somebody who knows that nobody needs its pages any more.
+    pub abandon: bool,
+}
+
+/// What an interrupt means while a monitor does not answer that is to have its guest run again.
+const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: ask it with \
+    the monitor command `query-status`, and try again with the same --resume";
+/// Goes on with a session whose process is gone, or ends it.
+///
+/// # Errors
+/// No such session, or one that is served by a process which lives; RAM files that are not the same any
+/// more; all that ends a migration after its switchover. To end it: a destination that answers.
+pub fn run(options: &Options) -> Result<()> {
+    let output = Output::new(options.resume.json);
+    let (keeper, record) = options.resume.take_over::<SourceRecord>()?;
+    let uri = match &options.resume.uri {
+        Some(uri) => uri.clone(),
+        None => record.uri.parse().map_err(Error::Environment)?,
+    };
+    let security = options.resume.security(&record);
+    let taken = Taken { keeper, record, uri, security, output };
+    match (taken.record.state, options.abandon) {
+        (SourceState::Stopped, false) => taken.undo(),
+        (SourceState::Stopped, true) => Err(Error::Usage(
+            "no switchover had left, so that the guest can go on here: leave out --abandon".into(),
+        )),
+        (SourceState::Committed, false) => taken.go_on(options),
+        (SourceState::Committed, true) => taken.abandon(),
+        (SourceState::Completed, _) => taken.part(),
+    }
+}
+
+/// A session that is this process's now.
+struct Taken {
+    keeper: SessionFile<SourceRecord>,
+    record: SourceRecord,
+    uri: Uri,
+    security: Security,
+    output: Output,
+}
+
+impl Taken {
+    fn session(&self) -> Result<Session> {
+        let id = session::parse(&self.keeper.session());
+        let id = id.ok_or_else(|| Error::Environment("the session's number is none".into()))?;
+        let capabilities = Capabilities(self.record.capabilities);
+        Ok(Session { id, bulk_lanes: self.record.bulk_lanes, capabilities })
+    }
+
+    /// No switchover had left: the guest goes on here.
+    fn undo(self) -> Result<()> {
+        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
+        self.carry_out(Leftover::stopped(session, uri, epoch))
+    }
+
+    /// The destination has everything, and may not have heard the goodbye.
+    fn part(self) -> Result<()> {
+        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
+        self.carry_out(Leftover::completed(session, uri, epoch, Instant::now()))
+    }
+
+    /// Carries out what is left to do in a session in which nothing is served.
+    fn carry_out(self, mut core: Leftover) -> Result<()> {
+        let inbox = Inbox::new()?;
+        let mut next = Some(leftover::Input::Begin);
+        while !core.has_ended() {
+            let input = next.take().unwrap_or_else(|| {
+                let left = core.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+                match inbox.wait(&[], left) {
+                    Ok(Wake::Signal) => {
+                        let error = Error::Interrupted("nobody is told".into());
+                        leftover::Input::NotDone(error)
+                    }
+                    Ok(_) => leftover::Input::Time,
+                    Err(error) => leftover::Input::NotDone(error),
+                }
+            });
+            for effect in core.handle(input, Instant::now()) {
+                match self.effect(effect, &inbox) {
+                    Ok(answer) => next = answer,
+                    Err(error) => {
+                        next = Some(leftover::Input::NotDone(error));
+                        break;
+                    }
+                }
+            }
+        }
+        let none = || Err(Error::Internal("the session has come to no end".into()));
+        core.into_outcome().unwrap_or_else(none)
+    }
+
+    fn effect(
+        &self,
+        effect: leftover::Effect,
+        inbox: &Inbox<crate::source::Note>,
+    ) -> Result<Option<leftover::Input>> {
+        match effect {
+            leftover::Effect::Undo => {
+                return Ok(Some(leftover::Input::Undone(self.have_it_go_on(inbox))));
+            }
+            leftover::Effect::Epoch(epoch) => self.keeper.edit(|record| record.epoch = epoch)?,
+            leftover::Effect::Call { epoch, until, word } => {
+                let called = self.call(epoch, &word, until, inbox);
+                let called = called.unwrap_or_else(Called::NotHeard);
+                return Ok(Some(leftover::Input::Called(called)));
+            }
+            leftover::Effect::Free => self.free(),
+            leftover::Effect::Forget => self.keeper.remove(),
+            leftover::Effect::Tell(event) => self.output.tell(&event),
+        }
+        Ok(None)
+    }
+
+    /// Has the guest run here again, where it is still this session's.
+    fn have_it_go_on(&self, inbox: &Inbox<crate::source::Note>) -> Result<Undone> {
+        let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) else {
+            return Ok(Undone::GoesOn);
+        };
+        let (path, undo) = (path.clone(), undo.clone());
+        let first = || self.output.tell(&Event::Remark(Remark::StandsStill));
+        inbox.wait_for_work(STANDS_STILL, Some(&first), move || {
+            let mut qemu = Qemu::left(Qmp::connect(&path)?, &undo);
+            if !qemu.is_ours()? {
+                return Ok(Undone::NothingLeft);
+            }
+            qemu.resume().map(|()| Undone::GoesOn)
+        })
+    }
+
+    fn call(
+        &self,
+        epoch: u32,
+        word: &Word,
+        until: Instant,
+        inbox: &Inbox<crate::source::Note>,
+    ) -> Result<Called> {
+        let pass = ClientAuth::load(&self.security, &self.uri)?;
+        let caller = Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox };
+        Ok(match word {
+            // The record has the sizes of pages from the commit on.
+            Word::Goodbye => caller.goodbye(epoch, until, &landing(&self.record)?),
+            Word::GaveUp(why) => caller.gave_up(epoch, until, why),
+        })
+    }
+
+    fn free(&self) {
+        if self.record.capabilities & Capabilities::ACKS.0 == 0 {
+            return;
+        }
+        let freed = open_again(&self.record.ram, true);
+        let freed = freed.and_then(|files| files.iter().try_for_each(RamFile::free));
+        if let Err(error) = freed {
+            let remark = Remark::NotFreed { reason: error.to_string() };
+            self.output.tell(&Event::Remark(remark));
+        }
+    }
+
+    /// More than any that has been used.
+    fn next_epoch(&self) -> Result<u32> {
+        let mut next = None;
+        self.keeper.edit(|record| {
+            next = record.epoch.checked_add(1);
+            record.epoch = next.unwrap_or(record.epoch);
+        })?;
+        next.ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))
+    }
+
+    /// All lanes of an attempt that is later than any before it, the demand lane first.
+    fn open_lanes(&self, inbox: &Inbox<crate::source::Note>) -> Result<Vec<Lane>> {
+        if self.uri.is_one_connection() {
+            return Err(Error::Unsupported("it was one connection".into()));
+        }
+        let session = self.session()?;
+        let (security, uri) = (self.security.clone(), self.uri.clone());
+        let load = move || ClientAuth::load(&security, &uri);
+        let pass = inbox.wait_for_work("the session stays as it was", None, load)?;
+        let epoch = self.next_epoch()?;
+        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
+        let open = |index| secure::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
+        (0..=session.bulk_lanes).map(open).collect()
+    }
+
+    /// Ends the session, whatever the destination may still need: nobody is there to be asked. The guest never
+    /// runs here again, and its memory is left as it is.
+    fn abandon(self) -> Result<()> {
+        let (uri, session) = (&self.uri, self.keeper.session());
+        match self.open_lanes(&Inbox::new()?) {
+            Ok(_) => {
+                return Err(Error::Environment(format!(
+                    "nothing is abandoned: the destination at {uri} serves this session, and --resume \
+                     {session} without --abandon goes on with it"
+                )));
+            }
+            // Perhaps it is paused. It may also be the destination of another guest by now.
+            Err(Error::Peer { text, .. }) => {
+                return Err(Error::Environment(format!(
+                    "nothing is abandoned: a umem at {uri} answers ({text}); if that is not this guest's \
+                     destination, name an address of that one's host where nobody answers"
+                )));
+            }
+            Err(error @ Error::Interrupted(_)) => return Err(error),
+            Err(_) => {}
+        }
+        let ram: Vec<String> =
+            self.record.ram.iter().map(|ram| ram.path.display().to_string()).collect();
+        self.keeper.remove();
+        self.output.tell(&Event::Abandoned { session, ram });
+        Ok(())
+    }
+
+    /// Serves the guest's memory.
+    fn go_on(self, options: &Options) -> Result<()> {
+        let session = self.session()?;
+        let Taken { keeper, record, uri, security, output } = self;
+        let inbox = Inbox::new()?;
+        let releases = session.capabilities.contains(Capabilities::ACKS);
+        let (named, to) = (security.clone(), uri.clone());
+        let load = move || ClientAuth::load(&named, &to);
+        let pass = inbox.wait_for_work("the guest waits for another --resume", None, load)?;
+        let pass = Arc::new(pass);
+        let bandwidth = Arc::new(Bandwidth::new(record.max_postcopy_bandwidth));
+        let limit = record.postcopy.then(|| bandwidth.clone());
+        let Options { resume, order, .. } = options;
+        let observer = Observer::start(&resume.observe, Role::Source, limit, &output)?;
+        let files = open_again(&record.ram, releases)?;
+        check_stamps(&keeper, &record, &files)?;
+        let memory = SourceMemory::new(files, releases).limited(bandwidth);
+        memory.claim(true)?;
+        memory.fix(record.qmp.is_none())?;
+        keeper.edit(|record| {
+            record.file_failed = false;
+            for (ram, region) in record.ram.iter_mut().zip(&memory.regions) {
+                // Of a file that is freed another one comes after each hole.
+                ram.stamp = region.ram.stamp().filter(|_| !releases);
+            }
+        })?;
+        let memory = memory.checked(session.capabilities.contains(Capabilities::CHECKSUM));
+        // What has been freed was summed by the process before.
+        memory.digest_is_lost.store(releases, Relaxed);
+        memory.land_keeping(landing(&record)?, |id, words| keep_freed(&keeper, id, words))?;
+        memory.has_left();
+        let look = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
+        let plan = Plan {
+            postcopy: record.postcopy,
+            background: record.background,
+            precopy: None,
+            has_monitor: record.qmp.is_some(),
+            stays_local: pass.has_tls() || secure::stays_local(&uri, &look)?,
+            cores: &resume.cores,
+            idle_cores: resume.idle_cores,
+            order: *order,
+            step_timeout: STEP_TIMEOUT,
+            watch: &observer.watch,
+            quiet: resume.observe.quiet,
+        };
+        let departed = Departed { path: record.qmp.clone(), undo: record.undo.clone(), qemu: None };
+        let host = HostThread::<dyn SourceHost>::start(Box::new(departed), inbox.post())?;
+        let way = (!uri.is_one_connection()).then_some(uri);
+        let link = Link::taken_over(session, pass.clone(), way, keeper);
+        let memory = Arc::new(memory);
+        let left = Left {
+            epoch: record.epoch,
+            heard: Heard { is_running: record.running, bytes: record.heard_bytes },
+            stopped: when(record.stopped_at),
+            switched: when(record.switched_at),
+        };
+        let core =
+            |plan, uri, background| Source::taken_over(plan, uri, background, left, Instant::now());
+        let mut migration = Migration::new(&plan, output.clone(), inbox, link, memory, host, core);
+        migration.allocated_bytes = record.allocated_bytes;
+        let driven = migration.drive(Input::TakeOver).map_err(|error| pass.explain(error));
+        observer.ended(driven.as_ref());
+        let report = driven?;
+        output.completed(&report);
+        report.check_digests()
+    }
+}
+
+/// The monitor of a guest that may have been given away by a process before this. It is asked when there is
+/// something to ask.
+struct Departed {
+    path: Option<PathBuf>,
+    undo: Option<Undo>,
+    qemu: Option<Qemu>,
+}
+
+impl Departed {
+    /// None where there is none, or none that could run the guest.
+    fn qemu(&mut self) -> Result<Option<&mut Qemu>> {
+        let (Some(path), Some(undo)) = (&self.path, &self.undo) else { return Ok(None) };
+        if self.qemu.is_none() {
+            match Qmp::connect(path) {
+                Ok(qmp) => self.qemu = Some(Qemu::left(qmp, undo)),
+                Err(_) if undo.process.is_some_and(Process::has_ended) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.qemu.as_mut())
+    }
+}
+
+impl SourceHost for Departed {
+    fn stop(&mut self) -> Result<Option<Instant>> {
+        Err(Error::Internal("the guest was stopped by a process before this".into()))
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>> {
+        Err(Error::Internal("the guest was saved by a process before this".into()))
+    }
+
+    fn stands_still(&mut self) -> Result<()> {
+        self.qemu()?.map_or(Ok(()), Qemu::stands_still)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        let Some(qemu) = self.qemu()? else { return Ok(()) };
+        if qemu.is_ours()? { qemu.resume() } else { Ok(()) }
+    }
+
+    fn put_back(&mut self) -> Result<()> {
+        self.qemu()?.map_or(Ok(()), Qemu::put_back)
+    }
+}
+
+/// The landing table of a record.
+fn landing(record: &SourceRecord) -> Result<RegionTable> {
+    let strange = |what: String| Error::Environment(format!("the session file: {what}"));
+    let region = |ram: &RamRecord| {
+        let page_size = PageSize::from_shift(ram.unit_shift);
+        let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
+        Ok(Region { name: ram.name.clone(), bytes: ram.bytes, page_size })
+    };
+    let regions = record.ram.iter().map(region).collect::<Result<Vec<_>>>()?;
+    RegionTable::new(regions).map_err(|error| strange(error.to_string()))
+}
+
+/// The files that a guest has left, and no other ones; each opened once, as the lock on it is of what was opened.
+fn open_again(ram: &[RamRecord], releases: bool) -> Result<Vec<RamFile>> {
+    let mut files: Vec<RamFile> = Vec::new();
+    for region in ram {
+        let is_same =
+            |other: &RamRecord| (other.device, other.inode) == (region.device, region.inode);
+        let before = ram.iter().take(files.len()).position(is_same);
+        files.push(open_region(region, before.map(|index| &files[index]), releases)?);
+    }
+    Ok(files)
+}
+
+/// `opened` is another region of the same file.
+fn open_region(ram: &RamRecord, opened: Option<&RamFile>, releases: bool) -> Result<RamFile> {
+    let part = ram.offset..ram.offset.saturating_add(ram.bytes);
+    let file = match opened {
+        Some(opened) => opened.another_part(&ram.name, part)?,
+        None => RamFile::open_part(&ram.name, &ram.path, Some(part), releases)?,
+    };
+    if (file.identity()?, file.bytes) == ((ram.device, ram.inode), ram.bytes) {
+        return Ok(file);
+    }
+    Err(Error::Ram {
+        name: ram.name.clone(),
+        path: ram.path.clone(),
+        what: "is not the file of the guest that has left: it has been replaced, and what it held is gone"
+            .into(),
+    })
+}
+
+/// Refuses files that have changed since the guest left, once: whoever resumes the session after that has put
+/// them right.
+fn check_stamps(
+    keeper: &SessionFile<SourceRecord>,
+    record: &SourceRecord,
+    files: &[RamFile],
+) -> Result<()> {
+    if record.file_failed {
+        return Ok(());
+    }
+    for (ram, file) in record.ram.iter().zip(files) {
+        let now = file.stamp_now()?;
+        let Some(what) = ram.stamp.and_then(|before| before.difference(&now)) else { continue };
+        keeper.edit(|record| record.file_failed = true)?;
+        return Err(Error::Ram {
+            name: ram.name.clone(),
+            path: ram.path.clone(),
+            what: format!(
+                "has changed since its guest left: {what}; write what it held back into the same file, if it \
+                 is not there, then resume once more"
+            ),
+        });
+    }
+    Ok(())
+}
+
+/// What may be gone of a region here is known to whoever takes over.
+fn keep_freed(
+    keeper: &SessionFile<SourceRecord>,
+    id: RegionId,
+    words: u64,
+) -> Result<Option<AtomicWords>> {
+    AtomicWords::in_file(&keeper.file(&format!("freed.{}", id.0)), words).map(Some)
+}
+
+/// Prepares a session that begins for the case that this process is killed. None where the other side
+/// would not go on either, or there is no place for its file.
+pub(in crate::source) fn keep(
+    options: &crate::source::Options,
+    link: &Link,
+    ram: &[RamPath],
+    memory: &SourceMemory,
+    output: &Output,
+) -> Result<Option<SessionFile<SourceRecord>>> {
+    if !link.recovers() {
+        return Ok(None);
+    }
+    let named = options.session_dir.as_deref();
+    let found = Directory::find_or_remark(named, |why| output.remark(why))?;
+    let Some(directory) = found else { return Ok(None) };
+    let ram = ram.iter().zip(&memory.regions).map(|(path, region)| {
+        let (device, inode) = region.ram.identity()?;
+        Ok(RamRecord {
+            name: path.name.clone(),
+            path: absolute(&path.path)?,
+            offset: region.ram.part().start,
+            bytes: region.ram.bytes,
+            device,
+            inode,
+            unit_shift: 0,
+            stamp: None,
+        })
+    });
+    let record = SourceRecord {
+        version: VERSION,
+        state: SourceState::Stopped,
+        uri: options.uri.to_string(),
+        bulk_lanes: link.session.bulk_lanes,
+        capabilities: link.session.capabilities.0,
+        epoch: 0,
+        ram: ram.collect::<Result<_>>()?,
+        qmp: options.qmp.as_deref().map(absolute).transpose()?,
+        undo: None,
+        postcopy: options.postcopy,
+        background: options.background,
+        max_postcopy_bandwidth: options.max_postcopy_bandwidth,
+        security: SecurityRecord::of(&options.security)?,
+        running: false,
+        heard_bytes: 0,
+        stopped_at: 0,
+        switched_at: 0,
+        allocated_bytes: 0,
+        file_failed: false,
+    };
+    SessionFile::new(&directory, link.session.id, Role::Source, record).map(Some)
+}
+
+/// Writes down what has to be undone, when the guest is about to be stopped.
+pub(in crate::source) fn note_stop(keeper: SessionFile<SourceRecord>) -> BeforeStop {
+    Box::new(move |undo| keeper.edit(|record| record.undo = Some(undo.clone())))
+}
+
+impl Migration {
+    /// The destination has named its units.
+    pub(in crate::source) fn land(&self, landing: RegionTable) -> Result<()> {
+        self.memory.land_keeping(landing, |id, words| match &self.link.keeper {
+            Some(keeper) => keep_freed(keeper, id, words),
+            None => Ok(None),
+        })
+    }
+
+    /// Writes down what the core says, where there is a record.
+    pub(in crate::source) fn keep(&mut self, record: &Record) -> Result<()> {
+        if self.memory.releases && matches!(record, Record::Committed { .. }) {
+            self.allocated_bytes = self.memory.allocated_bytes()?;
+        }
+        let Some(keeper) = &self.link.keeper else { return Ok(()) };
+        keeper.edit(|kept| match record {
+            Record::Committed { background, times } => {
+                let at = |at: Option<Instant>| at.map_or(0, since_boot);
+                kept.state = SourceState::Committed;
+                kept.background = *background;
+                kept.stopped_at = at(times.stopped);
+                kept.switched_at = at(times.switched);
+                kept.allocated_bytes = self.allocated_bytes;
+                kept.max_postcopy_bandwidth = self.memory.bandwidth.limit();
+                for (ram, region) in kept.ram.iter_mut().zip(&self.memory.regions) {
+                    ram.unit_shift = region.unit().shift();
+                    ram.stamp = region.ram.stamp().filter(|_| !self.memory.releases);
+                }
+            }
+            Record::Stopped => kept.state = SourceState::Stopped,
+            Record::Completed => kept.state = SourceState::Completed,
+            Record::Epoch { epoch, uri } => {
+                kept.epoch = *epoch;
+                if let Some(uri) = uri {
+                    kept.uri = uri.to_string();
+                }
+            }
+            Record::Heard(heard) => {
+                (kept.running, kept.heard_bytes) = (heard.is_running, heard.bytes);
+            }
+            Record::FileFailed => kept.file_failed = true,
+        })
+    }
+
+    /// The command that goes on, if one can.
+    pub(in crate::source) fn how_to_resume(&self) -> Option<String> {
+        let keeper = self.link.keeper.as_ref()?;
+        Some(format!("umem migrate --resume {}{}", keeper.session(), keeper.directory_option()))
+    }
+
+    /// Nobody has to take over any more.
+    pub(in crate::source) fn forget_session(&self) {
+        self.link.keeper.iter().for_each(SessionFile::remove);
+    }
+}
