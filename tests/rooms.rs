@@ -80,6 +80,22 @@ fn modules_of_a_folder_use_each_other_in_one_direction() {
 }
 
 #[test]
+fn the_map_lists_each_folder_below_those_that_it_uses() {
+    let text = fs::read_to_string("ARCHITECTURE.md").expect("it is there");
+    let (_, map) = text.split_once("## The map").expect("it has a map");
+    let place = |folder: &str| {
+        map.find(&format!("`src/{folder}/`"))
+            .unwrap_or_else(|| panic!("the map lacks src/{folder}"))
+    };
+    let folders = Crate::read(Path::new("src")).folders();
+    let edges = &folders[&ModulePath::new()];
+    assert!(edges.len() > 30, "only {} folders use each other", edges.len());
+    for ((from, to), line) in edges {
+        assert!(place(to) < place(from), "{from} uses {to}, and the map has it below: {line}");
+    }
+}
+
+#[test]
 fn src_has_folders_and_two_files() {
     let loose: Vec<_> = entries(Path::new("src"))
         .into_iter()

@@ -63,6 +63,11 @@ pub(crate) mod path {
     }
 }
 
+/// A path that means the same in another directory.
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).context(|| path.display().to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,9 +92,4 @@ mod tests {
         assert_eq!(decode(&encode(looks_alike)), looks_alike);
         assert_ne!(encode(looks_alike), text);
     }
-}
-
-/// A path that means the same in another directory.
-pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).context(|| path.display().to_string())
 }
