@@ -216,7 +216,7 @@ impl Crate {
         loop {
             match tokens.get(at) {
                 Some(TokenTree::Ident(word)) if *word == "crate" && path.is_empty() => {
-                    path.push("crate".into())
+                    path.push("crate".into());
                 }
                 Some(TokenTree::Ident(word)) if *word == "self" && path.is_empty() => {
                     path.push("crate".into());
