@@ -13,7 +13,7 @@
 //! | a page lands | in the file | in the file | in a buffer |
 //! | the guest sees it by | UFFDIO_COPY or UFFDIO_CONTINUE when a vCPU waits, else when its block leaves | UFFDIO_CONTINUE | UFFDIO_COPY |
 //! | a page of zeroes | stays a hole | UFFDIO_ZEROPAGE | nothing, until a vCPU waits |
-//! | its block leaves the userfaultfd with its last page | cached | released ([`touch`](crate::destination::memory::touch)) | cached |
+//! | its block leaves the userfaultfd with its last page | cached | released ([`touch`]) | cached |
 //!
 //! **Discards.** The guest side may discard pages at any time (balloon, MADV_DONTNEED). The kernel
 //! reports that, waits until the report has been read, and then removes the pages. So the reports are read with

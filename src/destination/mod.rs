@@ -2,7 +2,7 @@
 //!
 //! The control thread here prepares the guest, accepts the lanes, carries out what
 //! [`control::destination`](crate::control::destination) decides and reports; it never blocks on anything but its
-//! inbox. The pages are moved by the threads of [`demand`] and [`bulk`] into [`guest`], and the monitor is waited for by
+//! inbox. The pages are moved by the threads of [`lanes`] into [`memory`], and the monitor is waited for by
 //! a thread of its own.
 
 mod admission;
