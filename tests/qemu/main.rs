@@ -14,7 +14,6 @@ mod halted;
 mod huge_pages;
 mod movers;
 mod moving;
-mod precopy;
 mod refusals;
 mod stream;
 #[path = "../support/mod.rs"]
