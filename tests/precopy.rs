@@ -33,11 +33,21 @@ fn moves(how: How) -> (Vec<Value>, Value, Value) {
     }
     let (source, destination) = moving.complete();
     for report in [&source, &destination] {
+        check_rates(report);
         for digest in report["digests"].as_array().unwrap() {
             assert_eq!(digest["digest"], digest["peer"], "{report}");
         }
     }
     (passes, source, destination)
+}
+
+/// What a report says of time and bytes is of the same move: no more has crossed than there was.
+fn check_rates(report: &Value) {
+    let number = |name: &str| report[name].as_f64().unwrap();
+    assert!(number("precopy_s") > 0.0 && number("precopy_bytes") > 0.0, "{report}");
+    let crossed = number("gbps") * 1e9 / 8.0 * (number("precopy_s") + number("total_s"));
+    let most = number("precopy_bytes") + number("data_bytes");
+    assert!((number("precopy_bytes")..=most).contains(&crossed.round()), "{crossed}: {report}");
 }
 
 /// The first pass has everything, and the last one has left what was asked for after the switchover.
@@ -73,7 +83,7 @@ fn hybrid_behind_tls() {
     let creds: &'static str = creds.display().to_string().leak();
     let security = Some(["--tls-creds", creds]);
     for migrate in [&RESTLESS[..], &["--precopy", "--downtime-limit", "0", "--checksum"]] {
-        hybrid(How { mib: 48, threads: 2, migrate, security, ..How::default() });
+        hybrid(How { mib: 80, threads: 2, migrate, security, ..How::default() });
     }
 }
 

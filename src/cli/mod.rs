@@ -22,7 +22,7 @@ use crate::runtime::inbox::{Inbox, Wake};
 use crate::runtime::{os_text, print};
 use crate::transport::tls;
 
-/// Moves a running guest's memory after the guest: postcopy live migration over userfaultfd, shared
+/// Moves running guests: precopy and postcopy live migration over userfaultfd, shared
 /// memory and io_uring.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(

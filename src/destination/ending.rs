@@ -63,6 +63,8 @@ impl Migration<'_> {
             _ => 0.0,
         };
         let moving_s = seconds(times.first_page, times.cached);
+        let precopy_s = seconds(times.first_page, times.stopped);
+        let crossed_bytes = self.guest.counters.crossed_bytes(totals.data_bytes);
         let page_shift =
             self.guest.regions.iter().map(|region| region.unit_shift()).min().unwrap_or(12);
         let kinds: BTreeSet<&str> =
@@ -83,7 +85,9 @@ impl Migration<'_> {
             downtime_ms: times.downtime.as_secs_f64() * 1e3,
             drain_s: seconds(times.running, times.cached),
             total_s: seconds(times.stopped, times.cached),
-            gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
+            precopy_s,
+            precopy_bytes: self.guest.counters.rounds_bytes.load(Relaxed),
+            gbps: if moving_s > 0.0 { crossed_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: None,
             fault_stages_us: None,
             cpu_s: CpuTime::of_this_process(),

@@ -134,6 +134,8 @@ impl Migration {
         let (recoveries, disconnected) = self.core.recoveries();
         let ours = self.memory.counters.totals();
         let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
+        let precopy_s = seconds(times.first_page, times.stopped);
+        let crossed_bytes = self.memory.counters.crossed_bytes(totals.data_bytes);
         let unit = self.memory.regions.iter().map(|region| region.unit()).min();
         if self.has_monitor && self.output.is_for_person() {
             self.output.tell(&Event::Remark(Remark::QuitMonitor));
@@ -153,7 +155,9 @@ impl Migration {
             downtime_ms: times.downtime().as_secs_f64() * 1e3,
             drain_s: seconds(times.running, times.completed),
             total_s: seconds(times.stopped, times.completed),
-            gbps: if moving_s > 0.0 { totals.data_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
+            precopy_s,
+            precopy_bytes: self.memory.counters.rounds_bytes.load(Relaxed),
+            gbps: if moving_s > 0.0 { crossed_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: None,
             fault_stages_us: None,
             cpu_s: CpuTime::of_this_process(),

@@ -22,7 +22,7 @@ pub struct Completed {
     pub lanes: u16,
     /// The guest's RAM, bytes.
     pub total_bytes: u64,
-    /// Bytes that crossed the wire as page contents.
+    /// Bytes of pages that crossed the wire with their contents. Each page counts once.
     pub data_bytes: u64,
     /// Bytes of pages that were all zero and crossed as a header.
     pub zero_bytes: u64,
@@ -39,7 +39,14 @@ pub struct Completed {
     pub drain_s: f64,
     /// Source stopped → last page cached, seconds.
     pub total_s: f64,
-    /// Page contents over the time from the first page to the last, Gbit/s.
+    /// First page → source stopped, seconds; 0 without `--precopy`.
+    #[serde(default)]
+    pub precopy_s: f64,
+    /// Bytes of page contents that crossed the wire while the guest ran at the source, each time they did.
+    #[serde(default)]
+    pub precopy_bytes: u64,
+    /// Page contents that crossed the wire, each time they did, over the time from the first page to the last,
+    /// Gbit/s.
     pub gbps: f64,
     /// From reading a fault to waking the guest, at the destination; null at the source.
     pub fault_latency_us: Option<Latency>,
@@ -99,6 +106,13 @@ impl Completed {
             self.pages_demand,
             self.pages_background,
         );
+        if self.precopy_bytes > 0 {
+            text += &format!(
+                "{:.0} MiB of it in {:.2} s while the guest ran at the source\n",
+                mib(self.precopy_bytes),
+                self.precopy_s,
+            );
+        }
         if let Some(latency) = self.fault_latency_us.as_ref().filter(|latency| latency.count > 0) {
             text += &format!(
                 "a fault took {} µs in the middle, {} µs at p99, {} µs at worst ({} faults)\n",

@@ -20,6 +20,8 @@ pub(crate) struct Counters {
     pub(crate) copied_bytes: AtomicU64,
     /// Bytes of page contents that were moved while the guest ran, each time they were.
     pub(crate) rounds_bytes: AtomicU64,
+    /// Of [`data_bytes`](Counters::data_bytes): those whose last copy was moved while the guest ran.
+    pub(crate) settled_bytes: AtomicU64,
     /// At the destination: of the device state, as it comes.
     pub(crate) state_bytes: AtomicU64,
     /// What came and was not what had been sent, where there are checksums.
@@ -39,6 +41,12 @@ impl Counters {
     /// Bytes of the guest that are where they belong.
     pub(crate) fn done_bytes(&self) -> u64 {
         self.totals().bytes()
+    }
+
+    /// Bytes of page contents that crossed the wire, each time they did, where so many of the guest's pages are data.
+    pub(crate) fn crossed_bytes(&self, data_bytes: u64) -> u64 {
+        let once = data_bytes.saturating_sub(self.settled_bytes.load(Relaxed));
+        once.saturating_add(self.rounds_bytes.load(Relaxed))
     }
 
     pub(crate) fn add(counter: &AtomicU64, value: u64) {

@@ -42,12 +42,15 @@ impl Core {
         }
         self.step(Step::Received(&heard), effects)?;
         match heard {
-            Heard::Rounds => effects.push(Effect::Show("copying")),
+            Heard::Rounds => {
+                self.times.first_page = Some(now.at);
+                effects.push(Effect::Show("copying"));
+            }
             Heard::Remaining { .. } => self.settle_pages(effects),
             Heard::Pong(number) => self.link.liveness.answered(number, now.at),
             Heard::Stopped { postcopy, .. } => {
                 self.times.stopped = Some(now.at);
-                self.times.first_page = Some(now.at);
+                self.times.first_page.get_or_insert(now.at);
                 effects.push(Effect::Show(if postcopy { "switching" } else { "filling" }));
                 if postcopy {
                     effects.push(Effect::StayAwake);

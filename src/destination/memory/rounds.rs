@@ -215,6 +215,9 @@ impl GuestMemory {
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
             self.begin(run, lane)?;
             is_last = self.finish(run, kind, &mut *wake)?;
+            if is_data {
+                Counters::add(&self.counters.settled_bytes, self.bytes(run));
+            }
             Counters::add(&self.counters.pages_background, run.pages);
             page = next;
         }

@@ -262,6 +262,9 @@ impl SourceMemory {
             let range = PageRange { region, first: page, pages: next - page };
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
             self.count(&Run { kind, range }, false);
+            if is_data {
+                Counters::add(&self.counters.settled_bytes, self.bytes(range));
+            }
             Counters::add(&self.counters.pages_background, range.pages);
             page = next;
         }
