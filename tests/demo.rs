@@ -140,10 +140,19 @@ fn several_lanes_carry_one_guest() {
 
 #[test]
 fn without_postcopy_nothing_is_waited_for() {
-    let report = demo(&["--size", "64", "--precopy"]);
+    let report = demo(&["--size", "64", "--stop-first"]);
     check(&report, 64);
     assert_eq!(number(&report, "pages_demand"), 0);
     assert_eq!(number(&report["fault_latency_us"], "count"), 0);
+}
+
+#[test]
+fn pages_that_went_while_the_guest_ran_are_right() {
+    for kind in ["shared", "private"] {
+        let report = demo(&["--size", "64", "--precopy", "--kind", kind]);
+        check(&report, 64);
+        assert!(number(&report, "precopy_bytes") > 0, "{report}");
+    }
 }
 
 #[test]
@@ -241,7 +250,7 @@ fn pages_that_the_guest_discards_stay_empty() {
 #[test]
 fn without_postcopy_every_kind_arrives() {
     for kind in ["private", "anonymous"] {
-        let report = demo(&["--size", "64", "--precopy", "--kind", kind]);
+        let report = demo(&["--size", "64", "--stop-first", "--kind", kind]);
         check(&report, 64);
         assert_eq!(number(&report, "pages_demand"), 0);
     }

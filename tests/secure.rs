@@ -114,6 +114,7 @@ fn a_guest_moves_behind_tls_and_every_word_is_right() {
         &["--size", "128", "--lanes", "3"][..],
         &["--size", "64", "--kind", "private", "--postcopy-flags", "1"],
         &["--size", "64", "--kind", "anonymous", "--discard"],
+        &["--size", "64", "--stop-first"],
         &["--size", "64", "--precopy"],
         &["--size", "64", "--lanes", "2", "--checksum"],
         &["--size", "64", "--kind", "anonymous", "--checksum"],

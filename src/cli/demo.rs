@@ -46,9 +46,12 @@ pub(super) struct Demo {
     /// bulk lanes (default 1)
     #[argh(option, default = "1")]
     lanes: u16,
-    /// send all pages before the switchover, to compare
+    /// send pages while the guest runs at the source, too, as `umem migrate --precopy -p` does
     #[argh(switch)]
     precopy: bool,
+    /// send all pages while the guest stands still, as `umem migrate` without -p does, to compare
+    #[argh(switch)]
+    stop_first: bool,
     /// check every page and message for bits that change on their way, and compare all memory at the end
     #[argh(switch)]
     checksum: bool,
@@ -103,10 +106,13 @@ impl Demo {
             return Err(Error::Usage("--size and --threads are at least 1".into()));
         }
         let max_postcopy_bandwidth = self.max_postcopy_bandwidth.map(|limit| limit.0);
-        if max_postcopy_bandwidth.is_some() && self.precopy {
+        if self.precopy && self.stop_first {
+            return Err(Error::Usage("give --precopy or --stop-first, not both".into()));
+        }
+        if max_postcopy_bandwidth.is_some() && self.stop_first {
             return Err(Error::Usage(
                 "--max-postcopy-bandwidth limits what is sent after the switchover: leave out \
-                 --precopy"
+                 --stop-first"
                     .into(),
             ));
         }
@@ -123,7 +129,8 @@ impl Demo {
             threads: self.threads,
             lanes: self.lanes,
             checksum: self.checksum,
-            postcopy: !self.precopy,
+            postcopy: !self.stop_first,
+            precopy: self.precopy,
             tls_creds: self.tls_creds,
             secret_file: self.secret_file,
             max_postcopy_bandwidth,

@@ -58,6 +58,8 @@ pub struct Options {
     pub checksum: bool,
     /// Postcopy, or everything before the switchover.
     pub postcopy: bool,
+    /// Send pages while the guest runs at the source, too.
+    pub precopy: bool,
     /// `--tls-creds` of both sides.
     pub tls_creds: Option<PathBuf>,
     /// `--secret-file` of both sides.

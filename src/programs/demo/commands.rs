@@ -85,6 +85,7 @@ impl Demo<'_> {
         if self.options.postcopy {
             arguments.push("-p".into());
         }
+        arguments.extend(self.options.precopy.then(|| "--precopy".to_owned()));
         arguments.extend(self.security());
         if let Some(limit) = self.options.max_postcopy_bandwidth {
             arguments.extend(options([("--max-postcopy-bandwidth", limit.to_string())]));
