@@ -1,7 +1,7 @@
-//! umem moves a running guest's memory to another host after the guest has moved.
+//! umem moves running guests between hosts. Their memory goes before them (precopy), after them (postcopy), or both.
 //!
-//! The guest starts on the destination with no memory at all. Each page it touches is fetched first,
-//! everything else streams in behind. A page's way from the source's socket into the guest, in seven
+//! With postcopy alone the guest starts on the destination with no memory at all. Each page it touches is fetched
+//! first, everything else streams in behind. A page's way from the source's socket into the guest, in seven
 //! steps:
 //!
 //! 1. A vCPU touches a page that is not there. The kernel reports it on the guest's userfaultfd,
