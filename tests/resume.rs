@@ -10,7 +10,7 @@ mod support;
 use std::os::unix::process::ExitStatusExt;
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use support::killed::{How, Move, REQUEST_BYTES, Side, text};
 use support::{Ends, MemoryLimit, Qmp};
 
@@ -299,6 +299,38 @@ fn only_what_can_go_on_is_taken_over() {
     let error = moving.resume("migrate").fails();
     assert!(error.contains("has been replaced"), "{error}");
     std::fs::rename(&aside, &ram).unwrap();
+    moving.migrate = moving.resume("migrate");
+    moving.complete();
+}
+
+/// A full disk keeps *switched* and *running* out of the session file. The guest belongs to the destination all the
+/// same: it is neither ended nor reported to its source as one that never ran.
+#[test]
+fn a_destination_whose_session_file_was_not_written_keeps_its_running_guest() {
+    let mut moving = Move::switched(How { mib: 16, threads: 1, ..How::default() });
+    moving.incoming.kill();
+    moving.migrate.kill();
+    let file = moving.sessions().join(format!("{}.destination", moving.session));
+    let mut record: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(record["state"], "running");
+    record["state"] = json!("loaded");
+    record["switched_at"] = Value::Null;
+    record["running_at"] = Value::Null;
+    std::fs::write(&file, record.to_string()).unwrap();
+
+    moving.incoming = moving.resume("incoming");
+    moving.incoming.event("recovering");
+    moving.incoming.signal(Signal::SIGINT);
+    let incoming = &moving.incoming;
+    let is_warned = || incoming.stderr().contains("interrupt again to").then_some(());
+    support::wait_for("a warning", is_warned);
+    moving.incoming.signal(Signal::SIGINT);
+    assert_eq!(moving.incoming.wait().code(), Some(1));
+    let stderr = moving.incoming.stderr();
+    assert!(stderr.contains("the guest here waits for pages that only the source has"), "{stderr}");
+    assert_eq!(moving.scratch.processes("destination.qmp").len(), 1, "the guest goes on");
+
+    moving.incoming = moving.resume("incoming");
     moving.migrate = moving.resume("migrate");
     moving.complete();
 }

@@ -7,7 +7,7 @@
 //! the guest whose pages it speaks of. Its layout follows from the regions alone ([`Extent`]):
 //!
 //! ```text
-//! counters  8 words          what has come, and the page that is being given
+//! counters  8 words          what has come, the page that is being given, how far the switchover has come
 //! events    4 KiB a source   what the kernel reports on each userfaultfd is read into here
 //! per region:
 //!   states  2 bits a page    as in pages.rs

@@ -110,7 +110,7 @@ pub(crate) struct SourceRecord {
 }
 
 /// How far a destination had come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum DestinationState {
     /// The guest could run, and must not before the switchover.

@@ -295,6 +295,9 @@ impl World {
             Record::Running { at } => kept.running = Some(at),
             Record::Complete { .. } | Record::Parted => {}
         }
+        if matches!(record, Record::Switched { .. } | Record::Running { .. }) {
+            self.destination.guest.noted = Some(*kept);
+        }
         if !self.is_well() && self.random.percent(self.habits.disk) {
             return Err(Error::Host("no space".into()));
         }
@@ -498,6 +501,10 @@ impl World {
         let until = Some(self.instant() + FAREWELL_PATIENCE);
         match plan(recalled.state, found) {
             Plan::Serve(()) => {
+                let noted = self.destination.guest.noted;
+                let recalled =
+                    noted.filter(|noted| noted.state > recalled.state).unwrap_or(recalled);
+                self.destination.kept = Some(recalled);
                 // It is no child of this process, which ends it only when it is told to.
                 self.binds(Bond::Kept);
                 let core = Core::recalled(self.terms(), &recalled, self.instant());

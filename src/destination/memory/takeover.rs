@@ -6,11 +6,14 @@ use std::sync::atomic::Ordering::SeqCst;
 use umem_wire::{PageRange, RegionId};
 
 use super::{GuestMemory, GuestRegion, what};
+use crate::control::destination::Record;
+use crate::control::destination::takeover::Recalled;
 use crate::error::{Context, Error, Result};
 use crate::fault::uffd::{Event, MESSAGE_BYTES};
 use crate::memory::claims::RunKind;
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::words::{COUNTERS, EVENTS_BYTES, Extent, State};
+use crate::session::{DestinationState, since_boot, when};
 
 /// What is counted for a process that may have to take over: the index of its word.
 #[derive(Clone, Copy)]
@@ -20,9 +23,22 @@ pub(super) enum Told {
     PagesDemand = 2,
     /// Not counted: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
     Giving = 3,
+    /// Not counted: how far the switchover has come. 0 before it, 1 from *switched* on, 2 from *running* on.
+    Standing = 4,
+    /// From the guest's stop at the source until the source sent the switchover, in microseconds. Valid from
+    /// *switched* on.
+    StoppedUs = 5,
+    /// The arrival of the switchover, in nanoseconds [since boot](since_boot). Valid from *switched* on.
+    SwitchedAt = 6,
+    /// The start of the guest, in nanoseconds since boot. Valid from *running* on.
+    RunningAt = 7,
 }
 
-const _: () = assert!((Told::Giving as usize) < COUNTERS);
+const _: () = assert!((Told::RunningAt as usize) < COUNTERS);
+
+/// Values of [`Told::Standing`].
+const SWITCHED: u64 = 1;
+const RUNNING: u64 = 2;
 
 impl GuestMemory {
     /// What a memory file for the states has to hold of each region.
@@ -49,6 +65,45 @@ impl GuestMemory {
             source.events = Some(state.events(index));
         }
         self.told = Some(state.counters());
+    }
+
+    /// Notes in the memory file that the guest belongs to this side, or runs. This cannot fail, unlike the session
+    /// file, which a full disk keeps from being written. A process that takes over relies on it: a guest that runs
+    /// must not be reported as one that was never switched over.
+    pub(crate) fn note_standing(&self, record: &Record) {
+        let Some(told) = &self.told else { return };
+        let store = |word: Told, value| told[word as usize].store(value, SeqCst);
+        match *record {
+            Record::Switched { stopped_us, at } => {
+                store(Told::StoppedUs, stopped_us);
+                store(Told::SwitchedAt, since_boot(at));
+                store(Told::Standing, SWITCHED);
+            }
+            Record::Running { at } => {
+                store(Told::RunningAt, since_boot(at));
+                store(Told::Standing, RUNNING);
+            }
+            Record::Loaded { .. } | Record::Complete { .. } | Record::Parted => {}
+        }
+    }
+
+    /// How far the process before this had come: the later of what its session file says and what
+    /// [`GuestMemory::note_standing`] has noted.
+    pub(crate) fn noted_standing(&self, recalled: Recalled) -> Recalled {
+        let Some(told) = &self.told else { return recalled };
+        let load = |word: Told| told[word as usize].load(SeqCst);
+        let mut recalled = recalled;
+        let standing = load(Told::Standing);
+        if standing >= SWITCHED && recalled.state == DestinationState::Loaded {
+            recalled.state = DestinationState::Switched;
+            recalled.stopped_us = load(Told::StoppedUs);
+            recalled.switched = Some(when(load(Told::SwitchedAt)));
+        }
+        if standing >= RUNNING && recalled.state == DestinationState::Switched {
+            recalled.state = DestinationState::Running;
+            recalled.running = Some(when(load(Told::RunningAt)));
+        }
+        recalled
     }
 
     /// Goes on where a process was killed, as the [table](crate::memory::words) says; `share` has been
@@ -154,5 +209,47 @@ impl GuestMemory {
         if let Some(told) = &self.told {
             told[what as usize].fetch_add(value, SeqCst);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use umem_wire::destination::Mode;
+
+    use super::super::fixture::Guest;
+    use super::*;
+
+    const MODE: Mode = Mode { postcopy: true, background: true };
+
+    fn recalled(state: DestinationState) -> Recalled {
+        Recalled { state, mode: MODE, stopped_us: 0, switched: None, running: None }
+    }
+
+    #[test]
+    fn what_the_session_file_lacks_of_the_switchover_is_in_the_memory_file() {
+        let mut guest = Guest::new();
+        let state = State::new(guest.memory.extents(), 1).unwrap();
+        guest.memory.share(&state);
+        let loaded = recalled(DestinationState::Loaded);
+        let noted = |guest: &Guest| guest.memory.noted_standing(loaded);
+        guest.memory.note_standing(&Record::Loaded { mode: MODE, runs: true });
+        assert_eq!(noted(&guest).state, DestinationState::Loaded);
+
+        let at = Instant::now();
+        guest.memory.note_standing(&Record::Switched { stopped_us: 1500, at });
+        let switched = noted(&guest);
+        assert_eq!((switched.state, switched.stopped_us), (DestinationState::Switched, 1500));
+        assert_eq!(switched.running, None);
+
+        let later = at + Duration::from_millis(2);
+        guest.memory.note_standing(&Record::Running { at: later });
+        let running = noted(&guest);
+        assert_eq!(running.state, DestinationState::Running);
+        assert!(running.ran_after() <= Duration::from_millis(3), "{:?}", running.ran_after());
+        // A session file that has more is right.
+        let complete = recalled(DestinationState::Complete);
+        assert_eq!(guest.memory.noted_standing(complete).state, DestinationState::Complete);
     }
 }

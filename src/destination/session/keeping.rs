@@ -122,6 +122,8 @@ impl Persistence {
 impl Migration<'_> {
     /// Writes down how far this side has come, where that is kept at all.
     pub(in crate::destination) fn write(&self, what: Record) -> Result<()> {
+        // First, as the session file may not take it.
+        self.guest.note_standing(&what);
         self.edit(|record| {
             record.state = what.state();
             match what {

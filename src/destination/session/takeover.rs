@@ -161,8 +161,6 @@ impl Taken {
     fn go_on(&self, options: &ResumeOptions, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
         let Guest { side, handed, entrusted } = guest;
         let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
-        let host =
-            HostThread::<dyn DestinationHost>::start(self.host(entrusted.qmp), inbox.post())?;
         let landing = landing(&self.record)?;
         let mut prepared = Prepared::again(side, handed);
         let Adopted { regions, sources, landing } = prepared.adopt_again(&landing)?;
@@ -172,7 +170,10 @@ impl Taken {
         }
         let state = State::found(entrusted.state, memory.extents(), memory.sources.len())?;
         memory.share(&state);
+        let recalled = memory.noted_standing(Recalled::from(&self.record));
         memory.take_over()?;
+        let host = self.host(recalled.state, entrusted.qmp);
+        let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
         let plan = crate::destination::Plan {
             touch: self.record.touch,
             cores: &options.cores,
@@ -193,7 +194,6 @@ impl Taken {
             session: Some(session_of(&self.keeper)),
             step_timeout: plan.step_timeout,
         };
-        let recalled = Recalled::from(&self.record);
         let serving = Serving {
             core: Core::recalled(terms, &recalled, Instant::now()),
             link,
@@ -226,10 +226,13 @@ impl Taken {
     }
 
     /// The monitor, which may still have to be told to run.
-    fn host(&self, entrusted: Option<UnixStream>) -> Box<dyn DestinationHost> {
+    fn host(
+        &self,
+        state: DestinationState,
+        entrusted: Option<UnixStream>,
+    ) -> Box<dyn DestinationHost> {
         let guest = &self.record.guest;
-        let runs =
-            !matches!(self.record.state, DestinationState::Loaded | DestinationState::Switched);
+        let runs = !matches!(state, DestinationState::Loaded | DestinationState::Switched);
         if !guest.has_monitor || runs {
             return Box::new(RunsItself);
         }
