@@ -247,6 +247,7 @@ impl Migration<'_> {
                 return Ok(Some(Input::PagesSettled));
             }
             Effect::Load(state) => self.host.load_state(state),
+            Effect::RequestPages => self.threads.command(Command::RequestPages),
             Effect::Run => self.host.run(),
             Effect::StayAwake => {
                 self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));

@@ -89,7 +89,7 @@ pub(crate) fn receive(
         quiet: true,
         step_timeout: STEP_TIMEOUT,
     };
-    let open = Open { lanes, guard, receiver, adopted, keeping: None };
+    let open = Open { lanes, guard, receiver, adopted, keeping: None, runs_itself: false };
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
     embedder.connected_by(migration.link.severable());
     embedder.watch(migration.guest.counters.clone(), migration.guest.total_bytes());

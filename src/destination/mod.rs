@@ -58,7 +58,7 @@ use self::admission::accept::{Entrance, Lanes, Terms};
 use self::admission::prepare::{Adopted, Expected, Prepared};
 use self::faults::latency::Latencies;
 use self::faults::serving::Servers;
-use self::lanes::demand::Command;
+use self::lanes::demand::{Command, RequestsFrom};
 use self::session::farewell::CompletionNotifier;
 use self::session::keeping::Persistence;
 use link::Link;
@@ -288,6 +288,7 @@ fn receive(
         options, &uri, &lanes, &prepared, &adopted, &output,
     )
     .inspect_err(|error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error))?;
+    let runs_itself = prepared.host.is_none();
     let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
     let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
     let plan = Plan {
@@ -298,7 +299,7 @@ fn receive(
         quiet: options.observe.quiet,
         step_timeout: options.step_timeout,
     };
-    let open = Open { lanes, guard: guard.clone(), receiver, adopted, keeping };
+    let open = Open { lanes, guard: guard.clone(), receiver, adopted, keeping, runs_itself };
     let migration = Migration::start(&plan, output, inbox, open, host, &mut prepared.side)?;
     let (report, farewell) = migration.drive(&mut prepared.side)?;
     Ok(Received { prepared, report, farewell })
@@ -337,6 +338,8 @@ struct Open {
     adopted: Adopted,
     /// For the case that this process is killed.
     keeping: Option<Persistence>,
+    /// See [`Terms::runs_itself`](crate::control::destination::Terms::runs_itself).
+    runs_itself: bool,
 }
 
 /// What the demand thread begins with.
@@ -346,6 +349,7 @@ struct Serving {
     keeper: Option<SessionFile<DestinationRecord>>,
     /// None where a process before this has lost it.
     lane: Option<(Lane, Receiver)>,
+    requests_from: RequestsFrom,
     /// The source wants to hear which pages have come.
     acks: bool,
     lane_count: usize,

@@ -196,6 +196,7 @@ impl World {
             has_bulk_lanes: true,
             is_checked: self.habits.is_checked,
             is_private: self.habits.is_private,
+            runs_itself: false,
             is_embedded: false,
             session: self.habits.is_kept.then_some(session),
             step_timeout: Duration::from_secs(30),
@@ -392,6 +393,7 @@ impl World {
             Effect::Forget => self.forget_there(),
             Effect::Finish(outcome) => self.destination.outcome = Some(outcome),
             Effect::StayAwake
+            | Effect::RequestPages
             | Effect::Sleep { .. }
             | Effect::Compare(_)
             | Effect::LookUp { .. }

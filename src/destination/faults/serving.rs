@@ -13,6 +13,7 @@ use umem_ring::{Completion, Config, Mailbox, Op, Outcome, Ring, TOKEN_MESSAGE, T
 use umem_wire::RegionId;
 
 use super::latency::{Latencies, Waiting};
+use super::messages::RingMessages;
 use crate::destination::memory::{GuestMemory, PageId, RETRY_INTERVAL, SHORTAGE_INTERVAL};
 use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
@@ -120,10 +121,15 @@ impl Faults {
             return self.retry(ring);
         }
         let index = usize::try_from(completion.token - self.token).expect("our own token");
-        let Outcome::Done(_) = completion.outcome else {
+        match completion.outcome {
+            Outcome::Done(_) => {}
+            Outcome::Failed(errno) if matches!(errno.raw(), libc::ENOMEM | libc::EAGAIN) => {
+                self.idle.push(index);
+                return Ok(());
+            }
             // The guest's process has ended; the control thread hears of it from the process.
-            return Ok(());
-        };
+            _ => return Ok(()),
+        }
         self.read(ring, self.sources[index])?;
         self.idle.push(index);
         self.retry(ring)
@@ -294,9 +300,8 @@ fn changed(what: &str) -> Error {
     ))
 }
 
-const TOKEN_POSTED: u64 = 0;
-const TOKEN_RETRY: u64 = 1;
-const TOKEN_FAULTS: u64 = 2;
+const TOKEN_RETRY: u64 = 0;
+const TOKEN_FAULTS: u64 = 1;
 
 /// A thread that serves shards.
 pub(crate) struct FaultThread {
@@ -319,6 +324,7 @@ impl FaultThread {
         priority::go_first();
         started.with(ThreadHandle { waker: ring.waker()?, mailbox: ring.mailbox() });
         let mut faults = Faults::new(self.guest, self.sources, TOKEN_FAULTS, TOKEN_RETRY);
+        let mut messages = RingMessages::new();
         faults.arm(&mut ring)?;
         loop {
             ring.enter(Wait::One)?;
@@ -326,7 +332,9 @@ impl FaultThread {
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => return Ok(faults.into_latencies()),
-                    TOKEN_POSTED => posted(completion.outcome)?,
+                    token if RingMessages::owns(token) => {
+                        messages.complete(&mut ring, &completion)?;
+                    }
                     TOKEN_MESSAGE => match completion.outcome {
                         Outcome::Message { value, .. } => {
                             faults.cached(&mut ring, PageId::unpack(value))?;
@@ -338,7 +346,7 @@ impl FaultThread {
             }
             for &(region, page) in faults.take_unasked() {
                 let value = PageId { region, page }.pack();
-                post(&mut ring, &self.demand, value, MESSAGE_ASK, TOKEN_POSTED)?;
+                messages.send(&mut ring, &self.demand, value, MESSAGE_ASK)?;
             }
             faults.asked();
             faults.listen_again(&mut ring)?;
@@ -360,26 +368,12 @@ impl Servers {
     pub(crate) fn tell(
         &self,
         ring: &mut Ring,
+        messages: &mut RingMessages,
         guest: &GuestMemory,
         page: PageId,
-        token: u64,
     ) -> Result<()> {
         let region = guest.region(page.region);
         let part = region.part_at(region.byte_offset(page.page));
-        post(ring, &self.0[part.source], page.pack(), MESSAGE_CACHED, token)
-    }
-}
-
-fn post(ring: &mut Ring, to: &Mailbox, value: u64, extra: u32, token: u64) -> Result<()> {
-    let message = Op::msg_ring(to.clone(), value, extra);
-    ring.submit(message, token).map_err(|rejected| Error::Ring(rejected.error))?;
-    Ok(())
-}
-
-/// A message that did not arrive would leave a vCPU waiting for a page that is there.
-pub(crate) fn posted(outcome: Outcome) -> Result<()> {
-    match outcome {
-        Outcome::Done(_) => Ok(()),
-        other => Err(Error::Host(format!("waking a vCPU through another ring: {other:?}"))),
+        messages.send(ring, &self.0[part.source], page.pack(), MESSAGE_CACHED)
     }
 }

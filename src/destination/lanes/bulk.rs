@@ -9,7 +9,8 @@ use umem_wire::{Event, RegionTable, Seal};
 use super::acks::Acks;
 use super::window::Window;
 use crate::destination::Note;
-use crate::destination::faults::serving::{self, Servers};
+use crate::destination::faults::messages::RingMessages;
+use crate::destination::faults::serving::Servers;
 use crate::destination::landing::{Arrived, LaneReader, TOKEN_FREE};
 use crate::destination::memory::{GuestMemory, PageId};
 use crate::error::{Error, Result};
@@ -25,8 +26,7 @@ use crate::transport::tls::Channel;
 /// How long the other end of a lane of TLS that has ended may take to close it.
 const LINGER: Duration = Duration::from_secs(10);
 
-const TOKEN_POSTED: u64 = TOKEN_FREE;
-const TOKEN_ACKED: u64 = TOKEN_FREE + 1;
+const TOKEN_ACKED: u64 = TOKEN_FREE;
 
 /// What a bulk thread needs.
 pub(crate) struct BulkLane {
@@ -77,6 +77,7 @@ impl BulkLane {
         let mut acking = false;
         let mut seal = Seal::new(self.lane.is_checked());
         let mut courtesy = YieldPolicy::default();
+        let mut messages = RingMessages::new();
         loop {
             panics::point(format_args!("bulk"));
             while let Some(completion) = ring.next() {
@@ -87,7 +88,7 @@ impl BulkLane {
                         }
                         return Ok(None);
                     }
-                    TOKEN_POSTED => serving::posted(completion.outcome),
+                    token if RingMessages::owns(token) => messages.complete(&mut ring, &completion),
                     // A source that has gone is noticed where its pages are received.
                     TOKEN_ACKED => {
                         acking = false;
@@ -111,13 +112,13 @@ impl BulkLane {
                     other => other?,
                 }
             }
-            self.wake(&mut ring, &mut wanted)?;
+            self.wake(&mut ring, &mut messages, &mut wanted)?;
             window.adapt();
             if lost.is_some() {
                 if reader.is_quiet() {
                     let arrived = |arrived| self.arrived(arrived, &mut ended);
                     reader.settle(|page| wanted.push(page), arrived)?;
-                    self.wake(&mut ring, &mut wanted)?;
+                    self.wake(&mut ring, &mut messages, &mut wanted)?;
                     if ring.in_flight() == 0 {
                         return lost.map_or(Ok(None), Err);
                     }
@@ -162,9 +163,12 @@ impl BulkLane {
     }
 
     /// Tells those who serve faults which pages have come that a vCPU waits for.
-    fn wake(&self, ring: &mut Ring, wanted: &mut Vec<PageId>) -> Result<()> {
-        wanted
-            .drain(..)
-            .try_for_each(|page| self.servers.tell(ring, &self.guest, page, TOKEN_POSTED))
+    fn wake(
+        &self,
+        ring: &mut Ring,
+        messages: &mut RingMessages,
+        wanted: &mut Vec<PageId>,
+    ) -> Result<()> {
+        wanted.drain(..).try_for_each(|page| self.servers.tell(ring, messages, &self.guest, page))
     }
 }

@@ -34,6 +34,7 @@ use crate::control::destination::{Core, Input, Terms};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::destination::admission::accept::LaneAcceptor;
 use crate::destination::admission::prepare::{Adopted, Prepared, check_pieces};
+use crate::destination::lanes::demand::RequestsFrom;
 use crate::destination::link::Link;
 use crate::destination::memory::GuestMemory;
 use crate::destination::side::{GuestProcess, GuestSide};
@@ -190,15 +191,22 @@ impl Taken {
             has_bulk_lanes: self.record.bulk_lanes > 0,
             is_checked: link.is_checked(),
             is_private: memory.needs_touch(),
+            runs_itself: !self.record.guest.has_monitor,
             is_embedded: inbox.is_embedded(),
             session: Some(session_of(&self.keeper)),
             step_timeout: plan.step_timeout,
+        };
+        let has_run = recalled.state >= DestinationState::Running;
+        let requests_from = match self.record.guest.has_monitor || has_run {
+            true => RequestsFrom::Start,
+            false => RequestsFrom::Command,
         };
         let serving = Serving {
             core: Core::recalled(terms, &recalled, Instant::now()),
             link,
             keeper: Some(self.keeper.clone()),
             lane: None,
+            requests_from,
             acks: self.record.capabilities & Capabilities::ACKS.0 != 0,
             lane_count: usize::from(self.record.bulk_lanes),
             landing,

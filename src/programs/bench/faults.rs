@@ -141,6 +141,7 @@ impl FaultLanding {
             core,
             follows: core.is_some(),
             idle_cores: IdleCores::default(),
+            requests_from: destination::lanes::demand::RequestsFrom::Stop,
             has_background: false,
             recovers: false,
             acks: Acks::new(false),
