@@ -64,7 +64,7 @@ const LARGE: usize = 64 << 20;
 const SPARE: u64 = 40;
 
 #[test]
-fn a_larger_guest_costs_no_more_allocations() {
+fn allocations_do_not_grow_with_the_guest() {
     // The first of each pays for what a process does once.
     for shared in [true, false] {
         costs_no_more(|bytes| moved(bytes, shared, Rounds::None), &format!("shared: {shared}"));

@@ -128,7 +128,7 @@ fn a_report_shows_each_interval() {
 
 /// Several lanes, several passes, and a last one that is no whole block.
 #[test]
-fn every_page_lands_and_is_right_in_either_direction() {
+fn every_page_lands_with_right_contents_in_either_direction() {
     let server = Server::start(&[]);
     let bytes = 41 * MIB + 4096 * 3;
     let size = bytes.to_string();
@@ -146,7 +146,7 @@ fn every_page_lands_and_is_right_in_either_direction() {
 }
 
 #[test]
-fn huge_pages_land_too() {
+fn huge_pages_land() {
     let server = Server::start(&["-1"]);
     let common = ["-n", "48M", "--page-size", "2M", "--pass-size", "16M", "--verify"];
     let report = report(&server.uri, &common);
@@ -156,7 +156,7 @@ fn huge_pages_land_too() {
 }
 
 #[test]
-fn anonymous_memory_is_copied_into() {
+fn anonymous_memory_is_filled_by_copy() {
     let server = Server::start(&[]);
     let bytes = 41 * MIB + 4096 * 3;
     let size = bytes.to_string();
@@ -174,7 +174,7 @@ fn anonymous_memory_is_copied_into() {
 
 /// Without a pool of huge pages it says how to get one; with one the pages land.
 #[test]
-fn anonymous_huge_pages_come_from_the_pool() {
+fn anonymous_huge_pages_are_taken_from_the_pool() {
     let server = Server::start(&[]);
     let options = ["-n", "7M", "--kind", "anonymous", "--page-size", "2M", "--pass-size", "4M"];
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
@@ -191,7 +191,7 @@ fn anonymous_huge_pages_come_from_the_pool() {
 
 /// iperf3's names for what goes the other way.
 #[test]
-fn both_sides_send_at_once() {
+fn bidirectional_bench_sends_from_both_sides() {
     let server = Server::start(&[]);
     let bytes = 24 * MIB + 4096;
     let size = bytes.to_string();
@@ -222,7 +222,7 @@ fn both_sides_send_at_once() {
 /// Every fault is answered with its page and timed, wherever the pages land, and each interval says how
 /// many there were.
 #[test]
-fn faults_are_served_and_timed_beside_the_stream() {
+fn faults_are_served_and_timed_during_the_stream() {
     let server = Server::start(&[]);
     let common = ["-t", "0.6", "-i", "0.2", "--pass-size", "32M", "--fault-rate", "2000"];
     for options in [
@@ -255,7 +255,7 @@ fn faults_are_served_and_timed_beside_the_stream() {
 }
 
 #[test]
-fn the_table_tells_directions_and_faults_apart() {
+fn table_lists_directions_and_faults_separately() {
     let server = Server::start(&["-1"]);
     let output = client(&server.uri, &["-t", "0.3", "--bidir", "--fault-rate", "500"]);
     let (stdout, stderr) = texts(&output);
@@ -268,7 +268,7 @@ fn the_table_tells_directions_and_faults_apart() {
 }
 
 #[test]
-fn what_is_discarded_is_counted_to_the_byte() {
+fn discarded_bytes_are_counted_exactly() {
     let server = Server::start(&[]);
     for direction in [&[][..], &["-R"]] {
         let common = ["-n", "50000001", "-P", "3", "--discard"];
@@ -279,7 +279,7 @@ fn what_is_discarded_is_counted_to_the_byte() {
 }
 
 #[test]
-fn a_unix_socket_serves_as_well_and_the_table_is_for_people() {
+fn bench_runs_over_a_unix_socket_and_prints_a_table() {
     let directory = tempfile::tempdir().unwrap();
     let uri = format!("unix:{}", directory.path().join("bench").display());
     let mut server = Umem::start(["bench", "server", "--json", "-1", &uri]);
@@ -294,7 +294,7 @@ fn a_unix_socket_serves_as_well_and_the_table_is_for_people() {
 }
 
 #[test]
-fn a_one_off_server_ends_with_its_test_and_says_what_it_had() {
+fn one_off_server_exits_after_its_test_with_a_report() {
     let mut server = Server::start(&["-1"]);
     let report = report(&server.uri, &["-n", "8M", "-C", "reno", "-i", "0"]);
     assert_eq!(report["end"]["sender_tcp_congestion"], "reno");
@@ -306,7 +306,7 @@ fn a_one_off_server_ends_with_its_test_and_says_what_it_had() {
 
 /// What is left out at the beginning is reported as such and not counted at the end.
 #[test]
-fn an_omitted_beginning_does_not_count() {
+fn omitted_start_is_left_out_of_the_totals() {
     let server = Server::start(&["-1"]);
     let options = ["-t", "0.3", "-O", "0.2", "-i", "0.1", "--discard"];
     let report = report(&server.uri, &options);
@@ -320,7 +320,7 @@ fn an_omitted_beginning_does_not_count() {
 }
 
 #[test]
-fn a_second_client_is_told_to_wait_and_ctrl_c_reports_what_there_was() {
+fn second_client_is_refused_as_busy_and_ctrl_c_reports_partial_results() {
     let mut server = Server::start(&[]);
     let mut first = Umem::start(["bench", "client", "--json", "-t", "80000", &server.uri]);
     server.umem.event("testing");
@@ -337,7 +337,7 @@ fn a_second_client_is_told_to_wait_and_ctrl_c_reports_what_there_was() {
 
 /// A client that stands still, before its test or in the middle of it, does not keep the next one out.
 #[test]
-fn a_client_that_stands_still_loses_the_server_to_the_next() {
+fn stalled_client_is_replaced_by_the_next_client() {
     let mut server = Server::start(&["--idle-timeout", "1"]);
     let mut still = Umem::start(["bench", "client", "--json", "-t", "80000", &server.uri]);
     server.umem.event("testing");
@@ -375,7 +375,7 @@ fn a_client_that_stands_still_loses_the_server_to_the_next() {
 }
 
 #[test]
-fn a_server_without_descriptors_serves_once_it_has_some() {
+fn server_out_of_descriptors_serves_when_one_is_free() {
     let server = Server::start(&[]);
     let before = server.umem.limit_descriptors(3);
     let stranger = server.connect();
@@ -386,7 +386,7 @@ fn a_server_without_descriptors_serves_once_it_has_some() {
 }
 
 #[test]
-fn a_server_that_is_stopped_tells_its_client() {
+fn stopped_server_notifies_its_client() {
     let mut server = Server::start(&[]);
     let client = Umem::start(["bench", "client", "-t", "80000", &server.uri]);
     server.umem.event("testing");
@@ -398,7 +398,7 @@ fn a_server_that_is_stopped_tells_its_client() {
 
 /// A client that goes without a word leaves the server free for the next one.
 #[test]
-fn a_client_that_is_killed_is_not_waited_for() {
+fn server_does_not_wait_for_a_killed_client() {
     let mut server = Server::start(&[]);
     let mut lost = Umem::start(["bench", "client", "-t", "80000", "-P", "2", &server.uri]);
     server.umem.event("testing");
@@ -408,14 +408,14 @@ fn a_client_that_is_killed_is_not_waited_for() {
 }
 
 #[test]
-fn an_idle_server_ends_in_order_when_interrupted() {
+fn interrupted_idle_server_exits_cleanly() {
     let mut server = Server::start(&[]);
     server.umem.signal(Signal::SIGINT);
     server.umem.succeeds();
 }
 
 #[test]
-fn strangers_are_turned_away_and_the_server_goes_on() {
+fn foreign_clients_are_refused_and_the_server_continues() {
     let server = Server::start(&["-1"]);
     let silent = server.connect();
     for bytes in [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![b'x'; 5000], vec![0; 4096]] {
@@ -461,7 +461,7 @@ fn a_test_that_asks_for_too_much_is_refused() {
 }
 
 #[test]
-fn a_client_says_who_is_not_a_server() {
+fn client_reports_a_peer_that_is_no_bench_server() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
     let other = std::thread::spawn(move || {
@@ -478,7 +478,7 @@ fn a_client_says_who_is_not_a_server() {
 }
 
 #[test]
-fn a_wrong_command_line_is_explained() {
+fn wrong_command_line_is_refused_with_the_reason() {
     for (arguments, hint) in [
         (&["-t", "5", "-n", "5"][..], "leave one of them out"),
         (&["-t", "0"], "-t is"),

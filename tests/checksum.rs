@@ -52,26 +52,26 @@ fn is_equal(source: &Value, destination: &Value) {
 }
 
 #[test]
-fn shared_memory_comes_as_it_was() {
+fn checksums_cover_shared_memory() {
     let migrate = &["--checksum", "--lanes", "2"];
     flip_often(How { mib: 96, threads: 2, migrate, ..How::default() }, 12, 6 << 20);
 }
 
 #[test]
-fn huge_pages_come_as_they_were() {
+fn checksums_cover_huge_pages() {
     let migrate = &["--checksum"];
     flip_often(How { mib: 64, threads: 1, migrate, huge: true, ..How::default() }, 9, 5 << 20);
 }
 
 #[test]
-fn private_memory_comes_as_it_was() {
+fn checksums_cover_private_memory() {
     let (migrate, kind) = (&["--checksum"], Some("private"));
     let incoming = &["--postcopy-flags", "1"];
     flip_often(How { mib: 48, threads: 1, kind, migrate, incoming, ..How::default() }, 6, 6 << 20);
 }
 
 #[test]
-fn anonymous_memory_comes_as_it_was() {
+fn checksums_cover_anonymous_memory() {
     let (migrate, kind) = (&["--checksum"], Some("anonymous"));
     let arriving = &["--discard"];
     flip_often(How { mib: 48, threads: 2, kind, migrate, arriving, ..How::default() }, 6, 6 << 20);
@@ -79,7 +79,7 @@ fn anonymous_memory_comes_as_it_was() {
 
 /// What the source has freed is part of its digest all the same.
 #[test]
-fn memory_that_the_source_frees_comes_as_it_was() {
+fn checksums_cover_memory_freed_by_the_source() {
     let migrate = &["--checksum", "--release-ram"];
     flip_often(How { mib: 64, threads: 1, migrate, ..How::default() }, 9, 5 << 20);
 }
@@ -128,7 +128,7 @@ impl Still {
 
 /// Where everything comes before the switchover, and nothing changes on its way.
 #[test]
-fn digests_are_equal_without_postcopy_too() {
+fn digests_match_without_postcopy() {
     let mut still = Still::start();
     let plain = still.migrate(&[], &still.uri).fails();
     assert!(plain.contains("checksums are asked for here: give --checksum"), "{plain}");
@@ -157,7 +157,7 @@ fn before_the_switchover_the_guest_stays() {
 
 /// A path that changes everything is not tried for ever, and the guest is not lost.
 #[test]
-fn a_hopeless_path_is_given_a_rest() {
+fn path_with_persistent_corruption_is_paused() {
     let elsewhere = Scratch::new();
     let control: &'static str = elsewhere.path("control").display().to_string().leak();
     let incoming: &'static [&'static str] = vec!["--control", control].leak();
@@ -188,7 +188,7 @@ const COMPLETION: u64 = (HEADER_BYTES + 8 + HEADER_BYTES + 40) as u64;
 
 /// Whatever it was that went wrong, it does not go unnoticed.
 #[test]
-fn memory_that_differs_at_the_end_is_told_by_both_sides() {
+fn both_sides_report_differing_digests() {
     let mut still = Still::start();
     let cutter = Cutter::to(&still.uri);
     cutter.limit_answers(Some(UNTIL_RUNNING));

@@ -84,7 +84,7 @@ fn hello(bulk_lanes: u16) -> [u8; HELLO_BYTES] {
 }
 
 #[test]
-fn who_begins_to_speak_over_a_given_connection_has_no_more_than_ten_seconds() {
+fn given_connection_must_finish_its_hello_in_ten_seconds() {
     let one_byte = |ends: &mut [UnixStream]| ends[0].write_all(b"U").expect("it listens");
     let first_lane = |ends: &mut [UnixStream]| {
         ends[0].write_all(&hello(1)).expect("it listens");

@@ -75,7 +75,7 @@ fn end(scratch: &Scratch, guests: Guests) {
 /// A limit that lets next to nothing through shows, and is lifted while pages move; nobody can give up then
 /// any more.
 #[test]
-fn the_limit_changes_while_pages_move() {
+fn bandwidth_limit_changes_during_a_move() {
     let scratch = Scratch::new();
     let (source, destination) = (scratch.path("migrate"), scratch.path("incoming"));
     let socket = destination.display().to_string();
@@ -115,7 +115,7 @@ fn the_limit_changes_while_pages_move() {
 
 /// A guest that reads all of its memory has each page on demand, however little may be sent beside them.
 #[test]
-fn demand_pages_do_not_wait_for_the_limit() {
+fn demand_pages_bypass_the_bandwidth_limit() {
     for lanes in [&["--lanes", "2"][..], &[]] {
         let scratch = Scratch::new();
         let mut guests = Guests::quiet(&scratch, &["--json"]);
@@ -139,7 +139,7 @@ fn demand_pages_do_not_wait_for_the_limit() {
 
 /// All lanes together, and the one connection that answers share with the background.
 #[test]
-fn the_background_is_no_faster_than_its_limit() {
+fn background_stays_within_the_bandwidth_limit() {
     for lanes in [&["--lanes", "3"][..], &["--lanes", "1"]] {
         let limit_bytes_per_s = f64::from(8 << 20);
         let scratch = Scratch::new();
@@ -160,7 +160,7 @@ fn the_background_is_no_faster_than_its_limit() {
 }
 
 #[test]
-fn one_connection_keeps_to_the_limit_too() {
+fn single_connection_stays_within_the_bandwidth_limit() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let limit = ["-p", "--json", "--max-postcopy-bandwidth", "8M"];
@@ -177,7 +177,7 @@ fn one_connection_keeps_to_the_limit_too() {
 }
 
 #[test]
-fn before_the_switchover_either_side_can_be_cancelled() {
+fn either_side_can_be_cancelled_before_the_switchover() {
     let scratch = Scratch::new();
     let socket = scratch.path("incoming");
     let mut guests =
@@ -205,7 +205,7 @@ fn before_the_switchover_either_side_can_be_cancelled() {
 }
 
 #[test]
-fn the_socket_is_private_and_a_stale_one_is_replaced() {
+fn control_socket_is_private_and_replaces_a_stale_one() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let word = socket.display().to_string();
@@ -237,7 +237,7 @@ fn the_socket_is_private_and_a_stale_one_is_replaced() {
 }
 
 #[test]
-fn whoever_talks_nonsense_or_not_at_all_disturbs_nobody() {
+fn malformed_and_silent_control_clients_disturb_no_other() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let word = socket.display().to_string();
@@ -261,7 +261,7 @@ fn whoever_talks_nonsense_or_not_at_all_disturbs_nobody() {
 }
 
 #[test]
-fn umem_control_says_what_is_wrong() {
+fn umem_control_reports_the_reason_of_a_failure() {
     let scratch = Scratch::new();
     let nobody = scratch.path("nobody").display().to_string();
     let error = Umem::start(["control", &nobody, "status"]).fails();
@@ -285,7 +285,7 @@ fn umem_control_says_what_is_wrong() {
 
 /// A socket that is there already is looked at without waiting: nobody may ever accept there.
 #[test]
-fn a_socket_whose_queue_is_full_is_in_use() {
+fn control_socket_with_a_full_queue_counts_as_in_use() {
     use nix::sys::socket::{
         AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
     };
@@ -309,7 +309,7 @@ fn a_socket_whose_queue_is_full_is_in_use() {
 
 /// A socket's other end may be anybody: what it says is text, whatever it holds, and has to come in time.
 #[test]
-fn what_a_stranger_says_is_no_command_to_a_terminal() {
+fn control_characters_from_a_peer_are_escaped() {
     let scratch = Scratch::new();
     let path = scratch.path("control");
     let listener = UnixListener::bind(&path).unwrap();
@@ -328,7 +328,7 @@ fn what_a_stranger_says_is_no_command_to_a_terminal() {
 
 /// There is nobody to drop: whoever comes waits, and the thread that cannot accept does not run on and on.
 #[test]
-fn who_comes_while_there_are_no_descriptors_is_answered_once_there_are() {
+fn control_client_is_answered_when_descriptors_become_free() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let guests = Guests::quiet(&scratch, &["--json", "--control", socket.to_str().unwrap()]);
@@ -343,7 +343,7 @@ fn who_comes_while_there_are_no_descriptors_is_answered_once_there_are() {
 
 /// Clients that say nothing, half a line, or read no answer: whoever comes next is served.
 #[test]
-fn the_silent_keep_nobody_from_the_control_socket() {
+fn silent_clients_do_not_block_the_control_socket() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let guests = Guests::quiet(&scratch, &["--json", "--control", socket.to_str().unwrap()]);

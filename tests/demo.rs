@@ -52,7 +52,7 @@ fn check(report: &Value, mib: u64) {
 }
 
 #[test]
-fn a_guest_moves_and_every_page_is_right() {
+fn demo_moves_a_guest_and_every_page_is_right() {
     let report = demo(&["--size", "256"]);
     check(&report, 256);
     let faults = number(&report["fault_latency_us"], "count");
@@ -73,7 +73,7 @@ fn a_guest_moves_and_every_page_is_right() {
 /// Each call spares copies or questions, and none is needed. Private memory is of small pages here, so that long
 /// runs would go through a pipe.
 #[test]
-fn a_guest_moves_where_a_sandbox_forbids_system_calls_that_are_only_faster() {
+fn guest_moves_in_a_sandbox_without_optional_system_calls() {
     let faster = [
         libc::SYS_splice,
         libc::SYS_vmsplice,
@@ -104,7 +104,7 @@ fn a_guest_moves_where_a_sandbox_forbids_system_calls_that_are_only_faster() {
 
 /// Private memory becomes the guest's own by an advice, or else page by page.
 #[test]
-fn private_memory_is_touched_where_a_sandbox_forbids_to_populate_it() {
+fn private_memory_is_touched_in_a_sandbox_without_madv_populate() {
     let advice = (2, libc::MADV_POPULATE_WRITE.unsigned_abs());
     for errno in [libc::EPERM, libc::ENOSYS] {
         let mut command = Command::new("timeout");
@@ -122,7 +122,7 @@ fn private_memory_is_touched_where_a_sandbox_forbids_to_populate_it() {
 /// Complete blocks leave the userfaultfd one by one, so that the kernel maps them as a whole. Needs
 /// root, who may make a tmpfs with huge pages; the demo says what it has.
 #[test]
-fn the_guest_that_arrived_maps_huge_pages() {
+fn arrived_guest_maps_huge_pages() {
     let output = umem(&["demo", "--json", "--size", "256"]);
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{stdout}");
@@ -132,14 +132,14 @@ fn the_guest_that_arrived_maps_huge_pages() {
 }
 
 #[test]
-fn several_lanes_carry_one_guest() {
+fn guest_moves_over_several_lanes() {
     let report = demo(&["--size", "192", "--lanes", "4", "--threads", "4"]);
     check(&report, 192);
     assert_eq!(number(&report, "lanes"), 4);
 }
 
 #[test]
-fn without_postcopy_nothing_is_waited_for() {
+fn guest_waits_for_no_page_without_postcopy() {
     let report = demo(&["--size", "64", "--stop-first"]);
     check(&report, 64);
     assert_eq!(number(&report, "pages_demand"), 0);
@@ -147,7 +147,7 @@ fn without_postcopy_nothing_is_waited_for() {
 }
 
 #[test]
-fn pages_that_went_while_the_guest_ran_are_right() {
+fn pages_sent_while_the_guest_ran_are_right() {
     for kind in ["shared", "private"] {
         let report = demo(&["--size", "64", "--precopy", "--kind", kind]);
         check(&report, 64);
@@ -156,13 +156,13 @@ fn pages_that_went_while_the_guest_ran_are_right() {
 }
 
 #[test]
-fn an_odd_size_and_a_guest_that_only_writes() {
+fn guest_of_odd_size_that_only_writes_moves() {
     let report = demo(&["--size", "33", "--write-percent", "100", "--threads", "3"]);
     check(&report, 33);
 }
 
 #[test]
-fn a_guest_of_zeroes_and_holes_crosses_without_bytes() {
+fn zero_pages_and_holes_are_sent_without_data() {
     let report = demo(&["--size", "64", "--zero-percent", "60", "--hole-percent", "40"]);
     check(&report, 64);
     // What the source's guest wrote while it ran.
@@ -170,7 +170,7 @@ fn a_guest_of_zeroes_and_holes_crosses_without_bytes() {
 }
 
 #[test]
-fn the_same_seed_makes_the_same_memory() {
+fn same_seed_gives_the_same_memory() {
     let report = demo(&["--size", "16", "--seed", "42", "--write-percent", "0"]);
     check(&report, 16);
     let again = demo(&["--size", "16", "--seed", "42", "--write-percent", "0"]);
@@ -178,7 +178,7 @@ fn the_same_seed_makes_the_same_memory() {
 }
 
 #[test]
-fn private_memory_ends_as_the_guests_own() {
+fn private_memory_becomes_anonymous_to_the_guest() {
     for flags in ["0", "1"] {
         for more in [&["--size", "256"][..], &["--size", "65", "--lanes", "3", "--threads", "4"]] {
             let report = demo(&[&["--kind", "private", "--postcopy-flags", flags], more].concat());
@@ -191,7 +191,7 @@ fn private_memory_ends_as_the_guests_own() {
 }
 
 #[test]
-fn anonymous_memory_is_filled_from_its_first_touch() {
+fn anonymous_memory_is_filled_on_first_touch() {
     for more in [&["--size", "256"][..], &["--size", "65", "--lanes", "3", "--threads", "4"]] {
         let report = demo(&[&["--kind", "anonymous"], more].concat());
         check(&report, more[1].parse().unwrap());
@@ -204,7 +204,7 @@ fn anonymous_memory_is_filled_from_its_first_touch() {
 
 /// Each shard has a userfaultfd, and they are served side by side.
 #[test]
-fn anonymous_memory_may_come_in_shards() {
+fn anonymous_memory_is_handed_over_in_shards() {
     for (shards, lanes) in [("2", "1"), ("8", "3"), ("33", "2")] {
         let report = demo(
             &[
@@ -218,7 +218,7 @@ fn anonymous_memory_may_come_in_shards() {
 }
 
 #[test]
-fn anonymous_huge_pages_come_whole() {
+fn anonymous_huge_pages_arrive_whole() {
     let _room = HugePages::reserve(64);
     for more in [&[][..], &["--discard"], &["--shards", "4", "--discard", "--lanes", "2"]] {
         let arguments = ["--kind", "anonymous", "--huge", "--size", "128"];
@@ -231,7 +231,7 @@ fn anonymous_huge_pages_come_whole() {
 
 /// What the guest has given back reads as zeroes from then on, wherever the page was.
 #[test]
-fn pages_that_the_guest_discards_stay_empty() {
+fn discarded_pages_stay_empty() {
     for kind in [
         &["--kind", "shared"][..],
         &["--kind", "shared", "--lanes", "3", "--write-percent", "70"],
@@ -248,7 +248,7 @@ fn pages_that_the_guest_discards_stay_empty() {
 }
 
 #[test]
-fn without_postcopy_every_kind_arrives() {
+fn every_memory_kind_arrives_without_postcopy() {
     for kind in ["private", "anonymous"] {
         let report = demo(&["--size", "64", "--stop-first", "--kind", kind]);
         check(&report, 64);
@@ -257,7 +257,7 @@ fn without_postcopy_every_kind_arrives() {
 }
 
 #[test]
-fn a_person_gets_a_summary() {
+fn demo_prints_a_summary() {
     let output = umem(&["demo", "--size", "16"]);
     assert!(output.status.success());
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -271,7 +271,7 @@ const ANONYMOUS: [&str; 10] =
     ["guest", "--incoming", "--qmp", "/q", "--size", "1", "--kind", "anonymous", "--handoff", "/h"];
 
 #[test]
-fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
+fn wrong_command_line_gives_one_line_with_the_remedy() {
     for (arguments, hint) in [
         (&[][..], "--help"),
         (&["demo", "--size", "0"], "at least 1"),
@@ -312,7 +312,7 @@ fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
 }
 
 #[test]
-fn the_version_is_told_either_way() {
+fn version_is_printed_by_option_and_by_command() {
     let outputs = [umem(&["version"]), umem(&["--version"])];
     assert!(outputs.iter().all(|output| output.status.code() == Some(0)), "{outputs:?}");
     assert!(String::from_utf8_lossy(&outputs[0].stdout).contains(env!("CARGO_PKG_VERSION")));
@@ -320,7 +320,7 @@ fn the_version_is_told_either_way() {
 }
 
 #[test]
-fn help_teaches() {
+fn help_shows_examples() {
     for arguments in
         [&["--help"][..], &["demo", "--help"], &["incoming", "--help"], &["migrate", "--help"]]
     {

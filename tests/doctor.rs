@@ -76,7 +76,7 @@ fn run(words: &[&str]) -> Output {
 }
 
 #[test]
-fn root_has_what_these_tests_need() {
+fn root_passes_every_check() {
     let diagnosis = Diagnosis::new("env");
     assert!(diagnosis.works);
     for name in ["kernel", "io_uring", "userfaultfd", "userfaultfd features", "open files"] {
@@ -103,7 +103,7 @@ const LARGE_PAGES: &str = "
 
 /// What has 4 KiB pages in mind would be wrong there: nothing is begun, and why is said.
 #[test]
-fn a_kernel_with_larger_pages_is_refused() {
+fn kernel_with_larger_pages_is_refused() {
     let moving = Move::new();
     let [code, object] = ["pages.c", "pages.so"].map(|name| moving.scratch.path(name));
     std::fs::write(&code, LARGE_PAGES).unwrap();
@@ -125,7 +125,7 @@ fn a_kernel_with_larger_pages_is_refused() {
 }
 
 #[test]
-fn a_person_reads_a_line_for_each_thing() {
+fn doctor_prints_one_line_a_check() {
     let diagnosis = Diagnosis::new("env");
     let text = String::from_utf8(run(&[UMEM, "doctor"]).stdout).unwrap();
     for check in &diagnosis.checks {
@@ -136,7 +136,7 @@ fn a_person_reads_a_line_for_each_thing() {
 }
 
 #[test]
-fn a_user_is_told_what_to_type() {
+fn unprivileged_user_gets_the_commands_to_type() {
     let nobody = Diagnosis::new(NOBODY);
     assert!(!nobody.works);
     assert_eq!(nobody.status("userfaultfd"), "missing");
@@ -164,7 +164,7 @@ fn a_user_is_told_what_to_type() {
 
 /// Typing what it says helps.
 #[test]
-fn limits_that_are_too_small_are_raised_by_their_remedy() {
+fn printed_remedies_raise_low_limits() {
     let none = Diagnosis::new(&format!("prlimit --memlock=0 {NOBODY}"));
     assert_ne!(none.status("locked memory"), "ok");
     let remedy = none.remedy("locked memory");
@@ -227,7 +227,7 @@ impl Move {
 
 /// Pages of a zero-copy send count as locked: where they may not be, they are copied.
 #[test]
-fn without_locked_memory_pages_are_copied() {
+fn pages_are_copied_without_locked_memory() {
     let moving = Move::new();
     let (mut incoming, port) = moving.incoming("env", "1");
     // Not known to be the loopback address, over which nothing is sent without a copy anyway.
@@ -246,7 +246,7 @@ fn without_locked_memory_pages_are_copied() {
 /// As an ordinary user, for whom the device is all that is opened: in every kind of memory the faults of
 /// system calls are served too, and every word is right.
 #[test]
-fn a_user_who_may_open_the_device_needs_nothing_else() {
+fn user_with_access_to_the_device_passes() {
     // A copy of the device, which nobody else on this machine sees.
     let device = "mount -t tmpfs none /mnt && cp -a /dev/userfaultfd /mnt/ && chmod 666 \
                   /mnt/userfaultfd && mount --bind /mnt/userfaultfd /dev/userfaultfd";
@@ -277,7 +277,7 @@ fn a_user_who_may_open_the_device_needs_nothing_else() {
 
 /// Before the guest is stopped, on either side; the source is told what the destination lacks.
 #[test]
-fn lanes_beyond_the_limits_are_refused_early() {
+fn lanes_beyond_the_limits_are_refused_before_the_move() {
     let moving = Move::new();
     let nowhere = "tcp:127.0.0.1:1";
     let text = moving.migrate("prlimit --nofile=90:4096", "8", nowhere).fails();

@@ -77,7 +77,7 @@ fn every_event_and_every_metric_is_listed_for_observers() {
 
 /// A package has all that README.md leads to in docs.
 #[test]
-fn every_folder_of_documents_is_part_of_the_package() {
+fn every_document_folder_is_packaged() {
     let manifest = read(Path::new("Cargo.toml"));
     let folders: BTreeSet<PathBuf> = documents()
         .iter()
@@ -93,7 +93,7 @@ fn every_folder_of_documents_is_part_of_the_package() {
 }
 
 #[test]
-fn a_wrong_link_a_wrong_anchor_and_a_wrong_name_are_noticed() {
+fn wrong_link_anchor_and_name_are_reported() {
     let here = Path::new("docs/README.md");
     assert!(check_link(here, "../README.md#install").is_ok());
     assert!(check_link(here, "https://example.org/").is_ok());

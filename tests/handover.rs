@@ -62,7 +62,7 @@ fn check(qmp: &mut Qmp) {
 }
 
 #[test]
-fn a_guest_that_somebody_else_has_started_outlives_umem() {
+fn guest_not_started_by_umem_outlives_umem() {
     let scratch = Scratch::new();
     let mut source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));
@@ -86,7 +86,7 @@ fn a_guest_that_somebody_else_has_started_outlives_umem() {
 
 /// umem has given up before a guest came: nobody is left that would bring its pages.
 #[test]
-fn a_guest_that_waits_in_vain_ends() {
+fn waiting_guest_ends_when_its_umem_exits() {
     let scratch = Scratch::new();
     let mut umem = Umem::start(incoming(&scratch));
     uri(&mut umem);
@@ -108,7 +108,7 @@ fn a_guest_that_waits_in_vain_ends() {
 
 /// The guest may have run here, so that it stays; what is missing is waited for, and not zeroes.
 #[test]
-fn a_guest_whose_daemon_dies_after_the_switchover_waits() {
+fn guest_waits_when_its_umem_dies_after_the_switchover() {
     let scratch = Scratch::new();
     let _source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));
@@ -143,7 +143,7 @@ fn waiting_threads(pid: u32) -> usize {
 }
 
 #[test]
-fn a_guest_that_dies_before_anybody_comes_leaves_the_source_running() {
+fn guest_death_before_the_handover_leaves_the_source_running() {
     let scratch = Scratch::new();
     let _source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));
@@ -160,7 +160,7 @@ fn a_guest_that_dies_before_anybody_comes_leaves_the_source_running() {
 /// Who connects and says nothing, half of something, no end of it, or sends descriptors and no message, does not keep
 /// the guest's process from the hand-over socket, and does not end umem.
 #[test]
-fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
+fn foreign_clients_do_not_block_the_handover_socket() {
     let scratch = Scratch::new();
     let mut source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));

@@ -76,7 +76,7 @@ fn pings(count: u64) -> Vec<u8> {
 }
 
 #[test]
-fn a_flood_of_pings_takes_no_memory_of_a_source() {
+fn ping_flood_does_not_grow_source_memory() {
     let scratch = Scratch::new();
     let (mut migrate, mut demand, _bulk) = migrate(&scratch);
     demand.until_stopped();
@@ -93,7 +93,7 @@ fn a_flood_of_pings_takes_no_memory_of_a_source() {
 /// Every kind of control frame that a destination may send but pings, requests and acknowledgements, over and over:
 /// no queue takes them.
 #[test]
-fn no_flood_of_control_frames_takes_memory_of_a_source() {
+fn control_frame_flood_does_not_grow_source_memory() {
     let frames = [
         Frame::Pong(1),
         Frame::Ready(vec![PageSize::SIZE_4K]),
@@ -136,7 +136,7 @@ fn flood(umem: &Umem, stream: &mut TcpStream, frame: &Frame) -> u64 {
 
 /// One page, asked for again and again: it is sent once.
 #[test]
-fn a_flood_of_requests_is_answered_once() {
+fn repeated_requests_are_answered_once() {
     let scratch = Scratch::new();
     let (migrate, mut demand, mut bulk) = migrate(&scratch);
     let table = demand.until_stopped();
@@ -176,7 +176,7 @@ fn a_flood_of_requests_is_answered_once() {
 
 /// Every page of a large guest, of whose answers none is read: the source stops reading, too.
 #[test]
-fn answers_that_nobody_reads_are_not_queued() {
+fn unread_answers_are_not_queued() {
     let scratch = Scratch::new();
     let (migrate, mut demand, _bulk) = migrate_of(&scratch, FLOOD * 4, 0);
     demand.until_stopped();
@@ -276,7 +276,7 @@ impl Lanes {
 }
 
 #[test]
-fn a_flood_of_pings_takes_no_memory_of_a_destination() {
+fn ping_flood_does_not_grow_destination_memory() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let mut source = Lanes::open(guests.uri());
@@ -298,7 +298,7 @@ fn a_flood_of_pings_takes_no_memory_of_a_destination() {
 
 /// The same of a source: what is none of a page's, a request's or a ping's.
 #[test]
-fn no_flood_of_control_frames_takes_memory_of_a_destination() {
+fn control_frame_flood_does_not_grow_destination_memory() {
     let frames = [
         Frame::Pong(1),
         Frame::Stopped { postcopy: true, background: true },
@@ -324,7 +324,7 @@ fn no_flood_of_control_frames_takes_memory_of_a_destination() {
 
 /// As small as they can be, they take what they hold and no more.
 #[test]
-fn device_state_in_pieces_of_a_byte_takes_no_memory_of_a_destination() {
+fn device_state_in_one_byte_frames_does_not_grow_destination_memory() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let mut source = Lanes::until_stopped(&guests);
@@ -344,7 +344,7 @@ fn device_state_in_pieces_of_a_byte_takes_no_memory_of_a_destination() {
 
 /// Before the guest has stopped there is none.
 #[test]
-fn device_state_that_comes_too_early_is_not_kept() {
+fn early_device_state_is_not_kept() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let mut source = Lanes::until_ready(&guests, guests.uri());
@@ -357,7 +357,7 @@ fn device_state_that_comes_too_early_is_not_kept() {
 
 /// Two pebibytes: refused by what the guest has, before anything is made for them.
 #[test]
-fn a_region_that_no_machine_has_is_refused() {
+fn impossibly_large_region_is_refused() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let before = peak_bytes(&guests.incoming);
@@ -374,7 +374,7 @@ fn a_region_that_no_machine_has_is_refused() {
 
 /// A lane that is there already, one beyond those that were agreed on, and one of another number of them.
 #[test]
-fn more_lanes_than_agreed_are_refused_and_the_others_go_on() {
+fn surplus_lanes_are_refused_and_the_others_continue() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let uri = guests.uri().to_owned();
@@ -416,7 +416,7 @@ fn stopped(guests: &Guests) -> (Umem, LaneFromSource<TcpStream>, LaneFromSource<
 
 /// That a destination is connected does not say that it runs.
 #[test]
-fn a_destination_that_falls_silent_leaves_the_guest_running_here() {
+fn silent_destination_leaves_the_guest_running_at_the_source() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let (migrate, _demand, _bulk) = stopped(&guests);
@@ -427,7 +427,7 @@ fn a_destination_that_falls_silent_leaves_the_guest_running_here() {
 
 /// It answers, and does not go on.
 #[test]
-fn a_destination_that_never_loads_leaves_the_guest_running_here() {
+fn destination_that_never_loads_leaves_the_guest_running_at_the_source() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let (migrate, mut demand, _bulk) = stopped(&guests);
@@ -452,7 +452,7 @@ fn a_destination_that_never_loads_leaves_the_guest_running_here() {
 
 /// Before that the guest has not even stopped.
 #[test]
-fn a_destination_that_is_never_ready_is_given_up() {
+fn destination_that_is_never_ready_times_out() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -466,7 +466,7 @@ fn a_destination_that_is_never_ready_is_given_up() {
 
 /// The same of a source: at each of its steps, whether it is there or not.
 #[test]
-fn a_source_that_does_not_go_on_is_given_up() {
+fn stalled_source_times_out() {
     for (steps, answers) in [(0, false), (1, false), (1, true), (2, false), (2, true)] {
         let scratch = Scratch::new();
         let guests = Guests::quiet(&scratch, &["--json", "--step-timeout", STEP]);
@@ -496,7 +496,7 @@ fn a_source_that_does_not_go_on_is_given_up() {
 
 /// A side that is slow answers, and what moves begins its time anew.
 #[test]
-fn a_source_that_is_slow_is_waited_for() {
+fn slow_source_does_not_time_out() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json", "--step-timeout", STEP]);
     let mut source = Lanes::until_stopped(&guests);

@@ -67,7 +67,7 @@ fn options(command: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_option_is_in_the_manual_and_in_the_completions() {
+fn every_option_is_in_manual_and_completions() {
     let [bash, zsh, fish] = ["bash", "zsh", "fish"].map(|shell| umem(&["completions", shell]));
     let overview = umem(&["man"]);
     let mut count = 0;
@@ -105,7 +105,7 @@ fn bash_completes(script: &str, words: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn bash_completes_what_has_been_begun() {
+fn bash_completes_a_started_word() {
     let script = umem(&["completions", "bash"]);
     let of = |words: &[&str]| bash_completes(&script, words);
     assert_eq!(of(&["umem", "mig"]), ["migrate"]);
@@ -117,7 +117,7 @@ fn bash_completes_what_has_been_begun() {
 }
 
 #[test]
-fn the_other_shells_can_read_theirs() {
+fn zsh_and_fish_parse_their_completions() {
     for shell in ["zsh", "fish"] {
         let script = umem(&["completions", shell]);
         if let Some(output) = feed(shell, &["-n", "/dev/stdin"], &script) {
@@ -130,7 +130,7 @@ fn the_other_shells_can_read_theirs() {
 }
 
 #[test]
-fn pages_are_set_without_a_warning() {
+fn manual_pages_format_without_warnings() {
     let wrong = Command::new(UMEM).args(["man", "nonsense"]).output().unwrap();
     assert_eq!(wrong.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("migrate"));
@@ -153,7 +153,7 @@ fn pages_are_set_without_a_warning() {
 
 /// As systemd reads them, with this umem in the place of the installed one.
 #[test]
-fn systemd_understands_the_units() {
+fn systemd_verifies_the_units() {
     let scratch = Scratch::new();
     let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/programs/install");
     let [service, socket] = ["service", "socket"].map(|kind| {
@@ -197,7 +197,7 @@ fn every_promise_names_tests_that_exist() {
 }
 
 #[test]
-fn a_promise_without_its_test_is_noticed() {
+fn promise_without_a_test_is_reported() {
     let text = "Words.\n\n| head |\n|---|\n| row [tests/a.rs: one] |\n\n- a [link](x) and\n  \
                 more [tests/a.rs: one,\n  two; wire/b.rs: three]\n- nothing\n\nMore words.\n";
     let promises = promises_in(text);

@@ -130,13 +130,13 @@ fn number(report: &Value, field: &str) -> u64 {
 }
 
 #[test]
-fn a_kvm_guest_finds_every_word_right() {
+fn kvm_guest_finds_every_word_right() {
     let guest = Guest { mib: 256, ..GUEST };
     migrate(guest, guest, &[]).check(guest);
 }
 
 #[test]
-fn two_lanes_and_four_vcpus() {
+fn kvm_guest_moves_over_two_lanes_with_four_vcpus() {
     let guest = Guest { mib: 128, seed: "2", options: &["--vcpus", "4"], ..GUEST };
     let moved = migrate(guest, guest, &["--lanes", "2"]);
     moved.check(guest);
@@ -144,7 +144,7 @@ fn two_lanes_and_four_vcpus() {
 }
 
 #[test]
-fn without_background_the_guest_brings_every_page_itself() {
+fn kvm_guest_demands_every_page_without_background() {
     let moved = migrate(GUEST, GUEST, &["-n"]);
     moved.check(GUEST);
     assert_eq!(number(&moved.destination, "pages_background"), 0);
@@ -152,7 +152,7 @@ fn without_background_the_guest_brings_every_page_itself() {
 }
 
 #[test]
-fn faults_may_be_left_to_the_kernels_workers() {
+fn kvm_guest_moves_with_asynchronous_page_faults() {
     let guest = Guest { seed: "3", options: &["--async-faults"], ..GUEST };
     migrate(guest, guest, &["-n"]).check(guest);
     migrate(guest, guest, &[]).check(guest);
@@ -160,7 +160,7 @@ fn faults_may_be_left_to_the_kernels_workers() {
 
 /// KVM's faults wait for UFFDIO_COPY as they do for UFFDIO_CONTINUE.
 #[test]
-fn anonymous_memory_is_filled_under_a_kvm_guest() {
+fn anonymous_memory_is_filled_under_a_running_kvm_guest() {
     let guest = Guest { mib: 128, seed: "6", memory: Memory::Anonymous, ..GUEST };
     let moved = migrate(guest, guest, &["--lanes", "2"]);
     moved.check(guest);
@@ -168,7 +168,7 @@ fn anonymous_memory_is_filled_under_a_kvm_guest() {
 }
 
 #[test]
-fn a_kvm_guest_brings_every_page_of_anonymous_memory_itself() {
+fn kvm_guest_demands_every_page_of_anonymous_memory() {
     for options in [&[][..], &["--async-faults", "--vcpus", "4"]] {
         let guest = Guest { options, memory: Memory::Anonymous, ..GUEST };
         let moved = migrate(guest, guest, &["-n"]);
@@ -178,7 +178,7 @@ fn a_kvm_guest_brings_every_page_of_anonymous_memory_itself() {
 }
 
 #[test]
-fn a_guest_that_finds_other_memory_says_so() {
+fn kvm_guest_reports_wrong_memory() {
     let moved = migrate(Guest { seed: "4", ..GUEST }, Guest { seed: "5", ..GUEST }, &[]);
     assert_eq!(number(&moved.guest, "wrong_first"), number(&moved.destination, "data_bytes") / 4);
     assert_eq!(moved.guest["wrong_second"], 0);
@@ -187,7 +187,7 @@ fn a_guest_that_finds_other_memory_says_so() {
 
 /// The guest ends as soon as it has its last page, at any moment of what is said about it.
 #[test]
-fn a_guest_may_end_as_soon_as_it_has_its_last_page() {
+fn kvm_guest_may_exit_right_after_its_last_page() {
     for memory in [Memory::SharedFile, Memory::Anonymous].repeat(20) {
         let scratch = Scratch::new();
         let source = scratch.ram("source");

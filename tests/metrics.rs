@@ -86,7 +86,7 @@ fn address(umem: &mut Umem) -> String {
 }
 
 #[test]
-fn both_sides_tell_prometheus_what_their_reports_say() {
+fn metrics_of_both_sides_match_their_reports() {
     let scratch = Scratch::new();
     let mut guests = Guests::with_metrics(&scratch);
     let destination = guests.metrics.clone().expect("it serves");
@@ -153,7 +153,7 @@ fn check(metrics: &Metrics, report: &Value) {
 }
 
 #[test]
-fn whoever_asks_wrongly_is_told_and_whoever_is_silent_is_cut_off() {
+fn bad_metrics_request_gets_an_error_and_silent_client_is_dropped() {
     let scratch = Scratch::new();
     let guests = Guests::with_metrics(&scratch);
     let address = guests.metrics.clone().expect("it serves");
@@ -173,7 +173,7 @@ fn whoever_asks_wrongly_is_told_and_whoever_is_silent_is_cut_off() {
 }
 
 #[test]
-fn an_address_that_is_taken_is_refused_at_once() {
+fn metrics_address_in_use_is_refused_at_start() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let error =
@@ -185,7 +185,7 @@ fn an_address_that_is_taken_is_refused_at_once() {
 
 /// There is nobody to drop: whoever asks waits, and the thread that cannot accept does not run on and on.
 #[test]
-fn who_asks_for_metrics_while_there_are_no_descriptors_is_answered_once_there_are() {
+fn metrics_client_is_answered_when_descriptors_become_free() {
     let scratch = Scratch::new();
     let guests = Guests::with_metrics(&scratch);
     let address = guests.metrics.clone().unwrap();
@@ -201,7 +201,7 @@ fn who_asks_for_metrics_while_there_are_no_descriptors_is_answered_once_there_ar
 
 /// Clients that ask nothing, ask half, or do not read: others are answered meanwhile, and there are never many.
 #[test]
-fn the_silent_keep_nobody_from_metrics() {
+fn silent_clients_do_not_block_metrics() {
     let scratch = Scratch::new();
     let guests = Guests::with_metrics(&scratch);
     let address = guests.metrics.clone().unwrap();

@@ -139,19 +139,19 @@ const LIMIT: [&str; 2] = ["--max-postcopy-bandwidth", "32M"];
 
 /// Packets vanish and nobody is told: both sides find out by themselves, and go on when there is a way.
 #[test]
-fn silence_is_noticed_by_both_sides() {
+fn both_sides_detect_a_silent_link() {
     goes_dark(Secured::Not, Network::darken, Network::lighten);
 }
 
 /// Where pumps stand between the connections and the lanes, too.
 #[test]
-fn silence_is_noticed_behind_tls() {
+fn both_sides_detect_a_silent_link_behind_tls() {
     goes_dark(Secured::Tls, Network::darken, Network::lighten);
 }
 
 /// The source's own link is down: whatever it sends fails at once, which is no reason to give up.
 #[test]
-fn a_link_that_is_down_is_waited_for() {
+fn move_resumes_when_a_link_comes_back() {
     goes_dark(Secured::Not, Network::unplug, Network::plug_in);
 }
 
@@ -172,7 +172,7 @@ fn goes_dark(secured: Secured, darken: fn(&Network), lighten: fn(&Network)) {
 
 /// By hand, at either side, to the same address and to another one.
 #[test]
-fn a_move_is_paused_and_goes_on_at_another_address() {
+fn paused_move_resumes_at_another_address() {
     let mut moving = Move::switched(64, Secured::Not, &LIMIT);
     moving.control("source", &["pause"]);
     assert_eq!(moving.migrate.event("paused")["reason"], "paused by hand");
@@ -214,7 +214,7 @@ fn a_move_is_paused_and_goes_on_at_another_address() {
 
 /// A resolver that does not answer keeps nobody who wants to leave.
 #[test]
-fn a_name_that_is_looked_up_can_be_interrupted() {
+fn name_lookup_can_be_interrupted() {
     let (scratch, network) = (Scratch::new(), Network::new());
     let (ram, resolver) = (scratch.ram("source"), scratch.path("resolv.conf"));
     std::fs::write(&ram, [1; 4096]).unwrap();
@@ -236,7 +236,7 @@ fn a_name_that_is_looked_up_can_be_interrupted() {
 /// As little as it keeps who has pages to serve from doing so: the name of a resume by hand is looked up
 /// beside that.
 #[test]
-fn a_name_of_a_resume_by_hand_holds_nobody_up() {
+fn name_lookup_of_a_manual_resume_blocks_no_other_work() {
     const PAGES: u64 = 256;
     let scratch = Scratch::new();
     let path = |name: &str| scratch.path(name).display().to_string();
@@ -300,7 +300,7 @@ fn looks_up(umem: &Umem) -> bool {
 /// What `ss -K` does: the kernel takes a connection away from its owner and resets the peer's. Any
 /// lane's, of either side, again and again.
 #[test]
-fn connections_that_the_kernel_destroys_are_made_again() {
+fn connections_destroyed_by_the_kernel_are_reopened() {
     let number = |name: &str, otherwise: u64| {
         std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
     };

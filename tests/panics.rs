@@ -31,7 +31,7 @@ fn has_panicked(mut umem: Umem, place: &str) {
 }
 
 #[test]
-fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
+fn source_panic_before_the_commit_leaves_the_guest_at_the_source() {
     const POSTCOPY: &[&str] = &["-p"];
     for (place, options) in [
         ("waiting", POSTCOPY),
@@ -62,7 +62,7 @@ fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
 }
 
 #[test]
-fn a_panic_at_a_destination_before_the_commit_leaves_the_guest_running_at_the_source() {
+fn destination_panic_before_the_commit_leaves_the_guest_at_the_source() {
     for place in [
         "host",
         "demand",
@@ -86,7 +86,7 @@ fn a_panic_at_a_destination_before_the_commit_leaves_the_guest_running_at_the_so
 
 /// Pages come slowly enough for that, and go on once the cutter lets them.
 #[test]
-fn a_side_that_panics_after_the_commit_is_taken_over_from() {
+fn side_that_panics_after_the_commit_can_be_taken_over() {
     for [source, destination] in [
         ["control serving pages", ""],
         ["demand", ""],
@@ -118,7 +118,7 @@ fn a_side_that_panics_after_the_commit_is_taken_over_from() {
 
 /// Threads that only compare, free, or stand before a connection: the migration goes on by itself.
 #[test]
-fn a_panic_of_a_thread_that_others_can_do_without_ends_nothing() {
+fn panic_of_an_optional_thread_ends_nothing_else() {
     let scratch = Scratch::new();
     let credentials = Authority::new("ours").credentials(&scratch, "own", "127.0.0.1");
     let credentials: &'static str = credentials.display().to_string().leak();
@@ -147,7 +147,7 @@ fn a_panic_of_a_thread_that_others_can_do_without_ends_nothing() {
 
 /// It loses its connection, and nobody else's.
 #[test]
-fn a_panic_over_what_a_client_asks_ends_that_client_alone() {
+fn panic_in_a_client_request_ends_only_that_client() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let (file, variable) = panic_at(&scratch, "visitor");

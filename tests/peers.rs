@@ -23,7 +23,7 @@ use umem_wire::{
 const PAGE: u64 = 4096;
 
 #[test]
-fn a_page_that_comes_twice_is_refused_before_it_lands() {
+fn duplicate_page_is_refused_before_it_lands() {
     for (lane, again) in [
         (0, Frame::Data(range(3, 1))),
         (1, Frame::Data(range(0, 8))),
@@ -51,7 +51,7 @@ fn a_page_that_comes_twice_is_refused_before_it_lands() {
 }
 
 #[test]
-fn regions_that_differ_are_named_to_both_sides() {
+fn differing_regions_are_named_on_both_sides() {
     let region = |name: &str, mib: u64| Region {
         name: name.into(),
         bytes: mib << 20,
@@ -74,7 +74,7 @@ fn regions_that_differ_are_named_to_both_sides() {
 }
 
 #[test]
-fn strangers_at_the_door_do_not_disturb() {
+fn foreign_connections_do_not_disturb_a_migration() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
@@ -106,7 +106,7 @@ fn strangers_at_the_door_do_not_disturb() {
 
 /// Connections that say nothing, or not enough, for as long as they like.
 #[test]
-fn the_silent_hold_up_nobody() {
+fn silent_connections_do_not_delay_a_migration() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
@@ -130,7 +130,7 @@ fn the_silent_hold_up_nobody() {
 }
 
 #[test]
-fn half_a_hello_does_not_keep_ctrl_c_out() {
+fn partial_hello_does_not_block_ctrl_c() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let uri = uri_of(&mut incoming);
@@ -147,7 +147,7 @@ fn half_a_hello_does_not_keep_ctrl_c_out() {
 
 /// A source that is gone, or does not go on, before its last lane has come.
 #[test]
-fn half_a_session_does_not_keep_the_next_one_out() {
+fn partial_session_does_not_block_the_next() {
     for is_closed in [true, false] {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
@@ -180,7 +180,7 @@ fn half_a_session_does_not_keep_the_next_one_out() {
 
 /// A reset is not another error than a close.
 #[test]
-fn a_source_that_goes_before_its_regions_has_closed_its_lane() {
+fn source_exit_before_its_regions_is_a_closed_lane() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let peer = Peer::dial(&uri_of(&mut incoming), 1);
@@ -195,7 +195,7 @@ fn a_source_that_goes_before_its_regions_has_closed_its_lane() {
 
 /// Nothing answers at the other end: its queue of connections is full.
 #[test]
-fn connecting_to_nobody_can_be_interrupted() {
+fn connecting_to_an_unanswered_address_can_be_interrupted() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
@@ -210,7 +210,7 @@ fn connecting_to_nobody_can_be_interrupted() {
 }
 
 #[test]
-fn what_a_destination_may_not_say_ends_the_migration_at_the_source() {
+fn forbidden_frame_of_a_destination_ends_the_migration_at_the_source() {
     let ready = |unit| Frame::Ready(vec![unit]);
     let frames: [(&str, Vec<Frame>); 4] = [
         ("request", vec![Frame::Request(vec![(RegionId(0), 0)])]),

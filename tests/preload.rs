@@ -257,7 +257,7 @@ impl Ram {
 }
 
 #[test]
-fn private_memory_becomes_the_guests_own_page_by_page() {
+fn private_memory_becomes_anonymous_page_by_page() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
 
@@ -302,7 +302,7 @@ fn private_memory_becomes_the_guests_own_page_by_page() {
 }
 
 #[test]
-fn a_touch_of_a_missing_page_waits_for_it() {
+fn touch_waits_for_a_missing_page() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     program.command(&format!("touch {} {PAGE}\nping\n", ram.address + 3 * PAGE));
@@ -314,7 +314,7 @@ fn a_touch_of_a_missing_page_waits_for_it() {
 
 /// Whether the kernel populates a range or a sandbox forbids that, and each page is written to.
 #[test]
-fn a_touch_of_what_is_not_mapped_any_more_fails_and_the_program_goes_on() {
+fn touch_of_an_unmapped_page_fails_and_the_program_continues() {
     let populate = (2, libc::MADV_POPULATE_WRITE.unsigned_abs());
     for forbidden in [None, Some(libc::EPERM), Some(libc::ENOSYS)] {
         let scratch = Scratch::new();
@@ -345,7 +345,7 @@ fn a_touch_of_what_is_not_mapped_any_more_fails_and_the_program_goes_on() {
 }
 
 #[test]
-fn commands_come_in_batches_and_are_answered_in_their_order() {
+fn batched_commands_are_answered_in_order() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     let pages = LENGTH / PAGE;
@@ -366,7 +366,7 @@ fn commands_come_in_batches_and_are_answered_in_their_order() {
 }
 
 #[test]
-fn lines_that_are_no_commands_are_dropped() {
+fn lines_other_than_commands_are_dropped() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     ram.land(0, 1);
@@ -380,7 +380,7 @@ fn lines_that_are_no_commands_are_dropped() {
 }
 
 #[test]
-fn what_is_not_the_guests_memory_is_not_touched() {
+fn memory_outside_the_guest_is_not_touched() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     let end = ram.address + LENGTH;
@@ -404,7 +404,7 @@ fn what_is_not_the_guests_memory_is_not_touched() {
 }
 
 #[test]
-fn a_file_that_is_mapped_otherwise_than_the_kind_needs_is_refused() {
+fn file_mapped_unlike_its_kind_is_refused() {
     for (kind, sharing, code) in [
         (Some("private"), "shared", "share-on"),
         (Some("shared"), "private", "share-off"),
@@ -422,7 +422,7 @@ fn a_file_that_is_mapped_otherwise_than_the_kind_needs_is_refused() {
 }
 
 #[test]
-fn handed_over_memory_stays_where_it_is_until_it_is_complete() {
+fn handed_over_memory_cannot_be_remapped_until_it_is_complete() {
     for kind in ["shared", "private"] {
         let scratch = Scratch::new();
         let (mut program, ram) = Program::with_ram(&scratch, kind);
@@ -447,7 +447,7 @@ fn handed_over_memory_stays_where_it_is_until_it_is_complete() {
 
 /// umem would give up on a guest that says it has failed, and this one runs.
 #[test]
-fn what_is_refused_to_a_running_guest_is_not_umems_affair() {
+fn refused_system_calls_of_a_complete_guest_pass_through() {
     let scratch = Scratch::new();
     let (mut program, _ram) = Program::with_ram(&scratch, "shared");
     program.command("keep\n");
@@ -461,7 +461,7 @@ fn what_is_refused_to_a_running_guest_is_not_umems_affair() {
 
 /// As QEMU discards: it punches a hole into the file, and then drops the page tables.
 #[test]
-fn holes_punched_in_shared_memory_are_reported_before_they_are_there() {
+fn punched_holes_in_shared_memory_are_reported_first() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "shared");
     ram.land(5, 7);
@@ -491,7 +491,7 @@ fn holes_punched_in_shared_memory_are_reported_before_they_are_there() {
 /// As virtio-mem of QEMU 7.2 makes sure that its memory is empty. What comes later has not been discarded, and umem
 /// waits for the program's monitor then and looks at no reports.
 #[test]
-fn a_program_that_discards_its_empty_memory_does_not_wait() {
+fn discarding_empty_memory_does_not_wait() {
     for kind in ["shared", "private"] {
         let scratch = Scratch::new();
         let (mut program, ram) = Program::with_ram(&scratch, kind);
@@ -508,7 +508,7 @@ fn a_program_that_discards_its_empty_memory_does_not_wait() {
 
 /// The bytes of a shared mapping are the file's: a program that drops its page tables has not discarded them.
 #[test]
-fn page_tables_of_shared_memory_that_are_dropped_are_no_discard() {
+fn dontneed_on_shared_memory_is_no_discard() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "shared");
     ram.land(2, 7);
@@ -528,7 +528,7 @@ fn page_tables_of_shared_memory_that_are_dropped_are_no_discard() {
 }
 
 #[test]
-fn forked_children_have_no_memory_that_is_still_to_come() {
+fn forked_children_do_not_map_missing_memory() {
     let lost = format!("signal {}", libc::SIGSEGV);
     let advise = |advice| format!("advise 0 {LENGTH} {advice}");
     for kind in ["shared", "private"] {
@@ -554,7 +554,7 @@ fn forked_children_have_no_memory_that_is_still_to_come() {
 }
 
 #[test]
-fn a_program_whose_guest_will_not_come_is_ended() {
+fn program_ends_when_its_guest_will_not_arrive() {
     let scratch = Scratch::new();
     let (mut program, _ram) = Program::with_ram(&scratch, "private");
     let (other, _) = UnixStream::pair().unwrap();

@@ -27,7 +27,7 @@ fn demo(arguments: &[&str], rust_log: Option<&str>) -> Output {
 const SLOWLY: [&str; 3] = ["-p", "--max-postcopy-bandwidth", "2M"];
 
 #[test]
-fn without_a_terminal_there_is_a_line_now_and_then() {
+fn progress_lines_are_printed_without_a_terminal() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let mut migrate = guests.migrate(&SLOWLY);
@@ -49,7 +49,7 @@ fn without_a_terminal_there_is_a_line_now_and_then() {
 }
 
 #[test]
-fn quiet_is_quiet() {
+fn quiet_prints_no_progress() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json", "--quiet"]);
     let mut migrate = guests.migrate(&[&SLOWLY[..], &["-q"]].concat());
@@ -62,7 +62,7 @@ fn quiet_is_quiet() {
 
 /// On a terminal each phase has a bar, and leaves a line with what it came to.
 #[test]
-fn a_terminal_has_bars() {
+fn terminal_shows_progress_bars() {
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
     let terminal = nix::pty::openpty(Some(&size), None).expect("a terminal");
     let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
@@ -90,7 +90,7 @@ fn a_terminal_has_bars() {
 }
 
 #[test]
-fn a_trace_has_the_beginning_and_the_end_of_each_phase() {
+fn trace_has_start_and_end_of_each_phase() {
     for (arguments, rust_log) in
         [(&["--verbose"][..], None), (&[][..], Some("umem=info")), (&["-v", "--json"][..], None)]
     {
@@ -160,7 +160,7 @@ fn ends_with(mut child: Child, code: i32, what: &str) {
 /// Nothing that is printed ends a move, or fails it; but whoever wants a report on stdout is told that it is not
 /// there. With a trace, so that every thread has something to say.
 #[test]
-fn a_guest_moves_where_nothing_can_be_printed() {
+fn guest_moves_when_output_fails() {
     for sink in SINKS {
         for (json, code) in [(&["--json", "-v"][..], 1), (&["-v"], 0), (&[], 0)] {
             let scratch = Scratch::new();
@@ -193,7 +193,7 @@ fn a_guest_moves_where_nothing_can_be_printed() {
 }
 
 #[test]
-fn a_demo_and_a_bench_end_in_order_where_nothing_can_be_printed() {
+fn demo_and_bench_exit_cleanly_when_output_fails() {
     let mut server = Umem::start(["bench", "server", "--json", "tcp:127.0.0.1:0"]);
     let uri = server.event("listening")["uri"].as_str().expect("an address").to_owned();
     let bench = ["bench", "client", "-n", "1M", &uri];
@@ -218,7 +218,7 @@ fn a_demo_and_a_bench_end_in_order_where_nothing_can_be_printed() {
 
 /// Who reads slowly, or not at all for a while, holds nothing up and loses nothing.
 #[test]
-fn a_guest_moves_while_nobody_reads_what_is_printed() {
+fn guest_moves_while_output_is_not_read() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let (mut reader, mut writer) = std::io::pipe().expect("a pipe");
@@ -246,7 +246,7 @@ fn a_guest_moves_while_nobody_reads_what_is_printed() {
 
 /// The terminal goes away while bars are drawn on it.
 #[test]
-fn a_terminal_may_go_away() {
+fn guest_moves_after_its_terminal_closed() {
     let terminal = nix::pty::openpty(None, None).expect("a terminal");
     let keep = FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
     fcntl(&terminal.master, keep).expect("it is open");

@@ -145,7 +145,7 @@ fn frame(frame: &Frame) -> Vec<u8> {
 /// Every way of cutting the stream into records and receives, and new keys in the middle of a run. The notices
 /// of both ends come last, one after the other.
 #[test]
-fn whatever_pieces_a_lane_comes_in_it_is_the_same_lane() {
+fn lane_is_decoded_the_same_in_any_pieces() {
     for (record, piece) in
         [(1 << 20, 1 << 20), (16 << 10, 1000), (701, 4096), (4096, 4119), (37, 61)]
     {
@@ -177,7 +177,7 @@ fn whatever_pieces_a_lane_comes_in_it_is_the_same_lane() {
 }
 
 #[test]
-fn one_changed_bit_on_a_bulk_lane_is_told_at_both_ends() {
+fn changed_bit_on_a_bulk_lane_is_reported_on_both_sides() {
     let mut arrival = Arrival::new();
     let good = arrival.records(&data(0, 4));
     let mut bad = arrival.records(&data(4, 1));
@@ -199,7 +199,7 @@ fn one_changed_bit_on_a_bulk_lane_is_told_at_both_ends() {
 
 /// Cut behind a record, inside of one, or behind a run; and ended in order, but too early.
 #[test]
-fn a_bulk_lane_that_ends_too_early_has_not_ended() {
+fn truncated_bulk_lane_is_not_taken_for_ended() {
     for (cut, is_cut) in [(100, true), (1 << 20, true), (1 << 20, false)] {
         let mut arrival = Arrival::new();
         let mut records = arrival.records(&data(0, 2));

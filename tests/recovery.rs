@@ -48,19 +48,19 @@ fn cut_often(how: How, count: usize, most: u64) -> (Value, Value) {
 }
 
 #[test]
-fn shared_memory_survives_many_cuts() {
+fn shared_memory_survives_many_connection_losses() {
     cut_often(How { mib: 128, threads: 2, ..How::default() }, 24, 8 << 20);
 }
 
 /// Most of these cuts come while lanes are being opened, or while the destination says what it has.
 #[test]
-fn cuts_in_the_middle_of_a_recovery_are_survived() {
+fn connection_losses_during_a_recovery_are_survived() {
     cut_often(How { mib: 64, threads: 1, ..How::default() }, 30, 600);
 }
 
 /// Lanes that replace lost ones show the same certificate, or prove the same secret, as those did.
 #[test]
-fn secured_lanes_survive_cuts() {
+fn secured_lanes_survive_connection_losses() {
     let scratch = Scratch::new();
     let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
     let secret = scratch.path("secret");
@@ -78,18 +78,18 @@ fn secured_lanes_survive_cuts() {
 }
 
 #[test]
-fn several_lanes_break_together() {
+fn simultaneous_loss_of_several_lanes_is_survived() {
     let migrate = &["--lanes", "3"];
     cut_often(How { mib: 128, threads: 2, migrate, ..How::default() }, 16, 12 << 20);
 }
 
 #[test]
-fn huge_pages_survive_cuts() {
+fn huge_pages_survive_connection_losses() {
     cut_often(How { mib: 64, threads: 1, huge: true, ..How::default() }, 12, 6 << 20);
 }
 
 #[test]
-fn private_memory_survives_cuts() {
+fn private_memory_survives_connection_losses() {
     for flags in ["0", "1"] {
         let incoming: &[_] =
             if flags == "0" { &["--postcopy-flags", "0"] } else { &["--postcopy-flags", "1"] };
@@ -99,7 +99,7 @@ fn private_memory_survives_cuts() {
 }
 
 #[test]
-fn anonymous_memory_that_discards_survives_cuts() {
+fn discarding_anonymous_memory_survives_connection_losses() {
     let how = How { mib: 64, threads: 2, kind: Some("anonymous"), ..How::default() };
     cut_often(How { arriving: &["--discard"], ..how }, 12, 6 << 20);
     // Served by threads of their own.
@@ -107,14 +107,14 @@ fn anonymous_memory_that_discards_survives_cuts() {
 }
 
 #[test]
-fn shared_memory_that_discards_survives_cuts() {
+fn discarding_shared_memory_survives_connection_losses() {
     let arriving = &["--discard"];
     cut_often(How { mib: 64, threads: 2, arriving, ..How::default() }, 16, 5 << 20);
 }
 
 /// What has been freed is not asked for again.
 #[test]
-fn memory_that_the_source_frees_survives_cuts() {
+fn memory_freed_by_the_source_survives_connection_losses() {
     let migrate = &["--release-ram"];
     let how = How { mib: 96, threads: 2, migrate, ..How::default() };
     let (source, _) = cut_often(how, 16, 8 << 20);
@@ -132,7 +132,7 @@ fn goes_on(mut moving: Move) -> (Value, Value) {
 
 /// The source's new connections wait, whoever listens there does nothing else meanwhile than wait, and nothing ends.
 #[test]
-fn a_destination_without_descriptors_takes_new_lanes_once_it_has_some() {
+fn destination_accepts_new_lanes_when_descriptors_become_free() {
     let mut moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
     let before = moving.incoming.limit_descriptors(3);
     moving.cutter.cut(Ends::Both, false);
@@ -147,7 +147,7 @@ fn a_destination_without_descriptors_takes_new_lanes_once_it_has_some() {
 /// Something in between keeps the source's ends of connections that the destination has lost, and the kernel
 /// there answers for it, until something is sent. The source has nothing to send, and asks.
 #[test]
-fn a_destination_that_has_lost_its_ends_is_noticed() {
+fn source_detects_a_destination_that_closed_its_sockets() {
     let moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
     moving.cutter.cut(Ends::Destination, false);
     goes_on(moving);
@@ -155,7 +155,7 @@ fn a_destination_that_has_lost_its_ends_is_noticed() {
 
 /// What it asks arrives nowhere, and nothing says so.
 #[test]
-fn a_destination_that_does_not_answer_is_noticed() {
+fn source_detects_an_unresponsive_destination() {
     let mut moving = Move::switched(How { mib: 8, threads: 0, migrate: &["-n"], ..How::default() });
     moving.cutter.limit_demand(Some(0));
     let lost = moving.migrate.event("recovering");
@@ -166,7 +166,7 @@ fn a_destination_that_does_not_answer_is_noticed() {
 
 /// Only what is waited for is sent, and what was asked for before the cut is asked for again.
 #[test]
-fn demands_are_asked_for_again() {
+fn demands_are_requested_again_after_a_recovery() {
     let moving = Move::switched(How { mib: 32, threads: 2, migrate: &["-n"], ..How::default() });
     // Requests leave, and no answer comes.
     moving.cutter.limit_demand(Some(0));
@@ -235,7 +235,7 @@ impl Known {
 
 /// The source has given its guest up, and the destination has not heard of it.
 #[test]
-fn a_switchover_that_is_lost_is_sent_again() {
+fn lost_switchover_is_sent_again() {
     let mut known = Known::start(|cutter| cutter.limit_demand(Some(UNTIL_SWITCHOVER)));
     known.cutter.wait_for_demand(UNTIL_SWITCHOVER + SWITCHOVER);
     known.cut();
@@ -246,7 +246,7 @@ fn a_switchover_that_is_lost_is_sent_again() {
 }
 
 #[test]
-fn a_guest_that_runs_is_known_to_run_although_word_of_it_was_lost() {
+fn lost_running_frame_is_made_up_for_on_reconnect() {
     let mut known = Known::start(|cutter| cutter.limit_answers(Some(UNTIL_LOADED)));
     known.incoming.event("running");
     known.cutter.wait_for_answers(UNTIL_RUNNING);
@@ -256,7 +256,7 @@ fn a_guest_that_runs_is_known_to_run_although_word_of_it_was_lost() {
 }
 
 #[test]
-fn a_completion_that_is_lost_is_told_again() {
+fn lost_completion_is_sent_again() {
     let known = Known::start(|cutter| cutter.limit_answers(Some(UNTIL_RUNNING)));
     known.cutter.let_pages_go();
     known.cutter.wait_for_answers(UNTIL_RUNNING + COMPLETE);
@@ -266,7 +266,7 @@ fn a_completion_that_is_lost_is_told_again() {
 
 /// The source has heard that everything has come, and left. Its goodbye is not needed.
 #[test]
-fn a_goodbye_that_is_lost_keeps_nobody() {
+fn lost_goodbye_blocks_neither_side() {
     let before = UNTIL_SWITCHOVER + SWITCHOVER;
     let mut known = Known::start(|cutter| cutter.limit_demand(Some(before)));
     known.cutter.let_pages_go();
@@ -283,7 +283,7 @@ fn a_goodbye_that_is_lost_keeps_nobody() {
 
 /// Whoever interrupts a side without a connection hears what it means, and may do it all the same.
 #[test]
-fn giving_up_without_a_connection_takes_two_interrupts() {
+fn abandoning_without_a_connection_takes_two_interrupts() {
     let mut known = Known::start(|_| {});
     known.migrate.event("running");
     known.incoming.event("running");
@@ -309,7 +309,7 @@ fn giving_up_without_a_connection_takes_two_interrupts() {
 
 /// Before the switchover a lost lane is the end, and the source's guest has never stopped for good.
 #[test]
-fn before_the_switchover_nothing_is_recovered() {
+fn lanes_lost_before_the_switchover_are_not_reopened() {
     let mut known = Known::start(|cutter| cutter.limit_answers(Some(HELLO_BYTES as u64)));
     known.migrate.event("connected");
     known.cutter.wait_for_answers((HELLO_BYTES + HEADER_BYTES + 1) as u64);
@@ -322,7 +322,7 @@ fn before_the_switchover_nothing_is_recovered() {
 
 /// Somebody else at the door, old lanes and lanes of another session do not get in.
 #[test]
-fn only_later_lanes_of_the_same_session_come_in() {
+fn only_newer_lanes_of_the_same_session_are_accepted() {
     use std::io::{Read, Write};
     use umem_wire::{Capabilities, Hello, HelloError, LaneRole, PROTOCOL, SessionId, Welcome};
     let mut known = Known::start(|_| {});
@@ -362,7 +362,7 @@ fn only_later_lanes_of_the_same_session_come_in() {
 
 /// What there is no room for comes again when there is: nobody is killed, no session ends, both sides say so.
 #[test]
-fn a_destination_without_room_pauses_until_there_is_some() {
+fn destination_out_of_memory_pauses_until_memory_is_free() {
     let checked: &[_] = &["--checksum"];
     for (migrate, security) in [(&[][..], false), (checked, false), (&[], true)] {
         let security = security.then(|| ["--secret-file", secret()]);
@@ -403,7 +403,7 @@ fn is_short(moving: &mut Move) {
 
 /// What somebody punches out of the file of a guest that has left, or writes there, is not taken for its memory.
 #[test]
-fn a_guest_whose_file_somebody_else_changes_is_not_called_complete() {
+fn file_written_by_another_process_is_not_reported_complete() {
     use std::os::unix::fs::FileExt;
     let punch = |file: &std::fs::File| {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -437,7 +437,7 @@ fn a_guest_whose_file_somebody_else_changes_is_not_called_complete() {
 
 /// The kernel says that a limit is reached, and kills nobody for it.
 #[test]
-fn a_memory_limit_at_the_destination_pauses_both_sides_until_it_is_raised() {
+fn memory_limit_pauses_both_sides_until_it_is_raised() {
     for (migrate, kind) in [(&[][..], "shared"), (&["--checksum"], "shared"), (&[], "private")] {
         let limit = MemoryLimit::of(30);
         // Of version 2 they are killed: `resume.rs` has that.
@@ -465,7 +465,7 @@ fn a_memory_limit_at_the_destination_pauses_both_sides_until_it_is_raised() {
 
 /// There is too little room from the beginning, and whoever started this knows that it comes.
 #[test]
-fn a_guest_comes_to_where_room_is_made_while_it_moves() {
+fn guest_arrives_when_memory_is_freed_during_the_move() {
     // One by one, or in the background.
     for migrate in [&["-n"][..], &[]] {
         let incoming: &[_] = &["--overcommit"];
@@ -486,7 +486,7 @@ fn a_guest_comes_to_where_room_is_made_while_it_moves() {
 
 /// Where there is no room for a guest it is refused, unless whoever started this knows better.
 #[test]
-fn a_guest_without_room_is_refused_before_it_stops() {
+fn guest_without_room_is_refused_before_it_stops() {
     let mut moving = Move::start(How { mib: 64, threads: 1, room: Some(24), ..How::default() });
     assert!(moving.incoming.fails().contains("--overcommit"));
     let error = moving.migrate.fails();
@@ -496,7 +496,7 @@ fn a_guest_without_room_is_refused_before_it_stops() {
 
 /// Of private memory only what has not been touched is in the file: room comes by itself.
 #[test]
-fn private_memory_with_little_room_arrives() {
+fn private_memory_arrives_with_little_free_memory() {
     let (kind, room, incoming) = (Some("private"), Some(8), &["--postcopy-flags", "1"]);
     let how = How { mib: 64, threads: 1, kind, room, incoming, ..How::default() };
     let moving = Move::switched(how);

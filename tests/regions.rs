@@ -112,7 +112,7 @@ fn write_region(path: &Path, bytes: usize, seed: u8) -> Vec<u8> {
 
 /// The kernel takes no range that goes on in another mapping, or that is unmapped in part.
 #[test]
-fn what_is_left_of_a_mapping_that_its_process_splits_is_whole() {
+fn split_mapping_keeps_its_remaining_pages() {
     let scratch = Scratch::new();
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let memory = Memory::map(3 * MIB, private, None);
@@ -153,7 +153,7 @@ fn what_is_left_of_a_mapping_that_its_process_splits_is_whole() {
 
 /// The process has huge pages without having them promised (MAP_NORESERVE), and the pool has too few of them.
 #[test]
-fn a_pool_without_huge_pages_pauses_both_sides_until_it_has_some() {
+fn empty_huge_page_pool_pauses_both_sides_until_it_is_filled() {
     const LACKING: u64 = 2;
     let scratch = Scratch::new();
     let mut room = HugePages::reserve(2);
@@ -187,7 +187,7 @@ fn a_pool_without_huge_pages_pauses_both_sides_until_it_has_some() {
 }
 
 #[test]
-fn kinds_and_page_sizes_may_differ_in_one_guest() {
+fn guest_with_mixed_kinds_and_page_sizes_moves() {
     let scratch = Scratch::new();
     let _room = HugePages::reserve(4);
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;

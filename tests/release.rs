@@ -92,7 +92,7 @@ impl Source {
 }
 
 #[test]
-fn what_is_acknowledged_is_freed_while_the_rest_is_kept() {
+fn acknowledged_pages_are_freed_and_the_rest_kept() {
     let mut source = Source::start(&["-p"]);
     source.demand.until_running();
     let runs = source.receive_all();
@@ -109,7 +109,7 @@ fn what_is_acknowledged_is_freed_while_the_rest_is_kept() {
 }
 
 #[test]
-fn before_the_switchover_nothing_is_freed() {
+fn no_page_is_freed_before_the_switchover() {
     // Every page has been sent and acknowledged, and the guest goes on at the source after all.
     let mut source = Source::start(&[]);
     source.receive_all();
@@ -137,7 +137,7 @@ fn before_the_switchover_nothing_is_freed() {
 }
 
 #[test]
-fn what_was_not_sent_cannot_be_acknowledged() {
+fn acknowledgement_of_an_unsent_page_is_refused() {
     // Nobody asked for this page, and there is no background.
     let mut source = Source::start(&["-p", "-n"]);
     source.demand.until_running();
@@ -162,7 +162,7 @@ fn what_was_not_sent_cannot_be_acknowledged() {
 }
 
 #[test]
-fn acknowledgements_nobody_wanted_end_the_migration() {
+fn unrequested_acknowledgements_end_the_migration() {
     let scratch = Scratch::new();
     write_ram(&scratch.ram("source"));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -183,7 +183,7 @@ fn acknowledgements_nobody_wanted_end_the_migration() {
 }
 
 #[test]
-fn a_file_on_a_disk_and_an_old_destination_are_refused() {
+fn release_ram_refuses_a_file_on_disk_and_an_old_destination() {
     let scratch = Scratch::new();
     // Where the tests' own program lies there is a disk.
     let directory = tempfile::tempdir_in(Path::new(UMEM).parent().unwrap()).unwrap();
@@ -215,7 +215,7 @@ fn incoming(scratch: &Scratch) -> Umem {
 }
 
 #[test]
-fn a_guest_that_has_moved_leaves_no_memory_behind() {
+fn moved_guest_leaves_no_memory_at_the_source() {
     for mode in [&["-p"][..], &[], &["-p", "--lanes", "2"]] {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
@@ -237,7 +237,7 @@ fn a_guest_that_has_moved_leaves_no_memory_behind() {
 
 /// The real destination: what it acknowledges on a bulk lane is what came there, each page once.
 #[test]
-fn a_destination_acknowledges_what_has_come() {
+fn destination_acknowledges_received_pages() {
     let scratch = Scratch::new();
     let mut incoming = incoming(&scratch);
     let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();

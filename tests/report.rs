@@ -29,7 +29,7 @@ const PICTURES: [(&str, &str, &str); 4] = [
 ];
 
 #[test]
-fn a_browser_shows_all_four_pictures_light_and_dark() {
+fn browser_renders_all_four_charts_light_and_dark() {
     let scratch = Scratch::new();
     let page = scratch.path("report.html");
     demo(&page, &[]);
@@ -78,7 +78,7 @@ fn colour(value: &Value) -> [u8; 3] {
 }
 
 #[test]
-fn the_figures_of_both_sides_agree_with_the_report() {
+fn figures_of_both_sides_match_the_report() {
     let scratch = Scratch::new();
     let file = scratch.path("report.json");
     demo(&file, &["--lanes", "2"]);
@@ -108,14 +108,14 @@ fn the_figures_of_both_sides_agree_with_the_report() {
 }
 
 #[test]
-fn a_report_that_cannot_be_written_is_refused_before_anything_moves() {
+fn unwritable_report_is_refused_before_the_move() {
     let error = Umem::start(["demo", "--json", "--report", "/nonexistent/report.html"]).fails();
     assert!(error.contains("/nonexistent/report.html"), "{error}");
 }
 
 /// Also where nothing has begun: before there are lanes, and before anybody has dialled.
 #[test]
-fn a_failure_leaves_a_report_of_what_failed() {
+fn failed_move_leaves_a_report_of_the_failure() {
     let scratch = Scratch::new();
     let page = scratch.path("report.html");
     let ram = scratch.ram("source");

@@ -17,7 +17,7 @@ use support::{Ends, MemoryLimit, Qmp};
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
 #[test]
-fn a_source_that_is_killed_is_taken_over_from() {
+fn killed_source_is_taken_over() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Source]);
     moving.complete();
@@ -25,7 +25,7 @@ fn a_source_that_is_killed_is_taken_over_from() {
 
 /// On and on, to a new process each time, by umems that are killed; nothing is left of any of them.
 #[test]
-fn a_guest_moves_again_and_again_while_its_umems_are_killed() {
+fn guest_survives_repeated_moves_with_killed_umems() {
     let moves = std::env::var("UMEM_SOAK_KILLED").map_or(5, |moves| moves.parse().expect("moves"));
     let name = |number: usize| -> &'static str { format!("guest{number}.").leak() };
     let how = How { mib: 32, threads: 1, ..How::default() };
@@ -48,7 +48,7 @@ fn a_guest_moves_again_and_again_while_its_umems_are_killed() {
 
 /// What has been freed is not asked for again.
 #[test]
-fn a_source_that_frees_its_memory_is_taken_over_from() {
+fn killed_source_with_release_ram_is_taken_over() {
     let how =
         How { mib: 96, threads: 1, migrate: &["--release-ram", "--lanes", "2"], ..How::default() };
     let mut moving = Move::switched(how);
@@ -58,7 +58,7 @@ fn a_source_that_frees_its_memory_is_taken_over_from() {
 }
 
 #[test]
-fn a_destination_that_is_killed_is_taken_over_from() {
+fn killed_destination_is_taken_over() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Destination]);
     moving.complete();
@@ -66,7 +66,7 @@ fn a_destination_that_is_killed_is_taken_over_from() {
 
 /// The kernel kills umem for the memory that it takes for its guest. The guest waits, and the source for who goes on.
 #[test]
-fn a_destination_that_a_memory_limit_kills_is_taken_over_from() {
+fn destination_killed_by_a_memory_limit_is_taken_over() {
     let limit = MemoryLimit::of(20);
     let mut moving = Move::switched(How { mib: 64, threads: 1, ..How::default() });
     limit.take(moving.incoming.pid());
@@ -80,7 +80,7 @@ fn a_destination_that_a_memory_limit_kills_is_taken_over_from() {
 
 /// Sockets of a process that was killed may outlive it for a moment.
 #[test]
-fn an_address_that_is_still_in_use_is_waited_for() {
+fn takeover_waits_for_an_address_in_use() {
     let mut moving = Move::switched(How { mib: 16, threads: 1, ..How::default() });
     moving.incoming.kill();
     let address = moving.cutter.destination().trim_start_matches("tcp:").to_owned();
@@ -96,7 +96,7 @@ fn an_address_that_is_still_in_use_is_waited_for() {
 }
 
 #[test]
-fn both_sides_are_killed_in_one_move() {
+fn both_sides_killed_in_one_move_are_taken_over() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Source, Side::Destination, Side::Both]);
     moving.complete();
@@ -104,7 +104,7 @@ fn both_sides_are_killed_in_one_move() {
 
 /// A source that takes over reads its files as the one before it would have.
 #[test]
-fn checked_memory_is_compared_after_a_source_was_taken_over_from() {
+fn digests_are_compared_after_a_source_takeover() {
     let migrate = &["--checksum"];
     let how = How { mib: 64, threads: 1, migrate, ..How::default() };
     let mut moving = Move::switched(how);
@@ -119,7 +119,7 @@ fn checked_memory_is_compared_after_a_source_was_taken_over_from() {
 /// Sums of what came before died with the destination: what is left says nothing of the whole, and is not
 /// taken for damage.
 #[test]
-fn checked_memory_is_taken_over() {
+fn destination_with_checksums_is_taken_over() {
     let migrate = &["--checksum", "--release-ram"];
     let how = How { mib: 64, threads: 1, migrate, ..How::default() };
     let mut moving = Move::switched(how);
@@ -131,7 +131,7 @@ fn checked_memory_is_taken_over() {
 
 /// What the guest discards while nobody takes it in, or as somebody is killed over it, stays discarded.
 #[test]
-fn memory_that_is_discarded_is_taken_over() {
+fn destination_with_discards_is_taken_over() {
     let arriving = &["--discard"];
     let how = How { mib: 64, threads: 2, arriving, ..How::default() };
     let mut moving = Move::switched(how);
@@ -141,7 +141,7 @@ fn memory_that_is_discarded_is_taken_over() {
 
 /// Everything has come, and the source does not know: it is told by who takes over.
 #[test]
-fn a_completion_that_was_not_heard_of_is_told_again() {
+fn takeover_sends_a_missed_completion_again() {
     use umem_wire::{HEADER_BYTES, HELLO_BYTES};
     let mut moving = Move::switched(How { mib: 8, threads: 0, ..How::default() });
     moving.cutter.limit_answers(Some(0));
@@ -162,7 +162,7 @@ fn a_completion_that_was_not_heard_of_is_told_again() {
 }
 
 #[test]
-fn private_memory_is_taken_over() {
+fn destination_of_private_memory_is_taken_over() {
     for flags in [&["--postcopy-flags", "0"], &["--postcopy-flags", "1"]] {
         let how =
             How { mib: 64, threads: 1, kind: Some("private"), incoming: flags, ..How::default() };
@@ -173,7 +173,7 @@ fn private_memory_is_taken_over() {
 }
 
 #[test]
-fn anonymous_memory_is_taken_over() {
+fn destination_of_anonymous_memory_is_taken_over() {
     let how = How { mib: 64, threads: 2, kind: Some("anonymous"), ..How::default() };
     for arriving in [&["--discard"][..], &["--shards", "4"]] {
         let mut moving = Move::switched(How { arriving, ..how });
@@ -185,7 +185,7 @@ fn anonymous_memory_is_taken_over() {
 /// As soon as the source has given its guest up, its destination is killed: the switchover may have come,
 /// or not, and the guest may run, or not. Then both are, at that moment.
 #[test]
-fn a_switchover_is_survived() {
+fn takeover_during_the_switchover_keeps_the_guest() {
     for side in [Side::Destination, Side::Both, Side::Source].repeat(3) {
         let mut moving = Move::start(How { mib: 16, threads: 1, ..How::default() });
         moving.session = text(&moving.migrate.event("resumable"), "session");
@@ -197,7 +197,7 @@ fn a_switchover_is_survived() {
 /// The source might have given its guest up at that moment, so the one that has been loaded stays, and does
 /// not run, until somebody who knows better ends it.
 #[test]
-fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_case() {
+fn destination_killed_before_the_switchover_keeps_its_loaded_guest() {
     let mut moving = Move::loaded();
     moving.incoming.kill();
     moving.cutter.cut(Ends::Both, false);
@@ -223,7 +223,7 @@ fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_ca
 /// A source that has lost its lanes before the commit has its guest go on, and says so to a destination that has
 /// loaded it: that one does not wait for somebody to interrupt it.
 #[test]
-fn a_destination_that_has_loaded_a_guest_is_told_that_it_stays() {
+fn loaded_destination_is_notified_that_the_guest_stays() {
     for is_killed in [false, true] {
         let mut moving = Move::loaded();
         if is_killed {
@@ -250,7 +250,7 @@ fn a_destination_that_has_loaded_a_guest_is_told_that_it_stays() {
 }
 
 #[test]
-fn a_source_that_is_killed_before_the_switchover_has_its_guest_back() {
+fn source_killed_before_the_switchover_gets_its_guest_back() {
     let mut moving = Move::loaded();
     moving.migrate.kill();
     assert_eq!(moving.status(), "paused");
@@ -278,7 +278,7 @@ fn a_source_that_is_killed_before_the_switchover_has_its_guest_back() {
 
 /// Who lives is not taken over from, and a file that is not the guest's is not sent.
 #[test]
-fn only_what_can_go_on_is_taken_over() {
+fn takeover_refuses_sessions_that_cannot_continue() {
     let mut moving = Move::switched(How { mib: 16, threads: 0, ..How::default() });
     let session = moving.session.clone();
     for command in ["migrate", "incoming"] {
@@ -305,7 +305,7 @@ fn only_what_can_go_on_is_taken_over() {
 
 /// The source hears that there is no guest any more, and both sides end.
 #[test]
-fn a_guest_that_dies_while_nobody_serves_it_is_noticed() {
+fn guest_death_without_a_umem_is_detected_at_takeover() {
     let mut moving = Move::switched(How { mib: 16, threads: 1, ..How::default() });
     moving.incoming.kill();
     moving.migrate.event("recovering");

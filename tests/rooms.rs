@@ -47,7 +47,7 @@ struct Crate {
 type Edges = BTreeMap<(String, String), String>;
 
 #[test]
-fn modules_of_a_folder_use_each_other_in_one_direction() {
+fn sibling_modules_import_without_cycles() {
     let mut report = String::new();
     let mut is_needed = [false; EXCEPTIONS.len()];
     for root in CRATES {
@@ -80,7 +80,7 @@ fn modules_of_a_folder_use_each_other_in_one_direction() {
 }
 
 #[test]
-fn the_map_lists_each_folder_below_those_that_it_uses() {
+fn architecture_map_lists_each_folder_below_its_imports() {
     let text = fs::read_to_string("ARCHITECTURE.md").expect("it is there");
     let (_, map) = text.split_once("## The map").expect("it has a map");
     let place = |folder: &str| {
@@ -96,7 +96,7 @@ fn the_map_lists_each_folder_below_those_that_it_uses() {
 }
 
 #[test]
-fn src_has_folders_and_two_files() {
+fn src_contains_folders_and_two_files() {
     let loose: Vec<_> = entries(Path::new("src"))
         .into_iter()
         .filter(|path| path.is_file())

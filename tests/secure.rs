@@ -107,7 +107,7 @@ fn demo(arguments: &[&str]) -> Value {
 }
 
 #[test]
-fn a_guest_moves_behind_tls_and_every_word_is_right() {
+fn guest_moves_behind_tls_with_every_word_right() {
     let scratch = Scratch::new();
     let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
     for options in [
@@ -127,7 +127,7 @@ fn a_guest_moves_behind_tls_and_every_word_is_right() {
 }
 
 #[test]
-fn a_guest_moves_with_a_secret() {
+fn guest_moves_with_a_secret() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     let report = demo(&["--size", "64", "--lanes", "2", "--secret-file", &secret]);
@@ -135,7 +135,7 @@ fn a_guest_moves_with_a_secret() {
 }
 
 #[test]
-fn every_kind_of_address_takes_tls_and_a_secret() {
+fn every_address_scheme_takes_tls_and_a_secret() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "there.example");
     let (secret, same) = (moving.secret("one", SECRET), moving.secret("other", SECRET));
@@ -167,7 +167,7 @@ fn every_kind_of_address_takes_tls_and_a_secret() {
 
 /// Whoever is refused learns why, the destination says who came, and the right one still gets in.
 #[test]
-fn who_shows_no_good_certificate_is_not_let_in() {
+fn source_with_a_bad_certificate_is_refused() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = |name: &str| ours.credentials(&moving.scratch, name, "127.0.0.1");
@@ -217,7 +217,7 @@ fn who_shows_no_good_certificate_is_not_let_in() {
 }
 
 #[test]
-fn a_source_sends_nothing_to_who_shows_no_good_certificate() {
+fn source_sends_no_data_to_a_bad_certificate() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "elsewhere.example");
@@ -281,7 +281,7 @@ fn hello() -> Hello {
 }
 
 #[test]
-fn who_shows_no_certificate_at_all_is_not_let_in() {
+fn source_without_a_certificate_is_refused() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
@@ -300,7 +300,7 @@ fn who_shows_no_certificate_at_all_is_not_let_in() {
 
 /// Strangers who say nothing, or begin and stop, are listened to beside everybody else.
 #[test]
-fn who_says_nothing_holds_nobody_up() {
+fn silent_tls_client_does_not_delay_others() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
@@ -320,7 +320,7 @@ fn who_says_nothing_holds_nobody_up() {
 }
 
 #[test]
-fn a_handshake_can_be_interrupted() {
+fn tls_handshake_can_be_interrupted() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let tls = ["--tls-creds", text(&creds)];
@@ -343,7 +343,7 @@ fn a_handshake_can_be_interrupted() {
 
 /// Who can only cut the connection cannot make it look like an end in order.
 #[test]
-fn a_connection_that_is_cut_is_not_one_that_has_ended() {
+fn truncated_tls_connection_is_not_taken_for_ended() {
     for is_cut in [true, false] {
         let moving = Move::new();
         let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -369,7 +369,7 @@ fn a_connection_that_is_cut_is_not_one_that_has_ended() {
 
 /// By a resume by hand as little as at first. What listened before still does then.
 #[test]
-fn a_resume_opens_no_address_to_everybody() {
+fn resume_does_not_open_an_unauthenticated_address() {
     let moving = Move::new();
     let control = moving.scratch.path("control");
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--control", text(&control)]);
@@ -388,7 +388,7 @@ fn a_resume_opens_no_address_to_everybody() {
 /// Whoever has begun a migration goes on with it: another certificate that the same authority has signed does
 /// not do, whatever its owner has learned of the session.
 #[test]
-fn who_shows_another_certificate_goes_on_with_nothing() {
+fn resume_with_another_certificate_is_refused() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -413,7 +413,7 @@ fn who_shows_another_certificate_goes_on_with_nothing() {
 /// Everybody whose certificate the authority has signed gets through a handshake. Who belongs to no session here gets
 /// no thread, however long it stays.
 #[test]
-fn who_belongs_to_no_session_gets_no_thread() {
+fn connection_without_a_session_gets_no_thread() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -447,7 +447,7 @@ fn who_belongs_to_no_session_gets_no_thread() {
 
 /// Rubbish in place of a record is an error of that lane, which both ends hear of.
 #[test]
-fn a_record_that_was_changed_on_its_way_ends_the_lane() {
+fn changed_tls_record_ends_the_lane() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
@@ -468,7 +468,7 @@ fn a_record_that_was_changed_on_its_way_ends_the_lane() {
 }
 
 #[test]
-fn files_of_certificates_and_secrets_are_checked_first() {
+fn certificate_and_secret_files_are_checked_at_start() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -519,7 +519,7 @@ fn files_of_certificates_and_secrets_are_checked_first() {
 
 /// Whoever can change an authority's certificate decides who gets in.
 #[test]
-fn a_credential_file_that_another_user_can_change_is_refused() {
+fn credential_file_writable_by_another_user_is_refused() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let secret = PathBuf::from(moving.secret("secret", SECRET));
@@ -545,7 +545,7 @@ fn a_credential_file_that_another_user_can_change_is_refused() {
 }
 
 #[test]
-fn certificates_are_refused_when_the_list_of_revoked_ones_has_expired() {
+fn certificates_are_refused_when_the_revocation_list_has_expired() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let current = ours.credentials(&moving.scratch, "current", "127.0.0.1");
@@ -570,7 +570,7 @@ fn certificates_are_refused_when_the_list_of_revoked_ones_has_expired() {
 /// The kernel gives what belongs to a process in /proc to root and root's group where the process is not dumpable
 /// (proc(5)), and else to the process's own user and group.
 #[test]
-fn a_process_that_has_read_a_secret_is_not_dumpable() {
+fn process_with_a_secret_is_not_dumpable() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     let ram = format!("ram0={}", moving.scratch.ram("source").display());
@@ -589,7 +589,7 @@ fn a_process_that_has_read_a_secret_is_not_dumpable() {
 }
 
 #[test]
-fn who_does_not_know_the_secret_is_not_let_in() {
+fn source_with_a_wrong_secret_is_refused() {
     let moving = Move::new();
     let right = moving.secret("right", SECRET);
     // A line's end makes no other secret.
@@ -622,7 +622,7 @@ fn proof(secret: &str, label: &str, said: &[&[u8]]) -> [u8; 32] {
 }
 
 #[test]
-fn a_hello_that_was_overheard_opens_nothing() {
+fn replayed_hello_is_refused() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
@@ -658,7 +658,7 @@ fn a_hello_that_was_overheard_opens_nothing() {
 
 /// What a destination that does not know the secret answers, or one that reflects our own proof.
 #[test]
-fn a_source_sends_nothing_to_who_does_not_know_the_secret() {
+fn source_sends_no_data_to_a_wrong_secret() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     for reflects in [false, true] {
@@ -685,7 +685,7 @@ fn a_source_sends_nothing_to_who_does_not_know_the_secret() {
 }
 
 #[test]
-fn an_open_address_has_to_be_asked_for() {
+fn unauthenticated_address_needs_an_explicit_option() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     for uri in ["tcp:0.0.0.0:0", "tcp::0", "tcp:[::]:0"] {
@@ -720,7 +720,7 @@ fn an_open_address_has_to_be_asked_for() {
 
 /// Whatever the mask of the process: what holds a guest's memory, or lets somebody in, is its owner's.
 #[test]
-fn sockets_and_memory_are_their_owners_alone() {
+fn sockets_and_memory_files_are_private_to_their_owner() {
     let moving = Move::new();
     let lanes = moving.scratch.path("lanes");
     let uri = format!("unix:{}", lanes.display());

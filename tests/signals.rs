@@ -74,7 +74,7 @@ fn stopped(scratch: &Scratch, wrapper: &[&str]) -> (Guests, Umem, Cutter) {
 }
 
 #[test]
-fn every_signal_gives_up_while_the_guest_is_still_the_sources() {
+fn every_signal_cancels_while_the_source_owns_the_guest() {
     for signal in enders() {
         let scratch = Scratch::new();
         let (mut guests, migrate, _cutter) = stopped(&scratch, &[]);
@@ -88,7 +88,7 @@ fn every_signal_gives_up_while_the_guest_is_still_the_sources() {
 }
 
 #[test]
-fn no_signal_ends_a_destination_whose_guest_misses_memory() {
+fn no_signal_ends_a_destination_with_missing_pages() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
@@ -129,7 +129,7 @@ fn stop_service(incoming: &Umem, guest: Pid) {
 }
 
 #[test]
-fn a_service_that_is_stopped_keeps_a_guest_that_misses_memory_and_ends_one_that_is_complete() {
+fn stopped_service_keeps_an_incomplete_guest_and_ends_a_complete_one() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
@@ -154,7 +154,7 @@ fn a_service_that_is_stopped_keeps_a_guest_that_misses_memory_and_ends_one_that_
 /// A pipe without a reader and a file that has grown too large are errors of a write; a hang-up is nothing to
 /// a umem that was started with nohup(1).
 #[test]
-fn what_is_ignored_stays_so() {
+fn ignored_signals_stay_ignored() {
     let scratch = Scratch::new();
     let (mut guests, migrate, cutter) = stopped(&scratch, &["nohup"]);
     for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGHUP] {
@@ -177,7 +177,7 @@ fn complete(scratch: &Scratch) -> (Guests, Pid) {
 }
 
 #[test]
-fn ctrl_c_stops_a_guest_that_is_complete() {
+fn ctrl_c_terminates_a_complete_guest() {
     let scratch = Scratch::new();
     let (mut guests, guest) = complete(&scratch);
     guests.incoming.signal(Signal::SIGINT);
@@ -189,7 +189,7 @@ fn ctrl_c_stops_a_guest_that_is_complete() {
 }
 
 #[test]
-fn every_other_signal_leaves_it_and_says_where_it_is() {
+fn other_signals_leave_the_guest_and_report_its_pid() {
     for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1] {
         let scratch = Scratch::new();
         let (mut guests, guest) = complete(&scratch);
@@ -205,7 +205,7 @@ fn every_other_signal_leaves_it_and_says_where_it_is() {
 
 /// One that does not act on what it is told is waited for, and not for ever.
 #[test]
-fn a_second_ctrl_c_leaves_a_guest_that_does_not_end() {
+fn second_ctrl_c_leaves_a_guest_that_ignores_sigterm() {
     let scratch = Scratch::new();
     let (mut guests, guest) = complete(&scratch);
     kill(guest, Signal::SIGSTOP).expect("it runs");
@@ -221,7 +221,7 @@ fn a_second_ctrl_c_leaves_a_guest_that_does_not_end() {
 
 /// COMMAND may be a wrapper that stays: what it has started is stopped with it.
 #[test]
-fn ctrl_c_stops_what_a_wrapper_has_started() {
+fn ctrl_c_terminates_the_child_of_a_wrapper() {
     let scratch = Scratch::new();
     let [ram, socket] = [scratch.ram("ram"), scratch.path("handoff")];
     let [qmp, pid] = [scratch.path("source"), scratch.path("pid")];
@@ -381,7 +381,7 @@ fn to_the_deaf(
 }
 
 #[test]
-fn a_monitor_that_does_not_answer_is_waited_for_until_a_signal() {
+fn unresponsive_monitor_is_waited_for_until_a_signal() {
     for (command, manner) in [
         ("qmp_capabilities", Manner::Silent),
         ("qom-list", Manner::Silent),
@@ -398,7 +398,7 @@ fn a_monitor_that_does_not_answer_is_waited_for_until_a_signal() {
 }
 
 #[test]
-fn a_socket_that_never_greets_is_waited_for_until_a_signal() {
+fn monitor_without_a_greeting_is_waited_for_until_a_signal() {
     let scratch = Scratch::new();
     let silent = scratch.path("silent");
     let listener = UnixListener::bind(&silent).expect("a new socket");
@@ -411,7 +411,7 @@ fn a_socket_that_never_greets_is_waited_for_until_a_signal() {
 
 /// The guest may stand still then: how it is asked, and how it goes on, is said, and works.
 #[test]
-fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signal() {
+fn hung_monitor_of_a_stopped_guest_is_left_at_the_second_signal() {
     for (command, manner) in [
         ("migrate", Manner::Silent),
         ("cont", Manner::Silent),
@@ -458,7 +458,7 @@ fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signa
 
 /// The guest is the destination's, and does not run yet.
 #[test]
-fn a_destinations_monitor_that_hangs_is_left_at_the_second_signal() {
+fn hung_destination_monitor_is_left_at_the_second_signal() {
     [Manner::Silent, Manner::Talks].into_iter().for_each(a_destinations_monitor_is_left);
 }
 
@@ -507,7 +507,7 @@ fn a_destinations_monitor_is_left(manner: Manner) {
 }
 
 #[test]
-fn a_fifo_that_nobody_writes_to_is_waited_for_until_a_signal() {
+fn fifo_without_a_writer_is_waited_for_until_a_signal() {
     let scratch = Scratch::new();
     let fifo = scratch.path("secret");
     mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR).expect("a new name");
@@ -538,7 +538,7 @@ fn a_fifo_that_nobody_writes_to_is_waited_for_until_a_signal() {
 
 /// The other programs that move pages do not fall to a signal either.
 #[test]
-fn a_demo_and_a_bench_end_in_order_by_any_signal() {
+fn any_signal_ends_demo_and_bench_cleanly() {
     for signal in [libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1] {
         // The guest touches 64 MiB a second, and progress is told once a second.
         let slowly = ["demo", "--json", "--size", "512", "--max-postcopy-bandwidth", "1M"];

@@ -306,7 +306,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn whatever_happens_on_the_way_every_word_is_right_and_nothing_is_left() {
+fn disturbed_moves_end_with_right_memory_and_no_leftovers() {
     let seeds = match (number("UMEM_SEED"), number("UMEM_SIM_SEEDS")) {
         (Some(seed), _) => seed..seed + 1,
         (None, Some(count)) => {

@@ -65,17 +65,17 @@ fn arrives_with(kind: &str, incoming: &[&str], tls: bool) {
 }
 
 #[test]
-fn into_shared_memory() {
+fn random_sizes_move_into_shared_memory() {
     arrives("shared", &[]);
 }
 
 #[test]
-fn into_anonymous_memory() {
+fn random_sizes_move_into_anonymous_memory() {
     arrives("anonymous", &[]);
 }
 
 #[test]
-fn into_private_memory() {
+fn random_sizes_move_into_private_memory() {
     arrives("private", &[]);
     arrives("private", &["--postcopy-flags", "1"]);
 }

@@ -149,13 +149,13 @@ fn number(report: &Value, field: &str) -> u64 {
 }
 
 #[test]
-fn a_large_snapshot_arrives_whole() {
+fn large_snapshot_arrives_whole() {
     let restore = Restore::start(512, &["--lanes", "2"], &["--regions", "2"]);
     restore.end().check(512, PAGE);
 }
 
 #[test]
-fn pages_that_the_client_gives_back_are_zeroes_from_then_on() {
+fn pages_discarded_by_the_client_read_as_zeroes() {
     for (mode, options) in [
         (&[][..], &["--balloon"][..]),
         (&["--lanes", "3"], &["--balloon", "--regions", "2"]),
@@ -173,7 +173,7 @@ fn pages_that_the_client_gives_back_are_zeroes_from_then_on() {
 
 /// Nothing that is given back is on its way then: what the client asks for is all that comes.
 #[test]
-fn without_background_too() {
+fn snapshot_arrives_without_background() {
     let mut restore = Restore::halfway(32, &["--balloon", "--regions", "2"]);
     restore.pause.release();
     restore.client.event("seen");
@@ -185,7 +185,7 @@ fn without_background_too() {
 }
 
 #[test]
-fn huge_pages_arrive_whole() {
+fn snapshot_of_huge_pages_arrives_whole() {
     let _pool = HugePages::reserve(64);
     for (mode, options) in [
         (&[][..], &["--huge"][..]),
@@ -197,7 +197,7 @@ fn huge_pages_arrive_whole() {
 }
 
 #[test]
-fn a_client_that_is_killed_ends_both_sides() {
+fn killed_client_ends_both_sides() {
     let mut restore = Restore::halfway(32, &[]);
     restore.client.kill();
     let error = restore.incoming.fails();
@@ -210,7 +210,7 @@ fn a_client_that_is_killed_ends_both_sides() {
 /// What it has not seen yet will never come once its daemon is told to give up. It must not go on then,
 /// and read zeroes instead.
 #[test]
-fn a_client_whose_source_is_killed_waits_and_is_killed_with_its_daemon() {
+fn client_waits_after_its_source_is_killed_and_ends_with_its_umem() {
     let mut restore = Restore::halfway(32, &[]);
     restore.migrate.kill();
     restore.incoming.event("recovering");
@@ -230,7 +230,7 @@ fn a_client_whose_source_is_killed_waits_and_is_killed_with_its_daemon() {
 
 /// It waits, because its own userfaultfd is open; whoever started it ends it.
 #[test]
-fn a_client_whose_daemon_is_killed_sees_nothing_wrong() {
+fn client_of_a_killed_umem_reads_no_wrong_page() {
     let mut restore = Restore::halfway(32, &[]);
     restore.incoming.kill();
     restore.migrate.event("recovering");
@@ -249,7 +249,7 @@ fn a_client_whose_daemon_is_killed_sees_nothing_wrong() {
 }
 
 #[test]
-fn a_client_of_another_size_is_refused_and_ended() {
+fn client_of_another_size_is_refused_and_ended() {
     let scratch = Scratch::new();
     let snapshot = scratch.ram("snapshot");
     write_snapshot(&snapshot, 16);
@@ -263,7 +263,7 @@ fn a_client_of_another_size_is_refused_and_ended() {
 }
 
 #[test]
-fn a_migration_that_is_interrupted_leaves_no_socket() {
+fn interrupted_migration_leaves_no_socket() {
     let scratch = Scratch::new();
     let (mut incoming, _) = incoming(&scratch);
     assert!(scratch.path("handoff").exists());
@@ -274,7 +274,7 @@ fn a_migration_that_is_interrupted_leaves_no_socket() {
 
 /// Who only looks in, or says something else, is neither waited for nor harmed.
 #[test]
-fn strangers_on_the_hand_over_socket_live_on() {
+fn foreign_clients_of_the_handover_socket_are_not_killed() {
     let scratch = Scratch::new();
     let (incoming, _) = incoming(&scratch);
     // This process is the stranger.
@@ -287,7 +287,7 @@ fn strangers_on_the_hand_over_socket_live_on() {
 
 /// The process that umem starts may be a wrapper of the one whose memory it is.
 #[test]
-fn a_client_behind_a_wrapper_is_ended_with_it() {
+fn client_behind_a_wrapper_is_ended() {
     let scratch = Scratch::new();
     let snapshot = scratch.ram("snapshot");
     write_snapshot(&snapshot, 8);
@@ -314,7 +314,7 @@ fn a_client_behind_a_wrapper_is_ended_with_it() {
 
 /// At any moment of what is said about it.
 #[test]
-fn a_client_may_end_as_soon_as_it_has_its_last_page() {
+fn client_may_exit_right_after_its_last_page() {
     for _ in 0..20 {
         let scratch = Scratch::new();
         let snapshot = scratch.ram("snapshot");

@@ -59,7 +59,7 @@ fn deeds(random: &mut Random) -> [Deeds; 4] {
 }
 
 #[test]
-fn a_guest_moves_again_and_again_and_nothing_is_left() {
+fn repeated_moves_leave_nothing_behind() {
     let seed = number("UMEM_SEED", 1);
     let moves = number("UMEM_SOAK_MOVES", MOVES);
     let mut random = Random::of(seed, 0);

@@ -89,7 +89,7 @@ fn has_userfaultfd(pid: Pid) -> bool {
 /// Every page is here, but the guest's process does not run: the source does not wait for it, and who waits
 /// is told what for.
 #[test]
-fn a_guest_that_is_stopped_is_waited_for_in_words() {
+fn takeover_reports_that_it_waits_for_a_stopped_guest() {
     for kind in [None, Some("anonymous")] {
         let mut moving = Move::switched(How { kind, ..SMALL });
         let guest = moving.arriving();
@@ -110,7 +110,7 @@ fn a_guest_that_is_stopped_is_waited_for_in_words() {
 
 /// Whoever does not want to wait for it may leave.
 #[test]
-fn a_guest_that_is_stopped_can_be_left_to_itself() {
+fn takeover_of_a_stopped_guest_can_be_interrupted() {
     let mut moving = Move::switched(SMALL);
     let guest = moving.arriving();
     kill(guest, Signal::SIGSTOP).unwrap();
@@ -129,7 +129,7 @@ fn a_guest_that_is_stopped_can_be_left_to_itself() {
 
 /// Its destination stays for its guest's sake anyway.
 #[test]
-fn a_source_that_comes_late_is_told_that_all_is_done() {
+fn late_source_learns_the_completion() {
     let mut moving = Move::unheard();
     moving.migrate = moving.resume("migrate");
     moving.migrate.event("completed");
@@ -139,7 +139,7 @@ fn a_source_that_comes_late_is_told_that_all_is_done() {
 
 /// Its destination has gone, too, and has left what is needed to tell it.
 #[test]
-fn a_source_that_comes_later_still_is_told_by_who_resumes() {
+fn later_source_learns_the_completion_from_a_resumed_destination() {
     let mut moving = Move::unheard();
     moving.incoming.signal(Signal::SIGTERM);
     assert!(moving.incoming.wait().success(), "{}", moving.incoming.stderr());
@@ -153,7 +153,7 @@ fn a_source_that_comes_later_still_is_told_by_who_resumes() {
 
 /// Nobody listens where the destination was: what is known here is said, and what can be done.
 #[test]
-fn a_source_whose_destination_is_gone_can_be_ended() {
+fn source_of_a_lost_destination_can_be_abandoned() {
     let mut moving = Move::switched(SMALL);
     moving.kill_only(Side::Both);
     moving.migrate = moving.resume_with("migrate", &[NOBODY]);
@@ -176,7 +176,7 @@ fn a_source_whose_destination_is_gone_can_be_ended() {
 
 /// Who needs the source's pages is not left without them by mistake.
 #[test]
-fn a_session_that_is_served_is_not_abandoned() {
+fn session_in_use_is_not_abandoned() {
     let mut moving = Move::switched(SMALL);
     moving.kill_only(Side::Source);
     let error = moving.resume_with("migrate", &["--abandon"]).fails();
@@ -190,7 +190,7 @@ fn a_session_that_is_served_is_not_abandoned() {
 
 /// Killed before anything was to be resumed: what lies there then goes with the next umem that begins.
 #[test]
-fn what_a_killed_destination_leaves_early_is_tidied_up() {
+fn early_leftovers_of_a_killed_destination_are_removed() {
     let mut moving = Move::start(SMALL);
     // Its answer to the source's regions does not come, so that nothing goes on.
     moving.cutter.limit_answers(Some(HELLO_BYTES as u64));
@@ -253,7 +253,7 @@ impl Move {
 
 /// Its thread that waits for another umem gets no descriptor for the connection, and tries again.
 #[test]
-fn a_guest_without_descriptors_is_taken_over_once_it_has_some() {
+fn guest_out_of_descriptors_is_taken_over_when_one_is_free() {
     let mut moving = Move::switched(SMALL);
     let guest = u32::try_from(moving.arriving().as_raw()).unwrap();
     let before = limit_descriptors(guest, 3);
@@ -275,7 +275,7 @@ fn a_guest_without_descriptors_is_taken_over_once_it_has_some() {
 }
 
 #[test]
-fn lanes_with_certificates_are_taken_over_by_who_began_them() {
+fn takeover_of_tls_lanes_needs_the_same_certificates() {
     let scratch = Scratch::new();
     let credentials = |authority: &Authority, name: &str| -> &'static str {
         let directory = authority.credentials(&scratch, name, "127.0.0.1");
@@ -298,7 +298,7 @@ fn lanes_with_certificates_are_taken_over_by_who_began_them() {
 }
 
 #[test]
-fn lanes_with_a_secret_are_taken_over_by_who_knows_it() {
+fn takeover_of_secret_lanes_needs_the_same_secret() {
     let scratch = Scratch::new();
     let secret = |name: &str, secret: &str| -> &'static str {
         write_private(&scratch.path(name), secret);
@@ -377,7 +377,7 @@ impl Move {
 }
 
 #[test]
-fn a_source_that_is_killed_around_its_goodbye_is_resumed_to_its_end() {
+fn source_killed_around_its_goodbye_is_resumed_to_its_end() {
     for number in 0..30 {
         let mut moving = Move::around_goodbye(number);
         moving.migrate.kill();
@@ -386,7 +386,7 @@ fn a_source_that_is_killed_around_its_goodbye_is_resumed_to_its_end() {
 }
 
 #[test]
-fn a_destination_that_is_killed_around_the_goodbye_is_resumed_to_its_end() {
+fn destination_killed_around_the_goodbye_is_resumed_to_its_end() {
     for number in 0..30 {
         let mut moving = Move::around_goodbye(number);
         moving.incoming.kill();
@@ -396,7 +396,7 @@ fn a_destination_that_is_killed_around_the_goodbye_is_resumed_to_its_end() {
 
 /// Whenever the guest's process dies, both sides say the same: all of its memory had come, or it is lost.
 #[test]
-fn a_guest_that_is_killed_while_its_pages_come_has_not_arrived_on_either_side() {
+fn guest_killed_before_its_last_page_fails_both_sides() {
     let mut lost = 0;
     for number in 0..16 {
         let kind = if number % 2 == 0 { Some("anonymous") } else { None };

@@ -32,7 +32,7 @@ fn loading(scratch: &Scratch, bulk_lanes: u16) -> (Umem, Peer) {
 }
 
 #[test]
-fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
+fn sparse_snapshot_arrives_whole_and_stays_sparse() {
     for mode in [&["-p"][..], &[], &["-p", "--lanes", "3"]] {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
@@ -64,7 +64,7 @@ fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
 
 /// Names of files are bytes, whatever they mean to others; session files have them as well.
 #[test]
-fn paths_of_ram_need_not_be_utf_8() {
+fn ram_path_may_be_other_than_utf_8() {
     use std::ffi::{OsStr, OsString};
     use std::os::unix::ffi::OsStrExt;
     let scratch = Scratch::new();
@@ -142,7 +142,7 @@ fn holes_of_huge_pages_stay_holes() {
 
 /// The source's file has pages of 4 KiB, most of them with holes beside them: what moves is 2 MiB.
 #[test]
-fn small_pages_land_in_huge_ones() {
+fn small_pages_land_in_huge_pages() {
     let tls = ["--tls-creds"];
     // The last two go through a pipe.
     let forbidden = &[libc::SYS_process_vm_writev][..];
@@ -202,7 +202,7 @@ fn small_pages_land_in_huge_ones() {
 }
 
 #[test]
-fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
+fn only_demanded_pages_are_sent_without_background_until_an_interrupt() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
@@ -221,7 +221,7 @@ fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
 }
 
 #[test]
-fn interrupting_before_the_switchover_leaves_nothing_behind() {
+fn interrupt_before_the_switchover_leaves_nothing_behind() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     uri_of(&mut incoming);
@@ -234,7 +234,7 @@ fn interrupting_before_the_switchover_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_guest_that_dies_is_noticed() {
+fn guest_death_is_detected() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let pid = incoming.event("listening")["guest_pid"].as_i64().unwrap();
@@ -247,7 +247,7 @@ fn a_guest_that_dies_is_noticed() {
 
 /// The demand lane is read ahead: whatever a receive brings begins and ends anywhere.
 #[test]
-fn answers_that_come_in_pieces_land_whole() {
+fn answers_received_in_pieces_land_whole() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_loading_guest(&scratch, 8);
     let mut peer = Peer::dial(&uri_of(&mut incoming), 1);
@@ -296,7 +296,7 @@ fn answers_that_come_in_pieces_land_whole() {
 /// Of a run on the demand lane the last page comes by itself, and somebody waits for it. The page before it is
 /// there as well then, for whoever touches it next.
 #[test]
-fn a_run_whose_last_page_is_waited_for_is_there_whole() {
+fn run_is_complete_when_its_awaited_last_page_lands() {
     let scratch = Scratch::new();
     let (mut incoming, mut peer) = loading(&scratch, 1);
     peer.send(1, &Frame::Hole(range(0, 8)), &[]);
@@ -351,7 +351,7 @@ fn guest_of(umem: u32, ram: &Path) -> (Pid, usize) {
 /// The last page of a lane is waited for, so that a vCPU is still to be woken when the source has
 /// closed the lane already.
 #[test]
-fn a_lane_may_close_as_soon_as_it_has_ended() {
+fn lane_may_close_right_after_its_end() {
     let scratch = Scratch::new();
     let (mut incoming, mut peer) = loading(&scratch, 2);
     let mut last = transmit::data_header(range(0, 1)).to_vec();
@@ -369,7 +369,7 @@ fn a_lane_may_close_as_soon_as_it_has_ended() {
 /// Once it has said that the guest is loaded, the source may give it up at any moment: if both did,
 /// nobody would have it.
 #[test]
-fn a_guest_that_is_loaded_is_not_given_up_by_an_interrupt() {
+fn interrupt_does_not_abandon_a_loaded_guest() {
     let scratch = Scratch::new();
     let (mut incoming, mut peer) = loading(&scratch, 1);
     peer.send(1, &Frame::Hole(range(0, 1)), &[]);
@@ -386,7 +386,7 @@ fn a_guest_that_is_loaded_is_not_given_up_by_an_interrupt() {
 
 /// The source has sent every page then; that does not mean that they have come.
 #[test]
-fn without_postcopy_the_guest_is_loaded_when_its_last_page_has_come() {
+fn guest_is_loaded_after_its_last_page_without_postcopy() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let mut peer = Peer::dial(&uri_of(&mut incoming), 1);

@@ -72,7 +72,7 @@ fn shell(arguments: &[String]) -> String {
 
 /// As systemd hands a socket to a service: somebody else has bound it, and keeps it.
 #[test]
-fn a_socket_that_listens_is_inherited() {
+fn inherited_listening_socket_accepts_a_source() {
     for kind in ["tcp", "unix"] {
         let moving = Move::new(&["-p", "--lanes", "2"]);
         let path = moving.scratch.path("umem.sock");
@@ -110,7 +110,7 @@ fn does_not_block(socket: &dyn AsRawFd) -> bool {
 
 /// Whoever has handed a socket over may have it still, and have its own way of waiting for it.
 #[test]
-fn an_inherited_socket_keeps_its_flags() {
+fn inherited_socket_keeps_its_flags() {
     for (mode, nonblocking) in [(&["-p"][..], true), (&[], true), (&["-p"], false)] {
         let moving = Move::new(mode);
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -132,7 +132,7 @@ fn an_inherited_socket_keeps_its_flags() {
 }
 
 #[test]
-fn a_source_has_no_use_for_a_socket_that_listens() {
+fn source_refuses_a_listening_socket() {
     let moving = Move::new(&["-p"]);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let arguments = moving.migrate("fd:7").into_iter();
@@ -141,7 +141,7 @@ fn a_source_has_no_use_for_a_socket_that_listens() {
 }
 
 #[test]
-fn lanes_of_their_own() {
+fn several_lanes_over_given_sockets() {
     for (mode, uri) in [
         (&["-p"][..], "tcp:[::1]:0"),
         (&["-p", "--lanes", "2"], "unix:"),
@@ -164,7 +164,7 @@ fn lanes_of_their_own() {
 }
 
 #[test]
-fn an_inherited_socket() {
+fn one_lane_over_an_inherited_socket() {
     for mode in [&["-p"][..], &[]] {
         let moving = Move::new(mode);
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -184,7 +184,7 @@ fn an_inherited_socket() {
 }
 
 #[test]
-fn without_background_pages_one_connection_waits_too() {
+fn single_connection_waits_without_background() {
     let moving = Move::new(&["-p", "-n"]);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut migrate = Umem::start_inheriting(&ours, 5, moving.migrate("fd:5"));
@@ -199,7 +199,7 @@ fn without_background_pages_one_connection_waits_too() {
 }
 
 #[test]
-fn a_command_at_the_source() {
+fn one_lane_over_a_command_at_the_source() {
     for mode in [&["-p"][..], &[]] {
         let moving = Move::new(mode);
         let said = moving.scratch.path("incoming.json");
@@ -217,7 +217,7 @@ fn a_command_at_the_source() {
 }
 
 #[test]
-fn a_command_at_the_destination() {
+fn one_lane_over_a_command_at_the_destination() {
     let moving = Move::new(&["-p"]);
     let command = format!("{} >/dev/null", shell(&moving.migrate("fd:0")));
     let mut incoming = Umem::start(moving.incoming(&format!("exec:{command}")));
@@ -228,7 +228,7 @@ fn a_command_at_the_destination() {
 }
 
 #[test]
-fn a_command_that_dies_is_named_with_its_status() {
+fn failed_command_is_named_with_its_status() {
     let moving = Move::new(&["-p"]);
     for (command, status) in [
         ("exit 7", "exit status: 7"),
@@ -245,7 +245,7 @@ fn a_command_that_dies_is_named_with_its_status() {
 
 /// The terminal's signals are umem's: one that ended the command would cost the connection.
 #[test]
-fn a_command_does_not_end_by_what_is_meant_for_umem() {
+fn signals_of_umem_do_not_reach_its_command() {
     let moving = Move::new(&["-p"]);
     let status = moving.scratch.path("status");
     let command = format!(
@@ -264,7 +264,7 @@ fn a_command_does_not_end_by_what_is_meant_for_umem() {
 }
 
 #[test]
-fn a_command_ends_with_umem() {
+fn command_ends_with_umem() {
     let moving = Move::new(&["-p"]);
     let pid = moving.scratch.path("pid");
     let command = format!("exec:trap '' INT; echo $$ >'{}'; exec sleep 1000", pid.display());
@@ -280,7 +280,7 @@ fn a_command_ends_with_umem() {
 }
 
 #[test]
-fn what_is_no_connected_stream_socket_is_refused() {
+fn descriptor_other_than_a_connected_stream_socket_is_refused() {
     let moving = Move::new(&["-p"]);
     let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
     let (family, kind) = (AddressFamily::Inet, SockType::Stream);
@@ -304,7 +304,7 @@ fn what_is_no_connected_stream_socket_is_refused() {
 }
 
 #[test]
-fn one_connection_has_no_lanes_to_choose() {
+fn lanes_option_is_refused_over_one_connection() {
     let moving = Move::new(&["-p", "--lanes", "2"]);
     for uri in ["fd:7", "exec:true"] {
         let error = Umem::start(moving.migrate(uri)).fails_as_misused();
@@ -318,7 +318,7 @@ fn one_connection_has_no_lanes_to_choose() {
 
 /// Several lanes would wait for each other for ever.
 #[test]
-fn a_source_with_more_lanes_is_refused_on_the_only_connection() {
+fn source_with_several_lanes_is_refused_on_a_single_connection() {
     let moving = Move::new(&["-p"]);
     let listener = UnixListener::bind(moving.scratch.path("umem.sock")).unwrap();
     let uri = format!("unix:{}", moving.scratch.path("umem.sock").display());
@@ -334,7 +334,7 @@ fn a_source_with_more_lanes_is_refused_on_the_only_connection() {
 
 /// What the connection holds already goes first, and one batch; nothing else of the background does.
 #[test]
-fn an_answer_overtakes_the_background_of_its_connection() {
+fn answer_overtakes_the_background_on_a_single_connection() {
     let moving = Move::new(&["-p"]);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut migrate = Umem::start_inheriting(&theirs, 5, moving.migrate("fd:5"));
@@ -381,7 +381,7 @@ fn unread(socket: &UnixStream) -> i32 {
 
 /// Both sides are told to stop while nobody answers.
 #[test]
-fn nobody_at_the_other_end_can_be_interrupted() {
+fn given_connection_without_a_peer_can_be_interrupted() {
     let moving = Move::new(&["-p"]);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut migrate = Umem::start_inheriting(&theirs, 5, moving.migrate("fd:5"));

@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_is_readable_while_there_are_events() {
+    fn descriptor_is_readable_while_events_are_queued() {
         let (desk, _answers) = desk();
         assert!(!is_readable(&desk));
         desk.ask(Question::Stop);
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_asked_is_answered_and_only_once() {
+    fn answer_is_accepted_once_and_only_for_an_open_question() {
         let (desk, answers) = desk();
         let saved = || Answer::Saved(Ok(Vec::new()));
         assert!(desk.answer(Open::Save, saved).is_err() && desk.refuse("why").is_err());
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn of_connections_that_come_and_go_the_last_news_is_kept() {
+    fn only_the_latest_connection_event_is_queued() {
         let desk = Arc::new(desk().0);
         let Output::Host(tell) = desk.clone().output() else { unreachable!() };
         let place = Place::Destination;
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_goes_on_before_the_destination_is_told_that_it_does() {
+    fn cancelled_guest_continues_before_the_destination_is_notified() {
         let (desk, _answers) = desk();
         let desk = Arc::new(desk);
         let Output::Host(tell) = desk.clone().output() else { unreachable!() };
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn orders_are_taken_while_there_is_somebody_to_follow_them() {
+    fn orders_are_accepted_while_the_migration_thread_runs() {
         let (desk, _answers) = desk();
         let refused = |desk: &HostChannel, order| desk.order(order).unwrap_err().to_string();
         assert!(refused(&desk, LinkOrder::Pause).contains("no connections yet"));
@@ -467,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_says_whose_the_guest_is() {
+    fn failure_names_the_owner_of_the_guest() {
         use Question::{Load, Resume, Run, Save, Stop};
 
         for (questions, guest) in [

@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_sent_by_one_source_at_a_time_and_the_programs_own_locks_stay() {
+    fn second_source_of_a_file_is_refused_and_the_programs_locks_stay() {
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(1 << 20).unwrap();
         let (first, mut destination) = source(&file);

@@ -115,18 +115,18 @@ fn a_change_is_no_end(on_disk: bool, options: &[&str]) {
 }
 
 #[test]
-fn a_snapshot_in_memory_that_changes_is_served_once_it_is_as_it_was() {
+fn changed_snapshot_in_memory_is_served_after_it_is_restored() {
     a_change_is_no_end(false, &[]);
 }
 
 #[test]
-fn a_snapshot_on_a_disk_that_changes_is_served_once_it_is_as_it_was() {
+fn changed_snapshot_on_disk_is_served_after_it_is_restored() {
     a_change_is_no_end(true, &["--checksum"]);
 }
 
 /// Nobody looked meanwhile: whoever takes over does, and takes the second resume for an answer.
 #[test]
-fn a_file_that_changed_while_no_umem_was_there_is_noticed() {
+fn file_changed_between_two_umems_is_detected() {
     let mut served = Served::start(false, &[]);
     served.migrate.kill();
     open(&served.snapshot).write_all_at(b"another", 5 * 4096).unwrap();
@@ -139,7 +139,7 @@ fn a_file_that_changed_while_no_umem_was_there_is_noticed() {
 
 /// Pages are on their way, and the kernel and umem read what is not there any more: no signal ends umem.
 #[test]
-fn truncation_in_full_flight_is_an_error_and_no_signal() {
+fn truncated_file_gives_an_error_instead_of_a_signal() {
     for options in [&["-p"][..], &["-p", "--checksum"], &["-p", "--lanes", "4"], &[]] {
         let scratch = Scratch::new();
         let snapshot = scratch.ram("source");
@@ -166,7 +166,7 @@ fn truncation_in_full_flight_is_an_error_and_no_signal() {
 
 /// Everything has come, and whether it was right cannot be known: neither side says that it is complete.
 #[test]
-fn a_change_before_the_end_is_not_called_complete() {
+fn file_changed_before_the_end_is_not_reported_complete() {
     let mut still = Still::start_checked(false);
     let cutter = Cutter::to(&still.uri);
     cutter.limit_answers(Some(UNTIL_RUNNING));

@@ -231,7 +231,7 @@ fn sha256(bytes: &[u8]) -> String {
 
 /// Chromium of the security archive, a library that is newer than the archive's, and sources of others.
 #[test]
-fn what_is_installed_changes_nothing() {
+fn installed_packages_do_not_change_the_fetched_set() {
     let machine = Machine::new();
     let installed = "Status: install ok installed\nArchitecture: amd64\nDescription: for a test\n\
                      Maintainer: nobody <x@example.org>\n";
@@ -259,7 +259,7 @@ fn what_is_installed_changes_nothing() {
 
 /// Another release, another form of its sources, a mirror that does not answer, and no security archive.
 #[test]
-fn another_debian_has_the_mirror_too() {
+fn fetch_uses_the_mirror_of_another_debian_release() {
     let machine = Machine::new();
     machine.write(
         "sources.list",
@@ -272,7 +272,7 @@ fn another_debian_has_the_mirror_too() {
 }
 
 #[test]
-fn a_machine_without_debian_is_told_what_to_give() {
+fn fetch_without_debian_names_the_variables_to_set() {
     let machine = Machine::new();
     machine.write("sources/vendor.list", "deb [trusted=yes] file:ROOT/vendor bookworm main\n");
     let said = machine.fetch().expect_err("nothing of Debian's");
@@ -282,7 +282,7 @@ fn a_machine_without_debian_is_told_what_to_give() {
 
 /// A signature is asked for, whatever the machine says of other sources.
 #[test]
-fn an_archive_that_nobody_has_signed_is_refused() {
+fn unsigned_archive_is_refused() {
     let machine = Machine::new();
     machine.write("sources/debian.list", "deb file:ROOT/debian bookworm main\n");
     let said = machine.fetch().expect_err("nobody vouches for it");
@@ -291,7 +291,7 @@ fn an_archive_that_nobody_has_signed_is_refused() {
 
 /// Where packages come from is the machine's affair.
 #[test]
-fn no_mirror_is_written_in() {
+fn fetch_contains_no_mirror_address() {
     let script = fs::read_to_string(tool("fetch")).unwrap();
     assert!(!script.contains("http:") && !script.contains("https:"), "{script}");
 }

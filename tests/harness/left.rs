@@ -37,7 +37,7 @@ const LEAVES: &str = r#"
 
 /// Whether the command succeeds or fails, and then it is gone.
 #[test]
-fn what_is_left_behind_is_told() {
+fn leftovers_are_reported() {
     for (end, status) in [("", 3), ("exit 7", 7)] {
         let scratch = scratch();
         let directory = scratch.path();
@@ -63,7 +63,7 @@ fn what_is_left_behind_is_told() {
 }
 
 #[test]
-fn nothing_is_told_where_nothing_is_left() {
+fn clean_run_reports_no_leftovers() {
     let scratch = scratch();
     let script =
         "sleep 0.01 & ip netns add x && ip netns del x; touch /dev/shm/x && rm /dev/shm/x; wait";
@@ -74,7 +74,7 @@ fn nothing_is_told_where_nothing_is_left() {
 
 /// A QEMU and a umem that begin meanwhile, files, sessions and mounts: neither seen nor told.
 #[test]
-fn what_others_do_meanwhile_is_not_told() {
+fn objects_of_other_programs_are_not_reported() {
     let scratch = scratch();
     let token = scratch.path().file_name().unwrap().to_str().unwrap();
     let script =

@@ -13,12 +13,12 @@ use crate::support::{Cutter, Ends, Machine, QemuVersion, Qmp, Ram, Scratch, Tap,
 use crate::{boot, booted, migrate};
 
 #[test]
-fn a_guest_under_load_moves_by_postcopy_with_qemu_7_2() {
+fn loaded_guest_moves_by_postcopy_with_qemu_7_2() {
     moves_by_postcopy(QemuVersion::V7_2);
 }
 
 #[test]
-fn a_guest_under_load_moves_by_postcopy_with_qemu_10_0() {
+fn loaded_guest_moves_by_postcopy_with_qemu_10_0() {
     moves_by_postcopy(QemuVersion::V10_0);
 }
 
@@ -33,7 +33,7 @@ fn moves_by_postcopy(version: QemuVersion) {
 }
 
 #[test]
-fn without_background_pages_the_rest_comes_after_an_interrupt() {
+fn remaining_pages_come_after_an_interrupt_without_background() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -53,7 +53,7 @@ fn without_background_pages_the_rest_comes_after_an_interrupt() {
 }
 
 #[test]
-fn without_postcopy_all_pages_come_before_the_switchover() {
+fn all_pages_come_before_the_switchover_without_postcopy() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V7_2);
     let source = boot(&machine, &scratch);
@@ -67,7 +67,7 @@ fn without_postcopy_all_pages_come_before_the_switchover() {
 /// Every connection is cut, and none can be made for ten seconds: the guest goes on with what it has,
 /// and with all of it afterwards.
 #[test]
-fn a_guest_under_load_survives_ten_seconds_without_a_connection() {
+fn loaded_guest_survives_ten_seconds_without_a_connection() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -99,7 +99,7 @@ fn a_guest_under_load_survives_ten_seconds_without_a_connection() {
 
 /// Both umems are killed, one after the other and at once; others take over.
 #[test]
-fn a_guest_under_load_survives_the_death_of_its_umems() {
+fn loaded_guest_survives_the_death_of_both_umems() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -143,7 +143,7 @@ fn a_guest_under_load_survives_the_death_of_its_umems() {
 }
 
 #[test]
-fn two_guests_move_at_once() {
+fn two_guests_move_concurrently() {
     let scratch = Scratch::new();
     let old = Machine { name: "old", ..Machine::linux(QemuVersion::V7_2) };
     let new = Machine { name: "new", ..Machine::linux(QemuVersion::V10_0) };
@@ -161,7 +161,7 @@ fn two_guests_move_at_once() {
 }
 
 #[test]
-fn a_guest_moves_over_unix_sockets_and_two_bulk_lanes() {
+fn guest_moves_over_unix_sockets_and_two_bulk_lanes() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -175,7 +175,7 @@ fn a_guest_moves_over_unix_sockets_and_two_bulk_lanes() {
 }
 
 #[test]
-fn every_ram_backend_moves_whatever_their_order() {
+fn ram_backends_move_in_any_order() {
     let scratch = Scratch::new();
     let [main, dimm] = [Ram { id: "ram0", mib: 256 }, Ram { id: "ram1", mib: 256 }];
     let sender = Machine {
@@ -194,12 +194,12 @@ fn every_ram_backend_moves_whatever_their_order() {
 
 /// The RFC's own shape: RAM ends as the guest's own anonymous memory, and the file empty.
 #[test]
-fn a_guests_memory_becomes_its_own_with_qemu_10_0() {
+fn private_ram_becomes_anonymous_with_qemu_10_0() {
     becomes_private(QemuVersion::V10_0, "1");
 }
 
 #[test]
-fn a_guests_memory_becomes_its_own_at_the_end_with_qemu_7_2() {
+fn private_ram_becomes_anonymous_at_the_end_with_qemu_7_2() {
     becomes_private(QemuVersion::V7_2, "0");
 }
 

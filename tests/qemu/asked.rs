@@ -28,7 +28,7 @@ fn source(machine: &Machine, scratch: &Scratch) -> (Qemu, File) {
 }
 
 #[test]
-fn a_qemu_behind_any_wrapper_gets_what_it_needs() {
+fn qemu_behind_a_wrapper_gets_the_preload_object() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let script = scratch.path("script");
@@ -61,7 +61,7 @@ fn a_qemu_behind_any_wrapper_gets_what_it_needs() {
 
 /// Whose memory it is, says QEMU: what has started it is another process, which may have more to do.
 #[test]
-fn the_end_of_qemu_is_noticed_though_the_script_goes_on_that_started_it() {
+fn end_of_qemu_is_detected_while_its_wrapper_script_runs() {
     for has_come in [false, true] {
         let scratch = Scratch::new();
         let machine = small(QemuVersion::V10_0);
@@ -141,7 +141,7 @@ fn plain(machine: &Machine, scratch: &Scratch) -> Vec<String> {
 }
 
 #[test]
-fn memory_is_found_however_it_is_configured() {
+fn memory_is_found_in_every_configuration() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -179,7 +179,7 @@ fn memory_is_found_however_it_is_configured() {
 }
 
 #[test]
-fn memory_that_is_none_of_the_guests_is_let_go() {
+fn memory_outside_the_guest_is_released() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -210,7 +210,7 @@ fn memory_that_is_none_of_the_guests_is_let_go() {
 }
 
 #[test]
-fn a_disk_that_is_memory_to_the_guest_cannot_be_filled() {
+fn nvdimm_disk_cannot_be_filled() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -232,7 +232,7 @@ fn a_disk_that_is_memory_to_the_guest_cannot_be_filled() {
 }
 
 #[test]
-fn a_file_longer_than_the_guests_memory_is_filled_as_far_as_it_is_the_guests() {
+fn longer_file_is_filled_up_to_the_guests_memory() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -247,7 +247,7 @@ fn a_file_longer_than_the_guests_memory_is_filled_as_far_as_it_is_the_guests() {
 }
 
 #[test]
-fn what_umem_cannot_ask_is_told_before_a_source_comes() {
+fn unusable_command_is_reported_before_a_source_connects() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let given = machine.command_line(&scratch, Side::Destination);
@@ -295,7 +295,7 @@ fn what_umem_cannot_ask_is_told_before_a_source_comes() {
 
 /// Nothing locks the file of a QEMU that no umem has started, and an empty one looks like nobody's.
 #[test]
-fn a_file_that_another_qemu_has_mapped_is_refused_though_it_is_empty() {
+fn empty_file_mapped_by_another_qemu_is_refused() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -334,7 +334,7 @@ fn a_file_that_another_qemu_has_mapped_is_refused_though_it_is_empty() {
 
 /// What QEMU maps in the way of RAM once umem knows the guest's memory is nobody's to fill.
 #[test]
-fn memory_that_is_plugged_in_later_is_qemus_own() {
+fn memory_plugged_in_later_is_left_to_qemu() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -369,7 +369,7 @@ fn memory_that_is_plugged_in_later_is_qemus_own() {
 
 /// Only the file goes that was made for the guest, not the one that has its name by then.
 #[test]
-fn a_file_that_took_the_name_of_the_guests_stays_when_the_guest_does_not_come() {
+fn replaced_ram_file_is_kept_when_the_guest_does_not_arrive() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let name = machine.ram_file(&scratch, Side::Destination, "ram0");

@@ -6,17 +6,17 @@ use crate::support::{Machine, QemuVersion, Scratch, Side};
 use crate::{boot, migrate};
 
 #[test]
-fn pages_that_go_into_the_balloon_read_as_zeroes_with_qemu_7_2() {
+fn ballooned_pages_read_as_zeroes_with_qemu_7_2() {
     gives_back(QemuVersion::V7_2, false);
 }
 
 #[test]
-fn pages_that_go_into_the_balloon_read_as_zeroes_with_qemu_10_0() {
+fn ballooned_pages_read_as_zeroes_with_qemu_10_0() {
     gives_back(QemuVersion::V10_0, false);
 }
 
 #[test]
-fn pages_of_private_memory_that_go_into_the_balloon_read_as_zeroes() {
+fn ballooned_pages_of_private_memory_read_as_zeroes() {
     gives_back(QemuVersion::V10_0, true);
 }
 
@@ -49,12 +49,12 @@ fn gives_back(version: QemuVersion, becomes_private: bool) {
 }
 
 #[test]
-fn a_guest_with_virtio_mem_moves_with_qemu_7_2() {
+fn guest_with_virtio_mem_moves_with_qemu_7_2() {
     has_virtio_mem(QemuVersion::V7_2);
 }
 
 #[test]
-fn a_guest_with_virtio_mem_moves_with_qemu_10_0() {
+fn guest_with_virtio_mem_moves_with_qemu_10_0() {
     has_virtio_mem(QemuVersion::V10_0);
 }
 

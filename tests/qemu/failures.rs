@@ -15,12 +15,12 @@ use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem, 
 use crate::{NOBODY, boot, incoming, migrate, says};
 
 #[test]
-fn what_fails_before_the_switchover_leaves_the_guest_running_with_qemu_7_2() {
+fn failure_before_the_switchover_leaves_the_guest_running_with_qemu_7_2() {
     survives_failures(QemuVersion::V7_2);
 }
 
 #[test]
-fn what_fails_before_the_switchover_leaves_the_guest_running_with_qemu_10_0() {
+fn failure_before_the_switchover_leaves_the_guest_running_with_qemu_10_0() {
     survives_failures(QemuVersion::V10_0);
 }
 

@@ -79,7 +79,7 @@ fn is_taken(source: &mut Qemu, options: &[&str]) {
 }
 
 #[test]
-fn a_file_that_took_the_name_is_not_the_guests() {
+fn replaced_ram_file_is_not_moved() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -94,7 +94,7 @@ fn a_file_that_took_the_name_is_not_the_guests() {
 }
 
 #[test]
-fn a_file_without_a_name_is_the_guests_all_the_same() {
+fn unlinked_ram_file_is_moved() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -108,7 +108,7 @@ fn a_file_without_a_name_is_the_guests_all_the_same() {
 
 /// As a manager may give it: to anybody else its path leads elsewhere.
 #[test]
-fn a_memory_file_that_qemu_was_given_is_the_guests() {
+fn inherited_memfd_is_moved() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -127,7 +127,7 @@ fn a_memory_file_that_qemu_was_given_is_the_guests() {
 }
 
 #[test]
-fn a_file_in_another_mount_namespace_is_found() {
+fn ram_file_in_another_mount_namespace_is_found() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -157,7 +157,7 @@ fn start_by(words: &[String], machine: &Machine, scratch: &Scratch) -> Qemu {
 }
 
 #[test]
-fn a_socket_that_somebody_else_has_made_for_qemu_leads_to_its_memory() {
+fn monitor_socket_made_by_a_parent_leads_to_qemu() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -179,12 +179,12 @@ fn a_socket_that_somebody_else_has_made_for_qemu_leads_to_its_memory() {
 }
 
 #[test]
-fn a_guest_with_numa_nodes_moves_with_qemu_7_2() {
+fn guest_with_numa_nodes_moves_with_qemu_7_2() {
     numa_moves(QemuVersion::V7_2);
 }
 
 #[test]
-fn a_guest_with_numa_nodes_moves_with_qemu_10_0() {
+fn guest_with_numa_nodes_moves_with_qemu_10_0() {
     numa_moves(QemuVersion::V10_0);
 }
 
@@ -198,7 +198,7 @@ fn numa_moves(version: QemuVersion) {
 }
 
 #[test]
-fn a_file_longer_than_the_guests_memory_is_moved_as_far_as_it_is_the_guests() {
+fn longer_file_is_moved_up_to_the_guests_memory() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -277,7 +277,7 @@ fn numa_nodes_in_one_file_move_into_one_file_with_other_offsets() {
 }
 
 #[test]
-fn memory_that_begins_inside_of_its_file_is_moved_and_what_lies_around_it_is_left_alone() {
+fn memory_at_a_file_offset_is_moved_and_bytes_around_it_are_kept() {
     for options in [&["-p"][..], &["-p", "--release-ram"], &[]] {
         let scratch = Scratch::new();
         let machine = small(QemuVersion::V10_0);
@@ -320,7 +320,7 @@ fn memory_that_begins_inside_of_its_file_is_moved_and_what_lies_around_it_is_lef
 
 /// A process that takes over finds each part where it is.
 #[test]
-fn memory_in_one_file_is_served_by_who_takes_over() {
+fn shared_file_of_several_backends_is_served_after_a_takeover() {
     let scratch = Scratch::new();
     let ram = vec![Ram { id: "ram-node0", mib: 64 }, Ram { id: "ram-node1", mib: 64 }];
     let machine = Machine { ram, ..Machine::bare(QemuVersion::V10_0) };
@@ -355,7 +355,7 @@ fn memory_in_one_file_is_served_by_who_takes_over() {
 }
 
 #[test]
-fn backends_that_have_the_same_bytes_of_a_file_are_refused() {
+fn backends_with_overlapping_file_ranges_are_refused() {
     let scratch = Scratch::new();
     let name = scratch.ram("both");
     file_of(&name, 128);
@@ -382,7 +382,7 @@ fn backends_that_have_the_same_bytes_of_a_file_are_refused() {
 }
 
 #[test]
-fn memory_with_a_name_that_is_too_long_is_refused() {
+fn overlong_memory_name_is_refused() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let id = "m".repeat(64);
@@ -402,7 +402,7 @@ fn plain_source(version: QemuVersion, scratch: &Scratch, options: &str) -> Qemu 
 }
 
 #[test]
-fn files_that_a_user_names_are_compared_with_what_qemu_has_mapped() {
+fn named_files_are_compared_with_qemus_mappings() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -429,7 +429,7 @@ fn files_that_a_user_names_are_compared_with_what_qemu_has_mapped() {
 }
 
 #[test]
-fn a_user_who_may_not_see_the_mappings_is_told() {
+fn user_without_access_to_the_mappings_gets_an_error() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let mut source = machine.start(&scratch);
@@ -448,7 +448,7 @@ fn a_user_who_may_not_see_the_mappings_is_told() {
 }
 
 #[test]
-fn names_of_devices_and_memory_that_no_device_uses_mean_nothing() {
+fn device_names_and_unused_memory_are_ignored() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -465,7 +465,7 @@ fn names_of_devices_and_memory_that_no_device_uses_mean_nothing() {
 }
 
 #[test]
-fn a_disk_that_is_memory_to_the_guest_is_left_alone_or_refused_at_once() {
+fn nvdimm_disk_is_left_alone_or_refused_at_once() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let image = on_a_disk(&scratch);

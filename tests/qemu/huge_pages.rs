@@ -26,7 +26,7 @@ const ALIGNED: [(&str, bool); 5] = [
 ];
 
 #[test]
-fn a_destination_says_how_its_guest_gets_huge_pages() {
+fn destination_prints_huge_page_advice() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         for (align, is_advised) in ALIGNED {
             let scratch = Scratch::new();
@@ -68,7 +68,7 @@ fn a_destination_says_how_its_guest_gets_huge_pages() {
 }
 
 #[test]
-fn a_source_says_how_its_guest_gets_huge_pages() {
+fn source_prints_huge_page_advice() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         for (align, is_advised) in ALIGNED {
             let scratch = Scratch::new();

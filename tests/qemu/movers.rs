@@ -40,7 +40,7 @@ fn set_up(qmp: &mut Qmp) -> [Value; 3] {
 
 /// What QEMU leaves out of its stream has to be what umem moves, which it asks for before.
 #[test]
-fn a_guest_that_is_given_memory_meanwhile_is_not_given_away() {
+fn memory_added_during_a_move_ends_the_move() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = Machine::bare(version);
@@ -61,7 +61,7 @@ fn a_guest_that_is_given_memory_meanwhile_is_not_given_away() {
 
 /// The usual place for session files may be on a file system that cannot be written: nobody has asked for one.
 #[test]
-fn a_guest_moves_without_a_session_file_where_none_can_be_written() {
+fn guest_moves_without_a_writable_session_directory() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let source = machine.start(&scratch);
@@ -85,7 +85,7 @@ fn a_guest_moves_without_a_session_file_where_none_can_be_written() {
 
 /// `cont` has a QEMU that waits for its guest let it run as soon as it is loaded, and the source may yet go on with it.
 #[test]
-fn a_guest_that_another_client_lets_run_where_it_arrives_goes_on_at_the_source() {
+fn early_cont_at_the_destination_leaves_the_guest_at_the_source() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -109,7 +109,7 @@ fn a_guest_that_another_client_lets_run_where_it_arrives_goes_on_at_the_source()
 
 /// A umem that was killed has put nothing back. Its session may be nowhere, or another user's.
 #[test]
-fn what_a_killed_umem_has_changed_is_not_taken_for_the_users() {
+fn settings_of_a_killed_umem_are_not_taken_for_the_users() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -160,7 +160,7 @@ fn migration(qmp: &mut Qmp) -> String {
 }
 
 #[test]
-fn a_second_umem_is_refused_while_a_first_moves_the_guest() {
+fn second_umem_is_refused_during_a_move() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let (machine, other) = machine(version, &scratch);
@@ -193,7 +193,7 @@ fn a_second_umem_is_refused_while_a_first_moves_the_guest() {
 }
 
 #[test]
-fn nobody_lets_a_guest_run_that_is_about_to_be_given_away() {
+fn commands_of_other_clients_are_refused_before_the_switchover() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::linux(version);
@@ -247,7 +247,7 @@ fn ends_by_itself(source: &mut Qemu) {
 }
 
 #[test]
-fn a_migration_of_qemus_own_is_left_alone() {
+fn qemus_own_migration_is_not_disturbed() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -287,7 +287,7 @@ fn a_migration_of_qemus_own_is_left_alone() {
 
 /// Of those that QEMU itself sets together.
 #[test]
-fn capabilities_and_parameters_of_the_source_are_there_again_after_the_move() {
+fn source_capabilities_and_parameters_are_restored_after_the_move() {
     for (version, sets) in [
         (
             QemuVersion::V7_2,
@@ -352,7 +352,7 @@ fn capabilities_and_parameters_of_the_source_are_there_again_after_the_move() {
 
 /// What is left on there would have the next migration, or `virsh save`, leave the guest's memory out.
 #[test]
-fn nothing_of_the_move_is_left_set_up_at_the_destination() {
+fn destination_settings_are_restored_after_the_move() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -373,7 +373,7 @@ fn nothing_of_the_move_is_left_set_up_at_the_destination() {
 }
 
 #[test]
-fn what_cannot_be_moved_as_it_is_set_up_is_refused_by_name() {
+fn unmovable_settings_are_refused_by_name() {
     let scratch = Scratch::new();
     let mut source = Machine::bare(QemuVersion::V7_2).start(&scratch);
     set_capability(&mut source.qmp, "block");
@@ -384,7 +384,7 @@ fn what_cannot_be_moved_as_it_is_set_up_is_refused_by_name() {
 }
 
 #[test]
-fn a_guest_that_has_gone_is_not_moved_again() {
+fn moved_guest_is_not_moved_again() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let source = machine.start(&scratch);
@@ -462,7 +462,7 @@ fn sleep_type(source: &mut Qemu, kind: u32) {
 }
 
 #[test]
-fn guests_arrive_as_what_they_were_and_are_that_again_after_a_failure() {
+fn run_state_is_carried_and_restored_after_a_failure() {
     for version in VERSIONS {
         for state in STATES {
             let scratch = Scratch::new();
@@ -493,7 +493,7 @@ fn guests_arrive_as_what_they_were_and_are_that_again_after_a_failure() {
 
 /// Asleep (S3), from which a guest is woken.
 #[test]
-fn a_guest_that_sleeps_sleeps_on_where_qemu_can_carry_it() {
+fn suspended_guest_stays_suspended_where_qemu_supports_it() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let mut source = machine.start(&scratch);

@@ -11,7 +11,7 @@ use crate::vhost_user::VhostUser;
 use crate::{NOBODY, incoming, migrate, says};
 
 #[test]
-fn a_source_that_cannot_be_moved_is_refused_and_runs_on() {
+fn unmovable_source_is_refused_and_keeps_running() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let scratch = Scratch::new();
         let path = scratch.ram("source");
@@ -48,7 +48,7 @@ fn a_source_that_cannot_be_moved_is_refused_and_runs_on() {
 }
 
 #[test]
-fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
+fn command_unable_to_receive_is_refused_without_leftovers() {
     let scratch = Scratch::new();
     let ram = scratch.ram("ram0").display().to_string();
     let file = format!("-object memory-backend-file,id=ram0,size=64M,mem-path={ram}");
@@ -124,7 +124,7 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
 }
 
 #[test]
-fn what_else_keeps_a_destination_from_waiting_is_told() {
+fn further_obstacles_of_a_destination_are_reported() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let words = machine.command_line(&scratch, Side::Destination);
@@ -181,7 +181,7 @@ fn what_else_keeps_a_destination_from_waiting_is_told() {
 }
 
 #[test]
-fn a_command_without_the_preload_object_is_refused() {
+fn command_without_the_preload_object_is_refused() {
     let scratch = Scratch::new();
     let ram = format!("ram0={}", scratch.ram("ram0").display());
     let uri = "tcp:127.0.0.1:0";
@@ -199,7 +199,7 @@ fn a_command_without_the_preload_object_is_refused() {
 }
 
 #[test]
-fn a_wrong_command_line_is_one_line_and_exit_status_2() {
+fn wrong_command_line_gives_one_line_and_exit_status_2() {
     let qemu = QemuVersion::V10_0.program().display().to_string();
     for (line, expected) in [
         ("incoming tcp:127.0.0.1:0", "no COMMAND"),
@@ -220,7 +220,7 @@ fn a_wrong_command_line_is_one_line_and_exit_status_2() {
 }
 
 #[test]
-fn a_monitor_that_cannot_be_asked_is_told() {
+fn missing_or_busy_monitor_is_reported() {
     let scratch = Scratch::new();
     let missing = scratch.path("missing").display().to_string();
     let text = Umem::start(["migrate", "-p", "--qmp", &missing, NOBODY]).fails();
@@ -263,7 +263,7 @@ pub(super) fn plain_source(version: QemuVersion, scratch: &Scratch, options: &st
 }
 
 #[test]
-fn half_a_line_of_a_qemu_is_not_umems() {
+fn partial_line_of_qemu_is_kept_apart_from_umems_output() {
     let expected = "umem: RAM ram0: it is gone";
     for half in ["", "qemu-system-x86_64:", "qemu-system-x86_64: "] {
         assert_eq!(Umem::without_half_a_line(&format!("{half}{expected}")), expected);

@@ -39,7 +39,7 @@ fn switched(source: Qemu, mut destination: Destination) -> (Moving, Cutter) {
 
 /// Each of them would end a QEMU that has it, and with it the guest.
 #[test]
-fn the_terminals_signals_and_its_end_are_no_end_of_a_guest_that_misses_memory() {
+fn terminal_signals_and_hangup_do_not_end_an_incomplete_guest() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -71,7 +71,7 @@ const MONITOR: [&str; 4] =
     ["-chardev", "stdio,id=terminal,signal=off", "-mon", "chardev=terminal,mode=control"];
 
 #[test]
-fn a_monitor_in_the_terminal_is_typed_to_before_and_after() {
+fn terminal_monitor_takes_input_before_and_after_the_move() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -94,7 +94,7 @@ fn a_monitor_in_the_terminal_is_typed_to_before_and_after() {
 
 /// Ctrl-C in its terminal ends a QEMU whose guest is complete, as if it had been started there.
 #[test]
-fn ctrl_c_ends_a_guest_that_is_complete() {
+fn ctrl_c_ends_a_complete_guest() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -112,7 +112,7 @@ fn ctrl_c_ends_a_guest_that_is_complete() {
 
 /// What it did not set back when it was killed: here the guest that was to come does not.
 #[test]
-fn the_terminal_is_as_it_was_when_a_monitor_in_it_is_ended() {
+fn terminal_settings_are_restored_after_its_monitor_ends() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let (_keyboard, theirs) = terminal();

@@ -15,14 +15,14 @@ use crate::{boot, migrate};
 const DIMM_MIB: u64 = 128;
 
 #[test]
-fn a_dimm_that_is_unplugged_while_its_pages_come_keeps_nobody() {
+fn dimm_unplugged_during_a_move_does_not_block_it() {
     for options in [&[][..], &["--checksum"]] {
         is_unplugged(QemuVersion::V10_0, false, options);
     }
 }
 
 #[test]
-fn a_dimm_of_private_memory_may_be_unplugged_while_its_pages_come() {
+fn private_dimm_may_be_unplugged_during_a_move() {
     is_unplugged(QemuVersion::V10_0, true, &[]);
 }
 
@@ -96,7 +96,7 @@ fn is_unplugged(version: QemuVersion, becomes_private: bool, options: &[&str]) {
 
 /// What comes anew is nobody's at the source: umem leaves it alone.
 #[test]
-fn a_dimm_that_is_plugged_in_while_pages_come_is_left_alone() {
+fn dimm_plugged_in_during_a_move_is_left_alone() {
     for version in crate::found::VERSIONS {
         let scratch = Scratch::new();
         let mut machine = machine(version, false);

@@ -40,7 +40,7 @@ fn linked(scratch: &Scratch, file: &Path) -> std::path::PathBuf {
 }
 
 #[test]
-fn two_guests_do_not_arrive_in_one_file() {
+fn second_guest_of_one_ram_file_is_refused() {
     for more in [&[][..], &["--kind", "private"]] {
         let scratch = Scratch::new();
         let file = scratch.ram("destination");
@@ -66,7 +66,7 @@ fn two_guests_do_not_arrive_in_one_file() {
 /// A guest that umem has brought keeps its file when its umem is killed, when another one takes over, and when
 /// none is there any more; until all of it has come nobody moves it on.
 #[test]
-fn a_guest_keeps_its_file_without_its_umem() {
+fn ram_file_stays_claimed_by_its_guest_after_umem_exits() {
     let mut moving = Move::switched(SMALL);
     let file = moving.scratch.ram("destination");
     let refused = |moving: &Move| {
@@ -92,7 +92,7 @@ fn a_guest_keeps_its_file_without_its_umem() {
 
 /// Nobody else moves a guest that is being moved, or takes its file; whoever resumes the session does.
 #[test]
-fn a_guest_is_moved_by_one_umem() {
+fn second_umem_of_one_guest_is_refused() {
     let mut moving = Move::switched(SMALL);
     let file = moving.scratch.ram("source");
     let link = linked(&moving.scratch, &file);
@@ -115,7 +115,7 @@ fn a_guest_is_moved_by_one_umem() {
 /// A program that asks for no lock, such as a QEMU that was started with the same file, may write to it while a
 /// destination waits: what is there would stay wherever the source's guest has nothing.
 #[test]
-fn a_file_that_holds_data_when_the_source_comes_is_refused() {
+fn file_with_data_is_refused_when_the_source_connects() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let file = std::fs::File::options().write(true).open(scratch.ram("destination")).unwrap();
@@ -128,7 +128,7 @@ fn a_file_that_holds_data_when_the_source_comes_is_refused() {
 }
 
 #[test]
-fn a_file_is_named_once() {
+fn ram_file_named_twice_is_refused() {
     let scratch = Scratch::new();
     let file = scratch.ram("source");
     std::fs::write(&file, [1; 8192]).unwrap();
@@ -157,7 +157,7 @@ fn make(path: &Path, mode: u32) {
 }
 
 #[test]
-fn what_is_not_its_user_s_alone_is_no_guest_s_memory() {
+fn ram_file_accessible_to_other_users_is_refused() {
     let scratch = Scratch::new();
     for (name, make, expected) in WRONG {
         let path = scratch.ram(name);
@@ -173,7 +173,7 @@ fn what_is_not_its_user_s_alone_is_no_guest_s_memory() {
 
 /// Only root can make such a file.
 #[test]
-fn a_file_of_another_user_is_no_guest_s_memory() {
+fn ram_file_of_another_user_is_refused() {
     assert!(Uid::effective().is_root(), "the tests run as root");
     let scratch = Scratch::new();
     let nobody = Uid::from_raw(65534);

@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_stages_of_a_fault_make_up_the_whole_of_it() {
+    fn fault_stages_add_up_to_the_total_latency() {
         let mut waiting = Waiting::new();
         let read = Instant::now().checked_sub(Duration::from_millis(5)).unwrap();
         waiting.read(page(1), read);
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_nobody_asked_for_has_no_stages() {
+    fn page_without_a_request_has_no_stages() {
         let mut waiting = Waiting::new();
         waiting.read(page(1), Instant::now());
         waiting.arrived(page(1), Instant::now());

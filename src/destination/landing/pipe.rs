@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_go_where_they_belong_and_nowhere_else() {
+    fn piped_bytes_land_at_their_offset_only() {
         let (pipe, file) = (Pipe::new().unwrap(), file(1 << 20));
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let bytes: Vec<u8> = (0..50_000u32).map(|at| at as u8 | 1).collect();
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_to_blame_is_told() {
+    fn splice_error_names_the_failing_side() {
         let (pipe, file) = (Pipe::new().unwrap(), file(8192));
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(&[0xa5; 4096]).unwrap();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn only_long_runs_take_it_and_then_to_their_end() {
+    fn only_long_runs_are_spliced_and_to_their_end() {
         let mut pipe = Pipe::new().unwrap();
         assert!(!pipe.takes(WORTHWHILE_BYTES - 1, 0));
         assert!(!pipe.takes(WORTHWHILE_BYTES + 10, 11));

@@ -28,7 +28,7 @@ fn ways(regions: &[RegionMemory]) -> [Choice; 3] {
 }
 
 #[test]
-fn way_of_a_lane_follows_from_its_role_and_its_memory() {
+fn landing_method_follows_from_lane_role_and_memory_kind() {
     let small = memory(Kind::Shared, Backing::Small, 12);
     let private = memory(Kind::Private, Backing::Small, 12);
     let huge = memory(Kind::Shared, Backing::Huge, 12);
@@ -55,7 +55,7 @@ fn way_of_a_lane_follows_from_its_role_and_its_memory() {
 }
 
 #[test]
-fn records_have_their_own_way_into_any_memory() {
+fn checksummed_lane_lands_by_records_in_every_memory_kind() {
     let facts = Facts { role: LaneRole::Bulk, is_secured: true, is_checked: false };
     for backing in [Backing::Small, Backing::Huge, Backing::Hugetlb] {
         let shift = if backing == Backing::Hugetlb { 21 } else { 12 };
@@ -135,7 +135,7 @@ fn nobody_waits(page: PageId) {
 /// Whatever pieces a lane comes in, and whichever way it takes, the guest's memory holds what was sent. After each
 /// completion the way's invariant is asserted.
 #[test]
-fn each_way_lands_a_lane_that_comes_in_pieces() {
+fn every_landing_method_lands_a_lane_received_in_pieces() {
     for (seed, choice) in (0..4)
         .flat_map(|seed| [Choice::Exact, Choice::Ahead, Choice::Spliced].map(|way| (seed, way)))
     {
@@ -186,7 +186,7 @@ fn each_way_lands_a_lane_that_comes_in_pieces() {
 
 #[test]
 #[should_panic(expected = "something is always in flight")]
-fn a_lane_that_nobody_receives_from_breaks_its_invariant() {
+fn lane_without_a_pending_receive_violates_its_invariant() {
     let (_ours, lane) = bulk_lane();
     let guest = Arc::new(Guest::of(PAGES, 12).memory);
     reader(&lane, guest, Choice::Ahead).assert_invariants();
@@ -195,7 +195,7 @@ fn a_lane_that_nobody_receives_from_breaks_its_invariant() {
 /// With checksums a page has to be looked at, which nobody does on its way through a pipe.
 #[test]
 #[should_panic(expected = "nobody looks at what goes through a pipe")]
-fn a_checked_lane_that_is_spliced_breaks_its_invariant() {
+fn spliced_lane_with_checksums_violates_its_invariant() {
     let (_ours, lane) = bulk_lane();
     let guest = Arc::new(Guest::of(PAGES, 12).memory);
     let mut reader = reader(&lane, guest, Choice::Spliced);

@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_one_range_and_many_are_due() {
+    fn adjacent_pages_merge_into_one_range_and_many_ranges_are_due() {
         let mut acks = Acks::new(true);
         acks.cached(range(0, 16), 16 << 12);
         acks.cached(range(16, 16), 16 << 12);
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_has_a_limit_and_nobody_unasked_is_told() {
+    fn acknowledgements_are_bounded_and_recorded_only_when_enabled() {
         let mut acks = Acks::new(true);
         (0..5000).for_each(|page| acks.cached(range(2 * page, 1), 4096));
         let mut out = Vec::new();

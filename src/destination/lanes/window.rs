@@ -163,7 +163,7 @@ mod tests {
     const PASSED_BYTES: usize = 256 << 20;
 
     #[test]
-    fn a_short_path_needs_little_and_a_long_one_doubles_until_it_has_enough() {
+    fn short_path_keeps_a_small_buffer_and_long_path_doubles_it_until_sufficient() {
         let ms = Duration::from_millis;
         // 10 Gbit/s on a path of 50 µs.
         let short = needed(1250 * 1000, ms(1), Duration::from_micros(50));
@@ -183,7 +183,7 @@ mod tests {
 
     /// A source that nobody reads from has sent no more than it was offered.
     #[test]
-    fn what_is_on_its_way_is_bounded() {
+    fn bytes_in_flight_are_bounded() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut source = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut destination, _) = listener.accept().unwrap();
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_tcp_has_no_window() {
+    fn socket_other_than_tcp_has_no_window() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let lane = Lane::new(ours.into(), "bulk lane 1".into()).unwrap();
         let mut window = Window::new(&lane);

@@ -72,7 +72,7 @@ mod tests {
     /// A discard of shared memory has been read, and the kernel has removed the page, which lands only now: a
     /// bulk thread that finishes it waits until it is known what the guest expects there.
     #[test]
-    fn a_page_that_lands_behind_a_discard_reads_as_zeroes() {
+    fn page_landing_after_a_discard_reads_as_zeroes() {
         let guest = Guest::new();
         guest.awaits(1, false);
         let gate = guest.memory.sources[0].close_gate();

@@ -97,7 +97,7 @@ mod tests {
     const BYTES: [u8; 4096] = [0xa5; 4096];
 
     #[test]
-    fn a_page_that_somebody_waits_for_is_given() {
+    fn awaited_page_is_copied_in() {
         let guest = Guest::new();
         guest.awaits(1, true);
         assert!(guest.memory.give(id(1), &BYTES).unwrap().is_some());
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_given_goes_the_other_way() {
+    fn demand_page_falls_back_to_continue_when_copy_fails() {
         let guest = Guest::new();
         let refused = |page: u64| guest.memory.give(id(page), &BYTES).unwrap().is_none();
         guest.awaits(0, false);
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_was_given_by_a_process_that_was_killed_has_come() {
+    fn page_copied_by_a_killed_process_counts_as_cached() {
         let changed = [vec![0x5a], BYTES[1..].to_vec()].concat();
         let guest = killed(5, |guest| {
             let copied = guest.uffd.copy(guest.address(5), &BYTES).unwrap();
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_a_killed_process_was_about_to_give_is_missing() {
+    fn page_not_yet_copied_by_a_killed_process_is_missing() {
         let guest = killed(5, |_| {});
         assert_eq!((guest.state(5), guest.contents(5)), (PageState::Missing, vec![0; 4096]));
         // Allocated and never filled: the kernel refuses it.
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_to_be_given_is_named_for_so_long() {
+    fn page_is_recorded_while_it_is_copied_in() {
         let mut guest = Guest::new();
         let state = State::new(guest.memory.extents(), 1).unwrap();
         guest.memory.share(&state);

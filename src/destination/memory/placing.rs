@@ -289,7 +289,7 @@ mod tests {
     /// Two threads touch two pages of one landing unit, the second one when the unit is cached and the lane that
     /// has landed it has not looked yet who waits. No block leaves the userfaultfd.
     #[test]
-    fn second_fault_of_a_unit_wakes_the_first_one_too() {
+    fn second_fault_of_a_unit_also_wakes_the_first() {
         let Guest { memory, mapping, .. } = Guest::in_units_of(13);
         let memory = Arc::new(memory);
         let mut ring = Ring::new(&Config::default()).unwrap();
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_units_are_copied_together() {
+    fn adjacent_plain_units_are_copied_in_one_call() {
         let bytes = [0; 5 * 4096];
         let runs: Vec<_> = runs(&bytes, 4096, |unit| unit != 2)
             .map(|run| (run.start / 4096, run.bytes.len() / 4096, run.is_plain))

@@ -306,7 +306,7 @@ mod tests {
     use umem_wire::RegionId;
 
     #[test]
-    fn every_page_of_a_range_has_its_bit_and_nothing_else_has() {
+    fn range_sets_exactly_the_bits_of_its_pages() {
         for pages in [1, 63, 64, 65, 128, 200] {
             let words = all(PageRange { region: RegionId(0), first: 0, pages });
             let ones: u32 = words.iter().map(|word| word.count_ones()).sum();

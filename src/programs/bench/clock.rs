@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_living_thread_has_waited_for_some_time() {
+    fn waiting_time_is_read_for_an_existing_thread_only() {
         let own = nix::unistd::gettid().as_raw();
         assert!(waited(own).is_some_and(|waited| waited < Duration::from_secs(86_400)));
         assert_eq!(waited(0), None);

@@ -235,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_page_of_a_region_has_its_turn() {
+    fn every_page_of_a_region_is_touched_once() {
         let mut seen = vec![false; REGION_PAGES as usize];
         for number in 0..REGION_PAGES {
             let page = number * STEP % REGION_PAGES;

@@ -345,7 +345,7 @@ mod tests {
     const SHARED: Place = Place { kind: MemoryKind::Shared, pages: PageKind::Small };
 
     #[test]
-    fn a_page_that_is_wrong_is_found() {
+    fn wrong_page_is_found() {
         let landing = Landing::new(SHARED, 4 << 20).unwrap();
         let region = &landing.guest.regions[0];
         let mut page = vec![0; PAGE_BYTES as usize];
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_of_the_pages_is_zero() {
+    fn requested_share_of_pages_is_zero() {
         let zeroes = (0..10_000).filter(|&page| is_zero(page, 30)).count();
         assert!((2_500..3_500).contains(&zeroes), "{zeroes}");
         let file = filled(PageKind::Small, 30, 1 << 20).unwrap();

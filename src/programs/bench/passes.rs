@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_end_with_the_bytes_and_count_each_lane_once() {
+    fn passes_end_at_the_byte_limit_and_count_each_lane_once() {
         let made = Arc::new(Mutex::new(Vec::new()));
         let makes = made.clone();
         let passes = Passes::new(2, 8 << 20, Some((8 << 20) + 8192), move |bytes| {

@@ -474,13 +474,13 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_hello_is_read_as_written() {
+    fn bench_hello_round_trips() {
         let line = hello(Request::Test(test()));
         assert_eq!(read_hello(line.trim_end().as_bytes()), Ok(Request::Test(test())));
     }
 
     #[test]
-    fn strangers_and_other_versions_are_told_apart() {
+    fn foreign_protocol_and_other_version_give_different_errors() {
         for line in ["GET / HTTP/1.1\r", "", "{}", r#"{"magic":"iperf","version":1}"#] {
             assert!(
                 read_hello(line.as_bytes()).unwrap_err().contains("umem bench client"),
@@ -523,7 +523,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_line_ends_where_it_ends() {
+    fn line_reader_stops_at_the_newline() {
         let (mut here, there) = UnixStream::pair().unwrap();
         let mut line = Line::default();
         assert_eq!(line.read(there.as_fd()), Read::Partial);

@@ -500,7 +500,7 @@ mod tests {
     use super::share;
 
     #[test]
-    fn lanes_share_all_of_the_bytes() {
+    fn lanes_divide_all_bytes() {
         for (bytes, lanes) in [(10, 3), (2, 5), (1 << 40, 7), (0, 1)] {
             assert_eq!((0..lanes).map(|lane| share(bytes, lane, lanes)).sum::<u64>(), bytes);
         }

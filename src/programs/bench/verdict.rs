@@ -77,7 +77,7 @@ mod tests {
     use crate::programs::bench::protocol::tests::test;
 
     #[test]
-    fn the_verdict_names_what_everything_waits_for() {
+    fn verdict_names_the_bottleneck() {
         let test = test();
         let side = |busy, placing_s_per_gib| Measured {
             seconds: 1.0,

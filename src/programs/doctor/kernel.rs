@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases_are_compared_by_number() {
+    fn kernel_releases_compare_numerically() {
         for (release, expected) in [
             ("6.18.44", Some((6, 18))),
             ("6.3.0-rc1+", Some((6, 3))),

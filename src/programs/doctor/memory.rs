@@ -99,14 +99,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_choice_is_read() {
+    fn selected_kernel_setting_is_parsed() {
         let text = "always within_size advise [never] deny force";
         assert_eq!(chosen(text).as_deref(), Some("never"));
         assert_eq!(chosen("always never"), None);
     }
 
     #[test]
-    fn the_mount_that_is_seen_is_the_last() {
+    fn last_mount_of_a_path_is_the_visible_one() {
         let mounts = "tmpfs /dev/shm tmpfs rw,nosuid 0 0\n\
                       tmpfs /dev/shm/below tmpfs rw,huge=always 0 0\n\
                       tmpfs /dev/shm tmpfs rw,nosuid,huge=within_size,inode64 0 0";

@@ -184,7 +184,7 @@ mod tests {
 
     /// The pair is able to do what it is to be kept from: it comes to the end.
     #[test]
-    fn a_migration_completes() {
+    fn undisturbed_migration_completes() {
         let (before, after) = migration();
         let pair = play(before.into_iter().chain(after));
         assert!(matches!(pair.source, source::Phase::Completed(_)), "{:?}", pair.source);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_switchover_that_is_lost_leaves_the_guest_to_nobody() {
+    fn lost_switchover_leaves_the_guest_without_owner() {
         let (mut before, _) = migration();
         before.push(Breaks);
         before.push(Happens::AtSource(AtSource::Lost));

@@ -18,7 +18,7 @@ fn names(folder: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_input_of_the_corpus_holds() {
+fn corpus_inputs_pass() {
     for target in TARGETS {
         let folder = fuzz().join("corpus").join(target.name);
         let inputs = names(&folder);
@@ -32,7 +32,7 @@ fn every_input_of_the_corpus_holds() {
 
 /// Spoilt copies of the corpus, the same each time: what a fuzzer would try first. `UMEM_FUZZ_RUNS` of each input.
 #[test]
-fn inputs_like_those_of_the_corpus_hold() {
+fn damaged_corpus_inputs_pass() {
     let runs = std::env::var("UMEM_FUZZ_RUNS").map_or(5, |runs| runs.parse().expect("a number"));
     for target in TARGETS {
         let folder = fuzz().join("corpus").join(target.name);
@@ -95,7 +95,7 @@ impl Random {
 
 /// A target without a binary would never be fuzzed, and a folder without a target never be replayed.
 #[test]
-fn targets_binaries_and_folders_are_the_same() {
+fn targets_match_binaries_and_corpus_folders() {
     let targets: BTreeSet<String> = TARGETS.iter().map(|target| target.name.to_owned()).collect();
     assert_eq!(names(&fuzz().join("corpus")), targets);
     let manifest = fs::read_to_string(fuzz().join("Cargo.toml")).unwrap();

@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn typing_errors_are_told() {
+    fn wrong_parameters_are_reported() {
         for line in ["umem.mib=x", "umem.mode=slow", "umem.mibs=1"] {
             assert!(Parameters::parse(line, MEMINFO).is_err(), "{line}");
         }

@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn the_code_is_whole() {
+    fn generated_code_is_complete() {
         // mov edi, [rbp + 4] … hlt
         assert_eq!(code()[..3], [0x8b, 0x7d, 0x04]);
         assert_eq!(code().last(), Some(&0xf4));

@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_of_a_group_differ_and_neighbours_look_unrelated() {
+    fn pattern_words_differ_within_a_group_and_between_neighbours() {
         let key = Pattern::new(1).key_first;
         let words: std::collections::HashSet<u32> =
             (0..1 << 16).map(|index| word(index * 4, key)).collect();
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_and_what_is_written_differ_everywhere() {
+    fn expected_and_written_words_differ_everywhere() {
         let Pattern { key_first, key_second } = Pattern::new(7);
         assert!(
             (0..1 << 20).all(|index| word(index * 4, key_first) != word(index * 4, key_second))

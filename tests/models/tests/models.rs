@@ -27,8 +27,8 @@ holds!(
 
 #[test]
 #[should_panic(expected = "a vCPU waits for ever")]
-fn two_faults_of_one_unit_decided_by_the_state_alone() {
-    umem_test_models::two_faults_of_one_unit_decided_by_the_state_alone();
+fn two_faults_of_one_unit_by_state_alone_lose_a_wake() {
+    umem_test_models::two_faults_of_one_unit_by_state_alone_lose_a_wake();
 }
 
 #[test]

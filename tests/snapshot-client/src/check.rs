@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_counts() {
+    fn check_detects_a_change_of_any_byte() {
         let found = checked(None);
         assert_eq!((found.pages, found.wrong_pages), (256, 0));
         let (seen, unseen) = (found.discarded_seen as u64, found.discarded_unseen as u64);

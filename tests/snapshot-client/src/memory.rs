@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_regions_cover_the_snapshot_once() {
+    fn regions_cover_the_snapshot_once() {
         let memory = Memory::map(3 << 20, 2, false).unwrap();
         let [first, second] = &memory.regions[..] else { panic!() };
         assert_eq!((first.offset, second.offset), (0, first.bytes));
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_message_is_firecrackers() {
+    fn handover_message_matches_firecracker() {
         let region = Region {
             start: NonNull::new(std::ptr::without_provenance_mut(4096)).unwrap(),
             bytes: 8192,

@@ -88,7 +88,7 @@ pub fn two_faults_of_one_unit() {
 
 /// The same, decided as it once was: a page that is here wakes those alone who wait where it was touched.
 /// The second fault of the unit clears the bit of the first.
-pub fn two_faults_of_one_unit_decided_by_the_state_alone() {
+pub fn two_faults_of_one_unit_by_state_alone_lose_a_wake() {
     check(|| {
         two_faults(|pages, unit| {
             let is_first = pages.want(unit);
