@@ -1,4 +1,4 @@
-//! The choice of a way, and each way over a socket of the test's own.
+//! The choice of a path, and each path over a socket of the test.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -17,7 +17,7 @@ fn memory(kind: Kind, backing: Backing, shift: u8) -> RegionMemory {
     memory
 }
 
-/// The ways of a demand lane, of a bulk lane, and of one with checksums.
+/// The paths of a demand lane, of a bulk lane, and of a bulk lane with checksums.
 fn ways(regions: &[RegionMemory]) -> [Choice; 3] {
     [(LaneRole::Demand, false), (LaneRole::Bulk, false), (LaneRole::Bulk, true)].map(
         |(role, is_checked)| {
@@ -75,11 +75,11 @@ impl Numbers {
     }
 }
 
-/// Pages of the guest that the ways are tried with.
+/// Pages of the guest in these tests.
 const PAGES: u64 = 1024;
 
-/// A whole lane that brings every page once, and what the guest's memory holds then. Half of its runs are short, and
-/// some are long enough for a pipe.
+/// A whole lane that brings every page once, and the guest's memory afterwards. Half of its runs are short, and some
+/// are long enough for a pipe.
 fn lane_and_memory(numbers: &mut Numbers) -> (Vec<u8>, Vec<u8>) {
     let (mut lane, mut memory) = (Vec::new(), Vec::new());
     let mut first = 0;
@@ -106,7 +106,7 @@ fn lane_and_memory(numbers: &mut Numbers) -> (Vec<u8>, Vec<u8>) {
     (lane, memory)
 }
 
-/// Makes a reader of small pages that has this way.
+/// Makes a reader of small pages with this path.
 fn reader(lane: &Lane, guest: Arc<GuestMemory>, choice: Choice) -> LaneReader {
     let page_size = PageSize::SIZE_4K;
     let region = Region { name: "ram".into(), bytes: PAGES << 12, page_size };
@@ -129,11 +129,11 @@ fn bulk_lane() -> (UnixStream, Lane) {
 }
 
 fn nobody_waits(page: PageId) {
-    panic!("nobody waits for {page:?}");
+    panic!("no vCPU waits for {page:?}");
 }
 
-/// Whatever pieces a lane comes in, and whichever way it takes, the guest's memory holds what was sent. After each
-/// completion the way's invariant is asserted.
+/// Whatever pieces a lane arrives in, and on every path, the guest's memory holds the bytes that were sent. The path's
+/// invariant is asserted after each completion.
 #[test]
 fn every_landing_method_lands_a_lane_received_in_pieces() {
     for (seed, choice) in (0..4)
@@ -192,9 +192,9 @@ fn lane_without_a_pending_receive_violates_its_invariant() {
     reader(&lane, guest, Choice::Ahead).assert_invariants();
 }
 
-/// With checksums a page has to be looked at, which nobody does on its way through a pipe.
+/// With checksums the CPU must read a page, and it does not read spliced pages.
 #[test]
-#[should_panic(expected = "nobody looks at what goes through a pipe")]
+#[should_panic(expected = "spliced pages cannot be checked")]
 fn spliced_lane_with_checksums_violates_its_invariant() {
     let (_ours, lane) = bulk_lane();
     let guest = Arc::new(Guest::of(PAGES, 12).memory);

@@ -1,5 +1,5 @@
-//! Where another process may have to go on: the states of pages are kept in a memory file that outlives this
-//! one, and a process that takes over goes on with them.
+//! Support for takeovers: the page states live in a memory file that outlives this process, and the process that takes
+//! over continues with them.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -12,20 +12,20 @@ use crate::memory::claims::RunKind;
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::words::{COUNTERS, EVENTS_BYTES, Extent, State};
 
-/// What is counted for a process that may have to take over: the index of its word.
+/// Words counted for a takeover: each variant is the index of its word.
 #[derive(Clone, Copy)]
 pub(super) enum Told {
     ZeroBytes = 0,
     HoleBytes = 1,
     PagesDemand = 2,
-    /// Not counted: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
+    /// No count: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
     Giving = 3,
 }
 
 const _: () = assert!((Told::Giving as usize) < COUNTERS);
 
 impl GuestMemory {
-    /// What a memory file for the states has to hold of each region.
+    /// The requirements on a memory file for the states, by region.
     pub(crate) fn extents(&self) -> Vec<Extent> {
         let extent = |region: &GuestRegion| Extent {
             pages: region.bytes >> region.unit_shift(),
@@ -34,8 +34,7 @@ impl GuestMemory {
         self.regions.iter().map(extent).collect()
     }
 
-    /// Keeps the states in this file from now on, and takes them as they are there. Before any page
-    /// comes.
+    /// Keeps the states in this file from now on, and takes over its contents. Before any page arrives.
     pub(crate) fn share(&mut self, state: &State) {
         for (index, region) in self.regions.iter_mut().enumerate() {
             let words = state.region(index);
@@ -51,8 +50,8 @@ impl GuestMemory {
         self.told = Some(state.counters());
     }
 
-    /// Goes on where a process was killed, as the [table](crate::memory::words) says; `share` has been
-    /// called, and nobody else is at work yet. Who waits is not woken yet.
+    /// Continues where a process was killed, as the [table](crate::memory::words) describes. `share` has been called,
+    /// and no other thread runs yet. Waiting threads are not woken yet.
     pub(crate) fn take_over(&self) -> Result<()> {
         self.keep_given()?;
         self.roll_back()?;
@@ -84,7 +83,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// What has come so far, as the process before this has counted; what it was killed over is data.
+    /// The progress so far, as counted by the previous process; pages in flight at its death count as data.
     fn recount(&self) {
         let Some(told) = &self.told else { return };
         let told = |what: Told| told[what as usize].load(SeqCst);
@@ -113,8 +112,8 @@ impl GuestMemory {
         }
     }
 
-    /// Private memory that has come is touched and released, whatever the process before this had done
-    /// of that. The toucher runs.
+    /// Private memory that has arrived is touched and released again, whatever the previous process had done. The touch
+    /// thread runs.
     pub(crate) fn touch_again(&self) -> Result<()> {
         for (index, region) in self.regions.iter().enumerate() {
             if !region.memory.kind.needs_touch() {
@@ -138,8 +137,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Wakes all who wait: those whose page is not there fault again, and are heard of by whoever reads
-    /// the events now.
+    /// Wakes all waiting threads: those without their page fault again, and the thread that reads the events now sees
+    /// them.
     pub(crate) fn wake_all(&self) -> Result<()> {
         for region in &self.regions {
             for part in &region.parts {
