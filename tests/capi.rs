@@ -1,5 +1,5 @@
-//! The C interface: its header is the one that the code makes, its library exports what is in it, and a
-//! C program that embeds both sides moves memory with it, under AddressSanitizer.
+//! The C interface: its header matches the code, its library exports the header's functions, and a C program that
+//! embeds both sides moves memory with it, under AddressSanitizer.
 
 mod support;
 
@@ -8,21 +8,21 @@ use std::process::Command;
 
 use support::Scratch;
 
-/// Where the sources of the interface are, in the order of the header.
+/// The sources of the interface, in the order of the header.
 const SOURCES: [&str; 3] = ["types.rs", "source.rs", "destination.rs"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Where cargo has put the libraries that belong to this test.
+/// The directory of the libraries that belong to this test.
 fn library(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name("deps").join(name);
     assert!(path.exists(), "{} is not there", path.display());
     path
 }
 
-/// Runs a program to its end; what it has printed.
+/// Runs a program to its end; returns its output.
 fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let (out, err) =
@@ -43,7 +43,7 @@ fn header() -> String {
     String::from_utf8(header).unwrap()
 }
 
-/// With UMEM_WRITE_HEADER=1 it is written anew.
+/// With UMEM_WRITE_HEADER=1 the header is rewritten.
 #[test]
 fn c_header_matches_the_rust_types() {
     let path = root().join("src/capi/umem.h");
@@ -75,7 +75,7 @@ fn shared_library_exports_only_the_interface() {
     assert_eq!(exported, declared);
 }
 
-/// Compiles the C program; `link` is what it is linked with.
+/// Compiles the C program; `link` has the linker's arguments.
 fn compile(scratch: &Scratch, sanitizers: &str, link: &[&str]) -> PathBuf {
     let program = scratch.path("embed");
     let mut gcc = Command::new("gcc");
@@ -90,7 +90,7 @@ fn compile(scratch: &Scratch, sanitizers: &str, link: &[&str]) -> PathBuf {
     program
 }
 
-/// Linked with the static library, every byte of which the sanitizer's allocator serves.
+/// Linked with the static library, so that the sanitizer's allocator serves all of it.
 fn sanitized(scratch: &Scratch) -> PathBuf {
     let archive = library("libumem.a").display().to_string();
     let link = [archive.as_str(), "-lpthread", "-ldl", "-lm"];
@@ -168,7 +168,7 @@ fn impossible_settings_are_refused_with_a_text() {
     embed("misuse");
 }
 
-/// The same with the shared library, as a program would have it that is not built with umem.
+/// The same with the shared library, as in a program built without umem's sources.
 #[test]
 fn c_program_runs_with_the_shared_library() {
     let scratch = Scratch::new();

@@ -1,4 +1,4 @@
-//! The control socket, and what it changes: `status`, `set`, `cancel`.
+//! The control socket, and its commands: `status`, `set`, `cancel`.
 
 mod support;
 
@@ -12,7 +12,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use support::{Guests, Qmp, Scratch, Umem, wait_for};
 
-/// A connection to a control socket, greeted.
+/// A connection to a control socket, after the greeting.
 struct Control {
     stream: BufReader<UnixStream>,
 }
@@ -55,7 +55,7 @@ impl Control {
     }
 }
 
-/// `umem control`, which succeeds; what it prints.
+/// A successful `umem control`; returns its output.
 fn umem_control(socket: &Path, words: &[&str]) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
     let output = command.arg("control").arg(socket).args(words).output().expect("umem starts");
@@ -72,8 +72,7 @@ fn end(scratch: &Scratch, guests: Guests) {
     guests.incoming.succeeds();
 }
 
-/// A limit that lets next to nothing through shows, and is lifted while pages move; nobody can give up then
-/// any more.
+/// A very low limit takes effect, and is lifted while pages move; the migration can no longer be cancelled then.
 #[test]
 fn bandwidth_limit_changes_during_a_move() {
     let scratch = Scratch::new();
@@ -113,7 +112,7 @@ fn bandwidth_limit_changes_during_a_move() {
     assert!(is_gone(&destination));
 }
 
-/// A guest that reads all of its memory has each page on demand, however little may be sent beside them.
+/// A guest that reads all of its memory demands each page, however low the background's limit.
 #[test]
 fn demand_pages_bypass_the_bandwidth_limit() {
     for lanes in [&["--lanes", "2"][..], &[]] {
@@ -137,7 +136,7 @@ fn demand_pages_bypass_the_bandwidth_limit() {
     }
 }
 
-/// All lanes together, and the one connection that answers share with the background.
+/// All lanes together, and the single connection that answers share with the background.
 #[test]
 fn background_stays_within_the_bandwidth_limit() {
     for lanes in [&["--lanes", "3"][..], &["--lanes", "1"]] {
@@ -149,7 +148,7 @@ fn background_stays_within_the_bandwidth_limit() {
         let report = migrate.event("completed");
         let sent = report["pages_background"].as_f64().unwrap() * 4096.0;
         assert!(sent > f64::from(15 << 20), "{report}");
-        // What each lane may begin with, and the catching up of 5 ms.
+        // The initial allowance of each lane, and the catching up of 5 ms.
         let most =
             limit_bytes_per_s * (report["drain_s"].as_f64().unwrap() + 0.005) + 3.0 * 262_144.0;
         assert!(sent <= most, "{sent} > {most}: {report}");
@@ -182,7 +181,7 @@ fn either_side_can_be_cancelled_before_the_switchover() {
     let socket = scratch.path("incoming");
     let mut guests =
         Guests::quiet(&scratch, &["--json", "--control", &socket.display().to_string()]);
-    // Somebody listens who never says anything.
+    // A client that stays silent.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
     let control = scratch.path("migrate");
@@ -221,12 +220,12 @@ fn control_socket_is_private_and_replaces_a_stale_one() {
     assert!(!is_gone(&socket), "it is the first one's");
 
     first.incoming.kill();
-    assert!(!is_gone(&socket), "nobody was left to remove it");
+    assert!(!is_gone(&socket), "a killed umem has removed it");
     let second = Umem::start(others);
     Control::connect(&socket);
     drop(second);
 
-    // What is no socket is nobody's to remove.
+    // A file other than a socket is not removed.
     let file = scratch.path("file");
     std::fs::write(&file, "precious").unwrap();
     let word = file.display().to_string();
@@ -248,13 +247,13 @@ fn malformed_and_silent_control_clients_disturb_no_other() {
     control.stream.get_mut().write_all(b"tus\"}\n\n[]\n").unwrap();
     assert_eq!(control.read()["return"]["role"], "destination");
     assert!(control.read()["error"]["desc"].is_string());
-    // A line without end.
+    // A line without a newline.
     let endless = vec![b'x'; 80 << 10];
     let _ = silent[0].stream.get_mut().write_all(&endless);
     let error = silent[0].read();
     assert!(error["error"]["desc"].as_str().unwrap().contains("bytes"), "{error}");
     assert_eq!(control.status()["phase"], "waiting for a source");
-    // The ninth has its turn when another one goes.
+    // The ninth client is served when another one leaves.
     drop(silent);
     Control::connect(&socket);
     drop(guests);
@@ -271,7 +270,7 @@ fn umem_control_reports_the_reason_of_a_failure() {
     {
         Umem::start([&["control", &nobody], words].concat()).fails_as_misused();
     }
-    // Somebody else's socket.
+    // Another program's socket.
     let path = scratch.path("other");
     let listener = UnixListener::bind(&path).unwrap();
     let other = std::thread::spawn(move || {
@@ -283,7 +282,7 @@ fn umem_control_reports_the_reason_of_a_failure() {
     other.join().unwrap();
 }
 
-/// A socket that is there already is looked at without waiting: nobody may ever accept there.
+/// An existing socket is probed without waiting: its owner may never accept.
 #[test]
 fn control_socket_with_a_full_queue_counts_as_in_use() {
     use nix::sys::socket::{
@@ -307,7 +306,7 @@ fn control_socket_with_a_full_queue_counts_as_in_use() {
     assert!(error.contains("another process has it"), "{error}");
 }
 
-/// A socket's other end may be anybody: what it says is text, whatever it holds, and has to come in time.
+/// The peer of a socket may be any program: its text is escaped, whatever it contains, and has a time limit.
 #[test]
 fn control_characters_from_a_peer_are_escaped() {
     let scratch = Scratch::new();
@@ -317,7 +316,7 @@ fn control_characters_from_a_peer_are_escaped() {
         let (mut stream, _) = listener.accept().unwrap();
         let said = "{\"umem\":{}}\n{\"error\":{\"desc\":\"\\u001b[2J\\u009bm\\ntwo\"}}\n";
         stream.write_all(said.as_bytes()).unwrap();
-        // Until it has read all of that.
+        // Until the client has read all of that.
         let mut lines = BufReader::new(stream);
         lines.read_line(&mut String::new()).unwrap();
     });
@@ -326,7 +325,7 @@ fn control_characters_from_a_peer_are_escaped() {
     liar.join().unwrap();
 }
 
-/// There is nobody to drop: whoever comes waits, and the thread that cannot accept does not run on and on.
+/// There is no connection to drop: new clients wait, and the thread that cannot accept does not spin.
 #[test]
 fn control_client_is_answered_when_descriptors_become_free() {
     let scratch = Scratch::new();
@@ -341,7 +340,7 @@ fn control_client_is_answered_when_descriptors_become_free() {
     assert!(greeting.starts_with("{\"umem\":"), "{greeting}");
 }
 
-/// Clients that say nothing, half a line, or read no answer: whoever comes next is served.
+/// Clients that send nothing or half a line, or do not read answers: the next client is served.
 #[test]
 fn silent_clients_do_not_block_the_control_socket() {
     let scratch = Scratch::new();
@@ -356,7 +355,7 @@ fn silent_clients_do_not_block_the_control_socket() {
         })
         .collect();
     assert_eq!(Control::connect(&socket).status()["role"], "destination");
-    // One that floods it and reads nothing: it is read no more.
+    // A client that floods the socket and does not read: umem stops reading it.
     let mut deaf = UnixStream::connect(&socket).unwrap();
     deaf.set_nonblocking(true).unwrap();
     let many = b"{\"execute\":\"help\"}\n".repeat(1000);
@@ -369,7 +368,7 @@ fn silent_clients_do_not_block_the_control_socket() {
         refused += 1;
         assert_eq!(Control::connect(&socket).status()["role"], "destination");
     }
-    // One whose command never ends is cut off.
+    // A client whose command has no end is dropped.
     let mut endless = UnixStream::connect(&socket).unwrap();
     while endless.write_all(&[b'x'; 4096]).is_ok() {}
     assert_eq!(Control::connect(&socket).status()["role"], "destination");

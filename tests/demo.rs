@@ -1,4 +1,4 @@
-//! `umem demo`: the whole of umem with a guest of its own, which checks every page.
+//! `umem demo`: all of umem with a demo guest, which checks every page.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use support::HugePages;
 
-/// Runs the demo; on failure shows what it printed, the seed included.
+/// Runs the demo; on failure prints its output, the seed included.
 fn demo(arguments: &[&str]) -> Value {
     let output = umem(&[&["demo", "--json"], arguments].concat());
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -28,7 +28,7 @@ fn number(report: &Value, field: &str) -> u64 {
     report[field].as_u64().unwrap_or_else(|| panic!("{field} in {report}"))
 }
 
-/// What must hold for any move of a guest of `mib` MiB.
+/// The properties of any move of a guest of `mib` MiB.
 fn check(report: &Value, mib: u64) {
     assert_eq!(report["event"], "completed");
     assert_eq!(number(report, "verified_pages"), mib * 256);
@@ -61,7 +61,7 @@ fn demo_moves_a_guest_and_every_page_is_right() {
     assert_eq!(stages.len(), 3);
     for (name, stage) in stages {
         let count = number(stage, "count");
-        // Not those whose pages were on their way already.
+        // Without faults of pages that were in flight already.
         assert!(count > 0 && count <= faults, "{name}: {count} of {faults}");
         assert!(stage["p50"].as_f64() > Some(0.0), "{name}: {stage}");
     }
@@ -70,8 +70,7 @@ fn demo_moves_a_guest_and_every_page_is_right() {
     assert!(number(&report, "writes") > 0);
 }
 
-/// Each call spares copies or questions, and none is needed. Private memory is of small pages here, so that long
-/// runs would go through a pipe.
+/// Each call only saves copies or queries. Private memory has small pages here, so long runs would go through a pipe.
 #[test]
 fn guest_moves_in_a_sandbox_without_optional_system_calls() {
     let faster = [
@@ -85,7 +84,7 @@ fn guest_moves_in_a_sandbox_without_optional_system_calls() {
     for (index, forbidden) in each.chain([&faster[..]]).enumerate() {
         let errno = [libc::EPERM, libc::ENOSYS][index % 2];
         for kind in ["private", "shared"] {
-            // In the place of an end that would never come.
+            // Instead of an end that would never come.
             let mut command = Command::new("timeout");
             command.args(["-k", "10", "100", env!("CARGO_BIN_EXE_umem")]);
             command.args(["demo", "--json", "--size", "64", "--kind", kind]);
@@ -102,7 +101,7 @@ fn guest_moves_in_a_sandbox_without_optional_system_calls() {
     }
 }
 
-/// Private memory becomes the guest's own by an advice, or else page by page.
+/// Private memory is populated by one madvise, or else touched page by page.
 #[test]
 fn private_memory_is_touched_in_a_sandbox_without_madv_populate() {
     let advice = (2, libc::MADV_POPULATE_WRITE.unsigned_abs());
@@ -119,8 +118,8 @@ fn private_memory_is_touched_in_a_sandbox_without_madv_populate() {
     }
 }
 
-/// Complete blocks leave the userfaultfd one by one, so that the kernel maps them as a whole. Needs
-/// root, who may make a tmpfs with huge pages; the demo says what it has.
+/// Complete blocks leave the userfaultfd one by one, so the kernel maps them with huge pages. Needs root for a tmpfs
+/// with huge pages; the demo prints which memory it has.
 #[test]
 fn arrived_guest_maps_huge_pages() {
     let output = umem(&["demo", "--json", "--size", "256"]);
@@ -165,7 +164,7 @@ fn guest_of_odd_size_that_only_writes_moves() {
 fn zero_pages_and_holes_are_sent_without_data() {
     let report = demo(&["--size", "64", "--zero-percent", "60", "--hole-percent", "40"]);
     check(&report, 64);
-    // What the source's guest wrote while it ran.
+    // The pages that the source's guest wrote while it ran.
     assert!(number(&report, "data_bytes") < 32 << 20, "{}", report["data_bytes"]);
 }
 
@@ -202,7 +201,7 @@ fn anonymous_memory_is_filled_on_first_touch() {
     }
 }
 
-/// Each shard has a userfaultfd, and they are served side by side.
+/// Each shard has a userfaultfd, and they are served in parallel.
 #[test]
 fn anonymous_memory_is_handed_over_in_shards() {
     for (shards, lanes) in [("2", "1"), ("8", "3"), ("33", "2")] {
@@ -229,7 +228,7 @@ fn anonymous_huge_pages_arrive_whole() {
     }
 }
 
-/// What the guest has given back reads as zeroes from then on, wherever the page was.
+/// Discarded pages read as zeroes from then on, whatever their state was.
 #[test]
 fn discarded_pages_stay_empty() {
     for kind in [
@@ -265,7 +264,7 @@ fn demo_prints_a_summary() {
     assert!(stdout.contains("all 4096 pages are right"), "{stdout}");
 }
 
-/// A guest that waits, and one in anonymous memory, but for their RAM.
+/// A waiting guest, and one in anonymous memory, without their RAM.
 const GUEST: [&str; 6] = ["guest", "--incoming", "--qmp", "/q", "--size", "1"];
 const ANONYMOUS: [&str; 10] =
     ["guest", "--incoming", "--qmp", "/q", "--size", "1", "--kind", "anonymous", "--handoff", "/h"];

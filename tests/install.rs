@@ -1,4 +1,4 @@
-//! What a package installs: manual pages, completions, units. And that SECURITY.md's promises are held.
+//! The files that a package installs: manual pages, completions, units. And SECURITY.md's promises name tests.
 
 mod support;
 
@@ -16,7 +16,7 @@ fn umem(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-/// The program with `input`; nothing where this machine has no such program.
+/// Runs the program with `input`; None if this machine lacks the program.
 fn feed(program: &str, arguments: &[&str], input: &str) -> Option<Output> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -29,7 +29,7 @@ fn feed(program: &str, arguments: &[&str], input: &str) -> Option<Output> {
     };
     let mut stdin = child.stdin.take().expect("a pipe");
     let bytes = input.to_owned().into_bytes();
-    // A program that answers before it has read everything must not wait for us.
+    // A program that answers before it has read everything must not wait for this one.
     let writer = std::thread::spawn(move || {
         let _ = stdin.write_all(&bytes);
     });
@@ -90,7 +90,7 @@ fn every_option_is_in_manual_and_completions() {
     assert!(count > 40, "{count} options");
 }
 
-/// What bash offers for the last of the words.
+/// bash's completions of the last word.
 fn bash_completes(script: &str, words: &[&str]) -> Vec<String> {
     let last = words.len() - 1;
     let quoted: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
@@ -151,7 +151,7 @@ fn manual_pages_format_without_warnings() {
     }
 }
 
-/// As systemd reads them, with this umem in the place of the installed one.
+/// As systemd reads them, with this umem in place of the installed one.
 #[test]
 fn systemd_verifies_the_units() {
     let scratch = Scratch::new();
@@ -168,8 +168,8 @@ fn systemd_verifies_the_units() {
     }
 }
 
-/// Every bullet and every row of a table in SECURITY.md is a promise, except in its last section, and ends
-/// with the tests that hold it: `[FILE: TEST, MODULE::TEST; FILE: TEST]`.
+/// Every bullet and every row of a table in SECURITY.md is a promise, except in its last section, and ends with the
+/// tests that hold it: `[FILE: TEST, MODULE::TEST; FILE: TEST]`.
 #[test]
 fn every_promise_names_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -245,7 +245,7 @@ fn tests_named_in(promise: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Where a test may be: in the file itself or, as `MODULE::TEST`, in the module's own.
+/// The places of a test: the file itself or, as `MODULE::TEST`, the module's own file.
 fn places_of(root: &Path, file: &str, name: &str) -> Vec<PathBuf> {
     let file = root.join(file);
     let Some((module, _)) = name.split_once("::") else { return vec![file] };
@@ -253,7 +253,7 @@ fn places_of(root: &Path, file: &str, name: &str) -> Vec<PathBuf> {
     vec![file.with_extension("").join(&module), file.with_file_name(&module), file]
 }
 
-/// Whether it has a test of this name, and one that runs.
+/// Whether it has a test of this name that is not ignored.
 fn has_test(source: &str, name: &str) -> bool {
     let lines: Vec<&str> = source.lines().map(str::trim).collect();
     let head = format!("fn {name}(");

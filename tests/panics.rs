@@ -1,7 +1,7 @@
-//! Panics of umem's threads: the guest runs on at one side, and whoever waits is told.
+//! Panics of umem's threads: the guest runs on at one side, and both sides report the panic.
 //!
-//! Builds with debug assertions have places at which a test can have a thread panic (`src/runtime/panics.rs`).
-//! `docs/design/panics.md` says for each thread what its panic means.
+//! Builds with debug assertions have points at which a test can make a thread panic (`src/runtime/panics.rs`).
+//! `docs/design/panics.md` lists the consequences of a panic for each thread.
 
 mod support;
 
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use support::killed::{How, Move};
 use support::{Authority, Guests, Qmp, Scratch, Umem};
 
-/// A file that has a umem panic at this place, and the wrapper that says so.
+/// A file that makes a umem panic at this point, and the wrapper that sets it.
 fn panic_at(scratch: &Scratch, place: &str) -> (PathBuf, String) {
     let file = scratch.path("panic");
     std::fs::write(&file, "").expect("a file");
@@ -20,7 +20,7 @@ fn panic_at(scratch: &Scratch, place: &str) -> (PathBuf, String) {
     (file, variable)
 }
 
-/// It has panicked there, and says so as an error.
+/// umem has panicked there, and reports that as an error.
 fn has_panicked(mut umem: Umem, place: &str) {
     let status = umem.wait();
     let stderr = umem.stderr();
@@ -84,7 +84,7 @@ fn destination_panic_before_the_commit_leaves_the_guest_at_the_source() {
     }
 }
 
-/// Pages come slowly enough for that, and go on once the cutter lets them.
+/// Pages come slowly enough for that, and continue when the cutter releases them.
 #[test]
 fn side_that_panics_after_the_commit_can_be_taken_over() {
     for [source, destination] in [
@@ -116,7 +116,7 @@ fn side_that_panics_after_the_commit_can_be_taken_over() {
     }
 }
 
-/// Threads that only compare, free, or stand before a connection: the migration goes on by itself.
+/// Threads that only compare, free, or accept connections: the migration continues by itself.
 #[test]
 fn panic_of_an_optional_thread_ends_nothing_else() {
     let scratch = Scratch::new();
@@ -145,7 +145,7 @@ fn panic_of_an_optional_thread_ends_nothing_else() {
     }
 }
 
-/// It loses its connection, and nobody else's.
+/// The client loses its connection, and no other client does.
 #[test]
 fn panic_in_a_client_request_ends_only_that_client() {
     let scratch = Scratch::new();
@@ -161,7 +161,7 @@ fn panic_in_a_client_request_ends_only_that_client() {
         let mut stream = BufReader::new(UnixStream::connect(&socket).expect("it listens"));
         stream.get_mut().write_all(b"{\"execute\":\"status\"}\n").expect("it listens");
         let mut answers = String::new();
-        // Or it closes, or resets.
+        // Or the connection closes, or is reset.
         for _ in 0..2 {
             let _ = stream.read_line(&mut answers);
         }

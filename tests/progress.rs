@@ -1,4 +1,4 @@
-//! What whoever waits is shown: bars on a terminal, lines elsewhere, events in JSON, a trace when asked.
+//! Progress output: bars on a terminal, lines elsewhere, events in JSON, a trace on request.
 
 mod support;
 
@@ -22,8 +22,7 @@ fn demo(arguments: &[&str], rust_log: Option<&str>) -> Output {
     output
 }
 
-/// A guest that does nothing moves at 2 MiB a second: that takes eight seconds, and a line comes every
-/// three.
+/// An idle guest moves at 2 MiB/s: that takes eight seconds, with a line every three.
 const SLOWLY: [&str; 3] = ["-p", "--max-postcopy-bandwidth", "2M"];
 
 #[test]
@@ -36,7 +35,7 @@ fn progress_lines_are_printed_without_a_terminal() {
     let line = stderr.lines().find(|line| line.starts_with("umem: sending: "));
     let line = line.unwrap_or_else(|| panic!("{stderr}"));
     assert!(line.contains(" of 16.00 MiB, ") && line.contains("/s, "), "{line}");
-    // The other side's figures are in JSON.
+    // The other side prints JSON.
     let progress = guests.incoming.event("progress");
     assert_eq!(progress["role"], "destination");
     assert_eq!(progress["total_bytes"], 16 << 20);
@@ -60,7 +59,7 @@ fn quiet_prints_no_progress() {
     guests.incoming.succeeds();
 }
 
-/// On a terminal each phase has a bar, and leaves a line with what it came to.
+/// On a terminal each phase has a bar, and leaves a line with its result.
 #[test]
 fn terminal_shows_progress_bars() {
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
@@ -74,10 +73,10 @@ fn terminal_shows_progress_bars() {
         .stdout(Stdio::piped())
         .stderr(terminal.slave);
     let mut child = command.spawn().expect("umem starts");
-    // With it goes this process's copy of the terminal's other end.
+    // This process's copy of the terminal's other end closes with it.
     drop(command);
     let mut shown = Vec::new();
-    // A terminal whose last user has gone ends with an error.
+    // A terminal without users ends with an error.
     let _ = File::from(terminal.master).read_to_end(&mut shown);
     assert!(child.wait().expect("our child").success());
     let shown = String::from_utf8_lossy(&shown);
@@ -115,7 +114,7 @@ fn trace_has_start_and_end_of_each_phase() {
     assert!(!String::from_utf8_lossy(&stderr).contains("phase"), "RUST_LOG says what");
 }
 
-/// Where nothing can be written.
+/// A place where writes fail.
 #[derive(Clone, Copy, Debug)]
 enum Sink {
     Closed,
@@ -126,7 +125,7 @@ enum Sink {
 
 const SINKS: [Sink; 3] = [Sink::Closed, Sink::Full, Sink::Unread];
 
-/// `umem ARGUMENTS` with neither a standard output nor an error that takes anything.
+/// `umem ARGUMENTS` with a standard output and error that take no data.
 fn start_mute(sink: Sink, arguments: &[&str]) -> Child {
     let umem = env!("CARGO_BIN_EXE_umem");
     let mut command = match sink {
@@ -157,8 +156,8 @@ fn ends_with(mut child: Child, code: i32, what: &str) {
     assert_eq!(status.code(), Some(code), "{what}: {status}");
 }
 
-/// Nothing that is printed ends a move, or fails it; but whoever wants a report on stdout is told that it is not
-/// there. With a trace, so that every thread has something to say.
+/// Failing output neither ends nor fails a move; but a report requested on stdout fails umem. With a trace, so that
+/// every thread prints something.
 #[test]
 fn guest_moves_when_output_fails() {
     for sink in SINKS {
@@ -202,7 +201,7 @@ fn demo_and_bench_exit_cleanly_when_output_fails() {
         for (words, code) in [
             (&["demo", "--size", "16", "--json"][..], 1),
             (&["demo", "--size", "16"], 0),
-            // What they are for is what they print.
+            // Their output is their purpose.
             (&bench_json, 1),
             (&bench, 1),
             (&["man", "migrate"], 1),
@@ -216,7 +215,7 @@ fn demo_and_bench_exit_cleanly_when_output_fails() {
     }
 }
 
-/// Who reads slowly, or not at all for a while, holds nothing up and loses nothing.
+/// A slow reader, or one that pauses, delays no side and loses no output.
 #[test]
 fn guest_moves_while_output_is_not_read() {
     let scratch = Scratch::new();
@@ -244,7 +243,7 @@ fn guest_moves_while_output_is_not_read() {
     guests.incoming.succeeds();
 }
 
-/// The terminal goes away while bars are drawn on it.
+/// The terminal closes while bars are drawn on it.
 #[test]
 fn guest_moves_after_its_terminal_closed() {
     let terminal = nix::pty::openpty(None, None).expect("a terminal");

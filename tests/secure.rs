@@ -1,4 +1,4 @@
-//! Who may connect: TLS with certificates on both sides, the shared secret, and addresses that are open.
+//! Access control: TLS with certificates on both sides, the shared secret, and unauthenticated addresses.
 
 mod support;
 
@@ -25,7 +25,7 @@ const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 const MIB: u64 = 8;
 const SECRET: &str = "a secret of ours, and long enough";
 
-/// A snapshot with data, zeroes and holes, and where it is to go.
+/// A snapshot with data, zeroes and holes, and its destination.
 struct Move {
     scratch: Scratch,
 }
@@ -71,7 +71,7 @@ impl Move {
         Umem::start(arguments.into_iter().chain(security.iter().copied()).chain([uri]))
     }
 
-    /// Both sides to their end, and every byte.
+    /// Runs both sides to their end, and compares every byte.
     fn succeeds(&self, mut incoming: Umem, mut migrate: Umem, security: &str) {
         assert_eq!(migrate.event("connected")["security"], security);
         migrate.event("completed");
@@ -165,7 +165,7 @@ fn every_address_scheme_takes_tls_and_a_secret() {
     moving.succeeds(incoming, migrate, "tls+secret");
 }
 
-/// Whoever is refused learns why, the destination says who came, and the right one still gets in.
+/// A refused peer gets the reason, the destination prints the peer's identity, and the right peer is still accepted.
 #[test]
 fn source_with_a_bad_certificate_is_refused() {
     let moving = Move::new();
@@ -234,7 +234,7 @@ fn source_sends_no_data_to_a_bad_certificate() {
     let named = ["--tls-creds", text(&creds), "--tls-hostname", "elsewhere.example"];
     moving.succeeds(incoming, moving.migrate(&uri, &named), "tls");
 
-    // One that knows nothing of TLS.
+    // A peer without TLS.
     let moving = Move::new();
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
     let error = moving.migrate(&uri, &named).fails();
@@ -244,7 +244,7 @@ fn source_sends_no_data_to_a_bad_certificate() {
     moving.succeeds(incoming, migrate, "secret");
 }
 
-/// A source of the test's own, which shows the certificate of `creds`, if any.
+/// A source played by the test, which presents the certificate of `creds`, if any.
 fn tls(creds: &Path, with_certificate: bool) -> ClientConnection {
     let pem = |name: &str| fs::read(creds.join(name)).unwrap();
     let mut roots = RootCertStore::empty();
@@ -287,7 +287,7 @@ fn source_without_a_certificate_is_refused() {
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
     let (mut session, mut stream) = (tls(&creds, false), socket(&uri));
     let mut tls = Stream::new(&mut session, &mut stream);
-    // A client's handshake is over before the server has looked; the answer is an alert.
+    // A client's handshake is over before the server has checked it; the answer is an alert.
     let error = tls
         .write_all(&hello().encode())
         .and_then(|()| tls.read_exact(&mut [0; HELLO_BYTES]))
@@ -298,7 +298,7 @@ fn source_without_a_certificate_is_refused() {
     moving.succeeds(incoming, migrate, "tls");
 }
 
-/// Strangers who say nothing, or begin and stop, are listened to beside everybody else.
+/// Foreign connections that send nothing, or start and stop, are served beside all others.
 #[test]
 fn silent_tls_client_does_not_delay_others() {
     let moving = Move::new();
@@ -309,7 +309,7 @@ fn silent_tls_client_does_not_delay_others() {
     let mut hello = Vec::new();
     tls(&creds, true).write_tls(&mut hello).unwrap();
     begun.write_all(&hello[..hello.len() / 2]).unwrap();
-    // One whose handshake is over, and whose hello never comes.
+    // A connection whose handshake is over, and whose hello never comes.
     let (mut session, mut stream) = (tls(&creds, true), socket(&uri));
     while session.is_handshaking() {
         session.complete_io(&mut stream).unwrap();
@@ -341,7 +341,7 @@ fn tls_handshake_can_be_interrupted() {
     drop(stream);
 }
 
-/// Who can only cut the connection cannot make it look like an end in order.
+/// A peer that can only cut the connection cannot make it look like a clean end.
 #[test]
 fn truncated_tls_connection_is_not_taken_for_ended() {
     for is_cut in [true, false] {
@@ -367,7 +367,7 @@ fn truncated_tls_connection_is_not_taken_for_ended() {
     }
 }
 
-/// By a resume by hand as little as at first. What listened before still does then.
+/// Neither does a manual resume. The old listener still works then.
 #[test]
 fn resume_does_not_open_an_unauthenticated_address() {
     let moving = Move::new();
@@ -385,8 +385,8 @@ fn resume_does_not_open_an_unauthenticated_address() {
     assert_ne!(incoming.event("listening")["uri"].as_str(), Some(&*uri));
 }
 
-/// Whoever has begun a migration goes on with it: another certificate that the same authority has signed does
-/// not do, whatever its owner has learned of the session.
+/// Only the identity that began a migration continues it: another certificate of the same authority is refused, even if
+/// its owner knows the session.
 #[test]
 fn resume_with_another_certificate_is_refused() {
     let moving = Move::new();
@@ -403,15 +403,15 @@ fn resume_with_another_certificate_is_refused() {
     lane.switch_over(MIB << 20);
     incoming.event("running");
 
-    let refused = open(&others, 1).err().expect("it is somebody else");
+    let refused = open(&others, 1).err().expect("it is another identity");
     assert!(refused.contains("began with another certificate"), "{refused}");
     let _back = open(&creds, 1).expect("who began it takes the first lane's place");
     incoming.event("recovering");
     incoming.event("resumed");
 }
 
-/// Everybody whose certificate the authority has signed gets through a handshake. Who belongs to no session here gets
-/// no thread, however long it stays.
+/// Every certificate of the authority passes the handshake. A connection that belongs to no session gets no thread,
+/// however long it stays.
 #[test]
 fn connection_without_a_session_gets_no_thread() {
     let moving = Move::new();
@@ -437,7 +437,7 @@ fn connection_without_a_session_gets_no_thread() {
         let mut welcome = [0; HELLO_BYTES];
         stream.read_exact(&mut welcome).unwrap();
         assert!(Welcome::decode(&welcome).is_err(), "it is let in");
-        // It stays, and has more to say.
+        // The connection stays, and sends more.
         let _ = stream.write_all(b"x");
         strangers.push(stream);
     }
@@ -445,7 +445,7 @@ fn connection_without_a_session_gets_no_thread() {
     drop(strangers);
 }
 
-/// Rubbish in place of a record is an error of that lane, which both ends hear of.
+/// Garbage in place of a record is an error of that lane, which both ends report.
 #[test]
 fn changed_tls_record_ends_the_lane() {
     let moving = Move::new();
@@ -517,7 +517,7 @@ fn certificate_and_secret_files_are_checked_at_start() {
     assert!(error.contains("add --tls-creds"), "{error}");
 }
 
-/// Whoever can change an authority's certificate decides who gets in.
+/// A user who can change an authority's certificate decides who gets access.
 #[test]
 fn credential_file_writable_by_another_user_is_refused() {
     let moving = Move::new();
@@ -567,8 +567,8 @@ fn certificates_are_refused_when_the_revocation_list_has_expired() {
     moving.succeeds(incoming, migrate, "tls");
 }
 
-/// The kernel gives what belongs to a process in /proc to root and root's group where the process is not dumpable
-/// (proc(5)), and else to the process's own user and group.
+/// For a process that is not dumpable the kernel gives its /proc files to root and root's group (proc(5)), and
+/// otherwise to the process's own user and group.
 #[test]
 fn process_with_a_secret_is_not_dumpable() {
     let moving = Move::new();
@@ -592,7 +592,7 @@ fn process_with_a_secret_is_not_dumpable() {
 fn source_with_a_wrong_secret_is_refused() {
     let moving = Move::new();
     let right = moving.secret("right", SECRET);
-    // A line's end makes no other secret.
+    // A trailing newline does not change the secret.
     let same = moving.secret("same", &format!("{SECRET}\n"));
     let wrong = moving.secret("wrong", "another secret, and long enough");
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &right]);
@@ -632,7 +632,7 @@ fn replayed_hello_is_refused() {
         bytes
     };
     let ours = Nonce([3; 32]);
-    // One of two bulk lanes, so that the session never is whole.
+    // One of two bulk lanes, so that the session stays incomplete.
     let hello = Hello { bulk_lanes: 1, ..hello() };
     let mut stream = socket(&uri);
     stream.write_all(&ours.encode_ask()).unwrap();
@@ -656,7 +656,7 @@ fn replayed_hello_is_refused() {
     assert!(incoming.is_running());
 }
 
-/// What a destination that does not know the secret answers, or one that reflects our own proof.
+/// The answer of a destination without the secret, or one that reflects the source's own proof.
 #[test]
 fn source_sends_no_data_to_a_wrong_secret() {
     let moving = Move::new();
@@ -718,7 +718,8 @@ fn unauthenticated_address_needs_an_explicit_option() {
     moving.succeeds(incoming, migrate, "secret");
 }
 
-/// Whatever the mask of the process: what holds a guest's memory, or lets somebody in, is its owner's.
+/// Whatever the process's umask: files that hold guest memory, and sockets that give access, are accessible to their
+/// owner only.
 #[test]
 fn sockets_and_memory_files_are_private_to_their_owner() {
     let moving = Move::new();

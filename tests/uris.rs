@@ -1,5 +1,4 @@
-//! Every kind of address, for both roles: connections of their own for each lane, and one connection
-//! that everything shares.
+//! Every kind of address, for both roles: a connection for each lane, and one connection that all lanes share.
 
 mod support;
 
@@ -21,7 +20,7 @@ const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 const MIB: u64 = 8;
 const PAGES: u64 = MIB << 8;
 
-/// Data but for every fourth page, which is a hole.
+/// Data, except every fourth page, which is a hole.
 fn write_snapshot(path: &Path) {
     let file = File::create(path).unwrap();
     file.set_len(MIB << 20).unwrap();
@@ -30,7 +29,7 @@ fn write_snapshot(path: &Path) {
     }
 }
 
-/// A snapshot, and how to move it away from there and in here.
+/// A snapshot, and the commands that move it.
 struct Move {
     scratch: Scratch,
     mode: &'static [&'static str],
@@ -70,7 +69,7 @@ fn shell(arguments: &[String]) -> String {
     format!("exec '{UMEM}' {}", quoted.join(" "))
 }
 
-/// As systemd hands a socket to a service: somebody else has bound it, and keeps it.
+/// As systemd hands a socket to a service: another process has bound it, and keeps it.
 #[test]
 fn inherited_listening_socket_accepts_a_source() {
     for kind in ["tcp", "unix"] {
@@ -96,7 +95,7 @@ fn inherited_listening_socket_accepts_a_source() {
         incoming.event("completed");
         migrate.succeeds();
         moving.assert_arrived();
-        assert!(kind == "tcp" || path.exists(), "a socket of somebody else's is removed");
+        assert!(kind == "tcp" || path.exists(), "a foreign socket is removed");
         drop(incoming);
     }
 }
@@ -108,7 +107,7 @@ fn does_not_block(socket: &dyn AsRawFd) -> bool {
     flags & libc::O_NONBLOCK != 0
 }
 
-/// Whoever has handed a socket over may have it still, and have its own way of waiting for it.
+/// The process that handed a socket over may still have it, and wait for it in its own way.
 #[test]
 fn inherited_socket_keeps_its_flags() {
     for (mode, nonblocking) in [(&["-p"][..], true), (&[], true), (&["-p"], false)] {
@@ -168,7 +167,7 @@ fn one_lane_over_an_inherited_socket() {
     for mode in [&["-p"][..], &[]] {
         let moving = Move::new(mode);
         let (ours, theirs) = UnixStream::pair().unwrap();
-        // Where the source is there first, its hello waits in the socket.
+        // If the source is there first, its hello waits in the socket.
         let mut migrate = Umem::start_inheriting(&ours, 17, moving.migrate("fd:17"));
         let mut incoming = Umem::start_inheriting(&theirs, 9, moving.incoming("fd:9"));
         drop((ours, theirs));
@@ -210,7 +209,7 @@ fn one_lane_over_a_command_at_the_source() {
         moving.assert_arrived();
         let said = std::fs::read_to_string(said).unwrap();
         assert!(said.contains(r#""event":"completed""#), "{said}");
-        // The command was asked to end; the guest that it received runs on.
+        // The command was asked to end; the received guest runs on.
         assert!(moving.scratch.processes("umem incoming").is_empty());
         assert_eq!(moving.scratch.processes("umem guest --incoming").len(), 1);
     }
@@ -243,7 +242,7 @@ fn failed_command_is_named_with_its_status() {
     assert!(!moving.scratch.ram("destination").exists());
 }
 
-/// The terminal's signals are umem's: one that ended the command would cost the connection.
+/// The terminal's signals are umem's: one that ended the command would break the connection.
 #[test]
 fn signals_of_umem_do_not_reach_its_command() {
     let moving = Move::new(&["-p"]);
@@ -316,7 +315,7 @@ fn lanes_option_is_refused_over_one_connection() {
     }
 }
 
-/// Several lanes would wait for each other for ever.
+/// Several lanes would wait for each other forever.
 #[test]
 fn source_with_several_lanes_is_refused_on_a_single_connection() {
     let moving = Move::new(&["-p"]);
@@ -332,7 +331,7 @@ fn source_with_several_lanes_is_refused_on_a_single_connection() {
     assert!(error.contains("only connection"), "{error}");
 }
 
-/// What the connection holds already goes first, and one batch; nothing else of the background does.
+/// The connection's queued bytes go first, and one batch; nothing else of the background does.
 #[test]
 fn answer_overtakes_the_background_on_a_single_connection() {
     let moving = Move::new(&["-p"]);
@@ -355,7 +354,7 @@ fn answer_overtakes_the_background_on_a_single_connection() {
     // The kernel's queue is twice 64 KiB, and a batch of 64 KiB stands before it.
     let waited_for = lane.page_bytes - before;
     assert!(waited_for <= 3 * (64 << 10), "{waited_for} bytes came before the answer");
-    // The rest comes too, each page once.
+    // The rest arrives too, each page once.
     let mut pages = 0;
     while lane.page_bytes < (PAGES * 3 / 4) * 4096 {
         if let Event::Data(range) = lane.event().expect("pages come") {
@@ -369,7 +368,7 @@ fn answer_overtakes_the_background_on_a_single_connection() {
     migrate.succeeds();
 }
 
-/// Bytes that were sent and that the other end has not read (unix(7), SIOCOUTQ).
+/// Bytes sent that the peer has not read (unix(7), SIOCOUTQ).
 fn unread(socket: &UnixStream) -> i32 {
     let mut bytes = 0;
     // SAFETY: the kernel writes one integer during the call.
@@ -379,7 +378,7 @@ fn unread(socket: &UnixStream) -> i32 {
     bytes
 }
 
-/// Both sides are told to stop while nobody answers.
+/// Both sides are interrupted before they get an answer.
 #[test]
 fn given_connection_without_a_peer_can_be_interrupted() {
     let moving = Move::new(&["-p"]);

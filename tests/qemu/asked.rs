@@ -1,5 +1,5 @@
-//! A destination's QEMU is asked which memory its guest has, however it came to be started; what it needs of umem is
-//! added wherever in a chain of wrappers it is, or its lack is told before a source comes.
+//! umem asks a destination's QEMU for its guest's memory, however that QEMU was started; umem adds its preload object
+//! anywhere in a chain of wrappers, or reports its absence before a source connects.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -19,7 +19,7 @@ fn words(line: &str) -> Vec<String> {
     line.split_ascii_whitespace().map(str::to_owned).collect()
 }
 
-/// A source that runs, and its memory.
+/// A running source, and its memory.
 fn source(machine: &Machine, scratch: &Scratch) -> (Qemu, File) {
     let source = machine.start(scratch);
     let name = machine.ram_file(scratch, Side::Source, "ram0");
@@ -32,7 +32,7 @@ fn qemu_behind_a_wrapper_gets_the_preload_object() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let script = scratch.path("script");
-    // It does other things before, and is there afterwards.
+    // The wrapper runs other commands before, and stays afterwards.
     let qemu = machine.command_line(&scratch, Side::Destination).join(" ");
     let program = machine.version.program().display().to_string();
     let text = format!("#!/bin/sh\n{program} -version >/dev/null\n{qemu}\nexit $?\n");
@@ -59,7 +59,7 @@ fn qemu_behind_a_wrapper_gets_the_preload_object() {
     }
 }
 
-/// Whose memory it is, says QEMU: what has started it is another process, which may have more to do.
+/// QEMU reports the owner of the memory: its parent is another process, which may have other work.
 #[test]
 fn end_of_qemu_is_detected_while_its_wrapper_script_runs() {
     for has_come in [false, true] {
@@ -104,7 +104,7 @@ fn children(pid: u32) -> Vec<u32> {
     listed.split_ascii_whitespace().map(|pid| pid.parse().expect("a pid")).collect()
 }
 
-/// A network namespace with a name, which goes with this.
+/// A named network namespace, removed when dropped.
 struct Namespace {
     name: String,
 }
@@ -128,7 +128,7 @@ impl Drop for Namespace {
     }
 }
 
-/// Words that say in other ways what [`small`] says, without the memory.
+/// Options equivalent to [`small`]'s in other forms, without the memory.
 fn plain(machine: &Machine, scratch: &Scratch) -> Vec<String> {
     let test = machine.socket(scratch, Side::Destination, "test");
     let program = machine.version.program().display().to_string();
@@ -195,7 +195,7 @@ fn memory_outside_the_guest_is_released() {
         );
         machine.extra = words(&more);
         let destination = Destination::start(&machine, &scratch);
-        // Nothing of it is registered any more, so that nobody waits there.
+        // Nothing of it is registered any more, so no thread waits there.
         wait_for("the end of the registration", || {
             let smaps = fs::read_to_string(format!("/proc/{}/smaps", destination.guest_pid));
             let smaps = smaps.expect("it runs");
@@ -226,7 +226,7 @@ fn nvdimm_disk_cannot_be_filled() {
         says(&text, "RAM backend nv has its memory in");
         says(&text, "files of tmpfs and hugetlbfs");
         assert_eq!(scratch.ram_files(), Vec::<std::path::PathBuf>::new());
-        assert!(image.exists(), "somebody's disk has been removed");
+        assert!(image.exists(), "a foreign disk has been removed");
         fs::remove_file(image).expect("it is there");
     }
 }
@@ -275,7 +275,7 @@ fn unusable_command_is_reported_before_a_source_connects() {
     says(&text, "RAM backend ram0 has its memory in");
     assert_eq!(running.qmp.status(), "running");
 
-    // Not all of the guest's memory, or more.
+    // Not all of the guest's memory, or too much.
     let ram = |name: &str, id: &str| {
         format!("{name}={}", machine.ram_file(&scratch, Side::Destination, id).display())
     };
@@ -293,7 +293,7 @@ fn unusable_command_is_reported_before_a_source_connects() {
     assert_eq!(other.qmp.status(), "inmigrate");
 }
 
-/// Nothing locks the file of a QEMU that no umem has started, and an empty one looks like nobody's.
+/// The file of a QEMU without a umem has no lock, and an empty file looks unused.
 #[test]
 fn empty_file_mapped_by_another_qemu_is_refused() {
     for version in VERSIONS {
@@ -320,7 +320,7 @@ fn empty_file_mapped_by_another_qemu_is_refused() {
         says(&text, &format!("RAM ram0: process {} has mapped the same file", before.pid()));
         drop(before);
 
-        // One that comes while umem waits.
+        // A QEMU that starts while umem waits.
         let destination = Destination::start(&machine, &scratch);
         let meanwhile = start();
         let mut source = machine.start(&scratch);
@@ -332,7 +332,7 @@ fn empty_file_mapped_by_another_qemu_is_refused() {
     }
 }
 
-/// What QEMU maps in the way of RAM once umem knows the guest's memory is nobody's to fill.
+/// Memory that QEMU maps like RAM after umem knows the guest's memory is not filled.
 #[test]
 fn memory_plugged_in_later_is_left_to_qemu() {
     for version in VERSIONS {
@@ -367,7 +367,7 @@ fn memory_plugged_in_later_is_left_to_qemu() {
     }
 }
 
-/// Only the file goes that was made for the guest, not the one that has its name by then.
+/// Only the file made for the guest is removed, not the file that has its name by then.
 #[test]
 fn replaced_ram_file_is_kept_when_the_guest_does_not_arrive() {
     let scratch = Scratch::new();

@@ -1,5 +1,5 @@
-//! The guest's memory is what its QEMU has mapped, wherever names lead by now: it arrives, or the move is refused
-//! before the guest stops, and says why.
+//! The guest's memory is the memory that its QEMU has mapped, whatever its paths name by now: it arrives, or the move
+//! is refused before the guest stops, with the reason.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -19,15 +19,15 @@ use crate::{NOBODY, boot, migrate, says};
 
 pub(super) const VERSIONS: [QemuVersion; 2] = [QemuVersion::V7_2, QemuVersion::V10_0];
 
-/// Where a test marks a guest's memory, which its firmware leaves alone.
+/// The place of a test's mark in guest memory, which the firmware does not touch.
 const MARK_OFFSET: u64 = 32 << 20;
 
-/// A machine with 64 MiB of memory and nothing to boot.
+/// A machine with 64 MiB of memory and no system to boot.
 pub(super) fn small(version: QemuVersion) -> Machine {
     Machine { ram: vec![Ram { id: "ram0", mib: 64 }], ..Machine::bare(version) }
 }
 
-/// What a process has mapped at the only place where it maps a file of this name.
+/// The mapping of a file of this name in a process, which has exactly one.
 pub(super) fn mapped(pid: u32, name: &str) -> File {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
     let line = maps.lines().find(|line| line.contains(name)).expect("it has mapped the file");
@@ -42,7 +42,7 @@ fn arrives(source: Qemu, memory: &[File], machine: &Machine, scratch: &Scratch) 
     arrives_at(destination, source, memory);
 }
 
-/// Likewise, at a destination that waits already.
+/// Likewise, with a destination that waits already.
 pub(super) fn arrives_at(mut destination: Destination, mut source: Qemu, memory: &[File]) {
     source.qmp.execute("stop", json!({}));
     for (index, file) in memory.iter().enumerate() {
@@ -73,7 +73,7 @@ fn is_refused(source: &mut Qemu, options: &[&str], expected: &[&str]) {
     assert_eq!(source.qmp.status(), "running");
 }
 
-/// The source finds nothing wrong with the guest, and only nobody to take it.
+/// The source accepts the guest, and fails only because no destination answers.
 fn is_taken(source: &mut Qemu, options: &[&str]) {
     is_refused(source, options, &["cannot connect to tcp:127.0.0.1:1"]);
 }
@@ -106,7 +106,7 @@ fn unlinked_ram_file_is_moved() {
     }
 }
 
-/// As a manager may give it: to anybody else its path leads elsewhere.
+/// As a manager may pass it: in any other process its path leads elsewhere.
 #[test]
 fn inherited_memfd_is_moved() {
     for version in VERSIONS {
@@ -120,7 +120,7 @@ fn inherited_memfd_is_moved() {
         let words = machine.command_line(&scratch, Side::Source);
         let words: Vec<String> = words.iter().map(|word| word.replace(&name, &given)).collect();
         let source = start_by(&words, &machine, &scratch);
-        // umem is not given it.
+        // umem does not get the descriptor.
         fcntl(&memory, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
         arrives(source, &[memory], &machine, &scratch);
     }
@@ -142,14 +142,14 @@ fn ram_file_in_another_mount_namespace_is_found() {
     }
 }
 
-/// A source, by way of a program that becomes it.
+/// A source, through a program that becomes it.
 fn start_under(wrapper: &[&str], machine: &Machine, scratch: &Scratch) -> Qemu {
     let wrapper = wrapper.iter().map(|&word| word.to_owned());
     let words: Vec<String> = wrapper.chain(machine.command_line(scratch, Side::Source)).collect();
     start_by(&words, machine, scratch)
 }
 
-/// A source, by these words.
+/// A source with this command line.
 fn start_by(words: &[String], machine: &Machine, scratch: &Scratch) -> Qemu {
     let [test, umem] =
         ["test", "umem"].map(|monitor| machine.socket(scratch, Side::Source, monitor));
@@ -212,7 +212,7 @@ fn longer_file_is_moved_up_to_the_guests_memory() {
     }
 }
 
-/// A file of that length, its owner's alone.
+/// A file of this length, accessible to its owner only.
 fn file_of(path: &Path, mib: u64) -> File {
     let mut options = File::options();
     let options = options.read(true).write(true).create_new(true).mode(0o600);
@@ -221,7 +221,7 @@ fn file_of(path: &Path, mib: u64) -> File {
     file
 }
 
-/// The words of a command line, the files of whose backends are one, each at an offset of its own, MiB.
+/// A command line whose backends share one file, each at an offset of its own, MiB.
 fn in_one_file(words: &[String], path: &Path, offsets: &[(&str, u64)]) -> Vec<String> {
     let place = |word: &String| {
         let place = offsets.iter().find(|(id, _)| word.contains(&format!(",id={id},")));
@@ -256,14 +256,14 @@ fn at_one_file(
     destination
 }
 
-/// QEMU knows offset= from 8.1 on.
+/// QEMU supports offset= since 8.1.
 #[test]
 fn numa_nodes_in_one_file_move_into_one_file_with_other_offsets() {
     let scratch = Scratch::new();
     let ram = vec![Ram { id: "ram-node0", mib: 128 }, Ram { id: "ram-node1", mib: 128 }];
     let machine = Machine { ram, ..Machine::linux(QemuVersion::V10_0) };
     let [from, to] = ["from", "to"].map(|name| scratch.ram(name));
-    // QEMU makes the file as long as the first backend that it opens needs it.
+    // QEMU makes the file as long as its first backend needs.
     let mut source =
         source_in_one_file(&machine, &scratch, &from, &[("ram-node0", 128), ("ram-node1", 0)]);
     crate::booted(&mut source.serial);
@@ -304,7 +304,7 @@ fn memory_at_a_file_offset_is_moved_and_bytes_around_it_are_kept() {
             there.read_exact_at(&mut around, at).expect("it is as long");
             assert!(around.iter().all(|byte| *byte == 0), "something lies around the memory");
         }
-        // The two pages of the others' are all that is left.
+        // Only the two pages of other owners are left.
         let is_freed = fs::metadata(&from).expect("it is there").blocks() * 512 <= 2 * 4096;
         assert_eq!(is_freed, options.contains(&"--release-ram"), "{options:?}");
         for (bytes, at) in others {
@@ -318,7 +318,7 @@ fn memory_at_a_file_offset_is_moved_and_bytes_around_it_are_kept() {
     }
 }
 
-/// A process that takes over finds each part where it is.
+/// A takeover finds each part at its place.
 #[test]
 fn shared_file_of_several_backends_is_served_after_a_takeover() {
     let scratch = Scratch::new();
@@ -494,7 +494,7 @@ fn nvdimm_disk_is_left_alone_or_refused_at_once() {
     }
 }
 
-/// An image of 16 MiB that lies on no tmpfs.
+/// An image of 16 MiB outside tmpfs.
 pub(super) fn on_a_disk(scratch: &Scratch) -> PathBuf {
     let name = scratch.path("image");
     let name = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(

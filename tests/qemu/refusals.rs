@@ -1,4 +1,4 @@
-//! Refusals: what cannot be moved, or cannot receive, is told so in one line, and left as it is.
+//! Refusals: a guest that cannot be moved, or a QEMU that cannot receive, is refused in one line, and left unchanged.
 
 use std::fs;
 use std::io::Write;
@@ -93,7 +93,7 @@ fn command_unable_to_receive_is_refused_without_leftovers() {
             format!(r#"{good} -netdev {{"type":"vhost-user","id":"n","chardev":"c"}} {given}"#),
             "n, a netdev of type vhost-user, lets",
         ),
-        // There is no such device here: QEMU says so, before a source comes.
+        // There is no such device here: QEMU reports that before a source connects.
         (
             format!("{good} -netdev type=vhost-vdpa,id=n,vhostdev=/nonexistent/vdpa"),
             "its own messages say why",
@@ -107,7 +107,7 @@ fn command_unable_to_receive_is_refused_without_leftovers() {
         (format!("{good} -daemonize"), "-daemonize hides QEMU from umem"),
         (format!("{good} -incoming tcp:127.0.0.1:0"), "QEMU's own -incoming"),
         (good.replace(&ram, "/dev/shm"), "RAM backend ram0 has a directory as its mem-path"),
-        // QEMU's own refusals: its message, and one line of ours.
+        // QEMU's own refusals: its message, and one line of umem's.
         (format!("{good} -device no-such-device"), "the guest's monitor: it"),
         (
             format!("{good} -no-such-option"),
@@ -153,14 +153,14 @@ fn further_obstacles_of_a_destination_are_reported() {
     let _busy = UnixListener::bind(&socket).expect("a socket");
     let umem = Umem::start(incoming(&words, &[], &format!("unix:{}", socket.display())));
     refused(umem, &["cannot listen on unix:", "Address already in use"]);
-    assert!(socket.exists(), "somebody else's socket is removed");
+    assert!(socket.exists(), "a foreign socket is removed");
 
-    // A user who may do nothing special but read this repository, wherever it lies.
+    // A user whose only capability is to read this repository.
     let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups \
                   --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \
                   --bounding-set=-all,+dac_read_search";
     let nobody: Vec<&str> = nobody.split_ascii_whitespace().collect();
-    // Without the sockets and logs of `words`, for which nobody has no place.
+    // Without the sockets and logs of `words`, for which that user has no directory.
     let ram = scratch.ram("ram0");
     let options = format!(
         "-machine memory-backend=ram0 -object \
@@ -186,9 +186,9 @@ fn command_without_the_preload_object_is_refused() {
     let ram = format!("ram0={}", scratch.ram("ram0").display());
     let uri = "tcp:127.0.0.1:0";
     for (command, expected) in [
-        // Loads it and maps nothing.
+        // Loads it and maps no RAM.
         (&["true"][..], "it exited before it mapped RAM ram0"),
-        // Static, as it has to repair the dynamic linker's files: it loads nothing.
+        // Static, because it must be able to repair the dynamic linker's files: it loads nothing.
         (&["/sbin/ldconfig", "--version"], "the preload object was not loaded into COMMAND"),
     ] {
         let words = [&["incoming", "--json", "--ram", &ram, uri, "--"], command].concat();
@@ -227,7 +227,7 @@ fn missing_or_busy_monitor_is_reported() {
     says(&text, "cannot connect to the QMP socket");
     says(&text, &format!("-qmp unix:{missing},server=on,wait=off"));
 
-    // QEMU serves one client at a time: a second one never hears a greeting.
+    // QEMU serves one client at a time: a second one never gets a greeting.
     let machine = Machine::bare(QemuVersion::V7_2);
     let mut source = machine.start(&scratch);
     let taken = machine.socket(&scratch, Side::Source, "test").display().to_string();
@@ -237,12 +237,12 @@ fn missing_or_busy_monitor_is_reported() {
 }
 
 fn nothing_is_left(scratch: &Scratch) {
-    // A process that umem has killed and waited for is gone when umem is.
+    // A process that umem has killed and reaped is gone when umem is.
     assert_eq!(scratch.processes(""), []);
     assert_eq!(scratch.ram_files(), Vec::<PathBuf>::new());
 }
 
-/// A QEMU with nothing to boot and just these options.
+/// A QEMU without a system to boot and with these options only.
 fn plain_command(version: QemuVersion, options: &str) -> Vec<String> {
     let program = version.program().display().to_string();
     let words = format!("-accel tcg -machine q35 -m 64M -nodefaults -display none {options}");

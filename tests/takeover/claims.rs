@@ -1,5 +1,5 @@
-//! Whose a RAM file is: one guest's, and one migration's. Locks say so, which end with whoever has them and with
-//! nobody else; a file that is not its user's alone is no guest's memory.
+//! The owner of a RAM file: one guest, and one migration. Locks record that, which end with their owner only; a file
+//! that is accessible to other users cannot be a guest's memory.
 
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
@@ -14,7 +14,7 @@ use super::support::{Guests, Qmp, Scratch, Umem};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// `umem incoming` whose guest is to have its memory in that file.
+/// `umem incoming` whose guest is to have its memory in this file.
 fn incoming(scratch: &Scratch, ram: &Path, more: &[&str]) -> Umem {
     let ram = format!("ram0={}", ram.display());
     let qmp = scratch.path("another.qmp").display().to_string();
@@ -27,7 +27,7 @@ fn incoming(scratch: &Scratch, ram: &Path, more: &[&str]) -> Umem {
     Umem::start(arguments)
 }
 
-/// `umem migrate` of a guest without a monitor. Nobody listens there.
+/// `umem migrate` of a guest without a monitor. No process listens there.
 fn migrate(ram: &Path) -> Umem {
     let ram = format!("ram0={}", ram.display());
     Umem::start(["migrate", "--json", "--ram", &ram, "tcp:127.0.0.1:1"])
@@ -54,7 +54,7 @@ fn second_guest_of_one_ram_file_is_refused() {
             assert!(source.contains("another umem moves the guest"), "{source}");
         }
         assert!(first.is_running(), "{}", first.stderr());
-        // It ends with the process that had it.
+        // The claim ends with the process that had it.
         first.signal(nix::sys::signal::Signal::SIGINT);
         first.wait();
         assert!(!file.exists(), "and so does what it made");
@@ -63,8 +63,8 @@ fn second_guest_of_one_ram_file_is_refused() {
     }
 }
 
-/// A guest that umem has brought keeps its file when its umem is killed, when another one takes over, and when
-/// none is there any more; until all of it has come nobody moves it on.
+/// A guest that umem has received keeps its file when its umem is killed, when another one takes over, and when there
+/// is none any more; until it is complete it cannot be moved on.
 #[test]
 fn ram_file_stays_claimed_by_its_guest_after_umem_exits() {
     let mut moving = Move::switched(SMALL);
@@ -83,14 +83,14 @@ fn ram_file_stays_claimed_by_its_guest_after_umem_exits() {
     let (scratch, umem, names, _) = moving.arrive();
     let second = incoming(&scratch, &file, &[]).fails();
     assert!(second.contains("another guest has its memory in this file"), "{second}");
-    // It may be moved on: what is missing is a destination.
+    // The guest may be moved on: only a destination is missing.
     let onward = migrate(&file).fails();
     assert!(onward.contains("cannot connect to"), "{onward}");
     Qmp::connect(&scratch.path(&format!("{}.qmp", names[1]))).quit();
     umem.succeeds();
 }
 
-/// Nobody else moves a guest that is being moved, or takes its file; whoever resumes the session does.
+/// No other umem moves a guest that is being moved, or takes its file; a resume of the session does.
 #[test]
 fn second_umem_of_one_guest_is_refused() {
     let mut moving = Move::switched(SMALL);
@@ -112,8 +112,8 @@ fn second_umem_of_one_guest_is_refused() {
     moving.complete();
 }
 
-/// A program that asks for no lock, such as a QEMU that was started with the same file, may write to it while a
-/// destination waits: what is there would stay wherever the source's guest has nothing.
+/// A program without locks, such as a QEMU that was started with the same file, may write to it while a destination
+/// waits: that data would stay wherever the source's guest has a hole.
 #[test]
 fn file_with_data_is_refused_when_the_source_connects() {
     let scratch = Scratch::new();
@@ -138,7 +138,7 @@ fn ram_file_named_twice_is_refused() {
     assert!(twice.contains("are one and the same file"), "{twice}");
 }
 
-/// What is wrong with a file, and what umem says of it.
+/// A defect of a file, and umem's message about it.
 type Wrong = (&'static str, fn(&Path), &'static str);
 
 const WRONG: [Wrong; 6] = [
@@ -150,7 +150,7 @@ const WRONG: [Wrong; 6] = [
     ("directory", |path| std::fs::create_dir(path).unwrap(), "is a directory and no file"),
 ];
 
-/// A file that could be the guest's, were it not for its mode.
+/// A file that could be the guest's, except for its mode.
 fn make(path: &Path, mode: u32) {
     std::fs::File::create(path).unwrap().set_len(16 << 20).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
@@ -166,7 +166,7 @@ fn ram_file_accessible_to_other_users_is_refused() {
             let error = umem.fails();
             assert!(error.contains(expected), "{name}: {error}");
         }
-        assert!(path.symlink_metadata().is_ok(), "it is not ours to remove");
+        assert!(path.symlink_metadata().is_ok(), "umem must not remove it");
         let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir(&path));
     }
 }

@@ -1,4 +1,4 @@
-//! The fuzz targets' corpus, every input once: what fuzzing has reached stays as it was found to be.
+//! The fuzz targets' corpus, every input once: faults found by fuzzing stay fixed.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -30,7 +30,7 @@ fn corpus_inputs_pass() {
     }
 }
 
-/// Spoilt copies of the corpus, the same each time: what a fuzzer would try first. `UMEM_FUZZ_RUNS` of each input.
+/// Damaged copies of the corpus, the same each time: a fuzzer's first attempts. `UMEM_FUZZ_RUNS` of each input.
 #[test]
 fn damaged_corpus_inputs_pass() {
     let runs = std::env::var("UMEM_FUZZ_RUNS").map_or(5, |runs| runs.parse().expect("a number"));
@@ -42,7 +42,7 @@ fn damaged_corpus_inputs_pass() {
         for input in &inputs {
             for run in 0..runs {
                 let spoilt = random.spoil(input, &inputs);
-                // Shown where it panics.
+                // Printed if it panics.
                 println!("{} {run} {:?}", target.name, String::from_utf8_lossy(&spoilt));
                 (target.run)(&spoilt);
             }

@@ -1,4 +1,4 @@
-//! What the kernel's command line asks for.
+//! The parameters on the kernel's command line.
 
 use std::fs;
 use std::str::FromStr;
@@ -22,7 +22,7 @@ pub(crate) enum Mode {
 }
 
 impl Parameters {
-    /// Mounts /proc, where the command line and the size of memory are.
+    /// Mounts /proc, which has the command line and the size of memory.
     pub(crate) fn read() -> Result<Self, String> {
         mount_proc()?;
         let read =
