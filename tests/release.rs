@@ -122,7 +122,7 @@ fn no_page_is_freed_before_the_switchover() {
     assert!(error.contains("interrupted"), "{error}");
     assert_eq!(held(&scratch.ram("source")), MIB << 20);
 
-    // It does not: acknowledged pages are freed afterwards.
+    // The guest leaves the source: pages acknowledged before the switchover are freed after it.
     let mut source = Source::start(&[]);
     source.receive_all();
     source.demand.send(&Frame::Ack(range(0, PAGES / 2)));

@@ -261,7 +261,7 @@ struct Deaf {
     socket: PathBuf,
     /// Signals that the command has arrived.
     swallowed: Receiver<()>,
-    /// Number of events sent instead of an answer.
+    /// Bytes of events sent instead of an answer.
     said_bytes: Arc<AtomicU64>,
 }
 
@@ -273,7 +273,7 @@ enum Manner {
     Talks,
 }
 
-/// The minimum number of events before the test continues.
+/// The minimum bytes of events before the test continues.
 const TALK_BYTES: u64 = 32 << 20;
 
 impl Deaf {

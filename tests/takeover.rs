@@ -89,7 +89,7 @@ fn has_userfaultfd(pid: Pid) -> bool {
 /// Every page is here, but the guest's process is stopped: the source does not wait for it, and umem prints what it
 /// waits for.
 #[test]
-fn takeover_reports_that_it_waits_for_a_stopped_guest() {
+fn stopped_guest_is_reported_while_umem_waits_for_it() {
     for kind in [None, Some("anonymous")] {
         let mut moving = Move::switched(How { kind, ..SMALL });
         let guest = moving.arriving();
@@ -110,7 +110,7 @@ fn takeover_reports_that_it_waits_for_a_stopped_guest() {
 
 /// The wait can be interrupted.
 #[test]
-fn takeover_of_a_stopped_guest_can_be_interrupted() {
+fn wait_for_a_stopped_guest_can_be_interrupted() {
     let mut moving = Move::switched(SMALL);
     let guest = moving.arriving();
     kill(guest, Signal::SIGSTOP).unwrap();

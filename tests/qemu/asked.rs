@@ -369,7 +369,7 @@ fn memory_plugged_in_later_is_left_to_qemu() {
 
 /// Only the file made for the guest is removed, not the file that has its name by then.
 #[test]
-fn replaced_ram_file_is_kept_when_the_guest_does_not_arrive() {
+fn file_that_replaced_the_ram_file_is_kept() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let name = machine.ram_file(&scratch, Side::Destination, "ram0");

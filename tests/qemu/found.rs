@@ -79,7 +79,7 @@ fn is_taken(source: &mut Qemu, options: &[&str]) {
 }
 
 #[test]
-fn replaced_ram_file_is_not_moved() {
+fn mapped_file_is_moved_although_its_path_was_replaced() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
