@@ -175,6 +175,7 @@ const NO_GUEST: &str = "no guest had arrived";
 /// Receives one guest. Returns when the guest is complete and a started command has exited; the value is the process's
 /// exit status.
 ///
+/// # Errors
 /// Any reason that kept the guest from arriving. Before the switchover an error leaves nothing behind.
 pub fn run(options: &Options) -> Result<i32> {
     // First, before descriptors are opened.

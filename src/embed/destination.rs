@@ -61,12 +61,14 @@ impl DestinationSetup {
 
     /// Adds a region. The region has the same `name` at the source.
     ///
+    /// # Safety
     /// The memory belongs to the guest: this process holds no reference into it, and it stays mapped at its address
     /// until the [`Destination`] has been dropped. After [`start`](DestinationSetup::start) a thread that touches a
     /// missing page waits. Until the end pages are discarded with `madvise`, shared ones with `MADV_REMOVE` and
     /// anonymous ones with `MADV_DONTNEED`: the kernel does not report a hole that `fallocate` punches in the file, and
     /// reports `MADV_DONTNEED` of shared memory as if it were a discard.
     ///
+    /// # Errors
     /// A file that is unusable or has contents, or a size of 0.
     pub unsafe fn region(&mut self, name: &str, memory: &Memory<'_>) -> Result<()> {
         let start = memory.start.as_ptr().expose_provenance() as u64;
@@ -110,6 +112,7 @@ impl DestinationSetup {
     /// Uses these connected stream sockets, 1 to 65: the first for demanded pages, the others for the rest; a single
     /// one carries both. umem owns them from here on. The source gets their other ends in the same order.
     ///
+    /// # Errors
     /// [`Error::Usage`] for too few or too many, and for a descriptor other than a connected stream socket.
     pub fn connections(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
         check_connections(&sockets)?;
@@ -131,6 +134,7 @@ impl DestinationSetup {
 
     /// Starts: listens, and registers the regions. From here on a thread that touches them waits.
     ///
+    /// # Errors
     /// [`Error::Usage`] without a region, an address or connections; an address that cannot be listened on; memory
     /// unlike its description; no permission for userfaultfd. After an error the regions are as before.
     pub fn start(self) -> Result<Destination> {
@@ -232,6 +236,7 @@ impl Destination {
 
     /// Answers [`Event::LoadState`]: the device state is loaded.
     ///
+    /// # Errors
     /// [`Error::Usage`] if the question is not open.
     pub fn loaded(&self) -> Result<()> {
         self.handle.desk.answer(Open::Load, || Answer::Loaded(Ok(())))
@@ -239,6 +244,7 @@ impl Destination {
 
     /// Answers [`Event::Run`]: the vCPUs run.
     ///
+    /// # Errors
     /// [`Error::Usage`] if the question is not open.
     pub fn running(&self) -> Result<()> {
         self.handle.desk.answer(Open::Run, || Answer::Running(Ok(())))
@@ -247,6 +253,7 @@ impl Destination {
     /// Ends a pause, or replaces connections that were given: listens at `uri` alone from now on until the end. Returns
     /// the address with the port that the kernel chose.
     ///
+    /// # Errors
     /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and if the migration does not recover; an address
     /// that cannot be listened on.
     pub fn resume_at(&self, uri: &Uri) -> Result<Uri> {

@@ -144,6 +144,7 @@ macro_rules! handle {
             /// Waits for the next event; None after the timeout. Without a timeout it waits forever.
             /// [`Event::Completed`] or [`Event::Failed`] is the last event.
             ///
+            /// # Errors
             /// The kernel's error of `poll`.
             pub fn wait(&self, timeout: Option<std::time::Duration>) -> Result<Option<Event>> {
                 self.handle.desk.wait(timeout)
@@ -172,6 +173,7 @@ macro_rules! handle {
 
         /// Orders about connections, from the switchover on, in a migration that recovers. Events report the result.
         ///
+        /// # Errors
         /// All of these: [`Error::Usage`](crate::Error::Usage) before the switchover, after the last event, and if the
         /// migration does not recover.
         impl $name {
@@ -190,6 +192,7 @@ macro_rules! handle {
             /// umem owns them from here on, gives up its old connections and no longer dials or listens. The other
             /// side's program gives their other ends in the same order, possibly later.
             ///
+            /// # Errors
             /// Also for too few or too many, and for a descriptor other than a connected stream socket.
             pub fn reconnect(&self, sockets: Vec<std::os::fd::OwnedFd>) -> Result<()> {
                 check_connections(&sockets)?;

@@ -46,6 +46,7 @@ impl SourceSetup {
     /// Adds a region: a whole file that the guest maps MAP_SHARED, or a file that does not change. The descriptor is
     /// duplicated. The region has the same `name` at the destination.
     ///
+    /// # Errors
     /// A descriptor other than a regular file open for reading; a size other than whole pages.
     pub fn region(&mut self, name: &str, file: BorrowedFd<'_>) -> Result<()> {
         let named = |what: String| Error::Unsupported(format!("RAM {name}: {what}"));
@@ -69,6 +70,7 @@ impl SourceSetup {
     /// Uses these connected stream sockets, 1 to 65: the first for demanded pages, the others for the rest; a single
     /// one carries both. umem owns them from here on. The destination gets their other ends in the same order.
     ///
+    /// # Errors
     /// [`Error::Usage`] for too few or too many, and for a descriptor other than a connected stream socket.
     pub fn connections(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
         check_connections(&sockets)?;
@@ -113,6 +115,7 @@ impl SourceSetup {
 
     /// Starts: connects, and asks the program to stop its guest when the destination is ready.
     ///
+    /// # Errors
     /// [`Error::Usage`] without a region, an address or connections; a thread or an eventfd that the kernel refuses.
     pub fn start(self) -> Result<Source> {
         let SourceSetup { files, way, postcopy, precopy, recovers, checksum, cores } = self;
@@ -150,6 +153,7 @@ handle!(Source);
 impl Source {
     /// Answers [`Event::Stop`]: the guest's memory has no writer any more.
     ///
+    /// # Errors
     /// [`Error::Usage`] if the question is not open.
     pub fn stopped(&self) -> Result<()> {
         self.handle.desk.answer(Open::Stop, || Answer::Stopped(Ok(None)))
@@ -160,6 +164,7 @@ impl Source {
     /// write, by any thread, and before [`Source::stopped`] for the last writes; a page without a report arrives as it
     /// was sent before.
     ///
+    /// # Errors
     /// [`Error::Usage`] if the region has no such bytes.
     pub fn written(&self, region: u16, offset: u64, bytes: u64) -> Result<()> {
         match self.handle.desk.written(region, offset, bytes) {
@@ -173,6 +178,7 @@ impl Source {
     /// Answers [`Event::SaveState`] with the device state, which the destination's program receives unchanged. The
     /// state may be empty.
     ///
+    /// # Errors
     /// [`Error::Usage`] if the question is not open.
     pub fn saved(&self, state: Vec<u8>) -> Result<()> {
         self.handle.desk.answer(Open::Save, || Answer::Saved(Ok(state)))
@@ -180,6 +186,7 @@ impl Source {
 
     /// Ends a pause, or replaces connections that were given: dials `uri` from now on until the end.
     ///
+    /// # Errors
     /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and if the migration does not recover.
     pub fn resume_at(&self, uri: Uri) -> Result<()> {
         check_address(&uri)?;

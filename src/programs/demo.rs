@@ -80,6 +80,7 @@ pub struct Options {
 
 /// Runs the demo; the exit status is 0 if every page was right.
 ///
+/// # Errors
 /// Any reason that kept the guest from moving.
 pub fn run(options: &Options) -> Result<i32> {
     let inbox = Inbox::new()?;

@@ -20,6 +20,7 @@ use crate::session::{self, DestinationRecord, SourceRecord};
 
 /// Sends these pieces, descriptors with the first, and closes the socket. Returns the parsed messages in words.
 ///
+/// # Errors
 /// The error that umem would report.
 pub fn handoff<'a>(
     descriptors: usize,

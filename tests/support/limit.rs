@@ -14,6 +14,7 @@ pub(crate) struct MemoryLimit {
 impl MemoryLimit {
     /// The limit in MiB. A process that exceeds it is killed.
     ///
+    /// # Panics
     /// If this machine has no control groups that limit memory.
     pub(crate) fn of(mib: u64) -> MemoryLimit {
         let is_v2 = !Path::new("/sys/fs/cgroup/memory").is_dir();

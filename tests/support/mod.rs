@@ -99,6 +99,7 @@ pub(crate) fn program(name: &str) -> PathBuf {
 
 /// Polls until there is a value.
 ///
+/// # Panics
 /// After [`DEADLINE`].
 pub(crate) fn wait_for<T>(what: impl Display, mut look: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();

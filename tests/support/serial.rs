@@ -35,6 +35,7 @@ impl Serial {
 
     /// The next heartbeat that satisfies `is_wanted`.
     ///
+    /// # Panics
     /// If the guest finds a wrong word, or no such heartbeat comes.
     pub(crate) fn beat(&mut self, what: &str, wanted: impl Fn(&Beat) -> bool) -> Beat {
         let what = format!("a heartbeat with {what} in {}", self.path.display());
@@ -58,6 +59,7 @@ impl Serial {
 
     /// The heartbeats since the last call.
     ///
+    /// # Panics
     /// If the guest reports an error, with its whole console.
     fn beats(&mut self) -> Vec<Beat> {
         let lines = self.lines();

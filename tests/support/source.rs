@@ -15,6 +15,7 @@ pub(crate) struct LaneToDestination<S> {
 impl<S: Read + Write> LaneToDestination<S> {
     /// Sends a hello.
     ///
+    /// # Errors
     /// The destination's refusal.
     pub(crate) fn open(mut stream: S, hello: &Hello) -> Result<LaneToDestination<S>, String> {
         stream.write_all(&hello.encode()).expect("the destination is there");

@@ -119,6 +119,7 @@ impl Umem {
             .stderr(stderr.reopen().expect("it is there"));
         if let Some((descriptor, number)) = inherited {
             // A descriptor that already has the number would be closed by exec.
+            // SAFETY: no memory is involved; the child's descriptor of that number is to be replaced.
             let pass = move || unsafe {
                 match descriptor == number {
                     true => libc::fcntl(number, libc::F_SETFD, 0),
@@ -172,6 +173,7 @@ impl Umem {
 
     /// Waits for the event of this name, and drops those before it.
     ///
+    /// # Panics
     /// If umem fails or ends first.
     pub(crate) fn event(&mut self, name: &str) -> Value {
         loop {

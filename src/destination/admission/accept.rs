@@ -42,11 +42,12 @@ impl Lanes {
         self.hello.capabilities.contains(Capabilities::ACKS)
     }
 
-    /// Both sides continue over new lanes when these are lost.
+    /// Pages arrive while the source's guest runs.
     pub(in crate::destination) fn has_rounds(&self) -> bool {
         self.demand.capabilities.contains(Capabilities::ROUNDS)
     }
 
+    /// Both sides continue over new lanes when these are lost.
     pub(in crate::destination) fn recovers(&self) -> bool {
         self.demand.capabilities.contains(Capabilities::RECOVERY)
     }

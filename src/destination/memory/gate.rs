@@ -36,6 +36,7 @@ impl FaultSource {
     /// checks that the page has a page table entry, not that the entry is empty (`hugetlb_mfill_atomic_pte` in
     /// mm/hugetlb.c). `page_bytes` is the size of the guest's pages.
     ///
+    /// # Errors
     /// ENOMEM if the page is absent, or the page map of its process cannot be read.
     pub(super) fn copy(&self, address: u64, bytes: &[u8], page_bytes: u64) -> io::Result<Placed> {
         let placed = self.uffd.copy(address, bytes)?;

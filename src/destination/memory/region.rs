@@ -75,6 +75,7 @@ impl GuestRegion {
 
     /// The file that pages land in.
     ///
+    /// # Panics
     /// For anonymous memory, which has no file.
     pub(crate) fn file(&self) -> &RamFile {
         self.file.as_ref().expect("anonymous memory lands in buffers")

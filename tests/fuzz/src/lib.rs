@@ -44,6 +44,7 @@ pub const TARGETS: &[Target] = &[
 
 /// Tries one input with the target of this name.
 ///
+/// # Panics
 /// If there is no such target, or it finds a fault.
 pub fn run(name: &str, input: &[u8]) {
     let target = TARGETS.iter().find(|target| target.name == name).expect("a target's name");

@@ -128,6 +128,7 @@ const DESTINATION: usize = 1;
 impl Move<'_> {
     /// Runs it. `before_stop` is called on the source's guest when it is asked to stop.
     ///
+    /// # Panics
     /// If the migration is stuck, or an impossible event comes.
     pub(crate) fn run(
         self,

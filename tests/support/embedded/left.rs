@@ -44,6 +44,7 @@ impl Left {
     /// Waits until the state equals `before`: the kernel frees a thread a little after the join returns, and a ring
     /// after its descriptor.
     ///
+    /// # Errors
     /// The state, if it does not return to `before`.
     pub(crate) fn returned_to(before: &Left) -> Result<(), Left> {
         let began = Instant::now();
