@@ -1,4 +1,4 @@
-//! How a migration begins at the destination: its threads.
+//! The start of a migration at the destination: its threads.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -95,7 +95,7 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Starts the demand thread, and nothing else yet.
+    /// Starts the demand thread alone.
     pub(super) fn begin(
         plan: &Plan<'_>,
         output: Output,
@@ -169,7 +169,7 @@ impl<'a> Migration<'a> {
         Ok((migration, reach))
     }
 
-    /// Starts those who serve the faults of a guest in shards; notes who serves which.
+    /// Starts the fault threads of a guest in shards, and records the thread of each shard.
     pub(super) fn start_faults(&mut self, demand: &ThreadHandle) -> Result<()> {
         let sources = self.guest.sources.len();
         if !self.guest.is_sharded() {
@@ -203,7 +203,7 @@ impl<'a> Migration<'a> {
         if !self.guest.needs_touch() {
             return Ok(());
         }
-        let process = side.process().expect("our own memory is shared or anonymous");
+        let process = side.process().expect("private memory belongs to another process");
         let socket = process.handoff.stream().try_clone();
         let thread = TouchThread {
             guest: self.guest.clone(),

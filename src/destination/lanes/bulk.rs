@@ -1,4 +1,4 @@
-//! A bulk lane at the destination: pages that nobody asked for, on a ring and a core of their own.
+//! A bulk lane at the destination: pages without a demand, on a ring and a core of their own.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,29 +23,28 @@ use crate::statistics::Counters;
 use crate::transport::lane::{self, Lane};
 use crate::transport::tls::Channel;
 
-/// How long the other end of a lane of TLS that has ended may take to close it.
+/// How long the peer may take to close a TLS lane that has ended.
 const LINGER: Duration = Duration::from_secs(10);
 
 const TOKEN_ACKED: u64 = TOKEN_FREE;
 
-/// What a bulk thread needs.
+/// The parts of a bulk thread.
 pub(crate) struct BulkLane {
     pub(crate) lane: Lane,
     pub(crate) regions: RegionTable,
     pub(crate) acks: Acks,
     pub(crate) guest: Arc<GuestMemory>,
     pub(crate) core: Place,
-    /// Who wakes vCPUs.
+    /// Wakes vCPUs.
     pub(crate) servers: Servers,
-    /// What another one has read of the lane beyond its own end, where they follow each other.
+    /// Bytes that a previous thread of the lane has read beyond the lane's end.
     pub(crate) ahead: Option<Channel>,
     pub(crate) post: Post<Note>,
 }
 
 impl BulkLane {
-    /// Receives until the lane ends, is lost, or is woken to stop. When it is lost no operation is left
-    /// that could write to a page, and who waits for a page that has come has been told. Runs on the
-    /// calling thread.
+    /// Receives until the lane ends, is lost, or the thread is woken to stop. After a loss no operation is left that
+    /// could write to a page, and every waiting vCPU of a received page has been reported. Runs on the calling thread.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let (post, socket) = (self.post.clone(), self.lane.socket());
         let ahead = self.pass(started)?;
@@ -57,7 +56,7 @@ impl BulkLane {
         Ok(())
     }
 
-    /// The same; returns what has been read of the lane beyond its end.
+    /// As `run`; returns the bytes that were read beyond the lane's end.
     pub(crate) fn pass(mut self, started: Started<Waker>) -> Result<Option<Channel>> {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
@@ -89,7 +88,7 @@ impl BulkLane {
                         return Ok(None);
                     }
                     token if RingMessages::owns(token) => messages.complete(&mut ring, &completion),
-                    // A source that has gone is noticed where its pages are received.
+                    // A lost source is detected where its pages are received.
                     TOKEN_ACKED => {
                         acking = false;
                         Ok(())
@@ -162,7 +161,7 @@ impl BulkLane {
         Ok(())
     }
 
-    /// Tells those who serve faults which pages have come that a vCPU waits for.
+    /// Reports received pages that a vCPU waits for to the fault threads.
     fn wake(
         &self,
         ring: &mut Ring,

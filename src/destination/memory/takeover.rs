@@ -1,5 +1,5 @@
-//! Where another process may have to go on: the states of pages are kept in a memory file that outlives this
-//! one, and a process that takes over goes on with them.
+//! Support for takeovers: the page states live in a memory file that outlives this process, and the process that takes
+//! over continues with them.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -15,13 +15,13 @@ use crate::memory::pages::{PageState, PageStates};
 use crate::memory::words::{COUNTERS, EVENTS_BYTES, Extent, State};
 use crate::session::{DestinationState, since_boot, when};
 
-/// What is counted for a process that may have to take over: the index of its word.
+/// Words counted for a takeover: each variant is the index of its word.
 #[derive(Clone, Copy)]
 pub(super) enum Told {
     ZeroBytes = 0,
     HoleBytes = 1,
     PagesDemand = 2,
-    /// Not counted: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
+    /// No count: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
     Giving = 3,
     /// Not counted: how far the switchover has come. 0 before it, 1 from *switched* on, 2 from *running* on.
     Standing = 4,
@@ -41,7 +41,7 @@ const SWITCHED: u64 = 1;
 const RUNNING: u64 = 2;
 
 impl GuestMemory {
-    /// What a memory file for the states has to hold of each region.
+    /// The requirements on a memory file for the states, by region.
     pub(crate) fn extents(&self) -> Vec<Extent> {
         let extent = |region: &GuestRegion| Extent {
             pages: region.bytes >> region.unit_shift(),
@@ -50,8 +50,7 @@ impl GuestMemory {
         self.regions.iter().map(extent).collect()
     }
 
-    /// Keeps the states in this file from now on, and takes them as they are there. Before any page
-    /// comes.
+    /// Keeps the states in this file from now on, and takes over its contents. Before any page arrives.
     pub(crate) fn share(&mut self, state: &State) {
         for (index, region) in self.regions.iter_mut().enumerate() {
             let words = state.region(index);
@@ -106,8 +105,8 @@ impl GuestMemory {
         recalled
     }
 
-    /// Goes on where a process was killed, as the [table](crate::memory::words) says; `share` has been
-    /// called, and nobody else is at work yet. Who waits is not woken yet.
+    /// Continues where a process was killed, as the [table](crate::memory::words) describes. `share` has been called,
+    /// and no other thread runs yet. Waiting threads are not woken yet.
     pub(crate) fn take_over(&self) -> Result<()> {
         self.keep_given()?;
         self.roll_back()?;
@@ -139,7 +138,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// What has come so far, as the process before this has counted; what it was killed over is data.
+    /// The progress so far, as counted by the previous process; pages in flight at its death count as data.
     fn recount(&self) {
         let Some(told) = &self.told else { return };
         let told = |what: Told| told[what as usize].load(SeqCst);
@@ -168,8 +167,8 @@ impl GuestMemory {
         }
     }
 
-    /// Private memory that has come is touched and released, whatever the process before this had done
-    /// of that. The toucher runs.
+    /// Private memory that has arrived is touched and released again, whatever the previous process had done. The touch
+    /// thread runs.
     pub(crate) fn touch_again(&self) -> Result<()> {
         for (index, region) in self.regions.iter().enumerate() {
             if !region.memory.kind.needs_touch() {
@@ -193,8 +192,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Wakes all who wait: those whose page is not there fault again, and are heard of by whoever reads
-    /// the events now.
+    /// Wakes all waiting threads: those without their page fault again, and the thread that reads the events now sees
+    /// them.
     pub(crate) fn wake_all(&self) -> Result<()> {
         for region in &self.regions {
             for part in &region.parts {
