@@ -706,7 +706,7 @@ fn an_open_address_has_to_be_asked_for() {
 
     let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--insecure"]);
     assert!(
-        incoming.stderr().contains("is open: everybody who reaches it"),
+        incoming.stderr().contains("is open: any host that reaches it"),
         "{}",
         incoming.stderr()
     );
