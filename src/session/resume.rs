@@ -103,7 +103,7 @@ impl Options {
 /// Without a directory there are no sessions.
 fn no_directory() -> Error {
     Error::Usage(
-        "there is no default directory for session files, as $XDG_RUNTIME_DIR is not set: name it \
+        "there is no default directory for session files, as $XDG_RUNTIME_DIR is not set: give one \
          with --session-dir"
             .into(),
     )
