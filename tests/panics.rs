@@ -25,7 +25,7 @@ fn has_panicked(mut umem: Umem, place: &str) {
     let status = umem.wait();
     let stderr = umem.stderr();
     assert_eq!(status.code(), Some(1), "{place}: {stderr}");
-    let text = format!("as a test wants it, at {place}");
+    let text = format!("requested by a test, at {place}");
     assert!(stderr.contains("panicked at") && stderr.contains(&text), "{place}: {stderr}");
     assert!(stderr.lines().any(|line| line.starts_with("umem: ")), "{place}: {stderr}");
 }
@@ -106,7 +106,7 @@ fn side_that_panics_after_the_commit_can_be_taken_over() {
         let status = side.wait();
         let stderr = side.stderr();
         assert_eq!(status.code(), Some(1), "{place}: {stderr}");
-        assert!(stderr.contains(&format!("as a test wants it, at {place}")), "{stderr}");
+        assert!(stderr.contains(&format!("requested by a test, at {place}")), "{stderr}");
         let resumed = moving.resume(command);
         match source.is_empty() {
             true => moving.incoming = resumed,

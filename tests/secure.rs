@@ -706,7 +706,7 @@ fn unauthenticated_address_needs_an_explicit_option() {
 
     let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--insecure"]);
     assert!(
-        incoming.stderr().contains("is open: everybody who reaches it"),
+        incoming.stderr().contains("is open: any host that reaches it"),
         "{}",
         incoming.stderr()
     );
