@@ -8,6 +8,9 @@ use std::path::PathBuf;
 
 use umem_wire::{Fault, FaultCode, LaneRole, ReceiveError};
 
+/// The options of `umem migrate` to use where its passes over a running guest are impossible.
+pub(crate) const WITHOUT_PASSES: &str = "-p without --precopy (postcopy), or --stop-first";
+
 /// Every reason that can end a migration, worded for the user who acts on it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -39,7 +39,7 @@ pub struct Completed {
     pub drain_s: f64,
     /// Source stopped → last page cached, seconds.
     pub total_s: f64,
-    /// First page → source stopped, seconds; 0 without `--precopy`.
+    /// First page → source stopped, seconds; 0 without passes while the guest ran.
     #[serde(default)]
     pub precopy_s: f64,
     /// Bytes of page contents that crossed the wire while the guest ran at the source, counted each

@@ -53,12 +53,12 @@ fn remaining_pages_come_after_an_interrupt_without_background() {
 }
 
 #[test]
-fn all_pages_come_before_the_switchover_without_postcopy() {
+fn all_pages_come_before_the_switchover_with_stop_first() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V7_2);
     let source = boot(&machine, &scratch);
     let destination = Destination::start(&machine, &scratch);
-    let moved = Moved::start(source, destination, &[]).complete();
+    let moved = Moved::start(source, destination, &["--stop-first"]).complete();
     assert_eq!(moved.report["pages_demand"], 0);
     assert_eq!(moved.report["fault_latency_us"]["count"], 0);
     moved.end();

@@ -278,7 +278,7 @@ fn numa_nodes_in_one_file_move_into_one_file_with_other_offsets() {
 
 #[test]
 fn memory_at_a_file_offset_is_moved_and_bytes_around_it_are_kept() {
-    for options in [&["-p"][..], &["-p", "--release-ram"], &[]] {
+    for options in [&["-p"][..], &["-p", "--release-ram"], &["--stop-first"]] {
         let scratch = Scratch::new();
         let machine = small(QemuVersion::V10_0);
         let [from, to] = ["from", "to"].map(|name| scratch.ram(name));

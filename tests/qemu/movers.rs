@@ -503,7 +503,7 @@ fn suspended_guest_stays_suspended_where_qemu_supports_it() {
     halted.ends_at_the_source();
     assert_eq!(source.qmp.status(), "suspended");
     drop(source);
-    for options in [&["-p"][..], &[]] {
+    for options in [&["-p"][..], &["--stop-first"]] {
         let scratch = Scratch::new();
         let mut source = machine.start(&scratch);
         sleep_type(&mut source, 1);

@@ -19,7 +19,7 @@ use umem_wire::checksum::{ZERO_SUM, digest};
 use umem_wire::{PageRange, RegionId};
 
 use super::{GuestMemory, GuestRegion, PageId};
-use crate::error::{Error, Result, lane_name};
+use crate::error::{Error, Result, WITHOUT_PASSES, lane_name};
 use crate::memory::bits::Bits;
 use crate::memory::claims::RunKind;
 use crate::memory::sums;
@@ -64,7 +64,7 @@ pub(crate) fn check(regions: &[GuestRegion]) -> Result<()> {
     };
     Err(Error::Unsupported(format!(
         "RAM {} is {} memory here, in which a page cannot land twice, and the source sends pages while its guest runs: \
-         leave out --precopy there, or give the guest here memory of kind shared or private",
+         give `umem migrate` there {WITHOUT_PASSES}, or give the guest here memory of kind shared or private",
         region.name, region.memory.kind
     )))
 }
