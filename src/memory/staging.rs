@@ -148,15 +148,11 @@ impl Staging {
         file.ok_or_else(|| Error::Internal(format!("region {} has a file of its own", region.0)))
     }
 
-    /// The landing unit of a region is larger than a page: what has left is not given back, as a unit is sent whole.
+    /// The landing unit of a region is larger than a page: what has left of it is not given back, as a unit is sent
+    /// whole. So there is no limit.
     pub(crate) fn keep_all(&self) {
         self.lock().pages_max = None;
         self.changed.notify_all();
-    }
-
-    /// Whether pages that have left are given back.
-    pub(crate) fn gives_back(&self) -> bool {
-        self.lock().pages_max.is_some()
     }
 
     /// Puts whole pages into a region, and then marks them.

@@ -14,6 +14,7 @@ use crate::memory::claims::{Run, RunKind, push_page};
 use crate::memory::dirty::DirtyMap;
 use crate::memory::guarded::Gone;
 use crate::memory::pages::low_bits;
+use crate::memory::staging::{STAGED_PAGE_BYTES, Staging};
 use crate::source::sending::seal::Sealer;
 use crate::statistics::Counters;
 
@@ -195,7 +196,7 @@ impl SourceMemory {
     ) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
         let region = self.region(run.range.region);
         let contents = match run.kind {
-            RunKind::Data if self.is_checked || self.staging_of(run.range.region).is_some() => {
+            RunKind::Data if self.is_checked || self.gives_back(run.range.region).is_some() => {
                 let (offset, len) =
                     (run.range.first * region.unit().bytes(), self.bytes(run.range));
                 let mut bytes = copy();
@@ -210,6 +211,12 @@ impl SourceMemory {
         Ok((header, contents))
     }
 
+    /// Where pages of a region wait that are given back once they have been sent.
+    fn gives_back(&self, id: RegionId) -> Option<&Staging> {
+        let is_page = || self.region(id).unit().bytes() == STAGED_PAGE_BYTES;
+        self.staging_of(id).filter(|_| is_page())
+    }
+
     /// Notes that a run has been handed to the kernel in a round. Nobody needs its pages here any more where they are
     /// in a file of umem's own: if this lane is lost, the guest goes on with its own memory.
     pub(crate) fn count_in_round(&self, run: &Run) -> Result<()> {
@@ -221,8 +228,8 @@ impl SourceMemory {
             }
             RunKind::Zero | RunKind::Hole => data.clear(run.range.first, run.range.pages),
         }
-        match self.staging_of(run.range.region) {
-            Some(staging) if run.kind != RunKind::Hole && staging.gives_back() => {
+        match self.gives_back(run.range.region) {
+            Some(staging) if run.kind != RunKind::Hole => {
                 staging.release(self.tracked().marks.region(run.range.region), run.range)
             }
             _ => Ok(()),
