@@ -2,6 +2,8 @@
 //! source takes them.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use umem_wire::{PageRange, RegionId};
 
@@ -19,8 +21,15 @@ pub(crate) trait DirtyLog: Send {
     /// latest.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()>;
 
-    /// Returns after a whole pass over the guest: every page written before the call is marked.
+    /// Returns after a whole pass over the guest: every page written before the call is marked, or counted as
+    /// [elsewhere](DirtyMap::set_elsewhere). Returns earlier when marked pages must be sent before the pass can
+    /// continue: [`is_in_part`](DirtyLog::is_in_part) is true then, and the next call continues the same pass.
     fn next(&mut self) -> Result<()>;
+
+    /// Whether the last pass is unfinished.
+    fn is_in_part(&self) -> bool {
+        false
+    }
 
     /// The host has stopped the guest: makes the last marks.
     fn finish(&mut self) -> Result<()>;
@@ -33,6 +42,8 @@ pub(crate) struct DirtyMap {
     regions: Box<[Bits]>,
     /// log2 of the bytes of each region's pages.
     shifts: Box<[u8]>,
+    /// Bytes that have been written and are not marked yet.
+    elsewhere: AtomicU64,
 }
 
 impl DirtyMap {
@@ -40,7 +51,7 @@ impl DirtyMap {
     pub(crate) fn new(regions: &[(u64, u8)]) -> DirtyMap {
         let bits = regions.iter().map(|&(pages, _)| Bits::new(pages));
         let shifts = regions.iter().map(|&(_, shift)| shift);
-        DirtyMap { regions: bits.collect(), shifts: shifts.collect() }
+        DirtyMap { regions: bits.collect(), shifts: shifts.collect(), elsewhere: AtomicU64::new(0) }
     }
 
     pub(crate) fn region(&self, id: RegionId) -> &Bits {
@@ -75,10 +86,16 @@ impl DirtyMap {
         self.regions.iter().for_each(|bits| bits.set(0, bits.pages()));
     }
 
-    /// Bytes of all dirty pages.
+    /// The log knows of so many bytes that the guest has written and that are not marked: they come later.
+    pub(crate) fn set_elsewhere(&self, bytes: u64) {
+        self.elsewhere.store(bytes, Relaxed);
+    }
+
+    /// Bytes of all dirty pages, those elsewhere included.
     pub(crate) fn bytes(&self) -> u64 {
         let regions = self.regions.iter().zip(&self.shifts);
-        regions.map(|(bits, shift)| bits.count() << shift).sum()
+        let marked: u64 = regions.map(|(bits, shift)| bits.count() << shift).sum();
+        marked + self.elsewhere.load(Relaxed)
     }
 }
 

@@ -16,6 +16,7 @@
 //! - [`sequences`]: pages that the guest will want soon, which the background sends first
 //! - [`sync`]: the atomics of all of these, which a model checker can replace
 //! - [`words`]: state that outlives this process, for a takeover
+//! - [`staging`]: contents of memory that is no file of the guest's, until they have been sent
 //! - [`stamp`]: whether a file has changed
 //! - [`zero`]: whether a page is all zeroes
 
@@ -34,6 +35,7 @@ pub(crate) mod kind;
 pub(crate) mod pages;
 pub(crate) mod region;
 pub(crate) mod sequences;
+pub(crate) mod staging;
 pub(crate) mod stamp;
 pub(crate) mod sums;
 pub(crate) mod sync;

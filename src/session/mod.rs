@@ -177,6 +177,14 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         if kept.is_removed { Ok(()) } else { kept.write() }
     }
 
+    /// The record as it was written last.
+    pub(crate) fn record(&self) -> R
+    where
+        R: Clone,
+    {
+        self.kept().record.clone()
+    }
+
     /// The migration has ended: no takeover is possible or needed any more.
     pub(crate) fn remove(&self) {
         let mut kept = self.kept();

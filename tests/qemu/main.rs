@@ -15,6 +15,7 @@ mod movers;
 mod moving;
 mod refusals;
 mod stream;
+mod streamed;
 #[path = "../support/mod.rs"]
 mod support;
 mod terminal;

@@ -336,7 +336,7 @@ impl BulkThread {
             Ok(Left::All) => {
                 let pieces = Memory::Pieces(outlet.end());
                 self.storage.take_back(pieces, false);
-                self.left(true);
+                self.left(true)?;
                 self.in_flight -= 1;
             }
             Ok(Left::Some) => {
@@ -467,7 +467,7 @@ impl BulkThread {
         match completion.outcome {
             // The notification of a zero-copy send follows, and corrects this if the kernel copied
             // after all.
-            Outcome::Done(_) => self.left(!completion.last),
+            Outcome::Done(_) => self.left(!completion.last)?,
             Outcome::Released { copied } => {
                 if copied {
                     self.memory.zero_copy_is_copied.store(true, Relaxed);
@@ -498,7 +498,7 @@ impl BulkThread {
     }
 
     /// Counts the batch that has been handed to the kernel.
-    fn left(&mut self, without_copy: bool) {
+    fn left(&mut self, without_copy: bool) -> Result<()> {
         let runs = self.sending.take().unwrap_or_default();
         let counters = &self.memory.counters;
         if self.stage == Stage::Serves {
@@ -506,7 +506,7 @@ impl BulkThread {
             let pages = runs.iter().map(|run| run.range.pages).sum();
             Counters::add(&counters.pages_background, pages);
         } else {
-            runs.iter().for_each(|run| self.memory.count_in_round(run));
+            runs.iter().try_for_each(|run| self.memory.count_in_round(run))?;
         }
         let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
         self.pace.sent(bytes);
@@ -514,6 +514,7 @@ impl BulkThread {
             if without_copy { &counters.zero_copied_bytes } else { &counters.copied_bytes };
         Counters::add(counter, bytes);
         self.spare = runs;
+        Ok(())
     }
 
     /// On a bulk lane a destination sends acknowledgements, or its reason for giving up.
