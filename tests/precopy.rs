@@ -253,7 +253,7 @@ fn an_older_destination_is_refused_by_name() {
     let lane = LaneFromSource::welcome(listener.accept().unwrap().0, Capabilities::RECOVERY);
     assert!(lane.hello.capabilities.contains(Capabilities::ROUNDS));
     let error = migrate.fails();
-    let versions = "the destination speaks protocol 1 without rounds";
+    let versions = "the destination supports protocol 1 without rounds";
     assert!(error.contains(versions) && error.contains("1 with rounds"), "{error}");
     assert!(error.contains("-p without --precopy (postcopy), or --stop-first"), "{error}");
 }

@@ -239,7 +239,7 @@ fn source_sends_no_data_to_a_bad_certificate() {
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
     let error = moving.migrate(&uri, &named).fails();
     assert!(error.contains("was it started with --tls-creds?"), "{error}");
-    says(&incoming, "it speaks TLS, and --tls-creds is not given here");
+    says(&incoming, "the peer uses TLS, and --tls-creds is not given here");
     let migrate = moving.migrate(&uri, &["--secret-file", &secret]);
     moving.succeeds(incoming, migrate, "secret");
 }
@@ -380,7 +380,7 @@ fn resume_does_not_open_an_unauthenticated_address() {
     let resume = |uri: &str| Umem::start(["control", text(&control), "resume", uri]).succeeds();
     resume("tcp:0.0.0.0:0");
     says(&incoming, "not resumed: tcp:0.0.0.0:");
-    says(&incoming, "open to everybody who can reach it: give --tls-creds");
+    says(&incoming, "open to any host that can reach it: give --tls-creds");
     resume("tcp:127.0.0.1:0");
     assert_ne!(incoming.event("listening")["uri"].as_str(), Some(&*uri));
 }
@@ -491,7 +491,10 @@ fn certificate_and_secret_files_are_checked_at_start() {
         ours.write(&creds, if role == "server" { "client" } else { "unused" }, &["x"], |_| {});
     }
     let (incoming, _) = fails("--tls-creds", &creds);
-    assert!(incoming.contains("server-cert.pem: the key beside it is not this"), "{incoming}");
+    assert!(
+        incoming.contains("server-cert.pem: the key beside it belongs to another certificate"),
+        "{incoming}"
+    );
 
     fs::write(creds.join("ca-cert.pem"), "rubbish").unwrap();
     let (incoming, migrate) = fails("--tls-creds", &creds);

@@ -210,8 +210,8 @@ impl RamFile {
         if ram.backing.has_huge_pages() {
             // Only advice: a kernel without huge pages lands small ones. A file that gets huge
             // pages by advice alone keeps small ones, as most of its pages are written to it and
-            // not through the mapping. SAFETY: the range is this process's own mapping; the advice
-            // changes no content.
+            // not through the mapping.
+            // SAFETY: the range is this process's own mapping; the advice changes no content.
             let _ = unsafe {
                 madvise(ram.mapping.start.cast(), ram.mapping.len, MmapAdvise::MADV_HUGEPAGE)
             };
