@@ -8,8 +8,8 @@
 //! side discards shared memory with MADV_REMOVE alone until it is complete: the kernel reports no hole that is
 //! punched in the file, and MADV_DONTNEED as if it were a discard.
 //!
-//! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"qemu":1,"monitor":true}` in a
-//! QEMU, with our end of a socket for its monitor, `{"made":PATH,…}` of each RAM file that this makes, `{"error":CODE,…}`
+//! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"qemu":1,"monitor":true,…}` in a
+//! QEMU, with our end of a socket for its monitor (`"registers":true` if it knows the command `register`), `{"made":PATH,…}` of each RAM file that this makes, `{"error":CODE,…}`
 //! when it could not do its work and `{"released":N}` when it has closed its descriptors at the end.
 //!
 //! Who says `"umem":2` can keep a *session* for us ([`HandoffSocket::entrust`]): a socket that listens,
@@ -144,6 +144,7 @@ pub(crate) struct HandoffSocket {
     descriptors: VecDeque<OwnedFd>,
     /// Files that the guest's process has made, also where what it said next was an error.
     created: Vec<Created>,
+    registers: bool,
 }
 
 impl HandoffSocket {
@@ -153,7 +154,13 @@ impl HandoffSocket {
             bytes: Vec::new(),
             descriptors: VecDeque::new(),
             created: Vec::new(),
+            registers: false,
         }
+    }
+
+    /// The guest side is our preload object in a QEMU, and has said that it knows [`register`](HandoffSocket::register).
+    pub(crate) fn registers(&self) -> bool {
+        self.registers
     }
 
     pub(crate) fn stream(&self) -> &UnixStream {
@@ -230,6 +237,11 @@ impl HandoffSocket {
     /// The files that the guest's process has made for its memory.
     pub(crate) fn created(&self) -> &[Created] {
         &self.created
+    }
+
+    /// Has the preload object empty and register memory without a file. A hand-over message follows.
+    pub(crate) fn register(&mut self, address: u64, bytes: u64, name: &str) -> Result<()> {
+        self.command(format!("register {address} {bytes} {name}\n").as_bytes())
     }
 
     /// Tells the preload object what is mapped there, for whoever takes over.
@@ -310,6 +322,7 @@ impl HandoffSocket {
             if has_monitor && self.descriptors.is_empty() {
                 return Ok(false);
             }
+            self.registers = value["registers"] == serde_json::Value::Bool(true);
             messages.push(Message::Qemu(has_monitor.then(|| self.descriptor().into())));
         } else if value.get("made").is_some() {
             let made: MadeMessage =

@@ -14,6 +14,7 @@ mod halted;
 mod huge_pages;
 mod movers;
 mod moving;
+mod own_memory;
 mod refusals;
 mod stream;
 #[path = "../support/mod.rs"]

@@ -60,7 +60,6 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
         scratch.ram("ram1").display()
     );
     for (options, expected) in [
-        (String::new(), "RAM backend pc.ram is a memory-backend-ram"),
         (
             "-machine memory-backend=ram0 -object memory-backend-memfd,id=ram0,size=64M,share=on"
                 .into(),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::{handover, report, state, sys};
+use crate::{block, handover, report, state, sys};
 
 /// It needs little more than [`RECEIVE_SIZE`] and what formatting a short line takes.
 const STACK_SIZE: usize = 128 << 10;
@@ -165,7 +165,7 @@ impl Commands {
                 continue;
             }
             let line = std::mem::take(&mut self.line);
-            if line.len() < LINE_SIZE_MAX && self.command(&line) == End::Released {
+            if line.len() < LINE_SIZE_MAX && self.command(socket, &line) == End::Released {
                 return End::Released;
             }
             self.line = line;
@@ -178,7 +178,7 @@ impl Commands {
         End::Received
     }
 
-    fn command(&mut self, line: &[u8]) -> End {
+    fn command(&mut self, socket: i32, line: &[u8]) -> End {
         match line {
             b"keep" => state::keep(),
             b"settled" => state::settle(),
@@ -193,6 +193,10 @@ impl Commands {
             _ => {
                 if let Some((address, length)) = parse_touch(line) {
                     self.touch(address, length);
+                } else if let Some((address, length, name)) = parse_register(line) {
+                    if let Err(failure) = block::register(socket, address, length, name) {
+                        self.answers.push_str(&report::failure_line(name, &failure));
+                    }
                 } else if let Some((address, name)) = parse_name(line) {
                     handover::rename(address, name);
                 } else if let Some(address) = parse_forget(line) {
@@ -227,6 +231,12 @@ fn parse_touch(line: &[u8]) -> Option<(usize, usize)> {
     let (address, length) =
         std::str::from_utf8(line).ok()?.strip_prefix("touch ")?.split_once(' ')?;
     Some((address.parse().ok()?, length.parse().ok()?))
+}
+
+/// `register ADDRESS LENGTH NAME`
+fn parse_register(line: &[u8]) -> Option<(usize, usize, &str)> {
+    let mut words = std::str::from_utf8(line).ok()?.strip_prefix("register ")?.splitn(3, ' ');
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?))
 }
 
 /// `name ADDRESS NAME`

@@ -41,6 +41,8 @@ pub(crate) enum Kind {
     Shared,
     /// MAP_PRIVATE: page by page the guest gets anonymous memory, and the file is emptied.
     Private,
+    /// MAP_PRIVATE | MAP_ANONYMOUS: no file. No variable asks for this kind; umem names such memory by its address.
+    Anonymous,
 }
 
 impl Kind {
@@ -49,6 +51,7 @@ impl Kind {
         match self {
             Kind::Shared => "shared",
             Kind::Private => "private",
+            Kind::Anonymous => "anonymous",
         }
     }
 }

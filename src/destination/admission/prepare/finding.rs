@@ -2,8 +2,9 @@
 //!
 //! At the moment when a mapping is made nobody can be asked what it is for, and it has to be caught at that moment. So
 //! the preload object hands over whatever a QEMU maps in the way in which it maps its RAM; once QEMU answers, its RAM
-//! blocks say by their addresses which of that a migration brings, and under which names. The rest is let go. All of
-//! this is before the source is asked for anything, and whatever does not fit ends it.
+//! blocks say by their addresses which of that a migration brings, and under which names. The rest is let go. Memory
+//! without a file looks like any other of QEMU's as it is mapped: the preload object registers it when QEMU has said
+//! where it is. All of this is before the source is asked for anything, and whatever does not fit ends it.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
@@ -37,6 +38,11 @@ pub(super) fn find(
     let mut coming = Coming::new(options);
     let waited = coming.wait(monitor, handoff, inbox);
     let asked = waited.and_then(|()| coming.ask(monitor, inbox));
+    let asked = asked.and_then(|asked| {
+        let backends = asked.as_ref().map_or(&[][..], |(_, backends)| backends);
+        coming.register(backends, monitor, handoff, inbox)?;
+        Ok(asked)
+    });
     // Why QEMU has failed to start, if that is why it does not answer.
     let drained = coming.drain(handoff, inbox);
     // Those go if the guest does not come.
@@ -203,7 +209,7 @@ impl<'a> Coming<'a> {
             let pid = qmp.peer();
             let mut qemu = Qemu::new(qmp);
             qemu.awaits_a_guest()?;
-            let backends = qemu.check(kind)?;
+            let backends = qemu.check_arriving(kind)?;
             Ok((qemu, backends, pid))
         })?;
         // QEMU has made the socket. It may be the child of what we have started.
@@ -211,6 +217,52 @@ impl<'a> Coming<'a> {
             monitor.hold(pid)?;
         }
         Ok(Some((qemu, backends)))
+    }
+
+    /// Has memory without a file handed over, which has not been as it was mapped.
+    fn register(
+        &mut self,
+        backends: &[Backend],
+        monitor: &Monitor,
+        handoff: &mut HandoffSocket,
+        inbox: &Inbox<Note>,
+    ) -> Result<()> {
+        for backend in backends.iter().filter(|backend| backend.is_anonymous()) {
+            // With names given there is no RAM beside those.
+            let Some(address) = backend.address.filter(|_| self.options.ram.is_empty()) else {
+                continue;
+            };
+            if !handoff.registers() {
+                return Err(Error::Preload(format!(
+                    "RAM {}: the preload object that --preload names cannot register memory without a file: leave out \
+                     --preload to use the one built into umem",
+                    backend.name
+                )));
+            }
+            backend.check_name()?;
+            handoff.register(address, backend.bytes, &backend.name)?;
+            let deadline = Instant::now() + HANDOFF_TIMEOUT;
+            while !self.handed.iter().any(|piece| piece.address == address) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let fds = [handoff.stream().as_fd(), monitor.exited()];
+                match inbox.wait(&fds, Some(left))? {
+                    Wake::Signal => return Err(Error::Interrupted(NO_GUEST.into())),
+                    Wake::Message(_) => {}
+                    Wake::Ready(0) => match handoff.read()? {
+                        Some(messages) => self.take(messages)?,
+                        None => return Err(self.ended()),
+                    },
+                    Wake::Ready(_) => return Err(self.ended()),
+                    Wake::Timeout => {
+                        return Err(Error::Preload(format!(
+                            "RAM {}: QEMU's process does not register its memory: see whether it is stopped",
+                            backend.name
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     fn ended(&self) -> Error {
@@ -303,6 +355,11 @@ fn check_length(piece: &Handed, backend: &Backend) -> Result<()> {
 
 fn not_handed_over(options: &Options, backend: &Backend) -> Error {
     let (name, path) = (&backend.name, backend.path.display());
+    if backend.is_anonymous() {
+        return Error::Unsupported(format!(
+            "the guest's RAM {name} is QEMU's own memory, which no --ram can name: leave out --ram, and umem asks QEMU"
+        ));
+    }
     if options.kind.needs_touch() && backend.is_shared {
         return Error::Unsupported(format!(
             "RAM backend {name} has share=on, and --kind private is for memory that becomes the guest's own: give it \
