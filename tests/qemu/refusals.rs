@@ -61,9 +61,9 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
     );
     for (options, expected) in [
         (
-            "-machine memory-backend=ram0 -object memory-backend-memfd,id=ram0,size=64M,share=on"
+            "-machine memory-backend=ram0 -object memory-backend-memfd,id=ram0,size=64M,share=off"
                 .into(),
-            "RAM backend ram0 is a memory-backend-memfd",
+            "RAM backend ram0 is a memory-backend-memfd with share=off",
         ),
         (good.replace(",share=on", ""), "RAM backend ram0 has share=off"),
         (

@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -171,6 +172,8 @@ impl<'a> Coming<'a> {
         let (Some(name), Some(file)) = (&piece.name, &piece.file) else { return Ok(()) };
         match self.options.ram.iter().find(|ram| ram.name == *name) {
             Some(ram) => claim::check_file(name, &ram.path, file, User::Destination),
+            // A memory file has no name that leads to it.
+            None if file.metadata().is_ok_and(|metadata| metadata.nlink() == 0) => Ok(()),
             // Its name is its path, as the process knows it.
             None => {
                 claim::check_path(name, Path::new(name), User::Destination)?;
@@ -370,6 +373,12 @@ fn not_handed_over(options: &Options, backend: &Backend) -> Error {
         return Error::Unsupported(format!(
             "the guest's RAM backend {name} ({path}) is none of those that --ram names: leave out --ram, and umem asks \
              QEMU"
+        ));
+    }
+    if backend.path.as_os_str().is_empty() {
+        return Error::Unsupported(format!(
+            "RAM backend {name} has its memory in a memory file that umem has not seen QEMU map: use a \
+             memory-backend-file with share=on on tmpfs or hugetlbfs"
         ));
     }
     Error::Unsupported(format!(

@@ -18,7 +18,7 @@ use crate::memory::kind::Kind;
 impl Backend {
     /// It has no file: QEMU's own private memory.
     pub(crate) fn is_anonymous(&self) -> bool {
-        self.path.as_os_str().is_empty()
+        self.path.as_os_str().is_empty() && !self.is_shared
     }
 }
 
@@ -39,6 +39,7 @@ impl Qemu {
             let Some(block) = blocks.iter().find(|block| block.is_of(&name)) else { continue };
             match of {
                 "ram" => backends.push(self.without_file(name, block)?),
+                "memfd" => backends.push(self.in_memfd(name, block)?),
                 _ => backends.extend(self.backend(name, of, block, kind)?),
             }
         }
@@ -52,6 +53,18 @@ impl Qemu {
             )));
         }
         Ok(backends)
+    }
+
+    /// A `memory-backend-memfd`, which the preload object knows by the name that QEMU gives its file.
+    fn in_memfd(&mut self, name: String, block: &Block) -> Result<Backend> {
+        if self.qmp.property(&format!("/objects/{name}"), "share")? != Some(json!(true)) {
+            return Err(Error::Unsupported(format!(
+                "RAM backend {name} is a memory-backend-memfd with share=off: leave out share=off, or use a \
+                 memory-backend-ram"
+            )));
+        }
+        let (path, &Block { bytes, address, .. }) = (PathBuf::new(), block);
+        Ok(Backend { name, path, bytes, address, is_shared: true, align_bytes: None })
     }
 
     /// A `memory-backend-ram`, or the memory of `-m SIZE` alone.
