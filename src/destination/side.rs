@@ -2,6 +2,7 @@
 //! umem is a part of the program that runs the guest.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitStatus;
@@ -23,6 +24,9 @@ use crate::runtime::process::{Standstill, standstill};
 /// How long the guest's process may take to let go of its userfaultfds before that is remarked on. It takes
 /// milliseconds, unless it does not run, or maps a large guest by huge pages meanwhile.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long it may take to drop pages that come once more, which takes milliseconds: the guest stands still meanwhile.
+const EMPTY_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Who runs the guest.
 pub(crate) enum GuestSide {
@@ -111,14 +115,7 @@ impl GuestSide {
             return Ok(true);
         }
         let Some(messages) = process.handoff.read()? else { return Ok(true) };
-        // Mapped as umem was saying that all had been: nobody would fill it.
-        for message in messages {
-            if let Message::Memory { pieces, .. } = message {
-                for piece in pieces.iter().filter(|piece| piece.file.is_some()) {
-                    process.handoff.forget(piece.address)?;
-                }
-            }
-        }
+        process.handoff.forget_late(&messages)?;
         Ok(false)
     }
 
@@ -174,6 +171,20 @@ impl GuestSide {
         match self.process_mut() {
             Some(process) => process.handoff.entrust(listener, state, qmp),
             None => Ok(()),
+        }
+    }
+
+    /// The guest's side can drop pages of its own memory, so that they are missing again.
+    pub(crate) fn can_empty(&self) -> bool {
+        self.process().is_some_and(|process| process.handoff.registers())
+    }
+
+    /// Has the guest's side drop pages of its own memory that come once more: ranges of addresses in the memory that
+    /// begins at `block`.
+    pub(crate) fn empty(&mut self, block: u64, stale: &[Range<u64>]) -> Result<()> {
+        match self.process_mut() {
+            Some(process) => process.handoff.empty(block, stale, EMPTY_PATIENCE),
+            None => Err(Error::Internal("memory of this process takes no pages twice".into())),
         }
     }
 

@@ -16,6 +16,8 @@
 //! the state of the guest's pages, our end of the monitor's socket. A umem that takes over connects there,
 //! and gets every message again, then `{"session":N}` with the rest.
 
+mod blocks;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -145,6 +147,8 @@ pub(crate) struct HandoffSocket {
     /// Files that the guest's process has made, also where what it said next was an error.
     created: Vec<Created>,
     registers: bool,
+    /// What the guest side has dropped last: where that memory begins, and bytes.
+    emptied: Option<(u64, u64)>,
 }
 
 impl HandoffSocket {
@@ -155,12 +159,8 @@ impl HandoffSocket {
             descriptors: VecDeque::new(),
             created: Vec::new(),
             registers: false,
+            emptied: None,
         }
-    }
-
-    /// The guest side is our preload object in a QEMU, and has said that it knows [`register`](HandoffSocket::register).
-    pub(crate) fn registers(&self) -> bool {
-        self.registers
     }
 
     pub(crate) fn stream(&self) -> &UnixStream {
@@ -237,11 +237,6 @@ impl HandoffSocket {
     /// The files that the guest's process has made for its memory.
     pub(crate) fn created(&self) -> &[Created] {
         &self.created
-    }
-
-    /// Has the preload object empty and register memory without a file. A hand-over message follows.
-    pub(crate) fn register(&mut self, address: u64, bytes: u64, name: &str) -> Result<()> {
-        self.command(format!("register {address} {bytes} {name}\n").as_bytes())
     }
 
     /// Tells the preload object what is mapped there, for whoever takes over.
@@ -333,6 +328,8 @@ impl HandoffSocket {
                 }
                 self.created.push(file);
             }
+        } else if let Some(block) = value.get("emptied").and_then(serde_json::Value::as_u64) {
+            self.emptied = value["size"].as_u64().map(|bytes| (block, bytes));
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
         } else if let Some(count) = value.get("session").and_then(serde_json::Value::as_u64) {

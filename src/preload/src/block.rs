@@ -12,6 +12,11 @@
 //! ```
 //!
 //! The guest does not run yet, and nothing in this memory is anybody's: what is dropped are zeroes of `prealloc=on`.
+//!
+//! Where pages come in rounds, some of them are to come once more when the source's guest stands still. Their copies are
+//! dropped in the same way ([`empty`]): without its userfaultfd, as the kernel would report each range that is dropped as
+//! one that the guest has discarded. Nothing of the memory is registered for a moment. Whatever touches it in that moment,
+//! khugepaged among them, leaves a page that is found and dropped as above.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -22,7 +27,7 @@ use std::path::PathBuf;
 use crate::config::{Kind, RamFile};
 use crate::report::{Code, Failure, Handover};
 use crate::uffd::{self, Backing};
-use crate::{handover, sys};
+use crate::{handover, state, sys};
 
 /// How often the memory is dropped anew where somebody touches it meanwhile.
 const ATTEMPTS_MAX: usize = 8;
@@ -46,7 +51,7 @@ pub(crate) fn register(
     let backing = Backing::anonymous();
     let (uffd, features) = uffd::open(backing)?;
     handover::keep_from_children(address, length)?;
-    empty_and_register(&uffd, address, length)?;
+    empty_and_register(&uffd, (address, length), &[(address, length)])?;
     let told = Handover {
         ram: RamFile { name: name.to_owned(), path: PathBuf::new() },
         kind: Kind::Anonymous,
@@ -130,59 +135,126 @@ impl Area {
     }
 }
 
-fn empty_and_register(uffd: &OwnedFd, address: usize, length: usize) -> Result<(), Failure> {
-    let start = std::ptr::with_exposed_provenance_mut(address);
+/// Drops these ranges of the memory and registers all of it, until none of their pages is present.
+fn empty_and_register(
+    uffd: &OwnedFd,
+    (address, length): (usize, usize),
+    ranges: &[(usize, usize)],
+) -> Result<(), Failure> {
+    // Before anything is changed.
+    let mut tables = PageTables::open()?;
     for _ in 0..ATTEMPTS_MAX {
-        // SAFETY: memory of a guest that does not run, in which nothing of ours or of the program's own lies.
-        if unsafe { sys::madvise(start, length, sys::MADV_DONTNEED) } != 0 {
-            let errno = sys::last_errno();
-            return Err(match errno {
-                sys::EINVAL => Failure::new(
-                    Code::MemLock,
-                    errno,
-                    "QEMU locks the guest's memory: start it without mem-lock=on",
-                ),
-                _ => Failure::new(Code::Block, errno, "the guest's memory cannot be emptied"),
-            });
-        }
+        let dropped = ranges.iter().try_for_each(|&(start, size)| drop_pages(start, size));
         uffd::register(uffd, Kind::Anonymous, address, length)?;
-        if is_empty(address, length)? {
+        dropped?;
+        let mut are_empty = true;
+        for &(start, size) in ranges {
+            are_empty = are_empty && tables.are_empty(start, size)?;
+        }
+        if are_empty {
             return Ok(());
         }
-        uffd::unregister(uffd, address, length).map_err(|errno| {
-            Failure::new(Code::Register, errno, "the guest's memory cannot be emptied once more")
-        })?;
+        unregister(uffd, address, length)?;
     }
     Err(Failure::new(
         Code::Block,
         sys::EBUSY,
-        "QEMU writes to the guest's memory before the guest has come: leave out what does that (a loader device, \
-         another program that shares the memory)",
+        "the guest's memory is touched at its destination before the guest runs there: leave out what does that (a \
+         loader device, a debugger)",
     ))
 }
 
-/// Whether no page of the range is present.
-fn is_empty(address: usize, length: usize) -> Result<bool, Failure> {
-    let fail = |error: std::io::Error| {
-        Failure::new(
-            Code::Block,
-            error.raw_os_error().unwrap_or(sys::EINVAL),
-            "QEMU's process cannot look at its own page tables (/proc/self/pagemap)",
-        )
-    };
-    let pagemap = File::open("/proc/self/pagemap").map_err(fail)?;
-    let page_size = sys::page_size();
-    let mut entries = vec![0; ENTRIES_MAX * ENTRY_SIZE];
-    let (mut page, end) = (address / page_size, (address + length) / page_size);
-    while page < end {
-        let count = ENTRIES_MAX.min(end - page);
-        let part = entries.get_mut(..count * ENTRY_SIZE).unwrap_or_default();
-        pagemap.read_exact_at(part, (page * ENTRY_SIZE) as u64).map_err(fail)?;
-        let (entries, _) = part.as_chunks::<ENTRY_SIZE>();
-        if entries.iter().any(|entry| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0) {
-            return Ok(false);
-        }
-        page += count;
+fn unregister(uffd: &OwnedFd, address: usize, length: usize) -> Result<(), Failure> {
+    uffd::unregister(uffd, address, length).map_err(|errno| {
+        Failure::new(Code::Register, errno, "the guest's memory cannot be taken out of userfaultfd")
+    })
+}
+
+/// Drops the copies of pages that come once more, ranges of the memory that begins at `block`. Returns how many bytes
+/// they are.
+pub(crate) fn empty(block: usize, stale: &[(usize, usize)]) -> Result<usize, Failure> {
+    if state::guest_may_run() {
+        let text = "pages were to be dropped of a guest that may run here";
+        return Err(Failure::new(Code::Block, sys::EBUSY, text));
     }
-    Ok(true)
+    let emptied = handover::with_anonymous(block, |uffd, length| {
+        let end = block + length;
+        let is_whole = |number: usize| number.is_multiple_of(sys::page_size());
+        let is_within = |&(start, size): &(usize, usize)| {
+            let until = start.checked_add(size);
+            start >= block
+                && until.is_some_and(|until| until <= end)
+                && is_whole(start)
+                && is_whole(size)
+        };
+        if !stale.iter().all(is_within) {
+            let text = "pages were to be dropped of other memory than the guest's";
+            return Err(Failure::new(Code::Block, sys::EINVAL, text));
+        }
+        unregister(uffd, block, length)?;
+        empty_and_register(uffd, (block, length), stale)?;
+        Ok(stale.iter().map(|&(_, size)| size).sum())
+    });
+    emptied.unwrap_or_else(|| {
+        let text = "no memory without a file was handed over there";
+        Err(Failure::new(Code::Block, sys::EINVAL, text))
+    })
+}
+
+/// No page of the range is present afterwards. Of a registered one the kernel would tell umem first.
+fn drop_pages(address: usize, length: usize) -> Result<(), Failure> {
+    let start = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: memory of a guest that does not run, in which nothing of ours or of the program's own lies.
+    if unsafe { sys::madvise(start, length, sys::MADV_DONTNEED) } == 0 {
+        return Ok(());
+    }
+    let errno = sys::last_errno();
+    Err(match errno {
+        sys::EINVAL => Failure::new(
+            Code::MemLock,
+            errno,
+            "QEMU locks the guest's memory: start it without mem-lock=on",
+        ),
+        _ => Failure::new(Code::Block, errno, "the guest's memory cannot be emptied"),
+    })
+}
+
+/// This process's page tables.
+struct PageTables {
+    pagemap: File,
+    /// What is read at a time.
+    entries: Vec<u8>,
+}
+
+impl PageTables {
+    fn open() -> Result<PageTables, Failure> {
+        let pagemap = File::open("/proc/self/pagemap").map_err(|error| unreadable(&error))?;
+        Ok(PageTables { pagemap, entries: vec![0; ENTRIES_MAX * ENTRY_SIZE] })
+    }
+
+    /// Whether no page of the range is present.
+    fn are_empty(&mut self, address: usize, length: usize) -> Result<bool, Failure> {
+        let page_size = sys::page_size();
+        let (mut page, end) = (address / page_size, (address + length) / page_size);
+        while page < end {
+            let count = ENTRIES_MAX.min(end - page);
+            let part = self.entries.get_mut(..count * ENTRY_SIZE).unwrap_or_default();
+            let read = self.pagemap.read_exact_at(part, (page * ENTRY_SIZE) as u64);
+            read.map_err(|error| unreadable(&error))?;
+            let (entries, _) = part.as_chunks::<ENTRY_SIZE>();
+            if entries.iter().any(|entry| u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0) {
+                return Ok(false);
+            }
+            page += count;
+        }
+        Ok(true)
+    }
+}
+
+fn unreadable(error: &std::io::Error) -> Failure {
+    Failure::new(
+        Code::Block,
+        error.raw_os_error().unwrap_or(sys::EINVAL),
+        "QEMU's process cannot look at its own page tables (/proc/self/pagemap)",
+    )
 }

@@ -144,9 +144,13 @@ pub(crate) fn note_fork_advice(address: usize, length: usize, dont_fork: bool) -
 }
 
 /// True if the range reaches into memory that was handed over and whose page tables need not go: it is shared, or
-/// still empty.
+/// still empty, or has no file and the guest has not been loaded yet. What such memory has then is the source's to say,
+/// and in rounds it has copies of pages that QEMU knows nothing of.
 pub(crate) fn keeps(address: usize, length: usize) -> bool {
-    let is_kept = |held: &Held| held.is_shared || held.descriptor().is_some_and(is_empty);
+    let is_kept = |held: &Held| match held.descriptor() {
+        Some(file) => held.is_shared || is_empty(file),
+        None => !state::guest_may_run(),
+    };
     held().iter().any(|held| held.overlaps(address, length) && is_kept(held))
 }
 
@@ -482,6 +486,17 @@ pub(crate) fn hand_over_anonymous(
     hand_over(socket, told, uffd, None, false)
 }
 
+/// Calls `change` with the userfaultfd and the length of the memory without a file that begins there. None if there is
+/// none. Nobody else changes anything of it meanwhile.
+pub(crate) fn with_anonymous<T>(
+    address: usize,
+    change: impl FnOnce(&OwnedFd, usize) -> T,
+) -> Option<T> {
+    let all = held();
+    let held = all.iter().find(|held| held.address == address && held.file.is_none())?;
+    Some(change(&held.uffd, held.length))
+}
+
 /// True if the range reaches into memory that was handed over.
 pub(crate) fn is_held(address: usize, length: usize) -> bool {
     held().iter().any(|held| held.overlaps(address, length))
@@ -506,7 +521,8 @@ fn hand_over(
         page_size: told.page_size.max(1),
         is_huge,
         has_refused: false,
-        wants_dont_fork: false,
+        // A QEMU keeps all of its RAM from children as it makes it, which is before memory without a file is handed over.
+        wants_dont_fork: file.is_none(),
         told,
         uffd,
         file,

@@ -63,6 +63,8 @@
 //! |---|---|---|
 //! | `ping` | `{"pong":1}` | |
 //! | `register ADDRESS LENGTH NAME` | a hand-over message | empties and registers private memory without a file |
+//! | `stale ADDRESS LENGTH` | | names a range for the next `empty` |
+//! | `empty ADDRESS` | `{"emptied":ADDRESS,"size":LENGTH}` | drops the stale ranges of the memory that was registered there |
 //! | `name ADDRESS NAME` | | what is mapped there is called so from now on |
 //! | `forget ADDRESS` | | what is mapped there is no RAM: closes our userfaultfd of it |
 //! | `settled` | | that was all: what is mapped from now on (a DIMM that is plugged in later) is none of ours |
@@ -73,7 +75,9 @@
 //!
 //! Addresses and lengths are decimal, bytes, whole pages of one RAM file. A `touch` that fails is
 //! answered by `{"error":"touch",…}` and changes nothing. What `register` hands over is of kind `anonymous`: its
-//! message comes with the userfaultfd alone, which reports missing pages. If the socket closes before `keep`, no guest
+//! message comes with the userfaultfd alone, which reports missing pages. Before `keep` a page that has come there may
+//! be `stale`, and is missing again once `empty` has been answered; `size` is the ranges' sum. A program's own
+//! MADV_DONTNEED does nothing there before `keep`. If the socket closes before `keep`, no guest
 //! will come: the process is killed.
 //!
 //! With `session` come a unix socket that listens, a memory file and, perhaps, umem's end of the
