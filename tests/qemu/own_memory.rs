@@ -75,7 +75,26 @@ fn arrives(machine: &Machine, options: &[&str]) {
     let moved = Moved::start(source, destination, options).complete();
     assert_eq!(moved.report["kind"], "anonymous");
     assert_eq!(scratch.ram_files().len(), machine.ram.len(), "the destination has made a file");
+    is_kept_from_children(moved.destination.guest_pid, &machine.ram);
     moved.end();
+}
+
+/// As QEMU has it: its RAM is in no child that it forks.
+fn is_kept_from_children(pid: u32, ram: &[Ram]) {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the guest runs");
+    let (mut kib, mut found) = (0, 0);
+    for line in maps.lines() {
+        if let Some(size) = line.strip_prefix("Size:") {
+            let size = size.trim().strip_suffix(" kB").expect("a unit");
+            kib = size.parse::<u64>().expect("a size");
+        } else if let Some(flags) = line.strip_prefix("VmFlags:")
+            && ram.iter().any(|ram| ram.mib << 10 == kib)
+        {
+            assert!(flags.split_whitespace().any(|flag| flag == "dc"), "{flags}");
+            found += 1;
+        }
+    }
+    assert!(found >= ram.len(), "{found} of its RAM blocks are mapped in one piece");
 }
 
 #[test]
@@ -218,15 +237,19 @@ fn guest_in_default_ram_survives_lost_connections() {
     moved.end();
 }
 
-/// Both umems are killed; others take over. The preload object hands QEMU's own memory over again.
 #[test]
 fn guest_in_default_ram_survives_the_death_of_its_umems() {
+    survives_the_death_of_its_umems(own);
+}
+
+/// Both umems are killed; others take over. The preload object hands QEMU's own memory over again.
+fn survives_the_death_of_its_umems(words: impl Fn(&Machine, &Scratch) -> Vec<String>) {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = source(&machine, &scratch);
     let sessions = scratch.path("sessions").display().to_string();
     let options = ["--session-dir", &sessions];
-    let destination = destination(&machine, &scratch, &own(&machine, &scratch), &options);
+    let destination = destination(&machine, &scratch, &words(&machine, &scratch), &options);
     let cutter = Cutter::to(&destination.uri);
     let umem = migrate(&source, cutter.uri(), &["-p", "--session-dir", &sessions]);
     let mut moving = Moving { source, umem, destination };
@@ -260,4 +283,52 @@ fn guest_in_default_ram_survives_the_death_of_its_umems() {
     Qmp::connect(&moved.destination.qmp).quit();
     moved.source.qmp.quit();
     assert_eq!(fs::read_dir(&sessions).expect("it is there").count(), 0);
+}
+
+/// QEMU's log is right for TCG from 9.0 on.
+#[test]
+fn guest_moves_into_default_ram_while_it_runs_at_its_source() {
+    let machine = Machine { guest: "umem.mib=64".into(), ..Machine::linux(QemuVersion::V10_0) };
+    arrives(&machine, &["--precopy", "--checksum"]);
+}
+
+/// The rest comes after the switchover: pages that came before and were written since are missing until then.
+#[test]
+fn pages_that_remain_of_rounds_are_missing_in_default_ram() {
+    let guest = "umem.mib=64 umem.write=90".into();
+    let machine = Machine { guest, ..Machine::linux(QemuVersion::V10_0) };
+    for options in [["--lanes", "1"], ["--lanes", "2"]] {
+        for passes in ["1", "8"] {
+            let scratch = Scratch::new();
+            let source = source(&machine, &scratch);
+            let destination = destination(&machine, &scratch, &own(&machine, &scratch), &[]);
+            let rounds = ["--precopy", "-p", "--checksum", "--precopy-passes", passes];
+            let mut moving = Moved::start(source, destination, &[&rounds[..], &options].concat());
+            let pass = moving.umem.event("pass");
+            assert!(pass["dirty_bytes"].as_u64() > Some(0), "{pass}");
+            moving.complete().end();
+        }
+    }
+}
+
+#[test]
+fn guest_moves_into_a_memory_file() {
+    for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
+        let scratch = Scratch::new();
+        let machine = Machine::linux(version);
+        let source = source(&machine, &scratch);
+        let words = with_backend(&own(&machine, &scratch), "memory-backend-memfd,share=on");
+        let destination = destination(&machine, &scratch, &words, &[]);
+        let moved = Moved::start(source, destination, &["-p"]).complete();
+        assert_eq!(moved.report["kind"], "shared");
+        moved.end();
+    }
+}
+
+#[test]
+fn guest_in_a_memory_file_survives_the_death_of_its_umems() {
+    let words = |machine: &Machine, scratch: &Scratch| {
+        with_backend(&own(machine, scratch), "memory-backend-memfd,share=on")
+    };
+    survives_the_death_of_its_umems(words);
 }
