@@ -27,9 +27,9 @@ struct Block {
 fn program(scratch: &Scratch) -> (Program, u64, Ram) {
     // The object listens once something has been handed over.
     let (mut program, file) = Program::with_ram(scratch, "shared");
-    let address: u64 = program.says(&format!("anonymous {LENGTH}")).parse().unwrap();
-    assert_eq!(program.says("write 0 7"), "ok");
-    assert_eq!(program.says("read 0"), "7");
+    let address: u64 = program.ask(&format!("anonymous {LENGTH}")).parse().unwrap();
+    assert_eq!(program.ask("write 0 7"), "ok");
+    assert_eq!(program.ask("read 0"), "7");
     (program, address, file)
 }
 
@@ -62,7 +62,7 @@ impl Block {
 
     /// A read of this page waits for it.
     fn is_missing(&self, program: &mut Program, page: u64, byte: u8) {
-        program.tell(&format!("read {}", page * PAGE));
+        program.send(&format!("read {}", page * PAGE));
         assert_eq!(self.ram.event(), (EVENT_PAGEFAULT, page));
         self.copy_in(page, byte);
         assert_eq!(program.answer(), byte.to_string());
@@ -80,7 +80,7 @@ fn registered_memory_is_emptied_and_waits_for_its_pages() {
     let (mut program, block, _file) = registered(&scratch);
     block.is_missing(&mut program, 0, 8);
     // Where umem is gone no child has it.
-    assert_eq!(program.says(&format!("fork {PAGE}")), format!("signal {}", libc::SIGSEGV));
+    assert_eq!(program.ask(&format!("fork {PAGE}")), format!("signal {}", libc::SIGSEGV));
     program.command(&format!("register {} {LENGTH} again\n", block.address));
     is_refused(&program.message(), "block", "another RAM block's");
 }
@@ -95,7 +95,7 @@ fn stale_pages_are_missing_again_and_others_stay() {
     program.command(&format!("empty {}\n", block.address));
     assert_eq!(program.message(), json!({ "emptied": block.address, "size": 3 * PAGE }));
     for page in [0, 2, 3, 4, 7] {
-        assert_eq!(program.says(&format!("read {}", page * PAGE)), (10 + page).to_string());
+        assert_eq!(program.ask(&format!("read {}", page * PAGE)), (10 + page).to_string());
     }
     for page in [1, 5, 6, 8] {
         block.is_missing(&mut program, page, 40 + page as u8);
@@ -106,11 +106,11 @@ fn stale_pages_are_missing_again_and_others_stay() {
     }
     program.command(&format!("empty {}\n", block.address + PAGE));
     is_refused(&program.message(), "block", "no memory without a file");
-    assert_eq!(program.says(&format!("read {PAGE}")), "41");
+    assert_eq!(program.ask(&format!("read {PAGE}")), "41");
 
     program.command(&format!("keep\nstale {} {PAGE}\nempty {}\n", at(1), block.address));
     is_refused(&program.message(), "block", "a guest that may run here");
-    assert_eq!(program.says(&format!("read {PAGE}")), "41");
+    assert_eq!(program.ask(&format!("read {PAGE}")), "41");
 }
 
 /// What a device discards as its state is loaded is the source's to say; what the guest discards is reported.
@@ -120,11 +120,11 @@ fn discards_count_from_when_the_guest_may_run() {
     let (mut program, block, _file) = registered(&scratch);
     block.copy_in(2, 22);
     let discard = format!("advise {} {PAGE} {}", 2 * PAGE, libc::MADV_DONTNEED);
-    assert_eq!(program.says(&discard), "ok");
-    assert_eq!(program.says(&format!("read {}", 2 * PAGE)), "22");
+    assert_eq!(program.ask(&discard), "ok");
+    assert_eq!(program.ask(&format!("read {}", 2 * PAGE)), "22");
     program.command("keep\n");
     program.pong();
-    program.tell(&discard);
+    program.send(&discard);
     assert_eq!(block.ram.event(), (EVENT_REMOVE, 2));
     assert_eq!(program.answer(), "ok");
     block.is_missing(&mut program, 2, 0);
@@ -144,7 +144,7 @@ fn memory_that_cannot_be_emptied_is_refused() {
     refused(file.address, LENGTH, "block", "another RAM block's");
     // What lies there is not mapped, or is some program's file.
     refused(PAGE, PAGE, "block", "neither private memory");
-    assert_eq!(program.says(&format!("lock 0 {PAGE}")), "ok");
+    assert_eq!(program.ask(&format!("lock 0 {PAGE}")), "ok");
     program.command(&format!("register {address} {LENGTH} pc.ram\n"));
     is_refused(&program.message(), "mem-lock", "without mem-lock=on");
 }

@@ -4,8 +4,10 @@ use std::fs;
 
 use crate::destination::Destination;
 use crate::moving::{Moved, Moving};
-use crate::support::{Cutter, Ends, Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem};
-use crate::{booted, incoming, migrate, says};
+use crate::support::{
+    Cutter, Ends, Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, SourceRam, Umem,
+};
+use crate::{boot, booted, incoming, migrate, says};
 
 /// The options of a machine with its main memory in the backend of a name.
 fn named(words: Vec<String>, name: &str) -> Vec<String> {
@@ -109,7 +111,7 @@ fn guest_moves_into_the_default_ram_of_qemu_7_2() {
 
 #[test]
 fn guest_moves_into_default_ram_with_the_source_stopped_first() {
-    arrives(&Machine::linux(QemuVersion::V10_0), &["--checksum"]);
+    arrives(&Machine::linux(QemuVersion::V10_0), &["--stop-first", "--checksum"]);
 }
 
 #[test]
@@ -308,6 +310,30 @@ fn pages_that_remain_of_rounds_are_missing_in_default_ram() {
             assert!(pass["dirty_bytes"].as_u64() > Some(0), "{pass}");
             moving.complete().end();
         }
+    }
+}
+
+/// Neither command line has more about RAM than its size.
+#[test]
+fn guest_moves_from_default_ram_into_default_ram() {
+    let machine = |source_ram| Machine {
+        source_ram,
+        guest: "umem.mib=64".into(),
+        ..Machine::linux(QemuVersion::V10_0)
+    };
+    for options in [&["--checksum"][..], &["--precopy", "-p", "--downtime-limit", "0"]] {
+        let scratch = Scratch::new();
+        let source = boot(&machine(SourceRam::Default), &scratch);
+        let words = own(&machine(SourceRam::File), &scratch);
+        let mut destination =
+            Destination::by(&words, &machine(SourceRam::File), &scratch, &[], "tcp:127.0.0.1:0");
+        // As long as the guest's memory is.
+        let length = scratch.path("length");
+        fs::File::create(&length).and_then(|file| file.set_len(256 << 20)).expect("a file");
+        destination.ram_files = vec![length];
+        let moved = Moved::start(source, destination, options).complete();
+        assert_eq!(moved.report["kind"], "anonymous");
+        moved.end();
     }
 }
 

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::{Backend, Block, HOW_TO_START, Qemu};
+use super::{Backend, Block, Contents, HOW_TO_START, Qemu};
 use crate::error::{Error, Result};
 use crate::memory::kind::Kind;
 
@@ -40,7 +40,7 @@ impl Qemu {
             match of {
                 "ram" => backends.push(self.without_file(name, block)?),
                 "memfd" => backends.push(self.in_memfd(name, block)?),
-                _ => backends.extend(self.backend(name, of, block, kind)?),
+                _ => backends.extend(self.backend(name, of, block, (kind, Contents::Files))?),
             }
         }
         let main = self.qmp.property("/machine", "memory-backend")?;
@@ -64,7 +64,15 @@ impl Qemu {
             )));
         }
         let (path, &Block { bytes, address, .. }) = (PathBuf::new(), block);
-        Ok(Backend { name, path, bytes, address, is_shared: true, align_bytes: None })
+        Ok(Backend {
+            name,
+            path,
+            bytes,
+            address,
+            is_shared: true,
+            is_streamed: false,
+            align_bytes: None,
+        })
     }
 
     /// A `memory-backend-ram`, or the memory of `-m SIZE` alone.
@@ -83,6 +91,14 @@ impl Qemu {
             )));
         }
         let path = PathBuf::new();
-        Ok(Backend { name, path, bytes, address, is_shared: false, align_bytes: None })
+        Ok(Backend {
+            name,
+            path,
+            bytes,
+            address,
+            is_shared: false,
+            is_streamed: false,
+            align_bytes: None,
+        })
     }
 }
