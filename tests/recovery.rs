@@ -293,7 +293,7 @@ fn abandoning_without_a_connection_takes_two_interrupts() {
         support::wait_for(text, || umem.stderr().contains(text).then_some(()));
     };
     known.migrate.signal(Signal::SIGINT);
-    says(&known.migrate, "is only here; interrupt again to give up");
+    says(&known.migrate, "exist only here; interrupt again to give up");
     known.migrate.signal(Signal::SIGINT);
     assert_eq!(known.migrate.wait().code(), Some(1));
     says(&known.migrate, "keep this guest's RAM file");
