@@ -3,6 +3,8 @@
 
 #![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
 
+#[path = "preload/block.rs"]
+mod block;
 mod support;
 
 use std::collections::VecDeque;
@@ -195,8 +197,9 @@ struct Operation {
 
 mod uffd {
     //! The ioctls of linux/userfaultfd.h that are needed here.
-    use super::{Operation, Range};
+    use super::{Operation, Range, block::Copy};
     nix::ioctl_read!(unregister, 0xaa, 0x01, Range);
+    nix::ioctl_readwrite!(copy, 0xaa, 0x03, Copy);
     nix::ioctl_readwrite!(zeropage, 0xaa, 0x04, Operation);
     nix::ioctl_readwrite!(mark_cached, 0xaa, 0x07, Operation);
 }

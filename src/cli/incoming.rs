@@ -25,9 +25,10 @@ use crate::transport::uri::Uri;
     note = "URI is an address to listen at, tcp:HOST:PORT or unix:PATH, or one existing \
             connection: fd:N is an inherited stream socket, exec:CMD (run by /bin/sh) a command \
             whose standard input and output lead to the source. If the socket fd:N listens, such \
-            as systemd's fd:3, umem listens at it. COMMAND is a QEMU whose RAM is a \
-            memory-backend-file with share=on (--kind private: share=off), also through wrappers \
-            and scripts, or another monitor that maps the files named with --ram. umem adds \
+            as systemd's fd:3, umem listens at it. COMMAND is a QEMU, also through wrappers \
+            and scripts. Its RAM is its own (-m SIZE, memory-backend-ram), a memory-backend-memfd \
+            or a memory-backend-file, these with share=on (--kind private: share=off). Or COMMAND is \
+            another monitor that maps the files named with --ram. umem adds \
             -incoming and a QMP socket to a QEMU's options itself. The terminal's signals do not \
             reach COMMAND. Its standard input is the terminal if umem's is. Before the \
             switchover a signal ends the migration, and the guest goes on at the source. While \
@@ -47,8 +48,9 @@ use crate::transport::uri::Uri;
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Incoming {
-    /// how the guest maps its memory: shared (the default) or private; a process that hands over
-    /// anonymous memory says so itself, see --handoff
+    /// how the guest maps its memory that is in files: shared (the default) or private; a QEMU's memory
+    /// without a file needs no option, and a process that hands over anonymous memory says so itself, see
+    /// --handoff
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
     /// kind private: 1 makes the guest side touch pages during the move, so the file's copies can

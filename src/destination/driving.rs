@@ -236,6 +236,9 @@ impl Migration<'_> {
         match effect {
             Effect::Prepare => self.host.prepare(),
             Effect::SettlePages => {
+                for (block, stale) in self.guest.stale() {
+                    side.empty(block, &stale)?;
+                }
                 let mut wanted = Vec::new();
                 let is_last = self.guest.settle(|page| wanted.push(page))?;
                 if !wanted.is_empty() {

@@ -2,6 +2,7 @@
 //! when umem is a part of the program that runs the guest.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitStatus;
@@ -23,6 +24,10 @@ use crate::runtime::process::{Standstill, standstill};
 /// How long the guest's process may take to close its userfaultfds before umem prints a remark. It takes milliseconds,
 /// unless the process is stopped, or maps a large guest with huge pages meanwhile.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long the guest's process may take to drop pages that come once more. It takes milliseconds. The guest stands still
+/// meanwhile.
+const EMPTY_PATIENCE: Duration = Duration::from_secs(20);
 
 /// The process that runs the guest.
 pub(crate) enum GuestSide {
@@ -111,14 +116,7 @@ impl GuestSide {
             return Ok(true);
         }
         let Some(messages) = process.handoff.read()? else { return Ok(true) };
-        // The process mapped memory as umem was reporting completion: no thread would fill it.
-        for message in messages {
-            if let Message::Memory { pieces, .. } = message {
-                for piece in pieces.iter().filter(|piece| piece.file.is_some()) {
-                    process.handoff.forget(piece.address)?;
-                }
-            }
-        }
+        process.handoff.forget_late(&messages)?;
         Ok(false)
     }
 
@@ -174,6 +172,20 @@ impl GuestSide {
         match self.process_mut() {
             Some(process) => process.handoff.entrust(listener, state, qmp),
             None => Ok(()),
+        }
+    }
+
+    /// The guest's side can drop pages of its own memory, so that they are missing again.
+    pub(crate) fn can_empty(&self) -> bool {
+        self.process().is_some_and(|process| process.handoff.registers())
+    }
+
+    /// Has the guest's side drop pages of its own memory that come once more: ranges of addresses in the memory that
+    /// begins at `block`.
+    pub(crate) fn empty(&mut self, block: u64, stale: &[Range<u64>]) -> Result<()> {
+        match self.process_mut() {
+            Some(process) => process.handoff.empty(block, stale, EMPTY_PATIENCE),
+            None => Err(Error::Internal("memory of this process takes no pages twice".into())),
         }
     }
 

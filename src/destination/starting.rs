@@ -43,7 +43,7 @@ impl<'a> Migration<'a> {
         let Adopted { regions, sources, landing } = adopted;
         let has_rounds = lanes.has_rounds();
         if has_rounds {
-            memory::check_rounds(&regions).inspect_err(|error| {
+            memory::check_rounds(&regions, side.can_empty()).inspect_err(|error| {
                 lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error);
             })?;
         }

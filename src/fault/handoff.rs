@@ -10,14 +10,17 @@
 //! MADV_DONTNEED as if it were a discard.
 //!
 //! The preload object also sends `{"preload":1,…}` when it has been loaded,
-//! `{"qemu":1,"monitor":true}` in a QEMU, with umem's end of a socket for its monitor,
-//! `{"made":PATH,…}` for each RAM file that it makes, `{"error":CODE,…}` when it fails, and
-//! `{"released":N}` when it has closed its descriptors at the end.
+//! `{"qemu":1,"monitor":true}` in a QEMU, with umem's end of a socket for its monitor (and
+//! `"registers":true` if the object has the command `register`), `{"made":PATH,…}` for each RAM
+//! file that it makes, `{"error":CODE,…}` when it fails, and `{"released":N}` when it has closed its
+//! descriptors at the end.
 //!
 //! A guest side with `"umem":2` can keep a *session* for umem ([`HandoffSocket::entrust`]): a
 //! listening socket, the state of the guest's pages, umem's end of the monitor's socket. A umem
 //! that takes over connects there, and gets every message again, then `{"session":N}` with the
 //! rest.
+
+mod blocks;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -150,6 +153,9 @@ pub(crate) struct HandoffSocket {
     descriptors: VecDeque<OwnedFd>,
     /// Files that the guest's process has made, also if an error followed.
     created: Vec<Created>,
+    registers: bool,
+    /// What the guest side has dropped last: where that memory begins, and bytes.
+    emptied: Option<(u64, u64)>,
 }
 
 impl HandoffSocket {
@@ -159,6 +165,8 @@ impl HandoffSocket {
             bytes: Vec::new(),
             descriptors: VecDeque::new(),
             created: Vec::new(),
+            registers: false,
+            emptied: None,
         }
     }
 
@@ -316,6 +324,7 @@ impl HandoffSocket {
             if has_monitor && self.descriptors.is_empty() {
                 return Ok(false);
             }
+            self.registers = value["registers"] == serde_json::Value::Bool(true);
             messages.push(Message::Qemu(has_monitor.then(|| self.descriptor().into())));
         } else if value.get("made").is_some() {
             let made: MadeMessage =
@@ -326,6 +335,8 @@ impl HandoffSocket {
                 }
                 self.created.push(file);
             }
+        } else if let Some(block) = value.get("emptied").and_then(serde_json::Value::as_u64) {
+            self.emptied = value["size"].as_u64().map(|bytes| (block, bytes));
         } else if value.get("released").is_some() {
             messages.push(Message::Released);
         } else if let Some(count) = value.get("session").and_then(serde_json::Value::as_u64) {

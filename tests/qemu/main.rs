@@ -13,6 +13,7 @@ mod halted;
 mod huge_pages;
 mod movers;
 mod moving;
+mod own_memory;
 mod refusals;
 mod stream;
 mod streamed;

@@ -86,7 +86,8 @@ fn bytes_of(path: &Path) -> u64 {
 /// Checks the two reports of one migration, each for itself and against each other.
 fn check_reports(source: &Value, destination: &Value) {
     let kind = destination["kind"].as_str().expect("a kind");
-    assert!(["shared", "private"].contains(&kind), "{destination}");
+    let kinds = ["shared", "private", "anonymous", "anonymous,shared"];
+    assert!(kinds.contains(&kind), "{destination}");
     for (report, role) in [(source, "source"), (destination, "destination")] {
         let number = |name: &str| {
             report[name].as_u64().unwrap_or_else(|| panic!("{name} is not a count: {report}"))

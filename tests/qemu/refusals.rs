@@ -60,11 +60,10 @@ fn command_unable_to_receive_is_refused_without_leftovers() {
         scratch.ram("ram1").display()
     );
     for (options, expected) in [
-        (String::new(), "RAM backend pc.ram is a memory-backend-ram"),
         (
-            "-machine memory-backend=ram0 -object memory-backend-memfd,id=ram0,size=64M,share=on"
+            "-machine memory-backend=ram0 -object memory-backend-memfd,id=ram0,size=64M,share=off"
                 .into(),
-            "RAM backend ram0 is a memory-backend-memfd",
+            "RAM backend ram0 is a memory-backend-memfd with share=off",
         ),
         (good.replace(",share=on", ""), "RAM backend ram0 has share=off"),
         (

@@ -29,13 +29,13 @@ fn default_ram_is_moved_in_rounds_before_the_switchover() {
 
 #[test]
 fn default_ram_is_moved_in_rounds_and_then_by_postcopy() {
-    moves(&machine(SourceRam::Default), &["-p", "--downtime-limit", "0"]);
+    moves(&machine(SourceRam::Default), &["--precopy", "-p", "--downtime-limit", "0"]);
 }
 
 #[test]
 fn a_memory_file_and_a_private_file_are_moved_in_rounds() {
-    moves(&machine(SourceRam::Memfd), &["-p"]);
-    moves(&machine(SourceRam::PrivateFile), &["-p", "--lanes", "2"]);
+    moves(&machine(SourceRam::Memfd), &["--precopy", "-p"]);
+    moves(&machine(SourceRam::PrivateFile), &["--precopy", "-p", "--lanes", "2"]);
 }
 
 /// A file of umem's own that holds contents: open, and without a name before the commit.

@@ -241,7 +241,10 @@ impl LaneCore {
         bytes: &[u8],
         done: &mut usize,
     ) -> Result<()> {
-        let copied = self.guest.place(range, bytes, done);
+        let copied = match self.is_in_rounds {
+            true => self.guest.place_again(range, bytes, done),
+            false => self.guest.place(range, bytes, done),
+        };
         if let Err(Error::OutOfMemory(_)) = copied {
             self.health = Health::NoRoom { copied: *done };
         }
@@ -339,7 +342,8 @@ impl LaneCore {
         let memory = self.guest.region(range.region).memory;
         let end = run.byte_offset + copied as u64;
         let pages = (end >> memory.unit_shift) - range.first;
-        if !memory.is_copied_in() || pages == 0 {
+        // What comes in rounds counts when they are over.
+        if !memory.is_copied_in() || pages == 0 || self.is_in_rounds {
             return Ok(());
         }
         let range = PageRange { pages, ..range };

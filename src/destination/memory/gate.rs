@@ -51,6 +51,35 @@ impl FaultSource {
         }
     }
 
+    /// Overwrites pages that are mapped, of a guest that does not run.
+    ///
+    /// # Errors
+    /// This process has no permission to write to the memory of the guest's process, or a page is not mapped.
+    pub(super) fn overwrite(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        let pid = self.pid.unwrap_or_else(std::process::id);
+        let pid = libc::pid_t::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut done = 0;
+        while done < bytes.len() {
+            let (rest, at) = (&bytes[done..], address + done as u64);
+            let from =
+                libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
+            let to = libc::iovec {
+                iov_base: std::ptr::without_provenance_mut(at as usize),
+                iov_len: rest.len(),
+            };
+            // SAFETY: our bytes are borrowed for the call and only read; the other address is the guest side's, which the
+            // kernel checks, and nothing of Rust's lies in a guest's memory.
+            let count =
+                unsafe { libc::process_vm_writev(pid, &raw const from, 1, &raw const to, 1, 0) };
+            match usize::try_from(count) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => done += count,
+                Err(_) => return Err(io::Error::last_os_error()),
+            }
+        }
+        Ok(())
+    }
+
     /// For a thread that makes pages visible, or cached.
     pub(super) fn open_gate(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)

@@ -44,7 +44,7 @@ impl GuestMemory {
                 let (first, units) =
                     (offset >> region.unit_shift(), (run.bytes.len() / unit_bytes) as u64);
                 let placed = if run.is_plain {
-                    copy_in(region, part, source, offset, run.bytes)?
+                    copy_in(region, part, source, offset, run.bytes, There::Stays)?
                 } else {
                     copy_rest(region, part, source, offset, run.bytes)?
                 };
@@ -55,6 +55,54 @@ impl GuestMemory {
                 *done = within(offset) + run.bytes.len();
             }
             at = to;
+        }
+        Ok(())
+    }
+
+    /// Anonymous memory in rounds: copies what has come of a run into place, over the copies that are there of the same
+    /// pages. `done` as for [`place`](GuestMemory::place).
+    pub(crate) fn place_again(
+        &self,
+        range: PageRange,
+        bytes: &[u8],
+        done: &mut usize,
+    ) -> Result<()> {
+        let region = self.region(range.region);
+        let start = region.byte_offset(range.first);
+        let shift = region.unit_shift();
+        while *done < bytes.len() {
+            let at = start + *done as u64;
+            let (part, unit) = (region.part_at(at), at >> shift);
+            let most = GATE_BYTES_MAX.max(1 << shift);
+            let (is_there, end) = self.copies_alike(range.region, unit);
+            let to = (start + bytes.len() as u64)
+                .min(part.offset + part.bytes)
+                .min(at + most)
+                .min(region.byte_offset(end));
+            let to = usize::try_from(to - start).expect("a buffer's length");
+            let chunk = &bytes[*done..to];
+            let source = &self.sources[part.source];
+            let _gate = source.open_gate();
+            if is_there {
+                overwrite(region, source, part.address + (at - part.offset), chunk)?;
+            } else if !copy_in(region, part, source, at, chunk, There::IsOverwritten)? {
+                return Ok(());
+            }
+            *done = to;
+        }
+        Ok(())
+    }
+
+    /// Anonymous memory in rounds: these pages, of which there are copies, are zeroes.
+    pub(super) fn write_zeroes(&self, range: PageRange) -> Result<()> {
+        let region = self.region(range.region);
+        let start = region.byte_offset(range.first);
+        for (part, address, len) in region.pieces(start..start + self.bytes(range)) {
+            let end = address + len;
+            for at in (address..end).step_by(ZEROES.len()) {
+                let len = usize::try_from(end - at).expect("64-bit Linux").min(ZEROES.len());
+                overwrite(region, &self.sources[part.source], at, &ZEROES[..len])?;
+            }
         }
         Ok(())
     }
@@ -171,6 +219,15 @@ fn copy(region: &GuestRegion, source: &FaultSource, address: u64, bytes: &[u8]) 
     source.copy(address, bytes, region.page_bytes()).map_err(|error| failed(region, error))
 }
 
+/// What becomes of a page that is there already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum There {
+    /// It is the guest's own by now, or the same.
+    Stays,
+    /// It is a former copy, of a guest that does not run.
+    IsOverwritten,
+}
+
 /// Copies whole pages to the guest. False when events are pending. If the kernel reports that they are not mapped, or
 /// not in one mapping, fewer are tried: the kernel accepts no range across mappings, and the process may have split its
 /// own (mprotect(2), madvise(2), munmap(2) of a part).
@@ -180,6 +237,7 @@ fn copy_in(
     source: &FaultSource,
     offset: u64,
     bytes: &[u8],
+    there: There,
 ) -> Result<bool> {
     let page = usize::try_from(region.page_bytes()).expect("64-bit Linux");
     let address = part.address + (offset - part.offset);
@@ -190,6 +248,10 @@ fn copy_in(
         at += usize::try_from(placed.bytes).expect("a buffer's length");
         match placed.stop {
             None => {}
+            Some(Stop::Already) if there == There::IsOverwritten => {
+                overwrite(region, source, address + at as u64, &bytes[at..at + page])?;
+                at += page;
+            }
             // Copied by an attempt before this one.
             Some(Stop::Already) => {
                 source.uffd.wake(address + at as u64, page as u64).context(|| what(region))?;
@@ -209,6 +271,19 @@ fn copy_in(
     Ok(true)
 }
 
+/// Writes over former copies of pages.
+fn overwrite(region: &GuestRegion, source: &FaultSource, address: u64, bytes: &[u8]) -> Result<()> {
+    source.overwrite(address, bytes).map_err(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => Error::Host(format!(
+            "umem may not write over pages of RAM {} that come again while its source runs (process_vm_writev: \
+             {error}): run umem as root, or as a user who may trace QEMU (kernel.yama.ptrace_scope); or use shared \
+             memory in a file here; or leave out rounds at the source (--stop-first, or -p alone)",
+            region.name
+        )),
+        _ => failed(region, error),
+    })
+}
+
 /// Copies the parts of one unit that have not been discarded. False when events are pending.
 fn copy_rest(
     region: &GuestRegion,
@@ -222,13 +297,14 @@ fn copy_rest(
         return Ok(true);
     }
     let Some(discarded) = region.fragments.take(unit) else {
-        return copy_in(region, part, source, offset, bytes);
+        return copy_in(region, part, source, offset, bytes, There::Stays);
     };
     for (page, count) in discarded.runs(false) {
         let (from, len) = (page << region.page_shift(), count << region.page_shift());
         let at = usize::try_from(from).expect("a buffer's length");
         let len = usize::try_from(len).expect("a buffer's length");
-        let copied = copy_in(region, part, source, offset + from, &bytes[at..at + len]);
+        let bytes = &bytes[at..at + len];
+        let copied = copy_in(region, part, source, offset + from, bytes, There::Stays);
         if !matches!(copied, Ok(true)) {
             for (page, count) in discarded.runs(true) {
                 region.fragments.add(unit, page, count);

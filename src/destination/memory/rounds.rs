@@ -10,8 +10,13 @@
 //!          all others          --> counted, digested              Cached; complete blocks leave the userfaultfd
 //! ```
 //!
+//! Anonymous memory has the guest's own pages in the file's place. The first copy of a page is copied in, each later one
+//! is written over it. What remains is dropped by the guest side, before [`GuestMemory::settle`]: nobody else can. A
+//! remaining page that were still present would never fault, so that the guest side looks, and says so.
+//!
 //! All copies of a page come on one lane, in order. A lane that does otherwise spoils its own pages, and nothing else.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU32};
 
@@ -35,7 +40,7 @@ pub(super) struct Rounds {
 struct RegionRounds {
     /// Pages that have come at least once.
     came: Bits,
-    /// Pages that the file has: the last copy was data.
+    /// Pages that the file has, or the guest: the last copy was data.
     data: Bits,
     /// Pages that are to come again.
     remaining: Bits,
@@ -57,11 +62,22 @@ impl RegionRounds {
     }
 }
 
-/// Why memory cannot take pages in rounds.
-pub(crate) fn check(regions: &[GuestRegion]) -> Result<()> {
-    let Some(region) = regions.iter().find(|region| !region.memory.kind.lands_in_file()) else {
+/// Why memory cannot take pages in rounds. `can_empty`: the guest side drops what remains. Its answers come on the socket
+/// at which private memory's toucher listens for its own.
+pub(crate) fn check(regions: &[GuestRegion], can_empty: bool) -> Result<()> {
+    let has_no_file = |region: &&GuestRegion| !region.memory.kind.lands_in_file();
+    let Some(region) = regions.iter().find(has_no_file) else { return Ok(()) };
+    let private = regions.iter().find(|region| region.memory.kind.needs_touch());
+    if let (true, Some(private)) = (can_empty, private) {
+        return Err(Error::Unsupported(format!(
+            "RAM {} has no file here and RAM {} is of kind private, and the source sends pages while its guest runs, \
+             which one of the two alone can take: leave out --precopy there, or --kind private here",
+            region.name, private.name
+        )));
+    }
+    if can_empty {
         return Ok(());
-    };
+    }
     Err(Error::Unsupported(format!(
         "RAM {} is {} memory here, in which a page cannot land twice, and the source sends pages while its guest runs: \
          give `umem migrate` there {WITHOUT_PASSES}, or give the guest here memory of kind shared or private",
@@ -99,7 +115,7 @@ impl GuestMemory {
     pub(crate) fn emptied(&self, range: PageRange) -> Result<()> {
         let rounds = self.of_rounds(range.region);
         self.sum_anew(rounds, range, |_| ZERO_SUM);
-        self.punch(range, |page| rounds.data.get(page))?;
+        self.take_out(range, |page| rounds.data.get(page))?;
         rounds.data.clear(range.first, range.pages);
         rounds.came.set(range.first, range.pages);
         Ok(())
@@ -123,17 +139,59 @@ impl GuestMemory {
         self.digests.add_digest(range.region, change);
     }
 
-    /// Punches those pages of a range out of the file for which this is so.
-    fn punch(&self, range: PageRange, is_there: impl Fn(u64) -> bool) -> Result<()> {
+    /// Whether there is a copy of a page, and up to which page that is so.
+    pub(super) fn copies_alike(&self, region: RegionId, page: u64) -> (bool, u64) {
+        let data = &self.of_rounds(region).data;
+        let is_there = data.get(page);
+        (is_there, data.next(page, !is_there))
+    }
+
+    /// What the guest side has to drop before [`settle`](GuestMemory::settle): where each region without a file begins,
+    /// and those of its addresses at which a copy may be that comes once more.
+    pub(crate) fn stale(&self) -> Vec<(u64, Vec<Range<u64>>)> {
+        let mut all = Vec::new();
+        for (index, region) in self.regions.iter().enumerate() {
+            if region.memory.kind.lands_in_file() {
+                continue;
+            }
+            let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
+            let rounds = self.of_rounds(id);
+            for part in &region.parts {
+                let mut stale = Vec::new();
+                let _ = rounds.remaining.each_run(true, |first, pages| {
+                    let from = region.byte_offset(first).max(part.offset);
+                    let to = region.byte_offset(first + pages).min(part.offset + part.bytes);
+                    if from < to {
+                        let address = |offset| part.address + (offset - part.offset);
+                        stale.push(address(from)..address(to));
+                    }
+                    Ok::<(), ()>(())
+                });
+                if !stale.is_empty() {
+                    all.push((part.address, stale));
+                }
+            }
+        }
+        all
+    }
+
+    /// Takes those pages of a range out of the file for which this is so. Without a file they become zeroes.
+    fn take_out(&self, range: PageRange, is_there: impl Fn(u64) -> bool) -> Result<()> {
         let region = self.region(range.region);
         let (mut page, end) = (range.first, range.first + range.pages);
         while page < end {
             let start = (page..end).find(|&page| is_there(page)).unwrap_or(end);
             let stop = (start..end).find(|&page| !is_there(page)).unwrap_or(end);
             if start < stop {
-                region
-                    .file()
-                    .discard(region.byte_offset(start), region.byte_offset(stop - start))?;
+                match &region.file {
+                    Some(file) => {
+                        file.discard(region.byte_offset(start), region.byte_offset(stop - start))?
+                    }
+                    None => {
+                        let (first, pages) = (start, stop - start);
+                        self.write_zeroes(PageRange { first, pages, ..range })?;
+                    }
+                }
             }
             page = stop;
         }
@@ -152,7 +210,8 @@ impl GuestMemory {
     }
 
     /// Every copy has landed, and all that remains has been named: the rest is here for good. Calls `wake` with each
-    /// page of it that a vCPU waits for. True when this was the last page of all.
+    /// page of it that a vCPU waits for. True when this was the last page of all. The guest side has dropped what is
+    /// [stale](GuestMemory::stale).
     pub(crate) fn settle(&self, mut wake: impl FnMut(PageId)) -> Result<bool> {
         let (mut is_last, lane) = (false, demand_lane());
         for (index, region) in self.regions.iter().enumerate() {
@@ -188,7 +247,11 @@ impl GuestMemory {
                 });
             self.digests.add_digest(range.region, change);
         }
-        self.punch(range, |page| rounds.data.get(page))
+        match region.file {
+            Some(_) => self.take_out(range, |page| rounds.data.get(page)),
+            // The guest side has dropped it.
+            None => Ok(()),
+        }
     }
 
     /// The last copies of these pages count.
@@ -214,6 +277,10 @@ impl GuestMemory {
             let run = PageRange { first: page, pages: next - page, ..range };
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
             self.begin(run, lane)?;
+            let region = self.region(run.region);
+            if is_data && region.memory.is_copied_in() {
+                region.pages.finish(run.first, run.pages, |_| Ok::<(), Error>(()))?;
+            }
             is_last = self.finish(run, kind, &mut *wake)?;
             if is_data {
                 Counters::add(&self.counters.settled_bytes, self.bytes(run));
@@ -237,9 +304,15 @@ fn violated(what: &str) -> Error {
 mod tests {
     use umem_wire::checksum::{digest_of_zeroes, page_sum};
 
+    use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+
     use super::super::fixture::{Guest, PAGES, id};
+    use super::super::{FaultSource, Part, RegionSetup};
     use super::*;
+    use crate::fault::uffd::Uffd;
+    use crate::memory::kind::Kind;
     use crate::memory::pages::PageState;
+    use crate::memory::region::RamFile;
 
     fn range(first: u64, pages: u64) -> PageRange {
         PageRange { region: RegionId(0), first, pages }
@@ -329,5 +402,147 @@ mod tests {
         guest.memory.emptied(range(0, PAGES)).unwrap();
         assert!(guest.memory.settle(|_| {}).unwrap(), "this was the last page");
         assert_eq!(guest.memory.pages_missing(), 0);
+    }
+
+    /// A guest of this process in memory without a file, in rounds, with checksums.
+    struct Own {
+        memory: GuestMemory,
+        uffd: Uffd,
+        start: std::ptr::NonNull<std::ffi::c_void>,
+    }
+
+    const BYTES: usize = (PAGES as usize) << 12;
+
+    impl Own {
+        fn new() -> Own {
+            let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            let length = std::num::NonZeroUsize::new(BYTES).unwrap();
+            // SAFETY: a fresh mapping at an address of the kernel's choice.
+            let start = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) };
+            let start = start.unwrap();
+            let uffd = Uffd::for_this_process().unwrap();
+            let address = start.as_ptr().expose_provenance() as u64;
+            uffd.register(address, BYTES as u64, Kind::Anonymous).unwrap();
+            let region = GuestRegion::new(RegionSetup {
+                name: "ram".into(),
+                kind: Kind::Anonymous,
+                bytes: BYTES as u64,
+                unit_shift: 12,
+                page_shift: 12,
+                file: None,
+                parts: vec![Part { offset: 0, bytes: BYTES as u64, address, source: 0 }],
+            });
+            let mut memory = GuestMemory::new(vec![region], vec![FaultSource::new(uffd.clone())]);
+            memory.begin_rounds(true);
+            Own { memory, uffd, start }
+        }
+
+        fn address(&self, page: u64) -> u64 {
+            self.start.as_ptr().expose_provenance() as u64 + (page << 12)
+        }
+
+        fn comes(&self, first: u64, bytes: &[u8]) {
+            let contents: Vec<u8> = bytes.iter().flat_map(|&byte| [byte; 4096]).collect();
+            let sums: Vec<u32> = bytes.iter().map(|&byte| page_sum(&[byte; 4096])).collect();
+            let (mut done, range) = (0, range(first, bytes.len() as u64));
+            self.memory.place_again(range, &contents, &mut done).unwrap();
+            assert_eq!(done, contents.len());
+            self.memory.copied(range, &sums);
+        }
+
+        /// As the guest side does it.
+        fn drop_stale(&self) {
+            for (block, stale) in self.memory.stale() {
+                assert_eq!(block, self.address(0));
+                self.uffd.unregister(block, BYTES as u64).unwrap();
+                for range in stale {
+                    let at = std::ptr::with_exposed_provenance_mut(range.start as usize);
+                    let length = (range.end - range.start) as usize;
+                    let at = std::ptr::NonNull::new(at).unwrap();
+                    // SAFETY: a part of our own mapping, in which nothing of Rust's lies.
+                    unsafe { madvise(at, length, MmapAdvise::MADV_DONTNEED) }.unwrap();
+                }
+                self.uffd.register(block, BYTES as u64, Kind::Anonymous).unwrap();
+            }
+        }
+
+        /// Of a page that is there.
+        fn contents(&self, page: u64) -> Vec<u8> {
+            let at = self.start.as_ptr().cast::<u8>().wrapping_add((page as usize) << 12);
+            // SAFETY: each byte lies in the mapping.
+            (0..4096).map(|index| unsafe { at.add(index).read_volatile() }).collect()
+        }
+    }
+
+    impl Drop for Own {
+        fn drop(&mut self) {
+            // SAFETY: our own mapping, to which nothing refers.
+            let _ = unsafe { munmap(self.start, BYTES) };
+        }
+    }
+
+    #[test]
+    fn later_copies_overwrite_former_ones_in_memory_without_a_file() {
+        let guest = Own::new();
+        guest.memory.emptied(range(0, PAGES)).unwrap();
+        guest.comes(0, &[1]);
+        // Some of these are there, and others are not.
+        guest.comes(0, &[2, 3, 4, 5]);
+        guest.comes(2, &[6, 7, 8]);
+        guest.memory.emptied(range(3, 3)).unwrap();
+        guest.comes(3, &[9]);
+        guest.comes(6, &[10]);
+        guest.memory.remains(&[range(1, 1), range(6, 2)]).unwrap();
+        let expected =
+            [1..2, 6..8].map(|range| guest.address(range.start)..guest.address(range.end));
+        assert_eq!(guest.memory.stale(), [(guest.address(0), expected.to_vec())]);
+        guest.drop_stale();
+        assert!(!guest.memory.settle(|_| {}).unwrap());
+
+        for (page, byte) in [(0, 2), (2, 6), (3, 9), (4, 0)] {
+            assert!(guest.contents(page) == [byte; 4096], "page {page}");
+        }
+        let state = |page| guest.memory.region(RegionId(0)).pages.get(page);
+        for page in 0..PAGES {
+            let is_missing = [1, 6, 7].contains(&page);
+            let expected = if is_missing { PageState::Missing } else { PageState::Cached };
+            assert_eq!(state(page), expected, "page {page}");
+        }
+        let zeroes = digest_of_zeroes(4, 2);
+        let expected = digest_of(&[(0, 2), (2, 6), (3, 9)]).wrapping_add(zeroes);
+        assert_eq!(guest.memory.digests.get(), [expected]);
+        // What remains comes once, where nothing is.
+        for (page, byte) in [(1, 11), (6, 12), (7, 13)] {
+            guest.memory.begin(range(page, 1), "a lane").unwrap();
+            let mut done = 0;
+            guest.memory.place(range(page, 1), &[byte; 4096], &mut done).unwrap();
+            let is_last = guest.memory.finish(range(page, 1), RunKind::Data, |_| {}).unwrap();
+            assert_eq!(is_last, page == 7);
+            assert!(guest.contents(page) == [byte; 4096], "page {page}");
+        }
+    }
+
+    #[test]
+    fn memory_without_a_file_takes_pages_twice_where_its_side_can_drop_them() {
+        let guest = Own::new();
+        check(&guest.memory.regions, true).unwrap();
+        let error = check(&guest.memory.regions, false).unwrap_err().to_string();
+        assert!(error.contains("RAM ram is anonymous memory here"), "{error}");
+        check(&Guest::new().memory.regions, false).unwrap();
+
+        let file = || {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(4096).unwrap();
+            RamFile::from_handoff("private", file)
+        };
+        let [own, private] = [None, Some(file)].map(|file| {
+            let kind = if file.is_some() { Kind::Private } else { Kind::Anonymous };
+            let parts = vec![Part { offset: 0, bytes: 4096, address: 0, source: 0 }];
+            let (name, file) = (kind.name().into(), file.map(|file| file().unwrap()));
+            let (bytes, unit_shift, page_shift) = (4096, 12, 12);
+            GuestRegion::new(RegionSetup { name, kind, bytes, unit_shift, page_shift, file, parts })
+        });
+        let error = check(&[own, private], true).unwrap_err().to_string();
+        assert!(error.contains("RAM private is of kind private"), "{error}");
     }
 }

@@ -9,6 +9,8 @@
 //! page only where offset and address agree (`thp_vma_suitable_order`), so that without `align` a source's file
 //! comes to consist of small pages, and a destination's is mapped with them.
 
+mod arriving;
+
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::{handover, report, state, sys};
+use crate::{block, handover, report, state, sys};
 
 /// It needs little more than [`RECEIVE_SIZE`] and what formatting a short line takes.
 const STACK_SIZE: usize = 128 << 10;
@@ -120,6 +120,7 @@ fn carry_out_all(socket: i32) {
         line: Vec::with_capacity(LINE_SIZE_MAX),
         answers: String::new(),
         descriptors: Vec::new(),
+        stale: Vec::new(),
     };
     let mut buffer = [0; RECEIVE_SIZE];
     loop {
@@ -145,6 +146,8 @@ struct Commands {
     answers: String,
     /// Those that came with lines which are not carried out yet.
     descriptors: Vec<OwnedFd>,
+    /// Ranges that the next `empty` is for: addresses and lengths.
+    stale: Vec<(usize, usize)>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -165,7 +168,7 @@ impl Commands {
                 continue;
             }
             let line = std::mem::take(&mut self.line);
-            if line.len() < LINE_SIZE_MAX && self.command(&line) == End::Released {
+            if line.len() < LINE_SIZE_MAX && self.command(socket, &line) == End::Released {
                 return End::Released;
             }
             self.line = line;
@@ -178,7 +181,7 @@ impl Commands {
         End::Received
     }
 
-    fn command(&mut self, line: &[u8]) -> End {
+    fn command(&mut self, socket: i32, line: &[u8]) -> End {
         match line {
             b"keep" => state::keep(),
             b"settled" => state::settle(),
@@ -193,6 +196,14 @@ impl Commands {
             _ => {
                 if let Some((address, length)) = parse_touch(line) {
                     self.touch(address, length);
+                } else if let Some((address, length, name)) = parse_register(line) {
+                    if let Err(failure) = block::register(socket, address, length, name) {
+                        self.answers.push_str(&report::failure_line(name, &failure));
+                    }
+                } else if let Some(range) = parse_stale(line) {
+                    self.stale.push(range);
+                } else if let Some(address) = parse_empty(line) {
+                    self.empty(address);
                 } else if let Some((address, name)) = parse_name(line) {
                     handover::rename(address, name);
                 } else if let Some(address) = parse_forget(line) {
@@ -210,6 +221,16 @@ impl Commands {
         }
     }
 
+    fn empty(&mut self, address: usize) {
+        let stale = std::mem::take(&mut self.stale);
+        match block::empty(address, &stale) {
+            Ok(length) => {
+                self.answer(format_args!("{{\"emptied\":{address},\"size\":{length}}}\n"))
+            }
+            Err(failure) => self.answers.push_str(&report::failure_line("", &failure)),
+        }
+    }
+
     fn answer(&mut self, line: std::fmt::Arguments<'_>) {
         // Writing to a String does not fail.
         let _ = self.answers.write_fmt(line);
@@ -224,9 +245,29 @@ impl Commands {
 
 /// `touch ADDRESS LENGTH`
 fn parse_touch(line: &[u8]) -> Option<(usize, usize)> {
+    parse_range(line, "touch ")
+}
+
+/// `stale ADDRESS LENGTH`
+fn parse_stale(line: &[u8]) -> Option<(usize, usize)> {
+    parse_range(line, "stale ")
+}
+
+fn parse_range(line: &[u8], command: &str) -> Option<(usize, usize)> {
     let (address, length) =
-        std::str::from_utf8(line).ok()?.strip_prefix("touch ")?.split_once(' ')?;
+        std::str::from_utf8(line).ok()?.strip_prefix(command)?.split_once(' ')?;
     Some((address.parse().ok()?, length.parse().ok()?))
+}
+
+/// `empty ADDRESS`
+fn parse_empty(line: &[u8]) -> Option<usize> {
+    std::str::from_utf8(line).ok()?.strip_prefix("empty ")?.parse().ok()
+}
+
+/// `register ADDRESS LENGTH NAME`
+fn parse_register(line: &[u8]) -> Option<(usize, usize, &str)> {
+    let mut words = std::str::from_utf8(line).ok()?.strip_prefix("register ")?.splitn(3, ' ');
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?))
 }
 
 /// `name ADDRESS NAME`

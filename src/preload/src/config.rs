@@ -16,6 +16,9 @@ const RAM: &str = "UMEM_PRELOAD_RAM";
 const KIND: &str = "UMEM_PRELOAD_KIND";
 const QEMU: &str = "UMEM_PRELOAD_QEMU";
 
+/// What `/proc/PID/fd` says of the file of a `memory-backend-memfd` (QEMU's backends/hostmem-memfd.c).
+const BACKEND_MEMFD: &str = "/memfd:memory-backend-memfd (deleted)";
+
 static CONFIG: OnceLock<Config> = OnceLock::new();
 
 /// What a QEMU gets in addition to its own options.
@@ -41,6 +44,8 @@ pub(crate) enum Kind {
     Shared,
     /// MAP_PRIVATE: page by page the guest gets anonymous memory, and the file is emptied.
     Private,
+    /// MAP_PRIVATE | MAP_ANONYMOUS: no file. No variable asks for this kind; umem names such memory by its address.
+    Anonymous,
 }
 
 impl Kind {
@@ -49,6 +54,7 @@ impl Kind {
         match self {
             Kind::Shared => "shared",
             Kind::Private => "private",
+            Kind::Anonymous => "anonymous",
         }
     }
 }
@@ -106,10 +112,12 @@ impl Config {
         }
         let link = std::fs::read_link(format!("/proc/self/fd/{descriptor}")).ok();
         if self.ram.is_empty() {
-            // A memory file, and one that was made without a name, are none that a migration leaves out.
-            let is_ram = opened.nlink() > 0 && sys::is_memory(descriptor);
+            let is_memory = sys::is_memory(descriptor);
+            // Other files without a name may be of other RAM blocks, such as the firmware's (aux-ram-share=on), which
+            // QEMU fills before it answers at its monitor.
+            let is_ram = |path: &PathBuf| opened.nlink() > 0 || path.as_os_str() == BACKEND_MEMFD;
             return link
-                .filter(|_| is_ram)
+                .filter(|path| is_memory && is_ram(path))
                 .map(|path| RamFile { name: path.to_string_lossy().into_owned(), path });
         }
         let is_same = |path: &Path| match std::fs::metadata(path) {

@@ -34,6 +34,12 @@ struct Held {
     /// What was said of it, for a umem that takes over.
     told: report::Handover,
     uffd: OwnedFd,
+    /// None for memory without a file.
+    file: Option<RamDescriptor>,
+}
+
+/// The file of memory that was handed over.
+struct RamDescriptor {
     /// The open file that the locks are on: of all that are mapped from this file the same.
     file: OwnedFd,
     /// The program's own descriptor of the file.
@@ -138,9 +144,13 @@ pub(crate) fn note_fork_advice(address: usize, length: usize, dont_fork: bool) -
 }
 
 /// True if the range reaches into memory that was handed over and whose page tables need not go: it is shared, or
-/// still empty.
+/// still empty, or has no file and the guest has not been loaded yet. What such memory has then is the source's to say,
+/// and in rounds it has copies of pages that QEMU knows nothing of.
 pub(crate) fn keeps(address: usize, length: usize) -> bool {
-    let is_kept = |held: &Held| held.is_shared || is_empty(held.file.as_raw_fd());
+    let is_kept = |held: &Held| match held.descriptor() {
+        Some(file) => held.is_shared || is_empty(file),
+        None => !state::guest_may_run(),
+    };
     held().iter().any(|held| held.overlaps(address, length) && is_kept(held))
 }
 
@@ -242,6 +252,11 @@ impl Held {
         self.address.saturating_add(self.length)
     }
 
+    /// Of the file that the locks are on.
+    fn descriptor(&self) -> Option<c_int> {
+        self.file.as_ref().map(|ram| ram.file.as_raw_fd())
+    }
+
     /// What of its file it is.
     fn part(&self) -> Range<u64> {
         self.offset..self.offset.saturating_add(self.length as u64)
@@ -282,23 +297,23 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
 pub(crate) fn release() -> usize {
     let released = std::mem::take(&mut *held());
     for held in &released {
-        sys::unlock_move(held.file.as_raw_fd());
+        held.descriptor().into_iter().for_each(sys::unlock_move);
         if !held.wants_dont_fork {
             advise_fork(held.address, held.length, sys::MADV_DOFORK);
         }
-        if held.is_huge {
-            whole::map(held.address, held.length, &held.file, held.offset);
+        if let Some(ram) = held.file.as_ref().filter(|_| held.is_huge) {
+            whole::map(held.address, held.length, &ram.file, held.offset);
         }
     }
     let count = released.len();
     // Where the program has closed its own descriptor since, or closes the one of several that is locked, ours keeps
     // the file locked for as long as it lives.
-    let identities: Vec<_> =
-        released.iter().map(|held| identity_of(held.file.as_raw_fd())).collect();
-    for (held, file) in released.into_iter().zip(&identities) {
+    let files: Vec<RamDescriptor> = released.into_iter().filter_map(|held| held.file).collect();
+    let identities: Vec<_> = files.iter().map(|ram| identity_of(ram.file.as_raw_fd())).collect();
+    for (ram, file) in files.into_iter().zip(&identities) {
         let is_only = identities.iter().filter(|other| *other == file).count() == 1;
-        if !is_only || identity_of(held.number) != *file {
-            std::mem::forget(held.file);
+        if !is_only || identity_of(ram.number) != *file {
+            std::mem::forget(ram.file);
         }
     }
     count
@@ -321,8 +336,10 @@ pub(crate) fn forget(address: usize) {
     let mut all = held();
     let Some(index) = all.iter().position(|held| held.address == address) else { return };
     let held = all.swap_remove(index);
-    if !all.iter().any(|other| is_same(other, held.file.as_raw_fd())) {
-        sys::unlock_move(held.file.as_raw_fd());
+    if let Some(file) =
+        held.descriptor().filter(|&file| !all.iter().any(|held| is_same(held, file)))
+    {
+        sys::unlock_move(file);
     }
     if !held.wants_dont_fork {
         advise_fork(held.address, held.length, sys::MADV_DOFORK);
@@ -332,10 +349,16 @@ pub(crate) fn forget(address: usize) {
 /// Hands everything that is not released over once more, to a umem that takes over. Fails with an errno.
 pub(crate) fn again(socket: i32) -> Result<(), i32> {
     for held in held().iter() {
-        let descriptors = [held.uffd.as_raw_fd(), held.file.as_raw_fd()];
-        report::send(socket, report::handover_line(&held.told).as_bytes(), &descriptors)?;
+        send(socket, held)?;
     }
     Ok(())
+}
+
+/// Sends the hand-over message of something, with its descriptors. Fails with an errno.
+fn send(socket: i32, held: &Held) -> Result<(), i32> {
+    let descriptors: Vec<c_int> =
+        std::iter::once(held.uffd.as_raw_fd()).chain(held.descriptor()).collect();
+    report::send(socket, report::handover_line(&held.told).as_bytes(), &descriptors)
 }
 
 fn held() -> MutexGuard<'static, Vec<Held>> {
@@ -384,8 +407,8 @@ fn lock_before(
              of its own without --ram",
         ));
     }
-    if let Some(other) = of_file.first() {
-        return keep(other.file.as_raw_fd());
+    if let Some(other) = of_file.first().and_then(|held| held.descriptor()) {
+        return keep(other);
     }
     drop(all);
     // Held from here on by the description that this program has opened, so that it ends with this program.
@@ -437,15 +460,7 @@ fn protect(socket: i32, mapped: &Mapped, file: OwnedFd) -> Result<(), Failure> {
     let length = length.next_multiple_of(backing.page_size.max(1));
     let address = start as usize;
     uffd::register(&uffd, kind, address, length)?;
-    // A forked child has the mapping without the userfaultfd, and would read zeroes.
-    if advise_fork(address, length, sys::MADV_DONTFORK) != 0 {
-        return Err(Failure::new(
-            Code::Register,
-            sys::last_errno(),
-            "the guest's memory cannot be kept from forked children",
-        ));
-    }
-
+    keep_from_children(address, length)?;
     let told = report::Handover {
         ram: ram.clone(),
         kind,
@@ -455,33 +470,82 @@ fn protect(socket: i32, mapped: &Mapped, file: OwnedFd) -> Result<(), Failure> {
         page_size: backing.page_size,
         features,
     };
-    let message = report::handover_line(&told);
+    // Pages that have become anonymous are small ones, whatever the file's were.
+    let is_huge = kind == Kind::Shared
+        && block_size_of(descriptor) >= whole::HUGE_PAGE_SIZE as u64
+        && sys::hugetlbfs_page_size(descriptor).is_none();
+    hand_over(socket, told, uffd, Some(RamDescriptor { file, number: descriptor }), is_huge)
+}
+
+/// Hands over memory without a file, which is registered and which no forked child has.
+pub(crate) fn hand_over_anonymous(
+    socket: i32,
+    told: report::Handover,
+    uffd: OwnedFd,
+) -> Result<(), Failure> {
+    hand_over(socket, told, uffd, None, false)
+}
+
+/// Calls `change` with the userfaultfd and the length of the memory without a file that begins there. None if there is
+/// none. Nobody else changes anything of it meanwhile.
+pub(crate) fn with_anonymous<T>(
+    address: usize,
+    change: impl FnOnce(&OwnedFd, usize) -> T,
+) -> Option<T> {
+    let all = held();
+    let held = all.iter().find(|held| held.address == address && held.file.is_none())?;
+    Some(change(&held.uffd, held.length))
+}
+
+/// True if the range reaches into memory that was handed over.
+pub(crate) fn is_held(address: usize, length: usize) -> bool {
+    held().iter().any(|held| held.overlaps(address, length))
+}
+
+fn hand_over(
+    socket: i32,
+    told: report::Handover,
+    uffd: OwnedFd,
+    file: Option<RamDescriptor>,
+    is_huge: bool,
+) -> Result<(), Failure> {
+    let address = told.address;
     // Held before it is sent: from the moment umem has it, ours must be the spare.
-    let sent = [uffd.as_raw_fd(), file.as_raw_fd()];
-    held().push(Held {
-        name: ram.name.clone(),
+    let mut all = held();
+    all.push(Held {
+        name: told.ram.name.clone(),
         address,
-        length,
-        offset,
-        is_shared: kind == Kind::Shared,
-        page_size: backing.page_size.max(1),
-        // Pages that have become anonymous are small ones, whatever the file's were.
-        is_huge: kind == Kind::Shared
-            && block_size_of(descriptor) >= whole::HUGE_PAGE_SIZE as u64
-            && sys::hugetlbfs_page_size(descriptor).is_none(),
+        length: told.length,
+        offset: told.file_offset,
+        is_shared: told.kind == Kind::Shared,
+        page_size: told.page_size.max(1),
+        is_huge,
         has_refused: false,
-        wants_dont_fork: false,
+        // A QEMU keeps all of its RAM from children as it makes it, which is before memory without a file is handed over.
+        wants_dont_fork: file.is_none(),
         told,
         uffd,
         file,
-        number: descriptor,
     });
-    let sent = report::send(socket, message.as_bytes(), &sent).and_then(|()| state::listen(socket));
-    if let Err(errno) = sent {
+    let sent = all.last().map_or(Ok(()), |held| send(socket, held));
+    drop(all);
+    if let Err(errno) = sent.and_then(|()| state::listen(socket)) {
         held().retain(|held| held.address != address);
         return Err(Failure::new(Code::Send, errno, "the RAM could not be handed to umem"));
     }
     Ok(())
+}
+
+/// A forked child has the mapping without the userfaultfd, and would read zeroes.
+pub(crate) fn keep_from_children(address: usize, length: usize) -> Result<(), Failure> {
+    if advise_fork(address, length, sys::MADV_DONTFORK) == 0 {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::Register,
+        sys::last_errno(),
+        "the guest's memory cannot be kept from forked children",
+    ))
 }
 
 fn advise_fork(address: usize, length: usize, advice: c_int) -> c_int {
@@ -492,7 +556,8 @@ fn advise_fork(address: usize, length: usize, advice: c_int) -> c_int {
 
 fn is_same(held: &Held, descriptor: c_int) -> bool {
     let identity = |descriptor| metadata(descriptor).ok().map(|file| (file.dev(), file.ino()));
-    identity(descriptor).is_some_and(|file| identity(held.file.as_raw_fd()) == Some(file))
+    let Some(file) = held.descriptor() else { return false };
+    identity(descriptor).is_some_and(|other| identity(file) == Some(other))
 }
 
 fn block_size_of(descriptor: c_int) -> u64 {

@@ -25,10 +25,10 @@
 //! A QEMU, which is known by its name, says further, with umem's end of a socket for its monitor if it was to have one,
 //!
 //! ```text
-//! {"qemu":1,"monitor":true}
+//! {"qemu":1,"monitor":true,"registers":true}
 //! ```
 //!
-//! and of each file that it makes on tmpfs or hugetlbfs, which is its owner's alone,
+//! (`registers`: it knows the command of that name) and of each file that it makes on tmpfs or hugetlbfs, which is its owner's alone,
 //!
 //! ```text
 //! {"made":"/dev/shm/x","device":27,"inode":16}
@@ -56,12 +56,15 @@
 //! {"error":"ram-in-use","name":"ram0","errno":16,"text":"…"}
 //! ```
 //!
-//! After the first hand-over a thread of ours reads command lines, any number at once, and carries
-//! them out in their order:
+//! After the first hand-over, and in a QEMU from the moment at which it maps the first of its RAM, a thread of ours reads
+//! command lines, any number at once, and carries them out in their order:
 //!
 //! | command | answer | |
 //! |---|---|---|
 //! | `ping` | `{"pong":1}` | |
+//! | `register ADDRESS LENGTH NAME` | a hand-over message | empties and registers private memory without a file |
+//! | `stale ADDRESS LENGTH` | | names a range for the next `empty` |
+//! | `empty ADDRESS` | `{"emptied":ADDRESS,"size":LENGTH}` | drops the stale ranges of the memory that was registered there |
 //! | `name ADDRESS NAME` | | what is mapped there is called so from now on |
 //! | `forget ADDRESS` | | what is mapped there is no RAM: closes our userfaultfd of it |
 //! | `settled` | | that was all: what is mapped from now on (a DIMM that is plugged in later) is none of ours |
@@ -71,7 +74,10 @@
 //! | `release` | `{"released":N}` | everything is unregistered: closes our userfaultfds, ends the thread |
 //!
 //! Addresses and lengths are decimal, bytes, whole pages of one RAM file. A `touch` that fails is
-//! answered by `{"error":"touch",…}` and changes nothing. If the socket closes before `keep`, no guest
+//! answered by `{"error":"touch",…}` and changes nothing. What `register` hands over is of kind `anonymous`: its
+//! message comes with the userfaultfd alone, which reports missing pages. Before `keep` a page that has come there may
+//! be `stale`, and is missing again once `empty` has been answered; `size` is the ranges' sum. A program's own
+//! MADV_DONTNEED does nothing there before `keep`. If the socket closes before `keep`, no guest
 //! will come: the process is killed.
 //!
 //! With `session` come a unix socket that listens, a memory file and, perhaps, umem's end of the
@@ -107,6 +113,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("the preload object needs 64-bit Linux: it speaks its system calls and layouts");
 
+mod block;
 mod commands;
 mod config;
 mod handover;
@@ -152,6 +159,9 @@ pub unsafe extern "C" fn mmap64(
         return unsafe {
             handover::map(&ram, address, length, protection, flags, descriptor, offset)
         };
+    }
+    if flags & sys::MAP_FIXED != 0 && protection & sys::PROT_WRITE != 0 {
+        qemu::maps_ram();
     }
     // SAFETY: as above.
     unsafe { sys::mmap(address, length, protection, flags, descriptor, offset) }

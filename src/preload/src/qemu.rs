@@ -6,11 +6,12 @@ use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Once;
 use std::sync::atomic::Ordering;
 
 use crate::config::{self, Adds};
 use crate::report::{self, Code, Failure};
-use crate::sys;
+use crate::{state, sys};
 
 type Main = extern "C" fn(c_int, *mut *mut c_char, *mut *mut c_char) -> c_int;
 type Start = unsafe extern "C" fn(
@@ -118,6 +119,25 @@ unsafe fn with_options(count: c_int, words: *mut *mut c_char) -> Option<(c_int, 
     all.push(std::ptr::null_mut());
     // As the kernel's own, they are there until the end.
     Some((count, Box::leak(all.into_boxed_slice()).as_mut_ptr()))
+}
+
+/// A program maps writable memory at an address of its choice, as a QEMU does for all of its RAM blocks, the firmware's
+/// among them, on its main thread and before it answers at its monitor. From the first one on umem is listened to, for
+/// RAM that it names by its address, and what QEMU starts inherits nothing of ours.
+pub(crate) fn maps_ram() {
+    static BEGUN: Once = Once::new();
+    if !config::is_qemu() || BEGUN.is_completed() {
+        return;
+    }
+    let Some(config) = config::get() else { return };
+    BEGUN.call_once(|| {
+        config.hide();
+        if let Err(errno) = state::listen(config.socket) {
+            let text = "no thread can be started that listens to umem";
+            report::failure(config.socket, "", &Failure::new(Code::Options, errno, text));
+            sys::exit(1);
+        }
+    });
 }
 
 /// By the name that it was called by, or the name of its file: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.

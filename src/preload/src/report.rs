@@ -42,6 +42,8 @@ pub(crate) enum Code {
     Remap,
     /// Memory could not be touched as umem asked; an answer, and nothing else has changed.
     Touch,
+    /// umem has named memory by its address, and that cannot be filled page by page.
+    Block,
     /// The socket failed; umem will hardly see this one.
     Send,
 }
@@ -65,6 +67,7 @@ impl Code {
             Code::MemLock => "mem-lock",
             Code::Remap => "mremap",
             Code::Touch => "touch",
+            Code::Block => "block",
             Code::Send => "send",
         }
     }
@@ -109,7 +112,7 @@ pub(crate) fn hello(socket: i32) {
 
 /// This is a QEMU, and has these options.
 pub(crate) fn qemu(socket: i32, monitor: Option<i32>) -> Result<(), i32> {
-    let line = format!("{{\"qemu\":1,\"monitor\":{}}}\n", monitor.is_some());
+    let line = format!("{{\"qemu\":1,\"monitor\":{},\"registers\":true}}\n", monitor.is_some());
     send(socket, line.as_bytes(), monitor.as_slice())
 }
 

@@ -26,6 +26,7 @@ const FEATURE_NAMES: [(u64, &str); 6] = [
 const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_MINOR: u64 = 1 << 2;
 const IOCTL_WAKE: u64 = 1 << 2;
+const IOCTL_COPY: u64 = 1 << 3;
 const IOCTL_ZEROPAGE: u64 = 1 << 4;
 const IOCTL_CONTINUE: u64 = 1 << 7;
 
@@ -33,6 +34,7 @@ const UFFD_API: u64 = 0xaa;
 const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
 const UFFDIO_API: u64 = 0xc018_aa3f;
 const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
 
 #[repr(C)]
 struct UffdioApi {
@@ -49,28 +51,48 @@ struct UffdioRegister {
     ioctls: u64,
 }
 
-const _: () = assert!(size_of::<UffdioApi>() == 24 && size_of::<UffdioRegister>() == 32);
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    length: u64,
+}
 
-/// What kind of file system the RAM file is on.
+const _: () = assert!(size_of::<UffdioApi>() == 24 && size_of::<UffdioRegister>() == 32);
+const _: () = assert!(size_of::<UffdioRange>() == 16);
+
+/// What the memory's pages come from.
 #[derive(Clone, Copy)]
 pub(crate) struct Backing {
     pub(crate) page_size: usize,
-    is_hugetlbfs: bool,
+    source: Source,
+}
+
+#[derive(Clone, Copy)]
+enum Source {
+    Tmpfs,
+    Hugetlbfs,
+    Anonymous,
 }
 
 impl Backing {
+    /// Of a RAM file.
     pub(crate) fn of(descriptor: i32) -> Self {
         match sys::hugetlbfs_page_size(descriptor) {
-            Some(page_size) => Backing { page_size, is_hugetlbfs: true },
-            None => Backing { page_size: sys::page_size(), is_hugetlbfs: false },
+            Some(page_size) => Backing { page_size, source: Source::Hugetlbfs },
+            None => Backing { page_size: sys::page_size(), source: Source::Tmpfs },
         }
     }
 
+    /// Of memory without a file.
+    pub(crate) fn anonymous() -> Self {
+        Backing { page_size: sys::page_size(), source: Source::Anonymous }
+    }
+
     fn features(self) -> u64 {
-        let kind = if self.is_hugetlbfs {
-            MISSING_HUGETLBFS | MINOR_HUGETLBFS
-        } else {
-            MISSING_SHMEM | MINOR_SHMEM
+        let kind = match self.source {
+            Source::Hugetlbfs => MISSING_HUGETLBFS | MINOR_HUGETLBFS,
+            Source::Tmpfs => MISSING_SHMEM | MINOR_SHMEM,
+            Source::Anonymous => 0,
         };
         kind | EVENT_REMOVE | THREAD_ID
     }
@@ -101,10 +123,12 @@ pub(crate) fn register(
     start: usize,
     length: usize,
 ) -> Result<(), Failure> {
+    let has_file = kind != Kind::Anonymous;
+    let minor = if has_file { REGISTER_MODE_MINOR } else { 0 };
     let mut register = UffdioRegister {
         start: start as u64,
         length: length as u64,
-        mode: REGISTER_MODE_MISSING | REGISTER_MODE_MINOR,
+        mode: REGISTER_MODE_MISSING | minor,
         ioctls: 0,
     };
     // SAFETY: the argument is the structure that UFFDIO_REGISTER takes, alive for the call.
@@ -113,16 +137,24 @@ pub(crate) fn register(
         return Err(Failure::new(
             Code::Register,
             errno,
-            "the guest's memory cannot be registered with userfaultfd: its file must be on tmpfs \
-             or hugetlbfs",
+            match has_file {
+                true => {
+                    "the guest's memory cannot be registered with userfaultfd: its file must be on tmpfs \
+                     or hugetlbfs"
+                }
+                false => "the guest's memory cannot be registered with userfaultfd",
+            },
         ));
     }
-    let needed = IOCTL_WAKE | IOCTL_CONTINUE;
+    let needed = IOCTL_WAKE | if has_file { IOCTL_CONTINUE } else { IOCTL_COPY | IOCTL_ZEROPAGE };
     if register.ioctls & needed != needed {
         return Err(Failure::new(
             Code::Features,
             sys::EINVAL,
-            "this kernel cannot continue minor faults on the guest's memory",
+            match has_file {
+                true => "this kernel cannot continue minor faults on the guest's memory",
+                false => "this kernel cannot copy pages into the guest's memory",
+            },
         ));
     }
     // What was discarded has to become zeroes without the file, which is emptied at the end.
@@ -135,6 +167,13 @@ pub(crate) fn register(
         ));
     }
     Ok(())
+}
+
+/// Takes a range out of a userfaultfd again. Fails with an errno.
+pub(crate) fn unregister(uffd: &OwnedFd, start: usize, length: usize) -> Result<(), i32> {
+    let mut range = UffdioRange { start: start as u64, length: length as u64 };
+    // SAFETY: the argument is the structure that UFFDIO_UNREGISTER takes, alive for the call.
+    unsafe { sys::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut range) }
 }
 
 /// The device first: its file permissions are the modern way to allow userfaultfd. Never user mode

@@ -6,9 +6,11 @@
 //! | command | answer |
 //! |---|---|
 //! | `map shared\|private LENGTH PATH` | the mapping's address |
+//! | `anonymous LENGTH` | the address of private memory without a file, which the commands below are about from then on |
 //! | `read OFFSET` | the byte there |
 //! | `write OFFSET BYTE` | `ok` |
 //! | `advise OFFSET LENGTH ADVICE` | `ok`; the advice is the number that `madvise(2)` takes |
+//! | `lock OFFSET LENGTH` | `ok` |
 //! | `unmap OFFSET LENGTH` | `ok` |
 //! | `punch OFFSET LENGTH` | `ok`: the file has a hole there |
 //! | `remap LENGTH NEW-LENGTH FLAGS` | `ok`: the mapping may be elsewhere now |
@@ -47,6 +49,7 @@ impl Mapping {
     fn carry_out(&mut self, words: &[&str]) -> Result<String, c_int> {
         match *words {
             ["map", sharing, length, path] => self.map(sharing, number(length), path),
+            ["anonymous", length] => self.map_anonymous(number(length)),
             ["read", offset] => Ok(self.read(number(offset)).to_string()),
             ["write", offset, byte] => {
                 let byte = u8::try_from(number(byte)).expect("a byte");
@@ -58,6 +61,11 @@ impl Mapping {
                 let (start, advice) = (self.at(number(offset)), flags(advice));
                 // SAFETY: advice on our own mapping, which holds no Rust objects.
                 let result = unsafe { libc::madvise(start.cast(), number(length), advice) };
+                if result == 0 { Ok("ok".into()) } else { Err(errno()) }
+            }
+            ["lock", offset, length] => {
+                // SAFETY: a part of our own mapping, whose contents stay.
+                let result = unsafe { libc::mlock(self.at(number(offset)).cast(), number(length)) };
                 if result == 0 { Ok("ok".into()) } else { Err(errno()) }
             }
             ["unmap", offset, length] => {
@@ -104,6 +112,18 @@ impl Mapping {
             }
             self.start = start;
         }
+        Ok((self.start as usize).to_string())
+    }
+
+    fn map_anonymous(&mut self, length: usize) -> Result<String, c_int> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: the mapping is a new one at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(null_mut(), length, protection, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(errno());
+        }
+        self.start = start;
         Ok((self.start as usize).to_string())
     }
 

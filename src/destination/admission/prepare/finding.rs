@@ -2,11 +2,13 @@
 //!
 //! At the moment when a mapping is made nobody can be asked what it is for, and it has to be caught at that moment. So
 //! the preload object hands over whatever a QEMU maps in the way in which it maps its RAM; once QEMU answers, its RAM
-//! blocks say by their addresses which of that a migration brings, and under which names. The rest is let go. All of
-//! this is before the source is asked for anything, and whatever does not fit ends it.
+//! blocks say by their addresses which of that a migration brings, and under which names. The rest is let go. Memory
+//! without a file looks like any other of QEMU's as it is mapped: the preload object registers it when QEMU has said
+//! where it is. All of this is before the source is asked for anything, and whatever does not fit ends it.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -37,6 +39,11 @@ pub(super) fn find(
     let mut coming = Coming::new(options);
     let waited = coming.wait(monitor, handoff, inbox);
     let asked = waited.and_then(|()| coming.ask(monitor, inbox));
+    let asked = asked.and_then(|asked| {
+        let backends = asked.as_ref().map_or(&[][..], |(_, backends)| backends);
+        coming.register(backends, monitor, handoff, inbox)?;
+        Ok(asked)
+    });
     // Why QEMU has failed to start, if that is why it does not answer.
     let drained = coming.drain(handoff, inbox);
     // Those go if the guest does not come.
@@ -165,6 +172,8 @@ impl<'a> Coming<'a> {
         let (Some(name), Some(file)) = (&piece.name, &piece.file) else { return Ok(()) };
         match self.options.ram.iter().find(|ram| ram.name == *name) {
             Some(ram) => claim::check_file(name, &ram.path, file, User::Destination),
+            // A memory file has no name that leads to it.
+            None if file.metadata().is_ok_and(|metadata| metadata.nlink() == 0) => Ok(()),
             // Its name is its path, as the process knows it.
             None => {
                 claim::check_path(name, Path::new(name), User::Destination)?;
@@ -203,7 +212,7 @@ impl<'a> Coming<'a> {
             let pid = qmp.peer();
             let mut qemu = Qemu::new(qmp);
             qemu.awaits_a_guest()?;
-            let backends = qemu.check(kind)?;
+            let backends = qemu.check_arriving(kind)?;
             Ok((qemu, backends, pid))
         })?;
         // QEMU has made the socket. It may be the child of what we have started.
@@ -211,6 +220,52 @@ impl<'a> Coming<'a> {
             monitor.hold(pid)?;
         }
         Ok(Some((qemu, backends)))
+    }
+
+    /// Has memory without a file handed over, which has not been as it was mapped.
+    fn register(
+        &mut self,
+        backends: &[Backend],
+        monitor: &Monitor,
+        handoff: &mut HandoffSocket,
+        inbox: &Inbox<Note>,
+    ) -> Result<()> {
+        for backend in backends.iter().filter(|backend| backend.is_anonymous()) {
+            // With names given there is no RAM beside those.
+            let Some(address) = backend.address.filter(|_| self.options.ram.is_empty()) else {
+                continue;
+            };
+            if !handoff.registers() {
+                return Err(Error::Preload(format!(
+                    "RAM {}: the preload object that --preload names cannot register memory without a file: leave out \
+                     --preload to use the one built into umem",
+                    backend.name
+                )));
+            }
+            backend.check_name()?;
+            handoff.register(address, backend.bytes, &backend.name)?;
+            let deadline = Instant::now() + HANDOFF_TIMEOUT;
+            while !self.handed.iter().any(|piece| piece.address == address) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let fds = [handoff.stream().as_fd(), monitor.exited()];
+                match inbox.wait(&fds, Some(left))? {
+                    Wake::Signal => return Err(Error::Interrupted(NO_GUEST.into())),
+                    Wake::Message(_) => {}
+                    Wake::Ready(0) => match handoff.read()? {
+                        Some(messages) => self.take(messages)?,
+                        None => return Err(self.ended()),
+                    },
+                    Wake::Ready(_) => return Err(self.ended()),
+                    Wake::Timeout => {
+                        return Err(Error::Preload(format!(
+                            "RAM {}: QEMU's process does not register its memory: see whether it is stopped",
+                            backend.name
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     fn ended(&self) -> Error {
@@ -303,6 +358,11 @@ fn check_length(piece: &Handed, backend: &Backend) -> Result<()> {
 
 fn not_handed_over(options: &Options, backend: &Backend) -> Error {
     let (name, path) = (&backend.name, backend.path.display());
+    if backend.is_anonymous() {
+        return Error::Unsupported(format!(
+            "the guest's RAM {name} is QEMU's own memory, which no --ram can name: leave out --ram, and umem asks QEMU"
+        ));
+    }
     if options.kind.needs_touch() && backend.is_shared {
         return Error::Unsupported(format!(
             "RAM backend {name} has share=on, and --kind private is for memory that becomes the guest's own: give it \
@@ -313,6 +373,12 @@ fn not_handed_over(options: &Options, backend: &Backend) -> Error {
         return Error::Unsupported(format!(
             "the guest's RAM backend {name} ({path}) is none of those that --ram names: leave out --ram, and umem asks \
              QEMU"
+        ));
+    }
+    if backend.path.as_os_str().is_empty() {
+        return Error::Unsupported(format!(
+            "RAM backend {name} has its memory in a memory file that umem has not seen QEMU map: use a \
+             memory-backend-file with share=on on tmpfs or hugetlbfs"
         ));
     }
     Error::Unsupported(format!(

@@ -1,0 +1,104 @@
+//! The RAM of a QEMU that waits for a guest.
+//!
+//! It is what a migration of QEMU's would carry and what is some backend's, as at the source: QEMU has a backend for
+//! `-m SIZE` without one, too, whose id is the machine's default (`pc.ram`). The other RAM blocks, video memory and
+//! firmware, come with the device state.
+//!
+//! Memory in a file is the preload object's to hand over as QEMU maps it. Memory without a file is registered when QEMU
+//! has said where it is, so that nothing has to be said on QEMU's command line.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::{Backend, Block, Contents, HOW_TO_START, Qemu};
+use crate::error::{Error, Result};
+use crate::memory::kind::Kind;
+
+impl Backend {
+    /// It has no file: QEMU's own private memory.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        self.path.as_os_str().is_empty() && !self.is_shared
+    }
+}
+
+impl Qemu {
+    /// Checks that this QEMU can receive a guest, the files of its RAM mapped as `kind` says, and returns the RAM that
+    /// a source fills. Changes nothing.
+    pub(crate) fn check_arriving(&mut self, kind: Kind) -> Result<Vec<Backend>> {
+        let backends = self.arriving(kind)?;
+        self.check_devices()?;
+        Ok(backends)
+    }
+
+    fn arriving(&mut self, kind: Kind) -> Result<Vec<Backend>> {
+        let blocks = self.blocks()?;
+        let mut backends = Vec::new();
+        for (name, of) in self.qmp.children("/objects")? {
+            let Some(of) = of.strip_prefix("memory-backend-") else { continue };
+            let Some(block) = blocks.iter().find(|block| block.is_of(&name)) else { continue };
+            match of {
+                "ram" => backends.push(self.without_file(name, block)?),
+                "memfd" => backends.push(self.in_memfd(name, block)?),
+                _ => backends.extend(self.backend(name, of, block, (kind, Contents::Files))?),
+            }
+        }
+        let main = self.qmp.property("/machine", "memory-backend")?;
+        let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
+        let main = main.strip_prefix("/objects/").unwrap_or(main);
+        let has_main = main.is_empty() || backends.iter().any(|backend| backend.name == main);
+        if backends.is_empty() || !has_main {
+            return Err(Error::Unsupported(format!(
+                "umem finds no RAM backend of the guest's main memory ({main}) among QEMU's objects: {HOW_TO_START}"
+            )));
+        }
+        Ok(backends)
+    }
+
+    /// A `memory-backend-memfd`, which the preload object knows by the name that QEMU gives its file.
+    fn in_memfd(&mut self, name: String, block: &Block) -> Result<Backend> {
+        if self.qmp.property(&format!("/objects/{name}"), "share")? != Some(json!(true)) {
+            return Err(Error::Unsupported(format!(
+                "RAM backend {name} is a memory-backend-memfd with share=off: leave out share=off, or use a \
+                 memory-backend-ram"
+            )));
+        }
+        let (path, &Block { bytes, address, .. }) = (PathBuf::new(), block);
+        Ok(Backend {
+            name,
+            path,
+            bytes,
+            address,
+            is_shared: true,
+            is_streamed: false,
+            align_bytes: None,
+        })
+    }
+
+    /// A `memory-backend-ram`, or the memory of `-m SIZE` alone.
+    fn without_file(&mut self, name: String, block: &Block) -> Result<Backend> {
+        if self.qmp.property(&format!("/objects/{name}"), "share")? == Some(json!(true)) {
+            return Err(Error::Unsupported(format!(
+                "RAM backend {name} is a memory-backend-ram with share=on, whose file umem does not see: leave out \
+                 share=on, or use a memory-backend-file with share=on on tmpfs or hugetlbfs"
+            )));
+        }
+        let &Block { bytes, address, .. } = block;
+        if address.is_none() {
+            return Err(Error::Unsupported(format!(
+                "QEMU does not say where it has mapped RAM backend {name}, of which the guest has no address now: plug \
+                 it in at an address (addr=), or use a memory-backend-file with share=on"
+            )));
+        }
+        let path = PathBuf::new();
+        Ok(Backend {
+            name,
+            path,
+            bytes,
+            address,
+            is_shared: false,
+            is_streamed: false,
+            align_bytes: None,
+        })
+    }
+}
