@@ -154,7 +154,7 @@ pub(crate) struct HandoffSocket {
     /// Files that the guest's process has made, also if an error followed.
     created: Vec<Created>,
     registers: bool,
-    /// What the guest side has dropped last: where that memory begins, and bytes.
+    /// The memory that the guest side has dropped last: its start address, and bytes.
     emptied: Option<(u64, u64)>,
 }
 

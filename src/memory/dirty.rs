@@ -86,7 +86,7 @@ impl DirtyMap {
         self.regions.iter().for_each(|bits| bits.set(0, bits.pages()));
     }
 
-    /// The log knows of so many bytes that the guest has written and that are not marked: they come later.
+    /// Sets the bytes that the guest has written and that the log marks later.
     pub(crate) fn set_elsewhere(&self, bytes: u64) {
         self.elsewhere.store(bytes, Relaxed);
     }

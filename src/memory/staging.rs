@@ -1,17 +1,17 @@
-//! Guest memory that is no file of the guest's: its contents come page by page, and wait in a file of umem's own until
-//! they have left.
+//! Contents of guest memory without a file: they come page by page, and wait in a file of umem's own until they have
+//! been sent.
 //!
 //! ```text
 //! writer (one thread)            put, put_zeroes: the page's bytes, then its mark; both under the lock
 //! lanes                          take the mark, read the page, send it, release it
-//! release                        under the lock: gives a page back unless it is marked again
+//! release                        under the lock: frees a page unless it is marked again
 //! ```
 //!
-//! So a page that is marked is in the file, or is a hole where it is zeroes, and a page that has left takes no memory
-//! once it is released. What a release gives back nobody needs: while pages are released the guest still has all of
-//! its memory, and a migration that fails leaves it running there.
+//! So a marked page is in the file, or is a hole if it holds zeroes, and a sent page takes no memory once it is
+//! released. Released contents are not needed any more: while pages are released the guest still has all of its memory,
+//! and a failed migration leaves it running there.
 //!
-//! A file has no name at first, and is gone with its process. It is given one ([`Staging::name`]) before the guest may
+//! A file has no name at first, and vanishes with its process. It gets a name ([`Staging::name`]) before the guest may
 //! run elsewhere: from then on it may have the only copy of a page, and another process may have to take over.
 
 use std::ffi::CString;
@@ -33,13 +33,13 @@ use super::region::RamFile;
 use crate::error::{Context, Error, Result};
 use crate::runtime::hex::hex;
 
-/// Where the files are: memory that has names.
+/// The directory of the files: shared memory with names.
 const DIRECTORY: &str = "/dev/shm";
 
-/// Bytes that wait in the files at most while their guest runs. Half of them are sent while the other half comes.
+/// Most bytes that wait in the files while the guest runs. Half of them are sent while the other half comes.
 pub(crate) const STAGED_BYTES_MAX: u64 = 64 << 20;
 
-/// Bytes of a page here: what is marked, put and released are multiples of it.
+/// The page size of this module: offsets and lengths of all calls are multiples of it.
 pub(crate) const STAGED_PAGE_BYTES: u64 = 4096;
 
 const PAGE: usize = STAGED_PAGE_BYTES as usize;
@@ -48,16 +48,16 @@ const PAGE: usize = STAGED_PAGE_BYTES as usize;
 pub(crate) struct StagedFile {
     name: String,
     file: File,
-    /// The name that it has once it has one.
+    /// Its name after [`Staging::name`].
     path: PathBuf,
     pages: u64,
 }
 
 impl StagedFile {
-    /// An empty one of so many bytes, without a name, for the region of this name.
+    /// An empty file of `bytes`, without a name, for the region `name`.
     ///
     /// # Errors
-    /// There is no memory that can have names, or the size is no multiple of [`STAGED_PAGE_BYTES`].
+    /// There is no shared memory with names, or the size is not a multiple of [`STAGED_PAGE_BYTES`].
     pub(crate) fn create(name: &str, bytes: u64) -> Result<StagedFile> {
         if bytes == 0 || !bytes.is_multiple_of(STAGED_PAGE_BYTES) {
             return Err(Error::Unsupported(format!(
@@ -70,7 +70,7 @@ impl StagedFile {
         let file = options.open(DIRECTORY).context(what)?;
         file.set_len(bytes).context(what)?;
         let mut random = [0; 8];
-        // SAFETY: the kernel writes so many bytes into the array.
+        // SAFETY: the kernel writes at most the array's length into it.
         let count = unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
         if usize::try_from(count) != Ok(random.len()) {
             return Err(Error::last_os("random numbers"));
@@ -79,12 +79,12 @@ impl StagedFile {
         Ok(StagedFile { name: name.into(), file, path, pages: bytes / STAGED_PAGE_BYTES })
     }
 
-    /// Where it can be found once it has been named.
+    /// Its path after [`Staging::name`].
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The same file as what the lanes send from.
+    /// The same file, for the lanes to send from.
     pub(crate) fn ram_file(&self) -> Result<RamFile> {
         let file = self.file.try_clone().context(|| format!("RAM {}", self.name))?;
         RamFile::of_opened(&self.name, &self.path, file, None, false)
@@ -100,12 +100,12 @@ impl StagedFile {
 
 /// The files of a migration whose guest has RAM without files.
 pub(crate) struct Staging {
-    /// By region; none where the guest has a file.
+    /// By region; none if the guest has a file.
     files: Vec<Option<StagedFile>>,
-    /// Pages are summed before they are given back.
+    /// Whether pages are summed before they are freed.
     is_checked: bool,
     state: Mutex<State>,
-    /// There is room, or enough to send.
+    /// Notified when there is room, or enough to send.
     changed: Condvar,
 }
 
@@ -113,7 +113,7 @@ struct State {
     /// By region: pages with contents in the file.
     held: Vec<Bits>,
     held_pages: u64,
-    /// By region, where pages are summed: what each page that was given back comes to, less a page of zeroes.
+    /// By region, if pages are summed: the share of each freed page in the digest, less that of a page of zeroes.
     sums: Vec<Vec<u64>>,
     /// None without a limit.
     pages_max: Option<u64>,
@@ -122,7 +122,7 @@ struct State {
 }
 
 impl Staging {
-    /// Of these files, in the order of the regions.
+    /// With these files, in the order of the regions.
     pub(crate) fn new(files: Vec<Option<StagedFile>>, is_checked: bool) -> Staging {
         let pages = || files.iter().map(|file| file.as_ref().map_or(0, |file| file.pages));
         let summed = |pages: u64| if is_checked { pages } else { 0 };
@@ -138,7 +138,7 @@ impl Staging {
         Staging { files, is_checked, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Whether the contents of this region come here.
+    /// Whether the contents of this region are staged.
     pub(crate) fn has(&self, region: RegionId) -> bool {
         self.files.get(usize::from(region.0)).is_some_and(Option::is_some)
     }
@@ -148,8 +148,8 @@ impl Staging {
         file.ok_or_else(|| Error::Internal(format!("region {} has a file of its own", region.0)))
     }
 
-    /// The landing unit of a region is larger than a page: what has left of it is not given back, as a unit is sent
-    /// whole. So there is no limit.
+    /// Removes the limit, for a region whose landing unit is larger than a page: units are sent whole, so sent pages
+    /// of an incomplete unit are not freed.
     pub(crate) fn keep_all(&self) {
         self.lock().pages_max = None;
         self.changed.notify_all();
@@ -158,7 +158,7 @@ impl Staging {
     /// Puts whole pages into a region, and then marks them.
     ///
     /// # Errors
-    /// There is no memory for them, or no such bytes.
+    /// There is no memory for them, or the region has no such bytes.
     pub(crate) fn put(
         &self,
         marks: &DirtyMap,
@@ -204,7 +204,7 @@ impl Staging {
         mark(marks, region, offset, len)
     }
 
-    /// These pages have been sent: those that have not been marked again are given back.
+    /// Frees pages that have been sent, except those that have been marked again.
     pub(crate) fn release(&self, marks: &Bits, range: PageRange) -> Result<()> {
         let file = self.file(range.region)?;
         let mut state = self.lock();
@@ -216,7 +216,7 @@ impl Staging {
                 if self.is_checked {
                     state.sum(file, range.region, first, last - first)?;
                 }
-                // Also where nothing was put: a lane that looks at a hole while it is made allocates it.
+                // Also pages that are holes: a lane that reads a hole while it is made allocates it.
                 file.punch(first, last - first)?;
                 state.forget(range.region, first, last - first);
             }
@@ -227,7 +227,7 @@ impl Staging {
         Ok(())
     }
 
-    /// With checksums: what the pages of a region that were given back come to, less as many zeroes.
+    /// With checksums: the share of a region's freed pages in its digest, less that of as many zeroes.
     pub(crate) fn given_back(&self, region: RegionId) -> u64 {
         let state = self.lock();
         let sums = state.sums.get(usize::from(region.0)).map_or(&[][..], Vec::as_slice);
@@ -240,19 +240,19 @@ impl Staging {
         self.lock().held_pages * STAGED_PAGE_BYTES
     }
 
-    /// Whether there is room for more, after a wait for it of no longer than this.
+    /// Whether there is room for more; waits for it at most `within`.
     pub(crate) fn wait_for_room(&self, within: Duration) -> bool {
         self.wait(within, State::has_room)
     }
 
-    /// Whether enough has come to be sent, after a wait for it of no longer than this.
+    /// Whether there is enough to send; waits for it at most `within`.
     pub(crate) fn wait_for_enough(&self, within: Duration) -> bool {
         self.wait(within, State::is_enough)
     }
 
-    /// Has those look again who wait.
+    /// Makes waiting threads check again.
     pub(crate) fn wake(&self) {
-        // With the lock: nobody is between a look and a wait.
+        // With the lock: no thread is between its check and its wait.
         drop(self.lock());
         self.changed.notify_all();
     }
@@ -268,10 +268,10 @@ impl Staging {
         is_so(&waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 
-    /// Gives the files their names: another process finds them there. Until [`remove`] they stay.
+    /// Gives the files their names, by which another process finds them. The names stay until [`remove`].
     ///
     /// # Errors
-    /// One cannot have its name; what has one keeps it until this is dropped.
+    /// A file cannot be named. Files named before keep their names.
     pub(crate) fn name(&self) -> Result<()> {
         let mut state = self.lock();
         if std::mem::replace(&mut state.is_named, true) {
@@ -293,9 +293,9 @@ impl Staging {
     }
 }
 
-/// Takes the name from a file of umem's own, whose pages nobody needs any more.
+/// Removes the name of a staging file whose pages are not needed any more.
 pub(crate) fn remove(path: &Path) {
-    // One that was never named has none.
+    // A file that was never named has no name.
     let _ = std::fs::remove_file(path);
 }
 
@@ -317,7 +317,7 @@ impl State {
         self.forget_sums(region, first, pages);
     }
 
-    /// Nothing is in the file of these pages any more.
+    /// Records that the file does not hold these pages any more.
     fn forget(&mut self, region: RegionId, first: u64, pages: u64) {
         let held = &self.held[usize::from(region.0)];
         for page in first..first + pages {
@@ -354,7 +354,7 @@ impl State {
         Ok(())
     }
 
-    /// Sums what of these pages is in the file.
+    /// Sums those of these pages that the file holds.
     fn sum(&mut self, file: &StagedFile, region: RegionId, first: u64, pages: u64) -> Result<()> {
         const _: () = assert!(SUMMED_BYTES == PAGE);
         let index = usize::from(region.0);
@@ -373,7 +373,7 @@ impl State {
     }
 }
 
-/// Marks bytes that were found in the file before.
+/// Marks bytes whose range has been checked against the file.
 fn mark(marks: &DirtyMap, region: RegionId, offset: u64, len: u64) -> Result<()> {
     if marks.mark_bytes(region, offset, len) {
         return Ok(());
@@ -381,7 +381,7 @@ fn mark(marks: &DirtyMap, region: RegionId, offset: u64, len: u64) -> Result<()>
     Err(Error::Internal(format!("region {} has no {len} bytes at {offset:#x}", region.0)))
 }
 
-/// The pages of these bytes, if they are whole pages of the file.
+/// The pages of these bytes, which must be whole pages of the file.
 fn pages_of(file: &StagedFile, offset: u64, len: u64) -> Result<(u64, u64)> {
     let (first, pages) = (offset / STAGED_PAGE_BYTES, len / STAGED_PAGE_BYTES);
     let is_whole = (offset | len).is_multiple_of(STAGED_PAGE_BYTES);
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_has_left_is_given_back_unless_it_has_come_again() {
+    fn released_page_is_freed_unless_marked_again() {
         let (staging, marks, ram) = staging(false);
         put(&staging, &marks, 5, &[1, 2, 3]);
         assert_eq!(marks.region(RAM).take_word(0, 64), 0b1110_0000);
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_are_holes() {
+    fn zeroes_become_holes() {
         let (staging, marks, ram) = staging(false);
         put(&staging, &marks, 0, &[1, 2, 3, 4]);
         staging.put_zeroes(&marks, RAM, STAGED_PAGE_BYTES, 2 * STAGED_PAGE_BYTES).unwrap();
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_room_again_once_pages_have_left() {
+    fn release_makes_room_and_keep_all_removes_the_limit() {
         let file = StagedFile::create("pc.ram", 2 * STAGED_BYTES_MAX).unwrap();
         let staging = Staging::new(vec![Some(file)], false);
         let pages = STAGED_BYTES_MAX / STAGED_PAGE_BYTES;
@@ -465,14 +465,14 @@ mod tests {
         marks.region(RAM).clear(0, 1);
         release(&staging, &marks, 0, 1);
         assert!(staging.wait_for_room(NO_TIME));
-        // Units that are larger than a page are sent whole.
+        // Units larger than a page are sent whole.
         staging.keep_all();
         put(&staging, &marks, pages, &[7; 256]);
         assert!(staging.wait_for_room(NO_TIME) && !staging.wait_for_enough(NO_TIME));
     }
 
     #[test]
-    fn what_was_given_back_and_what_is_left_come_to_all_that_came_last() {
+    fn digest_share_of_freed_pages_counts_their_last_contents() {
         let (staging, marks, ram) = staging(true);
         let sum = |page, byte: u8| {
             let sum = checksum::digest(page, &[checksum::page_sum(&[byte; PAGE])]);
@@ -483,7 +483,7 @@ mod tests {
         release(&staging, &marks, 0, 4);
         let all: u64 = (0..4).fold(0, |all, page| all.wrapping_add(sum(page, page as u8 + 1)));
         assert_eq!(staging.given_back(RAM), all);
-        // One comes again, and stays; one comes again as zeroes; one comes again, and leaves.
+        // One page comes again and stays, one comes again as zeroes, one comes again and is released.
         put(&staging, &marks, 0, &[8]);
         staging.put_zeroes(&marks, RAM, STAGED_PAGE_BYTES, STAGED_PAGE_BYTES).unwrap();
         put(&staging, &marks, 2, &[9]);
@@ -494,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_has_a_name_once_it_is_given_one_and_until_it_is_removed() {
+    fn file_has_its_name_from_name_until_remove() {
         let (staging, marks, ram) = staging(false);
         put(&staging, &marks, 3, &[5]);
         let path = staging.files[0].as_ref().unwrap().path().to_owned();
@@ -510,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_page_of_the_region_is_refused() {
+    fn range_that_is_not_whole_pages_of_the_region_is_refused() {
         let (staging, marks, _ram) = staging(false);
         let end = PAGES * STAGED_PAGE_BYTES;
         for (offset, len) in [(end, 4096), (end - 4096, 8192), (u64::MAX - 4095, 4096), (1, 4096)] {

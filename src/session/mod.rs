@@ -177,7 +177,7 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         if kept.is_removed { Ok(()) } else { kept.write() }
     }
 
-    /// The record as it was written last.
+    /// The record as it was last written.
     pub(crate) fn record(&self) -> R
     where
         R: Clone,

@@ -75,14 +75,14 @@ pub(crate) struct RamRecord {
     /// The file's stamp when the guest had stopped, if the file must not change after that.
     #[serde(default)]
     pub(crate) stamp: Option<Stamp>,
-    /// It is umem's own, with what its guest's private memory had that was not sent: it goes with the session. It has
-    /// its name from the commit on.
+    /// Whether it is a file of umem's own, with unsent contents of the guest's private memory: it is removed with the
+    /// session. It has its name from the commit on.
     #[serde(default)]
     pub(crate) is_own: bool,
 }
 
 impl SourceRecord {
-    /// Nobody needs the session any more, nor what umem itself has made for it.
+    /// Removes the files that umem has made for the session, which has ended.
     pub(crate) fn remove_own_files(&self) {
         self.ram.iter().filter(|ram| ram.is_own).for_each(|ram| staging::remove(&ram.path));
     }

@@ -1,4 +1,4 @@
-//! Memory without a file that QEMU names by its address: what the preload object is told of it.
+//! Commands to the preload object for memory without a file, which QEMU names by its address.
 
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write};
@@ -14,12 +14,13 @@ use crate::error::{Context, Error, Result};
 use crate::runtime::polling::poll;
 
 impl HandoffSocket {
-    /// The guest side is our preload object in a QEMU, and has said that it knows [`register`](HandoffSocket::register).
+    /// Whether the guest side is the preload object in a QEMU, and supports [`register`](HandoffSocket::register).
     pub(crate) fn registers(&self) -> bool {
         self.registers
     }
 
-    /// Lets go what was mapped as umem was saying that all of the guest's memory had been: nobody would fill it.
+    /// Makes the preload object forget files that were mapped while umem reported that all of the guest's memory had
+    /// been handed over: they would never be filled.
     pub(crate) fn forget_late(&mut self, messages: &[Message]) -> Result<()> {
         for message in messages {
             let Message::Memory { pieces, .. } = message else { continue };
@@ -30,16 +31,16 @@ impl HandoffSocket {
         Ok(())
     }
 
-    /// Has the preload object empty and register memory without a file. A hand-over message follows.
+    /// Makes the preload object empty and register memory without a file. A hand-over message follows.
     pub(crate) fn register(&mut self, address: u64, bytes: u64, name: &str) -> Result<()> {
         self.command(format!("register {address} {bytes} {name}\n").as_bytes())
     }
 
-    /// Has the preload object drop the copies of pages that come once more: ranges of addresses in the memory without a
-    /// file that begins at `block`. Nobody fills pages of it meanwhile. Returns when they are missing again.
+    /// Makes the preload object drop the copies of pages that come once more: ranges of addresses in the memory without
+    /// a file that begins at `block`. No thread may fill pages of it meanwhile. Returns when they are missing again.
     ///
     /// # Errors
-    /// The preload object could not do that, the guest's process has ended, or it does not answer in time.
+    /// The preload object failed, the guest's process has ended, or it does not answer in time.
     pub(crate) fn empty(
         &mut self,
         block: u64,
@@ -103,7 +104,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    /// A guest side that reads up to `empty`, and answers with this.
+    /// A guest side that reads up to `empty`, and answers with `answer`.
     fn answering(answer: &'static str) -> (HandoffSocket, std::thread::JoinHandle<Vec<String>>) {
         let (guest, daemon) = UnixStream::pair().unwrap();
         let guest = std::thread::spawn(move || {
@@ -152,7 +153,7 @@ mod tests {
         let mut daemon = HandoffSocket::new(daemon);
         let error = daemon.empty(4096, &[4096..8192], Duration::from_millis(1)).unwrap_err();
         assert!(error.to_string().contains("does not drop pages"), "{error}");
-        // Nor where it does not even read.
+        // The same for a guest side that does not read.
         let ranges = vec![4096..8192; 1 << 16];
         let error = daemon.empty(4096, &ranges, Duration::from_millis(1)).unwrap_err();
         assert!(error.to_string().contains("does not drop pages"), "{error}");
