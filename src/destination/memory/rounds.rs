@@ -92,6 +92,7 @@ impl GuestMemory {
         self.sum_anew(rounds, range, |index| page_sums[index]);
         rounds.data.set(range.first, range.pages);
         rounds.came.set(range.first, range.pages);
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(range));
         Counters::add(&self.counters.rounds_bytes, self.bytes(range));
     }
 
@@ -102,6 +103,7 @@ impl GuestMemory {
         self.punch(range, |page| rounds.data.get(page))?;
         rounds.data.clear(range.first, range.pages);
         rounds.came.set(range.first, range.pages);
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(range));
         Ok(())
     }
 
@@ -215,6 +217,7 @@ impl GuestMemory {
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
             self.begin(run, lane)?;
             is_last = self.finish(run, kind, &mut *wake)?;
+            Counters::add(&self.counters.settled_page_bytes, self.bytes(run));
             if is_data {
                 Counters::add(&self.counters.settled_bytes, self.bytes(run));
             }
