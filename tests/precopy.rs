@@ -38,6 +38,14 @@ fn moves(how: How) -> (Vec<Value>, Value, Value) {
             assert_eq!(digest["digest"], digest["peer"], "{report}");
         }
     }
+    assert_eq!(source["passes"], passes.len());
+    let last = passes.last().unwrap();
+    for name in ["dirty_bytes_per_s", "expected_downtime_ms"] {
+        assert_eq!(source[name], last[name], "{name}: {source}");
+    }
+    // With postcopy the guest does not wait for what is left.
+    assert_eq!(last["expected_downtime_ms"].is_number(), how.without_postcopy, "{last}");
+    assert_eq!(destination["passes"], 0);
     (passes, source, destination)
 }
 
@@ -115,6 +123,40 @@ fn everything_before_the_switchover() {
         check_passes(&passes, how);
         assert_eq!(source["pages_demand"], 0);
         assert_eq!(destination["drain_s"], 0.0);
+    }
+}
+
+/// Bytes a second, `2M`.
+const SLOW_BYTES_PER_S: f64 = (2 << 20) as f64;
+
+/// At this limit the first pass alone would take half a minute. It ends when its time is over, and the rest is sent
+/// without the limit.
+#[test]
+fn a_pass_keeps_to_its_limit_and_ends_when_its_time_is_over() {
+    for (without_postcopy, lanes) in [(false, 1.0), (true, 1.0), (true, 3.0)] {
+        let migrate: &[&str] = match (without_postcopy, lanes > 1.0) {
+            (false, _) => &["--precopy", "--timeout", "2", "--max-bandwidth", "2M", "--checksum"],
+            (true, false) => &["--timeout", "2", "--max-bandwidth", "2M", "--checksum"],
+            (true, true) => &["--timeout", "2", "--max-bandwidth", "2M", "--lanes", "3"],
+        };
+        let how = How { mib: 64, threads: 1, migrate, without_postcopy, ..How::default() };
+        let mut moving = Move::start_through(how, Cutter::let_pages_go);
+        let pass = moving.migrate.event("pass");
+        assert_eq!((&pass["pass"], &pass["cut"]), (&json!(1), &json!(true)));
+        assert!(pass["remaining_bytes"].as_u64() > Some(32 << 20), "{pass}");
+        assert_eq!(pass["dirty_bytes_per_s"], Value::Null, "no pass was a whole one");
+        // What each lane may begin with, what it may catch up on, and the block that it ends with.
+        let sent = pass["sent_bytes"].as_f64().unwrap();
+        let begun = lanes * f64::from((256 << 10) + (2 << 20));
+        let most = SLOW_BYTES_PER_S * (pass["seconds"].as_f64().unwrap() + 0.005) + begun;
+        assert!(sent > 0.0 && sent <= most, "{sent} > {most}: {pass}");
+        let (source, destination) = moving.complete();
+        assert_eq!(source["passes"], 1);
+        assert_eq!(source["digests"], destination["digests"]);
+        let rest = source["data_bytes"].as_f64().unwrap() - sent;
+        let seconds = source["total_s"].as_f64().unwrap();
+        assert!(rest > SLOW_BYTES_PER_S * seconds, "{rest} bytes in {seconds} s: {source}");
+        assert_eq!(destination["drain_s"] == 0.0, without_postcopy, "{destination}");
     }
 }
 
@@ -277,6 +319,15 @@ fn options_that_do_not_fit_are_refused() {
         refused(&both, "leave out -p and --precopy, or --stop-first");
     }
     refused(&[&qmp[..], &["--precopy-passes", "0", tcp]].concat(), "--stop-first");
+    for (option, value) in [("--timeout", "5"), ("--max-bandwidth", "1M")] {
+        let text = format!("{option} is about passes while the guest runs");
+        refused(&[&qmp[..], &["-p", option, value, tcp]].concat(), &text);
+        refused(&[&qmp[..], &["--stop-first", option, value, tcp]].concat(), &text);
+        refused(&[&ram[..], &[option, value, tcp]].concat(), &text);
+        refused(&["--resume", "5", option, value], &format!("leave out {option}"));
+    }
+    refused(&[&qmp[..], &["--max-bandwidth", "0", tcp]].concat(), "would send nothing");
+    refused(&[&qmp[..], &["--timeout", "0", tcp]].concat(), "whole seconds");
     refused(&[&qmp[..], &["--precopy", "--precopy-passes", "0", tcp]].concat(), "send nothing");
     refused(&[&ram[..], &["--precopy", tcp]].concat(), "files alone have none");
     for (uri, more) in [("fd:0", &[][..]), ("fd:0", &["--precopy", "-p"]), ("exec:cat", &[])] {

@@ -47,6 +47,24 @@ fn progress_lines_are_printed_without_a_terminal() {
     guests.incoming.succeeds();
 }
 
+/// A pass that would take half a minute, and whose time is over before.
+#[test]
+fn a_line_says_how_far_a_pass_is() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let mut migrate = guests.migrate(&["--max-bandwidth", "512K", "--timeout", "5"]);
+    assert!(migrate.wait().success());
+    let stderr = migrate.stderr();
+    let line = stderr.lines().find(|line| line.starts_with("umem: pass 1: "));
+    let line = line.unwrap_or_else(|| panic!("{stderr}"));
+    assert!(line.contains(" of 16.00 MiB left, ") && line.contains(" seconds left"), "{line}");
+    let ended = stderr.lines().find(|line| line.contains("pass 1 ends early: "));
+    assert!(ended.is_some_and(|line| line.ends_with(" MiB left")), "{stderr}");
+    guests.incoming.event("completed");
+    Qmp::connect(&scratch.path("destination")).quit();
+    guests.incoming.succeeds();
+}
+
 #[test]
 fn quiet_prints_no_progress() {
     let scratch = Scratch::new();

@@ -67,6 +67,14 @@ pub(super) struct Migrate {
     /// end the passes as soon as what is left takes no longer than this to send, in milliseconds (default 300)
     #[argh(option)]
     downtime_limit: Option<u64>,
+    /// end the passes after this many seconds: with -p the guest then runs at its destination while the rest comes,
+    /// without -p it stands still while the rest is sent
+    #[argh(option)]
+    timeout: Option<Seconds>,
+    /// limit of the passes while the guest runs, bytes a second such as 100M, for all lanes together; what is sent
+    /// after the stop does not count (umem control changes it)
+    #[argh(option)]
+    max_bandwidth: Option<Size>,
     /// send only the pages that the guest touches, to measure (needs -p)
     #[argh(switch, short = 'n')]
     no_background: bool,
@@ -238,6 +246,8 @@ impl Migrate {
             let options = [
                 ("--precopy-passes", self.precopy_passes.is_some()),
                 ("--downtime-limit", self.downtime_limit.is_some()),
+                ("--timeout", self.timeout.is_some()),
+                ("--max-bandwidth", self.max_bandwidth.is_some()),
             ];
             let why = match self {
                 _ if self.postcopy => "-p alone has none: add --precopy",
@@ -254,6 +264,13 @@ impl Migrate {
         if self.precopy_passes == Some(0) {
             return usage(format!("--precopy-passes 0 would send nothing: use {WITHOUT_PASSES}"));
         }
+        let max_bandwidth = self.max_bandwidth.map(|limit| limit.0);
+        if max_bandwidth == Some(0) {
+            return usage(
+                "--max-bandwidth 0 would send nothing: leave it out for no limit, or give bytes a second such as 100M"
+                    .into(),
+            );
+        }
         if !has_guest {
             return usage(
                 "--precopy is for a guest that runs, and files alone have none: give its monitor's socket with --qmp"
@@ -269,6 +286,8 @@ impl Migrate {
         Ok(Some(Precopy {
             passes_max: self.precopy_passes.unwrap_or(PRECOPY_PASSES),
             downtime_limit: Duration::from_millis(self.downtime_limit.unwrap_or(DOWNTIME_LIMIT_MS)),
+            timeout: self.timeout.map(|seconds| seconds.0),
+            max_bandwidth,
         }))
     }
 
@@ -280,6 +299,8 @@ impl Migrate {
             ("--stop-first", self.stop_first),
             ("--precopy-passes", self.precopy_passes.is_some()),
             ("--downtime-limit", self.downtime_limit.is_some()),
+            ("--timeout", self.timeout.is_some()),
+            ("--max-bandwidth", self.max_bandwidth.is_some()),
             ("-n", self.no_background),
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),

@@ -88,7 +88,8 @@ impl SourceSetup {
     /// `passes_max` passes, until the rest takes no longer than `downtime_limit` to send. The program reports writes
     /// with [`Source::written`] and needs at least one bulk lane.
     pub fn precopy(&mut self, passes_max: u32, downtime_limit: Duration) {
-        self.precopy = Some(Precopy { passes_max, downtime_limit });
+        self.precopy =
+            Some(Precopy { passes_max, downtime_limit, timeout: None, max_bandwidth: None });
     }
 
     /// Whether the migration continues when connections are lost after the switchover, if the destination does too. The

@@ -314,8 +314,8 @@ fn a_stream_that_would_not_tell_all_is_refused_before_anything_is_changed() {
     source.serial.goes_on();
 }
 
-/// Moves a guest with passes while it runs, by umem's own two sides.
-pub(crate) fn moves(machine: &Machine, options: &[&str]) {
+/// Moves a guest with passes while it runs, by umem's own two sides. Returns the event of the first pass.
+pub(crate) fn moves(machine: &Machine, options: &[&str]) -> Value {
     let scratch = Scratch::new();
     let mut source = boot(machine, &scratch);
     let before = settings(&mut source.qmp);
@@ -333,6 +333,7 @@ pub(crate) fn moves(machine: &Machine, options: &[&str]) {
     assert_eq!(moving.source.qmp.status(), "postmigrate");
     moving.umem.succeeds();
     assert_eq!(settings(&mut moving.source.qmp), before);
+    pass
 }
 
 #[test]
@@ -343,6 +344,16 @@ fn a_guest_is_moved_in_rounds_and_then_by_postcopy() {
 #[test]
 fn a_guest_is_moved_in_rounds_before_the_switchover() {
     moves(&machine(QemuVersion::V10_0), &["--lanes", "2"]);
+}
+
+/// The limit makes the first pass longer than the time that passes have.
+#[test]
+fn passes_over_a_guest_end_when_their_time_is_over() {
+    for mode in [&["--precopy", "-p"][..], &[]] {
+        let slowly = ["--max-bandwidth", "8M", "--timeout", "2"];
+        let pass = moves(&machine(QemuVersion::V10_0), &[mode, &slowly].concat());
+        assert_eq!(pass["cut"], true, "{pass}");
+    }
 }
 
 /// Without KVM: an old QEMU's log, and that of each QEMU for any but its first RAM block.

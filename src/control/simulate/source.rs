@@ -423,7 +423,7 @@ impl World {
             }
             Effect::Ping(number) => self.send_frame(Frame::Ping(number)),
             Effect::SendBulk => self.send_pages(),
-            Effect::SendPass | Effect::CountDirty | Effect::EndRounds => {
+            Effect::SendPass | Effect::CutPass | Effect::CountDirty | Effect::EndRounds => {
                 unreachable!("there are no rounds here")
             }
             Effect::Digest => {

@@ -108,6 +108,7 @@ impl GuestMemory {
         self.sum_anew(rounds, range, |index| page_sums[index]);
         rounds.data.set(range.first, range.pages);
         rounds.came.set(range.first, range.pages);
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(range));
         Counters::add(&self.counters.rounds_bytes, self.bytes(range));
     }
 
@@ -118,6 +119,7 @@ impl GuestMemory {
         self.take_out(range, |page| rounds.data.get(page))?;
         rounds.data.clear(range.first, range.pages);
         rounds.came.set(range.first, range.pages);
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(range));
         Ok(())
     }
 
@@ -282,6 +284,7 @@ impl GuestMemory {
                 region.pages.finish(run.first, run.pages, |_| Ok::<(), Error>(()))?;
             }
             is_last = self.finish(run, kind, &mut *wake)?;
+            Counters::add(&self.counters.settled_page_bytes, self.bytes(run));
             if is_data {
                 Counters::add(&self.counters.settled_bytes, self.bytes(run));
             }

@@ -51,6 +51,8 @@ pub(crate) struct RoundsWalk {
     before: u64,
     current: Block,
     holes: Holes,
+    /// No block follows the one at hand in this pass.
+    is_cut: bool,
 }
 
 /// The block at hand.
@@ -82,12 +84,18 @@ impl RoundsWalk {
             before: 0,
             current,
             holes: Holes::default(),
+            is_cut: false,
         }
     }
 
     /// Begins anew with the first block.
     pub(crate) fn begin_pass(&mut self) {
-        (self.region, self.block, self.before) = (0, 0, 0);
+        (self.region, self.block, self.before, self.is_cut) = (0, 0, 0, false);
+    }
+
+    /// The pass ends with the block at hand, whose bits have been taken; those of all others stay.
+    pub(crate) fn cut_pass(&mut self) {
+        self.is_cut = true;
     }
 
     /// Takes the next `most` bytes of dirty data, or a block of what goes without its bytes, and appends their runs;
@@ -121,6 +129,9 @@ impl RoundsWalk {
 
     /// Goes on to the next of this lane's blocks with anything dirty.
     fn take_block(&mut self, memory: &SourceMemory) -> Result<bool> {
+        if self.is_cut {
+            return Ok(false);
+        }
         while let Some(region) = memory.regions.get(self.region) {
             let id = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
             let blocks = region.claims().blocks();
@@ -221,6 +232,7 @@ impl SourceMemory {
     /// in a file of umem's own: if this lane is lost, the guest goes on with its own memory.
     pub(crate) fn count_in_round(&self, run: &Run) -> Result<()> {
         let data = &self.tracked().data[usize::from(run.range.region.0)];
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(run.range));
         match run.kind {
             RunKind::Data => {
                 data.set(run.range.first, run.range.pages);
@@ -280,6 +292,7 @@ impl SourceMemory {
             let range = PageRange { region, first: page, pages: next - page };
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
             self.count(&Run { kind, range }, false);
+            Counters::add(&self.counters.settled_page_bytes, self.bytes(range));
             if is_data {
                 Counters::add(&self.counters.settled_bytes, self.bytes(range));
             }
@@ -396,6 +409,27 @@ mod tests {
         assert_eq!(memory.dirty_bytes(), 3 << 12);
         let again: Vec<u64> = pass(&memory, &mut lane).iter().map(|&(_, first, _)| first).collect();
         assert_eq!(again, [0, 2, 300]);
+    }
+
+    #[test]
+    fn a_pass_that_is_cut_short_ends_with_its_block_and_the_pages_of_the_others_stay_dirty() {
+        let (memory, _file) = memory(&[0, 1, 700]);
+        let mut lane = RoundsWalk::new(0, 1);
+        lane.begin_pass();
+        let mut runs = Vec::new();
+        assert!(lane.next_runs(&memory, 4096, &mut runs).unwrap());
+        lane.cut_pass();
+        while lane.next_runs(&memory, 4096, &mut runs).unwrap() {}
+        let pages: u64 = runs.iter().map(|run| run.range.pages).sum();
+        assert_eq!((pages, memory.dirty_bytes()), (BLOCK, ((BLOCKS - 1) * BLOCK) << 12));
+        runs.iter().for_each(|run| memory.count_in_round(run));
+        assert_eq!(memory.counters.moved_bytes(), BLOCK << 12);
+        // The next one is whole.
+        let rest: u64 = pass(&memory, &mut lane).iter().map(|&(.., pages)| pages).sum();
+        assert_eq!((rest, memory.dirty_bytes()), ((BLOCKS - 1) * BLOCK, 0));
+        memory.end_rounds();
+        assert_eq!(memory.counters.done_bytes(), (BLOCKS * BLOCK) << 12);
+        assert_eq!(memory.counters.moved_bytes(), (BLOCKS * BLOCK) << 12, "nothing moves twice");
     }
 
     #[test]
