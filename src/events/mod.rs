@@ -154,6 +154,8 @@ pub(crate) enum Remark {
     NotFreed { reason: String },
     /// The source's monitor could not be left as it was.
     NotPutBack { reason: String },
+    /// The guest goes on at the source, which may have been changed to track its writes.
+    NotTidied { reason: String, command: String },
     /// After an interrupt: pages that nobody has asked for are sent now.
     SendsTheRest,
     /// After an interrupt: the destination needs so many bytes more.

@@ -268,6 +268,10 @@ fn remark(remark: &Remark) -> String {
         Remark::NotPutBack { reason } => {
             format!("the guest has moved, but its QEMU here is not as before: {reason}")
         }
+        Remark::NotTidied { reason, command } => format!(
+            "the guest goes on here, and its monitor may not be as before: {reason}; when it answers, {command} puts \
+             back what is left"
+        ),
         Remark::SendsTheRest => "sending the pages that nobody has asked for, then ending".into(),
         Remark::StillNeeded { bytes } => format!(
             "the guest runs at the destination and needs {} MiB more from here; going on until it \
