@@ -129,6 +129,11 @@ fn a_c_program_moves_everything_before_the_switchover() {
 }
 
 #[test]
+fn a_c_program_moves_memory_that_it_keeps_writing() {
+    embed("rounds");
+}
+
+#[test]
 fn a_source_that_asks_for_checksums_gets_them() {
     embed("checked");
 }

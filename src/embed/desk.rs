@@ -33,6 +33,8 @@ pub(crate) struct HostChannel {
     bell: EventFd,
     /// Once the guest's writes are to be told: where they are marked, by whatever thread.
     marks: OnceLock<Arc<DirtyMap>>,
+    /// The program has a log of its guest's writes, which is asked for what it has.
+    has_log: bool,
     ended: Condvar,
     canceller: Canceller,
 }
@@ -46,6 +48,8 @@ struct ChannelState {
     stop_asked: bool,
     /// It was to go on afterwards.
     resume_asked: bool,
+    /// It has been said to stand still.
+    has_stopped: bool,
     /// The destination's guest was to run: it belongs to that side.
     run_asked: bool,
     counters: Option<(Arc<Counters>, u64)>,
@@ -60,10 +64,24 @@ struct ChannelState {
 /// A question that has not been answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Open {
+    ReadLog,
     Stop,
     Save,
     Load,
     Run,
+}
+
+impl Open {
+    /// What umem asks the program to do.
+    fn name(self) -> &'static str {
+        match self {
+            Open::ReadLog => "read its log",
+            Open::Stop => "stop",
+            Open::Save => "save",
+            Open::Load => "load",
+            Open::Run => "run",
+        }
+    }
 }
 
 impl HostChannel {
@@ -73,9 +91,15 @@ impl HostChannel {
             desk: Mutex::default(),
             bell: EventFd::from_flags(flags).context(|| "eventfd")?,
             marks: OnceLock::new(),
+            has_log: false,
             ended: Condvar::new(),
             canceller: Canceller::new()?,
         })
+    }
+
+    /// The same, for a program that has a log of its guest's writes.
+    pub(crate) fn with_log(self, has_log: bool) -> HostChannel {
+        HostChannel { has_log, ..self }
     }
 
     fn papers(&self) -> MutexGuard<'_, ChannelState> {
@@ -139,6 +163,7 @@ impl Embedder for HostChannel {
                 self.marks.get_or_init(|| marks);
                 return answer_at_once(papers, Answer::Tracking(Ok(())));
             }
+            Question::Look if self.has_log => (Open::ReadLog, Event::ReadLog),
             // Writes are told as they happen.
             Question::Look => return answer_at_once(papers, Answer::Looked(Ok(()))),
             Question::Stop => {
@@ -265,17 +290,39 @@ impl HostChannel {
         }
     }
 
-    /// Takes the answer to the question `expected`; `answer` is only made if that is open.
-    /// The guest has written to these bytes of a region, or somebody for it. False where there are no such bytes.
-    pub(crate) fn written(&self, region: u16, offset: u64, len: u64) -> bool {
-        self.marks.get().is_none_or(|marks| marks.mark_bytes(RegionId(region), offset, len))
+    /// The guest has written to these bytes of a region, or somebody for it, and they are there.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where it has been said to stand still, and is to: what remains has been counted.
+    pub(crate) fn written(
+        &self,
+        region: u16,
+        ranges: impl IntoIterator<Item = (u64, u64)>,
+    ) -> Result<()> {
+        // Before that every page is to go.
+        let Some(marks) = self.marks.get() else { return Ok(()) };
+        for (offset, len) in ranges {
+            let is_there = marks.mark_bytes(RegionId(region), offset, len);
+            debug_assert!(is_there, "its bytes have been looked at");
+        }
+        let papers = self.papers();
+        match papers.has_stopped && !papers.resume_asked {
+            true => Err(Error::Usage(
+                "the guest was said to stand still, and what it had written by then goes: say what is written before \
+                 the answer to the stop"
+                    .into(),
+            )),
+            false => Ok(()),
+        }
     }
 
+    /// Takes the answer to the question `expected`; `answer` is only made if that is open.
     pub(crate) fn answer(&self, expected: Open, answer: impl FnOnce() -> Answer) -> Result<()> {
         let mut papers = self.papers();
         if papers.open != Some(expected) {
-            return Err(not_asked(&format!("{expected:?}").to_lowercase()));
+            return Err(not_asked(expected.name()));
         }
+        papers.has_stopped |= expected == Open::Stop;
         papers.answer(answer());
         Ok(())
     }
@@ -285,6 +332,7 @@ impl HostChannel {
         let mut papers = self.papers();
         let failed = Error::Host(why.split_whitespace().collect::<Vec<_>>().join(" "));
         let answer = match papers.open {
+            Some(Open::ReadLog) => Answer::Looked(Err(failed)),
             Some(Open::Stop) => Answer::Stopped(Err(failed)),
             Some(Open::Save) => Answer::Saved(Err(failed)),
             Some(Open::Load) => Answer::Loaded(Err(failed)),
@@ -411,6 +459,37 @@ mod tests {
         let answers: Vec<_> = answers.try_iter().collect();
         let [Answer::Saved(Ok(_)), Answer::Running(Err(error))] = &answers[..] else { panic!() };
         assert!(error.to_string().contains("two lines"), "{error}");
+    }
+
+    #[test]
+    fn what_is_written_after_the_guest_was_said_to_stand_still_is_refused() {
+        let (desk, _answers) = desk();
+        let marks = Arc::new(DirtyMap::new(&[(4, 12)]));
+        let is_refused = || desk.written(0, [(4096, 1)]).is_err();
+        assert!(!is_refused(), "nobody tracks yet");
+        desk.ask(Question::Track(marks.clone()));
+        assert!(!is_refused() && marks.bytes() == 4096);
+        desk.ask(Question::Stop);
+        assert!(!is_refused(), "the last of it");
+        desk.answer(Open::Stop, || Answer::Stopped(Ok(None))).unwrap();
+        assert!(is_refused());
+        desk.ask(Question::Resume);
+        assert!(!is_refused(), "the guest goes on");
+    }
+
+    #[test]
+    fn a_program_with_a_log_is_asked_for_what_it_has() {
+        let (desk, answers) = desk();
+        desk.ask(Question::Look);
+        assert!(matches!(answers.try_recv(), Ok(Answer::Looked(Ok(())))) && !is_readable(&desk));
+        let desk = desk.with_log(true);
+        desk.ask(Question::Look);
+        assert!(answers.try_recv().is_err() && matches!(desk.next_event(), Some(Event::ReadLog)));
+        desk.answer(Open::ReadLog, || Answer::Looked(Ok(()))).unwrap();
+        assert!(matches!(answers.try_recv(), Ok(Answer::Looked(Ok(())))));
+        desk.ask(Question::Look);
+        desk.refuse("it overran").unwrap();
+        assert!(matches!(answers.try_recv(), Ok(Answer::Looked(Err(_)))));
     }
 
     #[test]
