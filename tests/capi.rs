@@ -129,6 +129,11 @@ fn c_program_moves_all_pages_before_the_switchover() {
 }
 
 #[test]
+fn c_program_moves_memory_that_it_keeps_writing() {
+    embed("rounds");
+}
+
+#[test]
 fn checksums_are_used_when_the_source_requests_them() {
     embed("checked");
 }

@@ -69,6 +69,7 @@ impl<S, R> Side<S, R> {
         let mut described = umem_event::NONE;
         match event {
             Event::Connected => described.kind = kind::UMEM_EVENT_CONNECTED,
+            Event::ReadLog => described.kind = kind::UMEM_EVENT_READ_LOG,
             Event::Stop => described.kind = kind::UMEM_EVENT_STOP,
             Event::SaveState => described.kind = kind::UMEM_EVENT_SAVE,
             Event::LoadState(state) => {

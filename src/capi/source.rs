@@ -2,10 +2,11 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use super::side::{Side, address, descriptor, give_sockets, timeout};
 use super::types::{
-    given, guard, list, make, room, text, umem_event, umem_stats, umem_status, unmake,
+    given, guard, list, make, room, text, umem_event, umem_range, umem_stats, umem_status, unmake,
 };
 use crate::embed::{Source, SourceSetup};
 
@@ -87,6 +88,47 @@ pub unsafe extern "C" fn umem_source_postcopy(
     guard(|| unsafe {
         given(source, "source")?.side.set_up(|setup| {
             setup.postcopy(postcopy);
+            Ok(())
+        })
+    })
+}
+
+/// Has pages sent before the guest stops, too, and again those that it writes meanwhile: in `passes_max` passes
+/// at most, until what is left takes no longer than `downtime_limit_ms` milliseconds to send. The rest goes as
+/// umem_source_postcopy says. So most of the memory is there when the guest arrives.
+///
+/// The program says what is written, from umem_source_start on, with umem_source_written or
+/// umem_source_written_bitmap: a page that is not named arrives as it was sent before. A log that it reads,
+/// such as KVM's, is on before umem_source_start. The final state of the log is wanted at UMEM_EVENT_STOP:
+/// stop the guest, tell what is left, then call umem_source_stopped.
+///
+/// There has to be a connection beside the one for demanded pages, which umem_source_start checks. The memory
+/// at the destination is of a file (umem_destination_region with a descriptor); otherwise the migration fails
+/// before the guest is stopped.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_precopy(
+    source: *const umem_source,
+    passes_max: u32,
+    downtime_limit_ms: u32,
+) -> umem_status {
+    // SAFETY: the handle is NULL or has not been destroyed.
+    guard(|| unsafe {
+        given(source, "source")?.side.set_up(|setup| {
+            setup.precopy(passes_max, Duration::from_millis(downtime_limit_ms.into()));
+            Ok(())
+        })
+    })
+}
+
+/// With true the program has a log of its guest's writes, and is asked for what is in it with
+/// UMEM_EVENT_READ_LOG after each pass. With false, as if nothing is said, passes are judged by what has been
+/// told by then. Has no effect without umem_source_precopy.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_log(source: *const umem_source, has_log: bool) -> umem_status {
+    // SAFETY: the handle is NULL or has not been destroyed.
+    guard(|| unsafe {
+        given(source, "source")?.side.set_up(|setup| {
+            setup.log(has_log);
             Ok(())
         })
     })
@@ -185,6 +227,58 @@ pub unsafe extern "C" fn umem_source_wait(
         side.take(side.running()?.wait(timeout(timeout_ms))?, event);
         Ok(())
     })
+}
+
+/// With umem_source_precopy: the guest has written to these `count` ranges of a region, or a device or the
+/// program has for it. `region` is the number of the region, from 0 in the order of umem_source_region. To be
+/// told after the write, by any thread, and at the latest before umem_source_stopped. Where one of the ranges is
+/// not there none counts. Has no effect without umem_source_precopy.
+///
+/// UMEM_ERR_USAGE: the region has no such bytes; or the guest was said to stand still (umem_source_stopped), and
+/// writes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_written(
+    source: *const umem_source,
+    region: u16,
+    ranges: *const umem_range,
+    count: usize,
+) -> umem_status {
+    // SAFETY: the handle is NULL or has not been destroyed; `count` ranges lie at `ranges`, which nobody
+    // writes meanwhile.
+    guard(|| unsafe {
+        let ranges = list(ranges, count, "ranges")?;
+        let ranges: Vec<_> = ranges.iter().map(|range| (range.offset, range.bytes)).collect();
+        given(source, "source")?.side.running()?.written_ranges(region, &ranges)
+    })
+}
+
+/// The same as a bitmap of `count` words, as KVM_GET_DIRTY_LOG fills it for a slot that begins where the region
+/// does: a bit a page of 4 KiB, in little-endian words of 64 bits, the region's first page at bit 0 of the first
+/// word. Pages behind the last word have not been written.
+///
+/// UMEM_ERR_USAGE: as umem_source_written; a bit of a page that the region does not have.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_written_bitmap(
+    source: *const umem_source,
+    region: u16,
+    words: *const u64,
+    count: usize,
+) -> umem_status {
+    // SAFETY: the handle is NULL or has not been destroyed; `count` words lie at `words`, which nobody writes
+    // meanwhile.
+    guard(|| unsafe {
+        let words = list(words, count, "words")?;
+        given(source, "source")?.side.running()?.written_bitmap(region, words)
+    })
+}
+
+/// Answers UMEM_EVENT_READ_LOG: everything that the log had has been told.
+///
+/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn umem_source_log_read(source: *const umem_source) -> umem_status {
+    // SAFETY: the handle is NULL or has not been destroyed.
+    guard(|| unsafe { given(source, "source")?.side.running()?.log_read() })
 }
 
 /// Answers UMEM_EVENT_STOP: nobody writes the guest's memory any more.

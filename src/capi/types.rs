@@ -52,7 +52,8 @@ pub enum umem_event_kind {
     UMEM_EVENT_NONE = 0,
     /// Both sides: every connection is open.
     UMEM_EVENT_CONNECTED = 1,
-    /// Source: stop every vCPU and all else that writes guest memory, then call umem_source_stopped.
+    /// Source: stop every vCPU and all else that writes guest memory, then call umem_source_stopped. With
+    /// umem_source_precopy the last of what has been written is told in between.
     UMEM_EVENT_STOP = 2,
     /// Source: save the device state, if there is any, and give it to umem_source_saved.
     UMEM_EVENT_SAVE = 3,
@@ -78,6 +79,10 @@ pub enum umem_event_kind {
     /// Both sides: there are connections again; there were none for `disconnected_us`. Of this event and
     /// the two before it the last is kept where nobody has taken the others.
     UMEM_EVENT_RESUMED = 11,
+    /// Source, where umem_source_log says that there is one: tell umem_source_written or
+    /// umem_source_written_bitmap what the guest has written since its log was read last, then call
+    /// umem_source_log_read. The guest runs on.
+    UMEM_EVENT_READ_LOG = 12,
 }
 
 /// Whose the guest is.
@@ -114,6 +119,16 @@ pub struct umem_event {
     pub downtime_us: u64,
     /// UMEM_EVENT_RESUMED: how long there were no connections, microseconds.
     pub disconnected_us: u64,
+}
+
+/// Bytes of a region.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct umem_range {
+    /// Where they begin in the region.
+    pub offset: u64,
+    /// How many there are, which may be 0.
+    pub bytes: u64,
 }
 
 /// How far a migration has come. All 0 before the connections are open.

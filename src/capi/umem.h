@@ -10,11 +10,15 @@
  *
  *     source                                  destination
  *     UMEM_EVENT_CONNECTED                    UMEM_EVENT_CONNECTED
+ *     UMEM_EVENT_READ_LOG -> _log_read()
  *     UMEM_EVENT_STOP     -> _stopped()
  *     UMEM_EVENT_SAVE     -> _saved()         UMEM_EVENT_LOAD    -> _loaded()
  *                                             UMEM_EVENT_RUN     -> _running()
  *     UMEM_EVENT_RUNNING
  *     UMEM_EVENT_COMPLETED                    UMEM_EVENT_COMPLETED
+ *
+ * UMEM_EVENT_READ_LOG comes only where umem_source_precopy and umem_source_log have asked for it, once
+ * a pass.
  *
  * In a migration that recovers UMEM_EVENT_RECOVERING or UMEM_EVENT_PAUSED may come after the
  * switchover, and UMEM_EVENT_RESUMED after them, as often as connections are lost.
@@ -82,7 +86,8 @@ typedef enum umem_event_kind {
     UMEM_EVENT_NONE = 0,
     // Both sides: every connection is open.
     UMEM_EVENT_CONNECTED = 1,
-    // Source: stop every vCPU and all else that writes guest memory, then call umem_source_stopped.
+    // Source: stop every vCPU and all else that writes guest memory, then call umem_source_stopped. With
+    // umem_source_precopy the last of what has been written is told in between.
     UMEM_EVENT_STOP = 2,
     // Source: save the device state, if there is any, and give it to umem_source_saved.
     UMEM_EVENT_SAVE = 3,
@@ -108,6 +113,10 @@ typedef enum umem_event_kind {
     // Both sides: there are connections again; there were none for `disconnected_us`. Of this event and
     // the two before it the last is kept where nobody has taken the others.
     UMEM_EVENT_RESUMED = 11,
+    // Source, where umem_source_log says that there is one: tell umem_source_written or
+    // umem_source_written_bitmap what the guest has written since its log was read last, then call
+    // umem_source_log_read. The guest runs on.
+    UMEM_EVENT_READ_LOG = 12,
 } umem_event_kind;
 
 // Whose the guest is.
@@ -147,6 +156,14 @@ typedef struct umem_event {
     // UMEM_EVENT_RESUMED: how long there were no connections, microseconds.
     uint64_t disconnected_us;
 } umem_event;
+
+// Bytes of a region.
+typedef struct umem_range {
+    // Where they begin in the region.
+    uint64_t offset;
+    // How many there are, which may be 0.
+    uint64_t bytes;
+} umem_range;
 
 // How far a migration has come. All 0 before the connections are open.
 typedef struct umem_stats {
@@ -212,6 +229,28 @@ enum umem_status umem_source_connections(const struct umem_source *source,
 enum umem_status umem_source_postcopy(const struct umem_source *source,
                                       bool postcopy);
 
+// Has pages sent before the guest stops, too, and again those that it writes meanwhile: in `passes_max` passes
+// at most, until what is left takes no longer than `downtime_limit_ms` milliseconds to send. The rest goes as
+// umem_source_postcopy says. So most of the memory is there when the guest arrives.
+//
+// The program says what is written, from umem_source_start on, with umem_source_written or
+// umem_source_written_bitmap: a page that is not named arrives as it was sent before. A log that it reads,
+// such as KVM's, is on before umem_source_start. The final state of the log is wanted at UMEM_EVENT_STOP:
+// stop the guest, tell what is left, then call umem_source_stopped.
+//
+// There has to be a connection beside the one for demanded pages, which umem_source_start checks. The memory
+// at the destination is of a file (umem_destination_region with a descriptor); otherwise the migration fails
+// before the guest is stopped.
+enum umem_status umem_source_precopy(const struct umem_source *source,
+                                     uint32_t passes_max,
+                                     uint32_t downtime_limit_ms);
+
+// With true the program has a log of its guest's writes, and is asked for what is in it with
+// UMEM_EVENT_READ_LOG after each pass. With false, as if nothing is said, passes are judged by what has been
+// told by then. Has no effect without umem_source_precopy.
+enum umem_status umem_source_log(const struct umem_source *source,
+                                 bool has_log);
+
 // With true the migration goes on when connections are lost after the switchover, if the other side
 // says the same; with false that ends it. If nothing is said it goes on where it dials, and not
 // where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
@@ -245,6 +284,33 @@ enum umem_status umem_source_next_event(const struct umem_source *source, struct
 enum umem_status umem_source_wait(const struct umem_source *source,
                                   int timeout_ms,
                                   struct umem_event *event);
+
+// With umem_source_precopy: the guest has written to these `count` ranges of a region, or a device or the
+// program has for it. `region` is the number of the region, from 0 in the order of umem_source_region. To be
+// told after the write, by any thread, and at the latest before umem_source_stopped. Where one of the ranges is
+// not there none counts. Has no effect without umem_source_precopy.
+//
+// UMEM_ERR_USAGE: the region has no such bytes; or the guest was said to stand still (umem_source_stopped), and
+// writes.
+enum umem_status umem_source_written(const struct umem_source *source,
+                                     uint16_t region,
+                                     const struct umem_range *ranges,
+                                     size_t count);
+
+// The same as a bitmap of `count` words, as KVM_GET_DIRTY_LOG fills it for a slot that begins where the region
+// does: a bit a page of 4 KiB, in little-endian words of 64 bits, the region's first page at bit 0 of the first
+// word. Pages behind the last word have not been written.
+//
+// UMEM_ERR_USAGE: as umem_source_written; a bit of a page that the region does not have.
+enum umem_status umem_source_written_bitmap(const struct umem_source *source,
+                                            uint16_t region,
+                                            const uint64_t *words,
+                                            size_t count);
+
+// Answers UMEM_EVENT_READ_LOG: everything that the log had has been told.
+//
+// UMEM_ERR_USAGE: that is not asked, or has been answered.
+enum umem_status umem_source_log_read(const struct umem_source *source);
 
 // Answers UMEM_EVENT_STOP: nobody writes the guest's memory any more.
 //

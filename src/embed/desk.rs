@@ -32,6 +32,8 @@ pub(crate) struct HostChannel {
     bell: EventFd,
     /// With precopy: where any thread marks the guest's writes.
     marks: OnceLock<Arc<DirtyMap>>,
+    /// The program has a log of its guest's writes, which is asked for what it has.
+    has_log: bool,
     ended: Condvar,
     canceller: Canceller,
 }
@@ -45,6 +47,8 @@ struct ChannelState {
     stop_asked: bool,
     /// The guest was asked to continue afterwards.
     resume_asked: bool,
+    /// It has been said to stand still.
+    has_stopped: bool,
     /// The destination's guest was asked to run: it belongs to that side.
     run_asked: bool,
     counters: Option<(Arc<Counters>, u64)>,
@@ -59,10 +63,24 @@ struct ChannelState {
 /// A question without an answer so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Open {
+    ReadLog,
     Stop,
     Save,
     Load,
     Run,
+}
+
+impl Open {
+    /// What umem asks the program to do.
+    fn name(self) -> &'static str {
+        match self {
+            Open::ReadLog => "read its log",
+            Open::Stop => "stop",
+            Open::Save => "save",
+            Open::Load => "load",
+            Open::Run => "run",
+        }
+    }
 }
 
 impl HostChannel {
@@ -72,9 +90,15 @@ impl HostChannel {
             desk: Mutex::default(),
             bell: EventFd::from_flags(flags).context(|| "eventfd")?,
             marks: OnceLock::new(),
+            has_log: false,
             ended: Condvar::new(),
             canceller: Canceller::new()?,
         })
+    }
+
+    /// The same, for a program that has a log of its guest's writes.
+    pub(crate) fn with_log(self, has_log: bool) -> HostChannel {
+        HostChannel { has_log, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, ChannelState> {
@@ -138,7 +162,8 @@ impl Embedder for HostChannel {
                 self.marks.get_or_init(|| marks);
                 return answer_at_once(state, Answer::Tracking(Ok(())));
             }
-            // The program reports writes as they happen.
+            Question::Look if self.has_log => (Open::ReadLog, Event::ReadLog),
+            // Writes are told as they happen.
             Question::Look => return answer_at_once(state, Answer::Looked(Ok(()))),
             Question::Stop => {
                 state.stop_asked = true;
@@ -263,17 +288,39 @@ impl HostChannel {
         }
     }
 
-    /// Marks a write of the guest, or on its behalf. False if the region has no such bytes.
-    pub(crate) fn written(&self, region: u16, offset: u64, len: u64) -> bool {
-        self.marks.get().is_none_or(|marks| marks.mark_bytes(RegionId(region), offset, len))
+    /// Marks writes of the guest, or on its behalf, to ranges that the region has: (offset, length) in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] after the guest was reported to stand still: the remaining pages have been counted.
+    pub(crate) fn written(
+        &self,
+        region: u16,
+        ranges: impl IntoIterator<Item = (u64, u64)>,
+    ) -> Result<()> {
+        // Before that every page is dirty.
+        let Some(marks) = self.marks.get() else { return Ok(()) };
+        for (offset, len) in ranges {
+            let is_there = marks.mark_bytes(RegionId(region), offset, len);
+            debug_assert!(is_there, "its bytes have been looked at");
+        }
+        let state = self.state();
+        match state.has_stopped && !state.resume_asked {
+            true => Err(Error::Usage(
+                "the guest was reported to stand still, and its writes until then are sent: report each write \
+                 before the answer to the stop"
+                    .into(),
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Takes the answer to the question `expected`; `answer` runs only if that question is open.
     pub(crate) fn answer(&self, expected: Open, answer: impl FnOnce() -> Answer) -> Result<()> {
         let mut state = self.state();
         if state.open != Some(expected) {
-            return Err(not_asked(&format!("{expected:?}").to_lowercase()));
+            return Err(not_asked(expected.name()));
         }
+        state.has_stopped |= expected == Open::Stop;
         state.answer(answer());
         Ok(())
     }
@@ -283,6 +330,7 @@ impl HostChannel {
         let mut state = self.state();
         let failed = Error::Host(why.split_whitespace().collect::<Vec<_>>().join(" "));
         let answer = match state.open {
+            Some(Open::ReadLog) => Answer::Looked(Err(failed)),
             Some(Open::Stop) => Answer::Stopped(Err(failed)),
             Some(Open::Save) => Answer::Saved(Err(failed)),
             Some(Open::Load) => Answer::Loaded(Err(failed)),
@@ -409,6 +457,37 @@ mod tests {
         let answers: Vec<_> = answers.try_iter().collect();
         let [Answer::Saved(Ok(_)), Answer::Running(Err(error))] = &answers[..] else { panic!() };
         assert!(error.to_string().contains("two lines"), "{error}");
+    }
+
+    #[test]
+    fn writes_reported_after_the_stop_are_refused() {
+        let (desk, _answers) = desk();
+        let marks = Arc::new(DirtyMap::new(&[(4, 12)]));
+        let is_refused = || desk.written(0, [(4096, 1)]).is_err();
+        assert!(!is_refused(), "nobody tracks yet");
+        desk.ask(Question::Track(marks.clone()));
+        assert!(!is_refused() && marks.bytes() == 4096);
+        desk.ask(Question::Stop);
+        assert!(!is_refused(), "the last of it");
+        desk.answer(Open::Stop, || Answer::Stopped(Ok(None))).unwrap();
+        assert!(is_refused());
+        desk.ask(Question::Resume);
+        assert!(!is_refused(), "the guest goes on");
+    }
+
+    #[test]
+    fn program_with_a_log_is_asked_to_read_it() {
+        let (desk, answers) = desk();
+        desk.ask(Question::Look);
+        assert!(matches!(answers.try_recv(), Ok(Answer::Looked(Ok(())))) && !is_readable(&desk));
+        let desk = desk.with_log(true);
+        desk.ask(Question::Look);
+        assert!(answers.try_recv().is_err() && matches!(desk.next_event(), Some(Event::ReadLog)));
+        desk.answer(Open::ReadLog, || Answer::Looked(Ok(()))).unwrap();
+        assert!(matches!(answers.try_recv(), Ok(Answer::Looked(Ok(())))));
+        desk.ask(Question::Look);
+        desk.refuse("it overran").unwrap();
+        assert!(matches!(answers.try_recv(), Ok(Answer::Looked(Err(_)))));
     }
 
     #[test]

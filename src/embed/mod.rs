@@ -8,6 +8,7 @@
 //! | event | at the | the program then | and calls |
 //! |---|---|---|---|
 //! | [`Connected`](Event::Connected) | both | has nothing to do | |
+//! | [`ReadLog`](Event::ReadLog) | source | says what its log of writes has, if it has one | [`Source::written`], [`Source::log_read`] |
 //! | [`Stop`](Event::Stop) | source | stops every vCPU, and all else that writes guest memory | [`Source::stopped`] |
 //! | [`SaveState`](Event::SaveState) | source | saves its device state, if it has any | [`Source::saved`] |
 //! | [`LoadState`](Event::LoadState) | destination | loads it; that may touch guest memory | [`Destination::loaded`] |
@@ -33,6 +34,15 @@
 //! From `start` on, a thread that touches a missing page of a destination sleeps until the page has arrived. So the
 //! thread that takes events must not touch guest memory that is still to be loaded, and a device state is best loaded
 //! on a thread of its own.
+//!
+//! # Pages before the stop
+//!
+//! With [`SourceSetup::precopy`] pages are sent while the guest runs, and again those that it writes meanwhile. The
+//! program knows which these are, and says so: after each write with [`Source::written`], or from a log, such as
+//! KVM's dirty log, with [`Source::written_bitmap`]. The log is on before [`SourceSetup::start`]. A program that has
+//! one is asked for what is in it with [`ReadLog`](Event::ReadLog) after each pass, if it says so beforehand
+//! ([`SourceSetup::log`]). [`Stop`](Event::Stop) asks for the last of it: the guest stands still, everything that is
+//! left is said, and then [`Source::stopped`] is called. The memory at the destination is of a file.
 //!
 //! # Lost connections
 //!
@@ -139,6 +149,8 @@ use crate::statistics::Completed;
 pub enum Event {
     /// Every lane is open.
     Connected,
+    /// Source, with [`SourceSetup::log`]: say what the guest has written since its log was read last. It runs on.
+    ReadLog,
     /// Source: stop the guest.
     Stop,
     /// Source: save the device state of the stopped guest.

@@ -23,6 +23,7 @@ pub struct SourceSetup {
     way: Option<Way>,
     postcopy: bool,
     precopy: Option<Precopy>,
+    has_log: bool,
     recovers: Option<bool>,
     checksum: bool,
     cores: Vec<usize>,
@@ -37,6 +38,7 @@ impl SourceSetup {
             way: None,
             postcopy: true,
             precopy: None,
+            has_log: false,
             recovers: None,
             checksum: false,
             cores: Vec::new(),
@@ -99,6 +101,13 @@ impl SourceSetup {
         self.recovers = Some(recovers);
     }
 
+    /// Whether the program has a log of what its guest writes, which it reads when [`Event::ReadLog`] asks for that,
+    /// after each pass, and answers with [`Source::log_read`]. Without a log passes are judged by the writes reported by
+    /// then. Without [`precopy`](SourceSetup::precopy) this has no effect.
+    pub fn log(&mut self, has_log: bool) {
+        self.has_log = has_log;
+    }
+
     /// Whether both sides check every frame and every page for bits that change in transit, besides TCP's own checksum;
     /// the default is false. A damaged page reaches no guest: its connections count as lost. Before the switchover that
     /// ends the migration. Afterwards, if both sides [recover](SourceSetup::recover), the page is sent again. After
@@ -119,7 +128,8 @@ impl SourceSetup {
     /// # Errors
     /// [`Error::Usage`] without a region, an address or connections; a thread or an eventfd that the kernel refuses.
     pub fn start(self) -> Result<Source> {
-        let SourceSetup { files, way, postcopy, precopy, recovers, checksum, cores } = self;
+        let SourceSetup { files, way, postcopy, precopy, has_log, recovers, checksum, cores } =
+            self;
         check_pages()?;
         if files.is_empty() {
             return Err(Error::Usage("nothing to move: add the guest's regions first".into()));
@@ -135,11 +145,13 @@ impl SourceSetup {
                 "precopy needs a connection besides the one for demanded pages: give two or more";
             return Err(Error::Usage(what.into()));
         }
+        let region_bytes = files.iter().map(|file| file.bytes).collect();
         let recovers = recovers.unwrap_or(matches!(way, Way::Dial { .. }));
         let departure = OutgoingConfig { way, files, postcopy, precopy, recovers, checksum, cores };
         let migrate = move |desk: &Arc<HostChannel>| send(departure, &(desk.clone() as _));
-        let handle = Handle::start(Arc::new(HostChannel::new()?), migrate, |_, _| ())?;
-        Ok(Source { handle })
+        let desk = HostChannel::new()?.with_log(has_log);
+        let handle = Handle::start(Arc::new(desk), migrate, |_, _| ())?;
+        Ok(Source { handle, region_bytes })
     }
 }
 
@@ -147,7 +159,11 @@ impl SourceSetup {
 /// switchover the destination's guest loses its missing pages.
 pub struct Source {
     handle: Handle<()>,
+    region_bytes: Box<[u64]>,
 }
+
+/// Bytes of a page of [`Source::written_bitmap`].
+const LOG_PAGE_BYTES: u64 = 4096;
 
 handle!(Source);
 
@@ -166,14 +182,43 @@ impl Source {
     /// was sent before.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the region has no such bytes.
+    /// [`Error::Usage`] if the region has no such bytes, and after [`Source::stopped`]: the guest must stand still then.
     pub fn written(&self, region: u16, offset: u64, bytes: u64) -> Result<()> {
-        match self.handle.desk.written(region, offset, bytes) {
-            true => Ok(()),
-            false => Err(Error::Usage(format!(
-                "region {region} has no {bytes} bytes at {offset}: nothing was written there"
-            ))),
+        self.written_ranges(region, &[(offset, bytes)])
+    }
+
+    /// The same of several ranges, each an offset and a length in bytes. Where one of them is not there none counts.
+    ///
+    /// # Errors
+    /// As [`Source::written`].
+    pub fn written_ranges(&self, region: u16, ranges: &[(u64, u64)]) -> Result<()> {
+        let region_bytes = self.region_bytes.get(usize::from(region)).copied().unwrap_or(0);
+        for &(offset, bytes) in ranges {
+            if offset.checked_add(bytes).is_none_or(|end| end > region_bytes) {
+                return Err(Error::Usage(format!(
+                    "region {region} has no {bytes} bytes at {offset}: nothing was written there"
+                )));
+            }
         }
+        self.handle.desk.written(region, ranges.iter().copied())
+    }
+
+    /// The same as a bitmap in the layout of KVM's dirty log (`KVM_GET_DIRTY_LOG` of a slot that begins where the region
+    /// does): a bit a page of 4 KiB, in little-endian words of 64, the region's first page at bit 0 of the first word. Pages
+    /// behind the last word have not been written.
+    ///
+    /// # Errors
+    /// As [`Source::written`]; a bit of a page that the region does not have.
+    pub fn written_bitmap(&self, region: u16, words: &[u64]) -> Result<()> {
+        self.written_ranges(region, &ranges(words))
+    }
+
+    /// Answers [`Event::ReadLog`]: everything that the log had has been said.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if that is not asked.
+    pub fn log_read(&self) -> Result<()> {
+        self.handle.desk.answer(Open::ReadLog, || Answer::Looked(Ok(())))
     }
 
     /// Answers [`Event::SaveState`] with the device state, which the destination's program receives unchanged. The
@@ -193,6 +238,27 @@ impl Source {
         check_address(&uri)?;
         self.handle.desk.order(LinkOrder::Dial(uri))
     }
+}
+
+/// The bytes of which a bitmap of pages has bits: offsets and lengths, in order, and no two that touch.
+fn ranges(words: &[u64]) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for (index, word) in (0..).zip(words) {
+        let mut rest = u64::from_le(*word);
+        while rest != 0 {
+            let first = rest.trailing_zeros();
+            let pages = (rest >> first).trailing_ones();
+            let ones = u64::MAX >> (u64::BITS - pages);
+            rest &= !(ones << first);
+            let offset = (index * u64::from(u64::BITS) + u64::from(first)) * LOG_PAGE_BYTES;
+            let bytes = u64::from(pages) * LOG_PAGE_BYTES;
+            match ranges.last_mut() {
+                Some((before, len)) if *before + *len == offset => *len += bytes,
+                _ => ranges.push((offset, bytes)),
+            }
+        }
+    }
+    ranges
 }
 
 impl Drop for Source {
@@ -217,6 +283,19 @@ mod tests {
         setup.region("ram0", file.as_fd()).unwrap();
         setup.connections(vec![ours.into()]).unwrap();
         (setup.start().unwrap(), theirs)
+    }
+
+    #[test]
+    fn a_bitmap_is_ranges_that_go_on_from_word_to_word() {
+        let pages = |words: &[u64]| {
+            let in_pages = |(offset, bytes): (u64, u64)| (offset >> 12, bytes >> 12);
+            ranges(words).into_iter().map(in_pages).collect::<Vec<_>>()
+        };
+        assert!(pages(&[]).is_empty());
+        assert_eq!(pages(&[0, 0b1]), [(64, 1)]);
+        assert_eq!(pages(&[0b1101, 0]), [(0, 1), (2, 2)]);
+        assert_eq!(pages(&[1 << 63, 0b11, 1 << 63]), [(63, 3), (191, 1)]);
+        assert_eq!(pages(&[u64::MAX, u64::MAX, 0b10]), [(0, 128), (129, 1)]);
     }
 
     #[test]

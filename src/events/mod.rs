@@ -168,6 +168,8 @@ pub(crate) enum Remark {
     NotFreed { reason: String },
     /// The source's monitor could not be restored to its settings.
     NotPutBack { reason: String },
+    /// The guest goes on at the source, which may have been changed to track its writes.
+    NotTidied { reason: String, command: String },
     /// After an interrupt: pages without a demand are sent now.
     SendsTheRest,
     /// After an interrupt: the destination needs `bytes` more.

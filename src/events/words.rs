@@ -283,6 +283,10 @@ fn remark(remark: &Remark) -> String {
         Remark::NotPutBack { reason } => {
             format!("the guest has moved, but the settings of its QEMU here were not restored: {reason}")
         }
+        Remark::NotTidied { reason, command } => format!(
+            "the guest goes on here, and its monitor may not be as before: {reason}; when it answers, {command} puts \
+             back what is left"
+        ),
         Remark::SendsTheRest => "sending the remaining pages, then exiting".into(),
         Remark::StillNeeded { bytes } => format!(
             "the guest runs at the destination and needs {} MiB more from here; continuing until it \

@@ -206,8 +206,79 @@ static size_t umem_threads(void) {
     return count;
 }
 
+/* Pages that the source's guest writes while it moves, of each vCPU. */
+#define HOT 300ul
+
+/* The source's guest, which runs until it is to stop. The writes of its first vCPU are told one by one, those of the
+ * second are in a log such as KVM's. */
+struct running {
+    volatile uint64_t *memory;
+    umem_source *source;
+    uint64_t version[PAGES];
+    _Atomic uint64_t log[PAGES / 64];
+    atomic_bool stops;
+    pthread_t vcpus[VCPUS];
+    unsigned reads; /* of the log while it runs */
+};
+
+static void write_page(struct running *running, uint64_t page) {
+    uint64_t version = ++running->version[page];
+    for (uint64_t index = 0; index < WORDS; index++)
+        running->memory[page * WORDS + index] = word(page, index, version);
+    if (page % VCPUS == 0)
+        OK(umem_source_written(running->source, 0, &(umem_range){page * PAGE, PAGE}, 1));
+    else
+        atomic_fetch_or(&running->log[page / 64], (uint64_t)1 << page % 64);
+}
+
+static void write_on(struct running *running, uint64_t of) {
+    for (uint64_t turn = 0; !atomic_load(&running->stops); turn++)
+        write_page(running, turn * 7919 % HOT * VCPUS + of);
+}
+
+static void *write_even(void *running) {
+    write_on(running, 0);
+    return NULL;
+}
+
+static void *write_odd(void *running) {
+    write_on(running, 1);
+    return NULL;
+}
+
+static struct running *run_source(umem_source *source, int file) {
+    struct running *running = calloc(1, sizeof *running);
+    CHECK(running);
+    void *memory = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    CHECK(memory != MAP_FAILED);
+    running->memory = memory;
+    running->source = source;
+    CHECK(pthread_create(&running->vcpus[0], NULL, write_even, running) == 0);
+    CHECK(pthread_create(&running->vcpus[1], NULL, write_odd, running) == 0);
+    return running;
+}
+
+/* What it has, which it forgets. */
+static void read_log(struct running *running) {
+    uint64_t words[PAGES / 64];
+    for (size_t index = 0; index < PAGES / 64; index++)
+        words[index] = atomic_exchange(&running->log[index], 0);
+    OK(umem_source_written_bitmap(running->source, 0, words, PAGES / 64));
+}
+
+static void stop_source(struct running *running) {
+    atomic_store(&running->stops, true);
+    for (size_t index = 0; index < VCPUS; index++)
+        CHECK(pthread_join(running->vcpus[index], NULL) == 0);
+    /* The last of it: pages of holes, of zeroes and of data. */
+    for (uint64_t page = PAGES - 8; page < PAGES; page++)
+        write_page(running, page);
+    read_log(running);
+}
+
 /* Both sides of one migration, and what has been seen of it. */
 struct migration {
+    struct running *running; /* the source's guest, where pages move while it runs */
     umem_source *source;
     umem_destination *destination;
     struct guest *guest;
@@ -302,10 +373,23 @@ static void source_event(struct migration *migration, const umem_event *event) {
     case UMEM_EVENT_STOP:
         wrong(umem_source_pause(migration->source), UMEM_ERR_USAGE,
               migration->pauses ? "has not been handed over" : "");
+        if (migration->running) {
+            stop_source(migration->running);
+            memcpy(migration->guest->version, migration->running->version,
+                   sizeof migration->guest->version);
+        }
         if (migration->cancels)
             OK(umem_source_cancel(migration->source));
         else
             OK(umem_source_stopped(migration->source));
+        if (migration->running)
+            wrong(umem_source_written(migration->source, 0, &(umem_range){0, 1}, 1), UMEM_ERR_USAGE,
+                  "stand still");
+        break;
+    case UMEM_EVENT_READ_LOG:
+        migration->running->reads++;
+        read_log(migration->running);
+        OK(umem_source_log_read(migration->source));
         break;
     case UMEM_EVENT_SAVE:
         OK(umem_source_saved(migration->source, STATE, sizeof STATE));
@@ -315,6 +399,7 @@ static void source_event(struct migration *migration, const umem_event *event) {
         break;
     case UMEM_EVENT_COMPLETED:
         CHECK(strstr(event->text, "\"role\":\"source\""));
+        CHECK(!strstr(event->text, "\"precopy_bytes\":0,") == !!migration->running);
         OK(umem_source_stats(migration->source, &stats));
         CHECK(stats.total_bytes == BYTES && stats.missing_bytes == 0);
         check_sums(migration, event->text, &stats);
@@ -477,7 +562,7 @@ static void succeed(struct migration *migration) {
     CHECK((migration->seen_by_destination & ~OF_LINK) ==
           (SEEN(UMEM_EVENT_CONNECTED) | SEEN(UMEM_EVENT_LOAD) | SEEN(UMEM_EVENT_RUN) |
            SEEN(UMEM_EVENT_COMPLETED)));
-    CHECK((migration->seen_by_source & ~OF_LINK) ==
+    CHECK((migration->seen_by_source & ~(OF_LINK | SEEN(UMEM_EVENT_READ_LOG))) ==
           (SEEN(UMEM_EVENT_CONNECTED) | SEEN(UMEM_EVENT_STOP) | SEEN(UMEM_EVENT_SAVE) |
            SEEN(UMEM_EVENT_RUNNING) | SEEN(UMEM_EVENT_COMPLETED)));
     unsigned of_link = OF_LINK & migration->seen_by_source & migration->seen_by_destination;
@@ -565,6 +650,56 @@ static void precopy(const char *socket) {
     connect_both(migration, 1);
     start_both(migration);
     succeed(migration);
+    close(file);
+}
+
+/* Pages move while the source's guest runs and writes them; the rest after the switchover, or before it. */
+static void rounds(const char *socket) {
+    (void)socket;
+    for (int postcopy = 0; postcopy < 2; postcopy++) {
+        int file = source_memory();
+        struct migration *migration = new_migration(file, memory_file());
+        OK(umem_source_precopy(migration->source, 4, 0));
+        OK(umem_source_log(migration->source, true));
+        OK(umem_source_postcopy(migration->source, postcopy));
+        OK(umem_source_checksum(migration->source, true));
+        migration->checks = true;
+        connect_both(migration, LANES);
+        start_both(migration);
+        struct running *running = run_source(migration->source, file);
+        migration->running = running;
+        wrong(umem_source_written(migration->source, 1, &(umem_range){0, 1}, 1), UMEM_ERR_USAGE,
+              "region 1 has no 1 bytes at 0");
+        wrong(umem_source_written(migration->source, 0, (umem_range[]){{0, 1}, {BYTES, 1}}, 2),
+              UMEM_ERR_USAGE, "has no 1 bytes");
+        wrong(umem_source_written(migration->source, 0, &(umem_range){UINT64_MAX, 2}, 1),
+              UMEM_ERR_USAGE, "has no 2 bytes");
+        wrong(umem_source_written(migration->source, 0, NULL, 1), UMEM_ERR_USAGE, "ranges is NULL");
+        wrong(umem_source_written_bitmap(migration->source, 0, NULL, 1), UMEM_ERR_USAGE,
+              "words is NULL");
+        uint64_t behind[PAGES / 64 + 1] = {[PAGES / 64] = 1};
+        wrong(umem_source_written_bitmap(migration->source, 0, behind, PAGES / 64 + 1),
+              UMEM_ERR_USAGE, "has no 4096 bytes");
+        OK(umem_source_written_bitmap(migration->source, 0, behind, PAGES / 64));
+        succeed(migration);
+        CHECK(running->reads > 0 && running->version[0] > 0 && running->version[1] > 0);
+        CHECK(munmap((void *)running->memory, BYTES) == 0);
+        free(running);
+        close(file);
+    }
+    /* In anonymous memory no page lands twice: the guest is not even stopped. */
+    int file = source_memory();
+    struct migration *migration = new_migration(file, -1);
+    OK(umem_source_precopy(migration->source, 4, 0));
+    connect_both(migration, LANES);
+    start_both(migration);
+    run(migration);
+    CHECK(migration->failed_destination == UMEM_ERR_UNSUPPORTED);
+    CHECK(migration->failed_source == UMEM_ERR_PEER);
+    CHECK(!(migration->seen_by_source & SEEN(UMEM_EVENT_STOP)));
+    CHECK(migration->guest_of_source == UMEM_GUEST_AT_SOURCE);
+    finish(migration);
+    check_source(file);
     close(file);
 }
 
@@ -789,8 +924,23 @@ static void misused(const char *socket) {
     wrong(umem_source_start(source), UMEM_ERR_USAGE, "started already");
     wrong(umem_source_recover(source, true), UMEM_ERR_USAGE, "started already");
     wrong(umem_source_checksum(source, true), UMEM_ERR_USAGE, "started already");
+    wrong(umem_source_precopy(source, 4, 0), UMEM_ERR_USAGE, "started already");
+    wrong(umem_source_log(source, true), UMEM_ERR_USAGE, "started already");
     wrong(umem_source_pause(source), UMEM_ERR_USAGE, "call start first");
+    wrong(umem_source_written(source, 0, &(umem_range){0, 1}, 1), UMEM_ERR_USAGE, "call start first");
+    wrong(umem_source_log_read(source), UMEM_ERR_USAGE, "call start first");
     umem_source_destroy(source);
+
+    /* Pages that may come again do not come on the only connection. */
+    int only[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, only) == 0);
+    source = umem_source_new();
+    OK(umem_source_region(source, "ram0", full));
+    OK(umem_source_connections(source, only, 1));
+    OK(umem_source_precopy(source, 4, 0));
+    wrong(umem_source_start(source), UMEM_ERR_USAGE, "two or more");
+    umem_source_destroy(source);
+    close(only[1]);
 
     source = umem_source_new();
     OK(umem_source_region(source, "ram0", full));
@@ -803,6 +953,7 @@ static void misused(const char *socket) {
     CHECK(event.kind == UMEM_EVENT_FAILED && event.status == UMEM_ERR_CONNECT);
     CHECK(event.guest == UMEM_GUEST_AT_SOURCE && strstr(event.text, uri));
     wrong(umem_source_stopped(source), UMEM_ERR_USAGE, "has not asked");
+    wrong(umem_source_log_read(source), UMEM_ERR_USAGE, "has not asked");
     umem_source_destroy(source);
     umem_source_destroy(NULL);
 
@@ -871,6 +1022,7 @@ int main(int count, char **arguments) {
         {"precopy", precopy},     {"cancel", cancelled},    {"refuse", refused},
         {"lost", lost},           {"misuse", misused},    {"reconnect", reconnected},
         {"elsewhere", moved_elsewhere}, {"checked", checked}, {"reset", reset},
+        {"rounds", rounds},
     };
     for (size_t index = 0; count == 3 && index < sizeof scenarios / sizeof *scenarios; index++) {
         if (strcmp(scenarios[index].name, arguments[1]) == 0) {

@@ -136,7 +136,7 @@ fn at(stage: &str, terms: Terms) -> Bench {
     panic!("no stage is called {stage}")
 }
 
-/// Those that fail, and those of another process.
+/// Those of rounds, those that fail, and those of another process.
 fn sidings() -> Vec<(&'static str, Bench)> {
     let recalled = |state| {
         let mode = Mode { postcopy: true, background: true };
@@ -147,7 +147,15 @@ fn sidings() -> Vec<(&'static str, Bench)> {
         Bench { core, ..bench }.feed_all([Input::TakeOver])
     };
     let cause = |process| Input::Cause { error: Error::Host("failed".into()), process };
+    let remaining = || Input::Received(Heard::Remaining { runs: Vec::new(), last: true });
+    let rounds = || at("Ready", terms()).feed_all([Input::Received(Heard::Rounds)]);
+    let all_landed = || rounds().feed_all([Input::RoundsEnded]);
     vec![
+        ("Rounds", rounds()),
+        ("Rounds(all landed)", all_landed()),
+        ("Settling(copies land)", rounds().feed_all([remaining()])),
+        ("Settling", all_landed().feed_all([remaining()])),
+        ("Settled", all_landed().feed_all([remaining(), Input::PagesSettled])),
         ("TakingOver(loaded)", recalled(DestinationState::Loaded)),
         ("TakingOver(switched)", recalled(DestinationState::Switched)),
         ("TakingOver(running)", recalled(DestinationState::Running)),
@@ -172,7 +180,13 @@ fn inputs() -> Vec<(&'static str, Input)> {
     let not_written =
         |state| Input::NotWritten { state, error: Error::Environment("disk full".into()) };
     let cause = |process| Input::Cause { error: Error::Host("failed".into()), process };
+    let remaining = |last| Input::Received(Heard::Remaining { runs: Vec::new(), last });
     vec![
+        ("rounds", Input::Received(Heard::Rounds)),
+        ("remaining, more to come", remaining(false)),
+        ("remaining", remaining(true)),
+        ("RoundsEnded", Input::RoundsEnded),
+        ("PagesSettled", Input::PagesSettled),
         ("stopped", Input::Received(Heard::Stopped { postcopy: true, background: true })),
         ("device state", Input::Received(Heard::DeviceState(vec![1, 2]))),
         ("load", Input::Received(Heard::Load { state_bytes: 2 })),

@@ -2,7 +2,7 @@
 //! between any two.
 
 use std::borrow::Cow;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use umem_wire::destination::Mode;
@@ -50,6 +50,8 @@ pub(super) struct Destination {
     pub(super) guest: Guest,
     /// Pages that are cached.
     pub(super) have: BTreeSet<u64>,
+    /// What its memory holds: each page as it was at the source when it had been written to so often.
+    pub(super) contents: BTreeMap<u64, u32>,
     pub(super) threads: Threads,
     pub(super) monitor_busy: Duration,
     /// Lanes on which the source has been told all.
@@ -77,6 +79,7 @@ impl Destination {
             kept: None,
             guest: Guest::new(),
             have: BTreeSet::new(),
+            contents: BTreeMap::new(),
             threads: Threads::new(None),
             monitor_busy: Duration::ZERO,
             closing: None,
@@ -207,6 +210,7 @@ impl World {
     pub(super) fn start_destination(&mut self, link: u32) {
         let core = Core::new(self.terms(), Some(Entrance::Listener), self.instant());
         self.destination.threads = Threads::new(Some(link));
+        self.destination.threads.is_in_rounds = self.habits.rounds.is_some();
         self.destination.process = Some(Process::Migration(Box::new(core)));
     }
 
@@ -309,7 +313,7 @@ impl World {
     fn carry_out_there(&mut self, effect: Effect) -> Result<Option<Input>> {
         match effect {
             Effect::Prepare => self.ask_destination(Asked::Prepare),
-            Effect::SettlePages => unreachable!("there are no rounds here"),
+            Effect::SettlePages => return self.settles_pages().map(Some),
             Effect::Load(_) => self.ask_destination(Asked::Load),
             Effect::Run => self.ask_destination(Asked::Run),
             Effect::Commit if self.habits.cancels_there && self.destination.number == 1 => {
@@ -605,6 +609,7 @@ impl World {
         match frame {
             Frame::Ready(_) => Said::Ready(self.table()),
             Frame::Loaded => Said::Loaded,
+            Frame::Settled => Said::Settled,
             Frame::Running { us_since_switchover } => Said::Running { us_since_switchover },
             Frame::Error(fault) => Said::Error(fault),
             other => unreachable!("{other:?} of a destination"),

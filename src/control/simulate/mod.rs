@@ -1,5 +1,6 @@
 //! Both cores over a wire that loses lanes, with monitors that answer late, wrongly or never, people who interrupt and
-//! pause, disks that are full, and kills between any two effects of either side, in a time of its own.
+//! pause, disks that are full, and kills between any two effects of either side, in a time of its own. In some seeds the
+//! guest writes while it runs at the source, and pages go in rounds before it stops ([`rounds`]).
 //!
 //! A seed decides on everything, and always is the same run. For a while ([`CHAOS`]) anything may happen; then the
 //! wire, the monitors and the disks are well, and a person does what umem has told ([`person`]): resumes what was
@@ -9,7 +10,9 @@
 //! What must hold, whatever happens:
 //! - The guest never runs twice.
 //! - Nothing forgets what the guest needs: a record of either side, or memory that the destination does not have.
-//! - No page lands twice, and no lanes are served beside others.
+//! - No page lands twice, but for copies in rounds, and no lanes are served beside others.
+//! - No page that the guest has when it runs at the destination is older than the source's.
+//! - A failure before the stop leaves a guest that runs on at the source and has never stood still.
 //! - At the end the guest runs on one side with all of its memory, nobody is left waiting, and no source's record is.
 //!   Where a person had to decide, umem has said so.
 //!
@@ -19,6 +22,7 @@
 
 mod destination;
 mod person;
+mod rounds;
 mod source;
 mod threads;
 mod world;
@@ -50,6 +54,18 @@ enum Fault {
     ForgetsEarly,
     /// The monitor is asked to have the guest go on after the switchover, too.
     ResumesAlways,
+    /// In rounds a page is read before its mark is taken.
+    ReadsBeforeTaking,
+    /// Of two copies of a page the later one may land first.
+    CopiesOvertake,
+    /// Rounds are over at the destination when their end has come, and not when every copy has landed.
+    RoundsEndEarly,
+    /// A page that remains counts as settled.
+    SettlesRemaining,
+    /// The guest stands still, and what the log has not marked by then is left out.
+    LeavesLastMarks,
+    /// A dirty log that has failed is believed.
+    BelievesFailedLog,
 }
 
 /// splitmix64: the numbers of a seed.
@@ -102,6 +118,9 @@ fn run_all(seeds: Range<u64>) -> Result<BTreeMap<&'static str, u64>, String> {
         match run(seed, Fault::None) {
             (Ok(outcome), world) => {
                 *outcomes.entry(outcome).or_default() += 1;
+                if let Some(rounds) = world.rounds_came_to() {
+                    *outcomes.entry(rounds).or_default() += 1;
+                }
                 if seeds.end - seeds.start == 1 {
                     println!("{}", told(seed, outcome, &world));
                 }
@@ -138,7 +157,15 @@ fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
     println!("{count} seeds: {outcomes:?}");
     // Otherwise nothing has been tried.
     if count >= SEEDS {
-        for outcome in ["completed", "stayed", "completed after a kill", "stayed after a kill"] {
+        for outcome in [
+            "completed",
+            "stayed",
+            "completed after a kill",
+            "stayed after a kill",
+            "rounds, and completed",
+            "rounds, and stayed",
+            "rounds, and stayed without a stop",
+        ] {
             assert!(outcomes.contains_key(outcome), "{outcomes:?}");
         }
     }
@@ -159,6 +186,12 @@ fn each_fault_that_is_put_in_is_found() {
         Fault::SwitchoverBeforeRecord,
         Fault::ForgetsEarly,
         Fault::ResumesAlways,
+        Fault::ReadsBeforeTaking,
+        Fault::CopiesOvertake,
+        Fault::RoundsEndEarly,
+        Fault::SettlesRemaining,
+        Fault::LeavesLastMarks,
+        Fault::BelievesFailedLog,
     ] {
         let is_found = |seed| run(seed, fault).0.is_err() && run(seed, Fault::None).0.is_ok();
         assert!((0..SEEDS).any(is_found), "{fault:?} was not found");

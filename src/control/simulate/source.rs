@@ -62,7 +62,7 @@ pub(super) struct SourceSide {
     held: Option<Effect>,
     late: Option<Effect>,
     /// Pages that have been sent, as far as is known.
-    sent: BTreeSet<u64>,
+    pub(super) sent: BTreeSet<u64>,
     /// The memory is still here.
     has_memory: bool,
     /// After so many effects the process is killed; of the next processes, too.
@@ -194,7 +194,7 @@ impl World {
         let kept = Kept { session: "5e55".into(), directory_option: String::new() };
         Plan {
             postcopy: self.habits.postcopy,
-            rounds: None,
+            rounds: self.habits.rounds.as_ref().map(|rounds| rounds.plan),
             bulk_lanes: 1,
             recovers: self.habits.recovers,
             kept: self.habits.is_kept.then_some(kept),
@@ -313,7 +313,13 @@ impl World {
             self.source_hangs_up(link, true);
         }
         self.note(format_args!("source has ended: {outcome:?}"));
+        self.drops_log();
         match outcome {
+            Some(Outcome::Failed { guest: Guest::Stopped(_) | Guest::Asked, .. })
+                if !self.memory.has_been_stopped() && self.source.number == 1 =>
+            {
+                self.violated("a guest that was never stopped is said to stand still");
+            }
             Some(Outcome::Completed(_)) if self.source.record.is_some() => {
                 self.violated("a record is left of a session that is complete");
             }
@@ -330,7 +336,7 @@ impl World {
     }
 
     fn moment(&self) -> Moment {
-        let moved_bytes = self.source.sent.len() as u64 * CHUNK;
+        let moved_bytes = self.source.sent.len() as u64 * CHUNK + self.memory.rounds_bytes;
         Moment { at: self.instant(), moved_bytes, checksum_errors: 0, memory: () }
     }
 
@@ -377,6 +383,7 @@ impl World {
     fn kill_source(&mut self) {
         self.note(format_args!("source is killed"));
         self.killed();
+        self.drops_log();
         self.source.kills.pop_front();
         self.source.process = None;
         self.source.answers.clear();
@@ -402,12 +409,18 @@ impl World {
                     return Err(Error::Host("no space".into()));
                 }
             }
-            Effect::Forget => self.forget(),
+            Effect::Forget => {
+                self.forgets_changes();
+                self.forget();
+            }
             Effect::Commit if self.habits.cancels && self.source.number == 1 => {
                 return Err(Error::Interrupted("the guest goes on here".into()));
             }
             Effect::Commit => self.source.answers.push_back(Input::Committed),
-            Effect::Ask(question) => self.ask(question),
+            Effect::Ask(question) => {
+                self.is_asked(question);
+                self.ask(question);
+            }
             Effect::SendRegions => self.send_frame(Frame::Regions(self.table())),
             Effect::Send(frame) => self.send_frame(frame),
             Effect::SendState(_) => {
@@ -423,9 +436,11 @@ impl World {
             }
             Effect::Ping(number) => self.send_frame(Frame::Ping(number)),
             Effect::SendBulk => self.send_pages(),
-            Effect::SendPass | Effect::CutPass | Effect::CountDirty | Effect::EndRounds => {
-                unreachable!("there are no rounds here")
-            }
+            Effect::SendPass => self.begins_pass(),
+            // Nobody cuts a pass short here.
+            Effect::CutPass => {}
+            Effect::CountDirty => self.source.answers.push_back(self.memory.counted()),
+            Effect::EndRounds => self.ends_rounds(),
             Effect::Digest => {
                 let process = self.source.number;
                 let at = self.now + self.random.millis(12);
@@ -454,8 +469,8 @@ impl World {
                 let (name, path) = ("ram0".into(), "/dev/shm/ram0".into());
                 return Err(Error::RamFailed { name, path, what: "has changed".into() });
             }
-            Effect::Land(_)
-            | Effect::Fix
+            Effect::Land(_) => self.memory.is_all_dirty(),
+            Effect::Fix
             | Effect::StartRelease
             | Effect::EndRelease
             | Effect::CheckFiles { .. }
@@ -503,7 +518,7 @@ impl World {
     fn forget(&mut self) {
         self.source.record = None;
         let is_needed = self.habits.is_kept && !self.destination.can_do_alone();
-        if !self.runs_here && is_needed {
+        if !self.runs_or_will() && is_needed {
             self.violated("the session is forgotten, and the guest needs it");
         }
     }
@@ -515,13 +530,13 @@ impl World {
         }
     }
 
-    fn send_on(&mut self, lane: Lane, sent: Sent) {
+    pub(super) fn send_on(&mut self, lane: Lane, sent: Sent) {
         if let Some(link) = self.source.link {
             self.send(link, lane, sent);
         }
     }
 
-    fn send_frame(&mut self, frame: Frame) {
+    pub(super) fn send_frame(&mut self, frame: Frame) {
         self.send_on(Lane::Demand, Sent::Frame(frame));
     }
 
@@ -530,12 +545,13 @@ impl World {
             (0..PAGES).filter(|page| !self.source.sent.contains(page)).collect();
         for page in missing {
             self.source.sent.insert(page);
-            self.send_on(Lane::Bulk, Sent::Page(page));
+            let sent = self.memory.read(page);
+            self.send_on(Lane::Bulk, sent);
         }
         self.note_soon(Input::BulkEnded);
     }
 
-    fn note_soon(&mut self, input: Input) {
+    pub(super) fn note_soon(&mut self, input: Input) {
         if let Some(link) = self.source.link {
             let process = self.source.number;
             self.soon(Happening::Note { process, link, input });
@@ -589,6 +605,9 @@ impl World {
             leftover::Effect::Undo => {
                 let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
                 self.runs_here |= !is_wrong;
+                if !is_wrong {
+                    self.is_put_back();
+                }
                 return Some(leftover::Input::Undone(match is_wrong {
                     true => Err(Error::Host("it refuses".into())),
                     false => Ok(Undone::GoesOn),
@@ -682,7 +701,8 @@ impl World {
                 }
                 Told::Request(page) => {
                     if self.source.sent.insert(page) {
-                        self.send(link, Lane::Demand, Sent::Page(page));
+                        let sent = self.memory.read(page);
+                        self.send(link, Lane::Demand, sent);
                     }
                 }
                 Told::Account { .. } => self.violated("an account on lanes that are served"),

@@ -10,6 +10,7 @@ use umem_wire::{Event as Said, Frame, LaneRole, Standing};
 
 use super::Random;
 use super::destination::Word;
+use super::rounds::Copies;
 use super::world::{CHUNK, Happening, LANES, Lane, PAGES, STATE_BYTES, Sent, Told, World, nobody};
 use crate::control::destination::farewell;
 use crate::control::destination::takeover::Recalled;
@@ -26,7 +27,11 @@ pub(super) enum Own {
     /// It says so, late.
     Answers(Asked),
     /// A page that has come is visible, or its lane is gone.
-    Landed { link: u32, page: u64 },
+    Landed { link: u32, page: u64, version: u32 },
+    /// In rounds: a copy of a page is in its file.
+    Copied { link: u32, page: u64, version: u32 },
+    /// Every copy is that came on the bulk lane.
+    RoundsEnded { link: u32 },
     /// The guest touches this page.
     Touches(u64),
     /// The demand thread has let go of its lane.
@@ -90,6 +95,9 @@ pub(super) struct Threads {
     is_letting_go: bool,
     /// The bulk thread has its lane of these.
     pub(super) bulk: Option<u32>,
+    /// What comes on the bulk lane are copies, which come again.
+    pub(super) is_in_rounds: bool,
+    pub(super) copies: Copies,
     /// Pages that land, and the lanes and the lane that they came on.
     pub(super) landing: BTreeMap<u64, (u32, Lane)>,
     /// Lanes that have come in and are not served yet.
@@ -102,7 +110,7 @@ pub(super) struct Threads {
     has_parted: bool,
     ping: Option<u64>,
     /// Somebody has been told that every page is cached.
-    has_all: bool,
+    pub(super) has_all: bool,
 }
 
 impl Threads {
@@ -111,6 +119,8 @@ impl Threads {
             demand: link,
             is_letting_go: false,
             bulk: link,
+            is_in_rounds: false,
+            copies: Copies::default(),
             landing: BTreeMap::new(),
             arrived: None,
             epoch: 0,
@@ -204,7 +214,9 @@ impl World {
             Own::Answers(Asked::Prepare) => {}
             Own::Answers(Asked::Load) => self.post(Input::Loaded),
             Own::Answers(Asked::Run) => self.post(Input::Running),
-            Own::Landed { link, page } => self.lands(link, page),
+            Own::Landed { link, page, version } => self.lands(link, page, version),
+            Own::Copied { link, page, version } => self.copied(link, page, version),
+            Own::RoundsEnded { link } => self.rounds_have_ended(link),
             Own::Touches(page) => self.touches(page),
             Own::LetsGo { link } => self.lets_go(link),
             Own::HasClosed { link } => self.has_closed(link),
@@ -234,7 +246,8 @@ impl World {
 
     fn hears(&mut self, link: u32, lane: Lane, sent: Sent) {
         let frame = match sent {
-            Sent::Page(page) => return self.page_comes(link, lane, page),
+            Sent::Page { page, version } => return self.page_comes(link, lane, page, version),
+            Sent::Remaining { pages, last } => return self.remaining_come(pages, last),
             Sent::State => {
                 self.post(Input::Received(Said::DeviceState(vec![0; STATE_BYTES])));
                 let state_bytes = STATE_BYTES as u64;
@@ -249,6 +262,8 @@ impl World {
             }
             Frame::Ping(number) => return self.say(link, Told::Said(Said::Pong(number))),
             Frame::Regions(table) => return self.post(Input::Begin(table)),
+            Frame::Rounds => Said::Rounds,
+            Frame::RoundsEnd => return self.rounds_end_comes(link),
             Frame::Complete(totals) => {
                 self.destination.threads.has_parted = true;
                 Said::Complete(totals)
@@ -263,10 +278,11 @@ impl World {
         self.post(Input::Received(said));
     }
 
-    fn page_comes(&mut self, link: u32, lane: Lane, page: u64) {
-        if self.destination.have.contains(&page)
-            || self.destination.threads.landing.contains_key(&page)
-        {
+    fn page_comes(&mut self, link: u32, lane: Lane, page: u64, version: u32) {
+        let is_copy = lane == Lane::Bulk && self.destination.threads.is_in_rounds;
+        let has_come = self.destination.have.contains(&page)
+            || self.destination.threads.landing.contains_key(&page);
+        if has_come && !is_copy {
             return self.violated("a page comes twice");
         }
         if !self.is_well() && self.random.percent(self.habits.short) {
@@ -274,12 +290,15 @@ impl World {
             let free = self.random.percent(50).then(|| FreeSpace { ram: "ram0".into(), bytes: 0 });
             return self.thread_loses(link, lane, Input::NoRoom { error, free });
         }
+        if is_copy {
+            return self.copy_comes(link, page, version);
+        }
         self.destination.threads.landing.insert(page, (link, lane));
         let (process, at) = (self.destination.number, self.now + self.random.millis(5));
-        self.at(at, Happening::Destination { process, what: Own::Landed { link, page } });
+        self.at(at, Happening::Destination { process, what: Own::Landed { link, page, version } });
     }
 
-    fn lands(&mut self, link: u32, page: u64) {
+    fn lands(&mut self, link: u32, page: u64, version: u32) {
         let threads = &mut self.destination.threads;
         let is_served = match threads.landing.get(&page) {
             Some(&(of, Lane::Demand)) => of == link && threads.demand == Some(link),
@@ -291,6 +310,7 @@ impl World {
         }
         threads.landing.remove(&page);
         self.destination.have.insert(page);
+        self.destination.contents.insert(page, version);
         self.destination.guest.touched.remove(&page);
         if self.destination.has_all()
             && !std::mem::replace(&mut self.destination.threads.has_all, true)
@@ -372,7 +392,7 @@ impl World {
             self.say(link, Told::Request(page));
         }
         for sent in early {
-            let lane = if matches!(sent, Sent::Page(_)) { Lane::Bulk } else { Lane::Demand };
+            let lane = if matches!(sent, Sent::Page { .. }) { Lane::Bulk } else { Lane::Demand };
             self.destination_hears(link, lane, sent);
         }
         for lane in lost {
@@ -595,6 +615,7 @@ impl World {
     /// Bytes of device state and memory that have come.
     pub(super) fn moved_bytes(&self) -> u64 {
         (self.destination.have.len() as u64 + self.destination.threads.landing.len() as u64) * CHUNK
+            + self.destination.threads.copies.bytes
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use umem_wire::{Event as Said, Frame, PageSize, Region, RegionTable, Standing};
 
 use super::destination::Destination;
+use super::rounds::{Memory, RoundsHabits};
 use super::source::{Opening, SourceSide};
 use super::threads::Own;
 use super::{CHAOS, END, Fault, Random};
@@ -46,7 +47,16 @@ pub(super) enum Sent {
     Frame(Frame),
     /// The device state and its end.
     State,
-    Page(u64),
+    /// A page, as it was when it had been written to so often.
+    Page {
+        page: u64,
+        version: u32,
+    },
+    /// Pages that remain after rounds.
+    Remaining {
+        pages: BTreeSet<u64>,
+        last: bool,
+    },
 }
 
 /// What the destination sends.
@@ -98,7 +108,16 @@ pub(super) enum Happening {
     Monitor {
         process: u32,
         question: Question,
+        /// When it was asked.
+        asked: Duration,
     },
+    /// The source's bulk lane goes on with its pass.
+    Pass {
+        process: u32,
+        link: u32,
+    },
+    /// The source's guest writes to a page, if it runs.
+    GuestWrites,
     Answered {
         process: u32,
         answer: Answer,
@@ -157,6 +176,8 @@ pub(super) enum Side {
 #[derive(Debug)]
 pub(super) struct Habits {
     pub(super) postcopy: bool,
+    /// Pages are sent before the stop, too.
+    pub(super) rounds: Option<RoundsHabits>,
     pub(super) background: bool,
     pub(super) recovers: bool,
     pub(super) is_kept: bool,
@@ -189,6 +210,7 @@ pub(super) struct World {
     links: u32,
     /// The source's guest runs.
     pub(super) runs_here: bool,
+    pub(super) memory: Memory,
     monitor_busy: Duration,
     /// The source's monitor has said whether its guest may be given away.
     has_been_asked: bool,
@@ -207,6 +229,7 @@ impl World {
         let recovers = random.percent(90);
         let habits = Habits {
             postcopy: random.percent(85),
+            rounds: RoundsHabits::of(seed),
             background: random.percent(85),
             recovers,
             is_kept: recovers && random.percent(85),
@@ -233,6 +256,7 @@ impl World {
             cut: BTreeSet::new(),
             links: 0,
             runs_here: true,
+            memory: Memory::new(),
             monitor_busy: Duration::ZERO,
             has_been_asked: false,
             source,
@@ -288,6 +312,9 @@ impl World {
             self.at(at, Happening::Cont);
         }
         self.at(CHAOS, Happening::Person);
+        if self.habits.rounds.is_some() {
+            self.guest_will_write();
+        }
     }
 
     pub(super) fn instant(&self) -> Instant {
@@ -375,10 +402,15 @@ impl World {
         if let Some(violation) = &self.violation {
             return Err(violation.clone());
         }
-        match self.runs_here && self.destination.runs() {
-            true => Err("the guest runs twice".into()),
-            false => Ok(()),
+        if self.destination.runs() {
+            if self.runs_here {
+                return Err("the guest runs twice".into());
+            }
+            if let Some(page) = self.stale_page() {
+                return Err(format!("page {page} that the guest runs with is stale"));
+            }
         }
+        Ok(())
     }
 
     fn is_over(&self) -> bool {
@@ -452,7 +484,15 @@ impl World {
                     self.source_notes(Input::Digested(Ok(digests)));
                 }
             }
-            Happening::Monitor { process, question } => self.monitor_does(process, question),
+            Happening::Monitor { process, question, asked } => {
+                self.monitor_does(process, question, asked);
+            }
+            Happening::Pass { process, link } => {
+                if self.source.is(process) && self.source.link == Some(link) {
+                    self.go_on_with_pass();
+                }
+            }
+            Happening::GuestWrites => self.guest_writes(),
             Happening::Answered { process, answer } => {
                 if self.source.is(process) {
                     self.note(format_args!("monitor answers {answer:?}"));
@@ -624,10 +664,15 @@ impl World {
         if !self.is_well() && self.random.percent(self.habits.stuck) {
             self.monitor_busy = self.monitor_busy.max(CHAOS + self.random.millis(14));
         }
-        self.at(self.monitor_busy, Happening::Monitor { process, question });
+        if question == Question::Look {
+            let takes = self.look_takes();
+            self.monitor_busy += takes;
+        }
+        let asked = self.now;
+        self.at(self.monitor_busy, Happening::Monitor { process, question, asked });
     }
 
-    fn monitor_does(&mut self, process: u32, question: Question) {
+    fn monitor_does(&mut self, process: u32, question: Question, asked: Duration) {
         // The connection has gone with its process.
         if !self.source.is(process) {
             return;
@@ -640,21 +685,30 @@ impl World {
         };
         self.has_been_asked |= question == Question::StandsStill;
         let answer = match question {
-            Question::Track | Question::Look => unreachable!("there are no rounds here"),
+            Question::Track => Answer::Tracking(self.tracks(result)),
+            Question::Look => Answer::Looked(self.looks(result, asked)),
             Question::Stop => {
                 // Written down before anything is changed.
                 self.source.stops(self.habits.is_kept);
-                self.runs_here = is_wrong && self.runs_here;
-                Answer::Stopped(result.map(|()| None))
+                Answer::Stopped(self.stops(result).map(|()| None))
             }
             Question::Save => Answer::Saved(result.map(|()| vec![0; STATE_BYTES])),
             Question::StandsStill if self.runs_here => {
                 Answer::StandsStill(Err(Error::Host("the guest runs".into())))
             }
             Question::StandsStill => Answer::StandsStill(result),
-            Question::PutBack => Answer::PutBack(result),
+            Question::PutBack => {
+                if !is_wrong {
+                    self.is_put_back();
+                }
+                Answer::PutBack(result)
+            }
             Question::Resume => {
+                self.drops_log();
                 self.runs_here |= !is_wrong;
+                if !is_wrong {
+                    self.is_put_back();
+                }
                 Answer::Resumed(result)
             }
         };

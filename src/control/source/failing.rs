@@ -21,6 +21,9 @@ const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a monitor may take over a guest that was never stopped.
 const TIDY_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Why a monitor may not have put back what was changed in it.
+const UNANSWERED: &str = "it has not answered";
+
 /// How long a monitor may take to let its guest go on before that is remarked on.
 const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -160,8 +163,15 @@ impl Source {
                 Input::Monitor(Answer::Resumed(Err(why))),
                 Patience::Quiet { .. } | Patience::Known { .. },
             ) => self.is_not_resumed(Guest::Stopped(why)),
-            (Input::Monitor(Answer::Resumed(_)), _) => self.goes_on(now),
-            (Input::Interrupted, Patience::Tidy { .. }) => self.goes_on(now),
+            (Input::Monitor(Answer::Resumed(Err(why))), Patience::Tidy { .. }) => {
+                self.is_not_tidied(why.to_string());
+                self.goes_on(now);
+            }
+            (Input::Monitor(Answer::Resumed(Ok(()))), _) => self.goes_on(now),
+            (Input::Interrupted, Patience::Tidy { .. }) => {
+                self.is_not_tidied(UNANSWERED.into());
+                self.goes_on(now);
+            }
             // A program that embeds this has another way to end it, which no cancel is.
             (Input::Interrupted, _) if self.plan.is_embedded => {}
             (Input::Interrupted, Patience::Known { .. }) => self.is_not_resumed(Guest::Asked),
@@ -179,7 +189,10 @@ impl Source {
             return;
         }
         match resuming.patience {
-            Patience::Tidy { .. } => self.goes_on(now),
+            Patience::Tidy { .. } => {
+                self.is_not_tidied(UNANSWERED.into());
+                self.goes_on(now);
+            }
             Patience::Quiet { .. } | Patience::Known { .. } => {
                 resuming.patience = Patience::Known { until: None };
                 self.tell(Event::Remark(Remark::AwaitsMonitor));
@@ -225,8 +238,22 @@ impl Source {
         self.is_back(error);
     }
 
+    /// The guest was never stopped, and what was changed in its monitor to track its writes may not have been put back:
+    /// whoever resumes the session does that.
+    fn is_not_tidied(&mut self, reason: String) {
+        if self.rounds.is_some() && self.plan.kept.is_some() {
+            self.not_tidied = Some(reason);
+        }
+    }
+
     fn is_back(&mut self, error: Error) {
-        self.do_next(Effect::Forget);
+        match (self.not_tidied.take(), &self.plan.kept) {
+            (Some(reason), Some(kept)) => {
+                let command = kept.command();
+                self.tell(Event::Remark(Remark::NotTidied { reason, command }));
+            }
+            _ => self.do_next(Effect::Forget),
+        }
         self.doing = Doing::Ended(Outcome::Failed { error, guest: Guest::Here });
     }
 
@@ -250,6 +277,7 @@ impl Source {
     fn no_answer_is_waited_for(&mut self) {
         match self.change() {
             Doing::Resuming(Resuming { error, patience: Patience::Tidy { .. }, .. }) => {
+                self.is_not_tidied(UNANSWERED.into());
                 self.is_back(error);
             }
             Doing::Resuming(Resuming { error, .. }) => self.is_left(error),

@@ -527,6 +527,8 @@ pub(crate) struct Source {
     suspicion: ChecksumBreaker,
     jitter: Jitter,
     times: Times,
+    /// Why the record stays of a guest that was never stopped.
+    not_tidied: Option<String>,
     recoveries: u32,
     disconnected: Duration,
     /// What is to be done after this input.
@@ -577,6 +579,7 @@ impl Source {
             suspicion: ChecksumBreaker::default(),
             jitter: Jitter::of(plan.seed),
             times: Times::default(),
+            not_tidied: None,
             recoveries: 0,
             disconnected: Duration::ZERO,
             effects: Effects::new(),

@@ -290,6 +290,30 @@ fn rounds_that_end_for_another_reason_leave_the_guest_as_it_is() {
     }
 }
 
+/// To track the guest's writes its monitor has been changed.
+#[test]
+fn a_monitor_that_may_be_changed_still_leaves_the_record_of_a_guest_that_was_never_stopped() {
+    let endings: [fn(&mut Bench) -> Vec<Effect>; 3] = [
+        |bench| bench.tell(Input::Monitor(Answer::Resumed(Err(refused())))),
+        |bench| {
+            bench.now += Duration::from_secs(5);
+            bench.tell(Input::Time)
+        },
+        |bench| bench.tell(Input::Interrupted),
+    ];
+    for end in endings {
+        let mut bench = Bench::in_rounds();
+        bench.tell(Input::NotDone(refused()));
+        let effects = end(&mut bench);
+        assert!(!has(&effects, |effect| matches!(effect, Effect::Forget)), "{effects:?}");
+        let is_said = |effect: &Effect| {
+            matches!(effect, Effect::Tell(Event::Remark(Remark::NotTidied { .. })))
+        };
+        assert!(has(&effects, is_said), "{effects:?}");
+        assert!(matches!(bench.failure().1, Guest::Here));
+    }
+}
+
 #[test]
 fn nothing_behind_an_effect_that_failed_is_done() {
     let mut bench = Bench::new(true, false);

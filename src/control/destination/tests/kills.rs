@@ -58,6 +58,18 @@ enum Guest {
     Ended,
 }
 
+/// Of which migration it is.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    is_private: bool,
+    /// Pages come before the stop, too.
+    has_rounds: bool,
+}
+
+const SHARED: Kind = Kind { is_private: false, has_rounds: false };
+const PRIVATE: Kind = Kind { is_private: true, has_rounds: false };
+const ROUNDS: Kind = Kind { is_private: false, has_rounds: true };
+
 struct World {
     source: Source,
     guest: Guest,
@@ -74,16 +86,16 @@ struct World {
     now: Instant,
     /// What has happened, where that is to be told.
     trace: Option<Vec<String>>,
-    is_private: bool,
+    kind: Kind,
     /// How often there was nothing to do but wait.
-    rounds: u32,
+    waits: u32,
     /// Effects that have been done, and the blows that are to come.
     done: usize,
     blows: Vec<(usize, Blow)>,
 }
 
 impl World {
-    fn new(is_private: bool, blows: &[(usize, Blow)], is_traced: bool) -> World {
+    fn new(kind: Kind, blows: &[(usize, Blow)], is_traced: bool) -> World {
         World {
             source: Source::Holds,
             guest: Guest::Bound,
@@ -97,8 +109,8 @@ impl World {
             outcome: None,
             now: Instant::now(),
             trace: is_traced.then(Vec::new),
-            is_private,
-            rounds: 0,
+            kind,
+            waits: 0,
             done: 0,
             blows: blows.to_vec(),
         }
@@ -126,8 +138,8 @@ impl World {
             let Some(input) = inputs.pop_front().or_else(|| self.next_input()) else {
                 // Nothing more comes by itself: time passes.
                 self.now += Duration::from_secs(60);
-                self.rounds += 1;
-                assert!(self.rounds < 100, "it never ends: {:#?}", self.trace);
+                self.waits += 1;
+                assert!(self.waits < 100, "it never ends: {:#?}", self.trace);
                 inputs.push_back(Input::Tick);
                 continue;
             };
@@ -185,7 +197,13 @@ impl World {
     fn source_hears(&mut self, frame: &Frame) {
         self.note(format_args!("source hears {frame:?}"));
         match (self.source, frame) {
-            (Source::Holds, Frame::Ready(_)) => {
+            (Source::Holds, Frame::Ready(_)) if self.kind.has_rounds => {
+                self.say(Heard::Rounds);
+                self.say(Heard::Remaining { runs: Vec::new(), last: false });
+                self.say(Heard::Remaining { runs: Vec::new(), last: true });
+                self.notes.push_back(Input::RoundsEnded);
+            }
+            (Source::Holds, Frame::Ready(_) | Frame::Settled) => {
                 self.say(Heard::Stopped { postcopy: true, background: true });
                 self.say(Heard::DeviceState(vec![1, 2]));
                 self.say(Heard::Load { state_bytes: 2 });
@@ -284,6 +302,7 @@ impl World {
 
     fn carry_out(&mut self, effect: Effect) -> Option<Input> {
         match effect {
+            Effect::SettlePages => return Some(Input::PagesSettled),
             Effect::Load(_) => self.notes.push_back(Input::Loaded),
             Effect::Run => {
                 self.runs = true;
@@ -385,7 +404,7 @@ impl World {
                         self.guest = Guest::Kept;
                     }
                     let core = Core::recalled(
-                        super::Terms { is_private: self.is_private, ..terms() },
+                        super::Terms { is_private: self.kind.is_private, ..terms() },
                         &recalled,
                         self.now,
                     );
@@ -424,15 +443,15 @@ impl World {
 }
 
 /// How many effects a run has, and where its guest is in the end.
-fn run(is_private: bool, blows: &[(usize, Blow)]) -> (usize, &'static str) {
+fn run(kind: Kind, blows: &[(usize, Blow)]) -> (usize, &'static str) {
     // What has happened is noted down where somebody wants to read it.
-    let quiet = catch_unwind(|| run_once(is_private, blows, false));
-    quiet.unwrap_or_else(|_| run_once(is_private, blows, true))
+    let quiet = catch_unwind(|| run_once(kind, blows, false));
+    quiet.unwrap_or_else(|_| run_once(kind, blows, true))
 }
 
-fn run_once(is_private: bool, blows: &[(usize, Blow)], is_traced: bool) -> (usize, &'static str) {
-    let mut world = World::new(is_private, blows, is_traced);
-    let terms = super::Terms { is_private, ..terms() };
+fn run_once(kind: Kind, blows: &[(usize, Blow)], is_traced: bool) -> (usize, &'static str) {
+    let mut world = World::new(kind, blows, is_traced);
+    let terms = super::Terms { is_private: kind.is_private, ..terms() };
     let core = Core::new(terms, Some(Entrance::Listener), world.now);
     world.live(core, Input::Begin(landing()));
     world.resume();
@@ -441,19 +460,19 @@ fn run_once(is_private: bool, blows: &[(usize, Blow)], is_traced: bool) -> (usiz
 
 #[test]
 fn a_migration_without_a_blow_ends_at_the_destination() {
-    for is_private in [false, true] {
-        assert_eq!(run(is_private, &[]).1, "at the destination");
+    for kind in [SHARED, PRIVATE, ROUNDS] {
+        assert_eq!(run(kind, &[]).1, "at the destination");
     }
 }
 
 #[test]
 fn the_guest_survives_any_blow_between_any_two_effects() {
     let mut ends = std::collections::BTreeSet::new();
-    for is_private in [false, true] {
-        let (effects, _) = run(is_private, &[]);
+    for kind in [SHARED, PRIVATE, ROUNDS] {
+        let (effects, _) = run(kind, &[]);
         for at in 1..=effects {
             for blow in [Blow::Kill, Blow::Cut, Blow::Interrupt, Blow::Fail] {
-                ends.insert(run(is_private, &[(at, blow)]).1);
+                ends.insert(run(kind, &[(at, blow)]).1);
             }
         }
     }
@@ -463,12 +482,14 @@ fn the_guest_survives_any_blow_between_any_two_effects() {
 
 #[test]
 fn the_guest_survives_any_two_blows() {
-    let (effects, _) = run(false, &[]);
-    for first in 1..=effects {
-        for second in first + 1..=2 * effects {
-            for one in [Blow::Kill, Blow::Cut] {
-                for other in [Blow::Kill, Blow::Cut, Blow::Interrupt, Blow::Fail] {
-                    run(false, &[(first, one), (second, other)]);
+    for kind in [SHARED, ROUNDS] {
+        let (effects, _) = run(kind, &[]);
+        for first in 1..=effects {
+            for second in first + 1..=2 * effects {
+                for one in [Blow::Kill, Blow::Cut] {
+                    for other in [Blow::Kill, Blow::Cut, Blow::Interrupt, Blow::Fail] {
+                        run(kind, &[(first, one), (second, other)]);
+                    }
                 }
             }
         }
