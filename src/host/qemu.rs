@@ -489,6 +489,16 @@ impl Qemu {
         Ok(())
     }
 
+    /// A guest that has stopped while it waits for umem's word was paused by another client: so it arrives, or stays.
+    fn look_for_a_pause(&mut self) -> Result<()> {
+        // Its answer comes after the event.
+        run_state::status(&mut self.qmp)?;
+        if self.qmp.stopped_at().is_some() && self.waits_for_a_word()? {
+            self.is_live = false;
+        }
+        Ok(())
+    }
+
     /// Has the guest go on that umem has stopped. QEMU has often done so itself by now, or somebody else has.
     fn go_on(&mut self) -> Result<()> {
         if !self.is_live || !std::mem::take(&mut self.may_be_stopped) {
@@ -531,6 +541,7 @@ impl SourceHost for Qemu {
             // Each answer takes a while, during which the guest had better run.
             self.give_state_socket()?;
         } else {
+            self.look_for_a_pause()?;
             self.note_undo()?;
         }
         self.may_be_stopped = true;

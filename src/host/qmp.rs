@@ -189,7 +189,7 @@ impl Qmp {
     }
 
     /// When the guest stopped, as the last event of that said which has come before an answer since this was
-    /// asked before.
+    /// asked before; none where it has been let run since.
     pub(crate) fn stopped_at(&mut self) -> Option<SystemTime> {
         self.stopped_at.take()
     }
@@ -215,7 +215,9 @@ impl Qmp {
             if object["event"] == "STOP" {
                 self.stopped_at = happened(&object["timestamp"]);
             }
-            self.has_run |= object["event"] == "RESUME";
+            if object["event"] == "RESUME" {
+                (self.has_run, self.stopped_at) = (true, None);
+            }
         }
     }
 

@@ -326,7 +326,7 @@ impl Qemu {
 
     /// Whether it goes on until it may stop its guest. One that does not, or whose guest stands still already, must not
     /// be kept waiting: it holds its main loop's lock when it writes the rest.
-    fn waits_for_a_word(&mut self) -> Result<bool> {
+    pub(in crate::host::qemu) fn waits_for_a_word(&mut self) -> Result<bool> {
         Ok(settings::capabilities(&mut self.qmp)?.contains_key(settings::SWITCHOVER_ACK))
     }
 
