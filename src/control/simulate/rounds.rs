@@ -81,8 +81,6 @@ pub(super) struct Memory {
     has_failed_before: bool,
     pass: Option<Pass>,
     pub(super) rounds_bytes: u64,
-    /// The destination has been told what remains.
-    have_ended: bool,
 }
 
 /// Once around the guest.
@@ -106,7 +104,6 @@ impl Memory {
             has_failed_before: false,
             pass: None,
             rounds_bytes: 0,
-            have_ended: false,
         }
     }
 
@@ -333,7 +330,6 @@ impl World {
     /// What a lane has taken and not sent does not go any more.
     pub(super) fn ends_rounds(&mut self) {
         self.memory.pass = None;
-        self.memory.have_ended = true;
         self.send_on(Lane::Bulk, Sent::Frame(Frame::RoundsEnd));
         let mut pages = self.memory.dirty.clone();
         self.source.sent = (0..PAGES).filter(|page| !pages.contains(page)).collect();
