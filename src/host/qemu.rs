@@ -3,7 +3,8 @@
 //! The device state travels by QEMU's own migration with the capability `x-ignore-shared`, which
 //! leaves out RAM that is both shared and backed by a named file; that RAM is what umem moves. So
 //! every RAM backend must be a `memory-backend-file` with `share=on`: a memfd would be sent whole
-//! inside the device state, and private memory cannot be read from outside of QEMU.
+//! inside the device state, and private memory cannot be read from outside of QEMU. With rounds before
+//! the stop QEMU's whole stream is read, and the contents of such RAM come with it ([`stream`]).
 
 mod backends;
 mod blocks;
@@ -38,7 +39,7 @@ use saving::Saving;
 use settings::Role;
 use stream::reading::Reading;
 
-pub(crate) use backends::{Backend, RamOfQemu, advice};
+pub(crate) use backends::{Backend, Contents, RamOfQemu, advice};
 pub(crate) use settings::Changes;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
@@ -148,7 +149,17 @@ impl Qemu {
     /// Checks that this guest can be moved, its RAM mapped as `kind` says, and returns its RAM
     /// backends. Changes nothing.
     pub(crate) fn check(&mut self, kind: Kind) -> Result<Vec<Backend>> {
-        let backends = self.backends(kind)?;
+        self.check_with(kind, Contents::Files)
+    }
+
+    /// Likewise at a source, whose RAM's contents may be had elsewhere, too.
+    pub(crate) fn check_source(&mut self, has_rounds: bool) -> Result<Vec<Backend>> {
+        let contents = if has_rounds { Contents::Streamed } else { Contents::FilesUnstreamed };
+        self.check_with(Kind::Shared, contents)
+    }
+
+    fn check_with(&mut self, kind: Kind, contents: Contents) -> Result<Vec<Backend>> {
+        let backends = self.backends(kind, contents)?;
         self.check_devices()?;
         Ok(backends)
     }

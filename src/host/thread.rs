@@ -20,6 +20,8 @@ pub(crate) enum Answer {
     Tracking(Result<()>),
     /// What had been written when that was asked is marked.
     Looked(Result<()>),
+    /// Not all of it is: what is marked has to leave first, and then it is to be asked again.
+    LookedInPart,
     /// When it was asked to, where that is later than the question.
     Stopped(Result<Option<Instant>>),
     Saved(Result<Vec<u8>>),
@@ -129,9 +131,13 @@ impl HostThread<dyn SourceHost> {
                 Some(log) => log.start(marks),
                 None => Err(untracked()),
             }),
-            Question::Look => {
-                Answer::Looked(log.as_mut().map_or_else(|| Err(untracked()), |log| log.next()))
-            }
+            Question::Look => match &mut log {
+                None => Answer::Looked(Err(untracked())),
+                Some(log) => match log.next() {
+                    Ok(()) if log.is_in_part() => Answer::LookedInPart,
+                    looked => Answer::Looked(looked),
+                },
+            },
             Question::Stop => Answer::Stopped(host.stop().and_then(|at| {
                 log.as_mut().map_or(Ok(()), |log| log.finish())?;
                 Ok(at)

@@ -1,6 +1,8 @@
 //! Which pages a running guest has written: what a dirty log marks, and what the source takes from that.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use umem_wire::{PageRange, RegionId};
 
@@ -16,8 +18,15 @@ pub(crate) trait DirtyLog: Send {
     /// Begins to track. From its return on every write is marked sooner or later, before `finish` returns.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()>;
 
-    /// Returns once a whole look over the guest is done: every page written before the call is marked.
+    /// Returns once a whole look over the guest is done: every page written before the call is marked, or counted as
+    /// [elsewhere](DirtyMap::set_elsewhere). Also when enough has been marked that has to leave before the look can
+    /// go on: [`is_in_part`](DirtyLog::is_in_part) says so then, and the next call goes on with the same look.
     fn next(&mut self) -> Result<()>;
+
+    /// Whether the last look is yet to be finished.
+    fn is_in_part(&self) -> bool {
+        false
+    }
 
     /// The guest stands still (it has been stopped by the host): the last marks.
     fn finish(&mut self) -> Result<()>;
@@ -30,6 +39,8 @@ pub(crate) struct DirtyMap {
     regions: Box<[Bits]>,
     /// log2 of the bytes of each region's pages.
     shifts: Box<[u8]>,
+    /// Bytes that have been written and are not marked yet.
+    elsewhere: AtomicU64,
 }
 
 impl DirtyMap {
@@ -37,7 +48,7 @@ impl DirtyMap {
     pub(crate) fn new(regions: &[(u64, u8)]) -> DirtyMap {
         let bits = regions.iter().map(|&(pages, _)| Bits::new(pages));
         let shifts = regions.iter().map(|&(_, shift)| shift);
-        DirtyMap { regions: bits.collect(), shifts: shifts.collect() }
+        DirtyMap { regions: bits.collect(), shifts: shifts.collect(), elsewhere: AtomicU64::new(0) }
     }
 
     pub(crate) fn region(&self, id: RegionId) -> &Bits {
@@ -73,10 +84,16 @@ impl DirtyMap {
         self.regions.iter().for_each(|bits| bits.set(0, bits.pages()));
     }
 
-    /// Bytes of all dirty pages.
+    /// The log knows of so many bytes that the guest has written and that are not marked: they come later.
+    pub(crate) fn set_elsewhere(&self, bytes: u64) {
+        self.elsewhere.store(bytes, Relaxed);
+    }
+
+    /// Bytes of all dirty pages, those elsewhere included.
     pub(crate) fn bytes(&self) -> u64 {
         let regions = self.regions.iter().zip(&self.shifts);
-        regions.map(|(bits, shift)| bits.count() << shift).sum()
+        let marked: u64 = regions.map(|(bits, shift)| bits.count() << shift).sum();
+        marked + self.elsewhere.load(Relaxed)
     }
 }
 

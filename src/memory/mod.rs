@@ -16,6 +16,7 @@
 //! - [`sequences`]: who will want which pages soon: what the background runs ahead of
 //! - [`sync`]: the atomics of all of these, so that a model checker can take their place
 //! - [`words`]: state that outlives this process, where a session can be taken over
+//! - [`staging`]: contents of memory that is no file of the guest's, until they have left
 //! - [`stamp`]: is a file still as it was
 //! - [`zero`]: is this page all zeroes
 
@@ -34,6 +35,7 @@ pub(crate) mod kind;
 pub(crate) mod pages;
 pub(crate) mod region;
 pub(crate) mod sequences;
+pub(crate) mod staging;
 pub(crate) mod stamp;
 pub(crate) mod sums;
 pub(crate) mod sync;

@@ -173,6 +173,14 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         if kept.is_removed { Ok(()) } else { kept.write() }
     }
 
+    /// What is known, as it was written last.
+    pub(crate) fn record(&self) -> R
+    where
+        R: Clone,
+    {
+        self.kept().record.clone()
+    }
+
     /// The migration has ended: nobody has to take over any more.
     pub(crate) fn remove(&self) {
         let mut kept = self.kept();

@@ -8,6 +8,7 @@ use umem_wire::Totals;
 use crate::error::Result;
 use crate::host::Undo;
 use crate::memory::created::Created;
+use crate::memory::staging;
 use crate::memory::stamp::Stamp;
 use crate::runtime::os_text::{self, absolute};
 use crate::transport::secure::Security;
@@ -74,6 +75,17 @@ pub(crate) struct RamRecord {
     /// What it was like when the guest had stopped, where it was to change no more.
     #[serde(default)]
     pub(crate) stamp: Option<Stamp>,
+    /// It is umem's own, with what its guest's private memory had that was not sent: it goes with the session. It has
+    /// its name from the commit on.
+    #[serde(default)]
+    pub(crate) is_own: bool,
+}
+
+impl SourceRecord {
+    /// Nobody needs the session any more, nor what umem itself has made for it.
+    pub(crate) fn remove_own_files(&self) {
+        self.ram.iter().filter(|ram| ram.is_own).for_each(|ram| staging::remove(&ram.path));
+    }
 }
 
 /// What a source has to know to go on.

@@ -32,6 +32,7 @@ use crate::memory::claims::{Claims, LastDemand, Run, RunKind};
 use crate::memory::guarded::Gone;
 use crate::memory::region::RamFile;
 use crate::memory::sequences::Sequences;
+use crate::memory::staging::{STAGED_PAGE_BYTES, Staging};
 use crate::memory::sums::Digests;
 use crate::memory::words::AtomicWords;
 use crate::memory::zero;
@@ -65,6 +66,8 @@ pub(crate) struct SourceMemory {
     has_rounds: bool,
     /// With rounds, once pages can be counted.
     tracked: OnceLock<Tracked>,
+    /// Where the guest has RAM without files: what of it waits to be sent.
+    staging: Option<Arc<Staging>>,
     pub(crate) counters: Arc<Counters>,
     /// The limit of the background.
     pub(crate) bandwidth: Arc<Bandwidth>,
@@ -101,6 +104,7 @@ impl SourceMemory {
             landing: OnceLock::new(),
             has_rounds: false,
             tracked: OnceLock::new(),
+            staging: None,
             counters,
             bandwidth: Arc::new(Bandwidth::new(None)),
             pivot: LastDemand::default(),
@@ -129,6 +133,26 @@ impl SourceMemory {
     /// With rounds or without.
     pub(crate) fn in_rounds(self, has_rounds: bool) -> SourceMemory {
         SourceMemory { has_rounds, ..self }
+    }
+
+    /// With regions whose contents come from elsewhere.
+    pub(crate) fn staged(self, staging: Option<Arc<Staging>>) -> SourceMemory {
+        SourceMemory { staging, ..self }
+    }
+
+    /// What a region's pages wait in, where they come from elsewhere.
+    fn staging_of(&self, id: RegionId) -> Option<&Staging> {
+        self.staging.as_deref().filter(|staging| staging.has(id))
+    }
+
+    /// Whether a region's file is umem's own.
+    pub(crate) fn is_own(&self, id: RegionId) -> bool {
+        self.staging_of(id).is_some()
+    }
+
+    /// Where files of umem's own have the guest's memory, another process finds them from here on.
+    pub(crate) fn name_files(&self) -> Result<()> {
+        self.staging.as_ref().map_or(Ok(()), |staging| staging.name())
     }
 
     fn landing_tracked(&self) -> Option<&Tracked> {
@@ -167,6 +191,11 @@ impl SourceMemory {
         freed: impl Fn(RegionId, u64) -> Result<Option<AtomicWords>>,
     ) -> Result<()> {
         for (region, (id, landed)) in self.regions.iter().zip(landing.iter()) {
+            if let Some(staging) = self.staging_of(id)
+                && landed.page_size.bytes() != STAGED_PAGE_BYTES
+            {
+                staging.keep_all();
+            }
             let claims = Claims::new(landed.pages(), landed.page_size.shift());
             let acks = match self.releases {
                 true => Some(match freed(id, landed.pages().div_ceil(64))? {

@@ -34,13 +34,13 @@ use crate::error::{Error, Result};
 use crate::events as control;
 use crate::host::command::RamPath;
 use crate::host::qemu::stream::log::SharedQemu;
-use crate::host::qemu::{self, Qemu, RamOfQemu};
+use crate::host::qemu::{self, Backend, Qemu, RamOfQemu};
 use crate::host::qmp::Qmp;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
 use crate::memory::claim;
-use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
+use crate::memory::staging::{StagedFile, Staging};
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
 use crate::observe::watch::{LinkOrder, Watch};
@@ -240,14 +240,14 @@ fn migrate(
 ) -> Result<Completed> {
     let output = Output::new(options.json);
     let (asked, said) = (options.clone(), output.clone());
-    let Guest { mut host, ram, files } =
+    let Guest { mut host, ram, files, staging } =
         inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
     let log = match options.precopy {
         Some(_) => Some(host.dirty_log().ok_or_else(memory::no_dirty_log)?),
         None => None,
     };
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
-    let memory = memory.in_rounds(options.precopy.is_some());
+    let memory = memory.in_rounds(options.precopy.is_some()).staged(staging);
     let memory = Arc::new(memory.checked(options.checksum));
     memory.claim(false)?;
     if options.qmp.is_none() {
@@ -289,6 +289,8 @@ struct Guest {
     /// By which its files can be opened again.
     ram: Vec<RamPath>,
     files: Vec<RamFile>,
+    /// Where the contents come of RAM that has no file.
+    staging: Option<Arc<Staging>>,
 }
 
 /// The guest's monitor, checked, and its RAM files: those that the monitor's process has mapped, where there is one.
@@ -306,25 +308,65 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
         }
         let open = |ram: &RamPath| RamFile::open_source(&ram.name, &ram.path, options.release_ram);
         let files = options.ram.iter().map(open).collect::<Result<_>>()?;
-        return Ok(Guest { host: Box::new(FileOnly), ram: options.ram.clone(), files });
+        let (host, ram) = (Box::new(FileOnly), options.ram.clone());
+        return Ok(Guest { host, ram, files, staging: None });
     };
     let mut qemu = Qemu::new(Qmp::connect(path)?);
     qemu.claim()?;
-    let found = qemu.check(Kind::Shared)?;
-    let names: Vec<String> = found.iter().map(|backend| backend.name.clone()).collect();
+    let found = qemu.check_source(options.precopy.is_some())?;
+    let (streamed, found): (Vec<_>, Vec<_>) =
+        found.into_iter().partition(|backend| backend.is_streamed);
+    let names = found.iter().chain(&streamed).map(|backend| backend.name.clone());
+    let names: Vec<String> = names.collect();
     if options.precopy.is_some() {
-        qemu.check_stream(&names)?;
+        qemu.check_stream(&names, !streamed.is_empty())?;
     }
     let (mut ram, mut files) = (Vec::new(), Vec::new());
-    for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
-        let RamOfQemu { name, part, file, path } = opened;
-        files.push(RamFile::of_opened(&name, &path, file, Some(part), options.release_ram)?);
-        ram.push(RamPath { name, path });
+    if !found.is_empty() {
+        for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
+            let RamOfQemu { name, part, file, path } = opened;
+            files.push(RamFile::of_opened(&name, &path, file, Some(part), options.release_ram)?);
+            ram.push(RamPath { name, path });
+        }
     }
     if let Some(advice) = qemu::advice(&found, "destination") {
         output.remark(&advice);
     }
-    Ok(Guest { host: Box::new(SharedQemu::new(qemu, names)), ram, files })
+    let staging = stage(options, &streamed, &mut ram, &mut files)?;
+    let host = SharedQemu::new(qemu, names).staged(staging.clone());
+    Ok(Guest { host: Box::new(host), ram, files, staging })
+}
+
+/// Adds a file of umem's own for each of the guest's RAM backends that has none.
+fn stage(
+    options: &Options,
+    streamed: &[Backend],
+    ram: &mut Vec<RamPath>,
+    files: &mut Vec<RamFile>,
+) -> Result<Option<Arc<Staging>>> {
+    let Some(first) = streamed.first().map(|backend| &backend.name) else { return Ok(None) };
+    if options.release_ram {
+        return Err(Error::Unsupported(format!(
+            "--release-ram frees RAM files, and RAM backend {first} has none that umem could free: leave the option out"
+        )));
+    }
+    if ram.is_empty()
+        && let Some(named) = options.ram.first()
+    {
+        return Err(Error::Unsupported(format!(
+            "--ram names the file {}, and RAM backend {first} has none: leave out --ram, and umem takes all that QEMU has",
+            named.path.display()
+        )));
+    }
+    let mut staged: Vec<_> = files.iter().map(|_| None).collect();
+    for backend in streamed {
+        backend.check_name()?;
+        let file = StagedFile::create(&backend.name, backend.bytes)?;
+        files.push(file.ram_file()?);
+        ram.push(RamPath { name: backend.name.clone(), path: file.path().to_owned() });
+        staged.push(Some(file));
+    }
+    Ok(Some(Arc::new(Staging::new(staged, options.checksum))))
 }
 
 /// Opens every lane, the demand lane first; only this one where there is a connection already.

@@ -17,6 +17,7 @@ mod moving;
 mod own_memory;
 mod refusals;
 mod stream;
+mod streamed;
 #[path = "../support/mod.rs"]
 mod support;
 mod terminal;

@@ -1,11 +1,13 @@
 //! Guests that arrive in QEMU's own memory: nothing is said of their RAM on QEMU's command line but its size.
 
-use std::fs;
+use std::fs::{self, File};
 
 use crate::destination::Destination;
 use crate::moving::{Moved, Moving};
-use crate::support::{Cutter, Ends, Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem};
-use crate::{booted, incoming, migrate, says};
+use crate::support::{
+    Cutter, Ends, Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, SourceRam, Umem,
+};
+use crate::{boot, booted, incoming, migrate, says};
 
 /// The options of a machine with its main memory in the backend of a name.
 fn named(words: Vec<String>, name: &str) -> Vec<String> {
@@ -331,4 +333,40 @@ fn guest_in_a_memory_file_survives_the_death_of_its_umems() {
         with_backend(&own(machine, scratch), "memory-backend-memfd,share=on")
     };
     survives_the_death_of_its_umems(words);
+}
+
+/// Neither side has a file: the contents come with QEMU's stream, and go into QEMU's own memory.
+fn moves_without_files(
+    source_ram: SourceRam,
+    words: impl Fn(&Machine, &Scratch) -> Vec<String>,
+    options: &[&str],
+    kind: &str,
+) {
+    let scratch = Scratch::new();
+    let guest = "umem.mib=96".into();
+    let receiver = Machine { guest, ..Machine::linux(QemuVersion::V10_0) };
+    let source = boot(&Machine { source_ram, ..receiver.clone() }, &scratch);
+    let mut destination = destination(&receiver, &scratch, &words(&receiver, &scratch), &[]);
+    let as_long = scratch.ram("as-long-as-the-memory");
+    File::create(&as_long).and_then(|file| file.set_len(256 << 20)).expect("a sparse file");
+    destination.ram_files = vec![as_long];
+    let moved = Moved::start(source, destination, options).complete();
+    assert_eq!(moved.report["kind"], kind);
+    moved.end();
+}
+
+#[test]
+fn default_ram_moves_into_default_ram() {
+    moves_without_files(SourceRam::Default, own, &["--precopy"], "anonymous");
+    let hybrid = ["--precopy", "-p", "--precopy-passes", "1", "--checksum"];
+    moves_without_files(SourceRam::Default, own, &hybrid, "anonymous");
+}
+
+#[test]
+fn a_memory_file_moves_into_a_memory_file() {
+    let memfd = |machine: &Machine, scratch: &Scratch| {
+        let words = with_backend(&own(machine, scratch), "memory-backend-memfd,share=on");
+        words.iter().map(|word| word.replace("pc.ram", "ram0")).collect()
+    };
+    moves_without_files(SourceRam::Memfd, memfd, &["--precopy", "-p"], "shared");
 }

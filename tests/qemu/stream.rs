@@ -315,7 +315,7 @@ fn a_stream_that_would_not_tell_all_is_refused_before_anything_is_changed() {
 }
 
 /// Moves a guest with rounds before the switchover, by umem's own two sides.
-fn moves(machine: &Machine, options: &[&str]) {
+pub(crate) fn moves(machine: &Machine, options: &[&str]) {
     let scratch = Scratch::new();
     let mut source = boot(machine, &scratch);
     let before = settings(&mut source.qmp);

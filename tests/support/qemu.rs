@@ -43,6 +43,19 @@ pub(crate) struct Ram {
     pub(crate) mib: u64,
 }
 
+/// How a source has its main memory. Its destination has a file for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SourceRam {
+    /// In a file that it shares.
+    File,
+    /// Where QEMU has it if nobody says where.
+    Default,
+    /// In a file that it maps privately.
+    PrivateFile,
+    /// In a memory file.
+    Memfd,
+}
+
 /// Which of the two QEMUs of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -69,6 +82,8 @@ pub(crate) struct Machine {
     /// In the order of the command line; `ram0` is the main memory, the others are DIMMs. Without `ram0` each is the
     /// memory of a NUMA node.
     pub(crate) ram: Vec<Ram>,
+    /// Of `ram0`.
+    pub(crate) source_ram: SourceRam,
     /// Words for the kernel's command line; our Linux guest is booted if there are any.
     pub(crate) guest: String,
     /// More options.
@@ -91,6 +106,7 @@ impl Machine {
             version,
             cpus: 2,
             ram: vec![Ram { id: "ram0", mib: 256 }],
+            source_ram: SourceRam::File,
             guest: String::new(),
             extra: Vec::new(),
             becomes_private: false,
@@ -103,7 +119,12 @@ impl Machine {
         let mut add = |text: &str| words.extend(text.split(' ').map(str::to_owned));
         add("-accel tcg -cpu max -nodefaults -display none -no-reboot");
         let main = self.ram.iter().find(|ram| ram.id == "ram0");
-        let backend = main.map_or("", |_| ",memory-backend=ram0");
+        // Both sides have the same RAM blocks, and a default one has this name.
+        let is_default = self.source_ram == SourceRam::Default;
+        let main_id = if is_default { "pc.ram" } else { "ram0" };
+        let has_backend = main.is_some() && !(is_default && side == Side::Source);
+        let backend =
+            if has_backend { format!(",memory-backend={main_id}") } else { String::new() };
         add(&format!("-machine q35{backend} -smp {}", self.cpus));
         match (main, self.ram.len()) {
             (Some(main), 1) => add(&format!("-m {}M", main.mib)),
@@ -114,10 +135,26 @@ impl Machine {
         let share = if is_private { "off" } else { "on" };
         for Ram { id, mib } in &self.ram {
             let path = self.ram_file(scratch, side, id);
-            add(&format!(
-                "-object memory-backend-file,id={id},size={mib}M,share={share},mem-path={}",
-                path.display()
-            ));
+            let file = |id: &str, share: &str| {
+                let path = path.display();
+                format!(
+                    "-object memory-backend-file,id={id},size={mib}M,share={share},mem-path={path}"
+                )
+            };
+            // Of a file the block's name has a path in front, unless this is said.
+            let plain = ",x-use-canonical-path-for-ramblock-id=off";
+            match (self.source_ram, side) {
+                _ if *id != "ram0" => add(&file(id, share)),
+                (SourceRam::Default, Side::Source) => {}
+                (SourceRam::PrivateFile, Side::Source) => add(&file(id, "off")),
+                (SourceRam::Memfd, Side::Source) => {
+                    add(&format!("-object memory-backend-memfd,id={id},size={mib}M"));
+                }
+                (SourceRam::Default | SourceRam::Memfd, Side::Destination) => {
+                    add(&(file(main_id, share) + plain));
+                }
+                (SourceRam::File | SourceRam::PrivateFile, _) => add(&file(id, share)),
+            }
             if main.is_none() {
                 add(&format!("-numa node,memdev={id}"));
             } else if *id != "ram0" {

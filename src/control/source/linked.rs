@@ -141,6 +141,10 @@ impl Source {
         match answer {
             Answer::Tracking(result) => self.tracking(result, now),
             Answer::Looked(result) => self.looked(result),
+            Answer::LookedInPart => {
+                self.looked_in_part();
+                Ok(())
+            }
             Answer::Stopped(result) => {
                 if let Some(asked) = result? {
                     self.times.stopped = Some(asked);

@@ -9,7 +9,9 @@
 //!
 //! A pass is over when every lane has been around, and the dirty log has then looked over the whole guest: what it has
 //! marked by that time is what the pass has left. Passes are judged
-//! as wholes: moments of a pass say nothing of the next one.
+//! as wholes: moments of a pass say nothing of the next one. Where what the log marks has to wait for room (a guest
+//! whose memory's contents come through QEMU's stream), lanes go around and the log looks by turns until the look is
+//! whole.
 
 use std::time::{Duration, Instant};
 
@@ -126,6 +128,15 @@ impl Source {
             self.do_next(Effect::CountDirty);
         }
         Ok(())
+    }
+
+    /// The dirty log has marked as much as may wait to be sent: lanes go around once more in the same pass.
+    pub(super) fn looked_in_part(&mut self) {
+        let lanes = self.plan.bulk_lanes;
+        if let (Some(rounds), Phase::Rounds) = (&mut self.rounds, &self.phase) {
+            rounds.lanes_left = lanes;
+            self.do_next(Effect::SendPass);
+        }
     }
 
     /// A lane has been around.

@@ -38,6 +38,8 @@ pub(crate) struct Backend {
     /// Where QEMU has mapped it, in its own address space. None where it does not say.
     pub(crate) address: Option<u64>,
     pub(crate) is_shared: bool,
+    /// It has no file that umem could map: its contents come with QEMU's stream.
+    pub(crate) is_streamed: bool,
     /// What its address is a multiple of, bytes; 0 where that is left to QEMU, None where the monitor does not
     /// tell.
     align_bytes: Option<u64>,
@@ -59,7 +61,31 @@ pub(crate) fn advice(backends: &[Backend], elsewhere: &str) -> Option<String> {
     ))
 }
 
+/// Where the contents of a guest's RAM are to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Contents {
+    /// In files alone: at a destination.
+    Files,
+    /// In files, as nothing is sent while the guest runs at this source.
+    FilesUnstreamed,
+    /// In QEMU's stream as well.
+    Streamed,
+}
+
 impl Backend {
+    /// One without a file.
+    fn streamed(name: String, bytes: u64) -> Backend {
+        Backend {
+            name,
+            path: PathBuf::new(),
+            bytes,
+            address: None,
+            is_shared: false,
+            is_streamed: true,
+            align_bytes: None,
+        }
+    }
+
     /// Whether its id can be the region's name.
     pub(crate) fn check_name(&self) -> Result<()> {
         let bytes = self.name.len();
@@ -91,13 +117,13 @@ pub(crate) struct RamOfQemu {
 
 impl Qemu {
     /// Its RAM backends that a migration has to bring, if each of them can be moved.
-    pub(super) fn backends(&mut self, wanted: Kind) -> Result<Vec<Backend>> {
+    pub(super) fn backends(&mut self, wanted: Kind, contents: Contents) -> Result<Vec<Backend>> {
         let blocks = self.blocks()?;
         let mut backends = Vec::new();
         for (name, kind) in self.qmp.children("/objects")? {
             let Some(kind) = kind.strip_prefix("memory-backend-") else { continue };
             if let Some(block) = blocks.iter().find(|block| block.is_of(&name)) {
-                backends.extend(self.backend(name, kind, block, wanted)?);
+                backends.extend(self.backend(name, kind, block, (wanted, contents))?);
             }
         }
         let main = self.qmp.property("/machine", "memory-backend")?;
@@ -133,14 +159,26 @@ impl Qemu {
         name: String,
         kind: &str,
         block: &Block,
-        wanted: Kind,
+        (wanted, contents): (Kind, Contents),
     ) -> Result<Option<Backend>> {
         let path = format!("/objects/{name}");
         let mut get = |property: &str| -> Result<Value> {
             Ok(self.qmp.property(&path, property)?.unwrap_or_default())
         };
+        let streamed = |name: String, why: &str, instead: &str| match contents {
+            Contents::Streamed => Ok(Some(Backend::streamed(name, block.bytes))),
+            Contents::FilesUnstreamed | Contents::Files => Err(Error::Unsupported(format!(
+                "RAM backend {name} {why}: add --precopy, with -p or without it, and its contents come with QEMU's \
+                 migration stream while the guest runs; or {instead}"
+            ))),
+        };
         match kind {
             "file" => {}
+            "ram" | "memfd" | "shm" if contents != Contents::Files => {
+                let why =
+                    format!("is a memory-backend-{kind}, which has no file that umem could open");
+                return streamed(name, &why, HOW_TO_START);
+            }
             "memfd" => {
                 return Err(Error::Unsupported(format!(
                     "RAM backend {name} is a memory-backend-memfd, which QEMU would send whole \
@@ -165,6 +203,10 @@ impl Qemu {
                  file is left as it is there"
             )));
         }
+        if !is_shared && contents != Contents::Files {
+            let why = "has share=off, so that its file does not hold what the guest writes";
+            return streamed(name, why, "add share=on to its -object option");
+        }
         // Of private memory the preload object has seen that it is mapped so.
         if wanted.is_mapped_shared() && !is_shared {
             return Err(Error::Unsupported(format!(
@@ -183,11 +225,12 @@ impl Qemu {
         let align_bytes = get("align")?.as_u64();
         let &Block { bytes, address, .. } = block;
         let path = PathBuf::from(file);
-        Ok(Some(Backend { name, path, bytes, address, is_shared, align_bytes }))
+        let is_streamed = false;
+        Ok(Some(Backend { name, path, bytes, address, is_shared, is_streamed, align_bytes }))
     }
 
     /// Opens the files that QEMU has mapped for these backends, which has to be on this host. Those that the user
-    /// has named must be the same ones; a region has the name that he gives it.
+    /// has named must be the same ones; a region has the name that he gives it. All of them have files.
     pub(crate) fn open_ram(
         &mut self,
         backends: &[Backend],
@@ -444,6 +487,7 @@ mod tests {
             bytes: 4096,
             address: None,
             is_shared: true,
+            is_streamed: false,
             align_bytes,
         };
         for (align_bytes, is_advised) in [
@@ -487,9 +531,14 @@ mod tests {
                 bytes: 4096,
                 address: Some(0x7000),
                 is_shared: true,
+                is_streamed: false,
                 align_bytes,
             };
-            assert_eq!(qemu.backends(Kind::Shared).unwrap(), [expected], "{answer:?}");
+            assert_eq!(
+                qemu.backends(Kind::Shared, Contents::Files).unwrap(),
+                [expected],
+                "{answer:?}"
+            );
             drop(qemu);
             monitor.join().unwrap();
         }

@@ -334,7 +334,7 @@ impl BulkThread {
             Ok(Left::All) => {
                 let pieces = Memory::Pieces(outlet.end());
                 self.storage.take_back(pieces, false);
-                self.left(true);
+                self.left(true)?;
                 self.in_flight -= 1;
             }
             Ok(Left::Some) => {
@@ -464,7 +464,7 @@ impl BulkThread {
         memory.into_iter().for_each(|memory| self.storage.take_back(memory, has_tls));
         match completion.outcome {
             // Of a zero-copy send the notification follows, and corrects this if the kernel copied after all.
-            Outcome::Done(_) => self.left(!completion.last),
+            Outcome::Done(_) => self.left(!completion.last)?,
             Outcome::Released { copied } => {
                 if copied {
                     self.memory.zero_copy_is_copied.store(true, Relaxed);
@@ -495,7 +495,7 @@ impl BulkThread {
     }
 
     /// The batch has been handed to the kernel.
-    fn left(&mut self, without_copy: bool) {
+    fn left(&mut self, without_copy: bool) -> Result<()> {
         let runs = self.sending.take().unwrap_or_default();
         let counters = &self.memory.counters;
         if self.stage == Stage::Serves {
@@ -503,7 +503,7 @@ impl BulkThread {
             let pages = runs.iter().map(|run| run.range.pages).sum();
             Counters::add(&counters.pages_background, pages);
         } else {
-            runs.iter().for_each(|run| self.memory.count_in_round(run));
+            runs.iter().try_for_each(|run| self.memory.count_in_round(run))?;
         }
         let bytes: u64 = runs.iter().map(|run| self.memory.data_bytes(run)).sum();
         self.pace.sent(bytes);
@@ -511,6 +511,7 @@ impl BulkThread {
             if without_copy { &counters.zero_copied_bytes } else { &counters.copied_bytes };
         Counters::add(counter, bytes);
         self.spare = runs;
+        Ok(())
     }
 
     /// A destination says on a bulk lane which pages it has, or why it gives up.

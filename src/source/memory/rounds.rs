@@ -14,6 +14,7 @@ use crate::memory::claims::{Run, RunKind, push_page};
 use crate::memory::dirty::DirtyMap;
 use crate::memory::guarded::Gone;
 use crate::memory::pages::low_bits;
+use crate::memory::staging::{STAGED_PAGE_BYTES, Staging};
 use crate::source::sending::seal::Sealer;
 use crate::statistics::Counters;
 
@@ -185,7 +186,8 @@ impl SourceMemory {
     }
 
     /// A run as it is sent while the guest runs: its header, and its pages if they go with it. With checksums the
-    /// pages are copied first, into `copy`: the sum is of what leaves, whatever the guest writes meanwhile.
+    /// pages are copied first, into `copy`: the sum is of what leaves, whatever the guest writes meanwhile. So are
+    /// pages of a file of umem's own, of which a part of a huge page is zeroed in place when it is given back.
     pub(crate) fn pieces_in_rounds(
         &self,
         run: &Run,
@@ -194,7 +196,7 @@ impl SourceMemory {
     ) -> Result<([u8; HEADER_BYTES], Option<Memory>)> {
         let region = self.region(run.range.region);
         let contents = match run.kind {
-            RunKind::Data if self.is_checked => {
+            RunKind::Data if self.is_checked || self.gives_back(run.range.region).is_some() => {
                 let (offset, len) =
                     (run.range.first * region.unit().bytes(), self.bytes(run.range));
                 let mut bytes = copy();
@@ -209,8 +211,15 @@ impl SourceMemory {
         Ok((header, contents))
     }
 
-    /// Notes that a run has been handed to the kernel in a round.
-    pub(crate) fn count_in_round(&self, run: &Run) {
+    /// Where pages of a region wait that are given back once they have been sent.
+    fn gives_back(&self, id: RegionId) -> Option<&Staging> {
+        let is_page = || self.region(id).unit().bytes() == STAGED_PAGE_BYTES;
+        self.staging_of(id).filter(|_| is_page())
+    }
+
+    /// Notes that a run has been handed to the kernel in a round. Nobody needs its pages here any more where they are
+    /// in a file of umem's own: if this lane is lost, the guest goes on with its own memory.
+    pub(crate) fn count_in_round(&self, run: &Run) -> Result<()> {
         let data = &self.tracked().data[usize::from(run.range.region.0)];
         match run.kind {
             RunKind::Data => {
@@ -218,6 +227,12 @@ impl SourceMemory {
                 Counters::add(&self.counters.rounds_bytes, self.bytes(run.range));
             }
             RunKind::Zero | RunKind::Hole => data.clear(run.range.first, run.range.pages),
+        }
+        match self.gives_back(run.range.region) {
+            Some(staging) if run.kind != RunKind::Hole => {
+                staging.release(self.tracked().marks.region(run.range.region), run.range)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -247,6 +262,9 @@ impl SourceMemory {
                 self.count_clean(id, first, pages);
                 Ok::<(), std::convert::Infallible>(())
             });
+            if let Some(staging) = self.staging_of(id) {
+                self.digests.add_digest(id, staging.given_back(id));
+            }
         }
         transmit::remaining(&mut frames, &runs, true);
         frames
@@ -317,7 +335,7 @@ mod tests {
         walk.begin_pass();
         let mut runs = Vec::new();
         while walk.next_runs(memory, 64 << 10, &mut runs).unwrap() {}
-        runs.iter().for_each(|run| memory.count_in_round(run));
+        runs.iter().for_each(|run| memory.count_in_round(run).unwrap());
         runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
     }
 

@@ -167,7 +167,10 @@ impl Taken {
                 return Ok(Some(leftover::Input::Called(called)));
             }
             leftover::Effect::Free => self.free(),
-            leftover::Effect::Forget => self.keeper.remove(),
+            leftover::Effect::Forget => {
+                self.record.remove_own_files();
+                self.keeper.remove();
+            }
             leftover::Effect::Tell(event) => self.output.tell(&event),
         }
         Ok(None)
@@ -263,8 +266,9 @@ impl Taken {
             Err(error @ Error::Interrupted(_)) => return Err(error),
             Err(_) => {}
         }
-        let ram: Vec<String> =
-            self.record.ram.iter().map(|ram| ram.path.display().to_string()).collect();
+        let files = self.record.ram.iter().filter(|ram| !ram.is_own);
+        let ram: Vec<String> = files.map(|ram| ram.path.display().to_string()).collect();
+        self.record.remove_own_files();
         self.keeper.remove();
         self.output.tell(&Event::Abandoned { session, ram });
         Ok(())
@@ -297,8 +301,9 @@ impl Taken {
             }
         })?;
         let memory = memory.checked(session.capabilities.contains(Capabilities::CHECKSUM));
-        // What has been freed was summed by the process before.
-        memory.digest_is_lost.store(releases, Relaxed);
+        // What has been freed, or given back in a file of umem's own, was summed by the process before.
+        let has_own = record.ram.iter().any(|ram| ram.is_own);
+        memory.digest_is_lost.store(releases || has_own, Relaxed);
         memory.land_keeping(landing(&record)?, |id, words| keep_freed(&keeper, id, words))?;
         memory.has_left();
         let look = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
@@ -476,7 +481,7 @@ pub(in crate::source) fn keep(
     let named = options.session_dir.as_deref();
     let found = Directory::find_or_remark(named, |why| output.remark(why))?;
     let Some(directory) = found else { return Ok(None) };
-    let ram = ram.iter().zip(&memory.regions).map(|(path, region)| {
+    let ram = ram.iter().zip(&memory.regions).zip(0..).map(|((path, region), id)| {
         let (device, inode) = region.ram.identity()?;
         Ok(RamRecord {
             name: path.name.clone(),
@@ -487,6 +492,7 @@ pub(in crate::source) fn keep(
             inode,
             unit_shift: 0,
             stamp: None,
+            is_own: memory.is_own(RegionId(id)),
         })
     });
     let record = SourceRecord {
@@ -533,6 +539,9 @@ impl Migration {
             self.allocated_bytes = self.memory.allocated_bytes()?;
         }
         let Some(keeper) = &self.link.keeper else { return Ok(()) };
+        if matches!(record, Record::Committed { .. }) {
+            self.memory.name_files()?;
+        }
         keeper.edit(|kept| match record {
             Record::Committed { background, times } => {
                 let at = |at: Option<Instant>| at.map_or(0, since_boot);
@@ -570,6 +579,9 @@ impl Migration {
 
     /// Nobody has to take over any more.
     pub(in crate::source) fn forget_session(&self) {
-        self.link.keeper.iter().for_each(SessionFile::remove);
+        if let Some(keeper) = &self.link.keeper {
+            keeper.record().remove_own_files();
+            keeper.remove();
+        }
     }
 }

@@ -10,14 +10,14 @@
 //! it has little left. When umem ends, the socket closes, QEMU's migration fails, and QEMU has the guest go on.
 
 use std::io::Write;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use umem_wire::RegionId;
 use umem_wire::limits::STATE_BYTES_MAX;
 
-use super::reading::{Moved, Reading};
+use super::reading::{Moved, Pulse, Reading};
 use super::{Event, Parser};
 use crate::error::{Context, Error, Result};
 use crate::host::qemu::blocks::Block;
@@ -26,6 +26,7 @@ use crate::host::qemu::settings::{self, Role};
 use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
 use crate::host::{BeforeStop, SourceHost, guest};
 use crate::memory::dirty::{DirtyLog, DirtyMap};
+use crate::memory::staging::Staging;
 
 /// The first QEMU whose log has every write of TCG's to its first RAM block, at offset 0. Those before it forget to tell
 /// the vCPUs that a page is logged again (36 to 93 of 32768 pages were lost with 7.2.22). This and later ones tell them
@@ -44,24 +45,41 @@ const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(150);
 const SYNC_INTERVAL_MIN: Duration = Duration::from_micros(200);
 const SYNC_INTERVAL: Duration = Duration::from_millis(5);
 
+/// What QEMU counts when it has collected what its guest has written for the first time, which is everything.
+const FIRST_SYNC: u64 = 1;
+
+/// How often QEMU is asked whether its guest still runs.
+const WATCH_INTERVAL: Duration = Duration::from_millis(100);
+
 /// A QEMU that its log shares with whoever asks for the guest.
 #[derive(Clone)]
 pub(crate) struct SharedQemu {
     qemu: Arc<Mutex<Qemu>>,
     /// The ids of the RAM backends that are moved, in the order of the regions.
     backends: Arc<[String]>,
+    /// Where the contents go of those that have no file.
+    staging: Option<Arc<Staging>>,
 }
 
 /// QEMU's stream as a log of the pages that its guest writes.
 struct QemuStream {
     host: SharedQemu,
     reading: Option<Arc<Reading>>,
+    marks: Option<Arc<DirtyMap>>,
+    /// Of a look that is under way where contents come: how often QEMU had synced before it.
+    before: Option<u64>,
 }
 
 impl SharedQemu {
     /// One whose regions are these RAM backends, in this order.
     pub(crate) fn new(qemu: Qemu, backends: Vec<String>) -> SharedQemu {
-        SharedQemu { qemu: Arc::new(Mutex::new(qemu)), backends: backends.into() }
+        let (qemu, backends) = (Arc::new(Mutex::new(qemu)), backends.into());
+        SharedQemu { qemu, backends, staging: None }
+    }
+
+    /// With regions whose contents come with the stream, and go there.
+    pub(crate) fn staged(self, staging: Option<Arc<Staging>>) -> SharedQemu {
+        SharedQemu { staging, ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, Qemu> {
@@ -70,21 +88,32 @@ impl SharedQemu {
 }
 
 impl DirtyLog for QemuStream {
-    /// QEMU's first pass has every page, so it is read before anything is sent: what it marks would go twice.
+    /// QEMU's first pass has every page, so it is read before anything is sent: what it marks would go twice. Contents
+    /// are sent as they come.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()> {
-        let reading = self.host.lock().start_stream(&self.host.backends, marks)?;
-        self.reading.insert(reading).first_pass()
+        let staging = self.host.staging.clone();
+        let has_contents = staging.is_some();
+        self.marks = Some(marks.clone());
+        let reading = self.host.lock().start_stream(&self.host.backends, (marks, staging))?;
+        let reading = self.reading.insert(reading);
+        watch(&self.host.qemu, reading.pulse())?;
+        if has_contents { Ok(()) } else { reading.first_pass() }
     }
 
-    /// QEMU waits afterwards until more is asked for.
+    /// QEMU waits afterwards until more is asked for, or, where contents come, until there is room for more.
     fn next(&mut self) -> Result<()> {
+        if self.host.staging.is_some() {
+            return self.look_at_contents();
+        }
         let Some(reading) = &self.reading else { return Err(is_not_started()) };
         // One that stops its guest by itself holds its main loop's lock then, and answers only while somebody reads.
         reading.go_on();
         // A sync that is under way now may have passed what was written before this call.
-        let before = self.host.lock().syncs()?;
+        let pulse = reading.pulse();
+        let syncs = || pulse.asking(|| self.host.lock().syncs());
+        let before = syncs()?.0;
         let mut interval = SYNC_INTERVAL_MIN;
-        while !reading.is_over()? && self.host.lock().syncs()? <= before {
+        while !reading.is_over()? && syncs()?.0 <= before {
             std::thread::sleep(interval);
             interval = (interval * 2).min(SYNC_INTERVAL);
         }
@@ -93,8 +122,61 @@ impl DirtyLog for QemuStream {
 
     fn finish(&mut self) -> Result<()> {
         let Some(reading) = &self.reading else { return Err(is_not_started()) };
-        reading.wait_ram_over(None).map(drop)
+        let over = reading.wait_ram_over(None).map(drop);
+        self.marks.iter().for_each(|marks| marks.set_elsewhere(0));
+        over
     }
+
+    fn is_in_part(&self) -> bool {
+        self.before.is_some()
+    }
+}
+
+impl QemuStream {
+    /// A look where contents come is a pass of QEMU's: from one sync to the next, at which it knows how much the guest
+    /// has written meanwhile. Reading goes on afterwards, as far as there is room.
+    fn look_at_contents(&mut self) -> Result<()> {
+        let (Some(reading), Some(staging)) = (&self.reading, &self.host.staging) else {
+            return Err(is_not_started());
+        };
+        let pulse = reading.pulse();
+        let syncs = || pulse.asking(|| self.host.lock().syncs());
+        let before = match self.before {
+            Some(before) => before,
+            None => syncs()?.0.max(FIRST_SYNC),
+        };
+        self.before = Some(before);
+        while !reading.is_over()? && syncs()?.0 <= before {
+            if staging.wait_for_enough(SYNC_INTERVAL) {
+                return Ok(());
+            }
+        }
+        self.before = None;
+        // QEMU counts a sync as it begins.
+        staging.wait_for_enough(SYNC_INTERVAL);
+        let left = if reading.is_over()? { 0 } else { syncs()?.1 };
+        self.marks.iter().for_each(|marks| marks.set_elsewhere(left));
+        Ok(())
+    }
+}
+
+/// Has the rest of a stream read when its guest stands still, or its QEMU does not answer: somebody else may have
+/// stopped it, and QEMU then writes the rest with its main loop's lock held.
+fn watch(qemu: &Arc<Mutex<Qemu>>, pulse: Pulse) -> Result<()> {
+    let qemu: Weak<Mutex<Qemu>> = Arc::downgrade(qemu);
+    let watch = move || {
+        while pulse.goes_on(WATCH_INTERVAL) {
+            let Some(qemu) = qemu.upgrade() else { return };
+            // Whoever has it asks something itself.
+            let Ok(mut qemu) = qemu.try_lock() else { continue };
+            let status = pulse.asking(|| run_state::status(&mut qemu.qmp));
+            if !status.is_ok_and(|status| run_state::is_live(&status)) {
+                pulse.finish();
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("umem-pulse".into()).spawn(watch);
+    thread.map(drop).context(|| "starting a thread")
 }
 
 fn is_not_started() -> Error {
@@ -109,7 +191,10 @@ impl SourceHost for SharedQemu {
     /// The demo's guest is asked itself.
     fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
         let own = guest::log::of(&mut self.lock().qmp);
-        own.or_else(|| Some(Box::new(QemuStream { host: self.clone(), reading: None })))
+        own.or_else(|| {
+            let host = self.clone();
+            Some(Box::new(QemuStream { host, reading: None, marks: None, before: None }))
+        })
     }
 
     fn stop(&mut self) -> Result<Option<Instant>> {
@@ -136,7 +221,7 @@ impl SourceHost for SharedQemu {
 impl Qemu {
     /// Checks that its stream tells of every write to these RAM backends, and is one that umem reads, if it is a QEMU.
     /// Changes nothing.
-    pub(crate) fn check_stream(&mut self, backends: &[String]) -> Result<()> {
+    pub(crate) fn check_stream(&mut self, backends: &[String], has_contents: bool) -> Result<()> {
         let instead = "leave out --precopy";
         let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(()) };
         if kvm["enabled"] != json!(true) {
@@ -172,15 +257,27 @@ impl Qemu {
                  has suppress-vmdesc): {instead}"
             )));
         }
+        if has_contents && !self.waits_for_a_word()? {
+            return Err(Error::Unsupported(
+                "QEMU has no capability switchover-ack (QEMU 8.1 and later have it): it would stop its guest by \
+                 itself, and write what is left of its private memory while nothing else is answered; use a later \
+                 QEMU, or a guest whose RAM is a file with share=on"
+                    .into(),
+            ));
+        }
         run_state::check(&mut self.qmp)?;
         settings::Changes::needed(&mut self.qmp, Role::Stream).map(drop)
     }
 
-    fn start_stream(&mut self, backends: &[String], marks: Arc<DirtyMap>) -> Result<Arc<Reading>> {
-        self.check_stream(backends)?;
+    fn start_stream(
+        &mut self,
+        backends: &[String],
+        (marks, staging): (Arc<DirtyMap>, Option<Arc<Staging>>),
+    ) -> Result<Arc<Reading>> {
+        self.check_stream(backends, staging.is_some())?;
         let moved = self.moved(backends)?;
         self.change_settings(Role::Stream)?;
-        let started = self.migrate_into_reader(moved, marks);
+        let started = self.migrate_into_reader(moved, (marks, staging));
         if started.is_err() {
             self.stream = None;
             // One that QEMU has closed already it does not know any more.
@@ -194,7 +291,7 @@ impl Qemu {
     fn migrate_into_reader(
         &mut self,
         moved: Vec<Moved>,
-        marks: Arc<DirtyMap>,
+        to: (Arc<DirtyMap>, Option<Arc<Staging>>),
     ) -> Result<Arc<Reading>> {
         self.give_state_socket()?;
         let socket = self.state_socket.take().expect("just given");
@@ -202,7 +299,7 @@ impl Qemu {
         // The byte in front of it is umem's.
         let state_bytes_max = STATE_BYTES_MAX as usize - 1;
         // QEMU writes before it answers.
-        let reading = Reading::start(socket, moved, marks, state_bytes_max)?;
+        let reading = Reading::start(socket, moved, to, state_bytes_max)?;
         if !self.is_live || !self.waits_for_a_word()? {
             reading.finish();
         }
@@ -233,12 +330,16 @@ impl Qemu {
         Ok(settings::capabilities(&mut self.qmp)?.contains_key(settings::SWITCHOVER_ACK))
     }
 
-    /// How often QEMU has collected what the guest has written.
-    fn syncs(&mut self) -> Result<u64> {
+    /// How often QEMU has collected what the guest has written, and how many bytes of that are yet to be written to the
+    /// stream.
+    fn syncs(&mut self) -> Result<(u64, u64)> {
         let migration = self.qmp.execute("query-migrate", json!({}))?;
         match migration["status"].as_str().unwrap_or("none") {
             "failed" | "cancelled" | "cancelling" | "none" => Err(ended(&migration)),
-            _ => Ok(migration["ram"]["dirty-sync-count"].as_u64().unwrap_or(0)),
+            _ => {
+                let count = |name: &str| migration["ram"][name].as_u64().unwrap_or(0);
+                Ok((count("dirty-sync-count"), count("remaining")))
+            }
         }
     }
 

@@ -1,12 +1,14 @@
-//! The thread that reads QEMU's stream: it marks what it reads of, and keeps what is left of the stream.
+//! The thread that reads QEMU's stream: it marks what it reads of, and keeps what is left of the stream. Of a guest
+//! that has RAM without files it puts the pages' contents where the lanes find them ([`Staging`]).
 //!
-//! It reads only while somebody wants to know: QEMU waits when nobody reads, and the guest goes on meanwhile. From
-//! the moment the guest is to stop it reads to the end.
+//! It reads only while somebody wants to know, and there is room for contents: QEMU waits when nobody reads, and the
+//! guest goes on meanwhile. From the moment the guest is to stop it reads to the end. So it does while QEMU does not
+//! answer: one whose guest was stopped by somebody else writes the rest with its main loop's lock held.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +23,7 @@ use super::{Block, Event, PAGE_BYTES, Parser};
 use crate::error::{Context, Error, Result};
 use crate::host::qemu::saving;
 use crate::memory::dirty::DirtyMap;
+use crate::memory::staging::{STAGED_PAGE_BYTES, Staging};
 use crate::runtime::{panics, polling};
 
 /// Bytes that are read at once: what a socket holds.
@@ -28,6 +31,15 @@ const PIECE_BYTES: usize = 256 << 10;
 
 /// How long QEMU may write nothing while somebody reads. It may have disks to flush.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
+
+/// How long QEMU may take to answer before it is read from whether there is room or not.
+const ANSWERS_WITHIN: Duration = Duration::from_millis(200);
+
+/// How often a reader that waits looks at that.
+const LOOKS_EVERY: Duration = Duration::from_millis(50);
+
+/// Bytes of contents that are put at once: those of a piece, and of the page that it has the end of.
+const PUT_BYTES_MAX: usize = PIECE_BYTES + PAGE_BYTES;
 
 nix::ioctl_read_bad!(bytes_to_read, libc::FIONREAD, libc::c_int);
 
@@ -50,6 +62,38 @@ struct Shared {
     socket: UnixStream,
     state: Mutex<State>,
     changed: Condvar,
+    staging: Option<Arc<Staging>>,
+}
+
+/// Whether QEMU answers, for a stream that is being read.
+pub(super) struct Pulse(Weak<Shared>);
+
+impl Pulse {
+    /// Asks QEMU something. If that takes long, the stream is read meanwhile.
+    pub(super) fn asking<T>(&self, ask: impl FnOnce() -> T) -> T {
+        let note = |since| self.0.upgrade().map(|shared| shared.lock().asked = since);
+        note(Some(Instant::now()));
+        let answer = ask();
+        note(None);
+        answer
+    }
+
+    /// Waits for this long, or for the end of the stream. False at its end.
+    pub(super) fn goes_on(&self, within: Duration) -> bool {
+        let Some(shared) = self.0.upgrade() else { return false };
+        let state = shared.lock();
+        if state.is_over() || state.is_finishing {
+            return false;
+        }
+        let until = Some(Instant::now() + within);
+        let state = wait(&shared.changed, state, until);
+        !state.is_over() && !state.is_finishing
+    }
+
+    /// The guest stands still: the stream is read to the end.
+    pub(super) fn finish(&self) {
+        self.0.upgrade().into_iter().for_each(|shared| shared.finish());
+    }
 }
 
 /// What the reader and those who wait for it tell each other.
@@ -63,6 +107,8 @@ struct State {
     /// Of a look that the reader is to begin.
     fence: Option<u64>,
     is_looking: bool,
+    /// QEMU has been asked something and has not answered since then.
+    asked: Option<Instant>,
     /// RAM's last part has been read: the guest stands still.
     is_ram_over: bool,
     /// Once the thread has ended: the stream without what umem moves.
@@ -72,6 +118,11 @@ struct State {
 impl State {
     fn is_over(&self) -> bool {
         self.is_ram_over || self.end.is_some()
+    }
+
+    /// Whether QEMU may wait for what is not read.
+    fn may_be_waited_for(&self) -> bool {
+        self.is_finishing || self.asked.is_some_and(|since| since.elapsed() >= ANSWERS_WITHIN)
     }
 
     /// Why the stream cannot be read, which is said in full once.
@@ -87,16 +138,18 @@ impl Reading {
     pub(super) fn start(
         socket: UnixStream,
         moved: Vec<Moved>,
-        marks: Arc<DirtyMap>,
+        (marks, staging): (Arc<DirtyMap>, Option<Arc<Staging>>),
         state_bytes_max: usize,
     ) -> Result<Reading> {
         let state = State { may_read: true, ..State::default() };
-        let shared = Shared { socket, state: Mutex::new(state), changed: Condvar::new() };
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        let shared = Shared { socket, state, changed, staging };
         let shared = Arc::new(shared);
         let ours = shared.clone();
         let thread = std::thread::Builder::new().name("umem-stream".into());
         let run = move || {
-            let sorter = Sorter::new(moved, marks, Cut::new(state_bytes_max));
+            let (cut, staging) = (Cut::new(state_bytes_max), ours.staging.clone());
+            let sorter = Sorter::new(moved, marks, staging, cut);
             let reader = Reader { shared: &ours, parser: Parser::new(), sorter, look: None };
             let end = panics::caught(|| reader.run());
             if end.is_err() {
@@ -113,6 +166,11 @@ impl Reading {
     /// The socket, for what goes the other way.
     pub(super) fn socket(&self) -> &UnixStream {
         &self.shared.socket
+    }
+
+    /// What QEMU's answers are waited for by, without keeping this from its end.
+    pub(super) fn pulse(&self) -> Pulse {
+        Pulse(Arc::downgrade(&self.shared))
     }
 
     /// Waits until every page has been read once, from the beginning on. Reading stops then.
@@ -154,10 +212,7 @@ impl Reading {
 
     /// Reads to the end from now on.
     pub(super) fn finish(&self) {
-        let mut state = self.shared.lock();
-        (state.may_read, state.is_finishing) = (true, true);
-        drop(state);
-        self.shared.changed.notify_all();
+        self.shared.finish();
     }
 
     /// Waits until RAM is over, or this time has passed. Whether it is over.
@@ -243,8 +298,18 @@ impl Reader<'_> {
         let socket = &self.shared.socket;
         loop {
             let mut state = self.shared.lock();
-            while !state.may_read {
-                state = wait(&self.shared.changed, state, None);
+            while !state.may_read && !state.may_be_waited_for() {
+                let until = Some(Instant::now() + LOOKS_EVERY);
+                state = wait(&self.shared.changed, state, until);
+            }
+            if let Some(staging) = &self.shared.staging
+                && !state.may_be_waited_for()
+            {
+                drop(state);
+                if !staging.wait_for_room(LOOKS_EVERY) {
+                    continue;
+                }
+                state = self.shared.lock();
             }
             if let Some(fence) = state.fence.take() {
                 self.look = Some(Look::new(fence));
@@ -291,37 +356,77 @@ impl Reader<'_> {
             }
             sorter.take(parser.blocks(), &event)
         })?;
-        sorter.mark_run()?;
+        sorter.settle_run()?;
         Ok(is_looked)
     }
 }
 
-/// Parts a stream into marks and what is left of it.
+/// Parts a stream into marks, contents and what is left of it.
 struct Sorter {
     moved: Vec<Moved>,
     /// The region of each block of the stream, once those are known.
     regions: Vec<Option<RegionId>>,
     marks: Arc<DirtyMap>,
-    /// Bytes of a region that are yet to be marked.
-    run: Option<(RegionId, Range<u64>)>,
+    staging: Option<Arc<Staging>>,
+    /// What is yet to be marked, or put and marked.
+    run: Option<Run>,
+    /// Contents that are yet to be put: of a run of data.
+    contents: Vec<u8>,
+    /// The contents that come next belong to the run.
+    takes_contents: bool,
     cut: Cut,
     is_ram_over: bool,
 }
 
+/// Pages in a row.
+struct Run {
+    kind: RunKind,
+    region: RegionId,
+    /// Bytes of the region.
+    bytes: Range<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum RunKind {
+    /// Of a region with a file: its contents are there.
+    Marks,
+    Zeroes,
+    Data,
+}
+
 impl Sorter {
-    fn new(moved: Vec<Moved>, marks: Arc<DirtyMap>, cut: Cut) -> Sorter {
-        Sorter { moved, regions: Vec::new(), marks, run: None, cut, is_ram_over: false }
+    fn new(
+        moved: Vec<Moved>,
+        marks: Arc<DirtyMap>,
+        staging: Option<Arc<Staging>>,
+        cut: Cut,
+    ) -> Sorter {
+        Sorter {
+            moved,
+            regions: Vec::new(),
+            marks,
+            staging,
+            run: None,
+            contents: Vec::new(),
+            takes_contents: false,
+            cut,
+            is_ram_over: false,
+        }
     }
 
     fn take(&mut self, blocks: &[Block], event: &Event<'_>) -> Result<()> {
         match *event {
             Event::Began { .. } if self.regions.len() != blocks.len() => self.find(blocks)?,
-            Event::Page { block, offset, .. } => {
-                if let Some(region) = self.regions[block] {
-                    self.mark(region, offset)?;
-                }
+            Event::Page { block, offset, is_zero, .. } => match self.regions[block] {
+                Some(region) => self.page(region, offset, is_zero)?,
+                None => self.takes_contents = false,
+            },
+            Event::Content(bytes) if self.takes_contents => self.contents.extend_from_slice(bytes),
+            Event::Ended { is_last: true } => {
+                // Whoever waits for the end of RAM finds all of it.
+                self.settle_run()?;
+                self.is_ram_over = true;
             }
-            Event::Ended { is_last: true } => self.is_ram_over = true,
             _ => {}
         }
         let regions = &self.regions;
@@ -348,31 +453,77 @@ impl Sorter {
         Ok(())
     }
 
-    /// Marks a page, with those before it if it follows them.
-    fn mark(&mut self, region: RegionId, offset: u64) -> Result<()> {
+    /// Adds a page to the run, if it follows it.
+    fn page(&mut self, region: RegionId, offset: u64, is_zero: bool) -> Result<()> {
+        let is_staged = self.staging.as_ref().is_some_and(|staging| staging.has(region));
+        let kind = match (is_staged, is_zero) {
+            (false, _) => RunKind::Marks,
+            (true, true) => RunKind::Zeroes,
+            (true, false) => RunKind::Data,
+        };
+        self.takes_contents = kind == RunKind::Data;
         let end = offset + PAGE_BYTES as u64;
         match &mut self.run {
-            Some((before, bytes)) if *before == region && bytes.end == offset => bytes.end = end,
+            Some(Run { kind: before, region: of, bytes })
+                if *before == kind
+                    && *of == region
+                    && bytes.end == offset
+                    && self.contents.len() < PUT_BYTES_MAX =>
+            {
+                bytes.end = end;
+            }
             _ => {
-                self.mark_run()?;
-                self.run = Some((region, offset..end));
+                self.settle_run()?;
+                self.run = Some(Run { kind, region, bytes: offset..end });
             }
         }
         Ok(())
     }
 
-    /// Marks what is yet to be.
-    fn mark_run(&mut self) -> Result<()> {
-        let Some((region, bytes)) = self.run.take() else { return Ok(()) };
-        if self.marks.mark_bytes(region, bytes.start, bytes.end - bytes.start) {
-            return Ok(());
+    /// Marks what is yet to be, and puts its contents before. Of a page whose contents have come in part the run goes
+    /// on.
+    fn settle_run(&mut self) -> Result<()> {
+        let Some(Run { kind, region, bytes }) = self.run.take() else { return Ok(()) };
+        let len = bytes.end - bytes.start;
+        let staging = || {
+            let staging = self.staging.as_deref();
+            staging.ok_or_else(|| Error::Internal("contents without a place".into()))
+        };
+        match kind {
+            RunKind::Marks => {
+                if !self.marks.mark_bytes(region, bytes.start, len) {
+                    return Err(not_moved(region, &bytes));
+                }
+            }
+            RunKind::Zeroes => staging()?.put_zeroes(&self.marks, region, bytes.start, len)?,
+            RunKind::Data => {
+                let part = self.contents.len() % PAGE_BYTES;
+                let whole = self.contents.len() - part;
+                let (put, rest) = self.contents.split_at(whole);
+                staging()?.put(&self.marks, region, bytes.start, put)?;
+                if whole as u64 != len {
+                    let start = bytes.start + whole as u64;
+                    let rest = rest.to_vec();
+                    self.contents.clear();
+                    self.contents.extend_from_slice(&rest);
+                    self.run = Some(Run { kind, region, bytes: start..bytes.end });
+                    return Ok(());
+                }
+                self.contents.clear();
+            }
         }
-        let (start, end) = (bytes.start, bytes.end);
-        Err(Error::Host(format!(
-            "its migration stream has the bytes {start:#x} to {end:#x} of region {}, which are not moved",
-            region.0
-        )))
+        Ok(())
     }
+}
+
+const _: () = assert!(PAGE_BYTES as u64 == STAGED_PAGE_BYTES);
+
+fn not_moved(region: RegionId, bytes: &Range<u64>) -> Error {
+    let (start, end) = (bytes.start, bytes.end);
+    Error::Host(format!(
+        "its migration stream has the bytes {start:#x} to {end:#x} of region {}, which are not moved",
+        region.0
+    ))
 }
 
 /// Bytes that wait in a socket.
@@ -401,7 +552,58 @@ fn wait<'a>(
 }
 
 impl Shared {
+    /// Has the stream read to the end from now on.
+    fn finish(&self) {
+        let mut state = self.lock();
+        (state.may_read, state.is_finishing) = (true, true);
+        drop(state);
+        self.changed.notify_all();
+        self.staging.iter().for_each(|staging| staging.wake());
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::qemu::stream::tests::whole;
+    use crate::memory::staging::StagedFile;
+
+    const RAM: RegionId = RegionId(0);
+
+    /// What a stream has put and marked at its end, read in pieces of so many bytes: the pages' bytes and marks.
+    fn put(stream: &[u8], piece: usize) -> ([u8; 2], u64) {
+        let bytes = 2 * STAGED_PAGE_BYTES;
+        let file = StagedFile::create("ram0", bytes).unwrap();
+        let ram = file.ram_file().unwrap();
+        let staging = Arc::new(Staging::new(vec![Some(file)], false));
+        let marks = Arc::new(DirtyMap::new(&[(2, 12)]));
+        let moved = vec![Moved { block: "ram0".into(), bytes, region: RAM }];
+        let cut = Cut::new(1 << 20);
+        let mut sorter = Sorter::new(moved, marks.clone(), Some(staging), cut);
+        let mut parser = Parser::new();
+        for piece in stream.chunks(piece) {
+            let read = parser.read(piece, |parser, event| sorter.take(parser.blocks(), &event));
+            read.unwrap();
+            sorter.settle_run().unwrap();
+        }
+        assert!(sorter.is_ram_over && sorter.contents.is_empty());
+        let pages = [0, 1].map(|page| {
+            let bytes = ram.read(page * STAGED_PAGE_BYTES, STAGED_PAGE_BYTES).unwrap();
+            assert!(bytes.iter().all(|&byte| byte == bytes[0]), "page {page} in part");
+            bytes[0]
+        });
+        (pages, marks.region(RAM).word(0))
+    }
+
+    #[test]
+    fn each_page_has_what_came_last_whatever_the_pieces() {
+        let stream = whole();
+        for piece in (1..200).chain(4000..4200).chain([stream.len()]) {
+            assert_eq!(put(&stream, piece), ([3, 2], 0b11), "{piece}");
+        }
     }
 }

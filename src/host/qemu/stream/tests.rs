@@ -54,7 +54,7 @@ const PING: &[u8] = b"\x08\0\x02\0\x04\0\0\0\x01";
 const SWITCHOVER_START: &[u8] = b"\x08\0\x0b\0\0";
 const REST: &[u8] = b"\x04\0\0\0\x00\x05timer rest \0\x06\0\0\0\x02{}";
 
-fn whole() -> Vec<u8> {
+pub(super) fn whole() -> Vec<u8> {
     let begun = set_up(configured().with(OPEN_RETURN_PATH).with(PING));
     let begun = begun.with(PART).page(0, Some("ram0"), 1).page(0x1000, None, 0);
     let begun = begun.page(0, Some("vga"), 7).end().footer();

@@ -1,0 +1,213 @@
+//! Guests whose memory is no file that umem could open: its contents come with QEMU's migration stream. The guest checks
+//! at the destination that each of its words is there.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::destination::Destination;
+use crate::moving::{Moved, Moving};
+use crate::stream::moves;
+use crate::support::{Cutter, Machine, Qemu, QemuVersion, Scratch, SourceRam, Umem, wait_for};
+use crate::{NOBODY, boot, migrate, says};
+
+/// What waits to be sent at most while the guest runs (`STAGED_BYTES_MAX`), and what one read of the stream adds.
+const STAGED_BYTES_MAX: u64 = (64 << 20) + (1 << 20);
+
+/// Our Linux guest, whose memory is QEMU's own.
+fn machine(source_ram: SourceRam) -> Machine {
+    let guest = "umem.mib=96".into();
+    Machine { source_ram, guest, ..Machine::linux(QemuVersion::V10_0) }
+}
+
+#[test]
+fn default_ram_is_moved_in_rounds_before_the_switchover() {
+    moves(&machine(SourceRam::Default), &["--lanes", "2"]);
+}
+
+#[test]
+fn default_ram_is_moved_in_rounds_and_then_by_postcopy() {
+    moves(&machine(SourceRam::Default), &["-p", "--downtime-limit", "0"]);
+}
+
+#[test]
+fn a_memory_file_and_a_private_file_are_moved_in_rounds() {
+    moves(&machine(SourceRam::Memfd), &["-p"]);
+    moves(&machine(SourceRam::PrivateFile), &["-p", "--lanes", "2"]);
+}
+
+/// A file of umem's own that holds contents: open, and without a name before the commit.
+fn staged_file(umem: &Umem) -> Option<PathBuf> {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", umem.pid())).ok()?;
+    descriptors.flatten().map(|entry| entry.path()).find(|path| {
+        let target = fs::read_link(path).unwrap_or_default();
+        let target = target.to_string_lossy();
+        target.starts_with("/dev/shm/") && target.ends_with(" (deleted)")
+    })
+}
+
+/// Bytes of memory that a file holds.
+fn bytes_in(file: &Path) -> u64 {
+    fs::metadata(file).map_or(0, |metadata| metadata.blocks() * 512)
+}
+
+/// Bytes of memory of a process that are no file's.
+fn private_bytes(umem: &Umem) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", umem.pid())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("it is told");
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+    kib << 10
+}
+
+/// Files with names of umem's own.
+fn named_files() -> Vec<PathBuf> {
+    let entries = fs::read_dir("/dev/shm").expect("it can be listed").flatten();
+    let names = entries.map(|entry| entry.path());
+    names.filter(|path| path.extension().is_some_and(|end| end == "ram")).collect()
+}
+
+/// A move whose bulk lane takes nothing more in the middle of the first pass, once as much waits as may.
+fn stalled(scratch: &Scratch) -> (Moving, Cutter, PathBuf) {
+    let machine = machine(SourceRam::Default);
+    let source = boot(&machine, scratch);
+    let destination = Destination::start(&machine, scratch);
+    let cutter = Cutter::to(&destination.uri);
+    let sessions = scratch.path("sessions").display().to_string();
+    let umem = migrate(&source, cutter.uri(), &["--precopy", "-p", "--session-dir", &sessions]);
+    let mut moving = Moving { source, umem, destination };
+    let file = wait_for("a file of umem's own", || {
+        assert!(moving.umem.is_running(), "{}", moving.umem.stderr());
+        staged_file(&moving.umem)
+    });
+    wait_for("as much in it as may wait", || {
+        assert!(moving.umem.is_running(), "{}", moving.umem.stderr());
+        (bytes_in(&file) >= 64 << 20).then_some(())
+    });
+    (moving, cutter, file)
+}
+
+#[test]
+fn what_waits_is_bounded_while_the_guest_runs_and_its_lane_takes_nothing() {
+    let scratch = Scratch::new();
+    let (mut moving, cutter, file) = stalled(&scratch);
+    for _ in 0..3 {
+        moving.source.serial.goes_on();
+        assert_eq!(moving.source.qmp.status(), "running");
+        let (staged, private) = (bytes_in(&file), private_bytes(&moving.umem));
+        assert!(staged <= STAGED_BYTES_MAX, "{staged} bytes wait");
+        assert!(private <= 64 << 20, "{private} bytes are umem's own");
+    }
+    cutter.let_pages_go();
+    moving.complete().end();
+}
+
+/// QEMU then writes what is left with its main loop's lock held: nothing would be answered if umem did not read it.
+#[test]
+fn a_guest_that_somebody_else_stops_while_nothing_is_taken_is_answered_for() {
+    let scratch = Scratch::new();
+    let (mut moving, _cutter, _) = stalled(&scratch);
+    moving.source.qmp.execute("stop", json!({}));
+    wait_for("the end of RAM", || {
+        let migration = moving.source.qmp.execute("query-migrate", json!({}));
+        (migration["ram"]["remaining"] == 0).then_some(())
+    });
+    moving.umem.kill();
+    moving.destination.umem.kill();
+    wait_for("the end of the migration", || (moving.source.qmp.status() == "paused").then_some(()));
+    moving.source.qmp.execute("cont", json!({}));
+    moving.source.serial.goes_on();
+}
+
+/// The same of a guest with a file, whose stream nobody reads while a pass is sent.
+#[test]
+fn a_guest_that_somebody_else_stops_in_the_middle_of_a_pass_is_answered_for() {
+    let scratch = Scratch::new();
+    let machine = machine(SourceRam::File);
+    let mut source = boot(&machine, &scratch);
+    let mut destination = Destination::start(&machine, &scratch);
+    let cutter = Cutter::to(&destination.uri);
+    let mut umem = migrate(&source, cutter.uri(), &["--precopy", "-p"]);
+    // QEMU syncs anew when its first pass has been read, which is before umem sends anything.
+    wait_for("the first pass", || {
+        let migration = source.qmp.execute("query-migrate", json!({}));
+        (migration["ram"]["dirty-sync-count"].as_u64() >= Some(2)).then_some(())
+    });
+    source.qmp.execute("stop", json!({}));
+    wait_for("the end of RAM", || {
+        let migration = source.qmp.execute("query-migrate", json!({}));
+        (migration["ram"]["remaining"] == 0).then_some(())
+    });
+    umem.kill();
+    destination.umem.kill();
+    wait_for("the end of the migration", || (source.qmp.status() == "paused").then_some(()));
+    source.qmp.execute("cont", json!({}));
+    source.serial.goes_on();
+}
+
+#[test]
+fn a_guest_without_files_goes_on_whose_umem_is_killed_before_its_stop() {
+    let scratch = Scratch::new();
+    let (mut moving, _cutter, _) = stalled(&scratch);
+    moving.umem.kill();
+    moving.source.serial.goes_on();
+    assert_eq!(moving.source.qmp.status(), "running");
+    assert_eq!(named_files(), Vec::<PathBuf>::new());
+    moving.destination.umem.kill();
+    // The session says how to put back what was changed.
+    let sessions = scratch.path("sessions");
+    let session = fs::read_dir(&sessions)
+        .expect("sessions")
+        .flatten()
+        .find_map(|entry| entry.file_name().to_str()?.strip_suffix(".source").map(str::to_owned));
+    let session = session.expect("a session");
+    let sessions = sessions.display().to_string();
+    Umem::start(["migrate", "--session-dir", &sessions, "--resume", &session, NOBODY]).succeeds();
+    assert_eq!(moving.source.qmp.status(), "running");
+    moving.source.serial.goes_on();
+}
+
+/// What was not sent is in a file that another process finds.
+#[test]
+fn a_guest_without_files_is_whole_although_its_umem_is_killed_after_the_switchover() {
+    let scratch = Scratch::new();
+    let machine = machine(SourceRam::Default);
+    let source = boot(&machine, &scratch);
+    let destination = Destination::start(&machine, &scratch);
+    let sessions = scratch.path("sessions").display().to_string();
+    let options = ["--precopy", "-p", "--precopy-passes", "1", "--max-postcopy-bandwidth", "1M"];
+    let options = [&options[..], &["--downtime-limit", "0", "--session-dir", &sessions]].concat();
+    let mut moving = Moved::start(source, destination, &options);
+    let session = moving.umem.event("resumable")["session"].as_str().expect("text").to_owned();
+    moving.umem.event("running");
+    let files = named_files();
+    assert_eq!(files.len(), 1, "{files:?}");
+    moving.umem.kill();
+    let resume = ["migrate", "--json", "--session-dir", &sessions, "--resume", &session];
+    moving.umem = Umem::start(resume);
+    moving.umem.event("completed");
+    moving.destination.umem.event("completed");
+    moving.is_whole_at_the_destination();
+    moving.umem.succeeds();
+    assert_eq!(named_files(), Vec::<PathBuf>::new());
+    assert_eq!(fs::read_dir(&sessions).expect("sessions").count(), 0);
+}
+
+/// Each says which option moves the guest.
+#[test]
+fn a_guest_without_files_is_refused_by_name_where_its_contents_cannot_come() {
+    let scratch = Scratch::new();
+    let refused = |mut source: Qemu, options: &[&str], why: &str| {
+        says(&migrate(&source, NOBODY, options).fails(), why);
+        assert_eq!(source.qmp.status(), "running");
+    };
+    let machine = machine(SourceRam::Default);
+    let before = "RAM backend pc.ram is a memory-backend-ram, which has no file that umem could open: add --precopy";
+    refused(boot(&machine, &scratch), &["-p"], before);
+    let named = format!("pc.ram={}", scratch.ram("none").display());
+    refused(boot(&machine, &scratch), &["--precopy", "--ram", &named], "leave out --ram");
+    refused(boot(&machine, &scratch), &["--precopy", "--release-ram"], "leave the option out");
+    let old = Machine { version: QemuVersion::V7_2, ..machine };
+    refused(boot(&old, &scratch), &["--precopy"], "QEMU 7.2 without KVM loses writes");
+}
