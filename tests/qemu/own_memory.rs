@@ -370,3 +370,37 @@ fn a_memory_file_moves_into_a_memory_file() {
     };
     moves_without_files(SourceRam::Memfd, memfd, &["--precopy", "-p"], "shared");
 }
+
+/// The device discards what is not plugged as its state is loaded, when the guest's pages may be there already.
+#[test]
+fn a_guest_with_virtio_mem_moves_into_memory_without_files() {
+    for (version, options) in [
+        (QemuVersion::V7_2, &["-p"][..]),
+        (QemuVersion::V10_0, &["-p"]),
+        (QemuVersion::V10_0, &["--checksum"]),
+    ] {
+        let scratch = Scratch::new();
+        let machine = |side| {
+            let path = scratch.ram("vmem");
+            let backend = match side {
+                Side::Source => format!("memory-backend-file,share=on,mem-path={}", path.display()),
+                Side::Destination => "memory-backend-ram".into(),
+            };
+            let backend = format!("{backend},id=mem1,size=128M");
+            let device = "virtio-mem-pci,id=vmem,memdev=mem1,requested-size=64M";
+            let words = ["-m", "256M,maxmem=1G", "-object", &backend, "-device", device];
+            let extra = words.map(str::to_owned).into();
+            // Room for what may be plugged takes some of its memory.
+            Machine { guest: "umem.mib=64".into(), extra, ..Machine::linux(version) }
+        };
+        let source = source(&machine(Side::Source), &scratch);
+        let receiver = machine(Side::Destination);
+        let destination = destination(&receiver, &scratch, &own(&receiver, &scratch), &[]);
+        let mut moving = Moved::start(source, destination, options);
+        for umem in [&mut moving.umem, &mut moving.destination.umem] {
+            assert_eq!(umem.event("completed")["total_bytes"], 384 << 20);
+        }
+        moving.is_whole_at_the_destination();
+        moving.umem.succeeds();
+    }
+}
